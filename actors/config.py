@@ -1,0 +1,119 @@
+"""Configuration of the roles that run models without changing them. Standard library only.
+
+`number(...)` attaches the allowed range to a field; `cluster/config.py` checks it where the full key is known.
+`"???"` marks a value that has no default and must be given.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+def number(
+    default: Any, *, minimum: float | None = None, above: float | None = None, maximum: float | None = None
+) -> Any:
+    """A dataclass field with a range: minimum <= value <= maximum, value > above."""
+    return field(default=default, metadata={"minimum": minimum, "above": above, "maximum": maximum})
+
+
+@dataclass
+class StudentConfig:
+    """The policy that is trained."""
+
+    model: str = "???"
+    """Hugging Face model directory or hub name: config, safetensors, tokenizer with a chat template."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Only for sources you have read."""
+
+
+@dataclass
+class PromptsConfig:
+    """Where prompts come from and how they are turned into tokens."""
+
+    path: str = "???"
+    """A .jsonl or .parquet file, or the name of a Hugging Face dataset."""
+    split: str = "train"
+    """Split to read when `path` is a Hugging Face dataset."""
+    prompt_field: str = "prompt"
+    """Field with the prompt: a string, or a list of chat messages with `role` and `content`."""
+    reference_field: str | None = "answer"
+    """Field with the reference answer that verifiers read; null when there is none."""
+    chat: bool = True
+    """Render with the tokenizer's chat template (a plain string becomes one user message). False: the text as it is."""
+    chat_template_arguments: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of the chat template, for example `enable_thinking: false`."""
+    limit: int | None = number(None, minimum=1)
+    """Read at most this many records, from the start of the file."""
+    shuffle: bool = True
+    """Visit the prompts in a new order each epoch, decided by the campaign's seed."""
+
+
+@dataclass
+class VerifierConfig:
+    """How a response is judged right or wrong."""
+
+    name: str = "exact"
+    """`exact`, `regex`, `numeric`, `math` (needs math-verify), or `package.module:function` of your own."""
+    pattern: str | None = None
+    """A regular expression: what it captures (group 1, or all) in the response is what is compared. Needed by `regex`."""
+
+
+@dataclass
+class SamplingConfig:
+    """The distribution that trajectories are sampled from."""
+
+    temperature: float = number(1.0, above=0)
+    """Divides the student's logits, while sampling and in the objective alike."""
+    top_p: float = number(1.0, above=0, maximum=1)
+    """Nucleus: keep the smallest set of tokens with this probability. 1 keeps all."""
+    top_k: int = number(0, minimum=0)
+    """Keep the k most likely tokens. 0 keeps all."""
+    max_response_tokens: int = number(1024, minimum=1)
+    """A response is cut here, and recorded as truncated."""
+    stop_token_ids: list[int] = field(default_factory=list)
+    """Further tokens that end a response, beside those of the tokenizer and of generation_config.json."""
+
+
+@dataclass
+class RolloutConfig:
+    """Rollout actors: vLLM engines that sample trajectories."""
+
+    replicas: int = number(1, minimum=1)
+    """How many rollout actors."""
+    gpus_per_replica: float | None = number(None, minimum=0)
+    """GPUs of one actor. Null: one for each tensor-parallel rank, or a share where the cluster has a single GPU."""
+    cpus_per_replica: float = number(1.0, minimum=0)
+    """CPU cores that Ray reserves for one actor."""
+    tensor_parallel_size: int = number(1, minimum=1)
+    """GPUs that one engine spreads its weights over."""
+    dtype: Dtype = "bfloat16"
+    """Data type of the engine's weights, and so of a published weight version."""
+    engine: dict[str, Any] = field(default_factory=dict)
+    """Any further option of vLLM's engine, passed on as it is, for example `max_num_seqs: 256`."""
+
+
+@dataclass
+class TeacherConfig:
+    """Teacher actors: frozen models that score what the student wrote."""
+
+    model: str = "???"
+    """Hugging Face model directory or hub name, with the student's tokenizer."""
+    replicas: int = number(1, minimum=1)
+    """How many actors of this teacher."""
+    gpus_per_replica: float | None = number(None, minimum=0)
+    """GPUs of one actor. Null: one, or a share where the cluster has a single GPU."""
+    cpus_per_replica: float = number(1.0, minimum=0)
+    """CPU cores that Ray reserves for one actor."""
+    dtype: Dtype = "bfloat16"
+    """Data type of the weights. Log-probs are always computed in float32."""
+    signal: Literal["sampled", "topk", "full"] = "sampled"
+    """What is sent for each token: its own log-prob; with the teacher's `top_k` tokens; with the whole vocabulary."""
+    top_k: int = number(64, minimum=2)
+    """Size of the support when `signal` is `topk`."""
+    microbatch_tokens: int = number(16384, minimum=1)
+    """Tokens of one forward pass, padding included."""
+    head_chunk_tokens: int = number(1024, minimum=1)
+    """Tokens that the language-model head is applied to at a time: [chunk, vocabulary] is the largest array."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Only for sources you have read."""

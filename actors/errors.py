@@ -1,0 +1,41 @@
+"""The failures that every floor may raise.
+
+`UserError` is for what the person at the keyboard can mend: the command line turns it into one line and exit status 2.
+`CampaignError` and its kind are for what broke while running: exit status 1. Nothing else is caught on the way up.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """Input that is at fault: which file or key, what was found, what was expected, and the nearest valid name."""
+
+    def __init__(self, where: str, found: object, expected: str, choices: Iterable[str] = ()):
+        """`where` is a configuration key or a path; `choices` are valid names, from which the nearest is suggested."""
+        self.where, self.found, self.expected = where, found, expected
+        nearest = difflib.get_close_matches(str(found), list(choices), n=1)
+        hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""
+        super().__init__(" ".join(f"{where}: found {found}, expected {expected}{hint}".split()))
+
+    def __reduce__(self) -> tuple:
+        # Exceptions are pickled by their arguments when they cross from an actor; ours are not those of __init__.
+        return _restore_user_error, (self.where, str(self.found), self.expected, str(self))
+
+
+def _restore_user_error(where: str, found: str, expected: str, message: str) -> UserError:
+    error = UserError(where, found, expected)
+    error.args = (message,)
+    return error
+
+
+class CampaignError(Exception):
+    """A campaign cannot go on; the message names the actor or the step, the cause, and what to do."""
+
+
+class WeightError(CampaignError):
+    """A weight version is incomplete, corrupt, or does not fit the model that should load it."""
+
+
+class NonFiniteLossError(CampaignError):
+    """The loss or the gradient is not finite; the weights were left as they were before the step."""

@@ -1,0 +1,148 @@
+"""The types that cross processes: what is asked of a rollout actor, what it wrote, and what a teacher said about it.
+
+Flat ragged arrays with offsets, never a Python object for each token. Row i of a ragged field `x` is
+`x[x_offsets[i]:x_offsets[i + 1]]`. Shapes: B trajectories, P prompt tokens in all, N response tokens in all,
+K support size, V vocabulary size.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+FINISH_REASONS = ("stop", "length", "abort")
+"""What `Trajectories.finish_reasons` indexes, in vLLM's words."""
+
+EVALUATION_EPOCH = -1
+"""The epoch of trajectories that are sampled to be looked at and are never trained on."""
+
+
+class TrajectoryId(NamedTuple):
+    """Names one sample for ever: a retry keeps the id and the seed. Example: TrajectoryId(epoch=0, prompt=17, sample=3)."""
+
+    epoch: int
+    prompt: int
+    sample: int
+
+    def __str__(self) -> str:
+        return f"{self.epoch}/{self.prompt}/{self.sample}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Requests:
+    """Samples to be drawn. Example: two samples of one prompt of three tokens have B = 2 and P = 6."""
+
+    ids: np.ndarray
+    """[B, 3] int64: epoch, prompt, sample."""
+    seeds: np.ndarray
+    """[B] int64: seed of the sampler, a function of the id and the campaign's seed."""
+    prompt_tokens: np.ndarray
+    """[P] int32."""
+    prompt_offsets: np.ndarray
+    """[B + 1] int64."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trajectories:
+    """What the student wrote. Every array is aligned with `ids` or, through the offsets, with the tokens."""
+
+    ids: np.ndarray
+    """[B, 3] int64: epoch, prompt, sample."""
+    prompt_tokens: np.ndarray
+    """[P] int32."""
+    prompt_offsets: np.ndarray
+    """[B + 1] int64."""
+    response_tokens: np.ndarray
+    """[N] int32, with the end-of-sequence token where the student wrote one."""
+    response_offsets: np.ndarray
+    """[B + 1] int64."""
+    behaviour_logprobs: np.ndarray
+    """[N] float32: log-prob of the token under the distribution it was sampled from."""
+    policy_versions: np.ndarray
+    """[N] int32: version of the weights that sampled the token."""
+    finish_reasons: np.ndarray
+    """[B] uint8: index into FINISH_REASONS."""
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """[B] response lengths in tokens."""
+        return np.diff(self.response_offsets)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TeacherScores:
+    """What one teacher thinks of the same tokens. A missing or non-finite score is NaN, and masks its token."""
+
+    ids: np.ndarray
+    """[B, 3] int64: epoch, prompt, sample."""
+    response_offsets: np.ndarray
+    """[B + 1] int64, as in the trajectories that were scored."""
+    logprobs: np.ndarray
+    """[N] float32: log q(y_t | c_t), at temperature 1."""
+    support_ids: np.ndarray
+    """[N, K] int32: tokens of the support, most likely first; [N, 0] for the signals `sampled` and `full`."""
+    support_logprobs: np.ndarray
+    """[N, K] float32: the teacher's log-probs of `support_ids` (not renormalised); [N, V] for `full`, [N, 0] for `sampled`."""
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+def offsets_of(lengths: Iterable[int]) -> np.ndarray:
+    """[B] lengths -> [B + 1] offsets, int64."""
+    return np.concatenate([[0], np.cumsum(np.fromiter(lengths, np.int64))]).astype(np.int64)
+
+
+def ragged_rows(values: np.ndarray, offsets: np.ndarray, rows: Sequence[int] | np.ndarray) -> np.ndarray:
+    """The named rows of a ragged field ([N, ...], with [B + 1] offsets), one after the other."""
+    lengths = np.diff(offsets)[rows]
+    within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    return values[np.repeat(offsets[:-1][rows], lengths) + within]
+
+
+def _rows_of(ids: np.ndarray, batches: Sequence[Trajectories] | Sequence[TeacherScores]) -> np.ndarray:
+    """Positions of `ids` [M, 3] among the concatenated rows of the batches; KeyError names an id that is not there."""
+    place = {tuple(row): i for i, row in enumerate(np.concatenate([batch.ids for batch in batches]).tolist())}
+    return np.array([place[tuple(row)] for row in np.asarray(ids).tolist()], np.int64)
+
+
+def select_trajectories(ids: np.ndarray, batches: Sequence[Trajectories]) -> Trajectories:
+    """The trajectories with these ids [M, 3], in this order, from batches that hold them and perhaps others."""
+    rows = _rows_of(ids, batches)
+    prompt_offsets = offsets_of(np.concatenate([np.diff(b.prompt_offsets) for b in batches]))
+    response_offsets = offsets_of(np.concatenate([b.lengths for b in batches]))
+
+    def tokens(name: str, offsets: np.ndarray) -> np.ndarray:
+        return ragged_rows(np.concatenate([getattr(b, name) for b in batches]), offsets, rows)
+
+    return Trajectories(
+        ids=np.asarray(ids, np.int64),
+        prompt_tokens=tokens("prompt_tokens", prompt_offsets),
+        prompt_offsets=offsets_of(np.diff(prompt_offsets)[rows]),
+        response_tokens=tokens("response_tokens", response_offsets),
+        response_offsets=offsets_of(np.diff(response_offsets)[rows]),
+        behaviour_logprobs=tokens("behaviour_logprobs", response_offsets),
+        policy_versions=tokens("policy_versions", response_offsets),
+        finish_reasons=np.concatenate([b.finish_reasons for b in batches])[rows],
+    )
+
+
+def select_scores(ids: np.ndarray, batches: Sequence[TeacherScores]) -> TeacherScores:
+    """The scores with these ids [M, 3], in this order, from batches of one kind of signal."""
+    rows = _rows_of(ids, batches)
+    offsets = offsets_of(np.concatenate([np.diff(b.response_offsets) for b in batches]))
+
+    def tokens(name: str) -> np.ndarray:
+        return ragged_rows(np.concatenate([getattr(b, name) for b in batches]), offsets, rows)
+
+    return TeacherScores(
+        ids=np.asarray(ids, np.int64),
+        response_offsets=offsets_of(np.diff(offsets)[rows]),
+        logprobs=tokens("logprobs"),
+        support_ids=tokens("support_ids"),
+        support_logprobs=tokens("support_logprobs"),
+    )
