@@ -1,0 +1,252 @@
+"""Hugging Face model directories: found, loaded, and compared, with every fault of theirs as one line.
+
+A hub name is resolved to a directory once; from there on all is local. torch and transformers are imported when a
+function needs them. `key` is always the configuration key that named the model, for example "student.model".
+Shapes: V vocabulary size of the model, H hidden size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from actors.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
+CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length")
+MODEL_DIRECTORY = "a Hugging Face model directory (config.json, safetensors, tokenizer)"
+BLOCK_BYTES, BLOCKS = 1 << 16, 64
+
+
+def looks_local(name: str) -> bool:
+    """Whether a name means a path and never a hub: it exists, is written like a path, or lies in a folder that exists."""
+    path = Path(name).expanduser()
+    if path.exists() or name.startswith(("/", ".", "~")) or name.count("/") > 1:
+        return True
+    return "/" in name and path.parent.exists()
+
+
+def find_model(model: str, key: str, *, weights: bool = True, code: bool = False) -> Path:
+    """The directory of a model: the path itself, or the hub's snapshot (downloaded unless it is in the cache).
+
+    weights: also fetch the safetensors; code: also fetch Python files. UserError: no such directory, no config.json,
+    or a hub that does not answer or does not know the name.
+    """
+    if looks_local(model):
+        path = Path(model).expanduser().absolute()
+        if not path.is_dir():
+            siblings = [str(p) for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
+            raise UserError(key, path, "an existing directory: " + MODEL_DIRECTORY, siblings)
+    else:
+        from huggingface_hub import snapshot_download
+
+        patterns = [*SMALL_FILES, *(["*.safetensors"] if weights else []), *(["*.py"] if code else [])]
+        with as_user_error(key, f"the hub name {model}", "a local directory, a cached hub name, or a hub that answers"):
+            path = Path(snapshot_download(model, allow_patterns=patterns))
+    if not (path / "config.json").is_file():
+        raise UserError(key, f"{path} without config.json", MODEL_DIRECTORY)
+    return path
+
+
+def load_config(model: str, trust_remote_code: bool, key: str) -> PreTrainedConfig:
+    """The configuration of the model. UserError: as find_model, or config.json cannot be read or is of no known kind."""
+    from transformers import AutoConfig
+
+    path = find_model(model, key, weights=False, code=trust_remote_code)
+    with as_user_error(key, path / "config.json", "a configuration that transformers can read"):
+        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+
+
+def load_tokenizer(model: str, trust_remote_code: bool, key: str) -> PreTrainedTokenizerBase:
+    """The model's tokenizer. UserError: as find_model, or there are no tokenizer files, or they cannot be read."""
+    from transformers import AutoTokenizer
+
+    path = find_model(model, key, weights=False, code=trust_remote_code)
+    if not any((path / name).is_file() for name in TOKENIZER_FILES):
+        raise UserError(key, f"{path} without a tokenizer", "tokenizer.json beside config.json")
+    with as_user_error(key, path, "a tokenizer that transformers can read"):
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+
+
+def load_model(model: str, dtype: str, device: str, trust_remote_code: bool, key: str) -> PreTrainedModel:
+    """The causal language model in evaluation mode, with sdpa attention, on `device` ("cpu", "cuda:0").
+
+    dtype: "float32", "bfloat16" or "float16". Every weight comes from the files: a tensor that they lack is an error,
+    never a random start. UserError: as find_model and check_weights, or the weights do not fit config.json.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    path = find_model(model, key, code=trust_remote_code)
+    check_weights(path, key)
+    with as_user_error(key, path, "a causal language model whose weights fit its config.json"):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=getattr(torch, dtype),
+            attn_implementation="sdpa",
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+        )
+    network, report = loaded
+    if report["missing_keys"]:
+        absent = sorted(report["missing_keys"])
+        raise UserError(key, f"{path} without {len(absent)} tensors, first {absent[0]}", "all weights of config.json")
+    return network.to(device).eval()
+
+
+def check_weights(model_dir: Path | str, key: str) -> None:
+    """Reads the header of every safetensors file. UserError: none is there, one is missing, corrupt or cut short."""
+    from safetensors import safe_open
+
+    path = Path(model_dir)
+    index = path / "model.safetensors.index.json"
+    names = sorted(p.name for p in path.glob("*.safetensors"))
+    if index.is_file():
+        with as_user_error(key, index, "a JSON object with weight_map"):
+            names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+    if not names:
+        raise UserError(key, f"{path} without *.safetensors", MODEL_DIRECTORY)
+    for name in names:
+        if not (path / name).is_file():
+            raise UserError(key, f"{path} without {name}", "every file that model.safetensors.index.json names")
+        with as_user_error(key, path / name, "a whole safetensors file"), safe_open(path / name, "numpy"):
+            pass
+
+
+def stop_token_ids(model_dir: Path | str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens that end a response, ascending: the tokenizer's eos, and those of generation_config.json where it is."""
+    found = {tokenizer.eos_token_id}
+    file = Path(model_dir) / "generation_config.json"
+    if file.is_file():
+        eos = json.loads(file.read_text("utf-8")).get("eos_token_id")
+        found.update(eos if isinstance(eos, list) else [eos])
+    return sorted(found - {None})
+
+
+def context_length(config: PreTrainedConfig) -> int:
+    """Tokens that the model can read, prompt and response together. UserError: the configuration does not say."""
+    text = config.get_text_config()
+    for name in CONTEXT_NAMES:
+        if isinstance(getattr(text, name, None), int):
+            return getattr(text, name)
+    raise UserError(f"config.json of a {config.model_type} model", "no context length", " or ".join(CONTEXT_NAMES))
+
+
+def check_tokenizers_agree(
+    student_tok: PreTrainedTokenizerBase,
+    teacher_tok: PreTrainedTokenizerBase,
+    student_config: PreTrainedConfig,
+    teacher_config: PreTrainedConfig,
+    key: str,
+) -> None:
+    """UserError, on the teacher's `key`, unless the teacher can score the student's own token ids.
+
+    Every token of the student's tokenizer has the same id in the teacher's; both end a text with the same token; and
+    both models have a row for each of these ids. Not compared: padding, further tokens of the teacher, and how far the
+    models' vocabularies are padded (151936 and 152064, say).
+    """
+    ours, theirs = student_tok.get_vocab(), teacher_tok.get_vocab()
+    differing = [(id_, token) for token, id_ in ours.items() if theirs.get(token) != id_]
+    if differing:
+        id_, token = min(differing)
+        found = f"token {theirs[token]}" if token in theirs else "not in the vocabulary"
+        raise UserError(
+            key,
+            f"a tokenizer in which {token!r} is {found}",
+            f"the student's tokenizer, in which it is token {id_} ({len(differing)} of {len(ours)} tokens differ)",
+        )
+    for name in ("bos_token", "eos_token"):
+        found, wanted = getattr(teacher_tok, name), getattr(student_tok, name)
+        if found != wanted:
+            raise UserError(key, f"a tokenizer whose {name} is {found!r}", f"the student's, {wanted!r}")
+    for whose, config in (("student", student_config), ("teacher", teacher_config)):
+        size = config.get_text_config().vocab_size
+        if max(ours.values()) >= size:
+            expected = f"at least {max(ours.values()) + 1}, as the tokenizer has"
+            raise UserError(key, f"a {whose} model with a vocabulary of {size} tokens", expected)
+
+
+def fingerprint(model_dir: Path | str) -> str:
+    """32 hexadecimal digits that change with the model: its configuration, weights or tokenizer. Not with its place.
+
+    Of a file up to 4 MiB every byte counts; of a larger one its size and 64 blocks of 64 KiB spread over it.
+    """
+    path = Path(model_dir)
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted({p.name for pattern in (*SMALL_FILES, "*.safetensors") for p in path.glob(pattern)}):
+        size = (path / name).stat().st_size
+        digest.update(f"{name} {size}\n".encode())
+        with open(path / name, "rb") as file:
+            if size <= BLOCK_BYTES * BLOCKS:
+                digest.update(file.read())
+                continue
+            for block in range(BLOCKS):
+                file.seek((size - BLOCK_BYTES) * block // (BLOCKS - 1))
+                digest.update(file.read(BLOCK_BYTES))
+    return digest.hexdigest()
+
+
+def response_head(model: PreTrainedModel, key: str) -> tuple[torch.nn.Module, torch.Tensor, torch.Tensor | None]:
+    """(body, weight [V, H], bias [V] or None): logits = body(input_ids).last_hidden_state @ weight.T + bias.
+
+    Runs the model once on a few tokens, with a stand-in for what the head returns, and compares exactly, so that a
+    small soft cap shows as well as a large one. UserError: the architecture does something before or after its head.
+    """
+    import torch
+
+    body, head = model.base_model, model.get_output_embeddings()
+    seen: dict[str, Any] = {}
+
+    def keep_body(_module: Any, _arguments: Any, output: Any) -> None:
+        seen["hidden"] = output.last_hidden_state
+
+    def replace_logits(_module: Any, arguments: Any, output: torch.Tensor) -> torch.Tensor:
+        seen["input"] = arguments[0]
+        seen["output"] = (
+            torch.linspace(-200, 200, output.numel(), device=output.device).to(output.dtype).view_as(output)
+        )
+        return seen["output"]
+
+    plain = isinstance(head, torch.nn.Linear) and body is not model
+    if plain:
+        hooks = [body.register_forward_hook(keep_body), head.register_forward_hook(replace_logits)]
+        try:
+            with torch.no_grad():
+                logits = model(torch.arange(4, device=head.weight.device)[None], use_cache=False).logits
+        finally:
+            for hook in hooks:
+                hook.remove()
+        plain = {"hidden", "output"} <= seen.keys() and all(
+            torch.equal(a, b.to(a.dtype)) for a, b in ((seen["input"], seen["hidden"]), (logits, seen["output"]))
+        )
+    if not plain:
+        raise UserError(
+            key,
+            f"the architecture {type(model).__name__}, which does more than its output layer on the way to the logits",
+            "logits = weight @ hidden state + bias (no soft cap, no scaling)",
+        )
+    return body, head.weight, head.bias
+
+
+@contextmanager
+def as_user_error(key: str, what: object, expected: str) -> Iterator[None]:
+    """Whatever a library raises while it reads `what`, down to a bare Exception, is the input's fault."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(key, f"{what} ({reason[0][:200]})", expected) from error

@@ -1,0 +1,256 @@
+"""Prompts: read, rendered and tokenised once, and issued in a seeded order that one integer remembers.
+
+The k-th prompt that a campaign issues is a pure function of k and the seed, so a cursor is all that a checkpoint
+keeps. Order and seeds are hashes and raw generator streams, the same with every version of the libraries. Shapes: M
+prompts, P prompt tokens in all, B requests.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import chain, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from actors.config import PromptsConfig
+from actors.errors import UserError
+from actors.models import as_user_error
+from actors.trajectory import Requests, offsets_of, ragged_rows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+BATCH = 1024
+"""Records that are rendered and tokenised at a time."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptSet:
+    """Prompts in the order of their file. Example: prompt 1 is tokens[offsets[1]:offsets[2]]."""
+
+    tokens: np.ndarray
+    """[P] int32."""
+    offsets: np.ndarray
+    """[M + 1] int64."""
+    references: list[str | None]
+    """[M] what a verifier compares with, where there is something."""
+    texts: list[str]
+    """[M] what was tokenised: the prompt after the chat template."""
+
+    def __len__(self) -> int:
+        return len(self.references)
+
+    def tokens_of(self, prompt: int) -> np.ndarray:
+        """Token ids of one prompt, [length] int32."""
+        return self.tokens[self.offsets[prompt] : self.offsets[prompt + 1]]
+
+
+def load_prompts(
+    config: PromptsConfig, tokenizer: PreTrainedTokenizerBase, max_prompt_tokens: int, key: str
+) -> PromptSet:
+    """Reads, renders and tokenises every prompt of the file or dataset that `config` names.
+
+    max_prompt_tokens: the context less the room for a response. key: where the configuration stands, for example
+    "prompts" or "evaluation.prompts". Time and memory grow with the number of records. UserError: a file that is
+    missing, empty or broken; a record without the field, with a wrong type or a prompt that is too long (the first of
+    them, with its line, counted from 1).
+    """
+    if config.chat and not tokenizer.chat_template:
+        raise UserError(f"{key}.chat", "true, and a tokenizer without a chat template", "a chat template, or false")
+    unit, records = _records(config, key)
+    numbers: list[int] = []
+    references: list[str | None] = []
+    texts: list[str] = []
+    lengths: list[int] = []
+    tokens: list[np.ndarray] = []
+    records = islice(records, config.limit)
+    while batch := list(islice(records, BATCH)):
+        for number, record in batch:
+            where = f"{config.path}, {unit} {number}"
+            texts.append(
+                _render(_field(record, config.prompt_field, where, f"{key}.prompt_field"), config, tokenizer, where)
+            )
+            references.append(_reference(record, config.reference_field, where, key))
+            numbers.append(number)
+        # A chat template writes its own special tokens; a plain text gets those that the tokenizer puts around a text.
+        rows = tokenizer(
+            texts[-len(batch) :], add_special_tokens=not config.chat, return_attention_mask=False, verbose=False
+        )["input_ids"]
+        lengths += map(len, rows)
+        tokens.append(np.fromiter(chain.from_iterable(rows), np.int32))
+    if not texts:
+        raise UserError(config.path, "no records", "at least one prompt")
+    for wrong, expected in (
+        (np.flatnonzero(np.array(lengths) == 0), "at least one token"),
+        (
+            np.flatnonzero(np.array(lengths) > max_prompt_tokens),
+            f"at most {max_prompt_tokens}, which leaves room for the response",
+        ),
+    ):
+        if len(wrong):
+            found = f"a prompt of {lengths[wrong[0]]} tokens ({len(wrong)} of {len(texts)} prompts are like this)"
+            raise UserError(f"{config.path}, {unit} {numbers[wrong[0]]}", found, expected)
+    return PromptSet(tokens=np.concatenate(tokens), offsets=offsets_of(lengths), references=references, texts=texts)
+
+
+@lru_cache(maxsize=4)
+def prompt_order(seed: int, epoch: int, count: int, shuffle: bool) -> np.ndarray:
+    """[count] int64, read-only: the prompts 0 ... count - 1 in the order of this epoch. Not shuffled: as in the file."""
+    order = np.arange(count)
+    if shuffle:
+        # Raw streams of a bit generator are frozen in NumPy; those of `permutation` are not.
+        keys = np.random.Philox(key=_hash(f"order/{seed}/{epoch}")).random_raw(count)
+        order = np.argsort(keys, kind="stable")
+    order.flags.writeable = False
+    return order
+
+
+def position_to_id(cursor: int, seed: int, count: int, shuffle: bool) -> tuple[int, int]:
+    """The cursor-th prompt that is issued (from 0), among `count`: (epoch, prompt). Every epoch issues each prompt once."""
+    epoch, place = divmod(cursor, count)
+    return epoch, int(prompt_order(seed, epoch, count, shuffle)[place])
+
+
+def sample_seed(seed: int, epoch: int, prompt: int, sample: int) -> int:
+    """The sampler's seed of one trajectory, 0 <= seed < 2^63: a retry, a restart or another machine draws the same."""
+    return _hash(f"sample/{seed}/{epoch}/{prompt}/{sample}") >> 1
+
+
+def requests(prompt_set: PromptSet, ids: np.ndarray, campaign_seed: int) -> Requests:
+    """What a rollout actor needs to draw these samples. ids: [B, 3] of epoch, prompt, sample."""
+    ids = np.asarray(ids, np.int64).reshape(-1, 3)
+    rows = ids[:, 1]
+    return Requests(
+        ids=ids,
+        seeds=np.array([sample_seed(campaign_seed, *row) for row in ids.tolist()], np.int64),
+        prompt_tokens=ragged_rows(prompt_set.tokens, prompt_set.offsets, rows),
+        prompt_offsets=offsets_of(np.diff(prompt_set.offsets)[rows]),
+    )
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+
+
+def _records(config: PromptsConfig, key: str) -> tuple[str, Iterator[tuple[int, dict[str, Any]]]]:
+    """What the records are counted in, and (number from 1, record) for each."""
+    path = Path(config.path).expanduser()
+    if path.suffix == ".jsonl" or path.suffix == ".parquet" or path.is_file():
+        if not path.is_file():
+            near = [str(p) for p in path.parent.glob("*") if p.is_file()]
+            raise UserError(f"{key}.path", config.path, f"an existing file (here: {Path.cwd()})", near)
+        if path.suffix == ".jsonl":
+            return "line", _jsonl(path)
+        if path.suffix != ".parquet":
+            raise UserError(f"{key}.path", config.path, "a .jsonl or .parquet file, or the name of a dataset")
+        return "row", _arrow_rows(_parquet(path, config, key), config.path, key)
+    return "row", _arrow_rows(_dataset(path, config, key), config.path, key)
+
+
+def _jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            where, expected = f"{path}, line {number}", "a JSON object on each line"
+            try:
+                record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            except (ValueError, RecursionError) as error:
+                raise UserError(where, f"{line.strip()[:60]!r} ({error})", expected) from error
+            if not isinstance(record, dict):
+                raise UserError(where, f"{line.strip()[:60]!r}, a JSON {type(record).__name__}", expected)
+            yield number, record
+
+
+def _columns(names: list[str], config: PromptsConfig, key: str) -> list[str]:
+    present = dict.fromkeys(names)
+    _field(present, config.prompt_field, config.path, f"{key}.prompt_field")
+    _reference(present, config.reference_field, config.path, key)
+    return [name for name in (config.prompt_field, config.reference_field) if name is not None]
+
+
+def _parquet(path: Path, config: PromptsConfig, key: str) -> Iterator[Any]:
+    from pyarrow import parquet
+
+    file = parquet.ParquetFile(path)
+    yield from file.iter_batches(BATCH, columns=_columns(file.schema_arrow.names, config, key))
+
+
+def _dataset(path: Path, config: PromptsConfig, key: str) -> Iterator[Any]:
+    name, _, subset = config.path.partition(":")
+    import datasets
+    from huggingface_hub import HfApi
+
+    if path.is_dir():
+        name, subset = str(path), ""
+    elif not os.environ.get("HF_HUB_OFFLINE"):
+        HfApi().repo_info(name, repo_type="dataset")  # fails at once; load_dataset would try for half a minute
+    found = datasets.load_dataset(name, subset or None, split=config.split)
+    yield from found.select_columns(_columns(found.column_names, config, key)).with_format("arrow").iter(BATCH)
+
+
+def _arrow_rows(batches: Iterator[Any], path: str, key: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    number = 0
+    with as_user_error(
+        f"{key}.path",
+        path,
+        "a readable .jsonl or .parquet file, dataset directory, or dataset name on a hub that answers",
+    ):
+        for batch in batches:
+            for record in batch.to_pylist():
+                number += 1
+                yield number, record
+
+
+def _field(record: dict[str, Any], name: str, where: str, key: str) -> Any:
+    if name not in record:
+        raise UserError(key, name, f"a field of {where} ({', '.join(record)})", record)
+    return record[name]
+
+
+def _reference(record: dict[str, Any], name: str | None, where: str, key: str) -> str | None:
+    value = None if name is None else _field(record, name, where, f"{key}.reference_field")
+    if isinstance(value, list | dict | bytes):
+        raise UserError(where, f"{name} = {str(value)[:60]}", "a string, a number or null")
+    return None if value is None else str(value)
+
+
+def _render(prompt: Any, config: PromptsConfig, tokenizer: PreTrainedTokenizerBase, where: str) -> str:
+    """The text of one prompt, as the student will read it."""
+    if not _is_prompt(prompt, config.chat):
+        expected = "a string, or a list of messages with role and content that does not end with the assistant's"
+        raise UserError(
+            where,
+            f"{config.prompt_field} = {str(prompt)[:80]!r}",
+            expected if config.chat else "a string (chat is false)",
+        )
+    text = prompt
+    if config.chat:
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        with as_user_error(where, "a prompt that the chat template refuses", "messages that it accepts"):
+            text = tokenizer.apply_chat_template(
+                messages, **{"add_generation_prompt": True, **config.chat_template_arguments, "tokenize": False}
+            )
+    with as_user_error(where, "a prompt that is not Unicode text", "no lone surrogates"):
+        text.encode()
+    return text
+
+
+def _is_prompt(prompt: Any, chat: bool) -> bool:
+    if isinstance(prompt, str):
+        return bool(prompt)
+    if not chat or not isinstance(prompt, list) or not prompt:
+        return False
+    well_formed = all(
+        isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
+        for message in prompt
+    )
+    # A conversation that already holds the answer would teach the student nothing but to stop.
+    return well_formed and prompt[-1]["role"] != "assistant"
