@@ -1,0 +1,72 @@
+"""The rollout actor: samples trajectories with the newest weights it was given. A plain class, values in, values out."""
+
+import asyncio
+import time
+from typing import NamedTuple
+
+import numpy as np
+
+from actors.config import RolloutConfig, SamplingConfig
+from actors.trajectory import Requests, Trajectories
+from actors.vllm_engine import VllmEngine
+from actors.weights import WeightVersion
+
+
+class RolloutCounts(NamedTuple):
+    """What the campaign process must know of a batch of trajectories without opening it."""
+
+    lengths: np.ndarray
+    """[B] response tokens."""
+    oldest_versions: np.ndarray
+    """[B] version of each trajectory's oldest token."""
+    truncated: int
+    """Trajectories that were cut at the length limit."""
+    busy_seconds: float
+    """Seconds this engine has worked, since it was built."""
+
+
+class RolloutActor:
+    """One vLLM engine. Methods are coroutines, so that calls overlap and the engine batches them together."""
+
+    def __init__(
+        self,
+        model: str,
+        config: RolloutConfig,
+        sampling: SamplingConfig,
+        stop_token_ids: list[int],
+        seed: int,
+        trust_remote_code: bool = False,
+    ):
+        self._sampling = sampling
+        self._engine = VllmEngine(
+            model, config, sampling, stop_token_ids=stop_token_ids, seed=seed, trust_remote_code=trust_remote_code
+        )
+
+    async def generate(self, requests: Requests, greedy: bool = False) -> tuple[RolloutCounts, Trajectories]:
+        """Samples every request; returns when the last has finished."""
+        trajectories = await asyncio.wrap_future(self._engine.generate(requests, self._sampling, greedy=greedy))
+        counts = RolloutCounts(
+            trajectories.lengths,
+            np.minimum.reduceat(trajectories.policy_versions, trajectories.response_offsets[:-1]),
+            int((trajectories.finish_reasons == 1).sum()),
+            self._engine.busy_seconds,
+        )
+        return counts, trajectories
+
+    async def load_weights(self, manifest: WeightVersion, *buckets: np.ndarray) -> float:
+        """Verifies and loads a weight version in place; returns the seconds the engine stood still."""
+        start = time.perf_counter()
+        await asyncio.wrap_future(self._engine.load_weights(manifest, buckets))
+        return time.perf_counter() - start
+
+    async def status(self) -> dict[str, float | int | None]:
+        """Version of the weights, tokens sampled and busy seconds: what tells a working actor from a hung one."""
+        return {
+            "policy_version": self._engine.version,
+            "tokens_sampled": self._engine.tokens_sampled,
+            "busy_seconds": self._engine.busy_seconds,
+        }
+
+    async def close(self) -> None:
+        """Ends the engine's thread."""
+        self._engine.close()

@@ -1,0 +1,284 @@
+"""A vLLM engine and the one thread that drives it.
+
+Everything that touches the engine is a command, run by that thread between two engine steps: requests of one call
+enter together, and weights change only between steps, so an engine never computes with a mixture of versions.
+With one GPU (or none) the engine lives in this process and reads weights in place.
+"""
+
+import gc
+import itertools
+import os
+import queue
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from actors.config import RolloutConfig, SamplingConfig
+from actors.errors import CampaignError, UserError, WeightError
+from actors.trajectory import FINISH_REASONS, Requests, Trajectories, offsets_of
+from actors.weights import WeightVersion, verify
+
+T = TypeVar("T")
+
+CPU_KV_CACHE_BYTES = 256 << 20
+"""Without a size of its own, vLLM would take 92% of the machine's memory for each engine."""
+
+
+class _Call:
+    """The requests of one `generate`, until the last of them has finished."""
+
+    def __init__(self, requests: Requests):
+        self.future: Future = Future()
+        self._requests = requests
+        self._completions: list[Any] = [None] * len(requests.ids)
+        self._missing = len(requests.ids)
+
+    def finish(self, place: int, completion: Any) -> None:
+        self._completions[place] = completion
+        self._missing -= 1
+        if self._missing == 0:
+            self.future.set_result(_trajectories(self._requests, self._completions))
+
+    def fail(self, error: BaseException | None) -> None:
+        if error is not None and not self.future.done():
+            self.future.set_exception(error)
+
+
+class VllmEngine:
+    """Samples trajectories with continuous batching; its weights are those of a published version, never a checkpoint's."""
+
+    def __init__(
+        self,
+        model: str,
+        config: RolloutConfig,
+        sampling: SamplingConfig,
+        *,
+        stop_token_ids: Sequence[int] = (),
+        seed: int = 0,
+        trust_remote_code: bool = False,
+    ):
+        """Builds the engine with random weights: `load_weights` must come before `generate`.
+
+        UserError where vLLM refuses an option of `config.engine`.
+        """
+        self.version: int | None = None
+        self.busy_seconds = 0.0
+        self.tokens_sampled = 0
+        self._tensor_parallel = config.tensor_parallel_size > 1
+        self._stop_token_ids = sorted({*stop_token_ids, *sampling.stop_token_ids})
+        self._layout: tuple | None = None
+        self._failure: BaseException | None = None
+        self._waiting: dict[str, tuple[_Call, int]] = {}
+        self._commands: queue.Queue[tuple[Callable[[], Any], Future] | None] = queue.Queue()
+        self._names = itertools.count()
+        self._llm = _build(model, config, sampling, seed, trust_remote_code)
+        self._engine = self._llm.llm_engine
+        self._thread = threading.Thread(target=self._run, name="vllm-engine", daemon=True)
+        self._thread.start()
+
+    def generate(self, requests: Requests, sampling: SamplingConfig, *, greedy: bool = False) -> Future:
+        """Samples all B requests; the future's result is their Trajectories, in the order of the requests."""
+        call = _Call(requests)
+
+        def enter() -> None:
+            if self.version is None:
+                raise WeightError("this engine has not been given weights yet")
+            for place, prompt in enumerate(np.split(requests.prompt_tokens, requests.prompt_offsets[1:-1])):
+                params = self._sampling_params(sampling, int(requests.seeds[place]), greedy)
+                name = str(next(self._names))
+                self._engine.add_request(name, {"prompt_token_ids": prompt.tolist()}, params)
+                self._waiting[name] = (call, place)
+
+        self._submit(enter).add_done_callback(lambda entered: call.fail(entered.exception()))
+        return call.future
+
+    def load_weights(self, manifest: WeightVersion, buckets: Sequence[np.ndarray]) -> Future:
+        """Replaces all weights between two steps; requests that run go on with the new ones, their KV cache recomputed.
+
+        The bytes are verified, and names, shapes and dtypes compared with the previous version's, before anything is
+        touched: vLLM cannot take back an update that fails halfway, so such an engine refuses all further work.
+        """
+
+        def load() -> None:
+            verify(manifest, buckets)
+            layout = tuple((entry.name, entry.dtype, entry.shape) for entry in manifest.tensors)
+            if self._layout not in (None, layout):
+                raise WeightError(f"version {manifest.version} has other tensors than version {self.version}")
+            try:
+                self._replace_weights(manifest, buckets)
+            except Exception as error:
+                self._failure = error
+                raise WeightError(f"version {manifest.version} could not be loaded: {error}") from error
+            self._layout, self.version = layout, manifest.version
+
+        return self._submit(load)
+
+    def close(self) -> None:
+        """Ends the thread; what is still being generated is lost."""
+        self._commands.put(None)
+        self._thread.join(timeout=10)
+
+    def apply_model(self, function: Callable[[Any], T]) -> Future:
+        """Runs a function of the engine's torch module between two steps; the future's result is its list of one."""
+        return self._submit(lambda: self._llm.apply_model(function))
+
+    def _replace_weights(self, manifest: WeightVersion, buckets: Sequence[np.ndarray]) -> None:
+        with tempfile.TemporaryDirectory(dir="/dev/shm" if self._tensor_parallel else None) as folder:
+            update: dict[str, Any] = {"manifest": manifest}
+            if self._tensor_parallel:
+                update["paths"] = [str(Path(folder, str(i))) for i in range(len(buckets))]
+                for path, bucket in zip(update["paths"], buckets, strict=True):
+                    bucket.tofile(path)
+            else:
+                update["buckets"] = list(buckets)
+            self._llm.start_weight_update()
+            self._llm.update_weights({"update_info": update})
+            self._llm.finish_weight_update(str(manifest.version))
+        if not self._engine.reset_prefix_cache(reset_running_requests=True):
+            raise WeightError("vLLM kept the prefix cache of the old weights")
+
+    def _sampling_params(self, sampling: SamplingConfig, seed: int, greedy: bool) -> Any:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        return SamplingParams(
+            temperature=0.0 if greedy else sampling.temperature,
+            top_p=1.0 if greedy else sampling.top_p,
+            top_k=0 if greedy else sampling.top_k,
+            max_tokens=sampling.max_response_tokens,
+            stop_token_ids=self._stop_token_ids,
+            seed=seed,
+            logprobs=0,
+            flat_logprobs=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+
+    def _submit(self, command: Callable[[], T]) -> Future:
+        future: Future = Future()
+        self._commands.put((command, future))
+        return future
+
+    def _run(self) -> None:
+        while True:
+            idle = not self._waiting
+            try:
+                item = self._commands.get(block=idle)
+            except queue.Empty:
+                self._step()
+                continue
+            if item is None:
+                return
+            command, future = item
+            if self._failure is not None:
+                future.set_exception(CampaignError(f"the vLLM engine has failed: {self._failure!r}"))
+                continue
+            try:
+                future.set_result(command())
+            except Exception as error:  # becomes the caller's
+                future.set_exception(error)
+
+    def _step(self) -> None:
+        start = time.perf_counter()
+        try:
+            for output in self._engine.step():
+                if output.finished:
+                    self.tokens_sampled += len(output.outputs[0].token_ids)
+                    call, place = self._waiting[output.request_id]
+                    call.finish(place, output.outputs[0])
+                    del self._waiting[output.request_id]
+        except Exception as error:  # every waiting and later call learns of it
+            self._failure = error
+            for call, _ in self._waiting.values():
+                call.fail(CampaignError(f"the vLLM engine has failed: {error!r}"))
+            self._waiting.clear()
+        self.busy_seconds += time.perf_counter() - start
+
+
+def _build(model: str, config: RolloutConfig, sampling: SamplingConfig, seed: int, trust_remote_code: bool) -> Any:
+    import torch
+
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    if not torch.cuda.is_available():
+        # The first request with log-probs would otherwise compile for ten seconds, and need a C++ compiler.
+        os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
+    if config.tensor_parallel_size == 1:
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    # Importing vLLM makes millions of objects that stay; collecting them again and again takes seconds of the start.
+    gc.disable()
+    try:
+        from vllm import LLM
+
+        from actors.vllm_worker import BACKEND
+
+        gc.freeze()
+        options: dict[str, Any] = {
+            "model": model,
+            "dtype": config.dtype,
+            "tensor_parallel_size": config.tensor_parallel_size,
+            "load_format": "dummy",
+            "skip_tokenizer_init": True,
+            "trust_remote_code": trust_remote_code,
+            "seed": seed,
+            "disable_log_stats": True,
+            "weight_transfer_config": {"backend": BACKEND},
+            "worker_extension_cls": "actors.vllm_worker.WorkerExtension",
+            # Log-probs of the distribution that is sampled from; at temperature 1 without filters both modes agree.
+            "logprobs_mode": "raw_logprobs"
+            if (sampling.temperature, sampling.top_p, sampling.top_k) == (1.0, 1.0, 0)
+            else "processed_logprobs",
+        }
+        if not torch.cuda.is_available():
+            options |= {"kv_cache_memory_bytes": CPU_KV_CACHE_BYTES, "enforce_eager": True}
+            _skip_model_inspection(model)
+        try:
+            return LLM(**options | config.engine)
+        except TypeError as error:
+            raise UserError(
+                "rollout.engine", ", ".join(config.engine), f"options of vLLM's engine ({error})"
+            ) from error
+    finally:
+        gc.enable()
+
+
+def _skip_model_inspection(model: str) -> None:
+    """On its first run on a machine vLLM inspects the model class in a subprocess, which imports vLLM again: 8 s.
+
+    The class is inspected in this process instead. The names are private to vLLM: without them, it takes the 8 s.
+    """
+    try:
+        from transformers import AutoConfig
+        from vllm.model_executor.models.registry import ModelRegistry, _RegisteredModel
+
+        for name in AutoConfig.from_pretrained(model).architectures:
+            ModelRegistry.models[name] = _RegisteredModel.from_model_cls(ModelRegistry.models[name].load_model_cls())
+    except (ImportError, AttributeError, KeyError, ValueError, TypeError, OSError):
+        return
+
+
+def _trajectories(requests: Requests, completions: Sequence[Any]) -> Trajectories:
+    """vLLM's completions, one for each request and in their order, as flat arrays."""
+    lengths = [len(completion.token_ids) for completion in completions]
+    versions = np.empty(sum(lengths), np.int32)
+    start = 0
+    for completion, length in zip(completions, lengths, strict=True):
+        for span in completion.weight_versions:
+            versions[start + span.start : start + span.end] = int(span.version)
+        start += length
+    return Trajectories(
+        ids=requests.ids,
+        prompt_tokens=requests.prompt_tokens,
+        prompt_offsets=requests.prompt_offsets,
+        response_tokens=np.concatenate([np.asarray(c.token_ids, np.int32) for c in completions]),
+        response_offsets=offsets_of(lengths),
+        # logprobs=0 asks for the sampled token only, so each position holds exactly one.
+        behaviour_logprobs=np.concatenate([np.asarray(c.logprobs.logprobs, np.float32) for c in completions]),
+        policy_versions=versions,
+        finish_reasons=np.array([FINISH_REASONS.index(c.finish_reason) for c in completions], np.uint8),
+    )

@@ -1,0 +1,129 @@
+"""Weight versions: what the learner publishes and every engine loads.
+
+A version is a few contiguous uint8 buckets and a manifest that says where each tensor lies in them. Buckets go through
+the object store once and are read in place: nothing here copies a tensor that a view can serve.
+"""
+
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import xxhash
+
+from actors.errors import WeightError
+
+ALIGNMENT_BYTES = 64
+"""Tensors start at multiples of this, so that views are aligned for vector loads."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """Where one tensor lies. Example: TensorEntry("model.norm.weight", "float32", (64,), 0, 128, 256, 0x1f2e…)."""
+
+    name: str
+    """Name in a Hugging Face checkpoint."""
+    dtype: str
+    """Name of a torch dtype."""
+    shape: tuple[int, ...]
+    bucket: int
+    """Index of the bucket that holds it; a tensor is never split."""
+    offset: int
+    """Bytes from the start of the bucket."""
+    nbytes: int
+    checksum: int
+    """xxh3-64 of its bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class WeightVersion:
+    """The manifest of one weight version."""
+
+    version: int
+    """Policy version, 0 = initial weights."""
+    tensors: tuple[TensorEntry, ...]
+    bucket_bytes: tuple[int, ...]
+    """Size of each bucket."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buckets."""
+        return sum(self.bucket_bytes)
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """`"bfloat16"` -> `torch.bfloat16`."""
+    return getattr(torch, name)
+
+
+def as_tensor(buffer: np.ndarray, dtype: str, shape: tuple[int, ...], offset: int, nbytes: int) -> torch.Tensor:
+    """A tensor that views `nbytes` bytes of a uint8 buffer from `offset` on; not to be written to."""
+    with warnings.catch_warnings():
+        # Arrays from the object store are read-only, which torch cannot express and warns about.
+        warnings.filterwarnings("ignore", message=".*not writable.*")
+        return torch.frombuffer(buffer[offset : offset + nbytes], dtype=torch_dtype(dtype)).view(shape)
+
+
+def lay_out(shapes: Iterable[tuple[str, tuple[int, ...]]], dtype: str, bucket_bytes: int) -> list[list[TensorEntry]]:
+    """Places tensors (name, shape) one after the other into buckets of at most `bucket_bytes`; larger ones get their own."""
+    itemsize = torch_dtype(dtype).itemsize
+    buckets: list[list[TensorEntry]] = []
+    end = bucket_bytes + 1
+    for name, shape in shapes:
+        nbytes = int(np.prod(shape, dtype=np.int64)) * itemsize
+        start = -(-end // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+        if start + nbytes > bucket_bytes:
+            buckets.append([])
+            start = 0
+        buckets[-1].append(TensorEntry(name, dtype, tuple(shape), len(buckets) - 1, start, nbytes, 0))
+        end = start + nbytes
+    return buckets
+
+
+def pack(
+    version: int, named_tensors: Sequence[tuple[str, torch.Tensor]], dtype: str, bucket_bytes: int
+) -> Iterator[np.ndarray | WeightVersion]:
+    """Yields the buckets ([bytes] uint8), cast to `dtype`, each as soon as it is filled; then the manifest."""
+    tensors = dict(named_tensors)
+    entries: list[TensorEntry] = []
+    sizes: list[int] = []
+    for places in lay_out([(name, tuple(t.shape)) for name, t in named_tensors], dtype, bucket_bytes):
+        bucket = np.empty(places[-1].offset + places[-1].nbytes, np.uint8)
+        for place in places:
+            window = bucket[place.offset : place.offset + place.nbytes]
+            # One pass does the cast, the gather and, from a GPU, the transfer.
+            as_tensor(bucket, dtype, place.shape, place.offset, place.nbytes).copy_(tensors[place.name].detach())
+            entries.append(
+                TensorEntry(
+                    place.name,
+                    dtype,
+                    place.shape,
+                    place.bucket,
+                    place.offset,
+                    place.nbytes,
+                    xxhash.xxh3_64_intdigest(window),
+                )
+            )
+        sizes.append(len(bucket))
+        yield bucket
+    yield WeightVersion(version, tuple(entries), tuple(sizes))
+
+
+def verify(manifest: WeightVersion, buckets: Sequence[np.ndarray]) -> None:
+    """WeightError unless every bucket has its size and every tensor its checksum."""
+    sizes = tuple(bucket.nbytes for bucket in buckets)
+    if sizes != manifest.bucket_bytes:
+        raise WeightError(f"version {manifest.version}: buckets of {sizes} bytes, expected {manifest.bucket_bytes}")
+    for entry in manifest.tensors:
+        found = xxhash.xxh3_64_intdigest(buckets[entry.bucket][entry.offset : entry.offset + entry.nbytes])
+        if found != entry.checksum:
+            raise WeightError(
+                f"version {manifest.version}: {entry.name} has checksum {found:016x}, expected {entry.checksum:016x}"
+            )
+
+
+def unpack(manifest: WeightVersion, buckets: Sequence[np.ndarray]) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor) for every tensor, as views of the buckets."""
+    for entry in manifest.tensors:
+        yield entry.name, as_tensor(buckets[entry.bucket], entry.dtype, entry.shape, entry.offset, entry.nbytes)
