@@ -248,5 +248,5 @@ def as_user_error(key: str, what: object, expected: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(key, f"{what} ({reason[0][:200]})", expected) from error
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(key, f"{what} ({type(error).__name__}: {reason})", expected) from error
