@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -62,7 +63,9 @@ def load_config(model: str, trust_remote_code: bool, key: str) -> PreTrainedConf
     from transformers import AutoConfig
 
     path = find_model(model, key, weights=False, code=trust_remote_code)
-    with as_user_error(key, path / "config.json", "a configuration that transformers can read"):
+    file = path / "config.json"
+    own_code = ", or trust_remote_code: true to run the code it names" if b"auto_map" in file.read_bytes() else ""
+    with as_user_error(key, file, f"a configuration that transformers can read{own_code}"):
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
 
 
@@ -87,22 +90,37 @@ def load_model(model: str, dtype: str, device: str, trust_remote_code: bool, key
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
-    logging.disable_progress_bar()
     path = find_model(model, key, code=trust_remote_code)
+    config = load_config(str(path), trust_remote_code, key)
     check_weights(path, key)
-    with as_user_error(key, path, "a causal language model whose weights fit its config.json"):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path,
-            dtype=getattr(torch, dtype),
-            attn_implementation="sdpa",
-            use_safetensors=True,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-        )
+    logging.disable_progress_bar()
+    verbosity = logging.get_verbosity()
+    try:
+        logging.set_verbosity_error()  # what it would print as a table, we say in one line
+        with as_user_error(key, path, "a causal language model with sdpa attention"):
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                path,
+                config=config,
+                dtype=getattr(torch, dtype),
+                attn_implementation="sdpa",
+                use_safetensors=True,
+                trust_remote_code=trust_remote_code,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
+    finally:
+        logging.set_verbosity(verbosity)
     network, report = loaded
-    if report["missing_keys"]:
-        absent = sorted(report["missing_keys"])
+    absent, unused = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
+    if report["mismatched_keys"]:
+        name, stored, wanted = sorted(report["mismatched_keys"])[0]
+        raise UserError(key, f"{path} with {name} of shape {list(stored)}", f"{list(wanted)}, as config.json says")
+    if absent:
         raise UserError(key, f"{path} without {len(absent)} tensors, first {absent[0]}", "all weights of config.json")
+    if unused:
+        warnings.warn(
+            f"{path} holds {len(unused)} tensors that its config.json has no use for, first {unused[0]}", stacklevel=2
+        )
     return network.to(device).eval()
 
 
@@ -178,6 +196,17 @@ def check_tokenizers_agree(
             raise UserError(key, f"a {whose} model with a vocabulary of {size} tokens", expected)
 
 
+def template_difference(student_tok: PreTrainedTokenizerBase, teacher_tok: PreTrainedTokenizerBase) -> str | None:
+    """A remark, not an error, where the teacher's chat template writes a question differently: it reads the student's."""
+    if not student_tok.chat_template or not teacher_tok.chat_template:
+        return None
+    ours, theirs = (
+        tok.apply_chat_template([{"role": "user", "content": "…"}], tokenize=False, add_generation_prompt=True)
+        for tok in (student_tok, teacher_tok)
+    )
+    return None if ours == theirs else f"the teacher's own chat template writes {theirs!r}, the student's {ours!r}"
+
+
 def fingerprint(model_dir: Path | str) -> str:
     """32 hexadecimal digits that change with the model: its configuration, weights or tokenizer. Not with its place.
 
@@ -248,5 +277,5 @@ def as_user_error(key: str, what: object, expected: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = " ".join(str(error).strip().splitlines()[:2])[:200]
         raise UserError(key, f"{what} ({type(error).__name__}: {reason})", expected) from error

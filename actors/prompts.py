@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -21,7 +20,7 @@ import numpy as np
 
 from actors.config import PromptsConfig
 from actors.errors import UserError
-from actors.models import as_user_error
+from actors.models import as_user_error, looks_local
 from actors.trajectory import Requests, offsets_of, ragged_rows
 
 if TYPE_CHECKING:
@@ -142,10 +141,10 @@ def _hash(text: str) -> int:
 def _records(config: PromptsConfig, key: str) -> tuple[str, Iterator[tuple[int, dict[str, Any]]]]:
     """What the records are counted in, and (number from 1, record) for each."""
     path = Path(config.path).expanduser()
-    if path.suffix == ".jsonl" or path.suffix == ".parquet" or path.is_file():
+    if path.suffix in (".jsonl", ".parquet") or path.is_file() or (looks_local(config.path) and not path.is_dir()):
         if not path.is_file():
-            near = [str(p) for p in path.parent.glob("*") if p.is_file()]
-            raise UserError(f"{key}.path", config.path, f"an existing file (here: {Path.cwd()})", near)
+            near = [str(p) for p in path.parent.glob("*")]
+            raise UserError(f"{key}.path", path, f"an existing .jsonl or .parquet file (from {Path.cwd()})", near)
         if path.suffix == ".jsonl":
             return "line", _jsonl(path)
         if path.suffix != ".parquet":
@@ -184,25 +183,23 @@ def _parquet(path: Path, config: PromptsConfig, key: str) -> Iterator[Any]:
 
 
 def _dataset(path: Path, config: PromptsConfig, key: str) -> Iterator[Any]:
-    name, _, subset = config.path.partition(":")
     import datasets
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, is_offline_mode
 
+    name, _, subset = config.path.partition(":")
     if path.is_dir():
         name, subset = str(path), ""
-    elif not os.environ.get("HF_HUB_OFFLINE"):
+    elif not is_offline_mode():
         HfApi().repo_info(name, repo_type="dataset")  # fails at once; load_dataset would try for half a minute
+    datasets.disable_progress_bars()
     found = datasets.load_dataset(name, subset or None, split=config.split)
     yield from found.select_columns(_columns(found.column_names, config, key)).with_format("arrow").iter(BATCH)
 
 
 def _arrow_rows(batches: Iterator[Any], path: str, key: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    expected = "a Parquet file, a directory of data files, or a dataset (owner/name or owner/name:subset) on a hub that answers"
     number = 0
-    with as_user_error(
-        f"{key}.path",
-        path,
-        "a readable .jsonl or .parquet file, dataset directory, or dataset name on a hub that answers",
-    ):
+    with as_user_error(f"{key}.path", path, expected):
         for batch in batches:
             for record in batch.to_pylist():
                 number += 1

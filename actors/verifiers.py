@@ -114,9 +114,8 @@ def _user_function(name: str, key: str) -> Verifier:
         module = importlib.import_module(module_name)
     function = getattr(module, attribute, None)
     if not callable(function):
-        what = "is not callable" if hasattr(module, attribute) else "is not there"
-        expected = f"a function of {module.__file__}"
-        raise UserError(f"{key}.name", f"{name}, of which {attribute!r} {what}", expected, vars(module))
+        functions = [f"{module_name}:{name}" for name, value in vars(module).items() if callable(value)]
+        raise UserError(f"{key}.name", name, f"a function of {module.__file__}", functions)
 
     def verify(response: str, reference: str | None) -> float:
         with as_user_error(f"{key}.name", f"{name}, which failed", "a reward for (response, reference)"):
