@@ -22,7 +22,7 @@ class RolloutCounts(NamedTuple):
     truncated: int
     """Trajectories that were cut at the length limit."""
     busy_seconds: float
-    """Seconds this engine has worked, since it was built."""
+    """Seconds this engine has worked since it last said so."""
 
 
 class RolloutActor:
@@ -38,6 +38,7 @@ class RolloutActor:
         trust_remote_code: bool = False,
     ):
         self._sampling = sampling
+        self._reported_seconds = 0.0
         self._engine = VllmEngine(
             model, config, sampling, stop_token_ids=stop_token_ids, seed=seed, trust_remote_code=trust_remote_code
         )
@@ -45,11 +46,13 @@ class RolloutActor:
     async def generate(self, requests: Requests, greedy: bool = False) -> tuple[RolloutCounts, Trajectories]:
         """Samples every request; returns when the last has finished."""
         trajectories = await asyncio.wrap_future(self._engine.generate(requests, self._sampling, greedy=greedy))
+        busy_seconds = self._engine.busy_seconds - self._reported_seconds
+        self._reported_seconds += busy_seconds
         counts = RolloutCounts(
             trajectories.lengths,
             np.minimum.reduceat(trajectories.policy_versions, trajectories.response_offsets[:-1]),
             int((trajectories.finish_reasons == 1).sum()),
-            self._engine.busy_seconds,
+            busy_seconds,
         )
         return counts, trajectories
 

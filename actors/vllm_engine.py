@@ -69,6 +69,7 @@ class VllmEngine:
         """
         self.version: int | None = None
         self.busy_seconds = 0.0
+        """Spent in engine steps since the engine was built."""
         self.tokens_sampled = 0
         self._tensor_parallel = config.tensor_parallel_size > 1
         self._stop_token_ids = sorted({*stop_token_ids, *sampling.stop_token_ids})

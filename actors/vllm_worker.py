@@ -57,7 +57,9 @@ class HostWeightTransferEngine(WeightTransferEngine[HostInitInfo, HostUpdateInfo
         """Copies every tensor into the model."""
         manifest: WeightVersion = update_info.manifest
         buckets = update_info.buckets or [np.memmap(path, np.uint8, "r") for path in update_info.paths]
-        self.model.load_weights(unpack(manifest, buckets))
+        self.model.load_weights(  # type: ignore[operator]
+            unpack(manifest, buckets)
+        )
 
     def finish_weight_update(self) -> None:
         """Converts the layers to the form in which they compute."""

@@ -65,6 +65,10 @@ def as_tensor(buffer: np.ndarray, dtype: str, shape: tuple[int, ...], offset: in
         return torch.frombuffer(buffer[offset : offset + nbytes], dtype=torch_dtype(dtype)).view(shape)
 
 
+def _checksum(window: np.ndarray) -> int:
+    return xxhash.xxh3_64_intdigest(memoryview(window))  # type: ignore[arg-type]
+
+
 def lay_out(shapes: Iterable[tuple[str, tuple[int, ...]]], dtype: str, bucket_bytes: int) -> list[list[TensorEntry]]:
     """Places tensors (name, shape) one after the other into buckets of at most `bucket_bytes`; larger ones get their own."""
     itemsize = torch_dtype(dtype).itemsize
@@ -102,7 +106,7 @@ def pack(
                     place.bucket,
                     place.offset,
                     place.nbytes,
-                    xxhash.xxh3_64_intdigest(window),
+                    _checksum(window),
                 )
             )
         sizes.append(len(bucket))
@@ -116,7 +120,7 @@ def verify(manifest: WeightVersion, buckets: Sequence[np.ndarray]) -> None:
     if sizes != manifest.bucket_bytes:
         raise WeightError(f"version {manifest.version}: buckets of {sizes} bytes, expected {manifest.bucket_bytes}")
     for entry in manifest.tensors:
-        found = xxhash.xxh3_64_intdigest(buckets[entry.bucket][entry.offset : entry.offset + entry.nbytes])
+        found = _checksum(buckets[entry.bucket][entry.offset : entry.offset + entry.nbytes])
         if found != entry.checksum:
             raise WeightError(
                 f"version {manifest.version}: {entry.name} has checksum {found:016x}, expected {entry.checksum:016x}"

@@ -1,0 +1,286 @@
+"""The configuration of a campaign: composes the floors' dataclasses, reads YAML and `key=value`, checks ranges.
+
+The only file that imports OmegaConf. Importing it loads neither torch nor vLLM nor Ray.
+"""
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
+
+from actors.config import (
+    PromptsConfig,
+    RolloutConfig,
+    SamplingConfig,
+    StudentConfig,
+    TeacherConfig,
+    VerifierConfig,
+    number,
+)
+from actors.errors import UserError
+from learner.config import LearnerConfig
+
+
+@dataclass
+class PipelineConfig:
+    """How much work there is, and how far the stages may run ahead of one another."""
+
+    updates: int = number(100, minimum=1)
+    """Optimiser steps of the whole campaign."""
+    prompts_per_update: int = number(64, minimum=1)
+    """Prompts whose trajectories make one update."""
+    samples_per_prompt: int = number(1, minimum=1)
+    """Trajectories of each prompt: a group."""
+    max_staleness: int = number(0, minimum=0)
+    """No token is trained on more than this many updates after it was sampled. 0: strictly on-policy, deterministic."""
+
+
+@dataclass
+class EvaluationConfig:
+    """Held-out prompts, sampled by the same rollout actors."""
+
+    prompts: PromptsConfig | None = None
+    """Where they come from; null: no evaluation."""
+    verifier: VerifierConfig = field(default_factory=VerifierConfig)
+    """What counts as right."""
+    every_updates: int = number(20, minimum=1)
+    """Evaluate before the first update, after every so many, and after the last."""
+    teacher: bool = True
+    """Measure the teacher's own greedy accuracy once, at the start."""
+    keep_trajectories: int = number(32, minimum=0)
+    """Sampled trajectories of each evaluation that are kept for reading."""
+
+
+@dataclass
+class WeightsConfig:
+    """How weights travel from the learner to the rollout actors."""
+
+    bucket_mebibytes: int = number(256, minimum=1)
+    """Size of a bucket: the unit that is put into the object store, and pulled once by each node."""
+
+
+@dataclass
+class CheckpointConfig:
+    """When the state is saved."""
+
+    every_updates: int = number(100, minimum=1)
+    """Save after every so many updates; the last update, and an interrupted campaign, are always saved."""
+    keep_last: int = number(3, minimum=1)
+    """Older checkpoints are removed."""
+
+
+@dataclass
+class RayConfig:
+    """Which cluster the campaign runs on."""
+
+    address: str | None = None
+    """`auto` or host:port of a running cluster. Null: the cluster of the job this runs in, else a private local one."""
+    object_store_mebibytes: int | None = number(None, minimum=80)
+    """Object store of a private local cluster. Null: Ray's own choice, 30% of the memory."""
+    max_restarts: int = number(5, minimum=0)
+    """How often one rollout or teacher actor that died is replaced before the campaign gives up."""
+    start_timeout_seconds: float = number(600.0, above=0)
+    """How long actors may take to start, models loaded."""
+
+
+@dataclass
+class CampaignConfig:
+    """One run of the loop, from a YAML file to a finished student."""
+
+    name: str = "???"
+    """Names the run directory, `<output_dir>/<name>`."""
+    output_dir: str = "runs"
+    """Where run directories are; inside a submitted job it must be absolute."""
+    seed: int = number(0, minimum=0)
+    """Decides the order of prompts and the seed of every sample."""
+    student: StudentConfig = field(default_factory=StudentConfig)
+    prompts: PromptsConfig = field(default_factory=PromptsConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    teachers: dict[str, TeacherConfig] = field(default_factory=dict)
+    """Teachers by name. One, for now."""
+    learner: LearnerConfig = field(default_factory=LearnerConfig)
+    pipeline: PipelineConfig = field(default_factory=PipelineConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    weights: WeightsConfig = field(default_factory=WeightsConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    ray: RayConfig = field(default_factory=RayConfig)
+
+    @property
+    def run_dir(self) -> Path:
+        """`<output_dir>/<name>`."""
+        return Path(self.output_dir) / self.name
+
+    @property
+    def trajectories_per_update(self) -> int:
+        """Trajectories that one update trains on."""
+        return self.pipeline.prompts_per_update * self.pipeline.samples_per_prompt
+
+
+RESUMABLE_KEYS = (
+    "output_dir",
+    "rollout.replicas",
+    "rollout.cpus_per_replica",
+    "rollout.gpus_per_replica",
+    "teachers.*.replicas",
+    "teachers.*.cpus_per_replica",
+    "teachers.*.gpus_per_replica",
+    "learner.cpus_per_replica",
+    "learner.gpus_per_replica",
+    "pipeline.updates",
+    "evaluation.*",
+    "checkpoint.*",
+    "ray.*",
+)
+"""Keys that may change when a campaign is taken up again; `*` stands for any name."""
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> CampaignConfig:
+    """YAML file + `key=value` -> configuration. UserError for anything that the schema or a range refuses."""
+    file = Path(path)
+    try:
+        text = file.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(str(file), getattr(error, "strerror", None) or "no text", "a readable YAML file") from error
+    content: Any
+    try:
+        content = OmegaConf.create(text) if text.strip() else OmegaConf.create({})
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise UserError(str(file), _one_line(error), "YAML") from error
+    if not OmegaConf.is_dict(content):
+        raise UserError(str(file), "a list or a single value", "YAML with keys and values")
+    _merge_check(str(file), content)
+    for override in overrides:
+        key, equals, _ = override.partition("=")
+        if not equals or not key:
+            raise UserError("override", repr(override), "key=value, for example rollout.replicas=2")
+        try:
+            change = OmegaConf.from_dotlist([override])
+        except (yaml.YAMLError, OmegaConfBaseException) as error:
+            raise UserError("override", repr(override), f"key=value in YAML ({_one_line(error)})") from error
+        _merge_check(f"override {override!r}", change)
+        content = OmegaConf.merge(content, change)
+    config = _to_object(str(file), content)
+    _check_ranges(config)
+    _check_whole(config)
+    config.output_dir = str(Path(config.output_dir).expanduser())
+    return config
+
+
+def write_config(config: CampaignConfig, path: Path) -> None:
+    """The fully resolved configuration as YAML."""
+    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)), "utf-8")
+
+
+def differences(before: CampaignConfig, after: CampaignConfig) -> list[tuple[str, Any, Any]]:
+    """(key, before, after) of all that differs and matters to a campaign that goes on (see RESUMABLE_KEYS)."""
+    old, new = dict(_leaves(before)), dict(_leaves(after))
+    patterns = [re.compile(re.escape(key).replace(r"\*", "[^ ]+")) for key in RESUMABLE_KEYS]
+    return [
+        (key, old.get(key), new.get(key))
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and not any(pattern.fullmatch(key) for pattern in patterns)
+    ]
+
+
+def _schema() -> Any:
+    return OmegaConf.structured(CampaignConfig)
+
+
+def _merge_check(where: str, content: Any) -> None:
+    """Raises for the first key or value of `content` that the schema refuses, naming `where` it stands."""
+    try:
+        OmegaConf.merge(_schema(), content)
+    except ConfigKeyError as error:
+        key = str(error.full_key)
+        raise UserError(f"{where}: {key}", "a key that does not exist", _expected_key(key)) from error
+    except ValidationError as error:
+        value = OmegaConf.select(content, str(error.full_key), default=None)
+        wanted = re.sub(r".*could not be converted to (\w+)", r"a value of type \1", _one_line(error))
+        raise UserError(f"{where}: {error.full_key}", repr(value), wanted) from error
+    except (OmegaConfBaseException, TypeError, ValueError, AttributeError) as error:
+        raise UserError(where, _one_line(error), "values that fit the schema of docs/configuration.md") from error
+
+
+def _expected_key(key: str) -> str:
+    """Names the nearest valid key, and all that stand beside it."""
+    parent, _, name = key.rpartition(".")
+    node = OmegaConf.select(_schema(), parent) if parent else _schema()
+    if node is None and parent.startswith("teachers."):
+        node = OmegaConf.structured(TeacherConfig)
+    names = [str(k) for k in node] if OmegaConf.is_dict(node) else []
+    close = difflib.get_close_matches(name, names, n=1)
+    hint = f"{close[0]!r} perhaps, or another of " if close else "one of "
+    return f"{hint}{', '.join(sorted(names))}" if names else "a key of docs/configuration.md"
+
+
+def _to_object(where: str, content: Any) -> CampaignConfig:
+    merged = OmegaConf.merge(_schema(), content)
+    for key in sorted(OmegaConf.missing_keys(merged)):
+        raise UserError(f"{where}: {key}", "nothing", "a value: it has no default")
+    try:
+        OmegaConf.resolve(merged)
+        return OmegaConf.to_object(merged)  # type: ignore[return-value]
+    except OmegaConfBaseException as error:
+        raise UserError(f"{where}: {error.full_key}", _one_line(error), "a value that can be resolved") from error
+
+
+def _nodes(config: Any, prefix: str = "") -> Iterator[tuple[str, dict[str, Any], Any]]:
+    """(key, metadata, value) of every leaf field."""
+    for item in dataclasses.fields(config):
+        value, key = getattr(config, item.name), f"{prefix}{item.name}"
+        children = {f"{key}.{name}": v for name, v in value.items()} if isinstance(value, dict) else {key: value}
+        nested = {name: v for name, v in children.items() if dataclasses.is_dataclass(v)}
+        for name, child in nested.items():
+            yield from _nodes(child, f"{name}.")
+        if not nested:
+            yield key, dict(item.metadata), value
+
+
+def _leaves(config: CampaignConfig) -> Iterator[tuple[str, Any]]:
+    return ((key, value) for key, _, value in _nodes(config))
+
+
+def _check_ranges(config: CampaignConfig) -> None:
+    for key, limits, value in _nodes(config):
+        if not limits or value is None:
+            continue
+        rules = [
+            (limits["minimum"], lambda v, x: v >= x, ">="),
+            (limits["above"], lambda v, x: v > x, ">"),
+            (limits["maximum"], lambda v, x: v <= x, "<="),
+        ]
+        for limit, holds, sign in rules:
+            if limit is not None and not holds(value, limit):
+                raise UserError(key, value, f"a number {sign} {limit:g}")
+
+
+def _check_whole(config: CampaignConfig) -> None:
+    """What no single key can be blamed for."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", config.name):
+        raise UserError("name", repr(config.name), "letters, digits, '.', '_' and '-': it names a directory")
+    if len(config.teachers) != 1:
+        found = ", ".join(config.teachers) or "none"
+        raise UserError("teachers", found, "one teacher, for example teachers.default.model")
+    for name, teacher in config.teachers.items():
+        if config.learner.objective.estimator == "full" and teacher.signal == "sampled":
+            raise UserError(
+                f"teachers.{name}.signal",
+                teacher.signal,
+                "topk or full: learner.objective.estimator=full needs a distribution",
+            )
+    if config.evaluation.prompts is not None and config.evaluation.prompts.reference_field is None:
+        raise UserError("evaluation.prompts.reference_field", "null", "the field with the reference answer")
+
+
+def _one_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    lines = [line for line in lines if not line.startswith(("full_key", "object_type", "reference_type"))]
+    return "; ".join(lines) or type(error).__name__

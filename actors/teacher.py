@@ -1,0 +1,127 @@
+"""The teacher actor: scores the student's own token ids with a frozen model. A plain class, values in, values out."""
+
+import time
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from actors.batching import microbatches
+from actors.config import TeacherConfig
+from actors.logprobs import chunked_head, token_logprobs
+from actors.models import load_model, response_head
+from actors.trajectory import TeacherScores, Trajectories, offsets_of, select_trajectories
+
+
+class TeacherCounts(NamedTuple):
+    """What the campaign process must know of a batch of scores without opening it."""
+
+    missing: int
+    """Tokens without a finite score; they are masked in training."""
+    busy_seconds: float
+    """Seconds that this took."""
+
+
+class TeacherActor:
+    """One frozen Hugging Face model."""
+
+    def __init__(self, config: TeacherConfig, key: str = "teacher"):
+        """Loads the model; `key` is the configuration key that errors name."""
+        self._config = config
+        self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._model: Any = load_model(
+            config.model, config.dtype, self._device, trust_remote_code=config.trust_remote_code, key=f"{key}.model"
+        )
+        self._body, self._weight, self._bias = response_head(self._model, f"{key}.model")
+        self._busy_seconds = 0.0
+
+    def score(self, ids: np.ndarray, *batches: Trajectories) -> tuple[TeacherCounts, TeacherScores]:
+        """Scores the trajectories with these ids [B, 3], in this order.
+
+        A forward pass takes `microbatch_tokens` tokens, the head `head_chunk_tokens` at a time. The result depends on
+        `ids` and on what was written, not on how the trajectories were cut into batches on the way.
+        """
+        start = time.perf_counter()
+        trajectories = select_trajectories(ids, batches)
+        signal, vocabulary = self._config.signal, len(self._weight)
+        total = len(trajectories.response_tokens)
+        support = {"sampled": 0, "topk": min(self._config.top_k, vocabulary), "full": vocabulary}[signal]
+        logprobs = np.empty(total, np.float32)
+        support_ids = np.empty((total, support if signal == "topk" else 0), np.int32)
+        support_logprobs = np.empty((total, support), np.float32)
+        tokens = torch.from_numpy(trajectories.response_tokens.astype(np.int64)).to(self._device)
+
+        def reduce(chunk_nV: torch.Tensor, rows: slice) -> tuple[torch.Tensor, ...]:
+            sampled = token_logprobs(chunk_nV, batch_tokens[rows])
+            if signal == "topk":
+                return (sampled, *torch.topk(chunk_nV, support, dim=-1))
+            return (sampled, chunk_nV) if signal == "full" else (sampled,)
+
+        with torch.inference_mode():
+            for batch in microbatches(
+                trajectories.prompt_tokens,
+                trajectories.prompt_offsets,
+                trajectories.response_tokens,
+                trajectories.response_offsets,
+                self._config.microbatch_tokens,
+            ):
+                batch_tokens = tokens[torch.from_numpy(batch.tokens).to(self._device)]
+                input_ids = torch.from_numpy(batch.input_ids).to(self._device)
+                hidden = self._body(input_ids=input_ids, use_cache=False).last_hidden_state.flatten(0, 1)
+                scored = chunked_head(
+                    hidden[torch.from_numpy(batch.positions).to(self._device)],
+                    self._weight,
+                    self._bias,
+                    reduce,
+                    chunk_tokens=self._config.head_chunk_tokens,
+                )
+                logprobs[batch.tokens] = scored[0].cpu().numpy()
+                if support:
+                    support_logprobs[batch.tokens] = scored[1].cpu().numpy()
+                if signal == "topk":
+                    support_ids[batch.tokens] = scored[2].cpu().numpy()
+        logprobs[~np.isfinite(logprobs)] = np.nan
+        seconds = time.perf_counter() - start
+        self._busy_seconds += seconds
+        scores = TeacherScores(
+            ids=trajectories.ids,
+            response_offsets=trajectories.response_offsets,
+            logprobs=logprobs,
+            support_ids=support_ids,
+            support_logprobs=support_logprobs,
+        )
+        return TeacherCounts(int(np.isnan(logprobs).sum()), seconds), scores
+
+    def generate(
+        self,
+        prompt_tokens: np.ndarray,
+        prompt_offsets: np.ndarray,
+        max_response_tokens: int,
+        stop_token_ids: list[int],
+        pad_token_id: int,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The teacher's own greedy responses to B prompts: (tokens [N], offsets [B + 1]), to measure its accuracy."""
+        prompts = np.split(prompt_tokens, prompt_offsets[1:-1])
+        width = max(map(len, prompts))
+        input_ids = torch.full((len(prompts), width), pad_token_id)
+        mask = torch.zeros_like(input_ids)
+        for row, prompt in enumerate(prompts):
+            input_ids[row, width - len(prompt) :] = torch.from_numpy(prompt.astype(np.int64))
+            mask[row, width - len(prompt) :] = 1
+        with torch.inference_mode():
+            written = self._model.generate(
+                input_ids=input_ids.to(self._device),
+                attention_mask=mask.to(self._device),
+                max_new_tokens=max_response_tokens,
+                do_sample=False,
+                eos_token_id=stop_token_ids,
+                pad_token_id=pad_token_id,
+            )[:, width:]
+        is_stop = torch.isin(written, torch.tensor(stop_token_ids, device=written.device)).cpu().numpy()
+        lengths = np.where(is_stop.any(1), is_stop.argmax(1) + 1, written.shape[1])
+        rows = [row[:length] for row, length in zip(written.cpu().numpy(), lengths, strict=True)]
+        return np.concatenate(rows).astype(np.int32), offsets_of(lengths)
+
+    def status(self) -> dict[str, float]:
+        """Busy seconds so far."""
+        return {"busy_seconds": self._busy_seconds}

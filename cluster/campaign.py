@@ -1,0 +1,405 @@
+"""The driver loop of a campaign: five coroutines that pass references and counts, and never a tensor.
+
+      prompts                                                            weights (version n)
+         |                                                  +--------------------------------------------+
+         v                                                  v                                            |
+      [issue] --works--> [sample: rollout actors] --works--> [score: teacher actors] --> [train: learner] --> [publish]
+         ^                                                                                               |
+         +------------------------------- slots, released when the new weights are loaded ---------------+
+
+    issue    produces works (trajectories to be sampled together)   waits for free slots        unblocked by publish
+    sample   consumes works, produces sampled works                 waits for a rollout actor   unblocked by sample's answers
+    score    consumes sampled works, produces scored works          waits for a teacher actor   unblocked by score's answers
+    train    consumes scored works, produces weight versions        waits for a whole update    unblocked by score
+    publish  consumes weight versions, releases slots               waits for all rollouts      unblocked by train
+
+What stops it from deadlocking: only `issue` adds work, and it is charged before it does; every other stage takes what
+is there. `train` is the finite clock: it ends after the last update; any other coroutine that ends is an error.
+`pipeline.max_staleness: 0` is this same loop with slots for one update.
+"""
+
+import asyncio
+import signal
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from actors.errors import CampaignError, UserError
+from actors.prompts import PromptSet, position_to_id, requests
+from cluster.config import CampaignConfig
+from cluster.evaluate import Evaluator
+from cluster.pipeline import Slots, split_evenly, too_stale
+from cluster.progress import Progress
+from cluster.ray_fleet import Fleet
+from cluster.records import RunRecords
+from cluster.state import CampaignState, save_checkpoint
+
+
+@dataclass
+class Work:
+    """Trajectories that travel together; arrays are references."""
+
+    numbers: list[int]
+    """[B] numbers in the ledger."""
+    ids: np.ndarray
+    """[B, 3] epoch, prompt, sample."""
+    trajectories: list[Any] = field(default_factory=list)
+    """References of Trajectories that hold these ids, and perhaps others."""
+    scores: list[Any] = field(default_factory=list)
+    """References of TeacherScores, likewise."""
+    lengths: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    """[B] response tokens."""
+    oldest_versions: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
+    """[B] version of each one's oldest token."""
+    truncated: int = 0
+    missing_scores: int = 0
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+
+def merge(works: list[Work]) -> Work:
+    """One work of all, in the order of the ledger: what is computed from it does not depend on who was faster."""
+    numbers = np.concatenate([work.numbers for work in works])
+    order = np.argsort(numbers, kind="stable")
+    return Work(
+        numbers=numbers[order].tolist(),
+        ids=np.concatenate([work.ids for work in works])[order],
+        # A reference may be shared by several works; each is passed on once.
+        trajectories=list(dict.fromkeys(reference for work in works for reference in work.trajectories)),
+        scores=list(dict.fromkeys(reference for work in works for reference in work.scores)),
+        lengths=np.concatenate([work.lengths for work in works])[order],
+        oldest_versions=np.concatenate([work.oldest_versions for work in works])[order],
+        truncated=sum(work.truncated for work in works),
+        missing_scores=sum(work.missing_scores for work in works),
+    )
+
+
+def split(work: Work, parts: int) -> list[Work]:
+    """Consecutive parts of a sampled work, at most `parts`; all refer to the same arrays."""
+    return [
+        Work(
+            work.numbers[rows.start : rows.stop],
+            work.ids[rows.start : rows.stop],
+            work.trajectories,
+            work.scores,
+            work.lengths[rows.start : rows.stop],
+            work.oldest_versions[rows.start : rows.stop],
+            work.truncated if rows.start == 0 else 0,
+        )
+        for rows in split_evenly(len(work), parts)
+    ]
+
+
+@dataclass
+class Published:
+    """One weight version on its way to the rollout actors, with what is to be recorded of the update that made it."""
+
+    version: int
+    manifest: Any
+    """Reference."""
+    buckets: list[Any]
+    """References."""
+    nbytes: int
+    seconds: float
+    record: dict[str, Any] = field(default_factory=dict)
+    trained: int = 0
+    """Trajectories whose slots it releases."""
+
+
+class Campaign:
+    """The loop and its state. `run` returns when the last update has been published, or the campaign was interrupted."""
+
+    def __init__(
+        self,
+        config: CampaignConfig,
+        state: CampaignState,
+        *,
+        prompts: PromptSet,
+        evaluator: Evaluator | None,
+        rollout: Fleet,
+        teacher: Fleet,
+        learner: Fleet,
+        records: RunRecords,
+        progress: Progress,
+    ):
+        self.config, self.state = config, state
+        self.rollout, self.teacher, self.learner = rollout, teacher, learner
+        self._prompts, self._evaluator = prompts, evaluator
+        self._records, self._progress = records, progress
+        self._synchronous = config.pipeline.max_staleness == 0
+        self._update_size = config.trajectories_per_update
+        remaining = (config.pipeline.updates - state.step) * self._update_size
+        self._slots = Slots(self._update_size, config.pipeline.max_staleness, remaining)
+        self._to_sample: asyncio.Queue[Work] = asyncio.Queue()
+        self._to_score: asyncio.Queue[Work] = asyncio.Queue()
+        self._to_train: asyncio.Queue[Work] = asyncio.Queue()
+        self._to_publish: asyncio.Queue[Published] = asyncio.Queue(maxsize=1)
+        self._learner_turn = asyncio.Lock()
+        self._started = asyncio.Event()
+        self._all_published = asyncio.Event()
+        self._weights: Published | None = None
+        self._doing = {"rollout": "idle", "teacher": "idle", "learner": "idle"}
+
+    async def run(self) -> bool:
+        """True when the campaign is complete, False when SIGINT or SIGTERM ended it, with a checkpoint written."""
+        interrupted = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, interrupted.set)
+        stages = {
+            asyncio.create_task(stage(), name=name)
+            for name, stage in {
+                "interrupt": interrupted.wait,
+                "issue": self._issue,
+                "sample": self._sample,
+                "score": self._score,
+                "train": self._train,
+                "publish": self._publish,
+            }.items()
+        }
+        try:
+            done, _ = await asyncio.wait(stages, return_when=asyncio.FIRST_COMPLETED)
+            await self._settle(done)
+            return not interrupted.is_set()
+        finally:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                loop.remove_signal_handler(number)
+            for task in stages:
+                task.cancel()
+            await asyncio.gather(*stages, return_exceptions=True)
+
+    async def _settle(self, done: set[asyncio.Task]) -> None:
+        """The first stage has ended: raises its error, or leaves a checkpoint if the campaign was interrupted."""
+        for task in done:
+            task.result()
+        names = {task.get_name() for task in done}
+        if "interrupt" in names:
+            async with self._learner_turn:  # an update that has begun is finished first
+                self._records.event("interrupted", step=self.state.step)
+                await self._save()
+        elif "train" not in names:
+            raise RuntimeError(f"the stage {', '.join(sorted(names))} ended before the last update")
+
+    # ------------------------------------------------------------------------------------------------ the five stages
+
+    async def _issue(self) -> None:
+        """Produces works in the seeded order; first those that an earlier run of the campaign left open.
+
+        Consumes prompts. Waits for free slots; unblocked by publish. A synchronous update is cut into one work for
+        each rollout actor, an asynchronous one into groups, so that none waits for another's slowest trajectory.
+        """
+        samples = self.config.pipeline.samples_per_prompt
+        wanted = self._update_size if self._synchronous else samples
+        parts = len(self.rollout.replicas) if self._synchronous else 1
+        open_before = self.state.ledger.open_numbers()
+        await self._started.wait()
+        while True:
+            await self._slots.acquire(wanted)
+            numbers, open_before = open_before[:wanted], open_before[wanted:]
+            numbers += self.state.ledger.issue(wanted - len(numbers))
+            for groups in split_evenly(wanted // samples, parts):
+                mine = numbers[groups.start * samples : groups.stop * samples]
+                self._to_sample.put_nowait(Work(mine, np.array([self._id(number) for number in mine], np.int64)))
+
+    async def _sample(self) -> None:
+        """Consumes works, produces sampled ones. Waits for a rollout actor; unblocked by the actors' answers."""
+
+        async def sample(work: Work) -> None:
+            counts, reference = await self.rollout.call(
+                "generate", requests(self._prompts, work.ids, self.config.seed), returns=2, units=len(work)
+            )
+            work.trajectories, work.lengths = [reference], counts.lengths
+            work.oldest_versions, work.truncated = counts.oldest_versions, counts.truncated
+            self.state.tokens_generated += int(counts.lengths.sum())
+            self.state.busy["rollout"] += counts.busy_seconds
+            self.state.ledger.sampled(work.numbers)
+            self._to_score.put_nowait(work)
+
+        async def get() -> list[Work]:
+            return [await self._to_sample.get()]
+
+        await self._for_each(get, sample, "rollout")
+
+    async def _score(self) -> None:
+        """Consumes sampled works, produces scored ones. Waits for a teacher actor; unblocked by the actors' answers.
+
+        A synchronous update is scored in the order of the ledger, in one part for each teacher actor: the same
+        arithmetic whoever was faster. An asynchronous one is scored as it comes, by as many tokens as a pass takes.
+        """
+
+        async def score(work: Work) -> None:
+            counts, reference = await self.teacher.call(
+                "score", work.ids, *work.trajectories, returns=2, units=len(work)
+            )
+            work.scores, work.missing_scores = [reference], counts.missing
+            self.state.busy["teacher"] += counts.busy_seconds
+            self.state.ledger.scored(work.numbers)
+            self._to_train.put_nowait(work)
+
+        await self._for_each(self._next_to_score, score, "teacher")
+
+    async def _train(self) -> None:
+        """Consumes scored works, produces weight versions. Waits for a whole update; unblocked by score."""
+        while self.state.step < self.config.pipeline.updates:
+            work = await self._next_update()
+            async with self._learner_turn:
+                self._doing["learner"] = f"update {self.state.step + 1}"
+                metrics = await self.learner.call("update", work.ids, *work.trajectories, *work.scores)
+                self.state.ledger.train(work.numbers)
+                self.state.step += 1
+                self.state.busy["learner"] += metrics.pop("busy_seconds")
+                published = await self._new_version()
+                published.trained = len(work)
+                published.record = self._record(work, metrics, published)
+                last = self.state.step == self.config.pipeline.updates
+                if last or self.state.step % self.config.checkpoint.every_updates == 0:
+                    await self._save()
+                self._doing["learner"] = "idle"
+            await self._to_publish.put(published)
+        await self._all_published.wait()
+
+    async def _publish(self) -> None:
+        """Consumes weight versions, releases slots. Waits until every rollout actor has loaded; unblocked by train.
+
+        The first version is the learner's initial weights: `issue` waits for it.
+        """
+        await self._start()
+        self._started.set()
+        while True:
+            published = await self._to_publish.get()
+            await self._load(published)
+            record = published.record
+            last = published.version == self.config.pipeline.updates
+            if last or published.version % self.config.evaluation.every_updates == 0:
+                record |= await self._evaluate(published.version)
+            self._records.metrics(record)
+            self._progress.update(record, dict(self._doing))
+            await self._slots.release(published.trained)
+            if last:
+                self._all_published.set()
+
+    # ---------------------------------------------------------------------------------------------------- their parts
+
+    async def _start(self) -> None:
+        """Gives every rollout actor the learner's weights, and measures the untrained student and the teacher."""
+        self.rollout.prepare = self._give_weights
+        await self._load(await self._new_version())
+        if self.state.step == 0 and self._evaluator is not None and not self.state.start:
+            record = await self._evaluate(0)
+            if self.config.evaluation.teacher:
+                record["eval/accuracy_teacher"] = await self._evaluator.teacher(self.teacher)
+            self.state.start = record
+            self._records.metrics({"step": 0, "policy_version": 0, **record})
+            self._progress.update({"step": 0, "policy_version": 0, **record}, dict(self._doing))
+
+    async def _for_each(
+        self, get: Callable[[], Awaitable[list[Work]]], act: Callable[[Work], Awaitable[None]], role: str
+    ) -> None:
+        """Runs `act` on works as they come, many at a time; the first error ends all."""
+        under_way = 0
+
+        async def one(work: Work) -> None:
+            nonlocal under_way
+            under_way += len(work)
+            self._doing[role] = f"{under_way} trajectories"
+            await act(work)
+            under_way -= len(work)
+            self._doing[role] = f"{under_way} trajectories" if under_way else "idle"
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                while True:
+                    for work in await get():
+                        group.create_task(one(work))
+        except* (CampaignError, UserError) as errors:
+            raise errors.exceptions[0] from None
+
+    async def _next_to_score(self) -> list[Work]:
+        """What the teacher actors are given next, a work for a call."""
+        works = [await self._to_score.get()]
+        if self._synchronous:
+            while sum(map(len, works)) < self._update_size:
+                works.append(await self._to_score.get())
+            return split(merge(works), len(self.teacher.replicas))
+        await self.teacher.wait_idle(max(1, self._update_size // len(self.teacher.replicas)))
+        while not self._to_score.empty():
+            works.append(self._to_score.get_nowait())
+        return [merge(works)]
+
+    async def _next_update(self) -> Work:
+        """Scored trajectories for one update, oldest first; those that are too stale are dropped and replaced."""
+        works: list[Work] = []
+        while sum(map(len, works)) < self._update_size:
+            work = await self._to_train.get()
+            if too_stale(int(work.oldest_versions.min()), self.state.step, self.config.pipeline.max_staleness):
+                self.state.ledger.drop(work.numbers, "stale")
+                await self._slots.release(len(work), replace=True)
+            else:
+                works.append(work)
+        return merge(works)
+
+    async def _new_version(self) -> Published:
+        """Has the learner lay out its weights; the campaign owns the buckets."""
+        start = time.perf_counter()
+        references = [reference async for reference in self.learner.stream("publish")]
+        manifest = await references[-1]
+        return Published(
+            manifest.version, references[-1], references[:-1], manifest.nbytes, time.perf_counter() - start
+        )
+
+    async def _load(self, published: Published) -> None:
+        """Has every rollout actor load a version; from here on it is what new actors get."""
+        start = time.perf_counter()
+        self._weights = published
+        await self.rollout.call_each("load_weights", published.manifest, *published.buckets)
+        published.seconds += time.perf_counter() - start
+        if published.record:
+            published.record["publish_seconds"] = published.seconds
+
+    async def _give_weights(self, handle: Any) -> None:
+        if self._weights is not None:
+            await handle.load_weights.remote(self._weights.manifest, *self._weights.buckets)
+
+    async def _evaluate(self, version: int) -> dict[str, Any]:
+        if self._evaluator is None:
+            return {}
+        metrics, rows = await self._evaluator.student(self.rollout, self.teacher)
+        self._records.keep_trajectories(version, [{**row, "step": version} for row in rows])
+        self.state.evaluations[version] = metrics
+        return dict(metrics)
+
+    async def _save(self) -> None:
+        path = await save_checkpoint(self.config, self.state, self.learner)
+        if path is not None:
+            self._records.event("checkpoint", step=self.state.step, path=str(path))
+
+    def _id(self, number: int) -> tuple[int, int, int]:
+        cursor, sample = divmod(number, self.config.pipeline.samples_per_prompt)
+        epoch, prompt = position_to_id(cursor, self.config.seed, len(self._prompts), self.config.prompts.shuffle)
+        return epoch, prompt, sample
+
+    def _record(self, work: Work, metrics: dict[str, float], published: Published) -> dict[str, Any]:
+        """The line of metrics.jsonl for the update that was just taken."""
+        staleness = self.state.step - 1 - work.oldest_versions
+        busy = self.state.busy_since_last_step()
+        return {
+            "step": self.state.step,
+            "policy_version": published.version,
+            "wall_seconds": self._records.wall_seconds,
+            "trajectories": self.state.ledger.trained,
+            "tokens_generated": self.state.tokens_generated,
+            **metrics,
+            "staleness_mean": float(staleness.mean()),
+            "staleness_max": int(staleness.max()),
+            "dropped": self.state.ledger.dropped.total(),
+            "missing_scores": work.missing_scores,
+            "truncated_fraction": work.truncated / len(work),
+            "response_length_mean": float(work.lengths.mean()),
+            **{f"busy_{role}": seconds for role, seconds in busy.items()},
+            "publish_seconds": published.seconds,
+            "publish_bytes": published.nbytes,
+        }

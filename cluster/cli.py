@@ -1,0 +1,92 @@
+"""The command line: commands -> functions, and the only place that turns errors into lines and exit statuses.
+
+0 done; 2 the input is at fault, one line says what and where; 130 interrupted, with a checkpoint; 1 anything else.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from actors.errors import CampaignError, UserError
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs one command and exits with its status."""
+    options = _parser().parse_args(arguments)
+    try:
+        status = options.command(options)
+    except UserError as error:
+        print(f"understudy: {error}", file=sys.stderr)
+        status = 2
+    except CampaignError as error:
+        print(f"understudy: {error}", file=sys.stderr)
+        status = 1
+    except KeyboardInterrupt:
+        print("understudy: interrupted", file=sys.stderr)
+        status = 130
+    sys.exit(status)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="understudy", description="On-policy distillation of language models on Ray.")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def command(name: str, function: object, text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(command=function)
+        return sub
+
+    for name, function, text in (
+        ("run", _run, "run a campaign, or take one up where it stopped"),
+        ("check", _check, "check everything that can be known before a campaign starts"),
+    ):
+        sub = command(name, function, text)
+        sub.add_argument("config", help="YAML file")
+        sub.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. rollout.replicas=2")
+        if name == "check":
+            sub.add_argument(
+                "--offline", action="store_true", help="ask no cluster, and skip what is not on this machine"
+            )
+    report = command("report", _report, "write a self-contained HTML page about one or more runs")
+    report.add_argument("run_dirs", nargs="+", metavar="RUN_DIR", type=Path)
+    report.add_argument("--output", type=Path, help="file to write (default: report.html in the first run directory)")
+    return parser
+
+
+def _run(options: argparse.Namespace) -> int:
+    from cluster.config import load_config
+
+    config = load_config(options.config, options.overrides)
+    # Imported late: `--help` and mistakes in the configuration are answered without torch and Ray.
+    from cluster.progress import summary_table
+    from cluster.run import run_campaign
+
+    summary, complete = run_campaign(config)
+    print(summary_table(summary))
+    print(f"report: {(config.run_dir / 'report.html').resolve()}")
+    if not complete:
+        print("interrupted: a checkpoint is written; the same command goes on from it", file=sys.stderr)
+    return 0 if complete else 130
+
+
+def _check(options: argparse.Namespace) -> int:
+    from cluster.config import load_config
+
+    config = load_config(options.config, options.overrides)
+    print(f"configuration: ok ({options.config})")
+    from cluster.check import checks
+
+    for name, check in checks(config, offline=options.offline):
+        start = time.perf_counter()
+        found = check()
+        print(f"{name}: ok ({found}; {time.perf_counter() - start:.1f} s)")
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from cluster.report import write_report
+
+    output = options.output or options.run_dirs[0] / "report.html"
+    print(f"report: {write_report(options.run_dirs, output).resolve()}")
+    return 0

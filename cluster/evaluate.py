@@ -1,0 +1,131 @@
+"""Evaluation on held-out prompts, by the same rollout and teacher actors that train.
+
+Every prompt is answered twice: greedily, and once as in training. The seeds are those of the first evaluation each
+time, so that curves differ by the weights alone. Here the campaign process reads tokens: they become text for verifiers.
+"""
+
+import asyncio
+from typing import Any
+
+import numpy as np
+
+from actors.prompts import PromptSet, requests
+from actors.trajectory import (
+    EVALUATION_EPOCH,
+    FINISH_REASONS,
+    TeacherScores,
+    Trajectories,
+    TrajectoryId,
+    select_scores,
+    select_trajectories,
+)
+from actors.verifiers import Verifier
+from cluster.pipeline import split_evenly
+from cluster.ray_fleet import Fleet
+
+GREEDY, SAMPLED = 0, 1
+"""The sample number tells how an evaluation's trajectory was drawn."""
+
+
+class Evaluator:
+    """Held-out prompts and what counts as right."""
+
+    def __init__(
+        self,
+        prompts: PromptSet,
+        tokenizer: Any,
+        verifier: Verifier,
+        *,
+        seed: int,
+        max_response_tokens: int,
+        stop_token_ids: list[int],
+        keep_trajectories: int,
+    ):
+        self._prompts, self._tokenizer, self._verifier = prompts, tokenizer, verifier
+        self._seed, self._max_response_tokens, self._stop = seed, max_response_tokens, stop_token_ids
+        self._keep = keep_trajectories
+
+    async def student(self, rollout: Fleet, teacher: Fleet) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        """Metrics `eval/...` of the weights that the rollout actors hold, and sampled trajectories for reading.
+
+        `eval/reverse_kl` is the mean over the sampled tokens of log pi - log q: a Monte-Carlo estimate, in nats.
+        """
+        greedy, sampled = await asyncio.gather(self._sample(rollout, GREEDY), self._sample(rollout, SAMPLED))
+        ids = self._ids(SAMPLED)
+        parts = [ids[list(part)] for part in split_evenly(len(ids), len(teacher.replicas))]
+        answers = await asyncio.gather(*(teacher.call("score", part, *sampled, returns=2) for part in parts))
+        scores = select_scores(ids, await asyncio.gather(*(reference for _, reference in answers)))
+        written = select_trajectories(ids, await asyncio.gather(*sampled))
+        best = select_trajectories(self._ids(GREEDY), await asyncio.gather(*greedy))
+        rewards = self._rewards(written.response_tokens, written.response_offsets)
+        log_ratios = written.behaviour_logprobs - scores.logprobs
+        metrics = {
+            "eval/accuracy": float(np.mean(self._rewards(best.response_tokens, best.response_offsets))),
+            "eval/accuracy_sampled": float(np.mean(rewards)),
+            "eval/reverse_kl": float(np.nanmean(log_ratios)),
+            "eval/response_length_mean": float(written.lengths.mean()),
+        }
+        return metrics, self._rows(written, scores, rewards)
+
+    async def teacher(self, teacher: Fleet) -> float:
+        """The teacher's own greedy accuracy."""
+        prompts = self._prompts
+
+        async def part(rows: range) -> np.ndarray:
+            tokens = prompts.tokens[prompts.offsets[rows.start] : prompts.offsets[rows.stop]]
+            offsets = prompts.offsets[rows.start : rows.stop + 1] - prompts.offsets[rows.start]
+            response, response_offsets = await teacher.call(
+                "generate", tokens, offsets, self._max_response_tokens, self._stop, self._stop[0]
+            )
+            return self._rewards(response, response_offsets, rows.start)
+
+        parts = split_evenly(len(prompts), max(len(teacher.replicas), -(-len(prompts) // 64)))
+        return float(np.mean(np.concatenate(await asyncio.gather(*map(part, parts)))))
+
+    def _ids(self, sample: int) -> np.ndarray:
+        return np.array([(EVALUATION_EPOCH, prompt, sample) for prompt in range(len(self._prompts))], np.int64)
+
+    async def _sample(self, rollout: Fleet, sample: int) -> list[Any]:
+        """References of the trajectories, by part."""
+        ids = self._ids(sample)
+        answers = await asyncio.gather(
+            *(
+                rollout.call(
+                    "generate",
+                    requests(self._prompts, ids[list(part)], self._seed),
+                    sample == GREEDY,
+                    returns=2,
+                    units=len(part),
+                )
+                for part in split_evenly(len(ids), len(rollout.replicas))
+            )
+        )
+        return [reference for _, reference in answers]
+
+    def _rewards(self, tokens: np.ndarray, offsets: np.ndarray, first: int = 0) -> np.ndarray:
+        """[B] rewards of the responses to the prompts from `first` on."""
+        texts = self._tokenizer.batch_decode(np.split(tokens, offsets[1:-1]), skip_special_tokens=True)
+        references = self._prompts.references[first : first + len(texts)]
+        return np.array([self._verifier(text, reference) for text, reference in zip(texts, references, strict=True)])
+
+    def _rows(self, written: Trajectories, scores: TeacherScores, rewards: np.ndarray) -> list[dict[str, Any]]:
+        rows = []
+        for row in range(min(self._keep, len(written))):
+            span = slice(*written.response_offsets[row : row + 2])
+            tokens = written.response_tokens[span].tolist()
+            prompt = int(written.ids[row, 1])
+            rows.append(
+                {
+                    "id": str(TrajectoryId(*written.ids[row].tolist())),
+                    "prompt": self._prompts.texts[prompt],
+                    "response": self._tokenizer.decode(tokens, skip_special_tokens=True),
+                    "tokens": [self._tokenizer.decode([token]) for token in tokens],
+                    "student_logprobs": written.behaviour_logprobs[span].tolist(),
+                    "teacher_logprobs": scores.logprobs[span].tolist(),
+                    "policy_versions": written.policy_versions[span].tolist(),
+                    "finish_reason": FINISH_REASONS[written.finish_reasons[row]],
+                    "reference": self._prompts.references[prompt],
+                    "reward": float(rewards[row]),
+                }
+            )
+        return rows

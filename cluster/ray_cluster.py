@@ -1,0 +1,108 @@
+"""Joining or starting a Ray cluster, and whether the campaign fits into it."""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+
+from actors.errors import UserError
+from cluster.config import CampaignConfig
+from cluster.ray_fleet import Resources
+
+CPU_THREADS = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+"""Without these, actors that share cores spin on each other's: 25 to 60 times slower."""
+
+
+def in_job() -> bool:
+    """Whether this process is the entrypoint of a submitted Ray job."""
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+
+
+@contextmanager
+def connected(config: CampaignConfig) -> Iterator[bool]:
+    """Within the block, this process is connected to the campaign's cluster. True: a private one, which ends with it."""
+    address = config.ray.address or os.environ.get("RAY_ADDRESS") or "local"
+    private = address == "local"
+    options: dict = {}
+    if private:
+        # Workers inherit the environment: set before they start, it costs them nothing.
+        os.environ.update({name: os.environ.get(name, value) for name, value in CPU_THREADS.items()})
+        options = {"include_dashboard": False}
+        if config.ray.object_store_mebibytes:
+            options["object_store_memory"] = config.ray.object_store_mebibytes << 20
+    try:
+        ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, **options)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise UserError("ray.address", f"{address} ({first_line})", "the address of a running Ray cluster") from error
+    try:
+        yield private
+    finally:
+        ray.shutdown()
+
+
+def role_resources(config: CampaignConfig, cluster_gpus: float, *, private: bool) -> dict[str, tuple[int, Resources]]:
+    """Role -> (replicas, what one needs). Roles are `rollout`, `teacher.<name>` and `learner`.
+
+    A null number of GPUs becomes 1 (for a rollout actor its tensor-parallel size) where the cluster has GPUs; where
+    it has a single one, all roles share it; where it has none, 0.
+    """
+    wanted: dict[str, tuple[Any, float]] = {
+        "rollout": (config.rollout, float(config.rollout.tensor_parallel_size)),
+        **{f"teacher.{name}": (teacher, 1.0) for name, teacher in config.teachers.items()},
+        "learner": (config.learner, 1.0),
+    }
+    actors = sum(role.replicas for role, _ in wanted.values())
+
+    def gpus(explicit: float | None, default: float) -> float:
+        if explicit is not None:
+            return explicit
+        if cluster_gpus == 0:
+            return 0.0
+        return default if cluster_gpus > 1 else int(100 / actors) / 100
+
+    environment = {} if private or cluster_gpus else dict(CPU_THREADS)
+    return {
+        name: (
+            role.replicas,
+            Resources(role.cpus_per_replica, gpus(role.gpus_per_replica, default), environment),
+        )
+        for name, (role, default) in wanted.items()
+    }
+
+
+def check_fits(needed: dict[str, tuple[int, Resources]], cpus: float, gpus: float, where: str) -> None:
+    """UserError where the actors do not fit, naming the role that asks for most, what is asked and what is there."""
+    for kind, there in (("CPUs", cpus), ("GPUs", gpus)):
+        asked = {
+            name: replicas * (resources.cpus if kind == "CPUs" else resources.gpus)
+            for name, (replicas, resources) in needed.items()
+        }
+        if sum(asked.values()) > there + 1e-9:
+            largest = max(asked, key=lambda name: asked[name])
+            key = "teachers" + largest.removeprefix("teacher") if largest.startswith("teacher.") else largest
+            parts = ", ".join(
+                f"{name} {needed[name][0]} x {amount / needed[name][0]:g}" for name, amount in asked.items()
+            )
+            raise UserError(
+                f"{key}.replicas",
+                f"{sum(asked.values()):g} {kind} asked ({parts})",
+                f"at most the {there:g} {kind} of {where}",
+            )
+
+
+def check_cluster(config: CampaignConfig, private: bool) -> dict[str, tuple[int, Resources]]:
+    """What each role gets on the connected cluster. UserError where it does not fit."""
+    there = ray.cluster_resources()
+    needed = role_resources(config, there.get("GPU", 0.0), private=private)
+    check_fits(needed, there.get("CPU", 0.0), there.get("GPU", 0.0), "the cluster")
+    return needed
+
+
+def refuse_relative_output(config: CampaignConfig) -> None:
+    """A job's working directory is a temporary copy: what is written there is lost with the job."""
+    if in_job() and not os.path.isabs(config.output_dir):
+        raise UserError("output_dir", config.output_dir, "an absolute path: inside a job a relative one would be lost")

@@ -1,0 +1,215 @@
+"""Fleets: the replicas of one role as supervised Ray actors.
+
+Roles are plain classes; `ray.remote` is applied here. A call goes to the replica with the least work under way; when
+its actor dies, the call is given to another, and a new actor takes the lost one's place, with the current weights,
+before it gets work. What a role *returns* is owned by the campaign process and outlives the actor.
+"""
+
+import asyncio
+import re
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+
+from actors.errors import CampaignError, UserError
+
+OnEvent = Callable[..., None]
+"""Called with the kind of event and its fields."""
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What Ray reserves for one actor."""
+
+    cpus: float
+    gpus: float
+    environment: dict[str, str] = field(default_factory=dict)
+    """Environment variables of the actor's process."""
+
+
+@dataclass
+class Replica:
+    """One place in a fleet; the actor in it may change."""
+
+    name: str
+    handle: Any = None
+    under_way: int = 0
+    """Units of work that it has been given and not answered."""
+    restarts: int = 0
+    alive: bool = False
+
+
+class Fleet:
+    """All actors of one role."""
+
+    def __init__(
+        self,
+        role: str,
+        actor_class: type,
+        arguments: tuple,
+        keywords: dict[str, Any],
+        *,
+        replicas: int,
+        resources: Resources,
+        max_restarts: int,
+        start_timeout_seconds: float,
+        on_event: OnEvent,
+    ):
+        self.role = role
+        self.restarts = 0
+        self.replicas = [Replica(f"{role}-{i}") for i in range(replicas)]
+        self._actor_class, self._arguments, self._keywords = actor_class, arguments, keywords
+        self._resources, self._max_restarts = resources, max_restarts
+        self._start_timeout = start_timeout_seconds
+        self._on_event = on_event
+        self._changed = asyncio.Condition()
+        self._failure: Exception | None = None
+        self._tasks: set[asyncio.Task] = set()
+        self.prepare: Callable[[Any], Awaitable[None]] | None = None
+        """Run on each new actor's handle before it gets work: gives it the current weights."""
+
+    async def start(self) -> None:
+        """Starts every replica and waits until all can work. UserError where the input is why one cannot."""
+        await asyncio.gather(*(self._start(replica) for replica in self.replicas))
+
+    async def call(self, method: str, *arguments: Any, returns: int = 1, units: int = 1) -> Any:
+        """Calls a method of the least busy replica, again on another one as long as actors die under it.
+
+        With `returns` of 2 or more, the result is the first value and the references of the others, not fetched.
+        """
+        while True:
+            replica = await self._least_busy()
+            replica.under_way += units
+            handle = replica.handle
+            try:
+                return await _invoke(handle, method, arguments, returns)
+            except RayActorError as error:
+                await self._lost(replica, handle, error)
+            finally:
+                replica.under_way -= units
+                async with self._changed:
+                    self._changed.notify_all()
+
+    async def call_each(self, method: str, *arguments: Any) -> list[Any]:
+        """Calls a method of every living replica; one that dies meanwhile is replaced and left out of the answers."""
+
+        async def one(replica: Replica) -> list[Any]:
+            handle = replica.handle
+            try:
+                return [await _invoke(handle, method, arguments, 1)]
+            except RayActorError as error:
+                await self._lost(replica, handle, error)
+                return []
+
+        answers = await asyncio.gather(*(one(replica) for replica in self.replicas if replica.alive))
+        return [value for answer in answers for value in answer]
+
+    async def wait_idle(self, limit: int) -> None:
+        """Waits until some replica has fewer than `limit` units under way."""
+        async with self._changed:
+            await self._changed.wait_for(
+                lambda: self._failure or any(r.alive and r.under_way < limit for r in self.replicas)
+            )
+
+    def stream(self, method: str, *arguments: Any) -> Any:
+        """Calls a generator method of the only replica: an asynchronous iterator of references, in order."""
+        [replica] = self.replicas
+        return getattr(replica.handle, method).options(num_returns="streaming").remote(*arguments)
+
+    def close(self) -> None:
+        """Ends all actors at once."""
+        for task in self._tasks:
+            task.cancel()
+        for replica in self.replicas:
+            if replica.handle is not None:
+                ray.kill(replica.handle)
+                replica.handle, replica.alive = None, False
+
+    async def _start(self, replica: Replica) -> None:
+        actor: Any = ray.remote(self._actor_class).options(
+            num_cpus=self._resources.cpus,
+            num_gpus=self._resources.gpus,
+            max_restarts=0,
+            max_task_retries=0,
+            runtime_env={"env_vars": self._resources.environment} if self._resources.environment else None,
+        )
+        replica.handle = actor.remote(*self._arguments, **self._keywords)
+        try:
+            await asyncio.wait_for(_invoke(replica.handle, "status", (), 1), self._start_timeout)
+            if self.prepare is not None:
+                await self.prepare(replica.handle)
+        except TimeoutError as error:
+            raise CampaignError(
+                f"{replica.name} did not start within {self._start_timeout:g} s (ray.start_timeout_seconds)"
+            ) from error
+        except RayActorError as error:
+            raise _start_failure(replica.name, error) from error
+        replica.alive = True
+        self._on_event("actor_started", actor=replica.name)
+        async with self._changed:
+            self._changed.notify_all()
+
+    async def _least_busy(self) -> Replica:
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._failure or any(r.alive for r in self.replicas))
+        if self._failure:
+            raise self._failure
+        return min((r for r in self.replicas if r.alive), key=lambda r: r.under_way)
+
+    async def _lost(self, replica: Replica, handle: Any, error: RayActorError) -> None:
+        if replica.handle is not handle or not replica.alive:
+            return  # another call has noticed before
+        replica.alive = False
+        self._on_event("actor_died", actor=replica.name, cause=_cause(error))
+        ray.kill(handle)
+        task = asyncio.create_task(self._replace(replica))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _replace(self, replica: Replica) -> None:
+        try:
+            if replica.restarts >= self._max_restarts:
+                raise CampaignError(
+                    f"{replica.name} died {replica.restarts + 1} times (ray.max_restarts={self._max_restarts}); "
+                    "see events.jsonl for the causes, and run the same command again to go on from the last checkpoint"
+                )
+            # A machine that kills actors as fast as they start is not helped by starting them faster.
+            await asyncio.sleep(min(30.0, 0.5 * 2**replica.restarts) if replica.restarts else 0)
+            replica.restarts += 1
+            self.restarts += 1
+            await self._start(replica)
+            self._on_event("actor_restarted", actor=replica.name, restarts=replica.restarts)
+        except (CampaignError, UserError, RayTaskError) as error:
+            self._failure = error
+            async with self._changed:
+                self._changed.notify_all()
+
+
+async def _invoke(handle: Any, method: str, arguments: tuple, returns: int) -> Any:
+    try:
+        if returns == 1:
+            return await getattr(handle, method).remote(*arguments)
+        first, *others = getattr(handle, method).options(num_returns=returns).remote(*arguments)
+        return await first, *others
+    except RayTaskError as error:
+        # Our own errors say all that is to say; others keep the actor's traceback.
+        if isinstance(error.cause, (UserError, CampaignError)):
+            raise error.cause from None
+        raise
+
+
+def _start_failure(name: str, error: RayActorError) -> Exception:
+    last_line = _cause(error)
+    if match := re.search(r"actors\.errors\.UserError: (.*)", str(error)):
+        where, _, rest = match[1].partition(": found ")
+        found, _, expected = rest.partition(", expected ")
+        return UserError(where, found, expected)
+    return CampaignError(f"{name} could not start: {last_line}")
+
+
+def _cause(error: RayActorError) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

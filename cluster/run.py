@@ -1,0 +1,217 @@
+"""From a configuration to a finished run directory: prepares everything, runs the loop, writes the summary."""
+
+import asyncio
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from actors.errors import UserError
+from actors.models import load_tokenizer, stop_token_ids
+from actors.prompts import PromptSet, load_prompts
+from actors.rollout import RolloutActor
+from actors.teacher import TeacherActor
+from actors.verifiers import make_verifier
+from cluster.campaign import Campaign
+from cluster.check import max_prompt_tokens
+from cluster.config import CampaignConfig, differences, load_config, write_config
+from cluster.evaluate import Evaluator
+from cluster.progress import Progress
+from cluster.ray_cluster import check_cluster, connected, refuse_relative_output
+from cluster.ray_fleet import Fleet, Resources
+from cluster.records import RunRecords
+from cluster.report import write_report
+from cluster.state import CampaignState, load_state
+from learner.learner import Learner
+
+
+@dataclass
+class Inputs:
+    """What the campaign process itself reads."""
+
+    prompts: PromptSet
+    evaluator: Evaluator | None
+    stop_token_ids: list[int]
+
+
+def run_campaign(config: CampaignConfig) -> tuple[dict[str, Any], bool]:
+    """Runs or takes up a campaign; returns its summary, and whether it is complete (False: it was interrupted)."""
+    refuse_relative_output(config)
+    prepare_run_dir(config)
+    state, checkpoint = load_state(config)
+    records = RunRecords(config.run_dir)
+    records.truncate_after(state.step if state.start else -1)
+    inputs = read_inputs(config)
+    progress = Progress(config.pipeline.updates)
+    try:
+        with connected(config) as private:
+            summary, complete = asyncio.run(_run(config, state, checkpoint, inputs, records, progress, private))
+    finally:
+        progress.close()
+    return summary, complete
+
+
+def prepare_run_dir(config: CampaignConfig) -> None:
+    """Makes the run directory. UserError where it cannot be written to, or belongs to another configuration."""
+    written = config.run_dir / "config.yaml"
+    try:
+        config.run_dir.mkdir(parents=True, exist_ok=True)
+        if written.exists() and (changed := differences(load_config(written), config)):
+            key, before, after = changed[0]
+            others = f", and {len(changed) - 1} more keys differ" if len(changed) > 1 else ""
+            raise UserError(
+                str(config.run_dir),
+                f"a campaign with {key}={before} where this one has {after}{others}",
+                "the same configuration to go on with, or another name",
+            )
+        write_config(config, written)
+    except OSError as error:
+        raise UserError("output_dir", f"{config.output_dir} ({error.strerror})", "a directory to write to") from error
+
+
+def read_inputs(config: CampaignConfig) -> Inputs:
+    """Prompts and held-out prompts, rendered with the student's tokenizer."""
+    tokenizer = load_tokenizer(config.student.model, config.student.trust_remote_code, "student.model")
+    stop = sorted({*stop_token_ids(config.student.model, tokenizer), *config.sampling.stop_token_ids})
+    limit = max_prompt_tokens(config)
+    prompts = load_prompts(config.prompts, tokenizer, limit, "prompts")
+    evaluator = None
+    if config.evaluation.prompts is not None:
+        evaluator = Evaluator(
+            load_prompts(config.evaluation.prompts, tokenizer, limit, "evaluation.prompts"),
+            tokenizer,
+            make_verifier(config.evaluation.verifier, "evaluation.verifier"),
+            seed=config.seed,
+            max_response_tokens=config.sampling.max_response_tokens,
+            stop_token_ids=stop,
+            keep_trajectories=config.evaluation.keep_trajectories,
+        )
+    return Inputs(prompts, evaluator, stop)
+
+
+async def _run(
+    config: CampaignConfig,
+    state: CampaignState,
+    checkpoint: Path | None,
+    inputs: Inputs,
+    records: RunRecords,
+    progress: Progress,
+    private: bool,
+) -> tuple[dict[str, Any], bool]:
+    def on_event(kind: str, **fields: Any) -> None:
+        records.event(kind, **fields)
+        progress.note(" ".join([kind.replace("_", " "), *(f"{name}={value}" for name, value in fields.items())]))
+        state.faults += kind == "actor_died"
+
+    records.event("resumed" if checkpoint else "started", step=state.step, process=os.getpid())
+    fleets = build_fleets(config, inputs, checkpoint, check_cluster(config, private), on_event)
+    try:
+        await asyncio.gather(*(fleet.start() for fleet in fleets.values()))
+        campaign = Campaign(
+            config,
+            state,
+            prompts=inputs.prompts,
+            evaluator=inputs.evaluator,
+            records=records,
+            progress=progress,
+            **fleets,
+        )
+        complete = await campaign.run()
+        records.event("finished" if complete else "stopped", step=state.step)
+        summary = summarise(config, state, records.wall_seconds)
+        records.write_summary(summary)
+        write_report([config.run_dir], config.run_dir / "report.html")
+        return summary, complete
+    except BaseException as error:
+        records.event("failed", cause=f"{type(error).__name__}: {error}", step=state.step)
+        raise
+    finally:
+        for fleet in fleets.values():
+            fleet.close()
+
+
+def build_fleets(
+    config: CampaignConfig,
+    inputs: Inputs,
+    checkpoint: Path | None,
+    needed: dict[str, tuple[int, Resources]],
+    on_event: Callable[..., None],
+) -> dict[str, Fleet]:
+    """The three fleets, not started."""
+    [(teacher_name, teacher)] = config.teachers.items()
+
+    def fleet(role: str, actor: type, arguments: tuple, max_restarts: int, **keywords: Any) -> Fleet:
+        replicas, resources = needed[role]
+        return Fleet(
+            role,
+            actor,
+            arguments,
+            keywords,
+            replicas=replicas,
+            resources=resources,
+            max_restarts=max_restarts,
+            start_timeout_seconds=config.ray.start_timeout_seconds,
+            on_event=on_event,
+        )
+
+    return {
+        "rollout": fleet(
+            "rollout",
+            RolloutActor,
+            (_local(config.student.model), config.rollout, config.sampling, inputs.stop_token_ids, config.seed),
+            config.ray.max_restarts,
+            trust_remote_code=config.student.trust_remote_code,
+        ),
+        "teacher": fleet(
+            f"teacher.{teacher_name}",
+            TeacherActor,
+            (_with_local_model(teacher), f"teachers.{teacher_name}"),
+            config.ray.max_restarts,
+        ),
+        "learner": fleet(
+            "learner",
+            Learner,
+            (_with_local_model(config.student), config.learner),
+            0,
+            total_updates=config.pipeline.updates,
+            temperature=config.sampling.temperature,
+            publish_dtype=config.rollout.dtype,
+            bucket_bytes=config.weights.bucket_mebibytes << 20,
+            checkpoint=str(checkpoint.resolve()) if checkpoint else None,
+        ),
+    }
+
+
+def summarise(config: CampaignConfig, state: CampaignState, wall_seconds: float) -> dict[str, Any]:
+    """The contents of summary.json."""
+    end = state.evaluations[max(state.evaluations)] if state.evaluations else {}
+    [teacher] = config.teachers.values()
+    replicas = {"rollout": config.rollout.replicas, "teacher": teacher.replicas, "learner": config.learner.replicas}
+    slowest = max(state.busy[role] / replicas[role] for role in replicas)
+    return {
+        "accuracy_start": state.start.get("eval/accuracy"),
+        "accuracy_end": end.get("eval/accuracy"),
+        "accuracy_teacher": state.start.get("eval/accuracy_teacher"),
+        "accuracy_sampled_start": state.start.get("eval/accuracy_sampled"),
+        "accuracy_sampled_end": end.get("eval/accuracy_sampled"),
+        "reverse_kl_start": state.start.get("eval/reverse_kl"),
+        "reverse_kl_end": end.get("eval/reverse_kl"),
+        "updates": state.step,
+        "trajectories": state.ledger.trained,
+        "tokens_generated": state.tokens_generated,
+        "wall_seconds": wall_seconds,
+        "busy": state.busy,
+        "wall_over_slowest_stage": wall_seconds / slowest if slowest else None,
+        "faults": state.faults,
+        "ledger": state.ledger.counts(),
+    }
+
+
+def _local(model: str) -> str:
+    """Absolute where it is a path: actors may have another working directory."""
+    return str(Path(model).resolve()) if Path(model).exists() else model
+
+
+def _with_local_model(config: Any) -> Any:
+    return type(config)(**{**vars(config), "model": _local(config.model)})

@@ -1,0 +1,99 @@
+"""What a campaign knows besides its weights, and the checkpoint that keeps both together."""
+
+import asyncio
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cluster.config import CampaignConfig
+from cluster.ledger import Ledger
+from cluster.ray_fleet import Fleet
+from learner.checkpoint import (
+    atomic_directory,
+    checkpoint_steps,
+    latest_checkpoint,
+    prune,
+    read_json,
+    step_directory,
+    write_json,
+)
+
+ROLES = ("rollout", "teacher", "learner")
+STATE_FILE = Path("training", "campaign.json")
+
+
+@dataclass
+class CampaignState:
+    """Counts and cursors; a checkpoint has them all, so that a campaign goes on where it stood."""
+
+    step: int = 0
+    """Updates taken."""
+    ledger: Ledger = field(default_factory=Ledger)
+    tokens_generated: int = 0
+    """Response tokens sampled for training."""
+    busy: dict[str, float] = field(default_factory=lambda: dict.fromkeys(ROLES, 0.0))
+    """Seconds that the actors of each role have worked, summed over the role's actors."""
+    start: dict[str, Any] = field(default_factory=dict)
+    """The evaluation of the untrained student, and the teacher's accuracy."""
+    evaluations: dict[int, dict[str, float]] = field(default_factory=dict)
+    """Step -> metrics of that evaluation."""
+    faults: int = 0
+    """Actors that died, over all runs of the campaign."""
+    _busy_before: dict[str, float] = field(default_factory=lambda: dict.fromkeys(ROLES, 0.0))
+
+    def busy_since_last_step(self) -> dict[str, float]:
+        """Seconds of work of each role since this was last asked."""
+        since = {role: self.busy[role] - self._busy_before[role] for role in ROLES}
+        self._busy_before = dict(self.busy)
+        return since
+
+    def to_json(self) -> dict[str, Any]:
+        """For `training/campaign.json`."""
+        return {
+            "step": self.step,
+            "ledger": self.ledger.to_json(),
+            "tokens_generated": self.tokens_generated,
+            "busy": self.busy,
+            "start": self.start,
+            "evaluations": self.evaluations,
+            "faults": self.faults,
+        }
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> "CampaignState":
+        """The inverse of `to_json`."""
+        return cls(
+            step=content["step"],
+            ledger=Ledger.from_json(content["ledger"]),
+            tokens_generated=content["tokens_generated"],
+            busy=dict(content["busy"]),
+            start=content["start"],
+            evaluations={int(step): metrics for step, metrics in content["evaluations"].items()},
+            faults=content["faults"],
+            _busy_before=dict(content["busy"]),
+        )
+
+
+async def save_checkpoint(config: CampaignConfig, state: CampaignState, learner: Fleet) -> Path | None:
+    """Writes the checkpoint of the state's step; None where it is there already, or no step has been taken.
+
+    The learner writes its part into the directory before the campaign's is added and the whole is renamed into place:
+    both must see the same file system.
+    """
+    checkpoints = config.run_dir / "checkpoints"
+    if state.step == 0 or state.step in checkpoint_steps(checkpoints):
+        return None
+    target = step_directory(checkpoints, state.step)
+    with atomic_directory(target) as directory:
+        await learner.call("save", str(directory))
+        await asyncio.to_thread(write_json, directory / STATE_FILE, state.to_json())
+    await asyncio.to_thread(prune, checkpoints, config.checkpoint.keep_last)
+    return target
+
+
+def load_state(config: CampaignConfig) -> tuple[CampaignState, Path | None]:
+    """State of the newest checkpoint of the run directory and where that is; a new state where there is none."""
+    checkpoint = latest_checkpoint(config.run_dir / "checkpoints")
+    if checkpoint is None:
+        return CampaignState(), None
+    return CampaignState.from_json(read_json(checkpoint / STATE_FILE)), checkpoint

@@ -1,0 +1,174 @@
+"""The tensors of one update, their micro-batches, and the sums that become its metrics.
+
+Shapes: B trajectories and N response tokens of the update; b, n of a micro-batch, T its longest response; K support.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from actors.batching import Microbatch, microbatches
+from actors.trajectory import TeacherScores, Trajectories, select_scores, select_trajectories
+from learner.config import ObjectiveConfig
+from learner.divergences import reverse_kl, with_tail
+from learner.objective import token_weights
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What the loss of one micro-batch needs."""
+
+    tokens: Tensor
+    """[n] int64."""
+    behaviour_logprobs: Tensor
+    """[n] float32."""
+    teacher_logprobs: Tensor
+    """[n] float32, 0 where masked."""
+    mask: Tensor
+    """[n] bool: the token has a finite score."""
+    weights: Tensor
+    """[n] float32, 0 where masked."""
+    on_policy: Tensor
+    """[n] bool: sampled by the very weights that are trained."""
+    support_ids: Tensor
+    """[n, K] int64; [n, 0] where the support is the whole vocabulary."""
+    support_logprobs: Tensor
+    """[n, K] or [n, V] float32."""
+    columns: Tensor
+    """[n] place in the response."""
+    rows: Tensor
+    """[n] row in the micro-batch."""
+    shape: tuple[int, int]
+    """b, T."""
+
+    def padded(self, values: Tensor) -> Tensor:
+        """[n] -> [b, T], 0 where there is no token."""
+        out = values.new_zeros(self.shape)
+        out[self.rows, self.columns] = values
+        return out
+
+    def flat(self, padded: Tensor) -> Tensor:
+        """[b, T] -> [n]."""
+        return padded[self.rows, self.columns]
+
+    def divergence(self, logprobs_nV: Tensor, rows: slice) -> Tensor:
+        """[n] reverse KL over the teacher's support, from the student's log-probs of some of the tokens."""
+        teacher = self.support_logprobs[rows]
+        if not self.support_ids.shape[1]:
+            width = min(logprobs_nV.shape[1], teacher.shape[1])  # padded vocabularies may differ
+            return reverse_kl(logprobs_nV[:, :width], teacher[:, :width])
+        student = logprobs_nV.gather(-1, self.support_ids[rows])
+        return reverse_kl(with_tail(student), with_tail(teacher))
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateBatch:
+    """One update, on the learner's device."""
+
+    trajectories: Trajectories
+    tensors: dict[str, Tensor]
+    device: str
+
+    @classmethod
+    def build(
+        cls,
+        ids: np.ndarray,
+        batches: Sequence[Trajectories | TeacherScores],
+        objective: ObjectiveConfig,
+        policy_version: int,
+        device: str,
+    ) -> "UpdateBatch":
+        """Joins trajectories and scores by id, in the order of `ids` [B, 3], and weighs the tokens."""
+        written = select_trajectories(ids, [b for b in batches if isinstance(b, Trajectories)])
+        scores = select_scores(ids, [b for b in batches if isinstance(b, TeacherScores)])
+        mask = np.isfinite(scores.logprobs) & np.isfinite(scores.support_logprobs).all(-1)
+
+        def tensor(values: np.ndarray) -> Tensor:
+            return torch.from_numpy(np.ascontiguousarray(values)).to(device)
+
+        return cls(
+            written,
+            {
+                "tokens": tensor(written.response_tokens.astype(np.int64)),
+                "behaviour_logprobs": tensor(written.behaviour_logprobs),
+                "teacher_logprobs": tensor(np.where(mask, scores.logprobs, np.float32(0))),
+                "mask": tensor(mask),
+                "weights": token_weights(tensor(mask), tensor(written.lengths), objective.aggregation),
+                "on_policy": tensor(written.policy_versions == policy_version),
+                "support_ids": tensor(scores.support_ids.astype(np.int64)),
+                "support_logprobs": tensor(np.where(mask[:, None], scores.support_logprobs, np.float32(0))),
+            },
+            device,
+        )
+
+    def microbatches(self, token_budget: int) -> list[Microbatch]:
+        """Forward passes of at most `token_budget` tokens."""
+        t = self.trajectories
+        return microbatches(t.prompt_tokens, t.prompt_offsets, t.response_tokens, t.response_offsets, token_budget)
+
+    def part(self, microbatch: Microbatch) -> Part:
+        """The tensors of one micro-batch."""
+        index = torch.from_numpy(microbatch.tokens).to(self.device)
+        lengths = self.trajectories.lengths[microbatch.rows]
+        starts = np.repeat(np.cumsum(lengths) - lengths, lengths)
+        return Part(
+            **{name: values[index] for name, values in self.tensors.items()},
+            columns=torch.from_numpy(np.arange(lengths.sum()) - starts).to(self.device),
+            rows=torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths)).to(self.device),
+            shape=(len(lengths), int(lengths.max())),
+        )
+
+
+class MetricSums:
+    """Sums over the update's tokens, kept on the device until the end."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._ratio_max: Tensor | None = None
+
+    def add(
+        self,
+        loss: Tensor,
+        part: Part,
+        logprobs: Tensor,
+        entropies: Tensor,
+        reverse_kl: Tensor,
+        forward_kl: Tensor,
+        clipped: Tensor,
+    ) -> None:
+        """Adds one micro-batch; all but `loss` are [n]."""
+        mask, difference = part.mask, logprobs - part.behaviour_logprobs
+        ratio = difference.exp() * mask
+        new = {
+            "loss": loss.detach(),
+            "tokens": mask.sum(),
+            "reverse_kl": (reverse_kl * mask).sum(),
+            "forward_kl_old": (forward_kl * mask).sum(),
+            "entropy": (entropies * mask).sum(),
+            "clip_fraction": (clipped & mask).sum(),
+            "ratio": ratio.sum(),
+            "ratio_squared": ratio.square().sum(),
+            "on_policy": part.on_policy.sum(),
+            "engine_difference": (difference.abs() * part.on_policy).sum(),
+        }
+        self._sums = {name: self._sums.get(name, 0) + value.double() for name, value in new.items()}
+        largest = ratio.max()
+        self._ratio_max = largest if self._ratio_max is None else torch.maximum(self._ratio_max, largest)
+
+    def means(self) -> dict[str, float]:
+        """The update's metrics, by their names in metrics.jsonl."""
+        sums = {name: value.item() for name, value in self._sums.items()}
+        tokens, on_policy = max(sums["tokens"], 1.0), sums["on_policy"]
+        assert self._ratio_max is not None
+        return {
+            "loss": sums["loss"],
+            "tokens_trained": int(sums["tokens"]),
+            **{name: sums[name] / tokens for name in ("reverse_kl", "forward_kl_old", "entropy", "clip_fraction")},
+            "ratio_mean": sums["ratio"] / tokens,
+            "ratio_max": self._ratio_max.item(),
+            "importance_ess": sums["ratio"] ** 2 / max(tokens * sums["ratio_squared"], 1e-30),
+            "engine_logprob_abs_diff": sums["engine_difference"] / on_policy if on_policy else float("nan"),
+        }

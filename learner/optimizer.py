@@ -1,0 +1,56 @@
+"""AdamW, its schedule, and the state of it that a checkpoint keeps."""
+
+import math
+
+import torch
+
+from learner.config import OptimizerConfig
+
+
+def build_optimizer(model: torch.nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+    """AdamW over all trainable parameters; decay acts on matrices, not on norms and biases."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=config.epsilon)
+
+
+def learning_rate(update: int, total_updates: int, config: OptimizerConfig) -> float:
+    """Rate of the update with this number, counted from 1: linear warm-up, then the schedule.
+
+    The last of `total_updates` is taken at `final_fraction` of the peak (unless the schedule is constant).
+    """
+    if update <= config.warmup_updates:
+        return config.learning_rate * update / (config.warmup_updates + 1)
+    progress = min(1.0, (update - config.warmup_updates) / max(1, total_updates - config.warmup_updates))
+    remaining = {
+        "constant": 1.0,
+        "linear": 1 - progress,
+        "cosine": (1 + math.cos(math.pi * progress)) / 2,
+    }[config.schedule]
+    floor = 1.0 if config.schedule == "constant" else config.final_fraction
+    return config.learning_rate * (floor + (1 - floor) * remaining)
+
+
+def optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """The optimiser's state by parameter name: `<name>.exp_avg`, `<name>.exp_avg_sq`, `<name>.step`."""
+    return {
+        f"{name}.{key}": value
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def load_optimizer_tensors(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]
+) -> None:
+    """The inverse of `optimizer_tensors`. KeyError where a parameter's state is not among the tensors."""
+    if not tensors:
+        return
+    for name, parameter in model.named_parameters():
+        optimizer.state[parameter] = {
+            key: tensors[f"{name}.{key}"].to(parameter.device if key != "step" else "cpu")
+            for key in ("step", "exp_avg", "exp_avg_sq")
+        }
