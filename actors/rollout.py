@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from actors.config import RolloutConfig, SamplingConfig
-from actors.trajectory import Requests, Trajectories
+from actors.trajectory import FINISH_REASONS, Requests, Trajectories
 from actors.vllm_engine import VllmEngine
 from actors.weights import WeightVersion
 
@@ -19,8 +19,8 @@ class RolloutCounts(NamedTuple):
     """[B] response tokens."""
     oldest_versions: np.ndarray
     """[B] version of each trajectory's oldest token."""
-    truncated: int
-    """Trajectories that were cut at the length limit."""
+    truncated: np.ndarray
+    """[B] bool: it was cut at the length limit."""
     busy_seconds: float
     """Seconds this engine has worked since it last said so."""
 
@@ -51,7 +51,7 @@ class RolloutActor:
         counts = RolloutCounts(
             trajectories.lengths,
             np.minimum.reduceat(trajectories.policy_versions, trajectories.response_offsets[:-1]),
-            int((trajectories.finish_reasons == 1).sum()),
+            trajectories.finish_reasons == FINISH_REASONS.index("length"),
             busy_seconds,
         )
         return counts, trajectories

@@ -22,7 +22,7 @@ import asyncio
 import signal
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -54,8 +54,8 @@ class Work:
     """[B] response tokens."""
     oldest_versions: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
     """[B] version of each one's oldest token."""
-    truncated: int = 0
-    missing_scores: int = 0
+    truncated: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
+    """[B] whether it was cut at the length limit."""
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -73,25 +73,21 @@ def merge(works: list[Work]) -> Work:
         scores=list(dict.fromkeys(reference for work in works for reference in work.scores)),
         lengths=np.concatenate([work.lengths for work in works])[order],
         oldest_versions=np.concatenate([work.oldest_versions for work in works])[order],
-        truncated=sum(work.truncated for work in works),
-        missing_scores=sum(work.missing_scores for work in works),
+        truncated=np.concatenate([work.truncated for work in works])[order],
     )
 
 
-def split(work: Work, parts: int) -> list[Work]:
-    """Consecutive parts of a sampled work, at most `parts`; all refer to the same arrays."""
-    return [
-        Work(
-            work.numbers[rows.start : rows.stop],
-            work.ids[rows.start : rows.stop],
-            work.trajectories,
-            work.scores,
-            work.lengths[rows.start : rows.stop],
-            work.oldest_versions[rows.start : rows.stop],
-            work.truncated if rows.start == 0 else 0,
-        )
-        for rows in split_evenly(len(work), parts)
-    ]
+def rows_of(work: Work, start: int, stop: int) -> Work:
+    """Some consecutive trajectories of a work; it refers to the same arrays."""
+    rows = slice(start, stop)
+    return replace(
+        work,
+        numbers=work.numbers[rows],
+        ids=work.ids[rows],
+        lengths=work.lengths[rows],
+        oldest_versions=work.oldest_versions[rows],
+        truncated=work.truncated[rows],
+    )
 
 
 @dataclass
@@ -138,8 +134,10 @@ class Campaign:
         self._to_score: asyncio.Queue[Work] = asyncio.Queue()
         self._to_train: asyncio.Queue[Work] = asyncio.Queue()
         self._to_publish: asyncio.Queue[Published] = asyncio.Queue(maxsize=1)
+        self._left_over: list[Work] = []
         self._learner_turn = asyncio.Lock()
         self._started = asyncio.Event()
+        self._clock = 0.0
         self._all_published = asyncio.Event()
         self._weights: Published | None = None
         self._doing = {"rollout": "idle", "teacher": "idle", "learner": "idle"}
@@ -235,7 +233,8 @@ class Campaign:
             counts, reference = await self.teacher.call(
                 "score", work.ids, *work.trajectories, returns=2, units=len(work)
             )
-            work.scores, work.missing_scores = [reference], counts.missing
+            work.scores = [reference]
+            self.state.missing_scores += counts.missing
             self.state.busy["teacher"] += counts.busy_seconds
             self.state.ledger.scored(work.numbers)
             self._to_train.put_nowait(work)
@@ -269,6 +268,7 @@ class Campaign:
         """
         await self._start()
         self._started.set()
+        self._clock = time.perf_counter()
         while True:
             published = await self._to_publish.get()
             await self._load(published)
@@ -276,6 +276,7 @@ class Campaign:
             last = published.version == self.config.pipeline.updates
             if last or published.version % self.config.evaluation.every_updates == 0:
                 record |= await self._evaluate(published.version)
+            self._count_loop_seconds()
             self._records.metrics(record)
             self._progress.update(record, dict(self._doing))
             await self._slots.release(published.trained)
@@ -324,7 +325,9 @@ class Campaign:
         if self._synchronous:
             while sum(map(len, works)) < self._update_size:
                 works.append(await self._to_score.get())
-            return split(merge(works), len(self.teacher.replicas))
+            whole = merge(works)
+            parts = split_evenly(len(whole), len(self.teacher.replicas))
+            return [rows_of(whole, part.start, part.stop) for part in parts]
         await self.teacher.wait_idle(max(1, self._update_size // len(self.teacher.replicas)))
         while not self._to_score.empty():
             works.append(self._to_score.get_nowait())
@@ -333,13 +336,17 @@ class Campaign:
     async def _next_update(self) -> Work:
         """Scored trajectories for one update, oldest first; those that are too stale are dropped and replaced."""
         works: list[Work] = []
-        while sum(map(len, works)) < self._update_size:
-            work = await self._to_train.get()
+        missing = self._update_size
+        while missing:
+            work = self._left_over.pop() if self._left_over else await self._to_train.get()
             if too_stale(int(work.oldest_versions.min()), self.state.step, self.config.pipeline.max_staleness):
                 self.state.ledger.drop(work.numbers, "stale")
                 await self._slots.release(len(work), replace=True)
             else:
-                works.append(work)
+                if len(work) > missing:
+                    self._left_over.append(rows_of(work, missing, len(work)))
+                works.append(rows_of(work, 0, missing))
+                missing -= len(works[-1])
         return merge(works)
 
     async def _new_version(self) -> Published:
@@ -367,10 +374,18 @@ class Campaign:
     async def _evaluate(self, version: int) -> dict[str, Any]:
         if self._evaluator is None:
             return {}
-        metrics, rows = await self._evaluator.student(self.rollout, self.teacher)
+        metrics, rows, busy = await self._evaluator.student(self.rollout, self.teacher)
+        if self._started.is_set():
+            for role, seconds in busy.items():
+                self.state.busy[role] += seconds
         self._records.keep_trajectories(version, [{**row, "step": version} for row in rows])
         self.state.evaluations[version] = metrics
         return dict(metrics)
+
+    def _count_loop_seconds(self) -> None:
+        now = time.perf_counter()
+        self.state.loop_seconds += now - self._clock
+        self._clock = now
 
     async def _save(self) -> None:
         path = await save_checkpoint(self.config, self.state, self.learner)
@@ -396,8 +411,8 @@ class Campaign:
             "staleness_mean": float(staleness.mean()),
             "staleness_max": int(staleness.max()),
             "dropped": self.state.ledger.dropped.total(),
-            "missing_scores": work.missing_scores,
-            "truncated_fraction": work.truncated / len(work),
+            "missing_scores": self.state.missing_scores,
+            "truncated_fraction": float(work.truncated.mean()),
             "response_length_mean": float(work.lengths.mean()),
             **{f"busy_{role}": seconds for role, seconds in busy.items()},
             "publish_seconds": published.seconds,

@@ -45,12 +45,17 @@ class Evaluator:
         self._seed, self._max_response_tokens, self._stop = seed, max_response_tokens, stop_token_ids
         self._keep = keep_trajectories
 
-    async def student(self, rollout: Fleet, teacher: Fleet) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        """Metrics `eval/...` of the weights that the rollout actors hold, and sampled trajectories for reading.
+    async def student(
+        self, rollout: Fleet, teacher: Fleet
+    ) -> tuple[dict[str, float], list[dict[str, Any]], dict[str, float]]:
+        """Metrics `eval/...` of the weights that the rollout actors hold, sampled trajectories for reading, and the
+        seconds that each role worked for it.
 
         `eval/reverse_kl` is the mean over the sampled tokens of log pi - log q: a Monte-Carlo estimate, in nats.
         """
-        greedy, sampled = await asyncio.gather(self._sample(rollout, GREEDY), self._sample(rollout, SAMPLED))
+        (greedy, greedy_seconds), (sampled, sampled_seconds) = await asyncio.gather(
+            self._sample(rollout, GREEDY), self._sample(rollout, SAMPLED)
+        )
         ids = self._ids(SAMPLED)
         parts = [ids[list(part)] for part in split_evenly(len(ids), len(teacher.replicas))]
         answers = await asyncio.gather(*(teacher.call("score", part, *sampled, returns=2) for part in parts))
@@ -65,7 +70,11 @@ class Evaluator:
             "eval/reverse_kl": float(np.nanmean(log_ratios)),
             "eval/response_length_mean": float(written.lengths.mean()),
         }
-        return metrics, self._rows(written, scores, rewards)
+        busy = {
+            "rollout": greedy_seconds + sampled_seconds,
+            "teacher": sum(counts.busy_seconds for counts, _ in answers),
+        }
+        return metrics, self._rows(written, scores, rewards), busy
 
     async def teacher(self, teacher: Fleet) -> float:
         """The teacher's own greedy accuracy."""
@@ -85,8 +94,8 @@ class Evaluator:
     def _ids(self, sample: int) -> np.ndarray:
         return np.array([(EVALUATION_EPOCH, prompt, sample) for prompt in range(len(self._prompts))], np.int64)
 
-    async def _sample(self, rollout: Fleet, sample: int) -> list[Any]:
-        """References of the trajectories, by part."""
+    async def _sample(self, rollout: Fleet, sample: int) -> tuple[list[Any], float]:
+        """References of the trajectories, by part, and the engines' seconds."""
         ids = self._ids(sample)
         answers = await asyncio.gather(
             *(
@@ -100,7 +109,7 @@ class Evaluator:
                 for part in split_evenly(len(ids), len(rollout.replicas))
             )
         )
-        return [reference for _, reference in answers]
+        return [reference for _, reference in answers], sum(counts.busy_seconds for counts, _ in answers)
 
     def _rewards(self, tokens: np.ndarray, offsets: np.ndarray, first: int = 0) -> np.ndarray:
         """[B] rewards of the responses to the prompts from `first` on."""

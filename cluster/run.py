@@ -202,7 +202,8 @@ def summarise(config: CampaignConfig, state: CampaignState, wall_seconds: float)
         "tokens_generated": state.tokens_generated,
         "wall_seconds": wall_seconds,
         "busy": state.busy,
-        "wall_over_slowest_stage": wall_seconds / slowest if slowest else None,
+        "loop_seconds": state.loop_seconds,
+        "wall_over_slowest_stage": state.loop_seconds / slowest if slowest else None,
         "faults": state.faults,
         "ledger": state.ledger.counts(),
     }

@@ -37,6 +37,10 @@ class CampaignState:
     """The evaluation of the untrained student, and the teacher's accuracy."""
     evaluations: dict[int, dict[str, float]] = field(default_factory=dict)
     """Step -> metrics of that evaluation."""
+    missing_scores: int = 0
+    """Tokens without a finite teacher score, which were masked."""
+    loop_seconds: float = 0.0
+    """Wall-clock seconds of the loop: from the first trajectory issued, without start-up."""
     faults: int = 0
     """Actors that died, over all runs of the campaign."""
     _busy_before: dict[str, float] = field(default_factory=lambda: dict.fromkeys(ROLES, 0.0))
@@ -56,6 +60,8 @@ class CampaignState:
             "busy": self.busy,
             "start": self.start,
             "evaluations": self.evaluations,
+            "missing_scores": self.missing_scores,
+            "loop_seconds": self.loop_seconds,
             "faults": self.faults,
         }
 
@@ -69,6 +75,8 @@ class CampaignState:
             busy=dict(content["busy"]),
             start=content["start"],
             evaluations={int(step): metrics for step, metrics in content["evaluations"].items()},
+            missing_scores=content["missing_scores"],
+            loop_seconds=content["loop_seconds"],
             faults=content["faults"],
             _busy_before=dict(content["busy"]),
         )
