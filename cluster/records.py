@@ -93,10 +93,10 @@ class RunRecords:
         self.run_dir.mkdir(parents=True, exist_ok=True)
         for name in (METRICS_FILE, EVENTS_FILE):
             _cut_torn_line(self.run_dir / name)
-        past = [*read_jsonl(self.run_dir / METRICS_FILE), *read_jsonl(self.run_dir / EVENTS_FILE)]
-        self._wall_before = max((float(row["wall_seconds"]) for row in past), default=0.0)
+        steps, events = (read_jsonl(self.run_dir / name) for name in (METRICS_FILE, EVENTS_FILE))
+        self._wall_before = max((float(row["wall_seconds"]) for row in [*steps, *events]), default=0.0)
+        self._last_step = max((row["step"] for row in steps), default=-1)
         self._started = time.monotonic()
-        self._last_step = max((row["step"] for row in past if "loss" in row or "kind" not in row), default=-1)
 
     @property
     def wall_seconds(self) -> float:
@@ -128,8 +128,7 @@ class RunRecords:
         _write_atomically(directory / f"step_{step:08d}.jsonl", "".join(lines))
         files = trajectory_files(self.run_dir)
         while len(files) > max(self.max_files, 1):
-            del_step = _most_crowded(sorted(files))
-            files.pop(del_step).unlink()
+            files.pop(_most_crowded(list(files))).unlink()
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Replaces summary.json, as a whole or not at all."""
@@ -211,15 +210,15 @@ def _to_json(row: Mapping[str, Any], *, digits: int | None = None, indent: int |
 
 
 def _append(path: Path, row: Mapping[str, Any]) -> None:
-    line = _to_json(row) + "\n"
-    with path.open("ab", buffering=0) as file:  # one write: a reader sees the line whole, or torn at the very end
-        file.write(line.encode())
+    line = _to_json(row).encode(errors="backslashreplace") + b"\n"  # half a surrogate pair becomes JSON's own escape
+    with path.open("ab") as file:  # written and flushed at once: a reader sees the line whole, or torn at the very end
+        file.write(line)
 
 
 def _write_atomically(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8", newline="\n") as file:
-        file.write(text)
+    with temporary.open("wb") as file:
+        file.write(text.encode(errors="backslashreplace"))
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
