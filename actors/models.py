@@ -23,17 +23,15 @@ if TYPE_CHECKING:
 
 SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
-CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length")
+CONTEXT_NAMES = ("max_position_embeddings", "max_seq_len")
 MODEL_DIRECTORY = "a Hugging Face model directory (config.json, safetensors, tokenizer)"
 BLOCK_BYTES, BLOCKS = 1 << 16, 64
 
 
 def looks_local(name: str) -> bool:
-    """Whether a name means a path and never a hub: it exists, is written like a path, or lies in a folder that exists."""
+    """Whether a name means a path and never a hub: it exists, has more than one slash, or lies in a folder that exists."""
     path = Path(name).expanduser()
-    if path.exists() or name.startswith(("/", ".", "~")) or name.count("/") > 1:
-        return True
-    return "/" in name and path.parent.exists()
+    return path.exists() or name.count("/") > 1 or ("/" in name and path.parent.exists())
 
 
 def find_model(model: str, key: str, *, weights: bool = True, code: bool = False) -> Path:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
-from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, GraniteConfig, Qwen3Config, T5Config
+from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, GraniteConfig, MptConfig, Qwen3Config, T5Config
 
 from actors.errors import UserError
 from actors.models import (
@@ -83,7 +83,7 @@ def test_a_missing_directory_is_named_with_the_nearest_one(model_dir, loader):
 
 
 @pytest.mark.parametrize(
-    "name", ["/no/such/model", "./model", "../model", "~/no-such-model", "runs/a/model", "models/x"]
+    "name", ["/no/such/model", "/model", "./model", "../model", "~/no-such-model", "runs/a/model", "models/x"]
 )
 def test_what_looks_like_a_path_never_asks_a_hub(name, tmp_path, monkeypatch):
     (tmp_path / "models").mkdir()
@@ -220,12 +220,15 @@ def test_stop_tokens_are_those_of_the_tokenizer_and_of_the_generation_config(mod
     assert stop_token_ids(model_dir, tokenizer) == [tokenizer.eos_token_id, 2]
     (model_dir / "generation_config.json").unlink()
     assert stop_token_ids(model_dir, tokenizer) == [tokenizer.eos_token_id]
+    tokenizer.eos_token = None
+    assert stop_token_ids(model_dir, tokenizer) == []
 
 
 def test_the_context_is_that_of_the_config(tiny):
     config = load_config(str(tiny), False, KEY)
     assert context_length(config) == 256
     assert context_length(GPT2Config(n_positions=77)) == 77
+    assert context_length(MptConfig(max_seq_len=88)) == 88
     with pytest.raises(UserError, match="a t5 model: found no context length"):
         context_length(T5Config())
 
