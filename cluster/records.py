@@ -44,7 +44,8 @@ METRIC_KEYS = (
     "publish_seconds",
     "publish_bytes",
 )
-"""Every learner step's line of metrics.jsonl has these. Counts and seconds are those of the step, not running totals."""
+"""Every learner step's line of metrics.jsonl has these. `trajectories`, `tokens_generated` and `dropped` are totals of
+the campaign so far, so that a curve can be drawn against them; everything else is of the step alone."""
 
 EVALUATION_KEYS = ("eval/accuracy", "eval/accuracy_sampled", "eval/reverse_kl", "eval/response_length_mean")
 """Lines of evaluation steps have these besides. Step 0, the untrained student, has them and `step`, `policy_version`,
