@@ -308,6 +308,11 @@ def test_the_cursor_visits_every_prompt_once_in_each_epoch(seed, count, epochs, 
     assert [epoch for epoch, _ in issued] == sorted(epoch for epoch, _ in issued)
 
 
+def test_the_cursor_follows_the_order_of_its_epoch():
+    assert [position_to_id(cursor, 3, 6, True)[1] for cursor in range(6, 12)] == prompt_order(3, 1, 6, True).tolist()
+    assert position_to_id(8, 3, 6, False) == (1, 2)
+
+
 def test_the_order_changes_with_the_seed_and_with_the_epoch():
     orders = {tuple(prompt_order(seed, epoch, 50, True)) for seed in range(10) for epoch in range(10)}
     assert len(orders) == 100
