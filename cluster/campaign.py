@@ -268,6 +268,7 @@ class Campaign:
         """
         await self._start()
         self._started.set()
+        self._records.event("loop_started", step=self.state.step)
         self._clock = time.perf_counter()
         while True:
             published = await self._to_publish.get()

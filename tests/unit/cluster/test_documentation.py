@@ -1,0 +1,40 @@
+"""The documentation says what the code says."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cluster.config import load_config
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def test_the_configuration_reference_is_what_the_dataclasses_say() -> None:
+    done = subprocess.run([sys.executable, "docs/make_configuration.py", "--check"], cwd=ROOT)
+    assert done.returncode == 0, "run: python docs/make_configuration.py"
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))])
+def test_every_relative_link_of_a_page_leads_to_a_file(page: str) -> None:
+    text = (ROOT / page).read_text("utf-8")
+    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
+        assert ((ROOT / page).parent / target).exists(), f"{page} links to {target}"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_shipped_configuration_loads_alone(path: Path) -> None:
+    assert load_config(path).name
+
+
+def test_every_file_that_the_readme_lists_is_there() -> None:
+    tree = re.search(r"```\n(actors/.*?)```", (ROOT / "README.md").read_text("utf-8"), re.S)
+    assert tree is not None
+    floor = ""
+    for line in tree[1].splitlines():
+        if match := re.match(r"(actors|learner|cluster)/", line):
+            floor = match[1]
+        for name in re.findall(r"\b\w+\.py\b", line):
+            assert (ROOT / floor / name).is_file(), f"{floor}/{name}"
