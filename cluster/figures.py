@@ -1,0 +1,204 @@
+"""Which curves a report shows, and how they are read from the lines of metrics.jsonl."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+from cluster.charts import PALETTE_SIZE, Series, compact, line_chart, percent, stacked_bars
+
+Rows = Sequence[dict[str, Any]]
+"""The lines of one run's metrics.jsonl."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One chart of the page. Several keys share it: the first is drawn solid, the second dashed."""
+
+    title: str
+    note: str
+    keys: tuple[tuple[str, str], ...]
+    """(key of metrics.jsonl, what the line is called)."""
+    form: Callable[[float], str] = compact
+    limits: tuple[float | None, float | None] = (None, None)
+
+
+def seconds(value: float) -> str:
+    """45 ms, 1.25 s, 3.2 min, 5.1 h."""
+    for limit, unit in ((3600, "h"), (60, "min")):
+        if abs(value) >= limit:
+            return f"{value / limit:.3g} {unit}"
+    return f"{value * 1000:.3g} ms" if 0 < abs(value) < 0.1 else f"{value:.3g} s"
+
+
+def byte_count(value: float) -> str:
+    """512 B, 447 kB, 16.4 GB."""
+    for limit, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if value >= limit:
+            return f"{value / limit:.3g} {unit}"
+    return f"{value:.0f} B"
+
+
+ACCURACY = Figure(
+    "Accuracy on held-out prompts",
+    "share judged right by the verifier",
+    (("eval/accuracy", "greedy"), ("eval/accuracy_sampled", "sampled")),
+    percent,
+    (0, 1),
+)
+REVERSE_KL = Figure(
+    "Reverse KL to the teacher",
+    "nats per token, on the student’s own text",
+    (("eval/reverse_kl", "held-out"), ("reverse_kl", "training")),
+    limits=(0, None),
+)
+HERO = (ACCURACY, REVERSE_KL)
+ACROSS = {"updates": "step", "tokens": "tokens_generated", "time": "wall_seconds"}
+"""What the two curves above can be drawn against."""
+
+GROUPS: dict[str, tuple[Figure, ...]] = {
+    "The policy": (
+        Figure("Entropy", "nats per token of the student’s distribution", (("entropy", "entropy"),), limits=(0, None)),
+        Figure(
+            "Response length",
+            "tokens, mean of the update and of held-out prompts",
+            (("response_length_mean", "training"), ("eval/response_length_mean", "held-out")),
+        ),
+        Figure("Truncated", "responses cut at the length limit", (("truncated_fraction", "truncated"),), percent),
+    ),
+    "The step": (
+        Figure("Loss", "as minimised; its estimator is in the configuration", (("loss", "loss"),)),
+        Figure("Gradient norm", "before clipping", (("grad_norm", "norm"),)),
+        Figure("Learning rate", "warm-up and schedule", (("learning_rate", "rate"),), limits=(0, None)),
+        Figure("Ratio", "new to old probability of a token", (("ratio_mean", "mean"), ("ratio_max", "max"))),
+        Figure("Clipped", "tokens whose ratio left the clip range", (("clip_fraction", "clipped"),), percent),
+        Figure("Forward KL", "old policy to new, nats per token", (("forward_kl_old", "KL"),)),
+        Figure("Importance ESS", "effective share of the sample, 1 on-policy", (("importance_ess", "ESS"),)),
+        Figure(
+            "Engine against learner",
+            "mean difference of a token’s log-prob, in nats",
+            (("engine_logprob_abs_diff", "difference"),),
+        ),
+    ),
+    "The pipeline": (
+        Figure("Staleness", "versions behind the learner", (("staleness_mean", "mean"), ("staleness_max", "max"))),
+        Figure("Dropped", "trajectories never trained on, in all", (("dropped", "dropped"),)),
+        Figure("Throughput", "tokens sampled per second of wall-clock time", (("tokens_per_second", "tokens/s"),)),
+        Figure("Trained", "tokens that an update learns from", (("tokens_trained", "tokens"),)),
+        Figure("Publishing", "from learner to every rollout actor", (("publish_seconds", "time"),), seconds),
+        Figure("Weight version", "bytes that travel", (("publish_bytes", "size"),), byte_count),
+    ),
+}
+
+BUSY = {"rollout": "busy_rollout", "teacher": "busy_teacher", "learner": "busy_learner"}
+
+
+def read_series(figure: Figure, runs: Sequence[tuple[str, Rows]], across: str = "step") -> list[Series]:
+    """A line for each run and key. Colour tells the run, dashes the key."""
+    series = []
+    for run, (name, rows) in enumerate(runs):
+        for number, (key, label) in enumerate(figure.keys):
+            held_out = key.startswith("eval/")
+            points = [(_place(row, across), row[key]) for row in rows if key in row and _place(row, across) is not None]
+            series.append(
+                Series(
+                    label if len(runs) == 1 else name if len(figure.keys) == 1 else f"{name}, {label}",
+                    [float(place) for place, _ in points if place is not None],
+                    [value for _, value in points],
+                    colour=run % PALETTE_SIZE,
+                    dashed=number > 0 and held_out,
+                    faint=number > 0,
+                    dots=held_out and len(points) <= 60,
+                )
+            )
+    return [one for one in series if one.values]
+
+
+def hero_figures(runs: Sequence[tuple[str, Rows]], teacher: float | None) -> str:
+    """Accuracy and reverse KL, each against updates, tokens and time; the page shows one of the three."""
+    parts = []
+    for figure in HERO:
+        references = [("teacher", teacher)] if figure is ACCURACY and teacher is not None else []
+        charts = []
+        for name, key in ACROSS.items():
+            chart = line_chart(
+                read_series(figure, runs, key),
+                label=f"{figure.title} against {name}",
+                y_format=figure.form,
+                y_limits=figure.limits,
+                references=references,
+                x_name={"updates": "update", "tokens": "tokens", "time": "at"}[name],
+                x_format=seconds if key == "wall_seconds" else compact,
+                size=(580, 280),
+                end_labels=len(runs) == 1,
+            )
+            hidden = "" if name == "updates" else " hidden"
+            charts.append(f'<div data-across="{name}"{hidden}>{chart}</div>')
+        parts.append(_frame(figure, "".join(charts), ""))
+    return "".join(parts)
+
+
+def small_figures(figures: Sequence[Figure], runs: Sequence[tuple[str, Rows]]) -> tuple[str, str]:
+    """(charts, list of what never changed): a flat line is told in a word instead of drawn."""
+    drawn, steady = [], []
+    for figure in figures:
+        series = read_series(figure, runs)
+        if not series:
+            continue
+        if all(_constant(one.values) for one in series) and len({figure.form(one.values[0]) for one in series}) == 1:
+            steady.append(f"<div><dt>{figure.title}</dt><dd>{escape(figure.form(series[0].values[-1]))}</dd></div>")
+            continue
+        chart = line_chart(series, label=figure.title, y_format=figure.form, y_limits=figure.limits)
+        latest = " ".join(
+            f'<span class="key c0{" dashed" * one.dashed}{" faint" * one.faint}">{escape(one.label) if len(series) > 1 else ""} '
+            f"<b>{escape(figure.form(one.values[-1]))}</b></span>"
+            for one in series
+        )
+        drawn.append(_frame(figure, chart, latest if len(runs) == 1 else ""))
+    return "".join(drawn), "".join(steady)
+
+
+def busy_figure(name: str, rows: Rows) -> str:
+    """Seconds that the actors of each role worked for each update, stacked."""
+    rows = [row for row in rows if all(row.get(key) is not None for key in BUSY.values())]
+    if not rows:
+        return ""
+    chart = stacked_bars(
+        list(BUSY),
+        [row["step"] for row in rows],
+        [[row[key] for key in BUSY.values()] for row in rows],
+        label="Busy seconds of each role, by update",
+        y_format=seconds,
+    )
+    title = "Busy seconds" + (f", {escape(name)}" if name else "")
+    keys = "".join(f'<span class="key r{i}">{role}</span>' for i, role in enumerate(BUSY))
+    return _frame(Figure(title, "work of all actors of a role, by update", ()), chart, keys)
+
+
+def with_throughput(rows: Rows) -> list[dict[str, Any]]:
+    """The rows, with `tokens_per_second` over the time since the line before."""
+    result: list[dict[str, Any]] = []
+    before: tuple[float, float] | None = None
+    for row in rows:
+        wall, tokens = row.get("wall_seconds"), _place(row, "tokens_generated")
+        now = None if wall is None or tokens is None else (wall, tokens)
+        rate = None
+        if now and before and now[0] > before[0] and now[1] >= before[1]:
+            rate = (now[1] - before[1]) / (now[0] - before[0])
+        result.append({**row, "tokens_per_second": rate} if row["step"] else row)
+        before = now
+    return result
+
+
+def _frame(figure: Figure, chart: str, latest: str) -> str:
+    head = f"<figcaption><h3>{figure.title}</h3><p>{figure.note}</p><div class=latest>{latest}</div></figcaption>"
+    return f"<figure>{head}{chart}</figure>"
+
+
+def _place(row: dict[str, Any], across: str) -> float | None:
+    """Where a row stands on the x axis; the untrained student stands at 0 tokens."""
+    return row.get(across, 0 if across == "tokens_generated" and row["step"] == 0 else None)
+
+
+def _constant(values: Sequence[float]) -> bool:
+    return max(values) - min(values) <= 1e-4 * max(map(abs, values))
