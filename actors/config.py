@@ -32,7 +32,7 @@ class PromptsConfig:
     """Where prompts come from and how they are turned into tokens."""
 
     path: str = "???"
-    """A .jsonl or .parquet file, or the name of a Hugging Face dataset."""
+    """A .jsonl or .parquet file, or the name of a Hugging Face dataset, with its subset after a colon: `openai/gsm8k:main`."""
     split: str = "train"
     """Split to read when `path` is a Hugging Face dataset."""
     prompt_field: str = "prompt"

@@ -25,14 +25,21 @@ class TeacherCounts(NamedTuple):
 class TeacherActor:
     """One frozen Hugging Face model."""
 
-    def __init__(self, config: TeacherConfig, key: str = "teacher"):
-        """Loads the model; `key` is the configuration key that errors name."""
+    def __init__(self, config: TeacherConfig, key: str = "teacher", vocabulary: int | None = None):
+        """Loads the model; `key` is the configuration key that errors name.
+
+        vocabulary: rows of the student's output layer. A teacher that is padded to more rows is cut to these, since
+        the student cannot write what lies beyond.
+        """
         self._config = config
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         self._model: Any = load_model(
             config.model, config.dtype, self._device, trust_remote_code=config.trust_remote_code, key=f"{key}.model"
         )
         self._body, self._weight, self._bias = response_head(self._model, f"{key}.model")
+        if vocabulary is not None:
+            self._weight = self._weight[:vocabulary]
+            self._bias = None if self._bias is None else self._bias[:vocabulary]
         self._busy_seconds = 0.0
 
     def score(self, ids: np.ndarray, *batches: Trajectories) -> tuple[TeacherCounts, TeacherScores]:
@@ -50,6 +57,8 @@ class TeacherActor:
         support_ids = np.empty((total, support if signal == "topk" else 0), np.int32)
         support_logprobs = np.empty((total, support), np.float32)
         tokens = torch.from_numpy(trajectories.response_tokens.astype(np.int64)).to(self._device)
+        unknown = trajectories.response_tokens >= vocabulary  # rows that only the student's padding has
+        tokens = tokens.clamp(max=vocabulary - 1)
 
         def reduce(chunk_nV: torch.Tensor, rows: slice) -> tuple[torch.Tensor, ...]:
             sampled = token_logprobs(chunk_nV, batch_tokens[rows])
@@ -80,7 +89,7 @@ class TeacherActor:
                     support_logprobs[batch.tokens] = scored[1].cpu().numpy()
                 if signal == "topk":
                     support_ids[batch.tokens] = scored[2].cpu().numpy()
-        logprobs[~np.isfinite(logprobs)] = np.nan
+        logprobs[~np.isfinite(logprobs) | unknown] = np.nan
         seconds = time.perf_counter() - start
         self._busy_seconds += seconds
         scores = TeacherScores(

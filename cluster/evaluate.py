@@ -45,6 +45,9 @@ class Evaluator:
         self._seed, self._max_response_tokens, self._stop = seed, max_response_tokens, stop_token_ids
         self._keep = keep_trajectories
 
+    def __len__(self) -> int:
+        return len(self._prompts)
+
     async def student(
         self, rollout: Fleet, teacher: Fleet
     ) -> tuple[dict[str, float], list[dict[str, Any]], dict[str, float]]:

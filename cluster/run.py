@@ -3,20 +3,16 @@
 import asyncio
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from actors.errors import UserError
-from actors.models import load_tokenizer, stop_token_ids
-from actors.prompts import PromptSet, load_prompts
 from actors.rollout import RolloutActor
 from actors.teacher import TeacherActor
-from actors.verifiers import make_verifier
 from cluster.campaign import Campaign
-from cluster.check import max_prompt_tokens
+from cluster.check import check_models
 from cluster.config import CampaignConfig, differences, load_config, write_config
-from cluster.evaluate import Evaluator
+from cluster.inputs import Inputs, read_inputs
 from cluster.progress import Progress
 from cluster.ray_cluster import check_cluster, connected, refuse_relative_output
 from cluster.ray_fleet import Fleet, Resources
@@ -26,18 +22,10 @@ from cluster.state import CampaignState, load_state
 from learner.learner import Learner
 
 
-@dataclass
-class Inputs:
-    """What the campaign process itself reads."""
-
-    prompts: PromptSet
-    evaluator: Evaluator | None
-    stop_token_ids: list[int]
-
-
 def run_campaign(config: CampaignConfig) -> tuple[dict[str, Any], bool]:
     """Runs or takes up a campaign; returns its summary, and whether it is complete (False: it was interrupted)."""
     refuse_relative_output(config)
+    check_models(config)
     prepare_run_dir(config)
     state, checkpoint = load_state(config)
     records = RunRecords(config.run_dir)
@@ -68,26 +56,6 @@ def prepare_run_dir(config: CampaignConfig) -> None:
         write_config(config, written)
     except OSError as error:
         raise UserError("output_dir", f"{config.output_dir} ({error.strerror})", "a directory to write to") from error
-
-
-def read_inputs(config: CampaignConfig) -> Inputs:
-    """Prompts and held-out prompts, rendered with the student's tokenizer."""
-    tokenizer = load_tokenizer(config.student.model, config.student.trust_remote_code, "student.model")
-    stop = sorted({*stop_token_ids(config.student.model, tokenizer), *config.sampling.stop_token_ids})
-    limit = max_prompt_tokens(config)
-    prompts = load_prompts(config.prompts, tokenizer, limit, "prompts")
-    evaluator = None
-    if config.evaluation.prompts is not None:
-        evaluator = Evaluator(
-            load_prompts(config.evaluation.prompts, tokenizer, limit, "evaluation.prompts"),
-            tokenizer,
-            make_verifier(config.evaluation.verifier, "evaluation.verifier"),
-            seed=config.seed,
-            max_response_tokens=config.sampling.max_response_tokens,
-            stop_token_ids=stop,
-            keep_trajectories=config.evaluation.keep_trajectories,
-        )
-    return Inputs(prompts, evaluator, stop)
 
 
 async def _run(
@@ -168,6 +136,7 @@ def build_fleets(
             TeacherActor,
             (_with_local_model(teacher), f"teachers.{teacher_name}"),
             config.ray.max_restarts,
+            vocabulary=inputs.vocabulary,
         ),
         "learner": fleet(
             "learner",
