@@ -39,6 +39,8 @@ class PromptsConfig:
     """Field with the prompt: a string, or a list of chat messages with `role` and `content`."""
     reference_field: str | None = "answer"
     """Field with the reference answer that verifiers read; null when there is none."""
+    domain_field: str | None = None
+    """Field with the prompt's domain, by which teachers are chosen (`teachers.<name>.domains`)."""
     chat: bool = True
     """Render with the tokenizer's chat template (a plain string becomes one user message). False: the text as it is."""
     chat_template_arguments: dict[str, Any] = field(default_factory=dict)
@@ -99,6 +101,14 @@ class TeacherConfig:
 
     model: str = "???"
     """Hugging Face model directory or hub name, with the student's tokenizer."""
+    domains: list[str] = field(default_factory=list)
+    """Domains of the prompts that it scores. Empty: those that no other teacher names. Where several teachers score a
+    prompt, their mixture is the teacher."""
+    weight: float = number(1.0, above=0)
+    """Its share in such a mixture, in probability space, relative to the others' shares."""
+    prompt_template: str | None = None
+    """What this teacher reads in place of the prompt (of its last user message): `{prompt}` and any field of the record,
+    for example `{prompt} The reference answer is {answer}.` The student never sees it."""
     replicas: int = number(1, minimum=1)
     """How many actors of this teacher."""
     gpus_per_replica: float | None = number(None, minimum=0)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -30,6 +31,10 @@ BATCH = 1024
 """Records that are rendered and tokenised at a time."""
 
 
+TEMPLATE_FIELD = re.compile(r"\{(\w+)\}")
+"""A field of the record in a privileged teacher's template."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptSet:
     """Prompts in the order of their file. Example: prompt 1 is tokens[offsets[1]:offsets[2]]."""
@@ -40,6 +45,8 @@ class PromptSet:
     """[M + 1] int64."""
     references: list[str | None]
     """[M] what a verifier compares with, where there is something."""
+    domains: list[str | None]
+    """[M] what teachers are chosen by."""
     texts: list[str]
     """[M] what was tokenised: the prompt after the chat template."""
 
@@ -52,20 +59,26 @@ class PromptSet:
 
 
 def load_prompts(
-    config: PromptsConfig, tokenizer: PreTrainedTokenizerBase, max_prompt_tokens: int, key: str
+    config: PromptsConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    max_prompt_tokens: int,
+    key: str,
+    template: str | None = None,
 ) -> PromptSet:
     """Reads, renders and tokenises every prompt of the file or dataset that `config` names.
 
     max_prompt_tokens: the context less the room for a response. key: where the configuration stands, for example
-    "prompts" or "evaluation.prompts". Time and memory grow with the number of records. UserError: a file that is
+    "prompts" or "evaluation.prompts". template: replaces the prompt's text, with `{field}` for fields of the record: how
+    a teacher with privileged information reads it. Time and memory grow with the number of records. UserError: a file that is
     missing, empty or broken; a record without the field, with a wrong type or a prompt that is too long (the first of
     them, with its line, counted from 1).
     """
     if config.chat and not tokenizer.chat_template:
         raise UserError(f"{key}.chat", "true, and a tokenizer without a chat template", "a chat template, or false")
-    unit, records = _records(config, key)
+    unit, records = _records(config, key, template)
     numbers: list[int] = []
     references: list[str | None] = []
+    domains: list[str | None] = []
     texts: list[str] = []
     lengths: list[int] = []
     tokens: list[np.ndarray] = []
@@ -73,10 +86,10 @@ def load_prompts(
     while batch := list(islice(records, BATCH)):
         for number, record in batch:
             where = f"{config.path}, {unit} {number}"
-            texts.append(
-                _render(_field(record, config.prompt_field, where, f"{key}.prompt_field"), config, tokenizer, where)
-            )
-            references.append(_reference(record, config.reference_field, where, key))
+            prompt = _field(record, config.prompt_field, where, f"{key}.prompt_field")
+            texts.append(_render(prompt, record, template, config, tokenizer, where))
+            references.append(_text_field(record, config.reference_field, where, f"{key}.reference_field"))
+            domains.append(_text_field(record, config.domain_field, where, f"{key}.domain_field"))
             numbers.append(number)
         # A chat template writes its own special tokens; a plain text gets those that the tokenizer puts around a text.
         rows = tokenizer(
@@ -96,7 +109,13 @@ def load_prompts(
         if len(wrong):
             found = f"a prompt of {lengths[wrong[0]]} tokens ({len(wrong)} of {len(texts)} prompts are like this)"
             raise UserError(f"{config.path}, {unit} {numbers[wrong[0]]}", found, expected)
-    return PromptSet(tokens=np.concatenate(tokens), offsets=offsets_of(lengths), references=references, texts=texts)
+    return PromptSet(
+        tokens=np.concatenate(tokens),
+        offsets=offsets_of(lengths),
+        references=references,
+        domains=domains,
+        texts=texts,
+    )
 
 
 @lru_cache(maxsize=4)
@@ -138,7 +157,7 @@ def _hash(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
-def _records(config: PromptsConfig, key: str) -> tuple[str, Iterator[tuple[int, dict[str, Any]]]]:
+def _records(config: PromptsConfig, key: str, template: str | None) -> tuple[str, Iterator[tuple[int, dict[str, Any]]]]:
     """What the records are counted in, and (number from 1, record) for each."""
     path = Path(config.path).expanduser()
     if path.suffix in (".jsonl", ".parquet") or path.is_file() or (looks_local(config.path) and not path.is_dir()):
@@ -149,8 +168,8 @@ def _records(config: PromptsConfig, key: str) -> tuple[str, Iterator[tuple[int, 
             return "line", _jsonl(path)
         if path.suffix != ".parquet":
             raise UserError(f"{key}.path", config.path, "a .jsonl or .parquet file, or the name of a dataset")
-        return "row", _arrow_rows(_parquet(path, config, key), config.path, key)
-    return "row", _arrow_rows(_dataset(path, config, key), config.path, key)
+        return "row", _arrow_rows(_parquet(path, config, key, template), config.path, key)
+    return "row", _arrow_rows(_dataset(path, config, key, template), config.path, key)
 
 
 def _jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -168,21 +187,28 @@ def _jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             yield number, record
 
 
-def _columns(names: list[str], config: PromptsConfig, key: str) -> list[str]:
-    present = dict.fromkeys(names)
-    _field(present, config.prompt_field, config.path, f"{key}.prompt_field")
-    _reference(present, config.reference_field, config.path, key)
-    return [name for name in (config.prompt_field, config.reference_field) if name is not None]
+def _columns(names: list[str], config: PromptsConfig, key: str, template: str | None) -> list[str]:
+    """The columns that are needed, all of which must be there."""
+    wanted = [
+        (f"{key}.prompt_field", config.prompt_field),
+        (f"{key}.reference_field", config.reference_field),
+        (f"{key}.domain_field", config.domain_field),
+        *(("prompt_template", name) for name in TEMPLATE_FIELD.findall(template or "") if name != "prompt"),
+    ]
+    present = [(field_key, name) for field_key, name in wanted if name is not None]
+    for field_key, name in present:
+        _field(dict.fromkeys(names), name, config.path, field_key)
+    return list(dict.fromkeys(name for _, name in present))
 
 
-def _parquet(path: Path, config: PromptsConfig, key: str) -> Iterator[Any]:
+def _parquet(path: Path, config: PromptsConfig, key: str, template: str | None) -> Iterator[Any]:
     from pyarrow import parquet
 
     file = parquet.ParquetFile(path)
-    yield from file.iter_batches(BATCH, columns=_columns(file.schema_arrow.names, config, key))
+    yield from file.iter_batches(BATCH, columns=_columns(file.schema_arrow.names, config, key, template))
 
 
-def _dataset(path: Path, config: PromptsConfig, key: str) -> Iterator[Any]:
+def _dataset(path: Path, config: PromptsConfig, key: str, template: str | None) -> Iterator[Any]:
     import datasets
     from huggingface_hub import HfApi, is_offline_mode
 
@@ -193,7 +219,9 @@ def _dataset(path: Path, config: PromptsConfig, key: str) -> Iterator[Any]:
         HfApi().repo_info(name, repo_type="dataset")  # fails at once; load_dataset would try for half a minute
     datasets.disable_progress_bars()
     found = datasets.load_dataset(name, subset or None, split=config.split)
-    yield from found.select_columns(_columns(found.column_names, config, key)).with_format("arrow").iter(BATCH)
+    yield from (
+        found.select_columns(_columns(found.column_names, config, key, template)).with_format("arrow").iter(BATCH)
+    )
 
 
 def _arrow_rows(batches: Iterator[Any], path: str, key: str) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -212,15 +240,31 @@ def _field(record: dict[str, Any], name: str, where: str, key: str) -> Any:
     return record[name]
 
 
-def _reference(record: dict[str, Any], name: str | None, where: str, key: str) -> str | None:
-    value = None if name is None else _field(record, name, where, f"{key}.reference_field")
+def _text_field(record: dict[str, Any], name: str | None, where: str, key: str) -> str | None:
+    value = None if name is None else _field(record, name, where, key)
     if isinstance(value, list | dict | bytes):
         raise UserError(where, f"{name} = {str(value)[:60]}", "a string, a number or null")
     return None if value is None else str(value)
 
 
-def _render(prompt: Any, config: PromptsConfig, tokenizer: PreTrainedTokenizerBase, where: str) -> str:
-    """The text of one prompt, as the student will read it."""
+def _fill(template: str, prompt: str, record: dict[str, Any], where: str) -> str:
+    """The template with the prompt's text and the record's fields in place of `{prompt}` and `{field}`."""
+
+    def field_of(match: re.Match[str]) -> str:
+        return prompt if match[1] == "prompt" else str(_field(record, match[1], where, "prompt_template"))
+
+    return TEMPLATE_FIELD.sub(field_of, template)
+
+
+def _render(
+    prompt: Any,
+    record: dict[str, Any],
+    template: str | None,
+    config: PromptsConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    where: str,
+) -> str:
+    """The text of one prompt, as the student will read it; with a template, as a privileged teacher will."""
     if not _is_prompt(prompt, config.chat):
         expected = "a string, or a list of messages with role and content that does not end with the assistant's"
         raise UserError(
@@ -228,9 +272,12 @@ def _render(prompt: Any, config: PromptsConfig, tokenizer: PreTrainedTokenizerBa
             f"{config.prompt_field} = {str(prompt)[:80]!r}",
             expected if config.chat else "a string (chat is false)",
         )
-    text = prompt
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    if template is not None:
+        *before, last = messages
+        messages = [*before, {**last, "content": _fill(template, last["content"], record, where)}]
+    text = messages[-1]["content"]
     if config.chat:
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         with as_user_error(where, "a prompt that the chat template refuses", "messages that it accepts"):
             text = tokenizer.apply_chat_template(
                 messages, **{"add_generation_prompt": True, **config.chat_template_arguments, "tokenize": False}

@@ -1,6 +1,7 @@
 """The teacher actor: scores the student's own token ids with a frozen model. A plain class, values in, values out."""
 
 import time
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,7 +32,7 @@ class TeacherActor:
         vocabulary: rows of the student's output layer. A teacher that is padded to more rows is cut to these, since
         the student cannot write what lies beyond.
         """
-        self._config = config
+        self._config, self._name = config, key.rpartition(".")[2]
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         self._model: Any = load_model(
             config.model, config.dtype, self._device, trust_remote_code=config.trust_remote_code, key=f"{key}.model"
@@ -42,14 +43,24 @@ class TeacherActor:
             self._bias = None if self._bias is None else self._bias[:vocabulary]
         self._busy_seconds = 0.0
 
-    def score(self, ids: np.ndarray, *batches: Trajectories) -> tuple[TeacherCounts, TeacherScores]:
+    def score(
+        self,
+        ids: np.ndarray,
+        *batches: Trajectories,
+        prompts: tuple[np.ndarray, np.ndarray] | None = None,
+        log_weights: np.ndarray | None = None,
+    ) -> tuple[TeacherCounts, TeacherScores]:
         """Scores the trajectories with these ids [B, 3], in this order.
 
-        A forward pass takes `microbatch_tokens` tokens, the head `head_chunk_tokens` at a time. The result depends on
+        prompts: what this teacher reads in place of the student's prompts, tokens [P] and offsets [B + 1], where it
+        has privileged information; the response is scored token by token all the same. log_weights: [B] its shares in
+        a mixture, passed on. A forward pass takes `microbatch_tokens` tokens, the head `head_chunk_tokens` at a time. The result depends on
         `ids` and on what was written, not on how the trajectories were cut into batches on the way.
         """
         start = time.perf_counter()
         trajectories = select_trajectories(ids, batches)
+        if prompts is not None:
+            trajectories = replace(trajectories, prompt_tokens=prompts[0], prompt_offsets=prompts[1])
         signal, vocabulary = self._config.signal, len(self._weight)
         total = len(trajectories.response_tokens)
         support = {"sampled": 0, "topk": min(self._config.top_k, vocabulary), "full": vocabulary}[signal]
@@ -96,6 +107,8 @@ class TeacherActor:
             ids=trajectories.ids,
             response_offsets=trajectories.response_offsets,
             logprobs=logprobs,
+            teacher=self._name,
+            log_weights=np.zeros(len(ids), np.float32) if log_weights is None else log_weights,
             support_ids=support_ids,
             support_logprobs=support_logprobs,
         )

@@ -83,6 +83,10 @@ class TeacherScores:
     """[B + 1] int64, as in the trajectories that were scored."""
     logprobs: np.ndarray
     """[N] float32: log q(y_t | c_t), at temperature 1."""
+    teacher: str
+    """The teacher's name in the configuration."""
+    log_weights: np.ndarray
+    """[B] float32: log of its share where several teachers score a trajectory, whose mixture is the teacher; else 0."""
     support_ids: np.ndarray
     """[N, K] int32: tokens of the support, most likely first; [N, 0] for the signals `sampled` and `full`."""
     support_logprobs: np.ndarray
@@ -104,7 +108,7 @@ def ragged_rows(values: np.ndarray, offsets: np.ndarray, rows: Sequence[int] | n
     return values[np.repeat(offsets[:-1][rows], lengths) + within]
 
 
-def _rows_of(ids: np.ndarray, batches: Sequence[Trajectories] | Sequence[TeacherScores]) -> np.ndarray:
+def _rows_of(ids: np.ndarray, batches: Sequence[Trajectories]) -> np.ndarray:
     """Positions of `ids` [M, 3] among the concatenated rows of the batches; KeyError names an id that is not there."""
     place = {tuple(row): i for i, row in enumerate(np.concatenate([batch.ids for batch in batches]).tolist())}
     return np.array([place[tuple(row)] for row in np.asarray(ids).tolist()], np.int64)
@@ -132,17 +136,47 @@ def select_trajectories(ids: np.ndarray, batches: Sequence[Trajectories]) -> Tra
 
 
 def select_scores(ids: np.ndarray, batches: Sequence[TeacherScores]) -> TeacherScores:
-    """The scores with these ids [M, 3], in this order, from batches of one kind of signal."""
-    rows = _rows_of(ids, batches)
-    offsets = offsets_of(np.concatenate([np.diff(b.response_offsets) for b in batches]))
+    """The scores with these ids [M, 3], in this order, from batches of one kind of signal.
 
-    def tokens(name: str) -> np.ndarray:
-        return ragged_rows(np.concatenate([getattr(b, name) for b in batches]), offsets, rows)
-
+    Where several teachers have scored a trajectory, the result is their mixture in probability space,
+    log sum_i w_i q_i; a score that one of them lacks is missing. KeyError names an id that nobody has scored.
+    """
+    teachers: dict[str, list[TeacherScores]] = {}
+    for batch in batches:
+        teachers.setdefault(batch.teacher, []).append(batch)
+    wanted = [tuple(row) for row in np.asarray(ids).tolist()]
+    length = {
+        tuple(row): n for b in batches for row, n in zip(b.ids.tolist(), np.diff(b.response_offsets), strict=True)
+    }
+    offsets = offsets_of(length[row] for row in wanted)
+    support_ids, support = batches[0].support_ids, batches[0].support_logprobs
+    logprobs = np.full(offsets[-1], -np.inf, np.float32)
+    support_logprobs = np.full((offsets[-1], support.shape[1]), -np.inf, np.float32)
+    chosen_ids = np.zeros((offsets[-1], support_ids.shape[1]), np.int32)
+    for own in teachers.values():
+        place = {tuple(row): i for i, row in enumerate(np.concatenate([b.ids for b in own]).tolist())}
+        targets = np.array([i for i, row in enumerate(wanted) if row in place], np.int64)
+        sources = np.array([place[wanted[i]] for i in targets], np.int64)
+        into = ragged_rows(np.arange(offsets[-1]), offsets, targets)
+        own_offsets = offsets_of(np.concatenate([np.diff(b.response_offsets) for b in own]))
+        log_weights = np.repeat(np.concatenate([b.log_weights for b in own])[sources], np.diff(offsets)[targets])
+        tokens = {
+            name: ragged_rows(np.concatenate([getattr(b, name) for b in own]), own_offsets, sources)
+            for name in ("logprobs", "support_ids", "support_logprobs")
+        }
+        chosen_ids[into] = tokens["support_ids"]
+        if len(teachers) == 1 and not log_weights.any():  # nothing to mix: the values as they are, and no arithmetic
+            logprobs[into], support_logprobs[into] = tokens["logprobs"], tokens["support_logprobs"]
+            continue
+        logprobs[into] = np.logaddexp(logprobs[into], log_weights + tokens["logprobs"])
+        weighted = log_weights[:, None] + tokens["support_logprobs"]
+        support_logprobs[into] = np.logaddexp(support_logprobs[into], weighted)
     return TeacherScores(
         ids=np.asarray(ids, np.int64),
-        response_offsets=offsets_of(np.diff(offsets)[rows]),
-        logprobs=tokens("logprobs"),
-        support_ids=tokens("support_ids"),
-        support_logprobs=tokens("support_logprobs"),
+        response_offsets=offsets,
+        logprobs=logprobs,
+        teacher="+".join(teachers),
+        log_weights=np.zeros(len(wanted), np.float32),
+        support_ids=chosen_ids,
+        support_logprobs=support_logprobs,
     )

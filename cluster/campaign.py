@@ -36,6 +36,7 @@ from cluster.progress import Progress
 from cluster.ray_fleet import Fleet
 from cluster.records import RunRecords
 from cluster.state import CampaignState, save_checkpoint
+from cluster.teachers import Teachers
 
 
 @dataclass
@@ -117,13 +118,13 @@ class Campaign:
         prompts: PromptSet,
         evaluator: Evaluator | None,
         rollout: Fleet,
-        teacher: Fleet,
+        teachers: Teachers,
         learner: Fleet,
         records: RunRecords,
         progress: Progress,
     ):
         self.config, self.state = config, state
-        self.rollout, self.teacher, self.learner = rollout, teacher, learner
+        self.rollout, self.teachers, self.learner = rollout, teachers, learner
         self._prompts, self._evaluator = prompts, evaluator
         self._records, self._progress = records, progress
         self._synchronous = config.pipeline.max_staleness == 0
@@ -217,10 +218,7 @@ class Campaign:
             self.state.ledger.sampled(work.numbers)
             self._to_score.put_nowait(work)
 
-        async def get() -> list[Work]:
-            return [await self._to_sample.get()]
-
-        await self._for_each(get, sample, "rollout")
+        await self._for_each(self._to_sample.get, sample, "rollout")
 
     async def _score(self) -> None:
         """Consumes sampled works, produces scored ones. Waits for a teacher actor; unblocked by the actors' answers.
@@ -230,12 +228,10 @@ class Campaign:
         """
 
         async def score(work: Work) -> None:
-            counts, reference = await self.teacher.call(
-                "score", work.ids, *work.trajectories, returns=2, units=len(work)
-            )
-            work.scores = [reference]
-            self.state.missing_scores += counts.missing
-            self.state.busy["teacher"] += counts.busy_seconds
+            scored = await self.teachers.score(work.ids, work.trajectories)
+            work.scores = scored.references
+            self.state.missing_scores += scored.missing
+            self.state.busy["teacher"] += scored.busy_seconds
             self.state.ledger.scored(work.numbers)
             self._to_train.put_nowait(work)
 
@@ -293,13 +289,13 @@ class Campaign:
         if self.state.step == 0 and self._evaluator is not None and not self.state.start:
             record = await self._evaluate(0)
             if self.config.evaluation.teacher:
-                record["eval/accuracy_teacher"] = await self._evaluator.teacher(self.teacher)
+                record["eval/accuracy_teacher"] = await self._evaluator.teacher()
             self.state.start = record
             self._records.metrics({"step": 0, "policy_version": 0, **record})
             self._progress.update({"step": 0, "policy_version": 0, **record}, dict(self._doing))
 
     async def _for_each(
-        self, get: Callable[[], Awaitable[list[Work]]], act: Callable[[Work], Awaitable[None]], role: str
+        self, get: Callable[[], Awaitable[Work]], act: Callable[[Work], Awaitable[None]], role: str
     ) -> None:
         """Runs `act` on works as they come, many at a time; the first error ends all."""
         under_way = 0
@@ -315,24 +311,20 @@ class Campaign:
         try:
             async with asyncio.TaskGroup() as group:
                 while True:
-                    for work in await get():
-                        group.create_task(one(work))
+                    group.create_task(one(await get()))
         except* (CampaignError, UserError) as errors:
             raise errors.exceptions[0] from None
 
-    async def _next_to_score(self) -> list[Work]:
-        """What the teacher actors are given next, a work for a call."""
+    async def _next_to_score(self) -> Work:
+        """What the teachers are given next."""
         works = [await self._to_score.get()]
-        if self._synchronous:
-            while sum(map(len, works)) < self._update_size:
-                works.append(await self._to_score.get())
-            whole = merge(works)
-            parts = split_evenly(len(whole), len(self.teacher.replicas))
-            return [rows_of(whole, part.start, part.stop) for part in parts]
-        await self.teacher.wait_idle(max(1, self._update_size // len(self.teacher.replicas)))
-        while not self._to_score.empty():
-            works.append(self._to_score.get_nowait())
-        return [merge(works)]
+        while self._synchronous and sum(map(len, works)) < self._update_size:
+            works.append(await self._to_score.get())
+        if not self._synchronous:
+            await self.teachers.wait_idle(self._update_size)
+            while not self._to_score.empty():
+                works.append(self._to_score.get_nowait())
+        return merge(works)
 
     async def _next_update(self) -> Work:
         """Scored trajectories for one update, oldest first; those that are too stale are dropped and replaced."""
@@ -375,7 +367,7 @@ class Campaign:
     async def _evaluate(self, version: int) -> dict[str, Any]:
         if self._evaluator is None:
             return {}
-        metrics, rows, busy = await self._evaluator.student(self.rollout, self.teacher)
+        metrics, rows, busy = await self._evaluator.student(self.rollout)
         if self._started.is_set():
             for role, seconds in busy.items():
                 self.state.busy[role] += seconds

@@ -73,7 +73,7 @@ def _teacher(config: CampaignConfig, name: str) -> str:
 
 def _prompts(config: CampaignConfig) -> str:
     inputs = read_inputs(config)
-    held_out = f", {len(inputs.evaluator)} held out" if inputs.evaluator else ""
+    held_out = f", {len(inputs.held_out)} held out" if inputs.held_out else ""
     return f"{len(inputs.prompts)} prompts{held_out}; first: {inputs.prompts.texts[0][:80]!r}"
 
 

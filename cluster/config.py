@@ -105,7 +105,7 @@ class CampaignConfig:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     teachers: dict[str, TeacherConfig] = field(default_factory=dict)
-    """Teachers by name. One, for now."""
+    """Teachers by name: one, or several that score different domains of prompts, or mixtures."""
     learner: LearnerConfig = field(default_factory=LearnerConfig)
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -266,9 +266,24 @@ def _check_whole(config: CampaignConfig) -> None:
     """What no single key can be blamed for."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", config.name):
         raise UserError("name", repr(config.name), "letters, digits, '.', '_' and '-': it names a directory")
-    if len(config.teachers) != 1:
-        found = ", ".join(config.teachers) or "none"
-        raise UserError("teachers", found, "one teacher, for example teachers.default.model")
+    if not config.teachers:
+        raise UserError("teachers", "none", "at least one, for example teachers.default.model")
+    signals = {teacher.signal for teacher in config.teachers.values()}
+    supports = {(teacher.signal, teacher.signal == "topk" and teacher.top_k) for teacher in config.teachers.values()}
+    if len(supports) > 1:
+        raise UserError(
+            "teachers", f"the signals {', '.join(sorted(signals))}", "one signal (and top_k) for all teachers"
+        )
+    keyed = [(domain, name) for name, t in config.teachers.items() for domain in t.domains or ("every other",)]
+    shared = [domain for domain, _ in keyed if sum(domain == other for other, _ in keyed) > 1]
+    if shared and "topk" in signals:
+        raise UserError(
+            "teachers",
+            f"several teachers with signal=topk for the domain {shared[0]}",
+            "sampled or full, which can be mixed",
+        )
+    if any(t.domains for t in config.teachers.values()) and config.prompts.domain_field is None:
+        raise UserError("prompts.domain_field", "null", "the field that teachers.<name>.domains speaks of")
     for name, teacher in config.teachers.items():
         if config.learner.objective.estimator == "full" and teacher.signal == "sampled":
             raise UserError(

@@ -22,6 +22,7 @@ from actors.trajectory import (
 from actors.verifiers import Verifier
 from cluster.pipeline import split_evenly
 from cluster.ray_fleet import Fleet
+from cluster.teachers import Teachers
 
 GREEDY, SAMPLED = 0, 1
 """The sample number tells how an evaluation's trajectory was drawn."""
@@ -35,22 +36,18 @@ class Evaluator:
         prompts: PromptSet,
         tokenizer: Any,
         verifier: Verifier,
+        teachers: Teachers,
         *,
         seed: int,
         max_response_tokens: int,
         stop_token_ids: list[int],
         keep_trajectories: int,
     ):
-        self._prompts, self._tokenizer, self._verifier = prompts, tokenizer, verifier
-        self._seed, self._max_response_tokens, self._stop = seed, max_response_tokens, stop_token_ids
+        self._prompts, self._tokenizer, self._verifier, self._teachers = prompts, tokenizer, verifier, teachers
+        self._seed, self._max_tokens, self._stop = seed, max_response_tokens, stop_token_ids
         self._keep = keep_trajectories
 
-    def __len__(self) -> int:
-        return len(self._prompts)
-
-    async def student(
-        self, rollout: Fleet, teacher: Fleet
-    ) -> tuple[dict[str, float], list[dict[str, Any]], dict[str, float]]:
+    async def student(self, rollout: Fleet) -> tuple[dict[str, float], list[dict[str, Any]], dict[str, float]]:
         """Metrics `eval/...` of the weights that the rollout actors hold, sampled trajectories for reading, and the
         seconds that each role worked for it.
 
@@ -60,9 +57,8 @@ class Evaluator:
             self._sample(rollout, GREEDY), self._sample(rollout, SAMPLED)
         )
         ids = self._ids(SAMPLED)
-        parts = [ids[list(part)] for part in split_evenly(len(ids), len(teacher.replicas))]
-        answers = await asyncio.gather(*(teacher.call("score", part, *sampled, returns=2) for part in parts))
-        scores = select_scores(ids, await asyncio.gather(*(reference for _, reference in answers)))
+        scored = await self._teachers.score(ids, sampled)
+        scores = select_scores(ids, await asyncio.gather(*scored.references))
         written = select_trajectories(ids, await asyncio.gather(*sampled))
         best = select_trajectories(self._ids(GREEDY), await asyncio.gather(*greedy))
         rewards = self._rewards(written.response_tokens, written.response_offsets)
@@ -75,24 +71,13 @@ class Evaluator:
         }
         busy = {
             "rollout": greedy_seconds + sampled_seconds,
-            "teacher": sum(counts.busy_seconds for counts, _ in answers),
+            "teacher": scored.busy_seconds,
         }
         return metrics, self._rows(written, scores, rewards), busy
 
-    async def teacher(self, teacher: Fleet) -> float:
-        """The teacher's own greedy accuracy."""
-        prompts = self._prompts
-
-        async def part(rows: range) -> np.ndarray:
-            tokens = prompts.tokens[prompts.offsets[rows.start] : prompts.offsets[rows.stop]]
-            offsets = prompts.offsets[rows.start : rows.stop + 1] - prompts.offsets[rows.start]
-            response, response_offsets = await teacher.call(
-                "generate", tokens, offsets, self._max_response_tokens, self._stop, self._stop[0]
-            )
-            return self._rewards(response, response_offsets, rows.start)
-
-        parts = split_evenly(len(prompts), max(len(teacher.replicas), -(-len(prompts) // 64)))
-        return float(np.mean(np.concatenate(await asyncio.gather(*map(part, parts)))))
+    async def teacher(self) -> float:
+        """The teachers' own greedy accuracy."""
+        return float(np.mean(self._rewards(*await self._teachers.write(self._prompts, self._max_tokens, self._stop))))
 
     def _ids(self, sample: int) -> np.ndarray:
         return np.array([(EVALUATION_EPOCH, prompt, sample) for prompt in range(len(self._prompts))], np.int64)
@@ -114,11 +99,10 @@ class Evaluator:
         )
         return [reference for _, reference in answers], sum(counts.busy_seconds for counts, _ in answers)
 
-    def _rewards(self, tokens: np.ndarray, offsets: np.ndarray, first: int = 0) -> np.ndarray:
-        """[B] rewards of the responses to the prompts from `first` on."""
+    def _rewards(self, tokens: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+        """[M] rewards of the responses to all held-out prompts."""
         texts = self._tokenizer.batch_decode(np.split(tokens, offsets[1:-1]), skip_special_tokens=True)
-        references = self._prompts.references[first : first + len(texts)]
-        return np.array([self._verifier(text, reference) for text, reference in zip(texts, references, strict=True)])
+        return np.array([self._verifier(*pair) for pair in zip(texts, self._prompts.references, strict=True)])
 
     def _rows(self, written: Trajectories, scores: TeacherScores, rewards: np.ndarray) -> list[dict[str, Any]]:
         rows = []

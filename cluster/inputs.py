@@ -1,13 +1,15 @@
 """What the campaign process itself reads before it starts: prompts, held-out prompts, tokenizer, verifier."""
 
 from dataclasses import dataclass
+from typing import Any
 
+from actors.config import PromptsConfig
 from actors.errors import UserError
 from actors.models import context_length, find_model, load_config, load_tokenizer, stop_token_ids
 from actors.prompts import PromptSet, load_prompts
-from actors.verifiers import make_verifier
+from actors.verifiers import Verifier, make_verifier
 from cluster.config import CampaignConfig
-from cluster.evaluate import Evaluator
+from cluster.teachers import Lessons, routes
 
 
 @dataclass
@@ -15,7 +17,11 @@ class Inputs:
     """Read, rendered with the student's tokenizer, and found good."""
 
     prompts: PromptSet
-    evaluator: Evaluator | None
+    lessons: Lessons
+    held_out: PromptSet | None
+    held_out_lessons: Lessons | None
+    tokenizer: Any
+    verifier: Verifier
     stop_token_ids: list[int]
     vocabulary: int
     """Rows of the student's output layer."""
@@ -24,15 +30,7 @@ class Inputs:
 def max_prompt_tokens(config: CampaignConfig) -> int:
     """The student's context less the longest response. UserError where nothing is left for a prompt."""
     context = context_length(load_config(config.student.model, config.student.trust_remote_code, "student.model"))
-    context = min(context, int(config.rollout.engine.get("max_model_len") or context))
-    room = context - config.sampling.max_response_tokens
-    if room < 1:
-        raise UserError(
-            "sampling.max_response_tokens",
-            config.sampling.max_response_tokens,
-            f"less than the context of {context} tokens",
-        )
-    return room
+    return _room(config, min(context, int(config.rollout.engine.get("max_model_len") or context)))
 
 
 def read_inputs(config: CampaignConfig) -> Inputs:
@@ -45,33 +43,52 @@ def read_inputs(config: CampaignConfig) -> Inputs:
         raise UserError(
             "sampling.stop_token_ids", "none", "at least one, since the student has no end-of-sequence token"
         )
-    limit = max_prompt_tokens(config)
-    model = load_config(student.model, student.trust_remote_code, "student.model")
+    prompts, lessons = _read(config, config.prompts, tokenizer, "prompts")
+    held_out, held_out_lessons = None, None
+    if config.evaluation.prompts is not None:
+        held_out, held_out_lessons = _read(config, config.evaluation.prompts, tokenizer, "evaluation.prompts")
+        if None in held_out.references:
+            raise UserError(
+                f"{config.evaluation.prompts.path}, prompt {held_out.references.index(None) + 1}",
+                f"no {config.evaluation.prompts.reference_field}",
+                "a reference answer for every held-out prompt (evaluation.prompts.reference_field)",
+            )
     return Inputs(
-        load_prompts(config.prompts, tokenizer, limit, "prompts"),
-        _evaluator(config, tokenizer, limit, stop),
-        stop,
-        model.get_text_config().vocab_size,
-    )
-
-
-def _evaluator(config: CampaignConfig, tokenizer: object, limit: int, stop: list[int]) -> Evaluator | None:
-    source = config.evaluation.prompts
-    if source is None:
-        return None
-    held_out = load_prompts(source, tokenizer, limit, "evaluation.prompts")  # type: ignore[arg-type]
-    if None in held_out.references:
-        raise UserError(
-            f"{source.path}, prompt {held_out.references.index(None) + 1}",
-            f"no {source.reference_field}",
-            "a reference answer for every held-out prompt (evaluation.prompts.reference_field)",
-        )
-    return Evaluator(
+        prompts,
+        lessons,
         held_out,
+        held_out_lessons,
         tokenizer,
         make_verifier(config.evaluation.verifier, "evaluation.verifier"),
-        seed=config.seed,
-        max_response_tokens=config.sampling.max_response_tokens,
-        stop_token_ids=stop,
-        keep_trajectories=config.evaluation.keep_trajectories,
+        stop,
+        load_config(student.model, student.trust_remote_code, "student.model").get_text_config().vocab_size,
     )
+
+
+def _read(config: CampaignConfig, source: PromptsConfig, tokenizer: Any, key: str) -> tuple[PromptSet, Lessons]:
+    """Prompts as the student reads them, and as the teachers do."""
+    prompts = load_prompts(source, tokenizer, max_prompt_tokens(config), key)
+    privileged = {
+        name: load_prompts(source, tokenizer, _teacher_room(config, name), key, teacher.prompt_template)
+        for name, teacher in config.teachers.items()
+        if teacher.prompt_template is not None
+    }
+    return prompts, Lessons(routes(prompts.domains, config.teachers, source.path), privileged)
+
+
+def _teacher_room(config: CampaignConfig, name: str) -> int:
+    teacher = config.teachers[name]
+    return _room(
+        config, context_length(load_config(teacher.model, teacher.trust_remote_code, f"teachers.{name}.model"))
+    )
+
+
+def _room(config: CampaignConfig, context: int) -> int:
+    room = context - config.sampling.max_response_tokens
+    if room < 1:
+        raise UserError(
+            "sampling.max_response_tokens",
+            config.sampling.max_response_tokens,
+            f"less than the context of {context} tokens",
+        )
+    return room

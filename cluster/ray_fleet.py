@@ -75,7 +75,7 @@ class Fleet:
         """Starts every replica and waits until all can work. UserError where the input is why one cannot."""
         await asyncio.gather(*(self._start(replica) for replica in self.replicas))
 
-    async def call(self, method: str, *arguments: Any, returns: int = 1, units: int = 1) -> Any:
+    async def call(self, method: str, *arguments: Any, returns: int = 1, units: int = 1, **keywords: Any) -> Any:
         """Calls a method of the least busy replica, again on another one as long as actors die under it.
 
         With `returns` of 2 or more, the result is the first value and the references of the others, not fetched.
@@ -85,7 +85,7 @@ class Fleet:
             replica.under_way += units
             handle = replica.handle
             try:
-                return await _invoke(handle, method, arguments, returns)
+                return await _invoke(handle, method, arguments, returns, keywords)
             except RayActorError as error:
                 await self._lost(replica, handle, error)
             finally:
@@ -188,11 +188,13 @@ class Fleet:
                 self._changed.notify_all()
 
 
-async def _invoke(handle: Any, method: str, arguments: tuple, returns: int) -> Any:
+async def _invoke(
+    handle: Any, method: str, arguments: tuple, returns: int, keywords: dict[str, Any] | None = None
+) -> Any:
     try:
         if returns == 1:
-            return await getattr(handle, method).remote(*arguments)
-        first, *others = getattr(handle, method).options(num_returns=returns).remote(*arguments)
+            return await getattr(handle, method).remote(*arguments, **(keywords or {}))
+        first, *others = getattr(handle, method).options(num_returns=returns).remote(*arguments, **(keywords or {}))
         return await first, *others
     except RayTaskError as error:
         # Our own errors say all that is to say; others keep the actor's traceback.

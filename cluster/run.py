@@ -12,6 +12,7 @@ from actors.teacher import TeacherActor
 from cluster.campaign import Campaign
 from cluster.check import check_models
 from cluster.config import CampaignConfig, differences, load_config, write_config
+from cluster.evaluate import Evaluator
 from cluster.inputs import Inputs, read_inputs
 from cluster.progress import Progress
 from cluster.ray_cluster import check_cluster, connected, refuse_relative_output
@@ -19,6 +20,7 @@ from cluster.ray_fleet import Fleet, Resources
 from cluster.records import RunRecords
 from cluster.report import write_report
 from cluster.state import CampaignState, load_state
+from cluster.teachers import Teachers
 from learner.learner import Learner
 
 
@@ -76,14 +78,17 @@ async def _run(
     fleets = build_fleets(config, inputs, checkpoint, check_cluster(config, private), on_event)
     try:
         await asyncio.gather(*(fleet.start() for fleet in fleets.values()))
+        teachers = {name: fleets[f"teacher.{name}"] for name in config.teachers}
         campaign = Campaign(
             config,
             state,
             prompts=inputs.prompts,
-            evaluator=inputs.evaluator,
+            evaluator=build_evaluator(config, inputs, teachers),
+            rollout=fleets["rollout"],
+            teachers=Teachers(teachers, inputs.lessons),
+            learner=fleets["learner"],
             records=records,
             progress=progress,
-            **fleets,
         )
         complete = await campaign.run()
         records.event("finished" if complete else "stopped", step=state.step)
@@ -106,8 +111,7 @@ def build_fleets(
     needed: dict[str, tuple[int, Resources]],
     on_event: Callable[..., None],
 ) -> dict[str, Fleet]:
-    """The three fleets, not started."""
-    [(teacher_name, teacher)] = config.teachers.items()
+    """The fleets by role: `rollout`, `teacher.<name>`, `learner`; not started."""
 
     def fleet(role: str, actor: type, arguments: tuple, max_restarts: int, **keywords: Any) -> Fleet:
         replicas, resources = needed[role]
@@ -131,13 +135,16 @@ def build_fleets(
             config.ray.max_restarts,
             trust_remote_code=config.student.trust_remote_code,
         ),
-        "teacher": fleet(
-            f"teacher.{teacher_name}",
-            TeacherActor,
-            (_with_local_model(teacher), f"teachers.{teacher_name}"),
-            config.ray.max_restarts,
-            vocabulary=inputs.vocabulary,
-        ),
+        **{
+            f"teacher.{name}": fleet(
+                f"teacher.{name}",
+                TeacherActor,
+                (_with_local_model(teacher), f"teachers.{name}"),
+                config.ray.max_restarts,
+                vocabulary=inputs.vocabulary,
+            )
+            for name, teacher in config.teachers.items()
+        },
         "learner": fleet(
             "learner",
             Learner,
@@ -152,11 +159,30 @@ def build_fleets(
     }
 
 
+def build_evaluator(config: CampaignConfig, inputs: Inputs, teachers: dict[str, Fleet]) -> Evaluator | None:
+    """Of the held-out prompts, where there are any."""
+    if inputs.held_out is None or inputs.held_out_lessons is None:
+        return None
+    return Evaluator(
+        inputs.held_out,
+        inputs.tokenizer,
+        inputs.verifier,
+        Teachers(teachers, inputs.held_out_lessons),
+        seed=config.seed,
+        max_response_tokens=config.sampling.max_response_tokens,
+        stop_token_ids=inputs.stop_token_ids,
+        keep_trajectories=config.evaluation.keep_trajectories,
+    )
+
+
 def summarise(config: CampaignConfig, state: CampaignState, wall_seconds: float) -> dict[str, Any]:
     """The contents of summary.json."""
     end = state.evaluations[max(state.evaluations)] if state.evaluations else {}
-    [teacher] = config.teachers.values()
-    replicas = {"rollout": config.rollout.replicas, "teacher": teacher.replicas, "learner": config.learner.replicas}
+    replicas = {
+        "rollout": config.rollout.replicas,
+        "teacher": sum(teacher.replicas for teacher in config.teachers.values()),
+        "learner": config.learner.replicas,
+    }
     slowest = max(state.busy[role] / replicas[role] for role in replicas)
     return {
         "accuracy_start": state.start.get("eval/accuracy"),

@@ -3,7 +3,6 @@
 import json
 import os
 import secrets
-import signal
 import socket
 import subprocess
 import sys
@@ -11,6 +10,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -56,8 +56,11 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, dic
         assert head.poll() is None and time.monotonic() < deadline, "the head did not start"
         time.sleep(1)
     yield address, environment
-    os.killpg(head.pid, signal.SIGTERM)
-    head.wait(30)
+    # Not `ray stop`: it would stop every Ray on the machine.
+    processes = [psutil.Process(head.pid), *psutil.Process(head.pid).children(recursive=True)]
+    for process in processes:
+        process.kill()
+    psutil.wait_procs(processes, timeout=10)
 
 
 def submit(cluster: tuple[str, dict[str, str]], *overrides: str) -> subprocess.CompletedProcess[str]:

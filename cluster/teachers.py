@@ -1,0 +1,128 @@
+"""The teachers: which of them scores which prompt, what each reads, and how a batch is divided among their actors."""
+
+import asyncio
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from actors.config import TeacherConfig
+from actors.errors import UserError
+from actors.prompts import PromptSet
+from actors.trajectory import offsets_of, ragged_rows
+from cluster.pipeline import split_evenly
+from cluster.ray_fleet import Fleet
+
+
+def route(domain: str | None, teachers: Mapping[str, TeacherConfig], where: str) -> dict[str, float]:
+    """Teacher -> log of its share in the mixture that scores a prompt of this domain.
+
+    The teachers that name the domain; if none does, those that name no domain. UserError: nobody is left.
+    """
+    chosen = [name for name, teacher in teachers.items() if domain is not None and domain in teacher.domains]
+    chosen = chosen or [name for name, teacher in teachers.items() if not teacher.domains]
+    if not chosen:
+        known = sorted({known for teacher in teachers.values() for known in teacher.domains})
+        expected = f"a domain that a teacher names ({', '.join(known)}), or a teacher without domains"
+        raise UserError(where, f"domain {domain}", expected, known)
+    total = math.fsum(teachers[name].weight for name in chosen)
+    return {name: math.log(teachers[name].weight / total) for name in chosen}
+
+
+def routes(domains: Sequence[str | None], teachers: Mapping[str, TeacherConfig], where: str) -> list[dict[str, float]]:
+    """`route` for every prompt; `where` names the file."""
+    seen: dict[str | None, dict[str, float]] = {}
+    for number, domain in enumerate(domains, 1):
+        if domain not in seen:
+            seen[domain] = route(domain, teachers, f"{where}, prompt {number}")
+    return [seen[domain] for domain in domains]
+
+
+class Lessons(NamedTuple):
+    """What the teachers do with one set of prompts."""
+
+    routes: list[dict[str, float]]
+    """For each prompt: teacher -> log of its share."""
+    privileged: dict[str, PromptSet]
+    """Teacher -> the prompts as it reads them, for teachers with a `prompt_template`."""
+
+
+class Scored(NamedTuple):
+    """The answer to `Teachers.score`."""
+
+    references: list[Any]
+    """Of TeacherScores."""
+    missing: int
+    """Tokens without a finite score."""
+    busy_seconds: float
+
+
+class Teachers:
+    """All teachers' fleets, and the lessons for one set of prompts."""
+
+    def __init__(self, fleets: dict[str, Fleet], lessons: Lessons):
+        self.fleets = fleets
+        self._lessons = lessons
+
+    async def score(self, ids: np.ndarray, trajectories: Sequence[Any]) -> Scored:
+        """Has the trajectories with these ids [B, 3], held by the references, scored by their teachers.
+
+        Each teacher takes its share in the order of `ids`, in one part for each of its actors: who scores what, and in
+        which company, is a function of `ids` alone.
+        """
+        calls = []
+        for name, fleet in self.fleets.items():
+            mine = [row for row in range(len(ids)) if name in self._lessons.routes[ids[row, 1]]]
+            for part in split_evenly(len(mine), len(fleet.replicas)) if mine else []:
+                calls.append(self._call(name, ids[mine[part.start : part.stop]], trajectories))
+        answers = await asyncio.gather(*calls)
+        return Scored(
+            [reference for _, reference in answers],
+            sum(counts.missing for counts, _ in answers),
+            sum(counts.busy_seconds for counts, _ in answers),
+        )
+
+    async def wait_idle(self, limit: int) -> None:
+        """Waits until some actor of every teacher has fewer than `limit` trajectories to score."""
+        await asyncio.gather(*(fleet.wait_idle(limit) for fleet in self.fleets.values()))
+
+    async def write(
+        self, prompts: PromptSet, max_response_tokens: int, stop_token_ids: list[int]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Greedy responses to all prompts, each by the teacher with the largest share: tokens [N], offsets [M + 1]."""
+        best = [max(route, key=lambda name: route[name]) for route in self._lessons.routes]
+        written: list[np.ndarray] = [np.zeros(0, np.int32)] * len(prompts)
+
+        async def part(name: str, rows: list[int]) -> None:
+            tokens, offsets = _prompts_of(self._lessons.privileged.get(name, prompts), np.array(rows))
+            response, response_offsets = await self.fleets[name].call(
+                "generate", tokens, offsets, max_response_tokens, stop_token_ids, stop_token_ids[0]
+            )
+            for row, answer in zip(rows, np.split(response, response_offsets[1:-1]), strict=True):
+                written[row] = answer
+
+        calls = []
+        for name, fleet in self.fleets.items():
+            mine = [row for row, chosen in enumerate(best) if chosen == name]
+            for rows in split_evenly(len(mine), max(len(fleet.replicas), -(-len(mine) // 64))) if mine else []:
+                calls.append(part(name, mine[rows.start : rows.stop]))
+        await asyncio.gather(*calls)
+        return np.concatenate(written), offsets_of(map(len, written))
+
+    async def _call(self, name: str, ids: np.ndarray, trajectories: Sequence[Any]) -> tuple[Any, Any]:
+        prompts = self._lessons.privileged.get(name)
+        return await self.fleets[name].call(
+            "score",
+            ids,
+            *trajectories,
+            returns=2,
+            units=len(ids),
+            prompts=_prompts_of(prompts, ids[:, 1]) if prompts else None,
+            log_weights=np.array([self._lessons.routes[prompt][name] for prompt in ids[:, 1]], np.float32),
+        )
+
+
+def _prompts_of(prompts: PromptSet, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens [P] and offsets [B + 1] of the prompts with these numbers."""
+    return ragged_rows(prompts.tokens, prompts.offsets, rows), offsets_of(np.diff(prompts.offsets)[rows])
