@@ -97,7 +97,7 @@ def line_chart(
     """Lines over a common x. `references` are horizontal lines; `y_limits` are values that the y axis includes at least."""
     series = [thinned(one) for one in series if one.values]
     x_format = x_format or compact
-    x, y = _axes(series, references, y_limits, size, right=86 if end_labels else 10)
+    x, y = _axes(series, references, y_limits, size, right=104 if end_labels else 10)
     parts = [_grid(x, y, x_format, y_format)]
     for name, value in references:
         parts.append(
@@ -112,7 +112,7 @@ def line_chart(
     if end_labels:
         ends = [(y.at(one.values[-1]), f"c{one.colour}", f"{one.label} {y_format(one.values[-1])}") for one in series]
         ends += [(y.at(value), "reference", f"{name} {y_format(value)}") for name, value in references]
-        parts.append(_end_labels(ends, x.stop + 6, y))
+        parts.append(_end_labels(ends, x.stop + 9, y))
     parts.append('<line class="cursor"/>')
     data = f'data-name="{x_name}" data-axis="{x.low:g} {x.high:g} {x.start:g} {x.stop:g}"'
     return _svg(size, label, data, parts)
@@ -182,7 +182,9 @@ def _axes(
     xs = [x for one in series for x in one.xs] or [0.0, 1.0]
     ys = [y for one in series for y in (*one.values, *(v for v in (*one.low, *one.high) if v is not None))]
     ys += [value for _, value in references]
-    x = Axis(min(xs), max(xs) if max(xs) > min(xs) else min(xs) + 1, 46, width - right)
+    left, last = min(xs), max(xs)
+    left = 0.0 if 0 < left <= 0.1 * last else left
+    x = Axis(left, last if last > left else left + 1, 46, width - right)
     positive = sorted(y for y in ys if y > 0)
     if y_limits == (None, None) and len(positive) == len(ys) > 4 and positive[-1] > 30 * positive[len(ys) // 2]:
         return x, Axis(positive[0] / 1.2, positive[-1] * 1.2, height - 24, 10, log=True)
@@ -259,8 +261,8 @@ def _svg(size: tuple[int, int], label: str, data: str, parts: Sequence[str]) -> 
 
 
 def _round_step(rough: float) -> float:
-    """The nearest of 1, 2, 5 times a power of ten that is not smaller."""
+    """The nearest of 1, 2, 2.5, 5 times a power of ten that is not smaller."""
     if rough <= 0:
         return 1.0
     power = 10.0 ** math.floor(math.log10(rough))
-    return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * (1 - 1e-9))
+    return next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough * (1 - 1e-9))

@@ -1,7 +1,7 @@
 """Which curves a report shows, and how they are read from the lines of metrics.jsonl."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from html import escape
 from typing import Any
 
@@ -62,7 +62,7 @@ GROUPS: dict[str, tuple[Figure, ...]] = {
         Figure(
             "Response length",
             "tokens, mean of the update and of held-out prompts",
-            (("response_length_mean", "training"), ("eval/response_length_mean", "held-out")),
+            (("response_length_mean", "train"), ("eval/response_length_mean", "held-out")),
         ),
         Figure("Truncated", "responses cut at the length limit", (("truncated_fraction", "truncated"),), percent),
     ),
@@ -83,7 +83,7 @@ GROUPS: dict[str, tuple[Figure, ...]] = {
     "The pipeline": (
         Figure("Staleness", "versions behind the learner", (("staleness_mean", "mean"), ("staleness_max", "max"))),
         Figure("Dropped", "trajectories never trained on, in all", (("dropped", "dropped"),)),
-        Figure("Throughput", "tokens sampled per second of wall-clock time", (("tokens_per_second", "tokens/s"),)),
+        Figure("Throughput", "training tokens per second, evaluations included", (("tokens_per_second", "tokens/s"),)),
         Figure("Trained", "tokens that an update learns from", (("tokens_trained", "tokens"),)),
         Figure("Publishing", "from learner to every rollout actor", (("publish_seconds", "time"),), seconds),
         Figure("Weight version", "bytes that travel", (("publish_bytes", "size"),), byte_count),
@@ -114,11 +114,13 @@ def read_series(figure: Figure, runs: Sequence[tuple[str, Rows]], across: str = 
     return [one for one in series if one.values]
 
 
-def hero_figures(runs: Sequence[tuple[str, Rows]], teacher: float | None) -> str:
+def hero_figures(runs: Sequence[tuple[str, Rows]], teachers: Iterable[float]) -> str:
     """Accuracy and reverse KL, each against updates, tokens and time; the page shows one of the three."""
     parts = []
     for figure in HERO:
-        references = [("teacher", teacher)] if figure is ACCURACY and teacher is not None else []
+        if not read_series(figure, runs):
+            continue
+        references = [("teacher", accuracy) for accuracy in teachers] if figure is ACCURACY else []
         charts = []
         for name, key in ACROSS.items():
             chart = line_chart(
@@ -129,12 +131,12 @@ def hero_figures(runs: Sequence[tuple[str, Rows]], teacher: float | None) -> str
                 references=references,
                 x_name={"updates": "update", "tokens": "tokens", "time": "at"}[name],
                 x_format=seconds if key == "wall_seconds" else compact,
-                size=(580, 280),
+                size=(500, 250),
                 end_labels=len(runs) == 1,
             )
             hidden = "" if name == "updates" else " hidden"
             charts.append(f'<div data-across="{name}"{hidden}>{chart}</div>')
-        parts.append(_frame(figure, "".join(charts), ""))
+        parts.append(_frame(_explained(figure, runs), "".join(charts), ""))
     return "".join(parts)
 
 
@@ -149,12 +151,13 @@ def small_figures(figures: Sequence[Figure], runs: Sequence[tuple[str, Rows]]) -
             steady.append(f"<div><dt>{figure.title}</dt><dd>{escape(figure.form(series[0].values[-1]))}</dd></div>")
             continue
         chart = line_chart(series, label=figure.title, y_format=figure.form, y_limits=figure.limits)
-        latest = " ".join(
-            f'<span class="key c0{" dashed" * one.dashed}{" faint" * one.faint}">{escape(one.label) if len(series) > 1 else ""} '
-            f"<b>{escape(figure.form(one.values[-1]))}</b></span>"
+        latest = "".join(
+            f'<span class="key {one.look}">{escape(one.label)} <b>{escape(figure.form(one.values[-1]))}</b></span>'
+            if len(series) > 1
+            else f"<b>{escape(figure.form(one.values[-1]))}</b>"
             for one in series
         )
-        drawn.append(_frame(figure, chart, latest if len(runs) == 1 else ""))
+        drawn.append(_frame(_explained(figure, runs), chart, latest if len(runs) == 1 else ""))
     return "".join(drawn), "".join(steady)
 
 
@@ -170,9 +173,9 @@ def busy_figure(name: str, rows: Rows) -> str:
         label="Busy seconds of each role, by update",
         y_format=seconds,
     )
-    title = "Busy seconds" + (f", {escape(name)}" if name else "")
+    note = f"{escape(name) or 'all actors'}, by update, evaluations included"
     keys = "".join(f'<span class="key r{i}">{role}</span>' for i, role in enumerate(BUSY))
-    return _frame(Figure(title, "work of all actors of a role, by update", ()), chart, keys)
+    return _frame(Figure("Busy seconds", note, ()), chart, keys)
 
 
 def with_throughput(rows: Rows) -> list[dict[str, Any]]:
@@ -188,6 +191,14 @@ def with_throughput(rows: Rows) -> list[dict[str, Any]]:
         result.append({**row, "tokens_per_second": rate} if row["step"] else row)
         before = now
     return result
+
+
+def _explained(figure: Figure, runs: Sequence[tuple[str, Rows]]) -> Figure:
+    """With words for its lines: where there are several runs, colours tell those."""
+    if len(runs) == 1 or len(figure.keys) == 1:
+        return figure
+    look = "dashed" if figure.keys[1][0].startswith("eval/") else "faint"
+    return replace(figure, note=f"{figure.note}; {look}: {figure.keys[1][1]}")
 
 
 def _frame(figure: Figure, chart: str, latest: str) -> str:

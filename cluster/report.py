@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from string import Template
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -122,7 +122,7 @@ def sections(runs: Sequence[Run]) -> dict[str, str]:
     one = runs[0] if len(runs) == 1 else None
     names = _distinct_names(runs)
     curves = [(name, run.metrics) for name, run in zip(names, runs, strict=True)]
-    teacher = next((run.result["accuracy_teacher"] for run in runs if run.result["accuracy_teacher"] is not None), None)
+    teachers = {run.result["accuracy_teacher"] for run in runs} - {None}
     groups, steady = [], []
     for title, figures in GROUPS.items():
         drawn, flat = small_figures(figures, curves)
@@ -140,7 +140,7 @@ def sections(runs: Sequence[Run]) -> dict[str, str]:
         "legend": "" if one else _legend(names),
         "summary": _before_after(one) if one else _comparison(names, runs),
         "bottleneck": "".join(_bottleneck(run, "" if one else name) for name, run in zip(names, runs, strict=True)),
-        "hero": hero_figures(curves, teacher) or "<p class=none>Nothing has been measured yet.</p>",
+        "hero": hero_figures(curves, sorted(teachers)) or "<p class=none>Nothing has been measured yet.</p>",
         "groups": "".join(groups),
         "steady": f'<section class="steady"><h2>Never changed</h2><dl>{flat}</dl></section>' if flat else "",
         "samples": samples([(name, run.trajectories) for name, run in zip(names, runs, strict=True)]),
@@ -165,10 +165,10 @@ def _headline(runs: Sequence[Run]) -> str:
     if before is None or after is None:
         kl = result["reverse_kl_end"]
         return f"The reverse KL to the teacher is <b>{compact(kl)}</b>." if kl is not None else "A campaign has begun."
-    sentence = f"The student answers <b>{percent(after)}</b> of held-out prompts right"
+    sentence = f"The student answers <b>{after:.1%}</b> of held-out prompts right"
     if result["updates"]:
-        sentence += f", after {percent(before)} at the start"
-    return sentence + (f"; its teacher {percent(teacher)}." if teacher is not None else ".")
+        sentence += f", {'up' if after >= before else 'down'} from {before:.1%}"
+    return sentence + (f"; its teacher answers {teacher:.1%}." if teacher is not None else ".")
 
 
 def _state(run: Run) -> str:
@@ -222,8 +222,8 @@ def _before_after(run: Run) -> str:
             else ""
         )
         cells = [
-            _cell(share, percent),
-            _cell(result.get(sampled), percent),
+            _cell(share, "{:.1%}".format),
+            _cell(result.get(sampled), "{:.1%}".format),
             _cell(result.get(kl) if kl else 0, compact),
         ]
         lines.append(f'<tr class="{look}"><th>{name}</th><td class="bar">{bar}</td>{"".join(cells)}</tr>')
@@ -244,9 +244,9 @@ def _before_after(run: Run) -> str:
 def _comparison(names: Sequence[str], runs: Sequence[Run]) -> str:
     """The same for several runs, a line each."""
     columns = (
-        ("before", "accuracy_start", percent),
-        ("after", "accuracy_end", percent),
-        ("teacher", "accuracy_teacher", percent),
+        ("before", "accuracy_start", "{:.1%}".format),
+        ("after", "accuracy_end", "{:.1%}".format),
+        ("teacher", "accuracy_teacher", "{:.1%}".format),
         ("KL before", "reverse_kl_start", compact),
         ("KL after", "reverse_kl_end", compact),
         ("updates", "updates", "{:,}".format),
@@ -263,11 +263,19 @@ def _comparison(names: Sequence[str], runs: Sequence[Run]) -> str:
     return f'<div class="wide"><table class="result many"><thead><tr><th>Campaign</th>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
 
 
-def utilisation(run: Run) -> tuple[dict[str, float], float, float]:
-    """(share of the loop's time that one actor of each role works, seconds of the loop, loop over its slowest stage).
+class Pace(NamedTuple):
+    """How the loop's time was spent."""
 
-    The loop's time is the summary's; without it, the time between the first and the last line of the metrics.
-    """
+    shares: dict[str, float]
+    """Share of the loop's time that one actor of each role works; empty where nothing was measured."""
+    replicas: dict[str, int]
+    loop_seconds: float
+    over_slowest: float
+    """The loop's time over that of its slowest stage."""
+
+
+def pace(run: Run) -> Pace:
+    """From the summary; without one, from the metrics: the loop's time is then that between the first and last line."""
     result = run.result
     teachers = [t for t in run.setting("teachers", {}).values() if isinstance(t, dict)]
     replicas = {
@@ -281,31 +289,37 @@ def utilisation(run: Run) -> tuple[dict[str, float], float, float]:
     loop = result.get("loop_seconds") or (result.get("wall_over_slowest_stage") or 0) * slowest
     loop = loop or (walls[-1] - walls[0] if walls else 0.0)
     if not slowest or not loop:
-        return {}, loop, 0.0
-    return {role: value / loop for role, value in each.items()}, loop, loop / slowest
+        return Pace({}, replicas, loop, 0.0)
+    return Pace({role: value / loop for role, value in each.items()}, replicas, loop, loop / slowest)
 
 
 def _bottleneck(run: Run, name: str) -> str:
     """Which stage sets the pace, in a sentence and three bars."""
-    shares, loop, ratio = utilisation(run)
+    shares, replicas, loop, ratio = pace(run)
     if not shares:
         return ""
     slowest = max(shares, key=lambda role: shares[role])
+    count = replicas[slowest]
+    if name:
+        title = f"{escape(name)}: {slowest}-bound."
+        sentence = f"<b>{title}</b> The loop’s {seconds(loop)} are {ratio:.2f} times those of its slowest stage."
+        return f'<div class="bottleneck"><p>{sentence}</p><dl>{_bars(shares)}</dl></div>'
     sentence = (
-        f"<b>{slowest.capitalize()}-bound.</b> The {slowest} is the slowest stage: it works {percent(shares[slowest])} of the "
-        f"loop’s {seconds(loop)}. The loop takes {ratio:.2f} times as long as that stage alone; 1 would mean that it never waits."
+        f"<b>{slowest.capitalize()}-bound.</b> The {slowest} is the slowest stage: "
+        f"{f'each of its {count} actors' if count > 1 else 'it'} works {percent(shares[slowest])} of the loop’s {seconds(loop)}. "
+        f"The loop takes {ratio:.2f} times as long as that stage alone; 1 would mean that it never waits."
     )
     if run.setting("pipeline.max_staleness") == 0:
-        sentence += (
-            " With <code>pipeline.max_staleness: 0</code> the stages take turns, so the others’ time is added to it."
-        )
-    bars = "".join(
+        sentence += " With <code>pipeline.max_staleness: 0</code> the stages take turns, and their times add up."
+    return f'<div class="bottleneck"><p>{sentence}</p><dl>{_bars(shares)}</dl></div>'
+
+
+def _bars(shares: dict[str, float]) -> str:
+    return "".join(
         f'<div><dt>{role}</dt><dd><span class="gauge"><span class="r{i}" style="width:{min(100 * share, 100):.1f}%"></span></span>'
         f"<span>{percent(share)}</span></dd></div>"
         for i, (role, share) in enumerate(shares.items())
     )
-    title = f"<h3>{escape(name)}</h3>" if name else ""
-    return f'<div class="bottleneck"><div>{title}<p>{sentence}</p></div><dl>{bars}</dl></div>'
 
 
 def _configuration(names: Sequence[str], runs: Sequence[Run]) -> str:

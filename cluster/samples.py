@@ -12,7 +12,7 @@ LEVELS = (0.1, 0.25, 0.5, 1.0, 2.0, 4.0)
 """Bounds, in nats, of the shades on either side of white."""
 MAX_STEPS = 7
 """Steps that are shown of one run: the first, the last, and some between."""
-MAX_ROWS = 32
+MAX_ROWS = 16
 MAX_ROW_TOKENS = 400
 """A longer response is cut here."""
 PAGE_TOKENS = 9000
@@ -56,7 +56,8 @@ def _article(run: int, step: int, row: dict[str, Any], hidden: bool) -> str:
     pairs = [(s, t) for s, t in zip(student, teacher, strict=True) if s is not None and t is not None]
     facts = [f"{len(row['tokens']):,} tokens", str(row["finish_reason"])]
     if pairs:
-        facts.append(f"{sum(s - t for s, t in pairs) / len(pairs):.3f} nats per token")
+        mean = sum(s - t for s, t in pairs) / len(pairs)
+        facts.append(f"{mean:.3f} nats per token".replace("-", "−"))
     if reward not in (None, 0, 1):
         facts.append(f"reward {reward:g}")
     if row.get("reference") is not None:

@@ -32,7 +32,7 @@ def timeline(name: str, events: Sequence[dict[str, Any]], wall_seconds: float) -
         return f"{title}<p class=none>No events were recorded.</p>"
     events = sorted(events, key=lambda event: event["wall_seconds"])
     whole = max(wall_seconds, events[-1]["wall_seconds"]) or 1.0
-    return title + _lanes(events, whole) + _listing(events)
+    return title + _lanes(events, whole) + _listing(events, opened=not name)
 
 
 def lives(events: Sequence[dict[str, Any]], whole: float) -> dict[str, list[tuple[float, float]]]:
@@ -87,7 +87,7 @@ def _lanes(events: Sequence[dict[str, Any]], whole: float) -> str:
     return f'<div class="lanes">{"".join(rows)}<div class="clock"><span></span><div>{ends}</div></div></div>'
 
 
-def _listing(events: Sequence[dict[str, Any]]) -> str:
+def _listing(events: Sequence[dict[str, Any]], opened: bool) -> str:
     ordinary = [event for event in events if TONES.get(event["kind"], "good") == "good"]
     left_out = {id(event) for event in ordinary[: max(len(ordinary) - MAX_LINES, 0)]}
     rows = [
@@ -97,8 +97,8 @@ def _listing(events: Sequence[dict[str, Any]]) -> str:
         if id(event) not in left_out
     ]
     note = f"<p class=none>{len(left_out):,} earlier ones are in events.jsonl.</p>" if left_out else ""
-    opened = " open" if len(rows) <= 14 else ""
-    return f'<details{opened}><summary>{len(events):,} events</summary>{note}<table class="events">{"".join(rows)}</table></details>'
+    state = " open" if opened and len(rows) <= 14 else ""
+    return f'<details{state}><summary>{len(events):,} events</summary>{note}<table class="events">{"".join(rows)}</table></details>'
 
 
 def _details(event: dict[str, Any]) -> str:
