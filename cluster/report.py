@@ -177,7 +177,7 @@ def _state(run: Run) -> str:
     word, tone = _STATES[last["kind"]] if last else ("not finished", "warn")
     updates = run.setting("pipeline.updates")
     if word == "not finished" and updates:
-        word = f"update {run.last('step')} of {updates}"
+        word = f"update {run.last('step')} of {escape(str(updates))}"
     cause = f' title="{escape(str(last["cause"]), quote=True)}"' if last and last.get("cause") else ""
     return f'<span class="state {tone}"{cause}>{word}</span>'
 

@@ -54,7 +54,7 @@ def _article(run: int, step: int, row: dict[str, Any], hidden: bool) -> str:
     reward = row.get("reward")
     verdict = "unjudged" if reward is None else "right" if reward >= 1 else "wrong"
     pairs = [(s, t) for s, t in zip(student, teacher, strict=True) if s is not None and t is not None]
-    facts = [f"{len(row['tokens']):,} tokens", str(row["finish_reason"])]
+    facts = [f"{len(row['tokens']):,} tokens", escape(str(row["finish_reason"]))]
     if pairs:
         mean = sum(s - t for s, t in pairs) / len(pairs)
         facts.append(f"{mean:.3f} nats per token".replace("-", "−"))
