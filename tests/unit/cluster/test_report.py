@@ -1,3 +1,5 @@
+import base64
+import hashlib
 import json
 import math
 import os
@@ -96,19 +98,21 @@ def test_the_page_tells_what_was_learnt(run):
         assert text in page.text
     for figure in ("Entropy", "Gradient norm", "Ratio", "Clipped", "Staleness", "Engine against learner"):
         assert page.all("svg", aria_label=figure), figure
-    assert "Weight version" in page.text and not page.all("svg", aria_label="Weight version")  # it never changed
+    assert "Weight version447 kB" in page.text and not page.all("svg", aria_label="Weight version")  # it never changed
 
 
 def test_the_values_under_the_pointer_are_those_of_the_metrics(run):
     page = page_of(run)
-    [greedy, *_] = page.all("g", data_label="greedy")
+    greedy, by_tokens, by_time = page.all("g", data_label="greedy")
     rows = [row for row in read_jsonl(run / "metrics.jsonl") if "eval/accuracy" in row]
     assert greedy["data-x"].split(";") == [str(row["step"]) for row in rows]
+    assert by_tokens["data-x"].split(";") == [str(row.get("tokens_generated", 0)) for row in rows]
+    assert by_time["data-x"].split(";") == [f"{row['wall_seconds']:g}" for row in rows]
     assert greedy["data-y"].split(";") == [percent(row["eval/accuracy"]) for row in rows]
 
 
 def test_nothing_that_was_written_becomes_markup(tmp_path):
-    evil = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'&"
+    evil = "<script>alert(1)</script><img src=x onerror=alert(2)>&' onclick='alert(3) \" onclick=\"alert(4)"
     run = make_fake_run(tmp_path / "evil")
     text = {"id", "prompt", "response", "finish_reason", "reference"}
     for path in (run / "trajectories").iterdir():
@@ -128,6 +132,7 @@ def test_nothing_that_was_written_becomes_markup(tmp_path):
     for page in (page_of(run), page_of(run, other)):
         assert len(page.all("script")) == 1 and page.all("img") == []
         assert not any(key.startswith("on") for _, attributes in page.elements for key in attributes)
+        assert all(re.fullmatch(r"[a-z][a-zA-Z0-9-]*", key) for _, attributes in page.elements for key in attributes)
         assert page.text.count("<script>alert(1)</script>") > 20
 
 
@@ -136,8 +141,12 @@ def test_no_request_leaves_the_page_and_no_foreign_script_runs(run):
     assert not re.search(r"https?://|url\(|@import|fetch\(|XMLHttpRequest", page.source)
     assert all(found.get("href", "data:").startswith("data:") for found in page.all("link"))
     assert not any("src" in attributes for _, attributes in page.elements)
+    script = page.source.split("<script>")[1].split("</script>")[0]
+    fingerprint = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     [policy] = page.all("meta", http_equiv="Content-Security-Policy")
-    assert policy["content"].startswith("default-src 'none'") and "script-src 'sha256-" in policy["content"]
+    assert (
+        policy["content"].startswith("default-src 'none'") and f"script-src 'sha256-{fingerprint}'" in policy["content"]
+    )
 
 
 def test_tokens_are_coloured_by_who_was_surer(run):
@@ -236,8 +245,9 @@ def test_several_runs_are_overlaid(tmp_path):
 
 def test_two_runs_of_one_name_are_told_apart_by_their_directories(tmp_path):
     runs = [make_fake_run(tmp_path / parent / "same", seed=i) for i, parent in enumerate(("a", "b"))]
-    text = page_of(*runs).text
-    assert str(runs[0]) in text and str(runs[1]) in text
+    page = page_of(*runs)
+    names = [found["data-label"] for found in page.all("g") if found.get("data-label", "").endswith("greedy")]
+    assert names[:2] == [f"{runs[0]}, greedy", f"{runs[1]}, greedy"]
 
 
 def test_a_directory_that_is_no_run_is_the_users_mistake(tmp_path, run):
@@ -282,6 +292,7 @@ def test_axes_have_round_numbers_and_peaks_are_drawn_on_a_logarithm():
     assert ">100<" in peaks and ">10<" in peaks and ">200<" not in peaks
     flat = line_chart([Series("flat", [3], [0.0])], label="flat", y_format=compact)
     assert "nan" not in flat and "inf" not in flat
+    assert ">3e-8<" in line_chart([Series("flat", [1, 2], [3e-8, 3e-8])], label="flat", y_format=compact)
 
 
 def test_numbers_are_short():
