@@ -242,18 +242,18 @@ class Campaign:
         while self.state.step < self.config.pipeline.updates:
             work = await self._next_update()
             async with self._learner_turn:
-                self._doing["learner"] = f"update {self.state.step + 1}"
+                self._say("learner", f"update {self.state.step + 1}")
                 metrics = await self.learner.call("update", work.ids, *work.trajectories, *work.scores)
                 self.state.ledger.train(work.numbers)
                 self.state.step += 1
                 self.state.busy["learner"] += metrics.pop("busy_seconds")
                 published = await self._new_version()
                 published.trained = len(work)
-                published.record = self._record(work, metrics, published)
+                published.record = self.state.pending = self._record(work, metrics, published)
                 last = self.state.step == self.config.pipeline.updates
                 if last or self.state.step % self.config.checkpoint.every_updates == 0:
                     await self._save()
-                self._doing["learner"] = "idle"
+                self._say("learner", "idle")
             await self._to_publish.put(published)
         await self._all_published.wait()
 
@@ -264,20 +264,16 @@ class Campaign:
         """
         await self._start()
         self._started.set()
-        self._records.event("loop_started", step=self.state.step)
         self._clock = time.perf_counter()
+        self._records.event("loop_started", step=self.state.step)
+        if self.state.step >= self.config.pipeline.updates:
+            self._all_published.set()
         while True:
             published = await self._to_publish.get()
             await self._load(published)
-            record = published.record
-            last = published.version == self.config.pipeline.updates
-            if last or published.version % self.config.evaluation.every_updates == 0:
-                record |= await self._evaluate(published.version)
-            self._count_loop_seconds()
-            self._records.metrics(record)
-            self._progress.update(record, dict(self._doing))
+            await self._conclude(published.record)
             await self._slots.release(published.trained)
-            if last:
+            if published.version == self.config.pipeline.updates:
                 self._all_published.set()
 
     # ---------------------------------------------------------------------------------------------------- their parts
@@ -293,6 +289,18 @@ class Campaign:
             self.state.start = record
             self._records.metrics({"step": 0, "policy_version": 0, **record})
             self._progress.update({"step": 0, "policy_version": 0, **record}, dict(self._doing))
+        if self._records.last_step < self.state.step:
+            await self._conclude(self.state.pending)
+
+    async def _conclude(self, record: dict[str, Any]) -> None:
+        """Evaluates the version that an update has made, where that is due, and writes the update's line."""
+        step = record["step"]
+        if step == self.config.pipeline.updates or step % self.config.evaluation.every_updates == 0:
+            record |= await self._evaluate(step)
+        if self._started.is_set():
+            self._count_loop_seconds()
+        self._records.metrics(record)
+        self._progress.update(record, dict(self._doing))
 
     async def _for_each(
         self, get: Callable[[], Awaitable[Work]], act: Callable[[Work], Awaitable[None]], role: str
@@ -303,10 +311,10 @@ class Campaign:
         async def one(work: Work) -> None:
             nonlocal under_way
             under_way += len(work)
-            self._doing[role] = f"{under_way} trajectories"
+            self._say(role, f"{under_way} trajectories")
             await act(work)
             under_way -= len(work)
-            self._doing[role] = f"{under_way} trajectories" if under_way else "idle"
+            self._say(role, f"{under_way} trajectories" if under_way else "idle")
 
         try:
             async with asyncio.TaskGroup() as group:
@@ -374,6 +382,10 @@ class Campaign:
         self._records.keep_trajectories(version, [{**row, "step": version} for row in rows])
         self.state.evaluations[version] = metrics
         return dict(metrics)
+
+    def _say(self, role: str, what: str) -> None:
+        self._doing[role] = what
+        self._progress.doing(self._doing)
 
     def _count_loop_seconds(self) -> None:
         now = time.perf_counter()

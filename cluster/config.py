@@ -284,15 +284,46 @@ def _check_whole(config: CampaignConfig) -> None:
         )
     if any(t.domains for t in config.teachers.values()) and config.prompts.domain_field is None:
         raise UserError("prompts.domain_field", "null", "the field that teachers.<name>.domains speaks of")
-    for name, teacher in config.teachers.items():
-        if config.learner.objective.estimator == "full" and teacher.signal == "sampled":
-            raise UserError(
-                f"teachers.{name}.signal",
-                teacher.signal,
-                "topk or full: learner.objective.estimator=full needs a distribution",
-            )
+    _check_objective(config)
     if config.evaluation.prompts is not None and config.evaluation.prompts.reference_field is None:
         raise UserError("evaluation.prompts.reference_field", "null", "the field with the reference answer")
+
+
+def _check_objective(config: CampaignConfig) -> None:
+    """Settings of the objective that contradict each other, or ask of the teacher what it does not send."""
+    objective, pipeline = config.learner.objective, config.pipeline
+    key = "learner.objective"
+    distribution = {
+        "estimator=full": objective.estimator == "full",
+        "estimator=to_go_expected": objective.estimator == "to_go_expected",
+        "baseline=exact_kl": objective.baseline == "exact_kl",
+    }
+    for name, teacher in config.teachers.items():
+        for setting in (s for s, asked in distribution.items() if asked and teacher.signal == "sampled"):
+            raise UserError(
+                f"teachers.{name}.signal", teacher.signal, f"topk or full: {key}.{setting} needs a distribution"
+            )
+    if objective.baseline == "group_mean" and pipeline.samples_per_prompt < 2:
+        raise UserError(
+            "pipeline.samples_per_prompt", 1, f"2 or more: {key}.baseline=group_mean is over a prompt's samples"
+        )
+    if objective.estimator == "full" and objective.baseline != "none":
+        raise UserError(f"{key}.baseline", objective.baseline, "none: the estimator full samples no action")
+    if objective.divergence != "reverse_kl" and objective.estimator != "full":
+        raise UserError(f"{key}.divergence", objective.divergence, "reverse_kl, or estimator=full")
+    if objective.divergence != "reverse_kl" and (objective.log_ratio_clip or objective.log_ratio_power):
+        raise UserError(f"{key}.divergence", objective.divergence, "reverse_kl, where the log-ratio is bounded")
+    if objective.divergence == "jsd" and objective.mixture == 1:
+        raise UserError(f"{key}.mixture", 1, "a number < 1 for jsd")
+    if (objective.aggregation == "constant") != (objective.aggregation_constant is not None):
+        raise UserError(
+            f"{key}.aggregation_constant", objective.aggregation_constant, "a number, just when aggregation=constant"
+        )
+    region = objective.trust_region
+    if region.target_kl is not None and region.beta == 0:
+        raise UserError(f"{key}.trust_region.beta", 0, "a number > 0 to start from, where target_kl adapts it")
+    if objective.mismatch.low > objective.mismatch.high:
+        raise UserError(f"{key}.mismatch.low", objective.mismatch.low, f"at most high={objective.mismatch.high:g}")
 
 
 def _one_line(error: BaseException) -> str:

@@ -96,7 +96,8 @@ class RunRecords:
             _cut_torn_line(self.run_dir / name)
         steps, events = (read_jsonl(self.run_dir / name) for name in (METRICS_FILE, EVENTS_FILE))
         self._wall_before = max((float(row["wall_seconds"]) for row in [*steps, *events]), default=0.0)
-        self._last_step = max((row["step"] for row in steps), default=-1)
+        self.last_step = max((row["step"] for row in steps), default=-1)
+        """Step of the last line of metrics.jsonl, -1 where there is none."""
         self._started = time.monotonic()
 
     @property
@@ -108,10 +109,10 @@ class RunRecords:
         """Appends the line of one step. Steps ascend; `wall_seconds` is put in where it is missing."""
         row = {**record, "wall_seconds": record.get("wall_seconds", self.wall_seconds)}
         _demand_keys(METRICS_FILE, row, METRIC_KEYS if row.get("step") else STEP_ZERO_KEYS)
-        if row["step"] <= self._last_step:
-            raise ValueError(f"{METRICS_FILE}: step {row['step']} after step {self._last_step}; truncate_after first")
+        if row["step"] <= self.last_step:
+            raise ValueError(f"{METRICS_FILE}: step {row['step']} after step {self.last_step}; truncate_after first")
         _append(self.run_dir / METRICS_FILE, row)
-        self._last_step = row["step"]
+        self.last_step = row["step"]
 
     def event(self, kind: str, cause: str = "", **fields: Any) -> None:
         """Appends what happened: a kind such as `actor_died`, why, and anything that says where (role, actor, step)."""
@@ -147,7 +148,7 @@ class RunRecords:
             if kept > step:
                 path.unlink()
         (self.run_dir / SUMMARY_FILE).unlink(missing_ok=True)
-        self._last_step = max((row["step"] for row in rows), default=-1)
+        self.last_step = max((row["step"] for row in rows), default=-1)
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

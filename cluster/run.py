@@ -17,7 +17,7 @@ from cluster.inputs import Inputs, read_inputs
 from cluster.progress import Progress
 from cluster.ray_cluster import check_cluster, connected, refuse_relative_output
 from cluster.ray_fleet import Fleet, Resources
-from cluster.records import RunRecords
+from cluster.records import RunRecords, read_summary
 from cluster.report import write_report
 from cluster.state import CampaignState, load_state
 from cluster.teachers import Teachers
@@ -30,6 +30,9 @@ def run_campaign(config: CampaignConfig) -> tuple[dict[str, Any], bool]:
     check_models(config)
     prepare_run_dir(config)
     state, checkpoint = load_state(config)
+    done = read_summary(config.run_dir)
+    if state.step >= config.pipeline.updates and done.get("updates") == state.step:
+        return done, True
     records = RunRecords(config.run_dir)
     records.truncate_after(state.step if state.start else -1)
     inputs = read_inputs(config)

@@ -35,6 +35,8 @@ class CampaignState:
     """Seconds that the actors of each role have worked, summed over the role's actors."""
     start: dict[str, Any] = field(default_factory=dict)
     """The evaluation of the untrained student, and the teacher's accuracy."""
+    pending: dict[str, Any] = field(default_factory=dict)
+    """The metrics of the last update: a campaign that was killed before it had written them down does it when it goes on."""
     evaluations: dict[int, dict[str, float]] = field(default_factory=dict)
     """Step -> metrics of that evaluation."""
     missing_scores: int = 0
@@ -59,6 +61,7 @@ class CampaignState:
             "tokens_generated": self.tokens_generated,
             "busy": self.busy,
             "start": self.start,
+            "pending": self.pending,
             "evaluations": self.evaluations,
             "missing_scores": self.missing_scores,
             "loop_seconds": self.loop_seconds,
@@ -74,6 +77,7 @@ class CampaignState:
             tokens_generated=content["tokens_generated"],
             busy=dict(content["busy"]),
             start=content["start"],
+            pending=content["pending"],
             evaluations={int(step): metrics for step, metrics in content["evaluations"].items()},
             missing_scores=content["missing_scores"],
             loop_seconds=content["loop_seconds"],

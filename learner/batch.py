@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from actors.batching import Microbatch, microbatches
-from actors.trajectory import TeacherScores, Trajectories, select_scores, select_trajectories
+from actors.trajectory import TeacherScores, Trajectories, ragged_rows, select_scores, select_trajectories
 from learner.config import ObjectiveConfig
-from learner.divergences import reverse_kl, with_tail
 from learner.objective import token_weights
 
 
@@ -30,7 +29,13 @@ class Part:
     mask: Tensor
     """[n] bool: the token has a finite score."""
     weights: Tensor
-    """[n] float32, 0 where masked."""
+    """[n] float32, 0 where masked: the share of each token's cost in the loss."""
+    coefficient: Tensor
+    """[n] float32: A_t, where it was computed for the whole update; else 0."""
+    old_logprobs: Tensor
+    """[n] float32: log pi_old, what the ratio is to."""
+    importance: Tensor
+    """[n] float32: weight that corrects for the engine's numerics, 1 where nothing is corrected."""
     on_policy: Tensor
     """[n] bool: sampled by the very weights that are trained."""
     support_ids: Tensor
@@ -54,15 +59,6 @@ class Part:
         """[b, T] -> [n]."""
         return padded[self.rows, self.columns]
 
-    def divergence(self, logprobs_nV: Tensor, rows: slice) -> Tensor:
-        """[n] reverse KL over the teacher's support, from the student's log-probs of some of the tokens."""
-        teacher = self.support_logprobs[rows]
-        if not self.support_ids.shape[1]:
-            width = min(logprobs_nV.shape[1], teacher.shape[1])  # padded vocabularies may differ
-            return reverse_kl(logprobs_nV[:, :width], teacher[:, :width])
-        student = logprobs_nV.gather(-1, self.support_ids[rows])
-        return reverse_kl(with_tail(student), with_tail(teacher))
-
 
 @dataclass(frozen=True, slots=True)
 class UpdateBatch:
@@ -77,11 +73,10 @@ class UpdateBatch:
         cls,
         ids: np.ndarray,
         batches: Sequence[Trajectories | TeacherScores],
-        objective: ObjectiveConfig,
         policy_version: int,
         device: str,
     ) -> "UpdateBatch":
-        """Joins trajectories and scores by id, in the order of `ids` [B, 3], and weighs the tokens."""
+        """Joins trajectories and scores by id, in the order of `ids` [B, 3]."""
         written = select_trajectories(ids, [b for b in batches if isinstance(b, Trajectories)])
         scores = select_scores(ids, [b for b in batches if isinstance(b, TeacherScores)])
         mask = np.isfinite(scores.logprobs) & np.isfinite(scores.support_logprobs).all(-1)
@@ -96,7 +91,10 @@ class UpdateBatch:
                 "behaviour_logprobs": tensor(written.behaviour_logprobs),
                 "teacher_logprobs": tensor(np.where(mask, scores.logprobs, np.float32(0))),
                 "mask": tensor(mask),
-                "weights": token_weights(tensor(mask), tensor(written.lengths), objective.aggregation),
+                "weights": tensor(np.zeros(len(mask), np.float32)),
+                "coefficient": tensor(np.zeros(len(mask), np.float32)),
+                "old_logprobs": tensor(written.behaviour_logprobs),
+                "importance": tensor(np.ones(len(mask), np.float32)),
                 "on_policy": tensor(written.policy_versions == policy_version),
                 "support_ids": tensor(scores.support_ids.astype(np.int64)),
                 "support_logprobs": tensor(np.where(mask[:, None], scores.support_logprobs, np.float32(0))),
@@ -104,10 +102,51 @@ class UpdateBatch:
             device,
         )
 
-    def microbatches(self, token_budget: int) -> list[Microbatch]:
-        """Forward passes of at most `token_budget` tokens."""
+    def minibatches(self, count: int) -> list[np.ndarray]:
+        """Rows of the update in `count` parts, taken in turn so that each has its share of every group's neighbours."""
+        return [
+            rows for rows in (np.arange(start, len(self.trajectories), count) for start in range(count)) if len(rows)
+        ]
+
+    def weigh(self, rows: np.ndarray, objective: ObjectiveConfig) -> None:
+        """Sets the weights of the tokens of these rows, which make one step; all others get 0."""
+        lengths = torch.from_numpy(self.trajectories.lengths).to(self.device)
+        chosen = torch.zeros(len(lengths), dtype=torch.bool, device=self.device)
+        chosen[torch.from_numpy(rows).to(self.device)] = True
+        mask = self.tensors["mask"] & torch.repeat_interleave(chosen, lengths)
+        self.tensors["weights"] = token_weights(mask, lengths, objective.aggregation, objective.aggregation_constant)
+
+    def microbatches(self, token_budget: int, rows: np.ndarray | None = None) -> list[Microbatch]:
+        """Forward passes of at most `token_budget` tokens over all trajectories, or those of `rows`."""
         t = self.trajectories
-        return microbatches(t.prompt_tokens, t.prompt_offsets, t.response_tokens, t.response_offsets, token_budget)
+        if rows is None:
+            return microbatches(t.prompt_tokens, t.prompt_offsets, t.response_tokens, t.response_offsets, token_budget)
+        chosen = select_trajectories(t.ids[rows], [t])
+        tokens = ragged_rows(np.arange(len(t.response_tokens)), t.response_offsets, rows)
+        return [
+            Microbatch(
+                rows=rows[part.rows], input_ids=part.input_ids, positions=part.positions, tokens=tokens[part.tokens]
+            )
+            for part in microbatches(
+                chosen.prompt_tokens,
+                chosen.prompt_offsets,
+                chosen.response_tokens,
+                chosen.response_offsets,
+                token_budget,
+            )
+        ]
+
+    def whole(self) -> Part:
+        """All tokens of the update, as one part; its padded form is [B, T] in the order of the ids."""
+        lengths = self.trajectories.lengths
+        rows = np.arange(len(lengths))
+        nothing = np.zeros((len(lengths), 0), np.int64)
+        return self.part(Microbatch(rows=rows, input_ids=nothing, positions=rows[:0], tokens=np.arange(lengths.sum())))
+
+    def groups(self) -> Tensor:
+        """[B] the same number for all samples of one prompt."""
+        _, groups = np.unique(self.trajectories.ids[:, :2], axis=0, return_inverse=True)
+        return torch.from_numpy(groups.reshape(-1)).to(self.device)
 
     def part(self, microbatch: Microbatch) -> Part:
         """The tensors of one micro-batch."""
@@ -141,7 +180,7 @@ class MetricSums:
     ) -> None:
         """Adds one micro-batch; all but `loss` are [n]."""
         mask, difference = part.mask, logprobs - part.behaviour_logprobs
-        ratio = difference.exp() * mask
+        ratio = (logprobs - part.old_logprobs).exp() * mask
         new = {
             "loss": loss.detach(),
             "tokens": mask.sum(),

@@ -5,30 +5,80 @@ from typing import Literal
 
 from actors.config import number
 
-Estimator = Literal["immediate", "to_go", "full"]
-Aggregation = Literal["token_mean", "sequence_mean", "sequence_sum"]
+Estimator = Literal["trajectory", "to_go", "to_go_expected", "discounted", "immediate", "full"]
+Aggregation = Literal["token_mean", "sequence_mean", "sequence_sum", "constant"]
+Divergence = Literal["reverse_kl", "forward_kl", "jsd", "skewed_forward_kl", "skewed_reverse_kl", "entropy_gated_kl"]
 
 
 @dataclass
 class TrustRegionConfig:
-    """Keeps pi_theta near pi_old: beta * KL(pi_old || pi_theta) is added to the loss."""
+    """Keeps pi_theta near pi_old: beta * KL(pi_old || pi_theta) is added to the loss; a step that goes too far is undone."""
 
+    estimator: Literal["k1", "k3"] = "k3"
+    """How the KL is estimated on the sampled tokens: `k3` is never negative; `k1` has the larger variance."""
     beta: float = number(0.0, minimum=0)
-    """Weight of the forward KL, estimated with k3 on the sampled tokens. 0 measures it without adding it."""
+    """Weight of the forward KL. 0 measures it without adding it."""
+    target_kl: float | None = number(None, above=0)
+    """Beta is doubled after an update whose KL was above 1.5 targets, halved below a target / 1.5. Null: fixed."""
+    max_kl: float | None = number(None, above=0)
+    """Hard limit: a step after which the KL is above is taken back along its way until it holds, and ends the update."""
+
+
+@dataclass
+class MismatchConfig:
+    """Corrects for the difference between the engine that sampled and the learner: pi_old is computed anew by the learner."""
+
+    correction: Literal["none", "truncate", "mask"] = "none"
+    """Weights pi_old / pi_behaviour: cut at `high`, or tokens outside of [low, high] left out. `none`: pi_old is what the
+    engine recorded."""
+    level: Literal["token", "prefix", "sequence"] = "token"
+    """What the weight is the ratio of: the token, the response up to it, or all of it."""
+    low: float = number(0.5, minimum=0)
+    high: float = number(2.0, above=0)
 
 
 @dataclass
 class ObjectiveConfig:
-    """The clipped-ratio on-policy distillation objective."""
+    """The clipped-ratio on-policy distillation objective; formulas, sources and biases are in docs/objective.md."""
 
     estimator: Estimator = "immediate"
-    """The coefficient A_t: `immediate` and `to_go` use the sampled token's log-ratio; `full` is the exact KL over the teacher's support."""
-    clip_low: float = number(0.2, minimum=0, maximum=1)
-    """The ratio is clipped below at 1 - clip_low."""
-    clip_high: float = number(0.2, minimum=0)
-    """The ratio is clipped above at 1 + clip_high."""
+    """The coefficient A_t of grad log pi(y_t); `full` is the gradient of the divergence itself over the teacher's support."""
+    gamma: float = number(1.0, minimum=0, maximum=1)
+    """Discount of later tokens, for `discounted` and `to_go_expected`."""
+    baseline: Literal["none", "batch_mean", "group_mean", "exact_kl"] = "none"
+    """What is subtracted from A_t: the mean of the other trajectories at that position, that of the other samples of the
+    prompt, or the exact KL at the context (needs a distribution)."""
+    divergence: Divergence = "reverse_kl"
+    """For `full`: what is minimised at each context."""
+    mixture: float = number(0.5, above=0, maximum=1)
+    """For `jsd` and the skewed divergences: beta, or the skew."""
+    entropy_threshold: float = number(0.5, minimum=0)
+    """For `entropy_gated_kl`: the forward KL is added where the teacher's entropy is above this many nats."""
+    support: Literal["tail", "renormalised"] = "tail"
+    """For a top-k teacher: what is outside is one bucket, or is left out and the rest made to add up to 1."""
+    recompute_log_ratio: bool = True
+    """The log-ratio in A_t is that of the current student. False: that of the weights that sampled the token, which is
+    biased as soon as they differ."""
+    log_ratio_clip: float | None = number(None, above=0)
+    """Bounds |log pi - log q| in A_t. Biased where it acts."""
+    log_ratio_power: float | None = number(None, above=0)
+    """pi^p - q^p in place of the log-ratio: bounded by 1 (PowerOPD)."""
+    proximal_weight: float = number(1.0, above=0, maximum=1)
+    """The teacher is w q + (1 - w) pi: bounds the log-ratio by -log(1 - w). 1 is the teacher itself."""
+    through_log_ratio: bool = False
+    """Differentiate through the log-ratio too, the literal surrogate E[ratio (log pi - log q)]."""
+    clip_low: float | None = number(0.2, minimum=0, maximum=1)
+    """The ratio is clipped below at 1 - clip_low. Null: not at all."""
+    clip_high: float | None = number(0.2, minimum=0)
+    """The ratio is clipped above at 1 + clip_high. Null: not at all."""
+    dual_clip: float | None = number(None, above=1)
+    """Caps the cost at this many times A_t where A_t is positive."""
     aggregation: Aggregation = "token_mean"
-    """How per-token losses become one number: mean over tokens, mean over sequences of their token means, or mean over sequences of their sums."""
+    """How per-token losses become one number: mean over tokens, mean over sequences of their token means or of their
+    sums, or those sums over a constant."""
+    aggregation_constant: float | None = number(None, above=0)
+    """For `constant`: tokens that a sequence's sum is divided by."""
+    mismatch: MismatchConfig = field(default_factory=MismatchConfig)
     trust_region: TrustRegionConfig = field(default_factory=TrustRegionConfig)
 
 
@@ -65,6 +115,10 @@ class LearnerConfig:
     """CPU cores that Ray reserves for one rank."""
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Data type of the forward and backward pass. Master weights and optimiser state are always float32."""
+    minibatches_per_update: int = number(1, minimum=1)
+    """An update's trajectories are cut into this many parts, with an optimiser step on each."""
+    epochs_per_update: int = number(1, minimum=1)
+    """How often an update's trajectories are gone through before its weights are published."""
     microbatch_tokens: int = number(16384, minimum=1)
     """Tokens of one forward and backward pass, padding included; gradients accumulate over the update's micro-batches."""
     head_chunk_tokens: int = number(1024, minimum=1)

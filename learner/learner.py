@@ -4,8 +4,9 @@ An update takes B trajectories with their teacher scores through one optimiser s
 update, n of a micro-batch, V vocabulary, K support; [B, T] is padded by trajectory.
 """
 
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -20,13 +21,14 @@ from actors.logprobs import chunked_head, entropy, token_logprobs
 from actors.models import load_model, load_tokenizer, response_head
 from actors.trajectory import TeacherScores, Trajectories, TrajectoryId
 from actors.weights import WeightVersion, pack
-from learner.batch import MetricSums, UpdateBatch
+from learner.batch import MetricSums, Part, UpdateBatch
 from learner.checkpoint import read_json, write_json
 from learner.config import LearnerConfig
-from learner.estimators import ESTIMATORS
-from learner.objective import surrogate
+from learner.objective import corrected_weights, log_importance_weights, surrogate
 from learner.optimizer import build_optimizer, learning_rate, load_optimizer_tensors, optimizer_tensors
-from learner.trust_region import k3
+from learner.signals import coefficients, exact_kl, full_cost, needs_distribution, needs_whole_update
+from learner.trust_region import ESTIMATORS as TRUST_REGION
+from learner.trust_region import adapted_beta, backed_off, k3
 
 
 class Learner:
@@ -63,38 +65,39 @@ class Learner:
         self._optimizer = build_optimizer(self._model, config.optimizer)
         self._busy_seconds = 0.0
         self.policy_version = 0
+        self._beta = config.objective.trust_region.beta
         if checkpoint:
             training = Path(checkpoint, "training")
-            self.policy_version = read_json(training / "learner.json")["policy_version"]
+            state = read_json(training / "learner.json")
+            self.policy_version, self._beta = state["policy_version"], state["beta"]
             load_optimizer_tensors(self._model, self._optimizer, load_file(training / "optimizer.safetensors"))
 
     def update(self, ids: np.ndarray, *batches: Trajectories | TeacherScores) -> dict[str, float]:
-        """One optimiser step on the trajectories with these ids [B, 3]; returns its metrics.
+        """The optimiser steps of one update, on the trajectories with these ids [B, 3]; returns its metrics.
 
-        The batches hold the trajectories and their scores, in any order and perhaps with others. The step is a
-        function of `ids` and of what was written and scored. NonFiniteLossError: nothing was changed.
+        The batches hold the trajectories and their scores, in any order and perhaps with others. The update is a
+        function of `ids` and of what was written and scored. NonFiniteLossError: the step was not taken.
         """
         start = time.perf_counter()
-        batch = UpdateBatch.build(ids, batches, self._config.objective, self.policy_version, self._device)
-        self._optimizer.zero_grad(set_to_none=True)
-        sums = MetricSums()
-        for microbatch in batch.microbatches(self._config.microbatch_tokens):
-            with torch.autocast(self._device, torch.bfloat16, enabled=self._config.compute_dtype == "bfloat16"):
-                loss = self._loss(batch, microbatch, sums)
-            if not torch.isfinite(loss):
-                self._refuse(f"the loss is {loss.item()}", batch.trajectories.ids[microbatch.rows])
-            loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self._model.parameters(), self._config.optimizer.max_grad_norm)
-        if not torch.isfinite(norm):
-            self._refuse(f"the gradient's norm is {norm.item()}", batch.trajectories.ids)
+        batch = UpdateBatch.build(ids, batches, self.policy_version, self._device)
+        self._look_ahead(batch)
         rate = learning_rate(self.policy_version + 1, self._total_updates, self._config.optimizer)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
-        self._optimizer.step()
+        sums, scale = MetricSums(), 1.0
+        for rows in batch.minibatches(self._config.minibatches_per_update) * self._config.epochs_per_update:
+            norm = self._accumulate(batch, rows, sums)
+            scale = self._step(batch, rows)
+            if scale < 1:
+                break
         self.policy_version += 1
-        seconds = time.perf_counter() - start
-        self._busy_seconds += seconds
-        return sums.means() | {"grad_norm": norm.item(), "learning_rate": rate, "busy_seconds": seconds}
+        metrics = sums.means() | {"grad_norm": norm, "learning_rate": rate, "beta": self._beta, "step_scale": scale}
+        target = self._config.objective.trust_region.target_kl
+        if target is not None:
+            self._beta = adapted_beta(self._beta, metrics["forward_kl_old"], target)
+        metrics["busy_seconds"] = time.perf_counter() - start
+        self._busy_seconds += metrics["busy_seconds"]
+        return metrics
 
     def publish(self) -> Iterator[np.ndarray | WeightVersion]:
         """The weights as buckets in the rollout dtype, each when it is filled, then the manifest."""
@@ -108,48 +111,137 @@ class Learner:
         training = Path(directory, "training")
         training.mkdir()
         save_file(optimizer_tensors(self._model, self._optimizer), training / "optimizer.safetensors")
-        write_json(training / "learner.json", {"policy_version": self.policy_version})
+        write_json(training / "learner.json", {"policy_version": self.policy_version, "beta": self._beta})
 
     def status(self) -> dict[str, float]:
         """Policy version and busy seconds."""
         return {"policy_version": self.policy_version, "busy_seconds": self._busy_seconds}
 
-    def _loss(self, batch: UpdateBatch, microbatch: Microbatch, sums: MetricSums) -> torch.Tensor:
-        """The micro-batch's share of the update's loss."""
+    def _accumulate(self, batch: UpdateBatch, rows: np.ndarray, sums: MetricSums) -> float:
+        """Gradients of the loss of these rows, clipped; returns their norm before that."""
+        batch.weigh(rows, self._config.objective)
+        self._optimizer.zero_grad(set_to_none=True)
+        for microbatch in batch.microbatches(self._config.microbatch_tokens, rows):
+            loss = self._loss(batch.part(microbatch), microbatch, sums)
+            if not torch.isfinite(loss):
+                self._refuse(f"the loss is {loss.item()}", batch.trajectories.ids[microbatch.rows])
+            loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self._model.parameters(), self._config.optimizer.max_grad_norm).item()
+        if not math.isfinite(norm):
+            self._refuse(f"the gradient's norm is {norm}", batch.trajectories.ids[rows])
+        return norm
+
+    def _step(self, batch: UpdateBatch, rows: np.ndarray) -> float:
+        """Takes the step; where it goes beyond the trust region's hard limit, only this share of it."""
+        limit = self._config.objective.trust_region.max_kl
+        parameters = list(self._model.parameters())
+        before = [p.detach().clone() for p in parameters] if limit is not None else []
+        self._optimizer.step()
+        if limit is None:
+            return 1.0
+        after = [p.detach().clone() for p in parameters]
+
+        def measure(scale: float) -> float:
+            with torch.no_grad():
+                for parameter, a, b in zip(parameters, before, after, strict=True):
+                    parameter.copy_(b if scale == 1 else a + scale * (b - a))
+            return self._forward_kl(batch, rows)
+
+        scale, _ = backed_off(measure, limit)
+        return scale
+
+    @torch.no_grad()
+    def _forward_kl(self, batch: UpdateBatch, rows: np.ndarray) -> float:
+        """k3 estimate of KL(pi_old || pi_theta), nats a token, with the weights as they are."""
+        total = tokens = 0.0
+        for microbatch in batch.microbatches(self._config.microbatch_tokens, rows):
+            part = batch.part(microbatch)
+            (logprobs,) = self._head(part, microbatch, lambda _logprobs, _rows: ())
+            total += (k3(logprobs, part.old_logprobs) * part.mask).sum().item()
+            tokens += part.mask.sum().item()
+        return total / max(tokens, 1.0)
+
+    @torch.no_grad()
+    def _look_ahead(self, batch: UpdateBatch) -> None:
+        """One pass without gradients, where the objective needs to know more of the update than a micro-batch shows:
+        pi_old of the learner's own, and coefficients whose baseline is other trajectories."""
         objective = self._config.objective
-        part = batch.part(microbatch)
-        input_ids = torch.from_numpy(microbatch.input_ids).to(self._device)
-        hidden = self._body(input_ids=input_ids, use_cache=False).last_hidden_state.flatten(0, 1)
+        mismatch = objective.mismatch
+        whole_update = needs_whole_update(objective)
+        if mismatch.correction == "none" and not whole_update:
+            return
+        with_kl = whole_update and objective.estimator == "to_go_expected"
+        found = torch.zeros((2, len(batch.tensors["mask"])), device=self._device)
+        for microbatch in batch.microbatches(self._config.microbatch_tokens):
+            part = batch.part(microbatch)
+            exact = (lambda lp, rows, p=part: (exact_kl(lp, p, rows, objective),)) if with_kl else lambda lp, rows: ()
+            columns = self._head(part, microbatch, exact)
+            index = torch.from_numpy(microbatch.tokens).to(self._device)
+            for row, column in enumerate(columns):
+                found[row, index] = column
+        whole = batch.whole()
+        if mismatch.correction != "none":
+            difference = whole.padded(torch.where(whole.mask, found[0] - whole.behaviour_logprobs, 0.0))
+            log_weights = log_importance_weights(difference, whole.padded(whole.mask), mismatch.level)
+            corrected = corrected_weights(log_weights, mismatch.correction, mismatch.low, mismatch.high)
+            batch.tensors["importance"] = whole.flat(corrected)
+            batch.tensors["old_logprobs"] = found[0]
+        if whole_update:
+            kl = found[1] if with_kl else None
+            student = found[0] if objective.recompute_log_ratio else whole.behaviour_logprobs
+            batch.tensors["coefficient"] = coefficients(student, kl, whole, batch.groups(), objective)
+
+    def _head(
+        self, part: Part, microbatch: Microbatch, reduce: Callable[[torch.Tensor, slice], tuple[torch.Tensor, ...]]
+    ) -> tuple[torch.Tensor, ...]:
+        """([n] log pi of the sampled tokens, then what `reduce` keeps of the log-probs [n, V])."""
+        with torch.autocast(self._device, torch.bfloat16, enabled=self._config.compute_dtype == "bfloat16"):
+            input_ids = torch.from_numpy(microbatch.input_ids).to(self._device)
+            hidden = self._body(input_ids=input_ids, use_cache=False).last_hidden_state.flatten(0, 1)
+            return chunked_head(
+                hidden[torch.from_numpy(microbatch.positions).to(self._device)],
+                self._weight,
+                self._bias,
+                lambda logprobs, rows: (token_logprobs(logprobs, part.tokens[rows]), *reduce(logprobs, rows)),
+                chunk_tokens=self._config.head_chunk_tokens,
+                temperature=self._temperature,
+            )
+
+    def _loss(self, part: Part, microbatch: Microbatch, sums: MetricSums) -> torch.Tensor:
+        """The micro-batch's share of the loss."""
+        objective = self._config.objective
+        full = objective.estimator == "full"
 
         def reduce(logprobs_nV: torch.Tensor, rows: slice) -> tuple[torch.Tensor, ...]:
-            sampled = token_logprobs(logprobs_nV, part.tokens[rows])
-            kept = (sampled, entropy(logprobs_nV.detach()))
-            if objective.estimator != "full":
-                return kept
-            return (*kept, part.divergence(logprobs_nV, rows))
+            kept = [entropy(logprobs_nV.detach())]
+            if full:
+                kept.append(full_cost(logprobs_nV, part, rows, objective))
+            if needs_distribution(objective):
+                kept.append(exact_kl(logprobs_nV.detach(), part, rows, objective))
+            return tuple(kept)
 
-        logprobs, entropies, *divergence = chunked_head(
-            hidden[torch.from_numpy(microbatch.positions).to(self._device)],
-            self._weight,
-            self._bias,
-            reduce,
-            chunk_tokens=self._config.head_chunk_tokens,
-            temperature=self._temperature,
-        )
-        log_ratio = (logprobs.detach() - part.teacher_logprobs).masked_fill(~part.mask, 0.0)
-        if divergence:
-            cost, clipped = divergence[0], torch.zeros_like(part.mask)
+        logprobs, entropies, *others = self._head(part, microbatch, reduce)
+        kl = others[-1] if needs_distribution(objective) else None
+        if full:
+            cost, clipped = others[0], torch.zeros_like(part.mask)
         else:
-            coefficient = part.flat(ESTIMATORS[objective.estimator](part.padded(log_ratio), part.padded(part.mask)))
+            student = logprobs if objective.recompute_log_ratio else part.behaviour_logprobs
+            whole_update = needs_whole_update(objective)
             cost, clipped = surrogate(
-                logprobs, part.behaviour_logprobs, coefficient, objective.clip_low, objective.clip_high
+                logprobs,
+                part.old_logprobs,
+                part.coefficient if whole_update else coefficients(student, kl, part, None, objective),
+                objective.clip_low,
+                objective.clip_high,
+                dual_clip=objective.dual_clip,
+                through_log_ratio=objective.through_log_ratio,
             )
-        forward_kl = k3(logprobs, part.behaviour_logprobs)
-        cost = (cost + objective.trust_region.beta * forward_kl).masked_fill(~part.mask, 0.0)
+        forward_kl = TRUST_REGION[objective.trust_region.estimator](logprobs, part.old_logprobs)
+        cost = (part.importance * cost + self._beta * forward_kl).masked_fill(~part.mask, 0.0)
         loss = (part.weights * cost).sum()
         with torch.no_grad():
-            reverse_kl = divergence[0] if divergence else log_ratio
-            sums.add(loss, part, logprobs, entropies, reverse_kl, forward_kl, clipped)
+            reverse_kl = logprobs - part.teacher_logprobs if kl is None else kl
+            sums.add(loss, part, logprobs, entropies, reverse_kl, k3(logprobs, part.old_logprobs), clipped)
         return loss
 
     def _refuse(self, what: str, ids: np.ndarray) -> NoReturn:

@@ -1,0 +1,79 @@
+"""From log-probs to costs: what the configuration's objective does with the tokens of a micro-batch or an update.
+
+The formulas are in estimators.py, divergences.py and objective.py; here they are chosen. Shapes: n tokens, V vocabulary,
+K support.
+"""
+
+import torch
+from torch import Tensor
+
+from learner import divergences
+from learner.batch import Part
+from learner.config import ObjectiveConfig
+from learner.estimators import coefficient
+
+
+def needs_distribution(objective: ObjectiveConfig) -> bool:
+    """Whether the teacher must send a support, not the sampled token's log-prob alone."""
+    return objective.estimator in ("full", "to_go_expected") or objective.baseline == "exact_kl"
+
+
+def needs_whole_update(objective: ObjectiveConfig) -> bool:
+    """Whether A_t depends on other trajectories, so that it cannot be computed micro-batch by micro-batch."""
+    return objective.estimator != "full" and objective.baseline in ("batch_mean", "group_mean")
+
+
+def on_support(logprobs_nV: Tensor, part: Part, rows: slice, objective: ObjectiveConfig) -> tuple[Tensor, Tensor]:
+    """Student's and teacher's log-probs over the teacher's support, [n, K] each, for some tokens of a part."""
+    teacher = part.support_logprobs[rows]
+    if not part.support_ids.shape[1]:
+        width = min(logprobs_nV.shape[1], teacher.shape[1])  # padded vocabularies may differ
+        return logprobs_nV[:, :width], teacher[:, :width]
+    student = logprobs_nV.gather(-1, part.support_ids[rows])
+    close = divergences.with_tail if objective.support == "tail" else divergences.renormalised
+    return close(student), close(teacher)
+
+
+def exact_kl(logprobs_nV: Tensor, part: Part, rows: slice, objective: ObjectiveConfig) -> Tensor:
+    """[n] KL(pi || q) at each context."""
+    return divergences.reverse_kl(*on_support(logprobs_nV, part, rows, objective))
+
+
+def full_cost(logprobs_nV: Tensor, part: Part, rows: slice, objective: ObjectiveConfig) -> Tensor:
+    """[n] the divergence that the estimator `full` minimises at each context."""
+    student, teacher = on_support(logprobs_nV, part, rows, objective)
+    teacher = divergences.proximal_teacher(student, teacher, objective.proximal_weight)
+    if objective.log_ratio_clip is not None or objective.log_ratio_power is not None:
+        bounded = divergences.bounded_cost(
+            student, teacher, power=objective.log_ratio_power, clip=objective.log_ratio_clip
+        )
+        return divergences.expected_cost(student, bounded)
+    parameters = {
+        "jsd": objective.mixture,
+        "skewed_forward_kl": objective.mixture,
+        "skewed_reverse_kl": objective.mixture,
+        "entropy_gated_kl": objective.entropy_threshold,
+    }
+    extra = [parameters[objective.divergence]] if objective.divergence in parameters else []
+    return getattr(divergences, objective.divergence)(student, teacher, *extra)
+
+
+def coefficients(
+    logprobs: Tensor, kl: Tensor | None, part: Part, groups: Tensor | None, objective: ObjectiveConfig
+) -> Tensor:
+    """[n] A_t of the tokens of a part that holds whole trajectories, from the student's current log-probs [n]."""
+    student = logprobs.detach()
+    teacher = divergences.proximal_teacher(student, part.teacher_logprobs, objective.proximal_weight)
+    cost = divergences.bounded_cost(student, teacher, power=objective.log_ratio_power, clip=objective.log_ratio_clip)
+    cost = torch.where(part.mask, cost, torch.zeros_like(cost))
+    return part.flat(
+        coefficient(
+            objective.estimator,
+            part.padded(cost),
+            part.padded(part.mask),
+            kl_BT=None if kl is None else part.padded(torch.where(part.mask, kl, torch.zeros_like(kl))),
+            gamma=objective.gamma,
+            baseline_name=objective.baseline,
+            group_B=groups,
+        )
+    )
