@@ -5,6 +5,8 @@ The only file that imports OmegaConf. Importing it loads neither torch nor vLLM 
 
 import dataclasses
 import difflib
+import functools
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -154,6 +156,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> CampaignConf
         content = OmegaConf.create(text) if text.strip() else OmegaConf.create({})
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise UserError(str(file), _one_line(error), "YAML") from error
+    except AssertionError as error:  # what OmegaConf has to say of a number
+        raise UserError(str(file), repr(text.strip()[:60]), "YAML with keys and values") from error
     if not OmegaConf.is_dict(content):
         raise UserError(str(file), "a list or a single value", "YAML with keys and values")
     _merge_check(str(file), content)
@@ -202,19 +206,53 @@ def _merge_check(where: str, content: Any) -> None:
         key = str(error.full_key)
         raise UserError(f"{where}: {key}", "a key that does not exist", _expected_key(key)) from error
     except ValidationError as error:
-        value = OmegaConf.select(content, str(error.full_key), default=None)
-        wanted = re.sub(r".*could not be converted to (\w+)", r"a value of type \1", _one_line(error))
-        raise UserError(f"{where}: {error.full_key}", repr(value), wanted) from error
+        key = str(error.full_key or _no_mapping(_schema(), content))
+        value = OmegaConf.select(content, key, default=None)
+        raise UserError(f"{where}: {key}", repr(value), _wanted(_one_line(error))) from error
     except (OmegaConfBaseException, TypeError, ValueError, AttributeError) as error:
+        if key := _no_mapping(_schema(), content):
+            raise UserError(f"{where}: {key}", "a list or a single value", "keys with values") from error
         raise UserError(where, _one_line(error), "values that fit the schema of docs/configuration.md") from error
+
+
+def _wanted(message: str) -> str:
+    """OmegaConf's complaint about a value, as what was expected in its place."""
+    for pattern, wanted in (
+        (r".*could not be converted to (\w+).*", r"a value of type \1"),
+        (r"Incompatible value .* for field of type '(\w+)'.*", r"a value of type \1"),
+        (r"field '.*' is not Optional.*", "a value, or nothing at all for the default"),
+        (r"Merge error.*|Cannot assign \w+ to Dict.*", "keys with values"),
+        (r"Invalid value .*, expected (one of .*)", r"\1"),
+        (r"Invalid value assigned: .* list.*", "a list"),
+    ):
+        if re.fullmatch(pattern, message):
+            return re.sub(pattern, wanted, message)
+    return message
+
+
+def _no_mapping(schema: Any, content: Any) -> str:
+    """The first key of `content` with a single value or a list where the schema has keys of its own."""
+    for key in content:
+        below, found = _below(schema, str(key)), content._get_node(key)
+        if OmegaConf.is_dict(below):
+            if not OmegaConf.is_dict(found):
+                return str(key)
+            if name := _no_mapping(below, found):
+                return f"{key}.{name}"
+    return ""
+
+
+def _below(schema: Any, key: str) -> Any:
+    """The schema under a key; that of a mapping's values, or of a section that is null by default, under any name."""
+    node = schema._get_node(key)
+    kind = node._metadata.ref_type if node is not None else schema._metadata.element_type
+    return OmegaConf.structured(kind) if dataclasses.is_dataclass(kind) else node
 
 
 def _expected_key(key: str) -> str:
     """Names the nearest valid key, and all that stand beside it."""
-    parent, _, name = key.rpartition(".")
-    node = OmegaConf.select(_schema(), parent) if parent else _schema()
-    if node is None and parent.startswith("teachers."):
-        node = OmegaConf.structured(TeacherConfig)
+    *parents, name = key.split(".")
+    node = functools.reduce(_below, parents, _schema())
     names = [str(k) for k in node] if OmegaConf.is_dict(node) else []
     close = difflib.get_close_matches(name, names, n=1)
     hint = f"{close[0]!r} perhaps, or another of " if close else "one of "
@@ -223,10 +261,10 @@ def _expected_key(key: str) -> str:
 
 def _to_object(where: str, content: Any) -> CampaignConfig:
     merged = OmegaConf.merge(_schema(), content)
-    for key in sorted(OmegaConf.missing_keys(merged)):
-        raise UserError(f"{where}: {key}", "nothing", "a value: it has no default")
     try:
         OmegaConf.resolve(merged)
+        for key in sorted(OmegaConf.missing_keys(merged)):
+            raise UserError(f"{where}: {key}", "nothing", "a value: it has no default")
         return OmegaConf.to_object(merged)  # type: ignore[return-value]
     except OmegaConfBaseException as error:
         raise UserError(f"{where}: {error.full_key}", _one_line(error), "a value that can be resolved") from error
@@ -257,6 +295,8 @@ def _check_ranges(config: CampaignConfig) -> None:
             (limits["above"], lambda v, x: v > x, ">"),
             (limits["maximum"], lambda v, x: v <= x, "<="),
         ]
+        if not math.isfinite(value):
+            raise UserError(key, value, "a finite number")
         for limit, holds, sign in rules:
             if limit is not None and not holds(value, limit):
                 raise UserError(key, value, f"a number {sign} {limit:g}")
