@@ -1,0 +1,303 @@
+"""Every fault of a configuration is one line that names where it is; what is written is read back as it was."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from actors.errors import UserError
+from cluster.config import differences, load_config, write_config
+
+ROOT = Path(__file__).resolve().parents[3]
+GOOD = """
+name: here
+student: {model: student}
+teachers:
+  default: {model: teacher, signal: full}
+prompts: {path: train.jsonl}
+"""
+
+
+def written(tmp_path: Path, text: str = GOOD) -> Path:
+    path = tmp_path / "campaign.yaml"
+    path.write_text(text)
+    return path
+
+
+def refusal(tmp_path: Path, text: str = GOOD, *overrides: str) -> str:
+    with pytest.raises(UserError) as caught:
+        load_config(written(tmp_path, text), overrides)
+    line = str(caught.value)
+    assert "\n" not in line
+    assert "found" in line and "expected" in line
+    return line
+
+
+def test_a_minimal_configuration_has_defaults_for_the_rest(tmp_path: Path) -> None:
+    config = load_config(written(tmp_path))
+    assert config.run_dir == Path("runs/here")
+    assert config.pipeline.max_staleness == 0
+    assert config.trajectories_per_update == 64
+
+
+@pytest.mark.parametrize(
+    ("line", "where", "nearest"),
+    [
+        ("teacher: {}", "teacher", "teachers"),
+        ("rollouts: {}", "rollouts", "rollout"),
+        ("rollout: {replica: 2}", "rollout.replica", "replicas"),
+        ("learner: {optimizer: {learning_rat: 1}}", "learner.optimizer.learning_rat", "learning_rate"),
+        ("learner: {objective: {trust_region: {bta: 1}}}", "learner.objective.trust_region.bta", "beta"),
+        ("evaluation: {prompts: {path: x, limt: 3}}", "evaluation.prompts.limt", "limit"),
+        ("pipeline: {max_stalenes: 1}", "pipeline.max_stalenes", "max_staleness"),
+    ],
+)
+def test_an_unknown_key_names_the_nearest(tmp_path: Path, line: str, where: str, nearest: str) -> None:
+    message = refusal(tmp_path, GOOD + line)
+    assert where in message
+    assert repr(nearest) in message
+    override = f"{where}=1"
+    assert repr(nearest) in refusal(tmp_path, GOOD, override)
+
+
+def test_an_unknown_key_of_a_teacher_names_the_nearest(tmp_path: Path) -> None:
+    message = refusal(tmp_path, GOOD.replace("signal: full", "signl: full"))
+    assert "teachers.default.signl" in message
+    assert "'signal'" in message
+    message = refusal(tmp_path, GOOD, "teachers.default.replcas=2")
+    assert "teachers.default.replcas" in message
+    assert "'replicas'" in message
+    assert "'model'" in refusal(tmp_path, GOOD, "teachers.second.modl=x")
+
+
+@pytest.mark.parametrize(
+    ("override", "where"),
+    [
+        ("rollout.replicas=many", "rollout.replicas"),
+        ("rollout.replicas=1.5", "rollout.replicas"),
+        ("rollout.replicas=[1]", "rollout.replicas"),
+        ("rollout.replicas={a: 1}", "rollout.replicas"),
+        ("rollout.replicas=null", "rollout.replicas"),
+        ("learner.optimizer.learning_rate=fast", "learner.optimizer.learning_rate"),
+        ("learner.optimizer=fast", "learner.optimizer"),
+        ("learner=null", "learner: found None"),
+        ("learner=7", "learner: found 7"),
+        ("learner.objective.trust_region=hard", "learner.objective.trust_region: found 'hard'"),
+        ("evaluation.prompts=7", "evaluation.prompts: found 7"),
+        ("teachers.default.signal=everything", "teachers.default.signal"),
+        ("teachers.default=7", "teachers.default: found 7"),
+        ("teachers=[1]", "teachers: found"),
+        ("teachers.default=null", "teachers.default"),
+        ("teachers=null", "teachers"),
+        ("rollout.dtype=int4", "rollout.dtype"),
+        ("rollout.engine=7", "rollout.engine"),
+        ("prompts.shuffle=perhaps", "prompts.shuffle"),
+        ("prompts.limit=all", "prompts.limit"),
+        ("sampling.stop_token_ids=[a]", "sampling.stop_token_ids"),
+        ("student=[]", "student"),
+        ("name=[1]", "name"),
+    ],
+)
+def test_a_wrong_type_is_refused_by_its_key(tmp_path: Path, override: str, where: str) -> None:
+    assert where in refusal(tmp_path, GOOD, override)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "rollout.replicas=0",
+        "rollout.replicas=-1",
+        "teachers.default.replicas=0",
+        "teachers.default.top_k=0",
+        "teachers.default.weight=0",
+        "learner.replicas=2",
+        "learner.optimizer.learning_rate=0",
+        "learner.optimizer.learning_rate=.nan",
+        "learner.optimizer.beta1=1.5",
+        "pipeline.updates=0",
+        "pipeline.prompts_per_update=-4",
+        "pipeline.samples_per_prompt=0",
+        "pipeline.max_staleness=-1",
+        "evaluation.every_updates=0",
+        "checkpoint.keep_last=0",
+        "checkpoint.every_updates=0",
+        "sampling.temperature=0",
+        "sampling.top_p=0",
+        "sampling.top_p=1.1",
+        "sampling.max_response_tokens=0",
+        "prompts.limit=0",
+        "weights.bucket_mebibytes=0",
+        "ray.start_timeout_seconds=0",
+        "ray.max_restarts=-1",
+        "seed=-1",
+    ],
+)
+def test_a_number_out_of_its_range_is_refused_by_its_key(tmp_path: Path, override: str) -> None:
+    key, _, value = override.partition("=")
+    message = refusal(tmp_path, GOOD, override)
+    assert message.startswith(f"{key}: found {value.strip('.')}")
+
+
+@pytest.mark.parametrize("key", ["name", "student.model", "teachers.default.model", "prompts.path"])
+def test_a_mandatory_value_that_is_missing_is_named(tmp_path: Path, key: str) -> None:
+    values = {
+        "name": "here",
+        "student.model": "student",
+        "teachers.default.model": "teacher",
+        "prompts.path": "train.jsonl",
+    }
+    message = refusal(tmp_path, GOOD.replace(f": {values[key]}", ": '???'"))
+    assert f"{key}: found nothing" in message
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["name: [1", "name: 'a", "a: 1\n b: 2", "\tname: x", "- 1\n- 2", "just a sentence", "7", "{", "name: ${nowhere}"],
+)
+def test_what_is_not_yaml_with_keys_is_refused_by_its_file(tmp_path: Path, text: str) -> None:
+    assert str(tmp_path / "campaign.yaml") in refusal(tmp_path, text)
+
+
+def test_an_empty_file_lacks_what_is_mandatory(tmp_path: Path) -> None:
+    assert "name: found nothing" in refusal(tmp_path, "")
+
+
+def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
+    assert "seed" in refusal(tmp_path, GOOD + "seed: 1\nseed: 2\n")
+
+
+def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
+    for path in (tmp_path / "absent.yaml", tmp_path):
+        with pytest.raises(UserError, match=str(path)):
+            load_config(path)
+    (tmp_path / "binary.yaml").write_bytes(b"name: \xff\xfe")
+    with pytest.raises(UserError, match=r"binary\.yaml"):
+        load_config(tmp_path / "binary.yaml")
+
+
+@pytest.mark.parametrize(
+    "override", ["rollout.replicas", "=2", "", "rollout..replicas=2", "rollout.replicas=[1", "a b"]
+)
+def test_an_override_that_is_no_key_and_value_is_refused(tmp_path: Path, override: str) -> None:
+    assert repr(override) in refusal(tmp_path, GOOD, override)
+
+
+@pytest.mark.parametrize("name", ["../elsewhere", "a/b", "/absolute", ".", "..", "", ".hidden", "a b", "a\nb", "-rf"])
+def test_a_name_that_is_no_plain_directory_name_is_refused(tmp_path: Path, name: str) -> None:
+    text = GOOD.replace("name: here", f"name: {name!r}".replace("\n", "\\n").replace("'", '"'))
+    assert refusal(tmp_path, text).startswith("name:")
+
+
+def test_an_objective_that_needs_a_distribution_refuses_a_sampled_teacher(tmp_path: Path) -> None:
+    for setting in ("estimator=full", "estimator=to_go_expected", "baseline=exact_kl"):
+        message = refusal(tmp_path, GOOD.replace("full", "sampled"), f"learner.objective.{setting}")
+        assert message.startswith("teachers.default.signal: found sampled")
+        assert setting in message
+
+
+def test_a_campaign_without_a_teacher_is_refused(tmp_path: Path) -> None:
+    assert refusal(tmp_path, "name: a\nstudent: {model: s}\nprompts: {path: p}\n").startswith("teachers:")
+    assert refusal(tmp_path, GOOD.replace("  default: {model: teacher, signal: full}", "  {}")).startswith("teachers:")
+
+
+def test_teachers_of_different_signals_are_refused(tmp_path: Path) -> None:
+    assert refusal(tmp_path, GOOD, "teachers.other.model=x", "teachers.other.signal=sampled").startswith("teachers:")
+
+
+def test_held_out_prompts_without_a_reference_are_refused(tmp_path: Path) -> None:
+    overrides = ("evaluation.prompts.path=x", "evaluation.prompts.reference_field=null")
+    assert refusal(tmp_path, GOOD, *overrides).startswith("evaluation.prompts.reference_field:")
+
+
+def test_the_last_override_wins(tmp_path: Path) -> None:
+    path = written(tmp_path, GOOD + "rollout: {replicas: 2}\n")
+    overrides = ["rollout.replicas=3", "rollout.replicas=4", "rollout.engine.max_num_seqs=8", "output_dir=a=b"]
+    config = load_config(path, overrides)
+    assert config.rollout.replicas == 4
+    assert config.rollout.engine == {"max_num_seqs": 8}
+    assert config.output_dir == "a=b"
+
+
+def test_what_is_written_is_read_back_as_an_equal_object(tmp_path: Path) -> None:
+    overrides = [
+        "evaluation.prompts.path=heldout.jsonl",
+        "evaluation.verifier={name: regex, pattern: ';(\\d+)$'}",
+        "rollout.engine={kv_cache_memory_bytes: 67108864, compilation: {level: 0}}",
+        "learner.optimizer.learning_rate=1e-5",
+        "prompts.chat_template_arguments={enable_thinking: false}",
+        "sampling.stop_token_ids=[3,4]",
+        "teachers.default.prompt_template='{prompt} {answer}'",
+    ]
+    config = load_config(written(tmp_path), overrides)
+    write_config(config, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == config
+    assert not differences(load_config(tmp_path / "config.yaml"), config)
+
+
+def test_a_home_directory_is_resolved(tmp_path: Path) -> None:
+    assert load_config(written(tmp_path), ["output_dir=~/runs"]).output_dir == str(Path.home() / "runs")
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "seed=1",
+        "student.model=another",
+        "teachers.default.model=another",
+        "teachers.default.signal=topk",
+        "teachers.second.model=another",
+        "learner.optimizer.learning_rate=1e-3",
+        "learner.objective.clip_low=null",
+        "sampling.temperature=0.5",
+        "prompts.path=others.jsonl",
+        "pipeline.prompts_per_update=2",
+        "pipeline.max_staleness=2",
+        "rollout.engine.max_num_seqs=7",
+        "rollout.dtype=float32",
+    ],
+)
+def test_differences_name_what_matters(tmp_path: Path, override: str) -> None:
+    path = written(tmp_path)
+    before = load_config(path, ["teachers.second.signal=full", "teachers.second.model=x", "teachers.default.domains=[a]",
+                                "prompts.domain_field=domain"] if "second" in override else [])  # fmt: skip
+    after = load_config(path, [*(["teachers.second.signal=full", "teachers.default.domains=[a]",
+                                  "prompts.domain_field=domain"] if "second" in override else []), override])  # fmt: skip
+    key = override.partition("=")[0]
+    assert [found for found, _, _ in differences(before, after)] == [key.removesuffix(".max_num_seqs")]
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "rollout.replicas=4",
+        "rollout.gpus_per_replica=0.5",
+        "teachers.default.replicas=3",
+        "teachers.default.cpus_per_replica=3",
+        "learner.cpus_per_replica=2",
+        "pipeline.updates=500",
+        "evaluation.every_updates=7",
+        "evaluation.prompts.path=other.jsonl",
+        "evaluation.verifier.name=numeric",
+        "checkpoint.keep_last=9",
+        "ray.max_restarts=1",
+        "output_dir=moved",
+    ],
+)
+def test_differences_pass_what_may_change(tmp_path: Path, override: str) -> None:
+    path = written(tmp_path)
+    assert not differences(load_config(path), load_config(path, [override]))
+
+
+def test_importing_the_configuration_loads_nothing_heavy() -> None:
+    program = (
+        "import sys, cluster.config, actors.config, learner.config;"
+        "print([m for m in ('torch', 'numpy', 'ray', 'vllm', 'transformers') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("**/*.yaml")), ids=lambda path: path.stem)
+def test_every_configuration_of_the_project_loads(path: Path) -> None:
+    load_config(path)
