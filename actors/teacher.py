@@ -9,6 +9,7 @@ import torch
 
 from actors.batching import microbatches
 from actors.config import TeacherConfig
+from actors.errors import CampaignError
 from actors.logprobs import chunked_head, token_logprobs
 from actors.models import load_model, response_head
 from actors.trajectory import TeacherScores, Trajectories, offsets_of, select_trajectories
@@ -42,6 +43,7 @@ class TeacherActor:
             self._weight = self._weight[:vocabulary]
             self._bias = None if self._bias is None else self._bias[:vocabulary]
         self._busy_seconds = 0.0
+        self._probe_logprob = self._self_test(key)
 
     def score(
         self,
@@ -114,6 +116,43 @@ class TeacherActor:
         )
         return TeacherCounts(int(np.isnan(logprobs).sum()), seconds), scores
 
+    def _self_test(self, key: str) -> float:
+        """Mean log-prob of a probe text, after a check that scores can be trusted.
+
+        A teacher that was loaded wrongly goes on answering: all tokens alike, or something else each time. Replicas are
+        compared by the value that is returned. CampaignError: not finite, uniform, not repeatable, or not what a plain
+        forward pass of the model gives.
+        """
+        length = min(32, len(self._weight) - 1)
+        probe = np.arange(1, length + 1, dtype=np.int32)
+        nowhere = np.zeros(length, np.float32)
+        written = Trajectories(
+            ids=np.zeros((1, 3), np.int64),
+            prompt_tokens=probe[:1],
+            prompt_offsets=offsets_of([1]),
+            response_tokens=probe[1:],
+            response_offsets=offsets_of([length - 1]),
+            behaviour_logprobs=nowhere[1:],
+            policy_versions=nowhere[1:].astype(np.int32),
+            finish_reasons=np.zeros(1, np.uint8),
+        )
+        first, second = (self.score(written.ids, written)[1].logprobs for _ in range(2))
+        with torch.inference_mode():
+            tokens = torch.from_numpy(probe.astype(np.int64)).to(self._device)[None]
+            logits = self._model(tokens, use_cache=False).logits[0, :-1, : len(self._weight)].float()
+            plain = token_logprobs(torch.log_softmax(logits, -1), tokens[0, 1:]).cpu().numpy()
+        tolerance = 1e-3 if self._config.dtype == "float32" else 0.2
+        uniform = -np.log(len(self._weight))
+        for fault, found in (
+            ("scores are not finite", not np.isfinite(first).all()),
+            ("scores are uniform: its weights are not those of the files", np.abs(first - uniform).max() < 1e-4),
+            ("scores differ when asked twice", not np.array_equal(first, second)),
+            ("scores differ from a plain forward pass", np.abs(first - plain).max() > tolerance),
+        ):
+            if found:
+                raise CampaignError(f"{key} fails its self-test: {fault}")
+        return float(first.mean())
+
     def generate(
         self,
         prompt_tokens: np.ndarray,
@@ -145,5 +184,5 @@ class TeacherActor:
         return np.concatenate(rows).astype(np.int32), offsets_of(lengths)
 
     def status(self) -> dict[str, float]:
-        """Busy seconds so far."""
-        return {"busy_seconds": self._busy_seconds}
+        """Busy seconds so far, and the mean log-prob of the self-test's probe."""
+        return {"busy_seconds": self._busy_seconds, "probe_logprob": self._probe_logprob}

@@ -82,13 +82,15 @@ async def _run(
     try:
         await asyncio.gather(*(fleet.start() for fleet in fleets.values()))
         teachers = {name: fleets[f"teacher.{name}"] for name in config.teachers}
+        panel = Teachers(teachers, inputs.lessons)
+        await panel.compare_replicas()
         campaign = Campaign(
             config,
             state,
             prompts=inputs.prompts,
             evaluator=build_evaluator(config, inputs, teachers),
             rollout=fleets["rollout"],
-            teachers=Teachers(teachers, inputs.lessons),
+            teachers=panel,
             learner=fleets["learner"],
             records=records,
             progress=progress,

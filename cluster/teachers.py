@@ -8,11 +8,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from actors.config import TeacherConfig
-from actors.errors import UserError
+from actors.errors import CampaignError, UserError
 from actors.prompts import PromptSet
 from actors.trajectory import offsets_of, ragged_rows
 from cluster.pipeline import split_evenly
 from cluster.ray_fleet import Fleet
+
+REPLICA_TOLERANCE = 0.02
+"""Nats a token by which replicas may differ: more than kernels do, less than other weights would."""
 
 
 def route(domain: str | None, teachers: Mapping[str, TeacherConfig], where: str) -> dict[str, float]:
@@ -86,6 +89,14 @@ class Teachers:
     async def wait_idle(self, limit: int) -> None:
         """Waits until some actor of every teacher has fewer than `limit` trajectories to score."""
         await asyncio.gather(*(fleet.wait_idle(limit) for fleet in self.fleets.values()))
+
+    async def compare_replicas(self) -> None:
+        """CampaignError where actors of one teacher do not agree about the probe of their self-test."""
+        for name, fleet in self.fleets.items():
+            found = [status["probe_logprob"] for status in await fleet.call_each("status")]
+            if max(found) - min(found) > REPLICA_TOLERANCE:
+                values = ", ".join(f"{value:.4f}" for value in found)
+                raise CampaignError(f"the actors of teachers.{name} disagree about one text: mean log-probs {values}")
 
     async def write(
         self, prompts: PromptSet, max_response_tokens: int, stop_token_ids: list[int]

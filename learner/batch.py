@@ -3,6 +3,7 @@
 Shapes: B trajectories and N response tokens of the update; b, n of a micro-batch, T its longest response; K support.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -74,12 +75,14 @@ class UpdateBatch:
         ids: np.ndarray,
         batches: Sequence[Trajectories | TeacherScores],
         policy_version: int,
+        masked_token_ids: Sequence[int],
         device: str,
     ) -> "UpdateBatch":
         """Joins trajectories and scores by id, in the order of `ids` [B, 3]."""
         written = select_trajectories(ids, [b for b in batches if isinstance(b, Trajectories)])
         scores = select_scores(ids, [b for b in batches if isinstance(b, TeacherScores)])
         mask = np.isfinite(scores.logprobs) & np.isfinite(scores.support_logprobs).all(-1)
+        mask &= ~np.isin(written.response_tokens, list(masked_token_ids))
 
         def tensor(values: np.ndarray) -> Tensor:
             return torch.from_numpy(np.ascontiguousarray(values)).to(device)
@@ -167,6 +170,7 @@ class MetricSums:
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
         self._ratio_max: Tensor | None = None
+        self._log_ratios: list[Tensor] = []
 
     def add(
         self,
@@ -193,6 +197,7 @@ class MetricSums:
             "on_policy": part.on_policy.sum(),
             "engine_difference": (difference.abs() * part.on_policy).sum(),
         }
+        self._log_ratios.append((logprobs - part.teacher_logprobs)[mask])
         self._sums = {name: self._sums.get(name, 0) + value.double() for name, value in new.items()}
         largest = ratio.max()
         self._ratio_max = largest if self._ratio_max is None else torch.maximum(self._ratio_max, largest)
@@ -202,10 +207,15 @@ class MetricSums:
         sums = {name: value.item() for name, value in self._sums.items()}
         tokens, on_policy = max(sums["tokens"], 1.0), sums["on_policy"]
         assert self._ratio_max is not None
+        tails = (
+            np.quantile(torch.cat(self._log_ratios).cpu().numpy(), [0.01, 0.99]) if sums["tokens"] else [math.nan] * 2
+        )
         return {
             "loss": sums["loss"],
             "tokens_trained": int(sums["tokens"]),
             **{name: sums[name] / tokens for name in ("reverse_kl", "forward_kl_old", "entropy", "clip_fraction")},
+            "log_ratio_p01": float(tails[0]),
+            "log_ratio_p99": float(tails[1]),
             "ratio_mean": sums["ratio"] / tokens,
             "ratio_max": self._ratio_max.item(),
             "importance_ess": sums["ratio"] ** 2 / max(tokens * sums["ratio_squared"], 1e-30),

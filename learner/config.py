@@ -59,6 +59,9 @@ class ObjectiveConfig:
     recompute_log_ratio: bool = True
     """The log-ratio in A_t is that of the current student. False: that of the weights that sampled the token, which is
     biased as soon as they differ."""
+    masked_token_ids: list[int] = field(default_factory=list)
+    """Tokens that are not trained on, for example end-of-sequence tokens about which teacher and student disagree by
+    convention only. A student that is never corrected there may forget to stop."""
     log_ratio_clip: float | None = number(None, above=0)
     """Bounds |log pi - log q| in A_t. Biased where it acts."""
     log_ratio_power: float | None = number(None, above=0)

@@ -79,7 +79,9 @@ class Learner:
         function of `ids` and of what was written and scored. NonFiniteLossError: the step was not taken.
         """
         start = time.perf_counter()
-        batch = UpdateBatch.build(ids, batches, self.policy_version, self._device)
+        batch = UpdateBatch.build(
+            ids, batches, self.policy_version, self._config.objective.masked_token_ids, self._device
+        )
         self._look_ahead(batch)
         rate = learning_rate(self.policy_version + 1, self._total_updates, self._config.optimizer)
         for group in self._optimizer.param_groups:
