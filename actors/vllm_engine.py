@@ -209,8 +209,9 @@ def _build(model: str, config: RolloutConfig, sampling: SamplingConfig, seed: in
     if not torch.cuda.is_available():
         # The first request with log-probs would otherwise compile for ten seconds, and need a C++ compiler.
         os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
-    if config.tensor_parallel_size == 1:
-        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        # Tensor-parallel workers of several actors would all be bound to the first core.
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     # Importing vLLM makes millions of objects that stay; collecting them again and again takes seconds of the start.
     gc.disable()
     try:
