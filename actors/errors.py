@@ -33,6 +33,10 @@ class CampaignError(Exception):
     """A campaign cannot go on; the message names the actor or the step, the cause, and what to do."""
 
 
+class EngineError(CampaignError):
+    """The engine below an actor has failed and cannot go on; the actor has to be replaced."""
+
+
 class WeightError(CampaignError):
     """A weight version is incomplete, corrupt, or does not fit the model that should load it."""
 

@@ -1,12 +1,17 @@
 """The rollout actor: samples trajectories with the newest weights it was given. A plain class, values in, values out."""
 
 import asyncio
+import os
 import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
 
 from actors.config import RolloutConfig, SamplingConfig
+from actors.errors import EngineError
 from actors.trajectory import FINISH_REASONS, Requests, Trajectories
 from actors.vllm_engine import VllmEngine
 from actors.weights import WeightVersion
@@ -23,6 +28,16 @@ class RolloutCounts(NamedTuple):
     """[B] bool: it was cut at the length limit."""
     busy_seconds: float
     """Seconds this engine has worked since it last said so."""
+
+
+@contextmanager
+def _ends_with_the_engine() -> Iterator[None]:
+    """Ends the process when its engine has failed: whoever supervises it sees a dead actor, and replaces it."""
+    try:
+        yield
+    except EngineError:
+        traceback.print_exc()
+        os._exit(13)
 
 
 class RolloutActor:
@@ -45,7 +60,8 @@ class RolloutActor:
 
     async def generate(self, requests: Requests, greedy: bool = False) -> tuple[RolloutCounts, Trajectories]:
         """Samples every request; returns when the last has finished."""
-        trajectories = await asyncio.wrap_future(self._engine.generate(requests, self._sampling, greedy=greedy))
+        with _ends_with_the_engine():
+            trajectories = await asyncio.wrap_future(self._engine.generate(requests, self._sampling, greedy=greedy))
         busy_seconds = self._engine.busy_seconds - self._reported_seconds
         self._reported_seconds += busy_seconds
         counts = RolloutCounts(
@@ -59,7 +75,8 @@ class RolloutActor:
     async def load_weights(self, manifest: WeightVersion, *buckets: np.ndarray) -> float:
         """Verifies and loads a weight version in place; returns the seconds the engine stood still."""
         start = time.perf_counter()
-        await asyncio.wrap_future(self._engine.load_weights(manifest, buckets))
+        with _ends_with_the_engine():
+            await asyncio.wrap_future(self._engine.load_weights(manifest, buckets))
         return time.perf_counter() - start
 
     async def status(self) -> dict[str, float | int | None]:

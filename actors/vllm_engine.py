@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from actors.config import RolloutConfig, SamplingConfig
-from actors.errors import CampaignError, UserError, WeightError
+from actors.errors import EngineError, UserError, WeightError
 from actors.trajectory import FINISH_REASONS, Requests, Trajectories, offsets_of
 from actors.weights import WeightVersion, verify
 
@@ -178,7 +178,7 @@ class VllmEngine:
                 return
             command, future = item
             if self._failure is not None:
-                future.set_exception(CampaignError(f"the vLLM engine has failed: {self._failure!r}"))
+                future.set_exception(EngineError(f"the vLLM engine has failed: {self._failure!r}"))
                 continue
             try:
                 future.set_result(command())
@@ -197,7 +197,7 @@ class VllmEngine:
         except Exception as error:  # every waiting and later call learns of it
             self._failure = error
             for call, _ in self._waiting.values():
-                call.fail(CampaignError(f"the vLLM engine has failed: {error!r}"))
+                call.fail(EngineError(f"the vLLM engine has failed: {error!r}"))
             self._waiting.clear()
         self.busy_seconds += time.perf_counter() - start
 

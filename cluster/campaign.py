@@ -369,8 +369,12 @@ class Campaign:
             published.record["publish_seconds"] = published.seconds
 
     async def _give_weights(self, handle: Any) -> None:
-        if self._weights is not None:
-            await handle.load_weights.remote(self._weights.manifest, *self._weights.buckets)
+        """What a new actor gets before its first work: the newest version, also when that changes meanwhile."""
+        given = None
+        while given is not self._weights:
+            given = self._weights
+            assert given is not None
+            await handle.load_weights.remote(given.manifest, *given.buckets)
 
     async def _evaluate(self, version: int) -> dict[str, Any]:
         if self._evaluator is None:

@@ -33,7 +33,7 @@ class Slots:
         """`count` trajectories were trained and their weights loaded, or were dropped, and others must replace them."""
         async with self._changed:
             self.charged -= count
-            self.to_issue += 0
+            self.to_issue += count if replace else 0
             assert self.charged >= 0, "more slots released than charged"
             self._changed.notify_all()
 

@@ -182,7 +182,7 @@ class Fleet:
             self.restarts += 1
             await self._start(replica)
             self._on_event("actor_restarted", actor=replica.name, restarts=replica.restarts)
-        except (CampaignError, UserError, RayTaskError) as error:
+        except (CampaignError, UserError) as error:
             self._failure = error
             async with self._changed:
                 self._changed.notify_all()
@@ -197,10 +197,10 @@ async def _invoke(
         first, *others = getattr(handle, method).options(num_returns=returns).remote(*arguments, **(keywords or {}))
         return await first, *others
     except RayTaskError as error:
-        # Our own errors say all that is to say; others keep the actor's traceback.
+        # Our own errors say all that is to say; others keep the actor's traceback as their cause.
         if isinstance(error.cause, (UserError, CampaignError)):
             raise error.cause from None
-        raise
+        raise CampaignError(f"{method} failed: {type(error.cause).__name__}: {error.cause}") from error
 
 
 def _start_failure(name: str, error: RayActorError) -> Exception:

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -102,7 +103,8 @@ async def _run(
         write_report([config.run_dir], config.run_dir / "report.html")
         return summary, complete
     except BaseException as error:
-        records.event("failed", cause=f"{type(error).__name__}: {error}", step=state.step)
+        details = "".join(traceback.format_exception(error))
+        records.event("failed", cause=f"{type(error).__name__}: {error}", step=state.step, traceback=details)
         raise
     finally:
         for fleet in fleets.values():
