@@ -33,6 +33,10 @@ class CampaignError(Exception):
     """A campaign cannot go on; the message names the actor or the step, the cause, and what to do."""
 
 
+class LearnerLostError(CampaignError):
+    """The learner's process has died, and with it the weights since the last checkpoint."""
+
+
 class EngineError(CampaignError):
     """The engine below an actor has failed and cannot go on; the actor has to be replaced."""
 

@@ -79,6 +79,10 @@ class RolloutActor:
             await asyncio.wrap_future(self._engine.load_weights(manifest, buckets))
         return time.perf_counter() - start
 
+    async def abort(self) -> None:
+        """Gives up all that is being generated; the calls that asked for it end in an error."""
+        await asyncio.wrap_future(self._engine.abort())
+
     async def status(self) -> dict[str, float | int | None]:
         """Version of the weights, tokens sampled and busy seconds: what tells a working actor from a hung one."""
         return {

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from actors.config import RolloutConfig, SamplingConfig
-from actors.errors import EngineError, UserError, WeightError
+from actors.errors import CampaignError, EngineError, UserError, WeightError
 from actors.trajectory import FINISH_REASONS, Requests, Trajectories, offsets_of
 from actors.weights import WeightVersion, verify
 
@@ -120,6 +120,17 @@ class VllmEngine:
 
         return self._submit(load)
 
+    def abort(self) -> Future:
+        """Gives up all requests: their calls fail with CampaignError."""
+
+        def abort() -> None:
+            self._engine.abort_request(list(self._waiting))
+            for call, _ in self._waiting.values():
+                call.fail(CampaignError("aborted"))
+            self._waiting.clear()
+
+        return self._submit(abort)
+
     def close(self) -> None:
         """Ends the thread; what is still being generated is lost."""
         self._commands.put(None)
@@ -189,7 +200,7 @@ class VllmEngine:
         start = time.perf_counter()
         try:
             for output in self._engine.step():
-                if output.finished:
+                if output.finished and output.request_id in self._waiting:
                     self.tokens_sampled += len(output.outputs[0].token_ids)
                     call, place = self._waiting[output.request_id]
                     call.finish(place, output.outputs[0])

@@ -281,6 +281,7 @@ class Campaign:
     async def _start(self) -> None:
         """Gives every rollout actor the learner's weights, and measures the untrained student and the teacher."""
         self.rollout.prepare = self._give_weights
+        await self.rollout.call_each("abort")  # what an earlier loop of this process left under way
         await self._load(await self._new_version())
         if self.state.step == 0 and self._evaluator is not None and not self.state.start:
             record = await self._evaluate(0)
@@ -353,7 +354,7 @@ class Campaign:
     async def _new_version(self) -> Published:
         """Has the learner lay out its weights; the campaign owns the buckets."""
         start = time.perf_counter()
-        references = [reference async for reference in self.learner.stream("publish")]
+        references = await self.learner.stream("publish")
         manifest = await references[-1]
         return Published(
             manifest.version, references[-1], references[:-1], manifest.nbytes, time.perf_counter() - start

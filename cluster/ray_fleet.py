@@ -14,7 +14,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
-from actors.errors import CampaignError, UserError
+from actors.errors import CampaignError, LearnerLostError, UserError
 
 OnEvent = Callable[..., None]
 """Called with the kind of event and its fields."""
@@ -54,10 +54,11 @@ class Fleet:
         *,
         replicas: int,
         resources: Resources,
-        max_restarts: int,
+        max_restarts: int | None,
         start_timeout_seconds: float,
         on_event: OnEvent,
     ):
+        """max_restarts: how often one replica is replaced; None: never, its loss is LearnerLostError for every caller."""
         self.role = role
         self.restarts = 0
         self.replicas = [Replica(f"{role}-{i}") for i in range(replicas)]
@@ -114,10 +115,16 @@ class Fleet:
                 lambda: self._failure or any(r.alive and r.under_way < limit for r in self.replicas)
             )
 
-    def stream(self, method: str, *arguments: Any) -> Any:
-        """Calls a generator method of the only replica: an asynchronous iterator of references, in order."""
+    async def stream(self, method: str, *arguments: Any) -> list[Any]:
+        """Calls a generator method of the only replica: the references of all that it yields, in order."""
         [replica] = self.replicas
-        return getattr(replica.handle, method).options(num_returns="streaming").remote(*arguments)
+        handle = replica.handle
+        try:
+            yielded = getattr(handle, method).options(num_returns="streaming").remote(*arguments)
+            return [reference async for reference in yielded]
+        except RayActorError as error:
+            await self._lost(replica, handle, error)
+            raise
 
     def close(self) -> None:
         """Ends all actors at once."""
@@ -165,13 +172,15 @@ class Fleet:
         replica.alive = False
         self._on_event("actor_died", actor=replica.name, cause=_cause(error))
         ray.kill(handle)
+        if self._max_restarts is None:
+            raise LearnerLostError(f"{replica.name} died: {_cause(error)}") from error
         task = asyncio.create_task(self._replace(replica))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
     async def _replace(self, replica: Replica) -> None:
         try:
-            if replica.restarts >= self._max_restarts:
+            if replica.restarts >= (self._max_restarts or 0):
                 raise CampaignError(
                     f"{replica.name} died {replica.restarts + 1} times (ray.max_restarts={self._max_restarts}); "
                     "see events.jsonl for the causes, and run the same command again to go on from the last checkpoint"
@@ -214,4 +223,4 @@ def _start_failure(name: str, error: RayActorError) -> Exception:
 
 def _cause(error: RayActorError) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+    return lines[-1].partition(" Some common causes")[0] if lines else type(error).__name__

@@ -4,10 +4,11 @@ import asyncio
 import os
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from actors.errors import UserError
+from actors.errors import CampaignError, LearnerLostError, UserError
 from actors.rollout import RolloutActor
 from actors.teacher import TeacherActor
 from cluster.campaign import Campaign
@@ -78,25 +79,46 @@ async def _run(
         progress.note(" ".join([kind.replace("_", " "), *(f"{name}={value}" for name, value in fields.items())]))
         state.faults += kind == "actor_died"
 
+    needed = check_cluster(config, private)
     records.event("resumed" if checkpoint else "started", step=state.step, process=os.getpid())
-    fleets = build_fleets(config, inputs, checkpoint, check_cluster(config, private), on_event)
+    fleets = build_fleets(config, inputs, needed, on_event) | {
+        "learner": build_learner(config, checkpoint, needed, on_event)
+    }
     try:
         await asyncio.gather(*(fleet.start() for fleet in fleets.values()))
         teachers = {name: fleets[f"teacher.{name}"] for name in config.teachers}
         panel = Teachers(teachers, inputs.lessons)
         await panel.compare_replicas()
-        campaign = Campaign(
-            config,
-            state,
-            prompts=inputs.prompts,
-            evaluator=build_evaluator(config, inputs, teachers),
-            rollout=fleets["rollout"],
-            teachers=panel,
-            learner=fleets["learner"],
-            records=records,
-            progress=progress,
-        )
-        complete = await campaign.run()
+        evaluator = build_evaluator(config, inputs, teachers)
+        restarts = 0
+        while True:
+            campaign = Campaign(
+                config,
+                state,
+                prompts=inputs.prompts,
+                evaluator=evaluator,
+                rollout=fleets["rollout"],
+                teachers=panel,
+                learner=fleets["learner"],
+                records=records,
+                progress=progress,
+            )
+            try:
+                complete = await campaign.run()
+                break
+            except LearnerLostError as error:
+                restarts += 1
+                if restarts > config.ray.max_restarts:
+                    raise CampaignError(
+                        f"{error}; it has been replaced {restarts - 1} times (ray.max_restarts)"
+                    ) from error
+                faults = state.faults
+                state, checkpoint = load_state(config)
+                state.faults = faults
+                records.truncate_after(state.step if state.start else -1)
+                fleets["learner"] = build_learner(config, checkpoint, needed, on_event)
+                await fleets["learner"].start()
+                on_event("learner_restored", step=state.step, checkpoint=str(checkpoint))
         records.event("finished" if complete else "stopped", step=state.step)
         summary = summarise(config, state, records.wall_seconds)
         records.write_summary(summary)
@@ -112,15 +134,11 @@ async def _run(
 
 
 def build_fleets(
-    config: CampaignConfig,
-    inputs: Inputs,
-    checkpoint: Path | None,
-    needed: dict[str, tuple[int, Resources]],
-    on_event: Callable[..., None],
+    config: CampaignConfig, inputs: Inputs, needed: dict[str, tuple[int, Resources]], on_event: Callable[..., None]
 ) -> dict[str, Fleet]:
-    """The fleets by role: `rollout`, `teacher.<name>`, `learner`; not started."""
+    """The fleets `rollout` and `teacher.<name>`, not started."""
 
-    def fleet(role: str, actor: type, arguments: tuple, max_restarts: int, **keywords: Any) -> Fleet:
+    def fleet(role: str, actor: type, *arguments: Any, **keywords: Any) -> Fleet:
         replicas, resources = needed[role]
         return Fleet(
             role,
@@ -129,41 +147,59 @@ def build_fleets(
             keywords,
             replicas=replicas,
             resources=resources,
-            max_restarts=max_restarts,
+            max_restarts=config.ray.max_restarts,
             start_timeout_seconds=config.ray.start_timeout_seconds,
             on_event=on_event,
         )
 
-    return {
-        "rollout": fleet(
-            "rollout",
-            RolloutActor,
-            (_local(config.student.model), config.rollout, config.sampling, inputs.stop_token_ids, config.seed),
-            config.ray.max_restarts,
-            trust_remote_code=config.student.trust_remote_code,
-        ),
-        **{
-            f"teacher.{name}": fleet(
-                f"teacher.{name}",
-                TeacherActor,
-                (_with_local_model(teacher), f"teachers.{name}"),
-                config.ray.max_restarts,
-                vocabulary=inputs.vocabulary,
-            )
-            for name, teacher in config.teachers.items()
-        },
-        "learner": fleet(
-            "learner",
-            Learner,
-            (_with_local_model(config.student), config.learner),
-            0,
-            total_updates=config.pipeline.updates,
-            temperature=config.sampling.temperature,
-            publish_dtype=config.rollout.dtype,
-            bucket_bytes=config.weights.bucket_mebibytes << 20,
-            checkpoint=str(checkpoint.resolve()) if checkpoint else None,
-        ),
+    rollout = fleet(
+        "rollout",
+        RolloutActor,
+        _local(config.student.model),
+        config.rollout,
+        config.sampling,
+        inputs.stop_token_ids,
+        config.seed,
+        trust_remote_code=config.student.trust_remote_code,
+    )
+    teachers = {
+        f"teacher.{name}": fleet(
+            f"teacher.{name}",
+            TeacherActor,
+            replace(teacher, model=_local(teacher.model)),
+            f"teachers.{name}",
+            vocabulary=inputs.vocabulary,
+        )
+        for name, teacher in config.teachers.items()
     }
+    return {"rollout": rollout, **teachers}
+
+
+def build_learner(
+    config: CampaignConfig,
+    checkpoint: Path | None,
+    needed: dict[str, tuple[int, Resources]],
+    on_event: Callable[..., None],
+) -> Fleet:
+    """The learner, not started; with a checkpoint, as it was then. It is not replaced in place: its state is."""
+    replicas, resources = needed["learner"]
+    return Fleet(
+        "learner",
+        Learner,
+        (replace(config.student, model=_local(config.student.model)), config.learner),
+        {
+            "total_updates": config.pipeline.updates,
+            "temperature": config.sampling.temperature,
+            "publish_dtype": config.rollout.dtype,
+            "bucket_bytes": config.weights.bucket_mebibytes << 20,
+            "checkpoint": str(checkpoint.resolve()) if checkpoint else None,
+        },
+        replicas=replicas,
+        resources=resources,
+        max_restarts=None,
+        start_timeout_seconds=config.ray.start_timeout_seconds,
+        on_event=on_event,
+    )
 
 
 def build_evaluator(config: CampaignConfig, inputs: Inputs, teachers: dict[str, Fleet]) -> Evaluator | None:
@@ -214,7 +250,3 @@ def summarise(config: CampaignConfig, state: CampaignState, wall_seconds: float)
 def _local(model: str) -> str:
     """Absolute where it is a path: actors may have another working directory."""
     return str(Path(model).resolve()) if Path(model).exists() else model
-
-
-def _with_local_model(config: Any) -> Any:
-    return type(config)(**{**vars(config), "model": _local(config.model)})
