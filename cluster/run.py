@@ -1,6 +1,7 @@
 """From a configuration to a finished run directory: prepares everything, runs the loop, writes the summary."""
 
 import asyncio
+import itertools
 import os
 import traceback
 from collections.abc import Callable
@@ -81,44 +82,35 @@ async def _run(
 
     needed = check_cluster(config, private)
     records.event("resumed" if checkpoint else "started", step=state.step, process=os.getpid())
-    fleets = build_fleets(config, inputs, needed, on_event) | {
-        "learner": build_learner(config, checkpoint, needed, on_event)
-    }
+    fleets = build_fleets(config, inputs, needed, on_event)
+    learner = build_learner(config, checkpoint, needed, on_event)
     try:
-        await asyncio.gather(*(fleet.start() for fleet in fleets.values()))
+        await asyncio.gather(*(fleet.start() for fleet in (learner, *fleets.values())))
         teachers = {name: fleets[f"teacher.{name}"] for name in config.teachers}
         panel = Teachers(teachers, inputs.lessons)
         await panel.compare_replicas()
-        evaluator = build_evaluator(config, inputs, teachers)
-        restarts = 0
-        while True:
-            campaign = Campaign(
-                config,
-                state,
-                prompts=inputs.prompts,
-                evaluator=evaluator,
-                rollout=fleets["rollout"],
-                teachers=panel,
-                learner=fleets["learner"],
-                records=records,
-                progress=progress,
-            )
+        parts: dict[str, Any] = {
+            "prompts": inputs.prompts,
+            "evaluator": build_evaluator(config, inputs, teachers),
+            "rollout": fleets["rollout"],
+            "teachers": panel,
+            "records": records,
+            "progress": progress,
+        }
+        for lost in itertools.count():
             try:
-                complete = await campaign.run()
+                complete = await Campaign(config, state, learner=learner, **parts).run()
                 break
             except LearnerLostError as error:
-                restarts += 1
-                if restarts > config.ray.max_restarts:
-                    raise CampaignError(
-                        f"{error}; it has been replaced {restarts - 1} times (ray.max_restarts)"
-                    ) from error
-                faults = state.faults
-                state, checkpoint = load_state(config)
-                state.faults = faults
-                records.truncate_after(state.step if state.start else -1)
-                fleets["learner"] = build_learner(config, checkpoint, needed, on_event)
-                await fleets["learner"].start()
-                on_event("learner_restored", step=state.step, checkpoint=str(checkpoint))
+                if lost == config.ray.max_restarts:
+                    raise CampaignError(f"{error}; it was replaced {lost} times before (ray.max_restarts)") from error
+            faults = state.faults
+            state, checkpoint = load_state(config)
+            state.faults = faults
+            records.truncate_after(state.step if state.start else -1)
+            learner = build_learner(config, checkpoint, needed, on_event)
+            await learner.start()
+            on_event("learner_restored", step=state.step, checkpoint=str(checkpoint))
         records.event("finished" if complete else "stopped", step=state.step)
         summary = summarise(config, state, records.wall_seconds)
         records.write_summary(summary)
@@ -129,7 +121,7 @@ async def _run(
         records.event("failed", cause=f"{type(error).__name__}: {error}", step=state.step, traceback=details)
         raise
     finally:
-        for fleet in fleets.values():
+        for fleet in (learner, *fleets.values()):
             fleet.close()
 
 

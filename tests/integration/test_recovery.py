@@ -1,0 +1,60 @@
+"""Actors are killed in the middle of a campaign, each role in turn; the result is as if nothing had happened."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def start(output: Path, name: str) -> subprocess.Popen[bytes]:
+    settings = [
+        *(f"output_dir={output}", f"name={name}", "pipeline.updates=14", "pipeline.prompts_per_update=16"),
+        *("checkpoint.every_updates=3", "evaluation.every_updates=7", "evaluation.prompts.limit=16"),
+    ]
+    command = [sys.executable, "-m", "cluster", "run", "configs/quickstart.yaml", *settings]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+
+def wait_for_lines(file: Path, count: int, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 90
+    while not file.exists() or file.read_bytes().count(b"\n") < count:
+        assert process.poll() is None and time.monotonic() < deadline, "the campaign did not get that far"
+        time.sleep(0.05)
+
+
+def kill(role: str, campaign: subprocess.Popen[bytes]) -> None:
+    """SIGKILL for the actor of this class, among the processes of this campaign alone."""
+    for process in psutil.Process(campaign.pid).children(recursive=True):
+        if any(part.startswith(f"ray::{role}") for part in process.cmdline()):
+            process.kill()
+            return
+    raise AssertionError(f"no {role} to kill")
+
+
+@pytest.mark.integration
+@pytest.mark.timeout(280)
+def test_a_campaign_whose_actors_are_killed_ends_with_the_same_bits(tmp_path: Path) -> None:
+    calm = start(tmp_path, "calm")
+    assert calm.wait(120) == 0, calm.stderr and calm.stderr.read()[-2000:]
+    stormy = start(tmp_path, "stormy")
+    metrics = tmp_path / "stormy" / "metrics.jsonl"
+    for lines, role in ((3, "TeacherActor"), (6, "Learner"), (10, "RolloutActor")):
+        wait_for_lines(metrics, lines, stormy)
+        kill(role, stormy)
+    assert stormy.wait(150) == 0, stormy.stderr and stormy.stderr.read()[-2000:]
+
+    last = Path("checkpoints", "step_00000014", "model.safetensors")
+    assert (tmp_path / "calm" / last).read_bytes() == (tmp_path / "stormy" / last).read_bytes()
+    summary = json.loads((tmp_path / "stormy" / "summary.json").read_text())
+    assert summary["faults"] == 3
+    assert summary["ledger"]["trained"] == summary["ledger"]["issued"] == 14 * 16
+    kinds = [json.loads(line)["kind"] for line in (tmp_path / "stormy" / "events.jsonl").read_text().splitlines()]
+    assert kinds.count("actor_died") == 3 and kinds.count("actor_restarted") == 2 and "learner_restored" in kinds
+    steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
+    assert steps == list(range(15))
