@@ -1,0 +1,188 @@
+"""What is inside a real vLLM engine after a weight version was loaded: the published bytes, and nothing of the old ones."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from actors.config import RolloutConfig, SamplingConfig
+from actors.errors import WeightError
+from actors.trajectory import Requests, Trajectories, offsets_of
+from actors.vllm_engine import VllmEngine
+from actors.weights import WeightVersion, pack
+from tests.tiny_models import make_tiny_model
+
+pytestmark = pytest.mark.integration
+SAMPLING = SamplingConfig(max_response_tokens=16)
+OPTIONS = {"max_num_seqs": 16, "kv_cache_memory_bytes": 64 << 20}
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+def parts(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[VllmEngine, Any]]:
+    path = make_tiny_model(tmp_path_factory.mktemp("model") / "m", tie=request.param)
+    engine = VllmEngine(str(path), RolloutConfig(dtype="float32", engine=OPTIONS), SAMPLING, stop_token_ids=[2])
+    yield engine, AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    engine.close()
+
+
+def publish(model: Any, version: int) -> tuple[WeightVersion, list[np.ndarray]]:
+    *buckets, manifest = pack(version, list(model.named_parameters()), "float32", 40_000)
+    return manifest, buckets  # type: ignore[return-value]
+
+
+def change(model: Any, seed: int) -> None:
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+
+
+def ask(prompts: list[list[int]], seed: int = 0) -> Requests:
+    return Requests(
+        ids=np.array([(0, i, 0) for i in range(len(prompts))]),
+        seeds=np.arange(len(prompts)) + seed,
+        prompt_tokens=np.concatenate(prompts).astype(np.int32),
+        prompt_offsets=offsets_of(map(len, prompts)),
+    )
+
+
+def difference(model: Any, written: Trajectories) -> float:
+    """Largest difference between the recorded log-probs and a plain forward pass of each sequence."""
+    worst = 0.0
+    for i in range(len(written)):
+        prompt = written.prompt_tokens[slice(*written.prompt_offsets[i : i + 2])]
+        span = slice(*written.response_offsets[i : i + 2])
+        tokens = torch.from_numpy(np.concatenate([prompt, written.response_tokens[span]]).astype(np.int64))
+        with torch.no_grad():
+            logprobs = torch.log_softmax(model(tokens[None]).logits[0, len(prompt) - 1 : -1], -1)
+        expected = logprobs.gather(-1, tokens[len(prompt) :, None])[:, 0].numpy()
+        worst = max(worst, float(np.abs(expected - written.behaviour_logprobs[span]).max()))
+    return worst
+
+
+def read_back(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Every weight of the engine's model. A linear layer that the CPU backend has packed is asked for its weights: the
+    identity times W^T is W^T to the bit, since each sum has one term that is not zero."""
+    found = {}
+    for name, layer in module.named_modules():
+        if hasattr(layer, "quant_method") and hasattr(layer, "cpu_linear"):
+            width = getattr(layer, "input_size_per_partition", None) or layer.embedding_dim
+            found[f"{name}.packed"] = layer.quant_method.apply(layer, torch.eye(width)).T.contiguous()
+        for own, parameter in layer.named_parameters(recurse=False):
+            if parameter.numel():
+                found[f"{name}.{own}"] = parameter.detach().clone()
+    return found
+
+
+def test_the_engine_holds_the_published_bytes_after_every_version(parts: tuple[VllmEngine, Any]) -> None:
+    engine, model = parts
+    for version in range(1, 4):
+        change(model, version)
+        engine.load_weights(*publish(model, version)).result(timeout=60)
+        assert engine.version == version
+        [found] = engine.apply_model(read_back).result(timeout=60)
+        own = dict(model.named_parameters())
+        head = own.get("lm_head.weight", own["model.embed_tokens.weight"])
+        expected = {
+            "model.embed_tokens.weight": own["model.embed_tokens.weight"],
+            "model.norm.weight": own["model.norm.weight"],
+            "lm_head.packed": head,
+        }
+        for i in range(model.config.num_hidden_layers):
+            layer = f"model.layers.{i}"
+            expected |= {
+                f"{layer}.self_attn.qkv_proj.packed": torch.cat(
+                    [own[f"{layer}.self_attn.{x}_proj.weight"] for x in "qkv"]
+                ),
+                f"{layer}.self_attn.o_proj.packed": own[f"{layer}.self_attn.o_proj.weight"],
+                f"{layer}.mlp.gate_up_proj.packed": torch.cat(
+                    [own[f"{layer}.mlp.{x}_proj.weight"] for x in ("gate", "up")]
+                ),
+                f"{layer}.mlp.down_proj.packed": own[f"{layer}.mlp.down_proj.weight"],
+                f"{layer}.input_layernorm.weight": own[f"{layer}.input_layernorm.weight"],
+            }
+        if "lm_head.packed" not in found:  # a tied head computes from the embedding's packed copy
+            found["lm_head.packed"] = found["model.embed_tokens.packed"]
+        for name, tensor in expected.items():
+            rows = found[name][: len(tensor)]  # the vocabulary may be padded below
+            assert torch.equal(rows, tensor.detach()), name
+
+
+def test_recorded_logprobs_are_those_of_a_plain_forward_pass(parts: tuple[VllmEngine, Any]) -> None:
+    engine, model = parts
+    rng = np.random.default_rng(0)
+    for version in range(4, 7):
+        change(model, version)
+        engine.load_weights(*publish(model, version)).result(timeout=60)
+        prompts = [rng.integers(6, 40, rng.integers(3, 12)).tolist() for _ in range(8)]
+        written = engine.generate(ask(prompts), SAMPLING).result(timeout=60)
+        assert set(written.policy_versions.tolist()) == {version}
+        assert difference(model, written) < 2e-5
+
+
+def test_cached_prefixes_of_old_weights_are_forgotten(parts: tuple[VllmEngine, Any]) -> None:
+    engine, model = parts
+    prompts = [(np.arange(160) % 30 + 6).tolist()] * 4  # longer than a block of the cache
+    for version in (7, 8):
+        change(model, version)
+        engine.load_weights(*publish(model, version)).result(timeout=60)
+        assert difference(model, engine.generate(ask(prompts), SAMPLING).result(timeout=60)) < 2e-5
+
+
+def test_a_sample_is_a_function_of_its_seed_not_of_its_company(parts: tuple[VllmEngine, Any]) -> None:
+    engine, model = parts
+    engine.load_weights(*publish(model, 9)).result(timeout=60)
+    prompts = [[6 + i, 7, 8] for i in range(6)]
+    together = engine.generate(ask(prompts), SAMPLING).result(timeout=60)
+    alone = engine.generate(ask(prompts[:1]), SAMPLING).result(timeout=60)
+    other = engine.generate(ask(prompts[:1], seed=99), SAMPLING).result(timeout=60)
+    first = slice(0, together.response_offsets[1])
+    np.testing.assert_array_equal(together.response_tokens[first], alone.response_tokens)
+    np.testing.assert_array_equal(together.behaviour_logprobs[first], alone.behaviour_logprobs)
+    assert alone.response_tokens.tolist() != other.response_tokens.tolist()
+
+
+def test_a_corrupt_version_is_refused_and_the_engine_works_on(parts: tuple[VllmEngine, Any]) -> None:
+    engine, model = parts
+    engine.load_weights(*publish(model, 10)).result(timeout=60)
+    manifest, buckets = publish(model, 11)
+    buckets[0][100] ^= 1
+    with pytest.raises(WeightError, match=r"version 11: .* has checksum"):
+        engine.load_weights(manifest, buckets).result(timeout=60)
+    other = WeightVersion(12, manifest.tensors[1:], manifest.bucket_bytes)
+    buckets[0][100] ^= 1
+    with pytest.raises(WeightError, match="other tensors"):
+        engine.load_weights(other, buckets).result(timeout=60)
+    written = engine.generate(ask([[6, 7, 8]]), SAMPLING).result(timeout=60)
+    assert set(written.policy_versions.tolist()) == {10}
+    assert difference(model, written) < 2e-5
+
+
+def test_weights_may_change_while_requests_run(parts: tuple[VllmEngine, Any]) -> None:
+    engine, model = parts
+    engine.load_weights(*publish(model, 20)).result(timeout=60)
+    long = SamplingConfig(max_response_tokens=80)
+    running = engine.generate(ask([[6 + i, 7, 8] for i in range(16)]), long)
+    change(model, 21)
+    engine.load_weights(*publish(model, 21)).result(timeout=60)
+    written = running.result(timeout=60)
+    assert len(written) == 16
+    versions = [written.policy_versions[slice(*written.response_offsets[i : i + 2])] for i in range(16)]
+    assert all(set(own.tolist()) <= {20, 21} and (np.diff(own) >= 0).all() for own in versions)
+    assert any(own[-1] == 21 for own in versions)
+    new = engine.generate(ask([[6, 7, 8]]), SAMPLING).result(timeout=60)
+    assert difference(model, new) < 2e-5
+
+
+def test_an_engine_without_weights_refuses_to_sample(tmp_path: Path) -> None:
+    path = make_tiny_model(tmp_path / "m")
+    engine = VllmEngine(str(path), RolloutConfig(dtype="float32", engine=OPTIONS), SAMPLING)
+    try:
+        with pytest.raises(WeightError, match="not been given weights"):
+            engine.generate(ask([[6, 7]]), SAMPLING).result(timeout=60)
+    finally:
+        engine.close()
