@@ -290,7 +290,7 @@ class Campaign:
             self.state.start = record
             self._records.metrics({"step": 0, "policy_version": 0, **record})
             self._progress.update({"step": 0, "policy_version": 0, **record}, dict(self._doing))
-        if self._records.last_step < self.state.step:
+        if self.state.pending and self._records.last_step < self.state.step:
             await self._conclude(self.state.pending)
 
     async def _conclude(self, record: dict[str, Any]) -> None:

@@ -37,7 +37,7 @@ def run_campaign(config: CampaignConfig) -> tuple[dict[str, Any], bool]:
     if state.step >= config.pipeline.updates and done.get("updates") == state.step:
         return done, True
     records = RunRecords(config.run_dir)
-    records.truncate_after(state.step if state.start else -1)
+    records.truncate_after(state.step if state.step or state.start else -1)
     inputs = read_inputs(config)
     progress = Progress(config.pipeline.updates)
     try:
@@ -107,7 +107,7 @@ async def _run(
             faults = state.faults
             state, checkpoint = load_state(config)
             state.faults = faults
-            records.truncate_after(state.step if state.start else -1)
+            records.truncate_after(state.step if state.step or state.start else -1)
             learner = build_learner(config, checkpoint, needed, on_event)
             await learner.start()
             on_event("learner_restored", step=state.step, checkpoint=str(checkpoint))
