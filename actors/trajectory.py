@@ -168,9 +168,10 @@ def select_scores(ids: np.ndarray, batches: Sequence[TeacherScores]) -> TeacherS
         if len(teachers) == 1 and not log_weights.any():  # nothing to mix: the values as they are, and no arithmetic
             logprobs[into], support_logprobs[into] = tokens["logprobs"], tokens["support_logprobs"]
             continue
-        logprobs[into] = np.logaddexp(logprobs[into], log_weights + tokens["logprobs"])
         weighted = log_weights[:, None] + tokens["support_logprobs"]
-        support_logprobs[into] = np.logaddexp(support_logprobs[into], weighted)
+        with np.errstate(invalid="ignore"):  # a missing score is NaN, and stays so
+            logprobs[into] = np.logaddexp(logprobs[into], log_weights + tokens["logprobs"])
+            support_logprobs[into] = np.logaddexp(support_logprobs[into], weighted)
     return TeacherScores(
         ids=np.asarray(ids, np.int64),
         response_offsets=offsets,

@@ -1,4 +1,5 @@
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from actors.delta import DeltaVersion, apply_delta, encode_delta
 from actors.errors import WeightError
 from actors.weights import TensorEntry, WeightVersion
 
-WORDS = {"bfloat16": np.uint16, "float16": np.uint16, "float32": np.uint32}
+WORDS: dict[str, Any] = {"bfloat16": np.uint16, "float16": np.uint16, "float32": np.uint32}
 SPECIAL = {
     "bfloat16": [0, 0x8000, 1, 0x8001, 0x7F80, 0xFF80, 0x7FC0, 0xFFFF, 0x7F7F, 0x0080],
     "float16": [0, 0x8000, 1, 0x8001, 0x7C00, 0xFC00, 0x7E00, 0xFFFF, 0x7BFF, 0x0400],
@@ -23,7 +24,8 @@ Version = tuple[WeightVersion, list[np.ndarray]]
 
 def version(number: int, tensors: list[np.ndarray], dtype: str = "bfloat16") -> Version:
     """Bit patterns, three tensors to a bucket, with gaps between them."""
-    buckets, entries = [], []
+    buckets: list[np.ndarray] = []
+    entries: list[TensorEntry] = []
     for at in range(0, len(tensors), 3):
         parts, offset = [], 0
         for words in tensors[at : at + 3]:
@@ -295,6 +297,58 @@ def test_garbage_behind_the_checksum_is_refused_without_a_crash(
     assert manifest == after[0] and same(buckets, after[1])
 
 
+@pytest.mark.parametrize(
+    ("header", "rest", "message"),
+    [
+        ((62, 0, 1), b"\xe0" + b"\xff" * 500, "a header of"),  # gaps that overflow to positions before the block
+        ((0, 0, 1 << 20), b"\xff" * (1 << 20), "a header of"),
+        ((0, 0, 1 << 31), b"", "a header of"),
+        ((0, 0, 1), b"\x00", "positions beyond"),
+        ((3, 0, 1), b"\x01" + b"\xff" * 9, "positions beyond"),
+        ((0, 0, 1), b"\xff\x00" + b"\xff" * 40, "a stream of"),  # magnitudes without an end
+        ((0, 254, 1), b"\xff" * 40, "a stream of"),
+        ((255, 0, 0), b"\x00", "a stream of"),
+    ],
+)
+def test_absurd_blocks_are_refused(header: tuple[int, int, int], rest: bytes, message: str) -> None:
+    reader = codec._Reader(np.frombuffer(codec._HEADER.pack(*header) + rest, np.uint8))
+    with pytest.raises(WeightError, match=message):
+        codec._decode_block(reader, np.zeros(40, np.int16))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.one_of(st.integers(0, 3), st.integers(0, 200), st.sampled_from([1000, 5000])), min_size=1))
+def test_rice_parameter_has_the_smallest_size(gaps: list[int]) -> None:
+    positions = np.cumsum(np.array(gaps) + 1) - 1
+    changed = np.zeros(positions[-1] + 9, bool)
+    changed[positions] = True
+    assert np.array_equal(codec._positions(changed), positions)
+    k, quotients, remainders = codec._encode_gaps(changed, positions)
+
+    def bits(k: int) -> int:
+        return sum((gap >> k) + 1 + k for gap in gaps)
+
+    assert bits(k) == min(map(bits, range(20)))
+    assert len(quotients) == -(-(bits(k) - k * len(gaps)) // 8) and len(remainders) == k
+
+
+@pytest.mark.parametrize("share", [0.001, 0.02, 0.12, 0.36, 0.6])
+@pytest.mark.parametrize("spread", [0.3, 1, 10])
+def test_size_is_near_the_entropy(share: float, spread: float) -> None:
+    rng = np.random.default_rng(0)
+    old = (0x3C00 + rng.integers(0, 64, codec.BLOCK)).astype(np.uint16)
+    move = rng.choice([-1, 1], len(old)) * np.minimum(np.ceil(spread / rng.random(len(old))), 200)
+    new = (old + np.where(rng.random(len(old)) < share, move, 0)).astype(np.uint16)
+    _, payload = round_trip(version(0, [old]), version(1, [new]))
+    steps = new.astype(int) - old
+
+    def entropy(symbols: np.ndarray) -> float:
+        counts = np.unique(symbols, return_counts=True)[1]
+        return float(-(counts * np.log2(counts / counts.sum())).sum())
+
+    assert 8 * len(payload) < 1.25 * (entropy(steps != 0) + entropy(steps[steps != 0])) + 800
+
+
 def test_absurd_manifests_are_refused(small: tuple[Version, Version, DeltaVersion, np.ndarray]) -> None:
     base, _, delta, payload = small
     first, tensor = delta.entries[0], delta.new.tensors[0]
@@ -318,6 +372,9 @@ def test_absurd_manifests_are_refused(small: tuple[Version, Version, DeltaVersio
             apply_delta(seal(broken, payload), payload, *base)
     with pytest.raises(WeightError):
         apply_delta(replace(delta, new=replace(delta.new, version=9)), payload, *base)
+    negative = replace(delta, entries=(replace(first, nbytes=-3), *delta.entries[1:]))
+    with pytest.raises(WeightError, match="a stream of -3"):
+        apply_delta(seal(negative, payload), payload, *base)
 
 
 def test_another_base_is_refused_and_left_alone(small: tuple[Version, Version, DeltaVersion, np.ndarray]) -> None:

@@ -1,0 +1,37 @@
+"""Micro-batches by token budget."""
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from actors.batching import group_by_budget, microbatches
+from actors.trajectory import offsets_of
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=60), st.integers(1, 200))
+def test_every_row_is_in_one_group_and_the_budget_is_kept(lengths: list[int], budget: int) -> None:
+    groups = group_by_budget(np.array(lengths), budget)
+    assert sorted(np.concatenate(groups).tolist()) == list(range(len(lengths)))
+    for rows in groups:
+        padded = len(rows) * max(lengths[row] for row in rows)
+        assert padded <= budget or len(rows) == 1
+
+
+def test_positions_predict_the_tokens_that_follow() -> None:
+    rng = np.random.default_rng(0)
+    before, after = rng.integers(1, 9, 20), rng.integers(1, 15, 20)
+    prompts = rng.integers(1, 99, before.sum()).astype(np.int32)
+    responses = rng.integers(1, 99, after.sum()).astype(np.int32)
+    prompt_offsets, response_offsets = offsets_of(before), offsets_of(after)
+    seen: list[int] = []
+    for batch in microbatches(prompts, prompt_offsets, responses, response_offsets, 60):
+        flat = batch.input_ids.reshape(-1)
+        np.testing.assert_array_equal(flat[batch.positions + 1], responses[batch.tokens])
+        for i, row in enumerate(batch.rows):  # one sequence at a time, the slow way
+            text = [
+                *prompts[prompt_offsets[row] : prompt_offsets[row + 1]],
+                *responses[response_offsets[row] : response_offsets[row + 1]],
+            ]
+            assert batch.input_ids[i].tolist() == [*text, *[0] * (batch.input_ids.shape[1] - len(text))]
+        seen += batch.tokens.tolist()
+    assert sorted(seen) == list(range(len(responses)))

@@ -1,0 +1,118 @@
+"""A teacher's scores against a plain forward pass of each sequence."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from actors.config import TeacherConfig
+from actors.errors import CampaignError
+from actors.teacher import TeacherActor
+from actors.trajectory import Trajectories, offsets_of
+from tests.tiny_models import make_tiny_model
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("teacher") / "m", hidden=32, layers=1)
+
+
+def written(count: int = 9, first: int = 0) -> Trajectories:
+    rng = np.random.default_rng(first)
+    before, after = rng.integers(2, 9, count), rng.integers(1, 15, count)
+    return Trajectories(
+        ids=np.array([(0, first + i, 0) for i in range(count)]),
+        prompt_tokens=rng.integers(6, 40, before.sum()).astype(np.int32),
+        prompt_offsets=offsets_of(before),
+        response_tokens=rng.integers(6, 40, after.sum()).astype(np.int32),
+        response_offsets=offsets_of(after),
+        behaviour_logprobs=np.zeros(after.sum(), np.float32),
+        policy_versions=np.zeros(after.sum(), np.int32),
+        finish_reasons=np.zeros(count, np.uint8),
+    )
+
+
+def plain(path: Path, t: Trajectories, prompts: tuple[np.ndarray, np.ndarray] | None = None) -> torch.Tensor:
+    """[N, V] log-probs at the response tokens, one sequence at a time."""
+    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    tokens, offsets = prompts or (t.prompt_tokens, t.prompt_offsets)
+    rows = []
+    for i in range(len(t)):
+        prompt = tokens[offsets[i] : offsets[i + 1]]
+        text = np.concatenate([prompt, t.response_tokens[slice(*t.response_offsets[i : i + 2])]]).astype(np.int64)
+        with torch.no_grad():
+            rows.append(torch.log_softmax(model(torch.from_numpy(text)[None]).logits[0, len(prompt) - 1 : -1], -1))
+    return torch.cat(rows)
+
+
+def make(path: Path, **changes: Any) -> TeacherActor:
+    return TeacherActor(TeacherConfig(str(path), dtype="float32", **changes), "teachers.wise")
+
+
+@pytest.mark.parametrize("budget", [20, 10_000])
+def test_scores_are_those_of_a_plain_forward_pass(path: Path, budget: int) -> None:
+    t = written()
+    expected = plain(path, t)
+    sampled = expected.gather(-1, torch.from_numpy(t.response_tokens.astype(np.int64))[:, None])[:, 0]
+    settings = {"microbatch_tokens": budget, "head_chunk_tokens": 5}
+    counts, scores = make(path, signal="full", **settings).score(t.ids, t)
+    np.testing.assert_allclose(scores.logprobs, sampled, atol=1e-5)
+    np.testing.assert_allclose(scores.support_logprobs, expected, atol=1e-5)
+    assert counts.missing == 0 and scores.teacher == "wise"
+    _, scores = make(path, signal="topk", top_k=4, **settings).score(t.ids, t)
+    best = torch.topk(expected, 4)
+    np.testing.assert_allclose(scores.support_logprobs, best.values, atol=1e-5)
+    np.testing.assert_array_equal(scores.support_ids, best.indices)
+    _, scores = make(path, **settings).score(t.ids, t)
+    np.testing.assert_allclose(scores.logprobs, sampled, atol=1e-5)
+    assert scores.support_logprobs.shape == (len(sampled), 0)
+
+
+def test_scores_do_not_depend_on_how_trajectories_travelled(path: Path) -> None:
+    teacher, one, two = make(path, signal="full"), written(5), written(4, first=50)
+    ids = np.concatenate([two.ids, one.ids])[::-1]
+    _, together = teacher.score(ids, one, two)
+    _, reversed_order = teacher.score(ids, two, one)
+    np.testing.assert_array_equal(together.support_logprobs, reversed_order.support_logprobs)
+
+
+def test_a_privileged_teacher_reads_its_own_prompts(path: Path) -> None:
+    t = written(4)
+    prompts = np.arange(6, 6 + 24, dtype=np.int32), offsets_of([6] * 4)
+    _, scores = make(path, signal="full").score(t.ids, t, prompts=prompts)
+    np.testing.assert_allclose(scores.support_logprobs, plain(path, t, prompts), atol=1e-5)
+
+
+def test_a_teacher_is_cut_to_the_students_vocabulary(path: Path) -> None:
+    t = written(3)
+    teacher = TeacherActor(TeacherConfig(str(path), dtype="float32", signal="full"), vocabulary=30)
+    _, scores = teacher.score(t.ids, t)
+    assert scores.support_logprobs.shape[1] == 30
+    np.testing.assert_allclose(np.exp(scores.support_logprobs).sum(1), 1, atol=1e-5)
+    np.testing.assert_array_equal(np.isnan(scores.logprobs), t.response_tokens >= 30)
+
+
+@pytest.mark.parametrize(("broken", "fault"), [(float("nan"), "not finite"), (0.0, "uniform")])
+def test_a_broken_teacher_fails_its_self_test(tmp_path: Path, broken: float, fault: str) -> None:
+    path = make_tiny_model(tmp_path / "m", hidden=32, layers=1, tie=False)
+    model: Any = AutoModelForCausalLM.from_pretrained(path)
+    torch.nn.init.constant_(model.lm_head.weight, broken)
+    model.save_pretrained(path)
+    with pytest.raises(CampaignError, match=f"teachers.wise fails its self-test: scores are {fault}"):
+        make(path)
+
+
+def test_its_own_answers_are_those_of_greedy_decoding(path: Path) -> None:
+    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    prompts = [[6, 7, 8, 9], [10, 11], [12, 13, 14]]
+    stop = [2, 20]
+    response, offsets = make(path).generate(np.concatenate(prompts), offsets_of(map(len, prompts)), 12, stop, 0)
+    for i, prompt in enumerate(prompts):
+        text = list(prompt)
+        while len(text) < len(prompt) + 12 and text[-1] not in stop:
+            with torch.no_grad():
+                text.append(int(model(torch.tensor([text])).logits[0, -1].argmax()))
+        assert response[offsets[i] : offsets[i + 1]].tolist() == text[len(prompt) :]

@@ -1,0 +1,87 @@
+"""Ragged arrays, and the joining of batches by id."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from actors.trajectory import TeacherScores, Trajectories, offsets_of, ragged_rows, select_scores, select_trajectories
+
+
+def trajectories(ids: list[tuple[int, int, int]], lengths: list[int], start: int = 0) -> Trajectories:
+    total = sum(lengths)
+    return Trajectories(
+        ids=np.array(ids),
+        prompt_tokens=np.arange(2 * len(ids), dtype=np.int32) + start,
+        prompt_offsets=offsets_of([2] * len(ids)),
+        response_tokens=np.arange(total, dtype=np.int32) + start,
+        response_offsets=offsets_of(lengths),
+        behaviour_logprobs=-np.arange(total, dtype=np.float32) - start,
+        policy_versions=np.full(total, start, np.int32),
+        finish_reasons=np.arange(len(ids), dtype=np.uint8) % 2,
+    )
+
+
+def scores(ids: list[tuple[int, int, int]], logprobs: list[list[float]], teacher: str, share: float) -> TeacherScores:
+    flat = np.array(sum(logprobs, []), np.float32)  # noqa: RUF017
+    return TeacherScores(
+        ids=np.array(ids),
+        response_offsets=offsets_of(map(len, logprobs)),
+        logprobs=flat,
+        teacher=teacher,
+        log_weights=np.full(len(ids), np.log(share), np.float32),
+        support_ids=np.zeros((len(flat), 0), np.int32),
+        support_logprobs=np.stack([flat, np.log1p(-np.exp(flat))], 1),
+    )
+
+
+def test_ragged_rows_are_taken_in_the_order_asked() -> None:
+    values, offsets = np.arange(10), offsets_of([3, 0, 2, 5])
+    assert ragged_rows(values, offsets, [2, 0]).tolist() == [3, 4, 0, 1, 2]
+    assert ragged_rows(values, offsets, [1]).tolist() == []
+    assert ragged_rows(values, offsets, np.array([3, 3])).tolist() == [5, 6, 7, 8, 9] * 2
+
+
+def test_trajectories_are_found_by_id_in_any_batch_and_order() -> None:
+    first = trajectories([(0, 5, 0), (0, 5, 1)], [3, 1])
+    second = trajectories([(0, 2, 0)], [4], start=100)
+    chosen = select_trajectories(np.array([(0, 2, 0), (0, 5, 1)]), [first, second])
+    assert chosen.ids.tolist() == [[0, 2, 0], [0, 5, 1]]
+    assert chosen.response_tokens.tolist() == [100, 101, 102, 103, 3]
+    assert chosen.response_offsets.tolist() == [0, 4, 5]
+    assert chosen.prompt_tokens.tolist() == [100, 101, 2, 3]
+    assert chosen.behaviour_logprobs.tolist() == [-100, -101, -102, -103, -3]
+    assert chosen.policy_versions.tolist() == [100, 100, 100, 100, 0]
+    assert chosen.finish_reasons.tolist() == [0, 1]
+
+
+def test_an_id_that_no_batch_holds_is_an_error() -> None:
+    with pytest.raises(KeyError, match="9"):
+        select_trajectories(np.array([(0, 9, 0)]), [trajectories([(0, 1, 0)], [2])])
+    with pytest.raises(KeyError, match="9"):
+        select_scores(np.array([(0, 9, 0)]), [scores([(0, 1, 0)], [[-1.0]], "a", 1.0)])
+
+
+def test_scores_of_one_teacher_come_through_to_the_bit() -> None:
+    one, two = scores([(0, 1, 0)], [[-0.1, np.nan]], "a", 1.0), scores([(0, 2, 0)], [[-3.3]], "a", 1.0)
+    chosen = select_scores(np.array([(0, 2, 0), (0, 1, 0)]), [one, two])
+    np.testing.assert_array_equal(chosen.logprobs, np.array([-3.3, -0.1, np.nan], np.float32))
+    np.testing.assert_array_equal(chosen.support_logprobs[1], one.support_logprobs[0])
+
+
+def test_several_teachers_of_one_trajectory_are_their_mixture_in_probability_space() -> None:
+    ids = [(0, 1, 0)]
+    mixed = select_scores(
+        np.array(ids),
+        [scores(ids, [[np.log(0.5), np.log(0.2)]], "a", 0.25), scores(ids, [[np.log(0.1), np.nan]], "b", 0.75)],
+    )
+    assert np.exp(mixed.logprobs[0]) == pytest.approx(0.25 * 0.5 + 0.75 * 0.1)
+    assert np.isnan(mixed.logprobs[1])  # one of them is missing: so is the mixture
+    assert np.exp(mixed.support_logprobs[0]).sum() == pytest.approx(1.0)
+
+
+def test_teachers_of_different_domains_each_score_their_own() -> None:
+    maths, code = scores([(0, 1, 0)], [[-1.0]], "maths", 1.0), scores([(0, 2, 0)], [[-2.0, -3.0]], "code", 1.0)
+    chosen = select_scores(np.array([(0, 2, 0), (0, 1, 0)]), [maths, code])
+    assert chosen.logprobs.tolist() == [-2.0, -3.0, -1.0]
+    assert replace(chosen, teacher="x").response_offsets.tolist() == [0, 2, 3]
