@@ -27,7 +27,6 @@ from typing import Any
 
 import numpy as np
 
-from actors.errors import CampaignError, UserError
 from actors.prompts import PromptSet, position_to_id, requests
 from cluster.config import CampaignConfig
 from cluster.evaluate import Evaluator
@@ -249,7 +248,8 @@ class Campaign:
                 self.state.busy["learner"] += metrics.pop("busy_seconds")
                 published = await self._new_version()
                 published.trained = len(work)
-                published.record = self.state.pending = self._record(work, metrics, published)
+                published.record = self._record(work, metrics, published)
+                self.state.pending.append(published.record)
                 last = self.state.step == self.config.pipeline.updates
                 if last or self.state.step % self.config.checkpoint.every_updates == 0:
                     await self._save()
@@ -290,17 +290,20 @@ class Campaign:
             self.state.start = record
             self._records.metrics({"step": 0, "policy_version": 0, **record})
             self._progress.update({"step": 0, "policy_version": 0, **record}, dict(self._doing))
-        if self.state.pending and self._records.last_step < self.state.step:
-            await self._conclude(self.state.pending)
+        for record in list(self.state.pending):
+            if record["step"] > self._records.last_step:
+                await self._conclude(record)
 
     async def _conclude(self, record: dict[str, Any]) -> None:
         """Evaluates the version that an update has made, where that is due, and writes the update's line."""
         step = record["step"]
-        if step == self.config.pipeline.updates or step % self.config.evaluation.every_updates == 0:
+        due = step == self.config.pipeline.updates or step % self.config.evaluation.every_updates == 0
+        if due and self._weights is not None and self._weights.version == step:  # else killed before, and it is gone
             record |= await self._evaluate(step)
         if self._started.is_set():
             self._count_loop_seconds()
         self._records.metrics(record)
+        self.state.pending = [other for other in self.state.pending if other["step"] > step]
         self._progress.update(record, dict(self._doing))
 
     async def _for_each(
@@ -321,7 +324,7 @@ class Campaign:
             async with asyncio.TaskGroup() as group:
                 while True:
                     group.create_task(one(await get()))
-        except* (CampaignError, UserError) as errors:
+        except ExceptionGroup as errors:
             raise errors.exceptions[0] from None
 
     async def _next_to_score(self) -> Work:

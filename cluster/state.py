@@ -35,8 +35,9 @@ class CampaignState:
     """Seconds that the actors of each role have worked, summed over the role's actors."""
     start: dict[str, Any] = field(default_factory=dict)
     """The evaluation of the untrained student, and the teacher's accuracy."""
-    pending: dict[str, Any] = field(default_factory=dict)
-    """The metrics of the last update: a campaign that was killed before it had written them down does it when it goes on."""
+    pending: list[dict[str, Any]] = field(default_factory=list)
+    """Metrics of updates whose weights are not loaded yet: a campaign that was killed before it had written them down
+    does it when it goes on."""
     evaluations: dict[int, dict[str, float]] = field(default_factory=dict)
     """Step -> metrics of that evaluation."""
     missing_scores: int = 0
