@@ -160,7 +160,7 @@ def _decode_steps(reader: _Reader, order: int, count: int, dtype: np.dtype) -> n
     unsigned, one = np.dtype(f"u{dtype.itemsize}"), np.dtype(f"u{dtype.itemsize}").type(1)
     low = reader.planes(np.zeros(count, unsigned), order)
     levels: list[tuple[np.ndarray, np.ndarray]] = []
-    while count and len(levels) < 8 * dtype.itemsize:  # more levels than bits can only be corrupt
+    while count:  # each level takes bytes, so that a corrupt one ends
         more = reader.bits(count)
         count = int(np.count_nonzero(more))
         levels.append((more, reader.bits(count)))
@@ -181,7 +181,7 @@ def _decode_block(reader: _Reader, block: np.ndarray) -> None:
     if k == _PLAIN:
         block.view(np.uint8)[:] = reader.take(block.nbytes)
     elif nbytes:
-        if k > 18 or order >= 8 * block.itemsize or nbytes > -(-len(block) // 8):
+        if k > 18 or nbytes > -(-len(block) // 8):
             raise WeightError(f"delta: a header of {(k, order, nbytes)} for {len(block)} elements")
         positions = np.flatnonzero(reader.bits(8 * nbytes))
         if k:

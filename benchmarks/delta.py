@@ -1,6 +1,6 @@
 """Size and cost of weight deltas after real AdamW steps: prints a Markdown table.
 
-    python benchmarks/delta.py [--steps 12] [--lr 1e-6 1e-5 5e-5 1e-4]
+    python -m benchmarks.delta [--steps 12] [--lr 1e-6 1e-5 5e-5 1e-4]
 
 fp32 masters of about 10M parameters (normal, scale 0.02, as models are initialised), gradients of a changing noise
 around a fixed direction, cast to bf16 after each step. The last `MEASURED` steps are coded, when the moments are warm.
@@ -11,6 +11,7 @@ Times are the best of several, over one memcpy of the new weights in the same pr
 import argparse
 import time
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -72,7 +73,7 @@ def bound(old: list[np.ndarray], new: list[np.ndarray]) -> tuple[float, float]:
 
 
 def measure(rate: float, steps: int, repeats: int) -> tuple[float, ...]:
-    """(changed, bytes over dense, over the bound, encode and decode over memcpy), the mean of the measured steps."""
+    """(changed, bytes over dense, over the bound, encode and apply over memcpy, GB/s of it), means of the last steps."""
     generator = torch.Generator().manual_seed(0)
     parameters = {
         name: torch.nn.Parameter(
@@ -94,15 +95,16 @@ def measure(rate: float, steps: int, repeats: int) -> tuple[float, ...]:
             delta, payload = encode_delta(old_manifest, old, manifest, new)
             _, applied = apply_delta(delta, payload, old_manifest, old)
             assert all(np.array_equal(a, b) for a, b in zip(applied, new, strict=True))
-            targets = [np.zeros_like(bucket) for bucket in new]
-            pairs = list(zip(targets, new, strict=True))
-            copy = best(lambda pairs=pairs: [np.copyto(a, b) for a, b in pairs], 4 * repeats)  # type: ignore[misc]
+            flat = np.concatenate(new)
+            target = np.zeros_like(flat)
+            copy = best(partial(np.copyto, target, flat), 4 * repeats)
             arguments = (old_manifest, old, manifest, new)
-            encode = best(lambda arguments=arguments: encode_delta(*arguments), repeats)  # type: ignore[misc]
+            encode = best(partial(encode_delta, *arguments), repeats)
             given = (delta, payload, old_manifest, old)
-            decode = best(lambda given=given: apply_delta(*given), repeats)  # type: ignore[misc]
+            decode = best(partial(apply_delta, *given), repeats)
             least, changed = bound(old, new)
-            rows.append((changed, len(payload) / manifest.nbytes, len(payload) / least, encode / copy, decode / copy))
+            sizes = (changed, len(payload) / manifest.nbytes, len(payload) / least)
+            rows.append((*sizes, encode / copy, decode / copy, manifest.nbytes / copy / 1e9))
         old_manifest, old = manifest, new
     return tuple(float(column) for column in np.mean(rows, axis=0))
 
@@ -116,13 +118,15 @@ def main() -> None:
     arguments = parser.parse_args()
     count = sum(int(np.prod(shape)) for shape in shapes().values())
     print(f"{count / 1e6:.1f}M parameters, bf16, AdamW steps {arguments.steps - MEASURED + 1}-{arguments.steps}\n")
-    print("| learning rate | changed | delta / dense | target | delta / bound | encode / memcpy | apply / memcpy |")
-    print("|---|---|---|---|---|---|---|", flush=True)
+    print(
+        "| learning rate | changed | delta / dense | target | delta / bound | encode / memcpy | apply / memcpy | memcpy GB/s |"
+    )
+    print("|---|---|---|---|---|---|---|---|", flush=True)
     for rate in arguments.lr:
-        changed, share, over, encode, decode = measure(rate, arguments.steps, arguments.repeats)
+        changed, share, over, encode, decode, copy = measure(rate, arguments.steps, arguments.repeats)
         target = f"{TARGETS[rate]:.0%}" if rate in TARGETS else "-"
         print(
-            f"| {rate:g} | {changed:.1%} | {share:.2%} | {target} | {over:.3f} | {encode:.1f} | {decode:.1f} |",
+            f"| {rate:g} | {changed:.1%} | {share:.2%} | {target} | {over:.3f} | {encode:.1f} | {decode:.1f} | {copy:.0f} |",
             flush=True,
         )
 
