@@ -1,0 +1,418 @@
+"""The loop with fleets that are made up: the same coroutines, without Ray, in one process and with random delays."""
+
+import asyncio
+import os
+import random
+import re
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from actors.config import PromptsConfig, StudentConfig, TeacherConfig
+from actors.errors import CampaignError, UserError
+from actors.prompts import PromptSet
+from actors.rollout import RolloutCounts
+from actors.teacher import TeacherCounts
+from actors.trajectory import TrajectoryId
+from cluster.campaign import Campaign
+from cluster.config import CampaignConfig, PipelineConfig
+from cluster.records import RunRecords, read_jsonl
+from cluster.state import CampaignState, load_state
+from cluster.teachers import Lessons, Teachers
+
+SIZE, DEADLINE = 6, 20.0
+OF_THE_LEARNER = (
+    *("tokens_trained", "loss", "reverse_kl", "forward_kl_old", "entropy", "clip_fraction", "ratio_mean", "ratio_max"),
+    *("importance_ess", "grad_norm", "learning_rate", "engine_logprob_abs_diff"),
+)
+
+
+class Reference:
+    """Stands for an object reference: awaitable, and compared by identity."""
+
+    def __init__(self, value: Any):
+        self.value = value
+
+    def __await__(self) -> Iterator[Any]:
+        yield from asyncio.sleep(0).__await__()
+        return self.value
+
+
+class World:
+    """What the made-up fleets share, and what they were seen to do."""
+
+    def __init__(self, *, bound: int, delay: float = 0.0, seed: int = 0, fail_at: str = "", error: Any = None):
+        self.bound, self.delay, self.draw = bound, delay, random.Random(seed)
+        self.fail_at, self.error = fail_at, error
+        self.version = 0
+        self.trained: list[list[tuple[int, int, int]]] = []
+        self.staleness: list[int] = []
+        self.under_way = self.most_under_way = 0
+        self.interrupt_at: int | None = None
+        self.stuck_at = ""
+
+    async def work(self, what: str) -> None:
+        if what == self.fail_at:
+            raise self.error
+        if what == self.stuck_at:
+            await asyncio.sleep(1000)
+        await asyncio.sleep(self.draw.random() * self.delay)
+
+
+class FakeFleet:
+    def __init__(self, world: World, replicas: int):
+        self.world, self.replicas = world, [SimpleNamespace(version=0) for _ in range(replicas)]
+        self.restarts = 0
+        self.prepare: Any = None
+
+    async def wait_idle(self, limit: int) -> None:
+        await self.world.work("wait_idle")
+
+
+class FakeRollout(FakeFleet):
+    async def call(self, method: str, requests: Any, *, returns: int, units: int) -> tuple[RolloutCounts, Reference]:
+        assert (method, returns, units) == ("generate", 2, len(requests.ids))
+        replica = self.world.draw.choice(self.replicas)
+        self.world.under_way += units
+        self.world.most_under_way = max(self.world.under_way, self.world.most_under_way)
+        version = replica.version
+        await self.world.work("generate")
+        self.world.under_way -= units
+        ids = [tuple(row) for row in requests.ids.tolist()]
+        versions = np.full(units, version, np.int32)
+        counts = RolloutCounts(np.full(units, 3), versions, np.zeros(units, bool), 0.1)
+        return counts, Reference(("trajectories", dict.fromkeys(ids, version)))
+
+    async def call_each(self, method: str, *arguments: Reference) -> list[Any]:
+        if method == "abort":
+            return []
+        assert method == "load_weights"
+        manifest, *buckets = arguments
+        assert [bucket.value for bucket in buckets] == ["bucket 0", "bucket 1"]
+        await self.world.work("load_weights")
+        for replica in self.replicas:
+            await asyncio.sleep(self.world.draw.random() * self.world.delay)
+            replica.version = manifest.value.version
+        return [0.0] * len(self.replicas)
+
+
+class FakeTeacher(FakeFleet):
+    async def call(
+        self, method: str, ids: np.ndarray, *trajectories: Reference, returns: int, units: int, **_: Any
+    ) -> tuple[TeacherCounts, Reference]:
+        assert (method, returns, units) == ("score", 2, len(ids))
+        written = {row for kind, rows in (t.value for t in trajectories) if kind == "trajectories" for row in rows}
+        asked = [tuple(row) for row in ids.tolist()]
+        assert written >= set(asked)
+        await self.world.work("score")
+        return TeacherCounts(0, 0.1), Reference(("scores", dict.fromkeys(asked)))
+
+
+class FakeLearner(FakeFleet):
+    async def call(self, method: str, *arguments: Any) -> Any:
+        if method == "save":
+            await self.world.work("save")
+            Path(arguments[0], "weights").write_text(str(self.world.version))
+            Path(arguments[0], "training").mkdir()
+            return None
+        assert method == "update"
+        ids, *batches = arguments
+        await self.world.work("update")
+        trained = [tuple(row) for row in ids.tolist()]
+        versions = {
+            k: v for kind, rows in (b.value for b in batches) if kind == "trajectories" for k, v in rows.items()
+        }
+        scored = {k for kind, rows in (b.value for b in batches) if kind == "scores" for k in rows}
+        assert scored >= set(trained), "trained on what has no score"
+        self.world.staleness += [self.world.version - versions[row] for row in trained]
+        self.world.trained.append(trained)
+        self.world.version += 1
+        if self.world.version == self.world.interrupt_at:
+            os.kill(os.getpid(), signal.SIGINT)
+        return dict.fromkeys(OF_THE_LEARNER, 0.0) | {"busy_seconds": 0.1}
+
+    async def stream(self, method: str) -> list[Reference]:
+        assert method == "publish"
+        await self.world.work("publish")
+        manifest = SimpleNamespace(version=self.world.version, nbytes=10)
+        return [Reference("bucket 0"), Reference("bucket 1"), Reference(manifest)]
+
+
+class FakeEvaluator:
+    def __init__(self, world: World):
+        self.world, self.seen = world, []
+
+    async def student(self, rollout: FakeRollout) -> tuple[dict[str, float], list[Any], dict[str, float]]:
+        await self.world.work("evaluate")
+        assert len({replica.version for replica in rollout.replicas}) == 1
+        self.seen.append(rollout.replicas[0].version)
+        return {"eval/accuracy": 0.5, "eval/reverse_kl": 1.0}, [], {"rollout": 0.1, "teacher": 0.1}
+
+    async def teacher(self) -> float:
+        return 1.0
+
+
+class Silent:
+    def update(self, *_: Any) -> None: ...
+    def doing(self, *_: Any) -> None: ...
+
+
+def configuration(
+    output_dir: Path, *, updates: int = 5, bound: int = 0, samples: int = 1, **more: Any
+) -> CampaignConfig:
+    config = CampaignConfig(
+        name="run",
+        output_dir=str(output_dir),
+        seed=3,
+        student=StudentConfig(model="s"),
+        prompts=PromptsConfig(path="p"),
+        teachers={"default": TeacherConfig(model="t")},
+        pipeline=PipelineConfig(
+            updates=updates, prompts_per_update=SIZE // samples, samples_per_prompt=samples, max_staleness=bound
+        ),
+    )
+    config.checkpoint.every_updates = more.pop("save_every", 100)
+    assert not more
+    return config
+
+
+def campaign(
+    config: CampaignConfig, world: World, *, rollouts: int = 2, teachers: int = 1, evaluator: Any = None
+) -> Campaign:
+    state, _ = load_state(config)
+    world.version = state.step
+    prompts = PromptSet(
+        tokens=np.zeros(11, np.int32),
+        offsets=np.arange(12),
+        references=[None] * 11,
+        domains=[None] * 11,
+        texts=[""] * 11,
+    )
+    fleets: Any = {"default": FakeTeacher(world, teachers)}
+    return Campaign(
+        config,
+        state,
+        prompts=prompts,
+        evaluator=evaluator,
+        rollout=FakeRollout(world, rollouts),  # type: ignore[arg-type]
+        teachers=Teachers(fleets, Lessons([{"default": 0.0}] * 11, {})),
+        learner=FakeLearner(world, 1),  # type: ignore[arg-type]
+        records=RunRecords(config.run_dir),
+        progress=Silent(),  # type: ignore[arg-type]
+    )
+
+
+def run(made: Campaign) -> bool:
+    return asyncio.run(asyncio.wait_for(made.run(), DEADLINE))
+
+
+def all_ids(made: Campaign, numbers: Any) -> list[tuple[int, int, int]]:
+    return [made._id(number) for number in numbers]
+
+
+@pytest.mark.parametrize(("rollouts", "teachers", "seed"), [(1, 1, 0), (2, 1, 1), (3, 2, 2), (9, 4, 3)])
+def test_synchronous_updates_train_the_issued_numbers_in_order(
+    tmp_path: Path, rollouts: int, teachers: int, seed: int
+) -> None:
+    config, world = configuration(tmp_path, samples=2), World(bound=0, delay=0.01, seed=seed)
+    made = campaign(config, world, rollouts=rollouts, teachers=teachers)
+    assert run(made) is True
+    assert world.trained == [all_ids(made, range(step * SIZE, step * SIZE + SIZE)) for step in range(5)]
+    assert set(world.staleness) == {0}
+    assert made.state.ledger.counts() == {
+        "issued": 5 * SIZE, "waiting": 0, "sampled": 0, "scored": 0, "trained": 5 * SIZE, "dropped": 0,
+    }  # fmt: skip
+
+
+def test_ids_go_through_every_prompt_of_an_epoch_before_the_next(tmp_path: Path) -> None:
+    config, world = configuration(tmp_path, updates=11), World(bound=0)
+    assert run(campaign(config, world))
+    trained = [TrajectoryId(*row) for update in world.trained for row in update]
+    assert len(set(trained)) == 66
+    for epoch in range(6):
+        assert sorted(row.prompt for row in trained if row.epoch == epoch) == list(range(11))
+
+
+@pytest.mark.parametrize("bound", [1, 2, 4])
+@pytest.mark.parametrize("seed", range(5))
+def test_nothing_is_trained_beyond_the_bound_and_the_ledger_accounts_for_every_number(
+    tmp_path: Path, bound: int, seed: int
+) -> None:
+    updates = 12
+    config = configuration(tmp_path, updates=updates, bound=bound, samples=1 + seed % 3)
+    world = World(bound=bound, delay=0.01, seed=seed)
+    made = campaign(config, world, rollouts=1 + seed, teachers=1 + seed % 2)
+    assert run(made) is True
+    assert max(world.staleness) <= bound
+    assert world.most_under_way <= (bound + 1) * SIZE
+    trained = [row for update in world.trained for row in update]
+    counts, dropped = made.state.ledger.counts(), made.state.ledger.dropped
+    assert all(len(update) == SIZE for update in world.trained)
+    assert len(trained) == len(set(trained)) == updates * SIZE == counts["trained"]
+    assert counts["issued"] == counts["trained"] + counts["dropped"]
+    assert set(trained) <= set(all_ids(made, range(counts["issued"])))
+    assert set(dropped) <= {"stale"}
+    rows = read_jsonl(config.run_dir / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, updates + 1))
+    assert max(row["staleness_max"] for row in rows) == max(world.staleness)
+
+
+def test_works_overlap_when_staleness_is_allowed(tmp_path: Path) -> None:
+    config, world = configuration(tmp_path, updates=12, bound=2), World(bound=2, delay=0.01)
+    assert run(campaign(config, world, rollouts=3))
+    assert max(world.staleness) > 0
+    assert world.most_under_way > SIZE
+
+
+def test_what_has_become_too_stale_is_dropped_with_the_reason_and_replaced(tmp_path: Path) -> None:
+    class Straggler(FakeRollout):
+        """The first work of all takes until two more updates have been taken without it."""
+
+        async def call(self, method: str, requests: Any, **keywords: Any) -> Any:
+            straggles = not hasattr(self, "first")
+            self.first = True
+            answer = await super().call(method, requests, **keywords)
+            while straggles and self.world.version < 2:
+                await asyncio.sleep(0.001)
+            return answer
+
+    config, world = configuration(tmp_path, updates=6, bound=1), World(bound=1, delay=0.001)
+    made = campaign(config, world)
+    made.rollout = Straggler(world, 2)  # type: ignore[assignment]
+    assert run(made) is True
+    assert max(world.staleness) <= 1
+    counts = made.state.ledger.counts()
+    assert dict(made.state.ledger.dropped) == {"stale": counts["dropped"]}
+    assert counts["dropped"] >= 1
+    assert counts["issued"] == counts["trained"] + counts["dropped"]
+    trained = {row for update in world.trained for row in update}
+    assert all_ids(made, [0])[0] not in trained
+
+
+@pytest.mark.parametrize("bound", [0, 2])
+def test_evaluations_see_one_version_each_and_the_untrained_student_first(tmp_path: Path, bound: int) -> None:
+    config, world = configuration(tmp_path, updates=5, bound=bound), World(bound=bound, delay=0.005)
+    config.evaluation.every_updates = 2
+    evaluator = FakeEvaluator(world)
+    made = campaign(config, world, evaluator=evaluator)
+    assert run(made)
+    assert evaluator.seen == [0, 2, 4, 5]
+    assert made.state.start["eval/accuracy_teacher"] == 1.0
+    rows = {row["step"]: row for row in read_jsonl(config.run_dir / "metrics.jsonl")}
+    assert [step for step, row in rows.items() if "eval/accuracy" in row] == [0, 2, 4, 5]
+
+
+@pytest.mark.parametrize("bound", [0, 2])
+@pytest.mark.parametrize(
+    "error", [CampaignError("it broke"), UserError("here", "this", "that"), ValueError("a defect")]
+)
+@pytest.mark.parametrize("stage", ["generate", "load_weights", "score", "update", "publish", "save", "evaluate"])
+def test_an_error_in_any_call_ends_the_run_with_it(tmp_path: Path, stage: str, error: Exception, bound: int) -> None:
+    config = configuration(tmp_path, updates=100, bound=bound, save_every=2)
+    world = World(bound=bound, delay=0.005)
+    made = campaign(config, world, evaluator=FakeEvaluator(world))
+
+    async def break_it() -> None:
+        task = asyncio.create_task(made.run())
+        while world.version < 3 and not task.done():
+            await asyncio.sleep(0.001)
+        world.fail_at, world.error = stage, error
+        if stage == "evaluate":
+            config.evaluation.every_updates = 1
+        await asyncio.wait_for(asyncio.shield(task), 1.0)
+
+    with pytest.raises(type(error), match=re.escape(str(error))):
+        asyncio.run(break_it())
+    assert len(asyncio.all_tasks(asyncio.new_event_loop())) == 0
+
+
+@pytest.mark.parametrize("bound", [0, 2])
+def test_an_interrupt_leaves_a_checkpoint_and_says_so(tmp_path: Path, bound: int) -> None:
+    config, world = configuration(tmp_path, updates=50, bound=bound), World(bound=bound, delay=0.002)
+    world.interrupt_at = 3
+    made = campaign(config, world)
+    assert run(made) is False
+    state, checkpoint = load_state(config)
+    assert checkpoint is not None
+    assert state.step == made.state.step == len(world.trained)
+    assert 3 <= state.step <= 4
+    assert (checkpoint / "weights").read_text() == str(state.step)
+    assert "interrupted" in {row["kind"] for row in read_jsonl(config.run_dir / "events.jsonl")}
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_an_interrupt_while_rollouts_are_busy_does_not_wait_for_them(tmp_path: Path) -> None:
+    config, world = configuration(tmp_path, updates=50), World(bound=0)
+    made = campaign(config, world)
+
+    async def interrupted() -> bool:
+        task = asyncio.create_task(made.run())
+        while world.version < 2 and not task.done():
+            await asyncio.sleep(0)
+        world.stuck_at = "generate"
+        while not world.under_way and not task.done():
+            await asyncio.sleep(0)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return await asyncio.wait_for(task, 1.0)
+
+    assert asyncio.run(interrupted()) is False
+    assert load_state(config)[0].step == made.state.step
+
+
+@pytest.mark.parametrize("bound", [0, 1, 3])
+def test_a_campaign_that_goes_on_trains_exactly_what_was_left(tmp_path: Path, bound: int) -> None:
+    updates = 9
+    config = configuration(tmp_path, updates=updates, bound=bound, samples=2)
+    trained: list[tuple[int, int, int]] = []
+    first = World(bound=bound, delay=0.004, seed=1)
+    first.interrupt_at = 3
+    assert run(campaign(config, first)) is False
+    trained += [row for update in first.trained for row in update]
+    second = World(bound=bound, delay=0.004, seed=2)
+    second.interrupt_at = 6
+    assert run(campaign(config, second, rollouts=4)) is False
+    trained += [row for update in second.trained for row in update]
+    last = World(bound=bound, delay=0.004, seed=3)
+    made = campaign(config, last, rollouts=1, teachers=3)
+    assert run(made) is True
+    trained += [row for update in last.trained for row in update]
+    counts = made.state.ledger.counts()
+    assert len(trained) == len(set(trained)) == counts["trained"] == updates * SIZE
+    assert counts["issued"] == counts["trained"] + counts["dropped"]
+    assert max(first.staleness + second.staleness + last.staleness) <= bound
+    if bound == 0:
+        assert trained == all_ids(made, range(updates * SIZE))
+    steps = [row["step"] for row in read_jsonl(config.run_dir / "metrics.jsonl")]
+    assert steps == list(range(1, updates + 1))
+
+
+def test_a_finished_campaign_that_is_given_more_updates_goes_on(tmp_path: Path) -> None:
+    config, world = configuration(tmp_path, updates=2), World(bound=0)
+    assert run(campaign(config, world))
+    again = World(bound=0)
+    made = campaign(configuration(tmp_path, updates=5), again)
+    assert run(made)
+    assert world.trained + again.trained == [all_ids(made, range(n * SIZE, n * SIZE + SIZE)) for n in range(5)]
+
+
+def test_a_campaign_that_had_taken_its_last_update_has_nothing_more_to_train(tmp_path: Path) -> None:
+    config = configuration(tmp_path, updates=2)
+    assert run(campaign(config, World(bound=0)))
+    again = World(bound=0)
+    assert run(campaign(config, again)) is True
+    assert again.trained == []
+
+
+def test_the_state_of_a_campaign_is_read_back_as_it_was() -> None:
+    state = CampaignState(step=3, tokens_generated=7, evaluations={2: {"eval/accuracy": 0.5}}, faults=1)
+    state.ledger.train([])
+    state.ledger.issue(2)
+    state.busy["teacher"] = 1.5
+    again = CampaignState.from_json(state.to_json())
+    assert again.to_json() == state.to_json()
+    assert again.busy_since_last_step() == {"rollout": 0.0, "teacher": 0.0, "learner": 0.0}
