@@ -1,0 +1,124 @@
+"""The learner: masks, order, precision, publishing, saving and failing."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from actors.errors import NonFiniteLossError
+from actors.trajectory import select_scores, select_trajectories
+from actors.weights import WeightVersion, unpack
+from learner.config import ObjectiveConfig
+from learner.learner import Learner
+from tests.tiny_updates import make_learner, sampled, weights_of
+
+
+def test_an_update_does_not_depend_on_how_its_trajectories_travelled(models: dict[str, Path]) -> None:
+    written, scores = sampled(models, "other")
+    one, many = make_learner(models), make_learner(models)
+    one.update(written.ids, written, scores)
+    parts = [written.ids[[4, 1]], written.ids[[5, 0, 3, 2]]]
+    shuffled = [*(select_scores(p, [scores]) for p in parts), *(select_trajectories(p, [written]) for p in parts)]
+    many.update(written.ids, *shuffled)
+    assert torch.equal(weights_of(one), weights_of(many))
+
+
+def test_missing_scores_leave_numerator_and_denominator(models: dict[str, Path]) -> None:
+    written, scores = sampled(models, "other", "sampled")
+    missing = scores.logprobs.copy()
+    missing[scores.response_offsets[5] :] = np.nan  # all of the last trajectory
+    masked, fewer = make_learner(models), make_learner(models)
+    metrics = masked.update(written.ids, written, replace(scores, logprobs=missing))
+    fewer.update(written.ids[:5], written, scores)
+    torch.testing.assert_close(weights_of(masked), weights_of(fewer), rtol=0, atol=1e-6)
+    assert metrics["tokens_trained"] == scores.response_offsets[5]
+
+
+def test_masked_tokens_are_not_trained_on(models: dict[str, Path]) -> None:
+    written, scores = sampled(models, "other")
+    token = int(written.response_tokens[0])
+    objective = ObjectiveConfig(masked_token_ids=[token])
+    metrics = make_learner(models, objective=objective).update(written.ids, written, scores)
+    assert metrics["tokens_trained"] == (written.response_tokens != token).sum()
+
+
+def test_a_saved_learner_goes_on_to_the_same_bits(models: dict[str, Path], tmp_path: Path) -> None:
+    written, scores = sampled(models, "other")
+    learner = make_learner(models)
+    learner.update(written.ids, written, scores)
+    learner.save(str(tmp_path / "saved"))
+    restored = Learner(
+        learner._student,
+        learner._config,
+        total_updates=10,
+        temperature=1.0,
+        publish_dtype="float32",
+        bucket_bytes=1 << 20,
+        checkpoint=str(tmp_path / "saved"),
+    )
+    assert restored.policy_version == 1
+    first, second = (one.update(written.ids, written, scores) for one in (learner, restored))
+    assert torch.equal(weights_of(learner), weights_of(restored))
+    assert {"busy_seconds", "engine_logprob_abs_diff"} == {name for name in first if first[name] != second[name]}
+    assert np.isnan(second["engine_logprob_abs_diff"])  # no token is of the version that is trained
+    AutoModelForCausalLM.from_pretrained(tmp_path / "saved")  # a model directory like any other
+
+
+def test_what_is_published_loads_into_a_fresh_model(models: dict[str, Path]) -> None:
+    written, scores = sampled(models, "other")
+    learner = make_learner(models)
+    learner.update(written.ids, written, scores)
+    *buckets, manifest = learner.publish()
+    assert isinstance(manifest, WeightVersion) and manifest.version == 1
+    fresh = AutoModelForCausalLM.from_pretrained(models["student"], dtype=torch.float32)
+    state = dict(unpack(manifest, buckets))  # type: ignore[arg-type]
+    missing, unexpected = fresh.load_state_dict(state, strict=False)
+    assert not unexpected and set(missing) <= {"lm_head.weight"}  # tied to the embedding
+    assert dict(fresh.named_parameters()).keys() == state.keys()
+
+
+def test_a_loss_that_is_no_number_names_update_and_trajectory_and_changes_nothing(models: dict[str, Path]) -> None:
+    written, scores = sampled(models, "other")
+    learner = make_learner(models, microbatch_tokens=1)
+    before = weights_of(learner)
+    logprobs = written.behaviour_logprobs.copy()
+    logprobs[written.response_offsets[3]] = np.nan
+    with pytest.raises(NonFiniteLossError, match=r"update 1: the loss is nan \(trajectories 0/1/1\)"):
+        learner.update(written.ids, replace(written, behaviour_logprobs=logprobs), scores)
+    assert torch.equal(weights_of(learner), before)
+    assert learner.policy_version == 0
+    learner.update(written.ids, written, scores)  # and it can go on
+
+
+def test_bfloat16_computes_with_float32_masters(models: dict[str, Path]) -> None:
+    written, scores = sampled(models, "other")
+    half = make_learner(models, compute_dtype="bfloat16", objective=ObjectiveConfig(estimator="full"))
+    whole = make_learner(models, objective=ObjectiveConfig(estimator="full"))
+    a, b = (learner.update(written.ids, written, scores) for learner in (half, whole))
+    assert a["loss"] == pytest.approx(b["loss"], rel=0.05) and a["loss"] != b["loss"]
+    assert all(p.dtype == torch.float32 for p in half._model.parameters())
+
+
+def test_gradient_checkpointing_changes_memory_not_gradients(models: dict[str, Path]) -> None:
+    written, scores = sampled(models, "other")
+    plain, recomputed = make_learner(models), make_learner(models, gradient_checkpointing=True)
+    norms = [learner.update(written.ids, written, scores)["grad_norm"] for learner in (plain, recomputed)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+
+
+def test_the_full_divergence_falls_on_the_contexts_it_was_lowered_on(models: dict[str, Path]) -> None:
+    written, scores = sampled(models, "other")
+    learner = make_learner(models, objective=ObjectiveConfig(estimator="full"))
+    values = [learner.update(written.ids, written, scores)["reverse_kl"] for _ in range(5)]
+    assert values == sorted(values, reverse=True)
+
+
+def test_an_update_of_no_scored_token_is_harmless(models: dict[str, Path]) -> None:
+    written, scores = sampled(models, "other", "sampled")
+    learner = make_learner(models)
+    nothing = replace(scores, logprobs=np.full_like(scores.logprobs, np.nan))
+    metrics = learner.update(written.ids, written, nothing)
+    assert metrics["tokens_trained"] == 0 and metrics["loss"] == 0 and metrics["grad_norm"] == 0
