@@ -1,0 +1,265 @@
+"""Exit statuses and lines of the command line, in a process of its own, for what needs no Ray."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from actors.errors import CampaignError, UserError
+from cluster import cli
+from tests.tiny_models import CHARACTERS, make_tiny_model, make_tiny_tokenizer
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def understudy(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "cluster", *arguments],
+        cwd=cwd,
+        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "HOME": str(cwd), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+class Here:
+    """The command line in this process, in a folder with everything that a campaign needs."""
+
+    def __init__(self, folder: Path, capsys: pytest.CaptureFixture[str]):
+        self.folder, self._capsys = folder, capsys
+
+    def __truediv__(self, name: str) -> Path:
+        return self.folder / name
+
+    def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        self._capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main(list(arguments))
+        out, err = self._capsys.readouterr()
+        return subprocess.CompletedProcess(arguments, int(ended.value.code or 0), out, err)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A student, its teacher, and one whose tokenizer is another."""
+    folder = tmp_path_factory.mktemp("models")
+    make_tiny_model(folder / "student", hidden=32, layers=1, context=64)
+    make_tiny_model(folder / "teacher", hidden=32, layers=2, seed=1, context=64)
+    shutil.copytree(folder / "teacher", folder / "foreigner")
+    make_tiny_tokenizer(CHARACTERS[::-1]).save_pretrained(folder / "foreigner")
+    return folder
+
+
+@pytest.fixture
+def work(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Here:
+    monkeypatch.chdir(tmp_path)
+    for name in ("student", "teacher", "foreigner"):
+        shutil.copytree(models / name, tmp_path / name)
+    rows = [{"prompt": f"{i}+{i}=", "answer": str(2 * i)} for i in range(4)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "campaign.yaml").write_text(
+        "name: here\nstudent: {model: student}\nteachers: {default: {model: teacher}}\n"
+        "prompts: {path: train.jsonl}\nsampling: {max_response_tokens: 20}\n"
+        "evaluation: {prompts: {path: train.jsonl}}\n"
+    )
+    return Here(tmp_path, capsys)
+
+
+def refusal(work: Here, *overrides: str, command: tuple[str, ...] = ("check", "--offline")) -> str:
+    return one_line(work.run(*command, "campaign.yaml", *overrides))
+
+
+def one_line(done: subprocess.CompletedProcess[str]) -> str:
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    [line] = done.stderr.splitlines()
+    assert re.fullmatch(r"understudy: .+: found .+, expected .+", line)
+    return line
+
+
+def test_help_is_fast_and_loads_neither_torch_nor_ray() -> None:
+    start = time.perf_counter()
+    done = understudy("--help")
+    assert time.perf_counter() - start < 3
+    assert done.returncode == 0
+    for command in ("run", "check", "report"):
+        assert re.search(rf"^\s+{command}\s", done.stdout, re.MULTILINE)
+    program = (
+        "import sys\nfrom cluster.cli import main\ntry:\n    main(sys.argv[1:])\nexcept SystemExit:\n"
+        "    print([m for m in ('torch', 'ray', 'vllm', 'transformers', 'numpy') if m in sys.modules])"
+    )
+    for arguments in (["--help"], ["run", "--help"], ["check", "absent.yaml"], ["run", "absent.yaml"]):
+        done = subprocess.run(
+            [sys.executable, "-c", program, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=30
+        )
+        assert done.stdout.splitlines()[-1] == "[]", arguments
+
+
+def test_no_command_and_an_unknown_one_are_the_users_fault() -> None:
+    for arguments in ((), ("runn",), ("run",), ("check", "--onlin", "a.yaml")):
+        done = understudy(*arguments)
+        assert done.returncode == 2
+        assert "usage:" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_good_configuration_passes_the_check(work: Here) -> None:
+    done = understudy("check", "--offline", "campaign.yaml", cwd=work.folder)
+    assert done.returncode == 0, done.stderr
+    for name in ("configuration", "student", "teacher default", "prompts", "verifier"):
+        assert f"{name}: ok" in done.stdout
+    assert "cluster: not looked at (offline)" in done.stdout
+    assert not done.stderr
+
+
+def test_offline_leaves_what_is_elsewhere_for_the_cluster(work: Here) -> None:
+    done = work.run("check", "--offline", "campaign.yaml", "student.model=owner/name")
+    assert done.returncode == 0, done.stderr
+    assert "student: not looked at (offline)" in done.stdout
+
+
+@pytest.mark.parametrize("command", [("check",), ("check", "--offline"), ("run",)])
+def test_a_configuration_that_is_not_there_is_named(work: Here, command: tuple[str, ...]) -> None:
+    (work / "campaign.yaml").rename(work / "moved.yaml")
+    assert "campaign.yaml" in refusal(work, command=command)
+
+
+@pytest.mark.parametrize("command", [("check", "--offline"), ("run",)])
+def test_a_misspelt_key_is_one_line(work: Here, command: tuple[str, ...]) -> None:
+    assert "'replicas' perhaps" in refusal(work, "rollout.replica=2", command=command)
+
+
+@pytest.mark.parametrize("key", ["student.model", "teachers.default.model"])
+def test_a_missing_model_directory_is_named_by_its_key(work: Here, key: str) -> None:
+    for path in ("./absent", str(work / "absent"), str(work / "studentt")):
+        line = refusal(work, f"{key}={path}", command=("run",))
+        assert line.startswith(f"understudy: {key}: found ")
+    assert "did you mean" in line
+
+
+@pytest.mark.parametrize("name", ["student", "teacher"])
+def test_corrupt_safetensors_are_named(work: Here, name: str) -> None:
+    file = work / name / "model.safetensors"
+    for content in (file.read_bytes()[:-100], b"", b"\xff" * 50, b"{" * 1000):
+        file.write_bytes(content)
+        assert "model.safetensors" in refusal(work)
+
+
+def test_a_refusal_is_one_line_in_a_process_of_its_own_too(work: Here) -> None:
+    file = work / "student" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    for command in (("check", "--offline"), ("run",)):
+        assert "model.safetensors" in one_line(understudy(*command, "campaign.yaml", cwd=work.folder))
+    one_line(understudy("report", ".", cwd=work.folder))
+
+
+def test_a_model_without_weights_is_refused(work: Here) -> None:
+    (work / "student" / "model.safetensors").unlink()
+    assert refusal(work).startswith("understudy: student.model: ")
+
+
+def test_a_config_json_that_is_no_json_is_refused(work: Here) -> None:
+    (work / "teacher" / "config.json").write_text("{")
+    assert refusal(work).startswith("understudy: teachers.default.model: ")
+
+
+def test_a_teacher_with_another_tokenizer_is_refused(work: Here) -> None:
+    assert "teachers.default.model" in refusal(work, "teachers.default.model=foreigner")
+
+
+@pytest.mark.parametrize("key", ["prompts", "evaluation.prompts"])
+def test_a_prompts_file_that_is_missing_is_refused(work: Here, key: str) -> None:
+    line = refusal(work, f"{key}.path=trein.jsonl", command=("run",))
+    assert line.startswith(f"understudy: {key}.path: found trein.jsonl")
+    assert "train.jsonl" in line
+
+
+@pytest.mark.parametrize(
+    ("lines", "found"),
+    [
+        ([], "bad.jsonl: found no records"),
+        (["", " "], "bad.jsonl: found no records"),
+        (['{"prompt": "a", "answer": "b"}', '{"prompt": '], "bad.jsonl, line 2"),
+        (['{"prompt": "a", "answer": "b"}', "", "[1]"], "bad.jsonl, line 3"),
+        (['{"prompt": "a", "answer": "b"}', '{"promt": "a", "answer": "b"}'], "prompts.prompt_field"),
+        (['{"prompt": "a"}'], "prompts.reference_field"),
+        (['{"prompt": 3, "answer": "b"}'], "bad.jsonl, line 1"),
+        (['{"prompt": "a", "answer": "b"}', json.dumps({"prompt": "a" * 60, "answer": ""})], "bad.jsonl, line 2"),
+    ],
+)
+def test_a_bad_prompts_file_is_named_with_its_line(work: Here, lines: list[str], found: str) -> None:
+    (work / "bad.jsonl").write_text("".join(line + "\n" for line in lines))
+    assert found in refusal(work, "prompts.path=bad.jsonl")
+
+
+def test_a_response_that_leaves_no_room_for_a_prompt_is_refused(work: Here) -> None:
+    assert "sampling.max_response_tokens" in refusal(work, "sampling.max_response_tokens=64")
+
+
+def test_an_unknown_verifier_and_a_broken_pattern_are_refused(work: Here) -> None:
+    assert "evaluation.verifier" in refusal(work, "evaluation.verifier.name=exakt")
+    assert "evaluation.verifier" in refusal(work, "evaluation.verifier.name=regex", "evaluation.verifier.pattern='['")
+
+
+def test_a_report_of_what_is_no_run_is_refused(work: Here) -> None:
+    for path in (".", "absent", "campaign.yaml"):
+        one_line(work.run("report", path))
+    assert not (work / "report.html").exists()
+
+
+def test_a_finished_campaign_is_not_run_again_and_another_is_refused(work: Here) -> None:
+    from cluster.config import load_config
+    from cluster.run import prepare_run_dir
+
+    config = load_config(work / "campaign.yaml", ["output_dir=runs"])
+    prepare_run_dir(config)
+    line = refusal(work, "output_dir=runs", "learner.optimizer.learning_rate=0.5", command=("run",))
+    assert "learner.optimizer.learning_rate=1e-06 where this one has 0.5" in line
+    assert load_config(work / "runs" / "here" / "config.yaml") == config
+
+
+def test_an_output_directory_that_is_a_file_is_refused(work: Here) -> None:
+    (work / "taken").write_text("")
+    assert refusal(work, "output_dir=taken", command=("run",)).startswith("understudy: output_dir: found taken")
+    (work / "runs").mkdir()
+    (work / "runs" / "here").write_text("")
+    assert refusal(work, command=("run",)).startswith("understudy: output_dir: found runs")
+
+
+@pytest.mark.parametrize(
+    ("raised", "status", "line"),
+    [
+        (UserError("here", "this", "that"), 2, "understudy: here: found this, expected that\n"),
+        (CampaignError("it broke"), 1, "understudy: it broke\n"),
+        (KeyboardInterrupt(), 130, "understudy: interrupted\n"),
+    ],
+)
+def test_errors_become_statuses_and_lines(
+    raised: BaseException,
+    status: int,
+    line: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(_: object) -> int:
+        raise raised
+
+    monkeypatch.setattr(cli, "_check", fail)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["check", "any.yaml"])
+    assert ended.value.code == status
+    assert capsys.readouterr().err == line
+
+
+def test_a_defect_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: object) -> int:
+        raise ZeroDivisionError("a defect")
+
+    monkeypatch.setattr(cli, "_check", fail)
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["check", "any.yaml"])
