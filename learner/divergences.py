@@ -1,8 +1,8 @@
 """Per-token divergences between student pi and teacher q over a support, and what may be done to the teacher's signal.
 
 Shapes: n tokens; K the support: the full vocabulary, or k tokens with or without a bucket for the rest; [n, K] log-probs.
-Divergences are costs [n] with gradient to the student, never to the teacher, and expect rows that sum to one: a top-k
-row is completed first, by `with_tail` or `renormalised`.
+Divergences are costs [n], differentiable in the student; the teacher's log-probs come without gradient and finite. Rows
+sum to one: a top-k row is completed first, by `with_tail` or `renormalised`.
 
 With `estimator: full` the cost *is* differentiated. A number computed over a support must never be used as a detached
 coefficient: it does not depend on the sampled token, so its expected policy gradient is zero.

@@ -6,8 +6,6 @@ Shapes: N tokens of the whole update, n of a micro-batch, B trajectories; [B, T]
 are kept apart: pi_behaviour (the engine that sampled), pi_old (the learner at the start of the step), pi_theta.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
@@ -110,31 +108,5 @@ def corrected_weights(log_weights: Tensor, correction: str, low: float, high: fl
 
 def effective_sample_size(log_weights: Tensor, mask: Tensor) -> Tensor:
     """[] (sum w)^2 / (n sum w^2) over the mask, in (0, 1]: the fraction of tokens that the weights leave (Kish). Any shape."""
-    logs = log_weights.masked_fill(~mask, -torch.inf).flatten()
-    return (2 * logs.logsumexp(0) - (2 * logs).logsumexp(0)).exp() / mask.sum()
-
-
-class RatioSums(NamedTuple):
-    """Sums over a micro-batch's valid tokens; those of an update are their sums, and the maximum of `ratio_max`. All []."""
-
-    tokens: Tensor
-    clipped: Tensor
-    ratio: Tensor
-    ratio_squared: Tensor
-    forward_kl: Tensor
-    ratio_max: Tensor
-
-
-def ratio_sums(logprobs_n: Tensor, old_logprobs_n: Tensor, clipped_n: Tensor, mask_n: Tensor) -> RatioSums:
-    """What the update's metrics need of the ratio, as tensors on the device. forward_kl is k3 of KL(pi_old || pi_theta)."""
-    zero = torch.zeros_like(logprobs_n)
-    log_ratio = torch.where(mask_n, logprobs_n.detach() - old_logprobs_n, zero).clamp(max=MAX_LOG_RATIO)
-    ratio = torch.where(mask_n, log_ratio.exp(), zero)
-    return RatioSums(
-        tokens=mask_n.sum(),
-        clipped=(clipped_n & mask_n).sum(),
-        ratio=ratio.sum(),
-        ratio_squared=ratio.square().sum(),
-        forward_kl=(log_ratio.expm1() - log_ratio).sum(),
-        ratio_max=ratio.max(),
-    )
+    shares = log_weights.masked_fill(~mask, -torch.inf).flatten().softmax(0)
+    return 1 / (mask.sum() * shares.square().sum())
