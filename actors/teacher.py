@@ -63,45 +63,8 @@ class TeacherActor:
         trajectories = select_trajectories(ids, batches)
         if prompts is not None:
             trajectories = replace(trajectories, prompt_tokens=prompts[0], prompt_offsets=prompts[1])
-        signal, vocabulary = self._config.signal, len(self._weight)
-        total = len(trajectories.response_tokens)
-        support = {"sampled": 0, "topk": min(self._config.top_k, vocabulary), "full": vocabulary}[signal]
-        logprobs = np.empty(total, np.float32)
-        support_ids = np.empty((total, support if signal == "topk" else 0), np.int32)
-        support_logprobs = np.empty((total, support), np.float32)
-        tokens = torch.from_numpy(trajectories.response_tokens.astype(np.int64)).to(self._device)
-        unknown = trajectories.response_tokens >= vocabulary  # rows that only the student's padding has
-        tokens = tokens.clamp(max=vocabulary - 1)
-
-        def reduce(chunk_nV: torch.Tensor, rows: slice) -> tuple[torch.Tensor, ...]:
-            sampled = token_logprobs(chunk_nV, batch_tokens[rows])
-            if signal == "topk":
-                return (sampled, *torch.topk(chunk_nV, support, dim=-1))
-            return (sampled, chunk_nV) if signal == "full" else (sampled,)
-
-        with torch.inference_mode():
-            for batch in microbatches(
-                trajectories.prompt_tokens,
-                trajectories.prompt_offsets,
-                trajectories.response_tokens,
-                trajectories.response_offsets,
-                self._config.microbatch_tokens,
-            ):
-                batch_tokens = tokens[torch.from_numpy(batch.tokens).to(self._device)]
-                input_ids = torch.from_numpy(batch.input_ids).to(self._device)
-                hidden = self._body(input_ids=input_ids, use_cache=False).last_hidden_state.flatten(0, 1)
-                scored = chunked_head(
-                    hidden[torch.from_numpy(batch.positions).to(self._device)],
-                    self._weight,
-                    self._bias,
-                    reduce,
-                    chunk_tokens=self._config.head_chunk_tokens,
-                )
-                logprobs[batch.tokens] = scored[0].cpu().numpy()
-                if support:
-                    support_logprobs[batch.tokens] = scored[1].cpu().numpy()
-                if signal == "topk":
-                    support_ids[batch.tokens] = scored[2].cpu().numpy()
+        logprobs, support_ids, support_logprobs = self._forward(trajectories)
+        unknown = trajectories.response_tokens >= len(self._weight)  # rows that only the student's padding has
         logprobs[~np.isfinite(logprobs) | unknown] = np.nan
         seconds = time.perf_counter() - start
         self._busy_seconds += seconds
@@ -115,6 +78,48 @@ class TeacherActor:
             support_logprobs=support_logprobs,
         )
         return TeacherCounts(int(np.isnan(logprobs).sum()), seconds), scores
+
+    @torch.inference_mode()
+    def _forward(self, trajectories: Trajectories) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Log-probs of the response tokens [N], ids of their supports [N, K], log-probs of those [N, K or V]."""
+        signal, vocabulary = self._config.signal, len(self._weight)
+        total = len(trajectories.response_tokens)
+        support = {"sampled": 0, "topk": min(self._config.top_k, vocabulary), "full": vocabulary}[signal]
+        logprobs = np.empty(total, np.float32)
+        support_ids = np.empty((total, support if signal == "topk" else 0), np.int32)
+        support_logprobs = np.empty((total, support), np.float32)
+        tokens = torch.from_numpy(trajectories.response_tokens.astype(np.int64)).to(self._device)
+        tokens = tokens.clamp(max=vocabulary - 1)
+
+        def reduce(chunk_nV: torch.Tensor, rows: slice) -> tuple[torch.Tensor, ...]:
+            sampled = token_logprobs(chunk_nV, batch_tokens[rows])
+            if signal == "topk":
+                return (sampled, *torch.topk(chunk_nV, support, dim=-1))
+            return (sampled, chunk_nV) if signal == "full" else (sampled,)
+
+        for batch in microbatches(
+            trajectories.prompt_tokens,
+            trajectories.prompt_offsets,
+            trajectories.response_tokens,
+            trajectories.response_offsets,
+            self._config.microbatch_tokens,
+        ):
+            batch_tokens = tokens[torch.from_numpy(batch.tokens).to(self._device)]
+            input_ids = torch.from_numpy(batch.input_ids).to(self._device)
+            hidden = self._body(input_ids=input_ids, use_cache=False).last_hidden_state.flatten(0, 1)
+            scored = chunked_head(
+                hidden[torch.from_numpy(batch.positions).to(self._device)],
+                self._weight,
+                self._bias,
+                reduce,
+                chunk_tokens=self._config.head_chunk_tokens,
+            )
+            logprobs[batch.tokens] = scored[0].cpu().numpy()
+            if support:
+                support_logprobs[batch.tokens] = scored[1].cpu().numpy()
+            if signal == "topk":
+                support_ids[batch.tokens] = scored[2].cpu().numpy()
+        return logprobs, support_ids, support_logprobs
 
     def _self_test(self, key: str) -> float:
         """Mean log-prob of a probe text, after a check that scores can be trusted.
