@@ -33,7 +33,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, dic
     folder = tmp_path_factory.mktemp("cluster")
     token = folder / "token"
     token.write_text(secrets.token_hex(32))
-    gcs, dashboard, client = free_ports(3)
+    gcs, dashboard, client, agent, agent_grpc, metrics = free_ports(6)
     environment = {
         **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
         "PATH": f"{BIN}:{os.environ['PATH']}",
@@ -43,6 +43,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, dic
     command = [
         *(BIN / "ray", "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={gcs}"),
         *(f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}", "--dashboard-host=127.0.0.1"),
+        *(f"--dashboard-agent-listen-port={agent}", f"--dashboard-agent-grpc-port={agent_grpc}"),
+        f"--metrics-export-port={metrics}",
         *("--num-cpus=2", "--object-store-memory=200000000", "--disable-usage-stats"),
     ]
     head = subprocess.Popen(
