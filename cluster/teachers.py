@@ -28,7 +28,7 @@ def route(domain: str | None, teachers: Mapping[str, TeacherConfig], where: str)
     if not chosen:
         known = sorted({known for teacher in teachers.values() for known in teacher.domains})
         expected = f"a domain that a teacher names ({', '.join(known)}), or a teacher without domains"
-        raise UserError(where, f"domain {domain}", expected, known)
+        raise UserError(where, f"domain {domain}", expected)
     total = math.fsum(teachers[name].weight for name in chosen)
     return {name: math.log(teachers[name].weight / total) for name in chosen}
 

@@ -1,0 +1,110 @@
+"""Who scores what: domains, mixtures, privileged prompts, and the division among actors."""
+
+import asyncio
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+
+from actors.config import TeacherConfig
+from actors.errors import CampaignError, UserError
+from actors.prompts import PromptSet
+from actors.teacher import TeacherCounts
+from actors.trajectory import offsets_of
+from cluster.teachers import Lessons, Teachers, route, routes
+
+TEACHERS = {
+    "maths": TeacherConfig("m", domains=["maths", "physics"], weight=3.0),
+    "physics": TeacherConfig("p", domains=["physics"], weight=1.0),
+    "other": TeacherConfig("o"),
+}
+
+
+class MadeUpFleet:
+    """Stands for a fleet: remembers what it was asked."""
+
+    def __init__(self, name: str, replicas: int = 1, probes: tuple[float, ...] = (-1.0,)):
+        self.name, self.replicas, self.probes = name, [None] * replicas, probes
+        self.scored: list[dict[str, Any]] = []
+        self.prompts: list[np.ndarray] = []
+
+    async def call(self, method: str, *arguments: Any, returns: int = 1, units: int = 1, **keywords: Any) -> Any:
+        if method == "score":
+            self.scored.append({"ids": arguments[0].tolist(), "references": arguments[1:], **keywords})
+            return TeacherCounts(1, 0.5), f"scores of {self.name}"
+        tokens, offsets, *_ = arguments
+        self.prompts += np.split(tokens, offsets[1:-1])
+        return tokens * 10, offsets  # the answer to a prompt is ten times the prompt
+
+    async def call_each(self, method: str) -> list[dict[str, float]]:
+        return [{"probe_logprob": probe} for probe in self.probes]
+
+
+def prompt_set(tokens: list[list[int]]) -> PromptSet:
+    empty = [None] * len(tokens)
+    flat = np.concatenate(tokens).astype(np.int32)
+    return PromptSet(tokens=flat, offsets=offsets_of(map(len, tokens)), references=empty, domains=empty, texts=[])
+
+
+def test_a_prompt_goes_to_the_teachers_of_its_domain_by_their_shares() -> None:
+    assert route("maths", TEACHERS, "x") == {"maths": 0.0}
+    shares = {name: math.exp(log) for name, log in route("physics", TEACHERS, "x").items()}
+    assert shares == pytest.approx({"maths": 0.75, "physics": 0.25})
+    assert route("cooking", TEACHERS, "x") == route(None, TEACHERS, "x") == {"other": 0.0}
+
+
+def test_a_domain_without_a_teacher_is_named_with_its_prompt() -> None:
+    named = {name: teacher for name, teacher in TEACHERS.items() if teacher.domains}
+    with pytest.raises(UserError, match=r"p\.jsonl, prompt 2: found domain math, expected .* \(maths, physics\)"):
+        routes(["maths", "math"], named, "p.jsonl")
+
+
+def score(fleets: dict[str, MadeUpFleet], lessons: Lessons, ids: np.ndarray) -> Any:
+    return asyncio.run(Teachers(fleets, lessons).score(ids, ["t0", "t1"]))  # type: ignore[arg-type]
+
+
+def test_each_teacher_scores_its_own_in_parts_for_its_actors() -> None:
+    fleets = {
+        "maths": MadeUpFleet("maths", replicas=2),
+        "physics": MadeUpFleet("physics"),
+        "other": MadeUpFleet("other"),
+    }
+    lessons = Lessons(routes(["maths", "physics", "maths", "maths"], TEACHERS, "x"), {})
+    ids = np.array([(0, prompt, 0) for prompt in (3, 1, 0, 2)])
+    found = score(fleets, lessons, ids)
+    assert [call["ids"] for call in fleets["maths"].scored] == [ids[:2].tolist(), ids[2:].tolist()]
+    assert [call["ids"] for call in fleets["physics"].scored] == [ids[1:2].tolist()]
+    assert fleets["other"].scored == []
+    assert np.exp(fleets["maths"].scored[0]["log_weights"]) == pytest.approx([1.0, 0.75])
+    assert np.exp(fleets["physics"].scored[0]["log_weights"]) == pytest.approx([0.25])
+    assert all(call["references"] == ("t0", "t1") and call["prompts"] is None for call in fleets["maths"].scored)
+    assert (found.missing, found.busy_seconds, len(found.references)) == (3, 1.5, 3)
+
+
+def test_a_privileged_teacher_is_given_its_own_prompts() -> None:
+    fleets = {"other": MadeUpFleet("other")}
+    lessons = Lessons(routes([None] * 3, {"other": TEACHERS["other"]}, "x"), {"other": prompt_set([[1], [2, 3], [4]])})
+    score(fleets, lessons, np.array([(0, 2, 0), (0, 1, 0), (0, 1, 1)]))
+    tokens, offsets = fleets["other"].scored[0]["prompts"]
+    assert tokens.tolist() == [4, 2, 3, 2, 3]
+    assert offsets.tolist() == [0, 1, 3, 5]
+
+
+def test_the_teacher_with_the_largest_share_answers_in_the_prompts_order() -> None:
+    fleets = {"maths": MadeUpFleet("maths"), "physics": MadeUpFleet("physics"), "other": MadeUpFleet("other")}
+    lessons = Lessons(routes(["physics", None, "maths"], TEACHERS, "x"), {})
+    teachers = Teachers(fleets, lessons)  # type: ignore[arg-type]
+    tokens, offsets = asyncio.run(teachers.write(prompt_set([[1, 2], [3], [4]]), 5, [0]))
+    assert tokens.tolist() == [10, 20, 30, 40] and offsets.tolist() == [0, 2, 3, 4]
+    assert [p.tolist() for p in fleets["maths"].prompts] == [[1, 2], [4]]
+    assert [p.tolist() for p in fleets["other"].prompts] == [[3]] and not fleets["physics"].prompts
+
+
+def test_replicas_that_disagree_about_one_text_are_found() -> None:
+    lessons = Lessons([], {})
+    agreeing = Teachers({"other": MadeUpFleet("other", probes=(-2.0, -2.001))}, lessons)  # type: ignore[dict-item]
+    asyncio.run(agreeing.compare_replicas())
+    odd = Teachers({"other": MadeUpFleet("other", probes=(-2.0, -2.0, -2.5))}, lessons)  # type: ignore[dict-item]
+    with pytest.raises(CampaignError, match=r"teachers\.other disagree .* -2\.0000, -2\.0000, -2\.5000"):
+        asyncio.run(odd.compare_replicas())
