@@ -7,7 +7,8 @@ before it gets work. What a role *returns* is owned by the campaign process and 
 
 import asyncio
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -120,8 +121,11 @@ class Fleet:
         [replica] = self.replicas
         handle = replica.handle
         try:
-            yielded = getattr(handle, method).options(num_returns="streaming").remote(*arguments)
-            return [reference async for reference in yielded]
+            with _errors_of(method):
+                yielded = getattr(handle, method).options(num_returns="streaming").remote(*arguments)
+                references = [reference async for reference in yielded]
+                await yielded.completed()  # what broke off a stream is not raised before
+                return references
         except RayActorError as error:
             await self._lost(replica, handle, error)
             raise
@@ -145,9 +149,11 @@ class Fleet:
         )
         replica.handle = actor.remote(*self._arguments, **self._keywords)
         try:
-            await asyncio.wait_for(_invoke(replica.handle, "status", (), 1), self._start_timeout)
-            if self.prepare is not None:
-                await self.prepare(replica.handle)
+            async with asyncio.timeout(self._start_timeout):
+                await _invoke(replica.handle, "status", (), 1)
+                if self.prepare is not None:
+                    with _errors_of("the start"):
+                        await self.prepare(replica.handle)
         except TimeoutError as error:
             raise CampaignError(
                 f"{replica.name} did not start within {self._start_timeout:g} s (ray.start_timeout_seconds)"
@@ -180,36 +186,51 @@ class Fleet:
 
     async def _replace(self, replica: Replica) -> None:
         try:
-            if replica.restarts >= (self._max_restarts or 0):
-                raise CampaignError(
-                    f"{replica.name} died {replica.restarts + 1} times (ray.max_restarts={self._max_restarts}); "
-                    "see events.jsonl for the causes, and run the same command again to go on from the last checkpoint"
-                )
-            # A machine that kills actors as fast as they start is not helped by starting them faster.
-            await asyncio.sleep(min(30.0, 0.5 * 2**replica.restarts) if replica.restarts else 0)
-            replica.restarts += 1
-            self.restarts += 1
-            await self._start(replica)
+            while not replica.alive:
+                if replica.restarts >= (self._max_restarts or 0):
+                    raise CampaignError(
+                        f"{replica.name} died {replica.restarts + 1} times (ray.max_restarts={self._max_restarts}); "
+                        "see events.jsonl for the causes, and run the same command again to go on from the last "
+                        "checkpoint"
+                    )
+                # A machine that kills actors as fast as they start is not helped by starting them faster.
+                await asyncio.sleep(min(30.0, 0.5 * 2**replica.restarts) if replica.restarts else 0)
+                replica.restarts += 1
+                self.restarts += 1
+                try:
+                    await self._start(replica)
+                except _DiedAtStartError as error:
+                    self._on_event("actor_died", actor=replica.name, cause=str(error))
             self._on_event("actor_restarted", actor=replica.name, restarts=replica.restarts)
-        except (CampaignError, UserError) as error:
+        except Exception as error:  # whatever it is: the callers that wait for an actor are told
             self._failure = error
             async with self._changed:
                 self._changed.notify_all()
 
 
+class _DiedAtStartError(CampaignError):
+    """The process of a new actor ended before it could work."""
+
+
 async def _invoke(
     handle: Any, method: str, arguments: tuple, returns: int, keywords: dict[str, Any] | None = None
 ) -> Any:
-    try:
+    with _errors_of(method):
         if returns == 1:
             return await getattr(handle, method).remote(*arguments, **(keywords or {}))
         first, *others = getattr(handle, method).options(num_returns=returns).remote(*arguments, **(keywords or {}))
         return await first, *others
+
+
+@contextmanager
+def _errors_of(what: str) -> Iterator[None]:
+    """Our own errors say all that is to say; others keep the actor's traceback as their cause."""
+    try:
+        yield
     except RayTaskError as error:
-        # Our own errors say all that is to say; others keep the actor's traceback as their cause.
         if isinstance(error.cause, (UserError, CampaignError)):
             raise error.cause from None
-        raise CampaignError(f"{method} failed: {type(error.cause).__name__}: {error.cause}") from error
+        raise CampaignError(f"{what} failed: {type(error.cause).__name__}: {error.cause}") from error
 
 
 def _start_failure(name: str, error: RayActorError) -> Exception:
@@ -218,9 +239,11 @@ def _start_failure(name: str, error: RayActorError) -> Exception:
         where, _, rest = match[1].partition(": found ")
         found, _, expected = rest.partition(", expected ")
         return UserError(where, found, expected)
-    return CampaignError(f"{name} could not start: {last_line}")
+    kind = _DiedAtStartError if "raised in its creation task" not in str(error) else CampaignError
+    return kind(f"{name} could not start: {last_line}")
 
 
 def _cause(error: RayActorError) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1].partition(" Some common causes")[0] if lines else type(error).__name__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    telling = [line for line in lines if line.startswith("The actor is dead because")] or lines
+    return telling[-1].partition(" Some common causes")[0]
