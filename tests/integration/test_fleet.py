@@ -1,0 +1,363 @@
+"""Fleets with a real Ray and actors that hold no model: who gets a call, and what happens when an actor dies."""
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from actors.errors import CampaignError, LearnerLostError, UserError
+from cluster.ray_fleet import Fleet, Resources
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(60), pytest.mark.usefixtures("ray_session")]
+
+
+class Worker:
+    """A role without a model."""
+
+    def __init__(self, folder: str = "", fault: str = ""):
+        self.weights = 0
+        if fault == "user":
+            raise UserError("student.model", "nothing", "a model", ["model"])
+        if fault == "defect":
+            raise ZeroDivisionError("a defect")
+        if fault == "exit":
+            os._exit(3)
+        if fault == "slow":
+            time.sleep(100)
+        if fault.startswith("only first"):
+            with open(Path(folder, "starts"), "a") as file:
+                print(os.getpid(), file=file)
+            if len(Path(folder, "starts").read_text().split()) > 1:
+                if fault.endswith("user"):
+                    raise UserError("student.model", "it moved", "a model")
+                os._exit(3)
+
+    def status(self) -> dict[str, int]:
+        return {"process": os.getpid()}
+
+    def process(self, seconds: float = 0.0) -> int:
+        time.sleep(seconds)
+        return os.getpid()
+
+    def load(self, value: int) -> int:
+        if value < 0:
+            raise ValueError("weights that cannot be")
+        self.weights = value
+        return os.getpid()
+
+    def seen(self) -> int:
+        return self.weights
+
+    def pair(self, value: int) -> tuple[int, np.ndarray]:
+        return value, np.full(300_000, value)
+
+    def parts(self, count: int, die: bool = False) -> Iterator[np.ndarray]:
+        for i in range(count):
+            if die and i == 1:
+                os._exit(3)
+            yield np.full(200_000, i)
+
+    def fail(self, kind: str) -> None:
+        raise {
+            "user": UserError("a.key", "this", "that"),
+            "campaign": CampaignError("it broke"),
+            "defect": ZeroDivisionError("a defect"),
+        }[kind]
+
+
+def with_fleet(
+    body: Callable[[Fleet, list[tuple[str, dict[str, Any]]]], Awaitable[None]],
+    *arguments: Any,
+    replicas: int = 1,
+    max_restarts: int | None = 2,
+    timeout: float = 30.0,
+    start: bool = True,
+) -> None:
+    """Runs the body with a fleet, which is closed after it; the body may not take longer than half a minute."""
+
+    async def run() -> None:
+        events: list[tuple[str, dict[str, Any]]] = []
+        fleet = Fleet(
+            "worker",
+            Worker,
+            arguments,
+            {},
+            replicas=replicas,
+            resources=Resources(0.1, 0.0),
+            max_restarts=max_restarts,
+            start_timeout_seconds=timeout,
+            on_event=lambda kind, **fields: events.append((kind, fields)),
+        )
+        try:
+            async with asyncio.timeout(20):
+                if start:
+                    await fleet.start()
+                await body(fleet, events)
+        finally:
+            fleet.close()
+
+    asyncio.run(run())
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(15):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+def test_a_call_goes_to_the_least_busy_replica() -> None:
+    async def body(fleet: Fleet, _: Any) -> None:
+        heavy = asyncio.create_task(fleet.call("process", 1.5, units=10))
+        await until(lambda: any(r.under_way == 10 for r in fleet.replicas))
+        light = {await fleet.call("process", units=3) for _ in range(4)}
+        assert len(light) == 1 and await heavy not in light
+        assert [r.under_way for r in fleet.replicas] == [0, 0]
+        spread = await asyncio.gather(*(fleet.call("process", 0.05) for _ in range(6)))
+        assert sorted(spread.count(process) for process in set(spread)) == [3, 3]
+
+    with_fleet(body, replicas=2)
+
+
+def test_wait_idle_returns_when_a_replica_has_room() -> None:
+    async def body(fleet: Fleet, _: Any) -> None:
+        await asyncio.wait_for(fleet.wait_idle(1), 1)
+        work = asyncio.create_task(fleet.call("process", 0.5, units=8))
+        await until(lambda: fleet.replicas[0].under_way == 8)
+        start = time.monotonic()
+        await fleet.wait_idle(9)
+        assert time.monotonic() - start < 0.2
+        await fleet.wait_idle(8)
+        assert work.done() or fleet.replicas[0].under_way == 0
+        await work
+
+    with_fleet(body)
+
+
+def test_a_call_returns_its_first_value_and_references_of_the_others() -> None:
+    async def body(fleet: Fleet, _: Any) -> None:
+        value, reference = await fleet.call("pair", 7, returns=2)
+        assert value == 7
+        assert type(reference).__name__ == "ObjectRef"
+        assert (await reference == 7).all()
+
+    with_fleet(body)
+
+
+def test_a_call_whose_actor_is_killed_is_answered_by_another_and_the_lost_one_comes_back_prepared() -> None:
+    async def body(fleet: Fleet, events: list[tuple[str, dict[str, Any]]]) -> None:
+        prepared = []
+
+        async def prepare(handle: Any) -> None:
+            prepared.append(await handle.load.remote(5))
+
+        fleet.prepare = prepare
+        before = await fleet.call_each("process")
+        call = asyncio.create_task(fleet.call("process", 1.0))
+        await until(lambda: any(r.under_way for r in fleet.replicas))
+        [victim] = [i for i, r in enumerate(fleet.replicas) if r.under_way]
+        await asyncio.sleep(0.3)
+        os.kill(before[victim], signal.SIGKILL)
+        assert await call == before[1 - victim]
+        await until(lambda: all(r.alive for r in fleet.replicas))
+        after = await fleet.call_each("process")
+        assert after[1 - victim] == before[1 - victim]
+        assert prepared == [after[victim]] and after[victim] not in before
+        assert (await fleet.call_each("seen"))[victim] == 5
+        assert fleet.restarts == 1
+        kinds = [kind for kind, _ in events]
+        assert kinds == ["actor_started"] * 2 + ["actor_died", "actor_started", "actor_restarted"]
+        died = next(fields for kind, fields in events if kind == "actor_died")
+        assert died["actor"] == f"worker-{victim}" and died["cause"]
+
+    with_fleet(body, replicas=2)
+
+
+def test_a_call_waits_for_the_replacement_where_there_is_no_other_replica() -> None:
+    async def body(fleet: Fleet, _: Any) -> None:
+        process = await fleet.call("process")
+        call = asyncio.create_task(fleet.call("process", 0.5))
+        await until(lambda: fleet.replicas[0].under_way == 1)
+        os.kill(process, signal.SIGKILL)
+        assert await call != process
+
+    with_fleet(body)
+
+
+def test_a_replica_that_dies_under_a_call_to_each_is_left_out_and_replaced() -> None:
+    async def body(fleet: Fleet, _: Any) -> None:
+        before = await fleet.call_each("process")
+        os.kill(before[0], signal.SIGKILL)
+        assert before[1] in await fleet.call_each("process")
+        await until(lambda: all(r.alive for r in fleet.replicas))
+        assert len(await fleet.call_each("process")) == 2
+
+    with_fleet(body, replicas=2)
+
+
+def test_a_value_that_a_killed_actor_returned_can_still_be_read() -> None:
+    async def body(fleet: Fleet, _: Any) -> None:
+        process, (_, reference) = await fleet.call("process"), await fleet.call("pair", 3, returns=2)
+        streamed = await fleet.stream("parts", 2)
+        os.kill(process, signal.SIGKILL)
+        assert await fleet.call("process") != process
+        assert (await reference == 3).all()
+        assert [int((await part)[0]) for part in streamed] == [0, 1]
+
+    with_fleet(body)
+
+
+def test_a_stream_gives_references_in_order() -> None:
+    async def body(fleet: Fleet, _: Any) -> None:
+        references = await fleet.stream("parts", 6)
+        assert [int((await reference)[0]) for reference in references] == list(range(6))
+
+    with_fleet(body)
+
+
+@pytest.mark.parametrize(("kind", "error"), [("user", UserError), ("campaign", CampaignError)])
+def test_our_own_errors_arrive_from_a_method_as_they_are(kind: str, error: type[Exception]) -> None:
+    async def body(fleet: Fleet, events: list[Any]) -> None:
+        with pytest.raises(error) as caught:
+            await fleet.call("fail", kind)
+        assert type(caught.value) is error
+        assert str(caught.value) in ("a.key: found this, expected that", "it broke")
+        assert await fleet.call("process"), "the actor lives on"
+        assert len(events) == 1
+
+    with_fleet(body)
+
+
+def test_a_defect_in_a_method_is_a_campaign_error_with_its_cause() -> None:
+    async def body(fleet: Fleet, _: Any) -> None:
+        with pytest.raises(CampaignError, match="fail failed: ZeroDivisionError: a defect") as caught:
+            await fleet.call("fail", "defect")
+        assert "in fail" in str(caught.value.__cause__)
+
+    with_fleet(body)
+
+
+@pytest.mark.parametrize(
+    ("fault", "error", "line"),
+    [
+        ("user", UserError, "student.model: found nothing, expected a model"),
+        ("defect", CampaignError, "worker-0 could not start: .*ZeroDivisionError: a defect"),
+        ("exit", CampaignError, "worker-0 could not start: "),
+    ],
+)
+def test_an_actor_that_cannot_start_says_why(fault: str, error: type[Exception], line: str) -> None:
+    async def body(fleet: Fleet, _: Any) -> None:
+        with pytest.raises(error, match=line) as caught:
+            await fleet.start()
+        assert "\n" not in str(caught.value)
+
+    with_fleet(body, "", fault, start=False)
+
+
+def test_an_actor_that_takes_too_long_to_start_is_an_error() -> None:
+    async def body(fleet: Fleet, _: Any) -> None:
+        start = time.monotonic()
+        with pytest.raises(CampaignError, match=r"worker-0 did not start within 1\.5 s \(ray\.start_timeout_seconds\)"):
+            await fleet.start()
+        assert time.monotonic() - start < 4
+
+    with_fleet(body, "", "slow", timeout=1.5, start=False)
+
+
+def test_a_spent_restart_budget_ends_every_call_with_the_actors_name() -> None:
+    async def body(fleet: Fleet, _: Any) -> None:
+        for _ in range(2):
+            process = await fleet.call("process")
+            call = asyncio.create_task(fleet.call("process", 0.5))
+            await until(lambda: fleet.replicas[0].under_way == 1)
+            os.kill(process, signal.SIGKILL)
+            if fleet.restarts == 0:
+                assert await call != process
+        with pytest.raises(CampaignError, match=r"worker-0 died 2 times \(ray\.max_restarts=1\)"):
+            await call
+        with pytest.raises(CampaignError, match="worker-0 died"):
+            await fleet.call("process")
+        await asyncio.wait_for(fleet.wait_idle(1), 1)
+
+    with_fleet(body, max_restarts=1)
+
+
+def test_a_replacement_that_dies_while_it_starts_is_replaced_within_the_budget(tmp_path: Path) -> None:
+    async def body(fleet: Fleet, _: Any) -> None:
+        os.kill(await fleet.call("process"), signal.SIGKILL)
+        with pytest.raises(CampaignError, match="worker-0"):
+            await fleet.call("process")
+        assert len((tmp_path / "starts").read_text().split()) == 3
+
+    with_fleet(body, str(tmp_path), "only first", max_restarts=2)
+
+
+def test_a_replacement_that_finds_the_input_at_fault_ends_the_calls_with_that(tmp_path: Path) -> None:
+    async def body(fleet: Fleet, _: Any) -> None:
+        os.kill(await fleet.call("process"), signal.SIGKILL)
+        with pytest.raises(UserError, match=r"student\.model: found it moved, expected a model"):
+            await fleet.call("process")
+
+    with_fleet(body, str(tmp_path), "only first user")
+
+
+def test_a_replacement_that_cannot_be_prepared_ends_the_calls_and_nothing_hangs() -> None:
+    async def body(fleet: Fleet, _: Any) -> None:
+        async def prepare(handle: Any) -> None:
+            await handle.load.remote(-1)
+
+        fleet.prepare = prepare
+        os.kill(await fleet.call("process"), signal.SIGKILL)
+        with pytest.raises(Exception, match="weights that cannot be"):
+            await fleet.call("process")
+
+    with_fleet(body)
+
+
+def test_an_actor_that_hangs_while_it_is_prepared_is_an_error() -> None:
+    async def body(fleet: Fleet, _: Any) -> None:
+        async def prepare(handle: Any) -> None:
+            await handle.process.remote(100)
+
+        fleet.prepare = prepare
+        with pytest.raises(CampaignError, match="did not start within"):
+            await fleet.start()
+
+    with_fleet(body, timeout=3, start=False)
+
+
+def test_a_fleet_that_is_not_replaced_says_that_it_is_lost() -> None:
+    async def body(fleet: Fleet, _: Any) -> None:
+        with pytest.raises(LearnerLostError, match="worker-0 died"):
+            await fleet.stream("parts", 3, True)
+        assert not fleet.replicas[0].alive
+
+    with_fleet(body, max_restarts=None)
+    with_fleet(lost_under_a_call, max_restarts=None)
+
+
+async def lost_under_a_call(fleet: Fleet, _: Any) -> None:
+    process = await fleet.call("process")
+    call = asyncio.create_task(fleet.call("process", 5))
+    await until(lambda: fleet.replicas[0].under_way == 1)
+    os.kill(process, signal.SIGKILL)
+    with pytest.raises(LearnerLostError, match="worker-0 died"):
+        await call
+
+
+def test_closing_ends_the_actors() -> None:
+    processes: list[int] = []
+
+    async def body(fleet: Fleet, _: Any) -> None:
+        processes.extend(await fleet.call_each("process"))
+
+    with_fleet(body, replicas=2)
+    deadline = time.monotonic() + 10
+    while any(Path(f"/proc/{process}").exists() for process in processes):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
