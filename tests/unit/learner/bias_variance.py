@@ -1,6 +1,7 @@
 """The table of bias and variance in docs/objective.md: `python -m tests.unit.learner.bias_variance` prints it.
 
-Exact, by enumeration: a policy with 4 tokens and at most 4 steps writes 121 different sequences.
+Exact, by enumeration: a policy with 4 tokens and at most 4 steps writes 121 different sequences. Two teachers: one that
+is far from the student, as at the start of a campaign, and one that is near, as at its end.
 """
 
 from dataclasses import dataclass
@@ -51,10 +52,11 @@ class Case:
         return (student.exp() * (student - teacher)).sum(1)
 
 
-def make_case(vocabulary: int, horizon: int, parameters: int = 12, seed: int = 0) -> Case:
+def make_case(vocabulary: int, horizon: int, parameters: int = 12, seed: int = 0, near: bool = False) -> Case:
     """Policies from fixed seeds; the teacher differs from the student, and the behaviour policy a little."""
     world = enumeration.world(vocabulary, horizon, parameters, seed)
     theta, teacher = world.policy(1), world.policy(2, 1.5)
+    teacher = theta + 0.2 * (teacher - theta) if near else teacher
     student_CV, teacher_CV = world.logprobs(theta), world.logprobs(teacher)
     kl_C = (student_CV.exp() * (student_CV - teacher_CV)).sum(1)
     return Case(
@@ -97,48 +99,65 @@ def _of_rows(case: Case, rows: Tensor, estimator: str, baseline: str, gamma: flo
     )
 
 
+def large_group_mean(case: Case, coefficient_ST: Tensor) -> Tensor:
+    """[S, T] A_t less its mean over all sequences that reach the position: `group_mean` in the limit of many samples."""
+    p_S1, mask = case.world.probabilities(case.theta)[:, None], case.world.mask_ST
+    return (coefficient_ST - (p_S1 * coefficient_ST).sum(0) / (p_S1 * mask).sum(0)) * mask
+
+
 ROWS = [
     ("trajectory", "none", 1.0),
-    ("trajectory", "group_mean", 1.0),
+    ("trajectory", "group of 2", 1.0),
+    ("trajectory", "large group", 1.0),
     ("to_go", "none", 1.0),
-    ("to_go", "group_mean", 1.0),
+    ("to_go", "group of 2", 1.0),
+    ("to_go", "large group", 1.0),
     ("to_go", "exact_kl", 1.0),
     ("to_go_expected", "none", 1.0),
-    ("to_go_expected", "group_mean", 1.0),
+    ("to_go_expected", "group of 2", 1.0),
+    ("to_go_expected", "large group", 1.0),
     ("to_go_expected", "exact_kl", 1.0),
     ("discounted", "none", 0.9),
-    ("discounted", "none", 0.5),
     ("to_go_expected", "none", 0.9),
+    ("discounted", "none", 0.5),
     ("to_go_expected", "none", 0.5),
     ("immediate", "none", 1.0),
-    ("immediate", "group_mean", 1.0),
+    ("immediate", "group of 2", 1.0),
+    ("immediate", "large group", 1.0),
     ("immediate", "exact_kl", 1.0),
+    ("full", "", 1.0),
 ]
 
 
-def table(case: Case) -> str:
-    """Markdown: relative bias |E g - grad J| / |grad J|, and the variance of one sample's estimate over |grad J|^2."""
-    lines = ["| estimator | baseline | gamma | bias | variance |", "|---|---|---|---|---|"]
-    norm = case.gradient.norm()
+def row_moments(case: Case, estimator: str, baseline: str, gamma: float) -> tuple[Tensor, Tensor]:
+    """([F] mean, [] variance per sample) of one row of the table."""
+    if estimator == "full":
+        return enumeration.moments(case.world.probabilities(case.theta), case.kl_gradients().sum(1))
+    if baseline == "group of 2":  # the mean of two estimates that share a baseline has half the variance of one
+        mean, variance = enumeration.moments(*estimates_of_pairs(case, estimator, "group_mean", gamma))
+        return mean, 2 * variance
+    if baseline == "large group":
+        return case.moments(large_group_mean(case, case.coefficient(estimator, gamma=gamma)))
+    return case.moments(case.coefficient(estimator, baseline=baseline, gamma=gamma))
 
-    def line(name: str, baseline: str, gamma: str, mean: Tensor, variance: Tensor) -> str:
-        bias = ((mean - case.gradient).norm() / norm).item()
-        return (
-            f"| {name} | {baseline} | {gamma} | {bias if bias > 1e-9 else 0:.3g} | {(variance / norm**2).item():.3g} |"
-        )
 
+def table() -> str:
+    """Markdown. Bias: |E g - grad J| / |grad J|. Variance: of one trajectory's estimate, in units of |grad J|^2."""
+    lines = [
+        "| estimator | baseline | gamma | bias, far | variance, far | bias, near | variance, near |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    cases = [make_case(4, 4), make_case(4, 4, near=True)]
     for estimator, baseline, gamma in ROWS:
-        if baseline == "group_mean":  # the mean of two estimates that share a baseline has half the variance of one
-            mean, variance = enumeration.moments(*estimates_of_pairs(case, estimator, baseline, gamma))
-            variance = 2 * variance
-        else:
-            mean, variance = case.moments(case.coefficient(estimator, baseline=baseline, gamma=gamma))
-        shown = f"{gamma:g}" if gamma < 1 else ""
-        lines.append(line(estimator, baseline, shown, mean, variance))
-    mean, variance = enumeration.moments(case.world.probabilities(case.theta), case.kl_gradients().sum(1))
-    lines.append(line("full", "", "", mean, variance))
+        cells = []
+        for case in cases:
+            norm = case.gradient.norm()
+            mean, variance = row_moments(case, estimator, baseline, gamma)
+            bias = ((mean - case.gradient).norm() / norm).item()
+            cells += [f"{bias if bias > 1e-9 else 0:.3g}", f"{(variance / norm**2).item():.3g}"]
+        lines.append(" | ".join([f"| {estimator}", baseline, f"{gamma:g}" if gamma < 1 else "", *cells]) + " |")
     return "\n".join(lines)
 
 
 if __name__ == "__main__":
-    print(table(make_case(4, 4)))
+    print(table())

@@ -170,6 +170,8 @@ def test_expected_cost_is_what_the_sampled_estimator_has_in_expectation(bound):
     visits = enumeration.context_probabilities(w, case.theta)
     found = torch.autograd.grad((visits * d.expected_cost(w.logprobs(theta), cost_CV)).sum(), theta)[0]
     assert close(found, expected_gradient(case, w.along(cost_CV)))
+    live = d.expected_cost(w.logprobs(theta), cost_CV * (1 + w.logprobs(theta) - w.logprobs(theta).detach()))
+    assert torch.equal(torch.autograd.grad((visits * live).sum(), theta)[0], found)  # no gradient through the cost
     if not bound:
         assert torch.allclose(d.expected_cost(w.logprobs(theta), cost_CV), d.reverse_kl(w.logprobs(theta), teacher))
 

@@ -262,6 +262,12 @@ def test_the_group_mean_leaves_the_own_trajectory_out():
     assert torch.equal(found[mask], torch.tensor([4.0, 20.0, 3.0, 2.0, 10.0, 0.0, 0.0]))
 
 
+def test_the_cost_of_a_reward_by_hand():
+    mask = torch.tensor([[True, True], [True, False], [True, True], [True, True]])
+    found = reward_cost(torch.tensor([1.0, 0.0, 0.5, 3.0]), mask, torch.tensor([7, 7, 7, 8]))
+    assert torch.equal(found, torch.tensor([[-0.75, -0.75], [0.75, 0.0], [0.0, 0.0], [-3.0, -3.0]]))
+
+
 def test_the_reward_alone_gives_the_gradient_of_the_expected_reward():
     case = make_case(3, 3)
     reward_S = torch.randn(len(case.world.tokens_ST), dtype=torch.double, generator=torch.Generator().manual_seed(1))

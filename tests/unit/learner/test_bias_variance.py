@@ -1,0 +1,27 @@
+"""The table of docs/objective.md is what the enumeration gives, and says what the text says it says."""
+
+import re
+from pathlib import Path
+
+from tests.unit.learner.bias_variance import make_case, row_moments, table
+
+DOCUMENT = Path(__file__).parents[3] / "docs" / "objective.md"
+
+
+def test_the_documented_table_is_the_computed_one():
+    assert table() in DOCUMENT.read_text()
+
+
+def test_expected_terms_cost_no_more_than_immediate_near_the_teacher_and_full_costs_least():
+    case = make_case(4, 4, near=True)
+    variance = {
+        name: row_moments(case, name, "none", 1.0)[1] for name in ("to_go", "to_go_expected", "immediate", "full")
+    }
+    assert variance["to_go_expected"] < 1.01 * variance["immediate"] < 0.5 * variance["to_go"]
+    assert variance["full"] < 0.3 * variance["immediate"]
+
+
+def test_every_test_that_the_page_names_exists():
+    names = "".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
+    for name in re.findall(r"`(test_\w+)[…`]", DOCUMENT.read_text()):
+        assert f"def {name}" in names or f"{name}.py" in {p.name for p in Path(__file__).parent.glob("*")}, name
