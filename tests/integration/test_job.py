@@ -67,20 +67,21 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, dic
 
 def submit(cluster: tuple[str, dict[str, str]], *overrides: str) -> subprocess.CompletedProcess[str]:
     address, environment = cluster
-    return subprocess.run(
-        [
-            *(str(BIN / "ray"), "job", "submit", "--address", address, "--working-dir", ".", "--"),
-            *("python", "-m", "cluster", "run", "configs/quickstart.yaml", *overrides),
-        ],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
+    command = [
+        *(str(BIN / "ray"), "job", "submit", "--address", address, "--working-dir", ".", "--"),
+        *("python", "-m", "cluster", "run", "configs/quickstart.yaml", *overrides),
+    ]
+    deadline = time.monotonic() + 120
+    while True:
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=250)
+        # The head answers a little before the agent that starts jobs is there.
+        if "No available agent" not in done.stdout + done.stderr or time.monotonic() > deadline:
+            return done
+        time.sleep(2)
 
 
 @pytest.mark.integration
+@pytest.mark.timeout(500)
 def test_the_quickstart_runs_as_a_submitted_job(cluster: tuple[str, dict[str, str]], tmp_path: Path) -> None:
     done = submit(
         cluster,
@@ -96,6 +97,7 @@ def test_the_quickstart_runs_as_a_submitted_job(cluster: tuple[str, dict[str, st
 
 
 @pytest.mark.integration
+@pytest.mark.timeout(500)
 def test_a_relative_output_directory_is_refused_inside_a_job(cluster: tuple[str, dict[str, str]]) -> None:
     done = submit(cluster, "output_dir=runs")
     assert done.returncode != 0
