@@ -11,14 +11,14 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.e2e
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(600)
 def test_the_quickstart_corrects_the_students_habit(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "cluster", "run", "configs/quickstart.yaml", f"output_dir={tmp_path}", "seed=1"],
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=380,
+        timeout=580,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     summary = json.loads((tmp_path / "quickstart" / "summary.json").read_text())

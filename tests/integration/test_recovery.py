@@ -22,7 +22,7 @@ def start(output: Path, name: str) -> subprocess.Popen[bytes]:
 
 
 def wait_for_lines(file: Path, count: int, process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 240
     while not file.exists() or file.read_bytes().count(b"\n") < count:
         assert process.poll() is None and time.monotonic() < deadline, "the campaign did not get that far"
         time.sleep(0.05)
@@ -38,16 +38,16 @@ def kill(role: str, campaign: subprocess.Popen[bytes]) -> None:
 
 
 @pytest.mark.integration
-@pytest.mark.timeout(280)
+@pytest.mark.timeout(900)
 def test_a_campaign_whose_actors_are_killed_ends_with_the_same_bits(tmp_path: Path) -> None:
     calm = start(tmp_path, "calm")
-    assert calm.wait(120) == 0, calm.stderr and calm.stderr.read()[-2000:]
+    assert calm.wait(300) == 0, calm.stderr and calm.stderr.read()[-2000:]
     stormy = start(tmp_path, "stormy")
     metrics = tmp_path / "stormy" / "metrics.jsonl"
     for lines, role in ((3, "TeacherActor"), (6, "Learner"), (10, "RolloutActor")):
         wait_for_lines(metrics, lines, stormy)
         kill(role, stormy)
-    assert stormy.wait(150) == 0, stormy.stderr and stormy.stderr.read()[-2000:]
+    assert stormy.wait(400) == 0, stormy.stderr and stormy.stderr.read()[-2000:]
 
     last = Path("checkpoints", "step_00000014", "model.safetensors")
     assert (tmp_path / "calm" / last).read_bytes() == (tmp_path / "stormy" / last).read_bytes()
