@@ -11,14 +11,12 @@ from transformers import AutoModelForCausalLM
 
 from actors.config import RolloutConfig, SamplingConfig
 from actors.errors import WeightError
-from actors.trajectory import Requests, Trajectories, offsets_of
 from actors.vllm_engine import VllmEngine
-from actors.weights import WeightVersion, pack
+from actors.weights import WeightVersion
+from tests.tiny_engine import OPTIONS, SAMPLING, ask, change, difference, publish
 from tests.tiny_models import make_tiny_model
 
 pytestmark = pytest.mark.integration
-SAMPLING = SamplingConfig(max_response_tokens=16)
-OPTIONS = {"max_num_seqs": 16, "kv_cache_memory_bytes": 64 << 20}
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
@@ -27,41 +25,6 @@ def parts(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     engine = VllmEngine(str(path), RolloutConfig(dtype="float32", engine=OPTIONS), SAMPLING, stop_token_ids=[2])
     yield engine, AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     engine.close()
-
-
-def publish(model: Any, version: int) -> tuple[WeightVersion, list[np.ndarray]]:
-    *buckets, manifest = pack(version, list(model.named_parameters()), "float32", 40_000)
-    return manifest, buckets  # type: ignore[return-value]
-
-
-def change(model: Any, seed: int) -> None:
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
-
-
-def ask(prompts: list[list[int]], seed: int = 0) -> Requests:
-    return Requests(
-        ids=np.array([(0, i, 0) for i in range(len(prompts))]),
-        seeds=np.arange(len(prompts)) + seed,
-        prompt_tokens=np.concatenate(prompts).astype(np.int32),
-        prompt_offsets=offsets_of(map(len, prompts)),
-    )
-
-
-def difference(model: Any, written: Trajectories) -> float:
-    """Largest difference between the recorded log-probs and a plain forward pass of each sequence."""
-    worst = 0.0
-    for i in range(len(written)):
-        prompt = written.prompt_tokens[slice(*written.prompt_offsets[i : i + 2])]
-        span = slice(*written.response_offsets[i : i + 2])
-        tokens = torch.from_numpy(np.concatenate([prompt, written.response_tokens[span]]).astype(np.int64))
-        with torch.no_grad():
-            logprobs = torch.log_softmax(model(tokens[None]).logits[0, len(prompt) - 1 : -1], -1)
-        expected = logprobs.gather(-1, tokens[len(prompt) :, None])[:, 0].numpy()
-        worst = max(worst, float(np.abs(expected - written.behaviour_logprobs[span]).max()))
-    return worst
 
 
 def read_back(module: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -1,0 +1,165 @@
+"""What a real vLLM engine samples and records: seeds, stops, filters, errors, and calls that overlap."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from actors.config import RolloutConfig, SamplingConfig
+from actors.errors import CampaignError, UserError
+from actors.trajectory import FINISH_REASONS, Requests, Trajectories, offsets_of
+from actors.vllm_engine import VllmEngine
+from tests.tiny_engine import OPTIONS, ask, difference, publish
+from tests.tiny_models import make_tiny_model
+
+pytestmark = pytest.mark.integration
+STOPS = [1, *range(6, 20)]
+SAMPLING = SamplingConfig(max_response_tokens=8, stop_token_ids=STOPS[1:])
+FILTERED = SamplingConfig(temperature=0.7, top_p=0.9, top_k=12, max_response_tokens=6)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    path = make_tiny_model(tmp_path_factory.mktemp("model") / "m")
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+
+
+def make(model: Any, sampling: SamplingConfig, **options: Any) -> VllmEngine:
+    config = RolloutConfig(dtype="float32", engine=OPTIONS | options)
+    return VllmEngine(model.config._name_or_path, config, sampling, stop_token_ids=[1])
+
+
+@pytest.fixture(scope="module")
+def engine(model: Any) -> Iterator[VllmEngine]:
+    engine = make(model, SAMPLING)
+    engine.load_weights(*publish(model, 0)).result(timeout=60)
+    yield engine
+    engine.close()
+
+
+def prompts(count: int, seed: int = 0) -> list[list[int]]:
+    rng = np.random.default_rng(seed)
+    return [rng.integers(20, 90, rng.integers(3, 12)).tolist() for _ in range(count)]
+
+
+def responses(written: Trajectories) -> list[list[int]]:
+    return [part.tolist() for part in np.split(written.response_tokens, written.response_offsets[1:-1])]
+
+
+def test_a_response_ends_with_its_stop_token_or_at_the_limit(engine: VllmEngine) -> None:
+    written = engine.generate(ask(prompts(40)), SAMPLING).result(timeout=60)
+    found = [FINISH_REASONS[reason] for reason in written.finish_reasons]
+    assert set(found) == {"stop", "length"}
+    for response, reason in zip(responses(written), found, strict=True):
+        assert not set(response[:-1]) & set(STOPS)
+        assert (response[-1] in STOPS) == (reason == "stop")
+        assert len(response) == 8 or reason == "stop"
+
+
+def test_the_order_of_requests_changes_no_sample(engine: VllmEngine) -> None:
+    texts = prompts(12)
+    order = np.random.default_rng(1).permutation(12)
+    straight = ask(texts)
+    shuffled = Requests(
+        ids=straight.ids[order],
+        seeds=straight.seeds[order],
+        prompt_tokens=np.concatenate([texts[i] for i in order]).astype(np.int32),
+        prompt_offsets=offsets_of(len(texts[i]) for i in order),
+    )
+    first = engine.generate(straight, SAMPLING).result(timeout=60)
+    second = engine.generate(shuffled, SAMPLING).result(timeout=60)
+    np.testing.assert_array_equal(second.ids, straight.ids[order])
+    assert responses(second) == [responses(first)[i] for i in order]
+
+
+def test_samples_of_one_prompt_differ_by_their_seeds(engine: VllmEngine) -> None:
+    written = engine.generate(ask([prompts(1)[0]] * 8), SAMPLING).result(timeout=60)
+    assert len({tuple(response) for response in responses(written)}) > 4
+
+
+def test_greedy_answers_are_those_of_a_plain_forward_pass(engine: VllmEngine, model: Any) -> None:
+    texts = prompts(6)
+    written = engine.generate(ask(texts), SAMPLING, greedy=True).result(timeout=60)
+    for prompt, response in zip(texts, responses(written), strict=True):
+        text = list(prompt)
+        while len(text) < len(prompt) + 8 and (len(text) == len(prompt) or text[-1] not in STOPS):
+            with torch.no_grad():
+                text.append(int(model(torch.tensor([text])).logits[0, -1].argmax()))
+        assert response == text[len(prompt) :]
+    assert difference(model, written) < 2e-5
+
+
+def test_calls_that_overlap_get_their_own_answers(engine: VllmEngine) -> None:
+    alone = [engine.generate(ask(prompts(5, i), seed=i), SAMPLING).result(timeout=60) for i in range(4)]
+    together = [engine.generate(ask(prompts(5, i), seed=i), SAMPLING) for i in range(4)]
+    for expected, future in zip(alone, together, strict=True):
+        assert responses(future.result(timeout=60)) == responses(expected)
+
+
+def test_a_prompt_that_does_not_fit_fails_its_own_call_only(engine: VllmEngine) -> None:
+    other = engine.generate(ask(prompts(5)), SAMPLING)
+    with pytest.raises(Exception, match="300 input tokens"):
+        engine.generate(ask([*prompts(2), [20] * 300, *prompts(2)]), SAMPLING).result(timeout=60)
+    again = engine.generate(ask(prompts(5)), SAMPLING).result(timeout=60)
+    assert responses(again) == responses(other.result(timeout=60))
+
+
+def test_what_is_aborted_ends_in_an_error_and_the_engine_works_on(engine: VllmEngine, model: Any) -> None:
+    before = engine.tokens_sampled
+    call = engine.generate(ask(prompts(40)), SAMPLING)
+    engine.abort().result(timeout=60)
+    with pytest.raises(CampaignError, match="aborted"):
+        call.result(timeout=60)
+    written = engine.generate(ask(prompts(3)), SAMPLING).result(timeout=60)
+    assert difference(model, written) < 2e-5
+    assert engine.tokens_sampled - before >= len(written.response_tokens)
+
+
+def processed(logits_V: torch.Tensor) -> torch.Tensor:
+    """Log-probs after temperature, top-k and nucleus, token by token as the definitions say."""
+    probabilities = torch.softmax(logits_V.double() / FILTERED.temperature, -1)
+    kept: list[int] = []
+    for token in probabilities.argsort(descending=True)[: FILTERED.top_k].tolist():
+        total = probabilities[probabilities.argsort(descending=True)[: FILTERED.top_k]].sum()
+        if probabilities[kept].sum() / total >= FILTERED.top_p:
+            break
+        kept.append(token)
+    out = torch.full_like(probabilities, -torch.inf)
+    out[kept] = (probabilities[kept] / probabilities[kept].sum()).log()
+    return out
+
+
+def test_recorded_logprobs_are_those_of_the_filtered_distribution_that_was_sampled(model: Any) -> None:
+    engine = make(model, FILTERED)
+    try:
+        engine.load_weights(*publish(model, 0)).result(timeout=60)
+        written = engine.generate(ask(prompts(16)), FILTERED).result(timeout=60)
+        for i, response in enumerate(responses(written)):
+            prompt = written.prompt_tokens[slice(*written.prompt_offsets[i : i + 2])].tolist()
+            with torch.no_grad():
+                logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+            expected = [processed(row)[token].item() for row, token in zip(logits, response, strict=True)]
+            recorded = written.behaviour_logprobs[slice(*written.response_offsets[i : i + 2])]
+            np.testing.assert_allclose(recorded, expected, atol=2e-5)
+
+        # And they are sampled as often as that says: a chi-square statistic of `kinds - 1` degrees of freedom.
+        prompt, count = prompts(1)[0], 1000
+        one = SamplingConfig(**vars(FILTERED) | {"max_response_tokens": 1})
+        drawn = engine.generate(ask([prompt] * count), one).result(timeout=120).response_tokens
+        with torch.no_grad():
+            expected_counts = count * processed(model(torch.tensor([prompt])).logits[0, -1]).exp().numpy()
+        seen = np.bincount(drawn, minlength=len(expected_counts))
+        possible = expected_counts > 0
+        assert possible.sum() >= 4 and not seen[~possible].any()
+        statistic = ((seen - expected_counts)[possible] ** 2 / expected_counts[possible]).sum()
+        assert statistic < 3 * possible.sum() + 10
+    finally:
+        engine.close()
+
+
+def test_an_unknown_engine_option_names_its_key(model: Any) -> None:
+    with pytest.raises(UserError, match=r"rollout\.engine: found .*no_such_option"):
+        make(model, SAMPLING, no_such_option=1)
