@@ -1,0 +1,218 @@
+"""`python -m cluster run` as a user types it, with tiny models, real Ray and real vLLM."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from actors.models import load_model
+from cluster.config import load_config
+from cluster.records import EVALUATION_KEYS, METRIC_KEYS, SUMMARY_KEYS, TRAJECTORY_KEYS, read_jsonl
+from tests.tiny_models import make_tiny_model
+
+ROOT = Path(__file__).resolve().parents[2]
+UPDATES = 6
+OF_TIME = re.compile(r"wall_seconds|busy_.*|publish_seconds|loop_seconds")
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(120)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Models, prompts and a configuration that names them by relative paths."""
+    path = tmp_path_factory.mktemp("work")
+    make_tiny_model(path / "student", hidden=32, layers=1, context=64)
+    make_tiny_model(path / "teacher", hidden=32, layers=1, context=64, seed=1)
+    rows = [{"prompt": f"{i}+{i}=", "answer": str(2 * i)} for i in range(10)]
+    for name, part in (("train", rows[:7]), ("heldout", rows[7:])):
+        (path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    (path / "campaign.yaml").write_text(
+        """
+name: calm
+student: {model: student}
+teachers:
+  default: {model: teacher, dtype: float32, cpus_per_replica: 0.2}
+prompts: {path: train.jsonl}
+sampling: {max_response_tokens: 10}
+rollout:
+  dtype: float32
+  cpus_per_replica: 0.2
+  engine: {kv_cache_memory_bytes: 67108864, max_num_seqs: 8}
+learner:
+  compute_dtype: float32
+  cpus_per_replica: 0.2
+  optimizer: {learning_rate: 1e-3}
+pipeline: {updates: 6, prompts_per_update: 4, samples_per_prompt: 2}
+evaluation:
+  prompts: {path: heldout.jsonl}
+  every_updates: 3
+checkpoint: {every_updates: 1, keep_last: 100}
+ray: {object_store_mebibytes: 100, start_timeout_seconds: 90}
+"""
+    )
+    return path
+
+
+def start(folder: Path, *overrides: str) -> subprocess.Popen[str]:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    return subprocess.Popen(
+        [sys.executable, "-m", "cluster", "run", "campaign.yaml", *overrides],
+        cwd=folder,
+        env={**environment, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen[str], status: int) -> tuple[str, str]:
+    """What it printed, once it has ended with this status."""
+    try:
+        out, err = process.communicate(timeout=100)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
+    assert process.returncode == status, out[-1500:] + err[-3000:]
+    return out, err
+
+
+def wait_for_step(folder: Path, name: str, step: int, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 90
+    while max((row["step"] for row in read_jsonl(folder / "runs" / name / "metrics.jsonl")), default=-1) < step:
+        assert process.poll() is None and time.monotonic() < deadline, "the campaign did not get that far"
+        time.sleep(0.02)
+
+
+def refusal(folder: Path, *overrides: str) -> str:
+    out, err = finish(start(folder, *overrides), 2)
+    assert "Traceback" not in out + err
+    [line] = err.splitlines()
+    assert re.fullmatch(r"understudy: .+: found .+, expected .+", line)
+    return line
+
+
+def without_times(row: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in row.items() if not OF_TIME.fullmatch(key)}
+
+
+@pytest.fixture(scope="module")
+def calm(folder: Path) -> Iterator[Path]:
+    """The run directory of a campaign that nothing disturbed."""
+    out, _ = finish(start(folder), 0)
+    assert str(folder / "runs" / "calm" / "report.html") in out
+    yield folder / "runs" / "calm"
+
+
+def test_a_run_directory_has_every_file_and_key_of_the_contract(calm: Path, folder: Path) -> None:
+    assert load_config(calm / "config.yaml") == load_config(folder / "campaign.yaml")
+    before, *rows = read_jsonl(calm / "metrics.jsonl")
+    assert [before["step"], *(row["step"] for row in rows)] == list(range(UPDATES + 1))
+    assert before.keys() >= {"eval/accuracy", "eval/reverse_kl", "eval/accuracy_teacher"}
+    for row in rows:
+        assert row.keys() >= set(METRIC_KEYS)
+        assert row["policy_version"] == row["step"]
+        assert row["staleness_max"] == row["dropped"] == 0
+        assert row["trajectories"] == 8 * row["step"]
+        assert row["engine_logprob_abs_diff"] < 1e-4
+        assert (row.keys() >= set(EVALUATION_KEYS)) == (row["step"] in (3, 6))
+    kinds = [row["kind"] for row in read_jsonl(calm / "events.jsonl")]
+    assert {"started", "actor_started", "checkpoint", "finished"} <= set(kinds)
+    assert kinds.count("checkpoint") == UPDATES
+    for step in (0, 3, 6):
+        kept = read_jsonl(calm / "trajectories" / f"step_{step:08d}.jsonl")
+        assert len(kept) == 3
+        for row in kept:
+            assert row.keys() >= set(TRAJECTORY_KEYS)
+            assert len(row["tokens"]) == len(row["student_logprobs"]) == len(row["teacher_logprobs"])
+    summary = json.loads((calm / "summary.json").read_text())
+    assert summary.keys() >= set(SUMMARY_KEYS)
+    assert summary["updates"] == UPDATES
+    assert summary["faults"] == 0
+    assert summary["ledger"] == {
+        "issued": 48, "waiting": 0, "sampled": 0, "scored": 0, "trained": 48, "dropped": 0,
+    }  # fmt: skip
+    assert "<html" in (calm / "report.html").read_text()
+
+
+def test_a_checkpoint_is_a_model_that_loads_and_has_learnt(calm: Path, folder: Path) -> None:
+    last = calm / "checkpoints" / f"step_{UPDATES:08d}"
+    trained, untrained = (
+        dict(load_model(str(path), "float32", "cpu", False, "a").named_parameters())
+        for path in (last, folder / "student")
+    )
+    assert trained.keys() == untrained.keys()
+    assert all(not trained[name].equal(untrained[name]) for name in trained)
+    assert {p.name for p in (last / "training").iterdir()} == {
+        "optimizer.safetensors", "learner.json", "campaign.json",
+    }  # fmt: skip
+
+
+def test_a_finished_campaign_is_not_run_again_and_is_refused_another_configuration(calm: Path, folder: Path) -> None:
+    before = {path: path.read_bytes() for path in calm.iterdir() if path.is_file()}
+    started = time.monotonic()
+    finish(start(folder), 0)
+    line = refusal(folder, "learner.optimizer.learning_rate=0.01")
+    assert "learner.optimizer.learning_rate=0.001 where this one has 0.01" in line
+    assert before == {path: path.read_bytes() for path in calm.iterdir() if path.is_file()}
+    assert time.monotonic() - started < 60
+
+
+@pytest.mark.timeout(240)
+def test_killed_given_more_updates_and_interrupted_equals_undisturbed_bit_for_bit(calm: Path, folder: Path) -> None:
+    stormy = folder / "runs" / "stormy"
+    process = start(folder, "name=stormy", "pipeline.updates=100")
+    wait_for_step(folder, "stormy", 2, process)
+    process.kill()
+    process.communicate()
+
+    finish(start(folder, "name=stormy", "pipeline.updates=4"), 0)
+    assert json.loads((stormy / "summary.json").read_text())["ledger"]["trained"] == 4 * 8
+
+    process = start(folder, "name=stormy", "pipeline.updates=100")
+    wait_for_step(folder, "stormy", 5, process)
+    process.send_signal(signal.SIGINT)
+    _, err = finish(process, 130)
+    assert "a checkpoint is written" in err and "Traceback" not in err
+    assert "interrupted" in {row["kind"] for row in read_jsonl(stormy / "events.jsonl")}
+    summary = json.loads((stormy / "summary.json").read_text())
+    newest = max(path.name for path in (stormy / "checkpoints").iterdir())
+    assert newest == f"step_{summary['updates']:08d}"
+    assert summary["ledger"]["trained"] == 8 * summary["updates"]
+
+    for step in (3, 4, 5):
+        for name in ("model.safetensors", "training/optimizer.safetensors"):
+            path = Path("checkpoints", f"step_{step:08d}", name)
+            assert (calm / path).read_bytes() == (stormy / path).read_bytes(), path
+    ours, theirs = (read_jsonl(run / "metrics.jsonl") for run in (calm, stormy))
+    assert [row["step"] for row in theirs] == list(range(len(theirs)))
+    for mine, other in zip(ours[:6], theirs[:6], strict=True):  # the fourth was evaluated as it was the last for a time
+        assert without_times(mine) == {key: other[key] for key in without_times(mine)}
+
+
+def test_more_actors_than_the_cluster_holds_are_refused_at_once(folder: Path) -> None:
+    started = time.monotonic()
+    line = refusal(folder, "name=many", "rollout.replicas=500")
+    assert time.monotonic() - started < 60
+    assert line.startswith("understudy: rollout.replicas: found 100.4 CPUs asked (rollout 500 x 0.2")
+    assert re.search(r"at most the \d+ CPUs of the cluster", line)
+
+
+def test_a_loss_that_is_no_number_ends_with_the_step_and_the_trajectory_and_a_good_checkpoint(folder: Path) -> None:
+    settings = ("name=wild", "learner.optimizer.learning_rate=1e30", "evaluation.prompts=null")
+    out, err = finish(start(folder, *settings), 1)
+    assert "Traceback" not in out + err
+    [line] = err.splitlines()
+    assert re.match(r"understudy: update 2: the (loss|gradient's norm) is .* \(trajectories \d+/\d+/\d+", line)
+    assert "the last checkpoint is good" in line
+    wild = folder / "runs" / "wild"
+    assert [path.name for path in (wild / "checkpoints").iterdir()] == ["step_00000001"]
+    load_model(str(wild / "checkpoints" / "step_00000001"), "float32", "cpu", False, "a")
+    assert [row["step"] for row in read_jsonl(wild / "metrics.jsonl")] == [1]
