@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actors.batching import group_by_budget, microbatches
+from actors.batching import Microbatch, group_by_budget, microbatches
 from actors.trajectory import offsets_of
 
 
@@ -35,3 +35,19 @@ def test_positions_predict_the_tokens_that_follow() -> None:
             assert batch.input_ids[i].tolist() == [*text, *[0] * (batch.input_ids.shape[1] - len(text))]
         seen += batch.tokens.tolist()
     assert sorted(seen) == list(range(len(responses)))
+
+
+@given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 15)), min_size=1, max_size=30), st.integers(1, 90))
+def test_the_micro_batches_are_a_function_of_the_lengths_alone(lengths: list[tuple[int, int]], budget: int) -> None:
+    before, after = (np.array(column) for column in zip(*lengths, strict=True))
+
+    def cut(first_token: int) -> list[Microbatch]:
+        prompts, responses = np.arange(before.sum()) + first_token, np.arange(after.sum()) + first_token
+        return microbatches(prompts, offsets_of(before), responses, offsets_of(after), budget)
+
+    batches = cut(1)
+    assert sorted(np.concatenate([batch.rows for batch in batches]).tolist()) == list(range(len(lengths)))
+    for batch, other in zip(batches, cut(1000), strict=True):
+        assert batch.input_ids.size <= budget or len(batch.rows) == 1
+        for name in ("rows", "positions", "tokens"):
+            np.testing.assert_array_equal(getattr(batch, name), getattr(other, name))

@@ -41,3 +41,29 @@ def test_a_chunk_is_not_kept_for_the_backward_pass() -> None:
 def test_no_tokens_give_empty_results() -> None:
     (found,) = chunked_head(torch.zeros(0, 4), torch.randn(9, 4), None, lambda lp, rows: (lp[:, 0],), chunk_tokens=8)
     assert found.shape == (0,)
+
+
+def test_gradients_are_those_of_double_precision_to_single_precision() -> None:
+    torch.manual_seed(1)
+    hidden, weight = torch.randn(50, 16, dtype=torch.float64), torch.randn(300, 16, dtype=torch.float64)
+    tokens = torch.randint(300, (50,))
+
+    def gradients(dtype: torch.dtype, chunk_tokens: int | None) -> tuple[torch.Tensor, ...]:
+        h, w = (tensor.to(dtype).requires_grad_() for tensor in (hidden, weight))
+        if chunk_tokens is None:
+            chosen = token_logprobs(torch.log_softmax(h @ w.T, -1), tokens)
+        else:
+            (chosen,) = chunked_head(
+                h, w, None, lambda lp, rows: (token_logprobs(lp, tokens[rows]),), chunk_tokens=chunk_tokens
+            )
+        return torch.autograd.grad(chosen.sum(), (h, w))
+
+    exact = gradients(torch.float64, None)
+    for chunk_tokens in (1, 7, 50):
+        for found, wanted in zip(gradients(torch.float32, chunk_tokens), exact, strict=True):
+            torch.testing.assert_close(found.double(), wanted, rtol=0, atol=1e-5)
+
+
+def test_an_impossible_token_adds_nothing_to_the_entropy() -> None:
+    logprobs = torch.tensor([[0.5, 0.5, 0.0], [1.0, 0.0, 0.0]]).log()
+    torch.testing.assert_close(entropy(logprobs), torch.tensor([0.6931472, 0.0]))

@@ -116,3 +116,24 @@ def test_its_own_answers_are_those_of_greedy_decoding(path: Path) -> None:
             with torch.no_grad():
                 text.append(int(model(torch.tensor([text])).logits[0, -1].argmax()))
         assert response[offsets[i] : offsets[i + 1]].tolist() == text[len(prompt) :]
+
+
+def test_a_score_that_is_no_number_is_missing_and_counted(tmp_path: Path) -> None:
+    path = make_tiny_model(tmp_path / "m", hidden=32, layers=1, tie=False)
+    model: Any = AutoModelForCausalLM.from_pretrained(path)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[39] = np.nan  # whoever has read this token knows nothing any more
+    model.save_pretrained(path)
+    t = written()
+    texts = [
+        np.concatenate([t.prompt_tokens[slice(*t.prompt_offsets[i : i + 2])], response])
+        for i, response in enumerate(np.split(t.response_tokens, t.response_offsets[1:-1]))
+    ]
+    healthy = np.repeat([39 not in text for text in texts], t.lengths)
+    lost = np.concatenate([np.cumsum(text == 39)[-n - 1 : -1] > 0 for text, n in zip(texts, t.lengths, strict=True)])
+    assert healthy.any() and lost.any()
+    for budget in (20, 10_000):
+        counts, scores = make(path, microbatch_tokens=budget).score(t.ids, t)
+        missing = np.isnan(scores.logprobs)
+        assert missing[lost].all() and not missing[healthy].any()  # whatever else was in the same forward pass
+        assert counts.missing == missing.sum()

@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from actors.errors import WeightError
 from actors.weights import WeightVersion, pack, unpack, verify
@@ -60,3 +62,33 @@ def test_a_missing_or_shortened_bucket_is_refused() -> None:
         verify(manifest, buckets[:-1])
     with pytest.raises(WeightError, match="expected"):
         verify(manifest, [*buckets[:-1], buckets[-1][:-1]])
+
+
+@given(
+    st.lists(st.lists(st.integers(1, 9), max_size=3), min_size=1, max_size=20),
+    st.sampled_from(["float32", "bfloat16"]),
+    st.integers(1, 600),
+)
+def test_any_tensors_in_any_buckets_come_back_to_the_bit(shapes: list[list[int]], dtype: str, size: int) -> None:
+    rng = np.random.default_rng(len(shapes))
+    named = [  # any bit pattern is a float: not-a-numbers, infinities, subnormals; transposed, so not contiguous
+        (str(i), torch.from_numpy(rng.integers(0, 256, (*shape, 4), np.uint8).view(np.float32)[..., 0].T))
+        for i, shape in enumerate(shapes)
+    ]
+    *buckets, manifest = pack(0, named, dtype, size)
+    assert isinstance(manifest, WeightVersion)
+    verify(manifest, buckets)  # type: ignore[arg-type]
+    assert [entry.name for entry in manifest.tensors] == [name for name, _ in named]
+    ends = [0] * len(buckets)
+    for entry in manifest.tensors:  # in order, none over another, and none in a bucket that is too full for it
+        assert entry.offset >= ends[entry.bucket]
+        ends[entry.bucket] = entry.offset + entry.nbytes
+        assert ends[entry.bucket] <= size or entry.offset == 0
+    assert ends == list(manifest.bucket_bytes)
+    for (_, tensor), (_, found) in zip(named, unpack(manifest, buckets), strict=True):  # type: ignore[arg-type]
+        wanted = tensor.to(getattr(torch, dtype)).contiguous()
+        assert found.shape == wanted.shape
+        bits, wanted_bits = (t.reshape(-1).view(torch.uint8).reshape(-1, t.itemsize) for t in (found, wanted))
+        # What is no number stays so, but a cast may give it another of its bit patterns.
+        same = (bits == wanted_bits).all(1) | ((found.isnan() & wanted.isnan()).reshape(-1) & (dtype != "float32"))
+        assert same.all()
