@@ -59,22 +59,28 @@ def atomic_directory(target: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    if target.exists():
-        shutil.rmtree(target)
+    doomed = _set_aside(target) if target.exists() else None
     os.replace(temporary, target)
     _fsync(target.parent)
+    if doomed:
+        shutil.rmtree(doomed)
 
 
 def prune(checkpoints: Path, keep_last: int) -> list[int]:
     """Removes all but the newest `keep_last` checkpoints; returns the steps that were removed."""
     removed = checkpoint_steps(checkpoints)[:-keep_last]
     for step in removed:
-        # Renamed first: a removal that is interrupted must not leave half a checkpoint under a step's name.
-        doomed = step_directory(checkpoints, step).rename(checkpoints / f".step_{step:08d}.removed")
-        shutil.rmtree(doomed)
+        shutil.rmtree(_set_aside(step_directory(checkpoints, step)))
     for leftover in checkpoints.glob(".step_*.removed"):
         shutil.rmtree(leftover, ignore_errors=True)
     return removed
+
+
+def _set_aside(directory: Path) -> Path:
+    """Renames what is to be removed: a removal that is interrupted must not leave half a checkpoint under a step's name."""
+    doomed = directory.with_name(f".{directory.name}.removed")
+    shutil.rmtree(doomed, ignore_errors=True)
+    return directory.rename(doomed)
 
 
 def write_json(path: Path, content: Any) -> None:

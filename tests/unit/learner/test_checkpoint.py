@@ -1,5 +1,7 @@
 """Checkpoint directories: whole or not there."""
 
+import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -60,3 +62,52 @@ def test_a_damaged_state_is_the_users_to_know(tmp_path: Path) -> None:
     (tmp_path / "state.json").write_text('{"step": ')
     with pytest.raises(UserError, match="a complete checkpoint"):
         read_json(tmp_path / "state.json")
+
+
+def killed_before(operation: int, folder: Path) -> bool:
+    """Rewrites step 7 and prunes, in a process that dies before this file operation; False: it ended."""
+    child = os.fork()
+    if child == 0:
+        left = operation
+
+        def die(event: str, _arguments: tuple) -> None:
+            nonlocal left
+            if event in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir"):
+                left -= 1
+                if left < 0:
+                    os._exit(9)
+
+        sys.addaudithook(die)
+        try:
+            with atomic_directory(step_directory(folder, 7)) as directory:
+                (directory / "training").mkdir()
+                for name in ("weights", "training/state"):
+                    (directory / name).write_text("new")
+            prune(folder, 2)
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert status in (0, 9)
+    return status == 9
+
+
+def test_whenever_a_process_is_killed_what_has_a_steps_name_is_whole(tmp_path: Path) -> None:
+    operation = 0
+    while True:
+        folder = tmp_path / str(operation)
+        for step in (5, 6, 7):
+            (step_directory(folder, step) / "training").mkdir(parents=True)
+            for name in ("weights", "training/state"):
+                (step_directory(folder, step) / name).write_text("old")
+        killed = killed_before(operation, folder)
+        for step in checkpoint_steps(folder):
+            directory = step_directory(folder, step)
+            assert (directory / "weights").read_text() == (directory / "training" / "state").read_text()
+        assert checkpoint_steps(folder)
+        assert not killed_before(10_000, folder)  # the next process is not troubled by what is left
+        assert sorted(path.name for path in folder.iterdir()) == ["step_00000006", "step_00000007"]
+        if not killed:
+            break
+        operation += 1
+    assert operation > 20
