@@ -229,7 +229,8 @@ def response_head(model: PreTrainedModel, key: str) -> tuple[torch.nn.Module, to
     """(body, weight [V, H], bias [V] or None): logits = body(input_ids).last_hidden_state @ weight.T + bias.
 
     Runs the model once on a few tokens, with a stand-in for what the head returns, and compares exactly, so that a
-    small soft cap shows as well as a large one. UserError: the architecture does something before or after its head.
+    small soft cap shows as well as a large one. UserError: the architecture does something before or after its head,
+    or the weights are not finite.
     """
     import torch
 
@@ -255,6 +256,8 @@ def response_head(model: PreTrainedModel, key: str) -> tuple[torch.nn.Module, to
         finally:
             for hook in hooks:
                 hook.remove()
+        if "hidden" in seen and not seen["hidden"].isfinite().all():
+            raise UserError(key, "a model whose hidden states are not finite", "weights that are finite numbers")
         plain = {"hidden", "output"} <= seen.keys() and all(
             torch.equal(a, b.to(a.dtype)) for a, b in ((seen["input"], seen["hidden"]), (logits, seen["output"]))
         )

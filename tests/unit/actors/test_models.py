@@ -347,6 +347,13 @@ def test_a_model_that_scales_the_hidden_state_before_the_head_is_refused(tiny):
         response_head(model, KEY)
 
 
+def test_weights_that_are_no_numbers_are_not_taken_for_an_unknown_architecture(tiny):
+    model = load(tiny)
+    torch.nn.init.constant_(model.model.norm.weight, float("nan"))
+    with pytest.raises(UserError, match="found a model whose hidden states are not finite"):
+        response_head(model, KEY)
+
+
 def test_a_head_with_a_bias_is_returned_with_it(tiny):
     model = load(tiny)
     model.lm_head.bias = torch.nn.Parameter(torch.randn(102))
