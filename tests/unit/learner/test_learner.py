@@ -9,10 +9,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from actors.errors import NonFiniteLossError
-from actors.trajectory import select_scores, select_trajectories
+from actors.trajectory import offsets_of, select_scores, select_trajectories
 from actors.weights import WeightVersion, unpack
-from learner.config import ObjectiveConfig
+from learner.config import ObjectiveConfig, OptimizerConfig
 from learner.learner import Learner
+from tests.tiny_models import make_tiny_model
 from tests.tiny_updates import make_learner, sampled, weights_of
 
 
@@ -122,3 +123,103 @@ def test_an_update_of_no_scored_token_is_harmless(models: dict[str, Path]) -> No
     nothing = replace(scores, logprobs=np.full_like(scores.logprobs, np.nan))
     metrics = learner.update(written.ids, written, nothing)
     assert metrics["tokens_trained"] == 0 and metrics["loss"] == 0 and metrics["grad_norm"] == 0
+
+
+# Steps are compared where AdamW divides by something larger than rounding.
+STEADY = OptimizerConfig(
+    learning_rate=1e-3, warmup_updates=1, schedule="linear", final_fraction=0.1, weight_decay=0.1, epsilon=1e-3
+)
+
+
+@pytest.mark.parametrize("estimator", ["immediate", "full"])
+def test_updates_are_those_of_a_plain_loop(estimator: str, models: dict[str, Path]) -> None:
+    written, scores = sampled(models, "other")
+    objective = ObjectiveConfig(estimator=estimator)  # type: ignore[arg-type]
+    learner = make_learner(models, objective=objective, optimizer=STEADY, microbatch_tokens=30, head_chunk_tokens=4)
+    plain = AutoModelForCausalLM.from_pretrained(models["student"], dtype=torch.float32).eval()
+    matrices = [p for p in plain.parameters() if p.ndim > 1]
+    others = [p for p in plain.parameters() if p.ndim == 1]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), eps=1e-3)
+    before = weights_of(learner)
+    for rate in (0.5e-3, 0.9e-3, 0.8e-3):  # of ten updates: half a warm-up, then a ninth of the way down each
+        metrics = learner.update(written.ids, written, scores)
+        losses = []
+        for i in range(len(written)):
+            span = slice(*written.response_offsets[i : i + 2])
+            prompt = written.prompt_tokens[slice(*written.prompt_offsets[i : i + 2])]
+            text = torch.from_numpy(np.concatenate([prompt, written.response_tokens[span]]).astype(np.int64))
+            student = torch.log_softmax(plain(text[None]).logits[0, len(prompt) - 1 : -1], -1)
+            teacher = torch.from_numpy(scores.support_logprobs[span])
+            if estimator == "full":
+                losses.append((student.exp() * (student - teacher)).sum(-1))
+                continue
+            chosen = student.gather(-1, text[len(prompt) :, None])[:, 0]
+            advantage = (chosen - torch.from_numpy(scores.logprobs[span])).detach()
+            ratio = (chosen - torch.from_numpy(written.behaviour_logprobs[span])).exp()
+            losses.append(torch.maximum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage))
+        optimizer.zero_grad()
+        loss = torch.cat(losses).mean()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        assert metrics["learning_rate"] == pytest.approx(rate)
+        assert metrics["loss"] == pytest.approx(loss.item(), rel=1e-5, abs=1e-6)
+        assert metrics["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+    after = weights_of(learner)
+    expected = [p.detach().reshape(-1) for _, p in plain.named_parameters()]
+    assert (after - before).abs().max() > 1e-4
+    torch.testing.assert_close(after, torch.cat(expected), rtol=0, atol=1e-6)
+
+
+def test_the_weights_do_not_depend_on_the_micro_batches(models: dict[str, Path]) -> None:
+    written, scores = sampled(models, "other")
+    found = []
+    for microbatch_tokens in (1, 25, 10_000):
+        learner = make_learner(models, optimizer=STEADY, microbatch_tokens=microbatch_tokens)
+        for _ in range(2):
+            learner.update(written.ids, written, scores)
+        found.append(weights_of(learner))
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=0, atol=1e-6)
+
+
+def test_tokens_without_a_score_at_the_ends_are_as_if_they_had_not_been_written(models: dict[str, Path]) -> None:
+    written, scores = sampled(models, "other", "sampled")
+    lengths = written.lengths
+    kept = np.concatenate([np.arange(n) < n - 2 for n in lengths])
+    masked, shorter = make_learner(models, optimizer=STEADY), make_learner(models, optimizer=STEADY)
+    masked.update(
+        written.ids, written, replace(scores, logprobs=np.where(kept, scores.logprobs, np.nan).astype(np.float32))
+    )
+    cut = {name: getattr(written, name)[kept] for name in ("response_tokens", "behaviour_logprobs", "policy_versions")}
+    support = {name: getattr(scores, name)[kept] for name in ("logprobs", "support_ids", "support_logprobs")}
+    offsets = offsets_of(lengths - 2)
+    shorter.update(
+        written.ids,
+        replace(written, response_offsets=offsets, **cut),
+        replace(scores, response_offsets=offsets, **support),
+    )
+    torch.testing.assert_close(weights_of(masked), weights_of(shorter), rtol=0, atol=1e-6)
+
+
+def test_a_weight_that_is_no_number_names_the_trajectory_that_meets_it(models: dict[str, Path], tmp_path: Path) -> None:
+    written, scores = sampled(models, "other")
+    parts = np.split(written.response_tokens, written.response_offsets[1:-1])
+    texts = [
+        {*written.prompt_tokens[slice(*written.prompt_offsets[i : i + 2])].tolist(), *part.tolist()}
+        for i, part in enumerate(parts)
+    ]
+    token, place = next((t, i) for i, text in enumerate(texts) for t in text if sum(t in other for other in texts) == 1)
+    broken = AutoModelForCausalLM.from_pretrained(make_tiny_model(tmp_path / "m", hidden=32, layers=1, tie=False))
+    with torch.no_grad():
+        broken.model.embed_tokens.weight[token] = np.nan
+    broken.save_pretrained(tmp_path / "m")
+    learner = make_learner({**models, "student": tmp_path / "m"}, microbatch_tokens=1)
+    before = weights_of(learner)
+    name = "/".join(map(str, written.ids[place]))
+    with pytest.raises(NonFiniteLossError, match=rf"update 1: the loss is nan \(trajectories {name}\)"):
+        learner.update(written.ids, written, scores)
+    assert torch.equal(weights_of(learner).view(torch.int32), before.view(torch.int32))
