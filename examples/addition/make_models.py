@@ -32,8 +32,6 @@ CHAT_TEMPLATE = (
 )
 BAD_HABIT = 0.6
 """How often a carry is dropped in the student's lessons."""
-LONGEST_ANSWER = 64
-"""Tokens, the end of the sequence included: 5 or 6 columns of 9 characters and a result of at most 6 digits."""
 
 
 def worked_sum(a: int, b: int, rng: random.Random, bad_habit: float = 0.0) -> str:
