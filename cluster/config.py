@@ -353,6 +353,15 @@ def _check_objective(config: CampaignConfig) -> None:
         raise UserError(f"{key}.divergence", objective.divergence, "reverse_kl, or estimator=full")
     if objective.divergence != "reverse_kl" and (objective.log_ratio_clip or objective.log_ratio_power):
         raise UserError(f"{key}.divergence", objective.divergence, "reverse_kl, where the log-ratio is bounded")
+    bounds = ("log_ratio_clip", objective.log_ratio_clip), ("log_ratio_power", objective.log_ratio_power)
+    for name, bound in (
+        *bounds,
+        ("proximal_weight", None if objective.proximal_weight == 1 else objective.proximal_weight),
+    ):
+        if bound is not None and objective.estimator == "to_go_expected":
+            raise UserError(
+                f"{key}.{name}", bound, "no bound: to_go_expected adds exact KLs, and would mix two different costs"
+            )
     if objective.divergence == "jsd" and objective.mixture == 1:
         raise UserError(f"{key}.mixture", 1, "a number < 1 for jsd")
     if (objective.aggregation == "constant") != (objective.aggregation_constant is not None):

@@ -96,7 +96,8 @@ class Learner:
         metrics = sums.means() | {"grad_norm": norm, "learning_rate": rate, "beta": self._beta, "step_scale": scale}
         target = self._config.objective.trust_region.target_kl
         if target is not None:
-            self._beta = adapted_beta(self._beta, metrics["forward_kl_old"], target)
+            # After the last step: before it, a single on-policy step has not moved yet.
+            self._beta = adapted_beta(self._beta, self._forward_kl(batch, np.arange(len(ids))), target)
         metrics["busy_seconds"] = time.perf_counter() - start
         self._busy_seconds += metrics["busy_seconds"]
         return metrics

@@ -91,10 +91,16 @@ def test_a_step_beyond_the_hard_limit_is_taken_back_until_it_holds(models: dict[
 
 def test_beta_follows_the_target(models: dict[str, Path]) -> None:
     written, scores = sampled(models, "other")
-    region = TrustRegionConfig(beta=0.5, target_kl=1e-3)
+    region = TrustRegionConfig(beta=0.5, target_kl=1.0)
     learner = make_learner(models, objective=ObjectiveConfig(trust_region=region))
     betas = [learner.update(written.ids, written, scores)["beta"] for _ in range(3)]
-    assert betas[:2] == [0.5, 0.25]  # nothing has moved in the first step: KL 0
+    assert betas[:2] == [0.5, 0.25]  # the first step's KL is far below the target
+    far = make_learner(
+        models,
+        optimizer=OptimizerConfig(learning_rate=0.05, warmup_updates=0),
+        objective=ObjectiveConfig(trust_region=TrustRegionConfig(beta=0.5, target_kl=1e-6)),
+    )
+    assert [far.update(written.ids, written, scores)["beta"] for _ in range(2)] == [0.5, 1.0]
 
 
 def test_engine_mismatch_is_masked_out(models: dict[str, Path]) -> None:
