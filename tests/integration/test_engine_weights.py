@@ -66,10 +66,12 @@ def test_the_engine_holds_the_published_bytes_after_every_version(parts: tuple[V
                     [own[f"{layer}.mlp.{x}_proj.weight"] for x in ("gate", "up")]
                 ),
                 f"{layer}.mlp.down_proj.packed": own[f"{layer}.mlp.down_proj.weight"],
-                f"{layer}.input_layernorm.weight": own[f"{layer}.input_layernorm.weight"],
             }
+            for norm in ("input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm"):
+                expected[f"{layer}.{norm}.weight"] = own[f"{layer}.{norm}.weight"]
         if "lm_head.packed" not in found:  # a tied head computes from the embedding's packed copy
             found["lm_head.packed"] = found["model.embed_tokens.packed"]
+        assert found.keys() - expected.keys() <= {"model.embed_tokens.packed", "lm_head.weight"}
         for name, tensor in expected.items():
             rows = found[name][: len(tensor)]  # the vocabulary may be padded below
             assert torch.equal(rows, tensor.detach()), name
