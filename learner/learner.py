@@ -26,7 +26,14 @@ from learner.checkpoint import read_json, write_json
 from learner.config import LearnerConfig
 from learner.objective import corrected_weights, log_importance_weights, surrogate
 from learner.optimizer import build_optimizer, learning_rate, load_optimizer_tensors, optimizer_tensors
-from learner.signals import coefficients, exact_kl, full_cost, needs_distribution, needs_whole_update
+from learner.signals import (
+    coefficients,
+    exact_kl,
+    full_cost,
+    full_cost_is_exact_kl,
+    needs_distribution,
+    needs_whole_update,
+)
 from learner.trust_region import ESTIMATORS as TRUST_REGION
 from learner.trust_region import adapted_beta, backed_off, k3
 
@@ -219,7 +226,9 @@ class Learner:
             kept = [entropy(logprobs_nV.detach())]
             if full:
                 kept.append(full_cost(logprobs_nV, part, rows, objective))
-            if needs_distribution(objective):
+            if full_cost_is_exact_kl(objective):
+                kept.append(kept[-1].detach())
+            elif needs_distribution(objective):
                 kept.append(exact_kl(logprobs_nV.detach(), part, rows, objective))
             return tuple(kept)
 

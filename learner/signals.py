@@ -39,6 +39,12 @@ def exact_kl(logprobs_nV: Tensor, part: Part, rows: slice, objective: ObjectiveC
     return divergences.reverse_kl(*on_support(logprobs_nV, part, rows, objective))
 
 
+def full_cost_is_exact_kl(objective: ObjectiveConfig) -> bool:
+    """Whether `full_cost` is the exact KL itself, so that it need not be computed a second time to be measured."""
+    plain = objective.log_ratio_clip is None and objective.log_ratio_power is None and objective.proximal_weight == 1
+    return objective.estimator == "full" and objective.divergence == "reverse_kl" and plain
+
+
 def full_cost(logprobs_nV: Tensor, part: Part, rows: slice, objective: ObjectiveConfig) -> Tensor:
     """[n] the divergence that the estimator `full` minimises at each context."""
     student, teacher = on_support(logprobs_nV, part, rows, objective)
