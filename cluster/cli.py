@@ -13,7 +13,13 @@ from actors.errors import CampaignError, UserError
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs one command and exits with its status."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options, others = parser.parse_known_args(arguments)
+    # argparse takes no positional arguments after an option that stands among them.
+    if [other for other in others if other.startswith("-") or not hasattr(options, "overrides")]:
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
+    if others:
+        options.overrides = [*options.overrides, *others]
     try:
         status = options.command(options)
     except UserError as error:
@@ -40,6 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, function, text in (
         ("run", _run, "run a campaign, or take one up where it stopped"),
         ("check", _check, "check everything that can be known before a campaign starts"),
+        ("submit", _submit, "run a campaign as a job on a Ray cluster"),
     ):
         sub = command(name, function, text)
         sub.add_argument("config", help="YAML file")
@@ -48,6 +55,14 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument(
                 "--offline", action="store_true", help="ask no cluster, and skip what is not on this machine"
             )
+        if name == "submit":
+            sub.add_argument(
+                "--address", help="job server of the cluster (default: $RAY_API_SERVER_ADDRESS, else local)"
+            )
+            sub.add_argument(
+                "--env", action="append", default=[], metavar="NAME[=value]", help="set in the job; repeats"
+            )
+            sub.add_argument("--follow", action="store_true", help="show the job's output until it ends")
     report = command("report", _report, "write a self-contained HTML page about one or more runs")
     report.add_argument("run_dirs", nargs="+", metavar="RUN_DIR", type=Path)
     report.add_argument("--output", type=Path, help="file to write (default: report.html in the first run directory)")
@@ -85,6 +100,16 @@ def _check(options: argparse.Namespace) -> int:
         found = check()
         print(f"{name}: ok ({found}; {time.perf_counter() - start:.1f} s)")
     return 0
+
+
+def _submit(options: argparse.Namespace) -> int:
+    from cluster.ray_jobs import follow, submit
+
+    client, job = submit(options.config, options.overrides, address=options.address, environment=options.env)
+    address = client.get_address()
+    print(f"job: {job}\nfollow it: ray job logs --address {address} --follow {job}", flush=True)
+    print(f"stop it: ray job stop --address {address} {job}", flush=True)
+    return follow(client, job) if options.follow else 0
 
 
 def _report(options: argparse.Namespace) -> int:

@@ -65,19 +65,19 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, dic
     psutil.wait_procs(processes, timeout=10)
 
 
-def submit(cluster: tuple[str, dict[str, str]], *overrides: str) -> subprocess.CompletedProcess[str]:
-    address, environment = cluster
-    command = [
-        *(str(BIN / "ray"), "job", "submit", "--address", address, "--working-dir", ".", "--"),
-        *("python", "-m", "cluster", "run", "configs/quickstart.yaml", *overrides),
-    ]
+def run(cluster: tuple[str, dict[str, str]], *command: str) -> subprocess.CompletedProcess[str]:
     deadline = time.monotonic() + 120
     while True:
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=250)
+        done = subprocess.run(command, cwd=ROOT, env=cluster[1], capture_output=True, text=True, timeout=250)
         # The head answers a little before the agent that starts jobs is there.
         if "No available agent" not in done.stdout + done.stderr or time.monotonic() > deadline:
             return done
         time.sleep(2)
+
+
+def submit(cluster: tuple[str, dict[str, str]], *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = (sys.executable, "-m", "cluster", "submit", "configs/quickstart.yaml")
+    return run(cluster, *command, "--address", cluster[0], "--follow", *arguments)
 
 
 @pytest.mark.integration
@@ -91,6 +91,7 @@ def test_the_quickstart_runs_as_a_submitted_job(cluster: tuple[str, dict[str, st
         "evaluation.prompts.limit=16",
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    assert "update 2/2" in done.stdout
     summary = json.loads((tmp_path / "quickstart" / "summary.json").read_text())
     assert summary["updates"] == 2
     assert summary["ledger"]["trained"] == 32
@@ -99,6 +100,29 @@ def test_the_quickstart_runs_as_a_submitted_job(cluster: tuple[str, dict[str, st
 @pytest.mark.integration
 @pytest.mark.timeout(500)
 def test_a_relative_output_directory_is_refused_inside_a_job(cluster: tuple[str, dict[str, str]]) -> None:
-    done = submit(cluster, "output_dir=runs")
+    ray = (str(BIN / "ray"), "job", "submit", "--address", cluster[0], "--working-dir", ".", "--")
+    done = run(cluster, *ray, "python", "-m", "cluster", "run", "configs/quickstart.yaml", "output_dir=runs")
     assert done.returncode != 0
     assert "understudy: output_dir: found runs, expected an absolute path" in done.stdout
+
+
+@pytest.mark.integration
+@pytest.mark.timeout(500)
+def test_the_exit_status_of_a_followed_job_is_that_of_its_run(
+    cluster: tuple[str, dict[str, str]], tmp_path: Path
+) -> None:
+    done = submit(cluster, f"output_dir={tmp_path}", "student.model=/nowhere")
+    assert done.returncode == 2
+    assert "understudy: student.model: found /nowhere" in done.stdout
+
+
+@pytest.mark.integration
+@pytest.mark.timeout(500)
+def test_a_wrong_token_is_one_clear_line(cluster: tuple[str, dict[str, str]], tmp_path: Path) -> None:
+    address, environment = cluster
+    wrong = tmp_path / "token"
+    wrong.write_text(secrets.token_hex(32))
+    done = submit((address, environment | {"RAY_AUTH_TOKEN_PATH": str(wrong)}), f"output_dir={tmp_path}")
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith(f"understudy: --address: found {address}")
