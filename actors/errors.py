@@ -45,5 +45,9 @@ class WeightError(CampaignError):
     """A weight version is incomplete, corrupt, or does not fit the model that should load it."""
 
 
+class CheckpointError(CampaignError):
+    """A checkpoint could not be written; those before it are as they were."""
+
+
 class NonFiniteLossError(CampaignError):
     """The loss or the gradient is not finite; the weights were left as they were before the step."""

@@ -28,13 +28,14 @@ from typing import Any
 import numpy as np
 
 from actors.prompts import PromptSet, position_to_id, requests
+from cluster.checkpoints import Checkpoints
 from cluster.config import CampaignConfig
 from cluster.evaluate import Evaluator
 from cluster.pipeline import Slots, split_evenly, too_stale
 from cluster.progress import Progress
 from cluster.ray_fleet import Fleet
 from cluster.records import RunRecords
-from cluster.state import CampaignState, save_checkpoint
+from cluster.state import CampaignState
 from cluster.teachers import Teachers
 from cluster.work import Work, merge, rows_of
 
@@ -75,6 +76,7 @@ class Campaign:
         self.rollout, self.teachers, self.learner = rollout, teachers, learner
         self._prompts, self._evaluator = prompts, evaluator
         self._records, self._progress = records, progress
+        self._checkpoints = Checkpoints(config, records)
         self._synchronous = config.pipeline.max_staleness == 0
         self._update_size = config.trajectories_per_update
         remaining = (config.pipeline.updates - state.step) * self._update_size
@@ -118,6 +120,7 @@ class Campaign:
             for task in stages:
                 task.cancel()
             await asyncio.gather(*stages, return_exceptions=True)
+            await self._checkpoints.close()
 
     async def _settle(self, done: set[asyncio.Task]) -> None:
         """The first stage has ended: raises its error, or leaves a checkpoint if the campaign was interrupted."""
@@ -127,7 +130,8 @@ class Campaign:
         if "interrupt" in names:
             async with self._learner_turn:  # an update that has begun is finished first
                 self._records.event("interrupted", step=self.state.step)
-                await self._save()
+                await self._checkpoints.save(self.state, self.learner)
+                await self._checkpoints.finish()
         elif "train" not in names:
             raise RuntimeError(f"the stage {', '.join(sorted(names))} ended before the last update")
 
@@ -199,11 +203,10 @@ class Campaign:
                 published.trained = len(work)
                 published.record = self._record(work, metrics, published)
                 self.state.pending.append(published.record)
-                last = self.state.step == self.config.pipeline.updates
-                if last or self.state.step % self.config.checkpoint.every_updates == 0:
-                    await self._save()
+                await self._checkpoints.save_if_due(self.state, self.learner)
                 self._say("learner", "idle")
             await self._to_publish.put(published)
+        await self._checkpoints.finish()
         await self._all_published.wait()
 
     async def _publish(self) -> None:
@@ -348,11 +351,6 @@ class Campaign:
         now = time.perf_counter()
         self.state.loop_seconds += now - self._clock
         self._clock = now
-
-    async def _save(self) -> None:
-        path = await save_checkpoint(self.config, self.state, self.learner)
-        if path is not None:
-            self._records.event("checkpoint", step=self.state.step, path=str(path))
 
     def _id(self, number: int) -> tuple[int, int, int]:
         cursor, sample = divmod(number, self.config.pipeline.samples_per_prompt)

@@ -137,6 +137,13 @@ class RunRecords:
         _demand_keys(SUMMARY_FILE, summary, SUMMARY_KEYS)
         _write_atomically(self.run_dir / SUMMARY_FILE, _to_json(summary, indent=2) + "\n")
 
+    def flush(self) -> None:
+        """Has the lines that were written so far on disk, also if the machine were to stop now."""
+        for name in (METRICS_FILE, EVENTS_FILE):
+            if (path := self.run_dir / name).exists():
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+
     def truncate_after(self, step: int) -> None:
         """Forgets what was recorded of steps after `step`, and the summary: the campaign goes on from there.
 

@@ -1,6 +1,8 @@
 """From a configuration to a finished run directory: prepares everything, runs the loop, writes the summary."""
 
 import asyncio
+import contextlib
+import errno
 import itertools
 import os
 import traceback
@@ -14,6 +16,7 @@ from actors.rollout import RolloutActor
 from actors.teacher import TeacherActor
 from cluster.campaign import Campaign
 from cluster.check import check_models
+from cluster.checkpoints import what_is_good
 from cluster.config import CampaignConfig, differences, load_config, write_config
 from cluster.evaluate import Evaluator
 from cluster.inputs import Inputs, read_inputs
@@ -25,6 +28,8 @@ from cluster.report import write_report
 from cluster.state import CampaignState, load_state
 from cluster.teachers import Teachers
 from learner.learner import Learner
+
+OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
 def run_campaign(config: CampaignConfig) -> tuple[dict[str, Any], bool]:
@@ -43,6 +48,11 @@ def run_campaign(config: CampaignConfig) -> tuple[dict[str, Any], bool]:
     try:
         with connected(config) as private:
             summary, complete = asyncio.run(_run(config, state, checkpoint, inputs, records, progress, private))
+    except OSError as error:
+        if error.errno not in OF_THE_DISK:
+            raise
+        where = error.filename or config.run_dir
+        raise CampaignError(f"{where}: {error.strerror}; {what_is_good(config.run_dir / 'checkpoints')}") from error
     finally:
         progress.close()
     return summary, complete
@@ -118,7 +128,8 @@ async def _run(
         return summary, complete
     except BaseException as error:
         details = "".join(traceback.format_exception(error))
-        records.event("failed", cause=f"{type(error).__name__}: {error}", step=state.step, traceback=details)
+        with contextlib.suppress(OSError):  # a disk that is full is told by what filled it first
+            records.event("failed", cause=f"{type(error).__name__}: {error}", step=state.step, traceback=details)
         raise
     finally:
         for fleet in (learner, *fleets.values()):

@@ -1,22 +1,12 @@
-"""What a campaign knows besides its weights, and the checkpoint that keeps both together."""
+"""What a campaign knows besides its weights: it goes into every checkpoint, and comes out of the newest."""
 
-import asyncio
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from cluster.config import CampaignConfig
 from cluster.ledger import Ledger
-from cluster.ray_fleet import Fleet
-from learner.checkpoint import (
-    atomic_directory,
-    checkpoint_steps,
-    latest_checkpoint,
-    prune,
-    read_json,
-    step_directory,
-    write_json,
-)
+from learner.checkpoint import latest_checkpoint, read_json
 
 ROLES = ("rollout", "teacher", "learner")
 STATE_FILE = Path("training", "campaign.json")
@@ -85,23 +75,6 @@ class CampaignState:
             faults=content["faults"],
             _busy_before=dict(content["busy"]),
         )
-
-
-async def save_checkpoint(config: CampaignConfig, state: CampaignState, learner: Fleet) -> Path | None:
-    """Writes the checkpoint of the state's step; None where it is there already, or no step has been taken.
-
-    The learner writes its part into the directory before the campaign's is added and the whole is renamed into place:
-    both must see the same file system.
-    """
-    checkpoints = config.run_dir / "checkpoints"
-    if state.step == 0 or state.step in checkpoint_steps(checkpoints):
-        return None
-    target = step_directory(checkpoints, state.step)
-    with atomic_directory(target) as directory:
-        await learner.call("save", str(directory))
-        await asyncio.to_thread(write_json, directory / STATE_FILE, state.to_json())
-    await asyncio.to_thread(prune, checkpoints, config.checkpoint.keep_last)
-    return target
 
 
 def load_state(config: CampaignConfig) -> tuple[CampaignState, Path | None]:

@@ -7,15 +7,15 @@
         training/campaign.json                            data cursor, ledger, written by the campaign
 
 A directory is written under a temporary name, flushed to disk, and renamed: what has a step's name is complete.
-Nothing in it is pickled.
+Nothing in it is pickled. This module knows directories, standard library only; `saving.py` writes tensors into them.
 """
 
 import json
 import os
 import re
+import secrets
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -42,36 +42,42 @@ def latest_checkpoint(checkpoints: Path) -> Path | None:
     return step_directory(checkpoints, steps[-1]) if steps else None
 
 
-@contextmanager
-def atomic_directory(target: Path) -> Iterator[Path]:
-    """Gives a temporary directory beside `target`, which becomes `target`, flushed to disk, when the block ends well.
+def new_directory(target: Path) -> Path:
+    """An empty directory beside `target`, under a name that no other process uses, to be filled and then committed."""
+    partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
+    partial.mkdir(parents=True)
+    return partial
 
-    When it does not, nothing of it is left, and a `target` that was there before is as it was.
-    """
-    temporary = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        for path in temporary.rglob("*"):
-            _fsync(path)
-        _fsync(temporary)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+
+def commit(partial: Path, target: Path) -> None:
+    """Flushes a directory to disk and gives it its name; a `target` that was there before is replaced, or as it was."""
+    flush(partial)
     doomed = _set_aside(target) if target.exists() else None
-    os.replace(temporary, target)
+    os.replace(partial, target)
     _fsync(target.parent)
     if doomed:
         shutil.rmtree(doomed)
 
 
-def prune(checkpoints: Path, keep_last: int) -> list[int]:
-    """Removes all but the newest `keep_last` checkpoints; returns the steps that were removed."""
-    removed = checkpoint_steps(checkpoints)[:-keep_last]
+def discard(partial: Path) -> None:
+    """Removes a directory that will not be committed."""
+    shutil.rmtree(partial, ignore_errors=True)
+
+
+def flush(directory: Path) -> None:
+    """Has everything in a directory on disk. OSError where that cannot be done."""
+    for path in directory.rglob("*"):
+        _fsync(path)
+    _fsync(directory)
+
+
+def prune(checkpoints: Path, keep: Collection[int]) -> list[int]:
+    """Removes all checkpoints but those of the steps in `keep`, and what interrupted writes left; returns the steps
+    that were removed. Not to be called while a checkpoint is being written."""
+    removed = [step for step in checkpoint_steps(checkpoints) if step not in keep]
     for step in removed:
         shutil.rmtree(_set_aside(step_directory(checkpoints, step)))
-    for leftover in checkpoints.glob(".step_*.removed"):
+    for leftover in (*checkpoints.glob(".step_*.removed"), *checkpoints.glob(".step_*.partial")):
         shutil.rmtree(leftover, ignore_errors=True)
     return removed
 

@@ -12,7 +12,7 @@ from typing import NoReturn
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from actors.batching import Microbatch
 from actors.config import StudentConfig
@@ -22,10 +22,11 @@ from actors.models import load_model, load_tokenizer, response_head
 from actors.trajectory import TeacherScores, Trajectories, TrajectoryId
 from actors.weights import WeightVersion, pack
 from learner.batch import MetricSums, Part, UpdateBatch
-from learner.checkpoint import read_json, write_json
+from learner.checkpoint import flush, read_json, write_json
 from learner.config import LearnerConfig
 from learner.objective import corrected_weights, log_importance_weights, surrogate
 from learner.optimizer import build_optimizer, learning_rate, load_optimizer_tensors, optimizer_tensors
+from learner.saving import BackgroundWrite, copies, model_tensors, write_tensors
 from learner.signals import (
     coefficients,
     exact_kl,
@@ -71,6 +72,7 @@ class Learner:
             self._model.train()
         self._optimizer = build_optimizer(self._model, config.optimizer)
         self._busy_seconds = 0.0
+        self._write = BackgroundWrite()
         self.policy_version = 0
         self._beta = config.objective.trust_region.beta
         if checkpoint:
@@ -115,13 +117,27 @@ class Learner:
         yield from pack(self.policy_version, names, self._publish_dtype, self._bucket_bytes)
 
     def save(self, directory: str) -> None:
-        """Writes the model directory, the optimiser's state and the policy version (learner/checkpoint.py)."""
-        self._model.save_pretrained(directory)
-        load_tokenizer(self._student.model, self._student.trust_remote_code, "student.model").save_pretrained(directory)
-        training = Path(directory, "training")
-        training.mkdir()
-        save_file(optimizer_tensors(self._model, self._optimizer), training / "optimizer.safetensors")
-        write_json(training / "learner.json", {"policy_version": self.policy_version, "beta": self._beta})
+        """Copies the state as it is now, which a thread then writes to `directory` (learner/checkpoint.py)."""
+        weights = copies(model_tensors(self._model))
+        moments = copies(optimizer_tensors(self._model, self._optimizer))
+        progress = {"policy_version": self.policy_version, "beta": self._beta}
+
+        def write() -> None:
+            self._model.save_pretrained(directory, state_dict={})  # everything but the weights
+            tokenizer = load_tokenizer(self._student.model, self._student.trust_remote_code, "student.model")
+            tokenizer.save_pretrained(directory)
+            training = Path(directory, "training")
+            training.mkdir()
+            write_tensors(Path(directory, "model.safetensors"), weights)
+            write_tensors(training / "optimizer.safetensors", moments)
+            write_json(training / "learner.json", progress)
+            flush(Path(directory))
+
+        self._write.start(write)
+
+    def saved(self) -> bool:
+        """Whether what `save` copied is on disk. CheckpointError: it cannot be written."""
+        return self._write.done()
 
     def status(self) -> dict[str, float]:
         """Policy version and busy seconds."""

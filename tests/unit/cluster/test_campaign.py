@@ -120,6 +120,9 @@ class FakeLearner(FakeFleet):
             Path(arguments[0], "weights").write_text(str(self.world.version))
             Path(arguments[0], "training").mkdir()
             return None
+        if method == "saved":
+            await self.world.work("saved")
+            return self.world.draw.random() < 0.5
         assert method == "update"
         ids, *batches = arguments
         await self.world.work("update")
@@ -311,7 +314,9 @@ def test_evaluations_see_one_version_each_and_the_untrained_student_first(tmp_pa
 @pytest.mark.parametrize(
     "error", [CampaignError("it broke"), UserError("here", "this", "that"), ValueError("a defect")]
 )
-@pytest.mark.parametrize("stage", ["generate", "load_weights", "score", "update", "publish", "save", "evaluate"])
+@pytest.mark.parametrize(
+    "stage", ["generate", "load_weights", "score", "update", "publish", "save", "saved", "evaluate"]
+)
 def test_an_error_in_any_call_ends_the_run_with_it(tmp_path: Path, stage: str, error: Exception, bound: int) -> None:
     config = configuration(tmp_path, updates=100, bound=bound, save_every=2)
     world = World(bound=bound, delay=0.005)

@@ -2,12 +2,34 @@
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from actors.errors import UserError
-from learner.checkpoint import atomic_directory, checkpoint_steps, latest_checkpoint, prune, read_json, step_directory
+from learner.checkpoint import (
+    checkpoint_steps,
+    commit,
+    discard,
+    latest_checkpoint,
+    new_directory,
+    prune,
+    read_json,
+    step_directory,
+)
+
+
+@contextmanager
+def atomic_directory(target: Path) -> Iterator[Path]:
+    partial = new_directory(target)
+    try:
+        yield partial
+        commit(partial, target)
+    except BaseException:
+        discard(partial)
+        raise
 
 
 def make(checkpoints: Path, *steps: int) -> None:
@@ -38,24 +60,25 @@ def test_a_failure_while_writing_leaves_what_was_there(tmp_path: Path) -> None:
 
 def test_what_a_killed_process_left_is_not_a_checkpoint(tmp_path: Path) -> None:
     make(tmp_path, 10, 9)
-    (tmp_path / ".step_00000011.partial").mkdir()
+    (tmp_path / ".step_00000011.0a.partial").mkdir()
     (tmp_path / "step_12").mkdir()
     assert checkpoint_steps(tmp_path) == [9, 10]
     assert latest_checkpoint(tmp_path) == tmp_path / "step_00000010"
-    make(tmp_path, 11)  # a later attempt takes the leftovers away
+    make(tmp_path, 11)
     assert latest_checkpoint(tmp_path) == tmp_path / "step_00000011"
-    assert not (tmp_path / ".step_00000011.partial").exists()
+    prune(tmp_path, {10, 11})  # takes the leftovers away
+    assert not (tmp_path / ".step_00000011.0a.partial").exists()
 
 
 def test_there_may_be_no_checkpoint(tmp_path: Path) -> None:
     assert latest_checkpoint(tmp_path / "nowhere") is None
 
 
-def test_only_the_newest_are_kept(tmp_path: Path) -> None:
+def test_only_the_steps_to_keep_are_kept(tmp_path: Path) -> None:
     make(tmp_path, 1, 2, 3, 4)
-    assert prune(tmp_path, 2) == [1, 2]
-    assert checkpoint_steps(tmp_path) == [3, 4]
-    assert prune(tmp_path, 5) == []
+    assert prune(tmp_path, {1, 4}) == [2, 3]
+    assert checkpoint_steps(tmp_path) == [1, 4]
+    assert prune(tmp_path, {1, 2, 4}) == []
 
 
 def test_a_damaged_state_is_the_users_to_know(tmp_path: Path) -> None:
@@ -83,7 +106,7 @@ def killed_before(operation: int, folder: Path) -> bool:
                 (directory / "training").mkdir()
                 for name in ("weights", "training/state"):
                     (directory / name).write_text("new")
-            prune(folder, 2)
+            prune(folder, {6, 7})
         except BaseException:
             os._exit(1)
         os._exit(0)

@@ -1,5 +1,6 @@
 """The learner: masks, order, precision, publishing, saving and failing."""
 
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -51,6 +52,8 @@ def test_a_saved_learner_goes_on_to_the_same_bits(models: dict[str, Path], tmp_p
     learner = make_learner(models)
     learner.update(written.ids, written, scores)
     learner.save(str(tmp_path / "saved"))
+    while not learner.saved():
+        time.sleep(0.001)
     restored = Learner(
         learner._student,
         learner._config,

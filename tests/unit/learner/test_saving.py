@@ -1,0 +1,164 @@
+"""The learner writes while it goes on; what it writes is what it was, and reads like any model directory."""
+
+import os
+import random
+import resource
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load, load_file
+from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3MoeConfig
+
+from actors.errors import CheckpointError
+from learner.checkpoint import checkpoint_steps, commit, new_directory, prune, read_json, step_directory
+from learner.learner import Learner
+from learner.saving import DTYPES, model_tensors, write_tensors
+from tests.tiny_models import make_tiny_model
+from tests.tiny_updates import make_learner, sampled, weights_of
+
+
+def finish(learner: Learner) -> None:
+    while not learner.saved():
+        time.sleep(0.001)
+
+
+def mixture_of_experts() -> PreTrainedModel:
+    sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "head_dim": 32}
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    return AutoModelForCausalLM.from_config(
+        Qwen3MoeConfig(num_attention_heads=1, num_key_value_heads=1, **sizes, **experts)
+    )
+
+
+@pytest.mark.parametrize("kind", ["tied", "untied", "llama", "experts"])
+def test_a_model_is_written_as_transformers_writes_it(kind: str, tmp_path: Path) -> None:
+    if kind == "experts":  # in memory they are one tensor, in a checkpoint one for each expert
+        model = mixture_of_experts()
+    else:
+        options = {"tied": {"tie": True}, "untied": {"tie": False}, "llama": {"architecture": "llama"}}[kind]
+        model = AutoModelForCausalLM.from_pretrained(make_tiny_model(tmp_path / "m", **options))  # type: ignore[arg-type]
+    model.save_pretrained(tmp_path / "theirs")
+    write_tensors(tmp_path / "ours.safetensors", model_tensors(model))
+    ours, theirs = load_file(tmp_path / "ours.safetensors"), load_file(tmp_path / "theirs" / "model.safetensors")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_tensors_of_every_type_and_shape_are_read_back_to_the_bit(tmp_path: Path) -> None:
+    bits = torch.randint(0, 256, (3, 5, 8), dtype=torch.uint8)
+    tensors = {str(dtype): (bits > 99 if dtype == torch.bool else bits.view(dtype)) for dtype in DTYPES}
+    tensors |= {"scalar": torch.tensor(3.5), "empty": torch.zeros(0, 4), "transposed": torch.randn(4, 6).T, "ü": bits}
+    write_tensors(tmp_path / "all", tensors)
+    found = load_file(tmp_path / "all")
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert found[name].dtype == tensor.dtype and found[name].shape == tensor.shape
+        same = tensor.contiguous().reshape(-1).view(torch.uint8)
+        assert torch.equal(found[name].reshape(-1).view(torch.uint8), same), name
+
+
+def test_training_goes_on_while_what_was_is_written(models: dict[str, Path], tmp_path: Path) -> None:
+    written, scores = sampled(models, "other")
+    learner, undisturbed = make_learner(models), make_learner(models)
+    for one in (learner, undisturbed):
+        one.update(written.ids, written, scores)
+    before = {name: tensor.clone() for name, tensor in model_tensors(learner._model).items()}
+    (tmp_path / "saved").mkdir()
+    pipe = tmp_path / "saved" / "model.safetensors"
+    os.mkfifo(pipe)  # nobody reads it yet: the writer cannot go on
+    learner.save(str(tmp_path / "saved"))
+    for one in (learner, undisturbed):
+        one.update(written.ids, written, scores)
+    assert not learner.saved()
+    with pipe.open("rb") as file:
+        pipe.unlink()  # so that it is not among what is flushed
+        found = load(file.read())
+    finish(learner)
+    assert found.keys() == before.keys() and all(torch.equal(found[name], before[name]) for name in before)
+    assert read_json(tmp_path / "saved" / "training" / "learner.json")["policy_version"] == 1
+    moments = load_file(tmp_path / "saved" / "training" / "optimizer.safetensors")
+    assert {tensor.item() for name, tensor in moments.items() if name.endswith(".step")} == {1.0}
+    assert torch.equal(weights_of(learner), weights_of(undisturbed))
+
+
+def in_a_child(body: object) -> int:
+    """Runs the body in a process of its own; its exit status, or minus the signal that ended it."""
+    child = os.fork()
+    if child == 0:
+        try:
+            body()  # type: ignore[operator]
+        except BaseException as error:
+            print(repr(error))
+            os._exit(1)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def test_a_disk_that_is_full_is_one_clear_error(models: dict[str, Path], tmp_path: Path) -> None:
+    learner = make_learner(models)
+
+    def body() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        learner.save(str(tmp_path / "saved"))
+        with pytest.raises(CheckpointError, match=r"^File too large \("):
+            finish(learner)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        learner.save(str(tmp_path / "again"))  # it has not suffered
+        finish(learner)
+
+    assert in_a_child(body) == 0
+    AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+
+
+def test_killed_at_any_moment_of_a_write_the_newest_checkpoint_loads(models: dict[str, Path], tmp_path: Path) -> None:
+    learner, draw, kills = make_learner(models), random.Random(0), 25
+    written, scores = sampled(models, "other")
+
+    def write_for_ever() -> None:
+        while True:
+            learner.update(written.ids, written, scores)
+            target = step_directory(tmp_path, learner.policy_version)
+            partial = new_directory(target)
+            learner.save(str(partial))
+            finish(learner)
+            commit(partial, target)
+            prune(tmp_path, checkpoint_steps(tmp_path)[-2:])
+
+    interrupted = 0
+    for _ in range(kills):
+        child = os.fork()
+        if child == 0:
+            write_for_ever()
+        time.sleep(draw.uniform(0.05, 0.25))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        interrupted += any(tmp_path.glob(".step_*"))
+        for step in checkpoint_steps(tmp_path):
+            directory = step_directory(tmp_path, step)
+            assert read_json(directory / "training" / "learner.json")["policy_version"] == step
+            moments = load_file(directory / "training" / "optimizer.safetensors")
+            assert {tensor.item() for name, tensor in moments.items() if name.endswith(".step")} == {float(step)}
+            model = load_file(directory / "model.safetensors")
+            assert model.keys() == model_tensors(learner._model).keys()
+        prune(tmp_path, checkpoint_steps(tmp_path)[-2:])
+    assert checkpoint_steps(tmp_path)
+    assert interrupted > kills / 3, "hardly any write was interrupted: this has shown nothing"
+
+
+def test_nothing_in_a_checkpoint_is_pickled(models: dict[str, Path], tmp_path: Path) -> None:
+    learner = make_learner(models)
+    written, scores = sampled(models, "other")
+    learner.update(written.ids, written, scores)
+    learner.save(str(tmp_path / "saved"))
+    finish(learner)
+    files = [path for path in (tmp_path / "saved").rglob("*") if path.is_file()]
+    assert {path.suffix for path in files} == {".json", ".safetensors", ".jinja"}
+    for path in files:
+        if path.suffix == ".json":
+            read_json(path)
+        elif path.suffix == ".safetensors":
+            load_file(path)
