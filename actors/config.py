@@ -87,6 +87,9 @@ class RolloutConfig:
     """GPUs of one actor. Null: one for each tensor-parallel rank, or a share where the cluster has a single GPU."""
     cpus_per_replica: float = number(1.0, minimum=0)
     """CPU cores that Ray reserves for one actor."""
+    resources: dict[str, float] = field(default_factory=dict)
+    """Further resources of Ray that one actor takes, by which roles are kept to the nodes meant for them: nodes started
+    with `ray start --resources='{"big_memory": 8}'` take eight actors of `resources: {big_memory: 1}`."""
     tensor_parallel_size: int = number(1, minimum=1)
     """GPUs that one engine spreads its weights over."""
     dtype: Dtype = "bfloat16"
@@ -115,6 +118,8 @@ class TeacherConfig:
     """GPUs of one actor. Null: one, or a share where the cluster has a single GPU."""
     cpus_per_replica: float = number(1.0, minimum=0)
     """CPU cores that Ray reserves for one actor."""
+    resources: dict[str, float] = field(default_factory=dict)
+    """Further resources of Ray that one actor takes, as for `rollout.resources`."""
     dtype: Dtype = "bfloat16"
     """Data type of the weights. Log-probs are always computed in float32."""
     signal: Literal["sampled", "topk", "full"] = "sampled"

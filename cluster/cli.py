@@ -63,6 +63,16 @@ def _parser() -> argparse.ArgumentParser:
                 "--env", action="append", default=[], metavar="NAME[=value]", help="set in the job; repeats"
             )
             sub.add_argument("--follow", action="store_true", help="show the job's output until it ends")
+    plan = command("plan", _plan, "predict throughput and say how many actors of each role to start")
+    plan.add_argument("config", help="YAML file")
+    plan.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. rollout.replicas=2")
+    plan.add_argument("--gpus", type=float, help="recommend numbers of actors for so many GPUs")
+    source = plan.add_mutually_exclusive_group()
+    source.add_argument("--run", type=Path, metavar="RUN_DIR", help="as fast as this run (default: the campaign's own)")
+    source.add_argument("--calibrate", action="store_true", help="measure a few updates first, here and now")
+    source.add_argument("--gpu", metavar="NAME", help="from data sheets, e.g. H100; nothing is run")
+    plan.add_argument("--prompt-tokens", type=float, default=256.0, help="with --gpu: mean of a prompt")
+    plan.add_argument("--response-tokens", type=float, help="with --gpu: mean (default: half of max_response_tokens)")
     report = command("report", _report, "write a self-contained HTML page about one or more runs")
     report.add_argument("run_dirs", nargs="+", metavar="RUN_DIR", type=Path)
     report.add_argument("--output", type=Path, help="file to write (default: report.html in the first run directory)")
@@ -110,6 +120,34 @@ def _submit(options: argparse.Namespace) -> int:
     print(f"job: {job}\nfollow it: ray job logs --address {address} --follow {job}", flush=True)
     print(f"stop it: ray job stop --address {address} {job}", flush=True)
     return follow(client, job) if options.follow else 0
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from cluster.config import load_config
+
+    config = load_config(options.config, options.overrides)
+    from cluster.estimate import from_calibration, from_data_sheet, from_run
+    from cluster.hardware import Load
+    from cluster.plan import for_gpus, table
+    from cluster.progress import print_table
+
+    trajectories = config.trajectories_per_update
+    if options.gpu:
+        length = options.response_tokens or config.sampling.max_response_tokens / 2
+        plan, memory = from_data_sheet(config, options.gpu, Load(trajectories, options.prompt_tokens, length))
+        print_table(memory)
+    else:
+        plan = from_calibration(config) if options.calibrate else from_run(config, options.run or config.run_dir)
+    plans = [("as configured", plan)]
+    if options.gpus is not None:
+        try:
+            plans.append((f"best for {options.gpus:g} GPUs", for_gpus(plan, options.gpus)))
+        except ValueError as error:
+            raise UserError("--gpus", f"{options.gpus:g} ({error})", "at least those") from error
+    print_table(table(plans))
+    for name, found in plans:
+        print(f"{name}: {trajectories / found.update_seconds:,.3g} trajectories/s; {found.sentence()}")
+    return 0
 
 
 def _report(options: argparse.Namespace) -> int:

@@ -138,6 +138,7 @@ RESUMABLE_KEYS = (
     "teachers.*.gpus_per_replica",
     "learner.cpus_per_replica",
     "learner.gpus_per_replica",
+    "*.resources",
     "pipeline.updates",
     "evaluation.*",
     "checkpoint.*",
@@ -327,8 +328,19 @@ def _check_whole(config: CampaignConfig) -> None:
     if any(t.domains for t in config.teachers.values()) and config.prompts.domain_field is None:
         raise UserError("prompts.domain_field", "null", "the field that teachers.<name>.domains speaks of")
     _check_objective(config)
+    for role, actors in _roles(config).items():
+        for name, amount in actors.resources.items():
+            if name in ("CPU", "GPU", "memory", "object_store_memory"):
+                raise UserError(f"{role}.resources", name, "a name of your own; cpus_per_replica and gpus_per_replica")
+            if not (math.isfinite(amount) and amount > 0):
+                raise UserError(f"{role}.resources.{name}", amount, "a number > 0")
     if config.evaluation.prompts is not None and config.evaluation.prompts.reference_field is None:
         raise UserError("evaluation.prompts.reference_field", "null", "the field with the reference answer")
+
+
+def _roles(config: CampaignConfig) -> dict[str, RolloutConfig | TeacherConfig | LearnerConfig]:
+    teachers = {f"teachers.{name}": teacher for name, teacher in config.teachers.items()}
+    return {"rollout": config.rollout, **teachers, "learner": config.learner}
 
 
 def _check_objective(config: CampaignConfig) -> None:

@@ -3,13 +3,14 @@
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from rich.box import SIMPLE
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 
@@ -120,6 +121,14 @@ class Progress:
     def _print(self, text: str) -> None:
         # No markup, so that brackets in an error's text stay; no wrapping, so that a log has one line for one event.
         self._console.print(text, markup=False, highlight=False, emoji=False, soft_wrap=True)
+
+
+def print_table(rows: Sequence[Sequence[str]]) -> None:
+    """[rows][columns] of text, the first row a heading."""
+    table = Table(*(Column(name, overflow="fold") for name in rows[0]), box=SIMPLE)
+    for row in rows[1:]:
+        table.add_row(*row)
+    Console(highlight=False).print(table)
 
 
 def summary_table(summary: Mapping[str, Any]) -> str:

@@ -68,29 +68,32 @@ def role_resources(config: CampaignConfig, cluster_gpus: float, *, private: bool
     return {
         name: (
             role.replicas,
-            Resources(role.cpus_per_replica, gpus(role.gpus_per_replica, default), environment),
+            Resources(role.cpus_per_replica, gpus(role.gpus_per_replica, default), environment, role.resources),
         )
         for name, (role, default) in wanted.items()
     }
 
 
-def check_fits(needed: dict[str, tuple[int, Resources]], cpus: float, gpus: float, where: str) -> None:
-    """UserError where the actors do not fit, naming the role that asks for most, what is asked and what is there."""
-    for kind, there in (("CPUs", cpus), ("GPUs", gpus)):
-        asked = {
-            name: replicas * (resources.cpus if kind == "CPUs" else resources.gpus)
-            for name, (replicas, resources) in needed.items()
+def check_fits(needed: dict[str, tuple[int, Resources]], there: dict[str, float], where: str) -> None:
+    """UserError where the actors do not fit, naming the role that asks for most, what is asked and what is there.
+
+    there: what Ray says that the cluster has, `CPU`, `GPU` and whatever else its nodes were started with.
+    """
+    kinds = {name: name for _, resources in needed.values() for name in resources.custom}
+    for kind, unit in {"CPU": "CPUs", "GPU": "GPUs", **kinds}.items():
+        one = {
+            name: {"CPU": resources.cpus, "GPU": resources.gpus, **resources.custom}.get(kind, 0)
+            for name, (_, resources) in needed.items()
         }
-        if sum(asked.values()) > there + 1e-9:
+        asked = {name: needed[name][0] * amount for name, amount in one.items()}
+        if sum(asked.values()) > there.get(kind, 0.0) + 1e-9:
             largest = max(asked, key=lambda name: asked[name])
             key = "teachers" + largest.removeprefix("teacher") if largest.startswith("teacher.") else largest
-            parts = ", ".join(
-                f"{name} {needed[name][0]} x {amount / needed[name][0]:g}" for name, amount in asked.items()
-            )
+            parts = ", ".join(f"{name} {needed[name][0]} x {one[name]:g}" for name in asked)
             raise UserError(
                 f"{key}.replicas",
-                f"{sum(asked.values()):g} {kind} asked ({parts})",
-                f"at most the {there:g} {kind} of {where}",
+                f"{sum(asked.values()):g} {unit} asked ({parts})",
+                f"at most the {there.get(kind, 0.0):g} {unit} of {where}",
             )
 
 
@@ -98,7 +101,7 @@ def check_cluster(config: CampaignConfig, private: bool) -> dict[str, tuple[int,
     """What each role gets on the connected cluster. UserError where it does not fit."""
     there = ray.cluster_resources()
     needed = role_resources(config, there.get("GPU", 0.0), private=private)
-    check_fits(needed, there.get("CPU", 0.0), there.get("GPU", 0.0), "the cluster")
+    check_fits(needed, there, "the cluster")
     return needed
 
 

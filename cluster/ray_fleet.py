@@ -29,6 +29,8 @@ class Resources:
     gpus: float
     environment: dict[str, str] = field(default_factory=dict)
     """Environment variables of the actor's process."""
+    custom: dict[str, float] = field(default_factory=dict)
+    """Resources that the cluster's operator has named."""
 
 
 @dataclass
@@ -143,6 +145,7 @@ class Fleet:
         actor: Any = ray.remote(self._actor_class).options(
             num_cpus=self._resources.cpus,
             num_gpus=self._resources.gpus,
+            resources=self._resources.custom,
             max_restarts=0,
             max_task_retries=0,
             runtime_env={"env_vars": self._resources.environment} if self._resources.environment else None,

@@ -20,6 +20,7 @@ import yaml
 from actors.errors import UserError
 from cluster.charts import PALETTE_SIZE, compact, percent
 from cluster.figures import BUSY, GROUPS, busy_figure, hero_figures, seconds, small_figures, with_throughput
+from cluster.plan import Plan, Stage
 from cluster.records import (
     CONFIG_FILE,
     EVENTS_FILE,
@@ -300,12 +301,13 @@ def _bottleneck(run: Run, name: str) -> str:
         return ""
     slowest = max(shares, key=lambda role: shares[role])
     count = replicas[slowest]
+    stages = [Stage(role, shares[role] * replicas[role], replicas[role], scalable=role != "learner") for role in shares]
+    verdict = Plan(tuple(stages), overlapped=run.setting("pipeline.max_staleness", 0) > 0).sentence()
     if name:
-        title = f"{escape(name)}: {slowest}-bound."
-        sentence = f"<b>{title}</b> The loop’s {seconds(loop)} are {ratio:.2f} times those of its slowest stage."
+        sentence = f"<b>{escape(name)}: {verdict}.</b> The loop’s {seconds(loop)} are {ratio:.2f} times those of its slowest stage."
         return f'<div class="bottleneck"><p>{sentence}</p><dl>{_bars(shares)}</dl></div>'
     sentence = (
-        f"<b>{slowest.capitalize()}-bound.</b> The {slowest} is the slowest stage: "
+        f"<b>{verdict.capitalize()}.</b> The {slowest} is the slowest stage: "
         f"{f'each of its {count} actors' if count > 1 else 'it'} works {percent(shares[slowest])} of the loop’s {seconds(loop)}. "
         f"The loop takes {ratio:.2f} times as long as that stage alone; 1 would mean that it never waits."
     )

@@ -116,6 +116,8 @@ class LearnerConfig:
     """GPUs of one rank. Null: one, or a share where the cluster has a single GPU."""
     cpus_per_replica: float = number(1.0, minimum=0)
     """CPU cores that Ray reserves for one rank."""
+    resources: dict[str, float] = field(default_factory=dict)
+    """Further resources of Ray that one actor takes, as for `rollout.resources`."""
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Data type of the forward and backward pass. Master weights and optimiser state are always float32."""
     minibatches_per_update: int = number(1, minimum=1)

@@ -11,6 +11,8 @@ output_dir: /runs
 seed: {seed}
 student:
   model: examples/addition/student
+prompts:
+  path: examples/addition/train.jsonl
 rollout:
   replicas: 2
 teachers:

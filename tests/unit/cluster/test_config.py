@@ -196,6 +196,15 @@ def test_an_objective_that_needs_a_distribution_refuses_a_sampled_teacher(tmp_pa
         assert setting in message
 
 
+@pytest.mark.parametrize(("resources", "where"), [("{GPU: 1}", ""), ("{big: 0}", ".big"), ("{big: .nan}", ".big")])
+def test_a_resource_that_is_no_name_of_ones_own_or_no_amount_is_refused(
+    tmp_path: Path, resources: str, where: str
+) -> None:
+    for role in ("rollout", "teachers.default", "learner"):
+        message = refusal(tmp_path, GOOD, f"{role}.resources={resources}")
+        assert message.startswith(f"{role}.resources{where}: found")
+
+
 def test_a_campaign_without_a_teacher_is_refused(tmp_path: Path) -> None:
     assert refusal(tmp_path, "name: a\nstudent: {model: s}\nprompts: {path: p}\n").startswith("teachers:")
     assert refusal(tmp_path, GOOD.replace("  default: {model: teacher, signal: full}", "  {}")).startswith("teachers:")
@@ -275,6 +284,7 @@ def test_differences_name_what_matters(tmp_path: Path, override: str) -> None:
         "teachers.default.replicas=3",
         "teachers.default.cpus_per_replica=3",
         "learner.cpus_per_replica=2",
+        "teachers.default.resources={big: 1}",
         "pipeline.updates=500",
         "evaluation.every_updates=7",
         "evaluation.prompts.path=other.jsonl",

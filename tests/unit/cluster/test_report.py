@@ -181,7 +181,10 @@ def test_the_bottleneck_is_the_busiest_role_for_each_actor(tmp_path):
     assert told.shares["rollout"] == pytest.approx(run.summary["busy"]["rollout"] / 2 / run.summary["loop_seconds"])
     assert told.over_slowest == pytest.approx(run.summary["wall_over_slowest_stage"])
     text = page_of(run.path).text
-    assert "Rollout-bound. The rollout is the slowest stage: each of its 2 actors works" in text
+    with_three = max(told.shares["rollout"] * 2 / 3, told.shares["teacher"], told.shares["learner"])
+    gain = f"{told.shares['rollout'] / with_three - 1:.0%}"
+    assert f"Rollout-bound: a third rollout actor would give +{gain}. The rollout is the slowest stage" in text
+    assert "each of its 2 actors works" in text
     assert f"{told.over_slowest:.2f} times" in text and "take turns" not in text
     assert "take turns" in page_of(make_fake_run(tmp_path / "synchronous", max_staleness=0)).text
 
@@ -192,7 +195,7 @@ def test_a_campaign_under_way_has_a_report(tmp_path):
         file.write('{"step": 26, "policy_ver')
     page = page_of(run)
     assert "update 25 of 100" in page.text and "finished" not in page.text
-    assert "Rollout-bound." in page.text and "99.0%" in page.text
+    assert "Rollout-bound: a third" in page.text and "99.0%" in page.text
 
 
 @pytest.mark.parametrize("missing", ["config.yaml", "events.jsonl", "trajectories", "summary.json"])

@@ -1,0 +1,176 @@
+"""Predictions against hand-computed pipelines, and recommendations against every allocation there is."""
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from actors.errors import UserError
+from cluster.cli import main
+from cluster.config import load_config
+from cluster.estimate import from_data_sheet, from_run, model_size
+from cluster.hardware import (
+    GPUS,
+    Gpu,
+    Load,
+    ModelSize,
+    cached_sequences,
+    learner_seconds,
+    rollout_seconds,
+    teacher_seconds,
+)
+from cluster.plan import Plan, Stage, for_gpus, measured, table
+from tests.fake_run import make_fake_run
+
+ROOT = Path(__file__).resolve().parents[3]
+QUICKSTART = ROOT / "configs" / "quickstart.yaml"
+
+
+def plan(rollout: float, teacher: float, learner: float, *, overlapped: bool, overhead: float = 1.0) -> Plan:
+    stages = (Stage("rollout", rollout), Stage("teacher", teacher), Stage("learner", learner, scalable=False))
+    return Plan(stages, overlapped, overhead)
+
+
+def test_an_overlapped_update_takes_the_slowest_stage_and_one_in_sequence_the_sum() -> None:
+    assert plan(4, 6, 3, overlapped=True).update_seconds == 6
+    assert plan(4, 6, 3, overlapped=False).update_seconds == 13
+    assert plan(4, 6, 3, overlapped=True, overhead=1.5).update_seconds == 9
+    assert plan(4, 6, 3, overlapped=True).utilisation() == pytest.approx(
+        {"rollout": 4 / 6, "teacher": 1, "learner": 0.5}
+    )
+
+
+def test_the_sentence_says_what_the_next_actor_would_give() -> None:
+    # A second teacher halves its 6 seconds, and rollout's 4 become the slowest: 6 / 4 = +50%.
+    assert plan(4, 6, 3, overlapped=True).sentence() == "teacher-bound: a second teacher actor would give +50%"
+    # In sequence: 13 / 10.
+    assert plan(4, 6, 3, overlapped=False).sentence() == "teacher-bound: a second teacher actor would give +30%"
+    assert plan(4, 6, 9, overlapped=True).sentence().startswith("learner-bound: more actors of one role alone")
+    eight = plan(80, 6, 3, overlapped=True).scaled("rollout", 7)
+    assert eight.sentence().startswith("rollout-bound: an eighth rollout actor would give +")
+    assert (
+        plan(200, 6, 3, overlapped=True).scaled("rollout", 10).sentence().split(": ")[1].startswith("an 11th rollout")
+    )
+
+
+@given(
+    st.tuples(*[st.floats(0.1, 50)] * 3),
+    st.integers(3, 14),
+    st.booleans(),
+)
+def test_a_recommendation_is_as_good_as_the_best_of_all_allocations(
+    work: tuple[float, float, float], gpus: int, overlapped: bool
+) -> None:
+    start = plan(*work, overlapped=overlapped)
+    chosen = for_gpus(start, gpus)
+    assert chosen.gpus <= gpus
+    allocations = [(r, t) for r, t in itertools.product(range(1, gpus), repeat=2) if r + t + 1 <= gpus]
+    best = min(start.scaled("rollout", r).scaled("teacher", t).update_seconds for r, t in allocations)
+    assert chosen.update_seconds == pytest.approx(best)
+
+
+def test_gpus_that_would_not_help_are_left() -> None:
+    assert for_gpus(plan(1, 1, 10, overlapped=True), 50).gpus == 3
+
+
+def test_stages_that_are_slowest_together_are_raised_together() -> None:
+    assert for_gpus(plan(6, 6, 1, overlapped=True), 5).update_seconds == 3
+
+
+def test_too_few_gpus_are_refused() -> None:
+    with pytest.raises(ValueError, match="takes 3 GPUs"):
+        for_gpus(plan(1, 1, 1, overlapped=True), 2)
+
+
+def test_a_measured_plan_reproduces_the_run_it_was_measured_on() -> None:
+    summary = {"updates": 10, "busy": {"rollout": 80.0, "teacher": 30.0, "learner": 20.0}, "loop_seconds": 55.0}
+    replicas, gpus = {"rollout": 2, "teacher": 1, "learner": 1}, {"rollout": 1.0, "teacher": 2.0, "learner": 1.0}
+    found = measured(summary, replicas, gpus, overlapped=True, publish_seconds=0.5)
+    assert found.update_seconds == pytest.approx(5.5)
+    assert found.overhead == pytest.approx(5.5 / 4)
+    assert {s.role: s.seconds for s in found.stages} == pytest.approx({"rollout": 4, "teacher": 3, "learner": 2.5})
+    assert found.gpus == 5
+    with pytest.raises(ValueError, match="no update"):
+        measured(summary | {"updates": 0}, replicas, gpus, overlapped=True)
+
+
+def test_the_work_of_another_batch_size_is_in_proportion(tmp_path: Path) -> None:
+    run_dir = make_fake_run(tmp_path / "run")
+    ran = load_config(run_dir / "config.yaml")
+    same = from_run(ran, run_dir)
+    ran.pipeline.prompts_per_update *= 3
+    larger = from_run(ran, run_dir)
+    assert [s.work_seconds for s in larger.stages] == pytest.approx([3 * s.work_seconds for s in same.stages])
+
+
+def test_times_of_hardware_follow_from_its_data_sheet() -> None:
+    gpu = Gpu(flops=1e15, bandwidth=1e12, memory=100e9)
+    small = ModelSize(1e9, 1e9, cache_bytes_per_token=1e5, vocabulary=1000, hidden=1000)
+    load = Load(trajectories=100, prompt_tokens=100.0, response_tokens=400.0)
+    assert teacher_seconds(load, small, gpu, 1) == pytest.approx(2e9 * 50_000 / 0.4e15)
+    assert learner_seconds(load, small, gpu, 2, True) == pytest.approx(8e9 * 50_000 / 0.7e15)
+    assert cached_sequences(load, small, gpu, 1) == pytest.approx((90e9 - 2e9) / (500 * 1e5))
+    # 100 sequences at a time: each step reads 2 GB of weights and 100 x 300 tokens of cache, at 0.6 TB/s.
+    step = (2e9 + 100 * 300 * 1e5) / 0.6e12
+    assert rollout_seconds(load, small, gpu, 1, 256) == pytest.approx(400 * step + 100 * 2e9 * 100 / 0.4e15)
+    assert rollout_seconds(load, small, gpu, 1, 10) > rollout_seconds(load, small, gpu, 1, 100)
+
+
+def test_the_size_of_a_model_is_read_from_its_configuration(tmp_path: Path) -> None:
+    shape = {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "vocab_size": 100,
+        "intermediate_size": 128,
+        "moe_intermediate_size": 32,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "tie_word_embeddings": False,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(shape))
+    size = model_size(str(tmp_path), False, "student.model")
+    experts = 2 * 8 * 3 * 64 * 32
+    assert size.parameters - size.active_parameters == experts * 6 / 8
+    assert size.cache_bytes_per_token == 2 * 2 * 2 * 2 * 16
+    assert (size.vocabulary, size.hidden) == (100, 64)
+
+
+def test_data_sheets_give_a_plan_without_running_anything() -> None:
+    config = load_config(QUICKSTART)
+    found, memory = from_data_sheet(config, "H100", Load(64, 32.0, 8.0))
+    assert [stage.role for stage in found.stages] == ["rollout", "teacher", "learner"]
+    assert all(stage.seconds > 0 for stage in found.stages)
+    assert [row[0] for row in memory[1:]] == ["rollout", "teacher", "learner"]
+    with pytest.raises(UserError, match="did you mean 'H100'"):
+        from_data_sheet(config, "H1000", Load(64, 32.0, 8.0))
+    assert all(gpu.memory > 1e10 for gpu in GPUS.values())
+
+
+def test_the_table_has_a_row_for_each_role() -> None:
+    rows = table([("as configured", plan(4, 6, 3, overlapped=True))])
+    assert [row[1] for row in rows] == ["role", "rollout", "teacher", "learner", "together"]
+    assert rows[2][4:] == ["6", "100%", "+50%"]
+    assert len({len(row) for row in rows}) == 1
+
+
+def test_the_command_says_what_limits_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_dir = make_fake_run(tmp_path / "run")
+    with pytest.raises(SystemExit) as status:
+        main(["plan", str(run_dir / "config.yaml"), "--run", str(run_dir), "--gpus", "6"])
+    assert status.value.code == 0
+    assert "best for 6 GPUs: " in capsys.readouterr().out
+
+
+def test_a_run_that_has_not_ended_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as status:
+        main(["plan", str(QUICKSTART), "--run", str(tmp_path)])
+    assert status.value.code == 2
+    assert capsys.readouterr().err.startswith(f"understudy: --run: found {tmp_path}")

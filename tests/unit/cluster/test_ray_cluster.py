@@ -1,0 +1,49 @@
+"""What each role asks of a cluster, and whether that is there. Pure: no cluster is asked."""
+
+from pathlib import Path
+
+import pytest
+
+from actors.errors import UserError
+from cluster.config import CampaignConfig, load_config
+from cluster.ray_cluster import check_fits, role_resources
+
+BASE = """
+name: here
+student: {model: s}
+teachers: {default: {model: t}}
+prompts: {path: p}
+"""
+
+
+def config(tmp_path: Path, *overrides: str) -> CampaignConfig:
+    path = tmp_path / "campaign.yaml"
+    path.write_text(BASE)
+    return load_config(path, overrides)
+
+
+def test_roles_that_ask_for_resources_of_their_own_get_them(tmp_path: Path) -> None:
+    wanted = config(tmp_path, "rollout.resources={big: 1}", "rollout.replicas=2", "learner.resources={fast: 0.5}")
+    needed = role_resources(wanted, 8.0, private=False)
+    assert {name: one.custom for name, (_, one) in needed.items()} == {
+        "rollout": {"big": 1.0},
+        "teacher.default": {},
+        "learner": {"fast": 0.5},
+    }
+    check_fits(needed, {"CPU": 8, "GPU": 8, "big": 2, "fast": 1}, "here")
+
+
+@pytest.mark.parametrize(
+    ("there", "message"),
+    [
+        ({"CPU": 3, "big": 2, "fast": 1}, "rollout.replicas: found 4 CPUs asked (rollout 2 x 1, teacher.default 1 x 1"),
+        ({"CPU": 8, "big": 1, "fast": 1}, "rollout.replicas: found 2 big asked (rollout 2 x 1, teacher.default 1 x 0"),
+        ({"CPU": 8, "big": 2}, "learner.replicas: found 0.5 fast asked"),
+    ],
+)
+def test_what_is_not_there_is_named(tmp_path: Path, there: dict[str, float], message: str) -> None:
+    wanted = config(tmp_path, "rollout.resources={big: 1}", "rollout.replicas=2", "learner.resources={fast: 0.5}")
+    with pytest.raises(UserError) as caught:
+        check_fits(role_resources(wanted, 0.0, private=False), there, "the cluster")
+    assert str(caught.value).startswith(message)
+    assert str(caught.value).endswith("of the cluster")
