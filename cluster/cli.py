@@ -4,6 +4,8 @@
 """
 
 import argparse
+import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -28,6 +30,9 @@ def main(arguments: list[str] | None = None) -> None:
     except CampaignError as error:
         print(f"understudy: {error}", file=sys.stderr)
         status = 1
+    except BrokenPipeError:  # who reads our output has enough, as with `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 0
     except KeyboardInterrupt:
         print("understudy: interrupted", file=sys.stderr)
         status = 130
@@ -73,6 +78,14 @@ def _parser() -> argparse.ArgumentParser:
     source.add_argument("--gpu", metavar="NAME", help="from data sheets, e.g. H100; nothing is run")
     plan.add_argument("--prompt-tokens", type=float, default=256.0, help="with --gpu: mean of a prompt")
     plan.add_argument("--response-tokens", type=float, help="with --gpu: mean (default: half of max_response_tokens)")
+    status = command("status", _status, "show what a campaign is doing")
+    status.add_argument("run", metavar="RUN", help="run directory, or the name of one in ~/understudy-runs")
+    status.add_argument("--watch", action="store_true", help="show it anew every two seconds")
+    status.add_argument("--json", action="store_true", help="as one JSON object")
+    tail = command("tail", _tail, "read trajectories, coloured by how far student and teacher disagree")
+    tail.add_argument("run", metavar="RUN", help="run directory, or the name of one in ~/understudy-runs")
+    tail.add_argument("--rows", type=int, default=8, metavar="N", help="of each evaluation (default 8)")
+    tail.add_argument("--follow", action="store_true", help="go on as more are written, until the campaign ends")
     report = command("report", _report, "write a self-contained HTML page about one or more runs")
     report.add_argument("run_dirs", nargs="+", metavar="RUN_DIR", type=Path)
     report.add_argument("--output", type=Path, help="file to write (default: report.html in the first run directory)")
@@ -148,6 +161,49 @@ def _plan(options: argparse.Namespace) -> int:
     for name, found in plans:
         print(f"{name}: {trajectories / found.update_seconds:,.3g} trajectories/s; {found.sentence()}")
     return 0
+
+
+def _status(options: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.live import Live
+
+    from cluster.screen import status_screen
+    from cluster.status import EVERY_SECONDS, find_run, read_status
+
+    run_dir = find_run(options.run)
+    if options.json:
+        print(json.dumps(read_status(run_dir), indent=2))
+        return 0
+    console = Console(highlight=False)
+    if not options.watch:
+        console.print(status_screen(read_status(run_dir)))
+        return 0
+    with Live(status_screen(read_status(run_dir)), console=console, screen=console.is_terminal) as live:
+        while (status := read_status(run_dir))["state"] in ("starting", "running", "paused"):
+            live.update(status_screen(status))
+            time.sleep(EVERY_SECONDS)
+    console.print(status_screen(status))
+    return 0
+
+
+def _tail(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from cluster.records import read_jsonl, trajectory_files
+    from cluster.screen import trajectory_text
+    from cluster.status import EVERY_SECONDS, find_run, read_status
+
+    run_dir, console, shown = find_run(options.run), Console(highlight=False), -1
+    while True:
+        going = read_status(run_dir)["state"] in ("starting", "running", "paused")
+        files = {step: path for step, path in trajectory_files(run_dir).items() if step > shown}
+        for step in sorted(files) if options.follow else sorted(files)[-1:]:
+            for row in read_jsonl(files[step])[: options.rows]:
+                console.print(trajectory_text(row))
+            shown = step
+        if not (options.follow and going):
+            return 0
+        time.sleep(EVERY_SECONDS)
 
 
 def _report(options: argparse.Namespace) -> int:

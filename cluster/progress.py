@@ -50,7 +50,7 @@ class Progress:
         if self._live is None and (evaluated or last or self._clock() - self._printed >= self._every):
             self._printed = self._clock()
             seconds_left = self.seconds_left()
-            left = f"{_duration(seconds_left)} left" if seconds_left is not None and not last else ""
+            left = f"{duration(seconds_left)} left" if seconds_left is not None and not last else ""
             self._print("  ".join(part for part in (f"update {step}/{self._total}", *self._figures(), left) if part))
 
     def doing(self, roles: Mapping[str, str]) -> None:
@@ -58,9 +58,15 @@ class Progress:
         with self._lock:
             self._roles = dict(roles)
 
+    @property
+    def roles(self) -> dict[str, str]:
+        """What each role is doing."""
+        with self._lock:
+            return dict(self._roles)
+
     def note(self, text: str) -> None:
         """One line for one event: it scrolls past, above what stays."""
-        self._print(f"{_duration(self._clock() - self._started):>8}  {text}")
+        self._print(f"{duration(self._clock() - self._started):>8}  {text}")
 
     def close(self) -> None:
         """Leaves the last state on the terminal. Nothing is shown after this but notes."""
@@ -105,10 +111,10 @@ class Progress:
     def _screen(self) -> RenderableType:
         with self._lock:
             step = self._newest.get("step")
-            elapsed, left = _duration(self._clock() - self._started), self.seconds_left()
+            elapsed, left = duration(self._clock() - self._started), self.seconds_left()
             head = Table.grid(padding=(0, 2))
             bar = ProgressBar(total=self._total, completed=step or 0, width=32, pulse=step is None)
-            ahead = f"about {_duration(left)} left" if left is not None and (step or 0) < self._total else ""
+            ahead = f"about {duration(left)} left" if left is not None and (step or 0) < self._total else ""
             count = f"update {step}/{self._total}" if step is not None else "starting"
             head.add_row(bar, Text(count, "bold"), Text(elapsed), Text(ahead, "dim"))
             figures = Text("   ".join(self._figures() if self._newest else []))
@@ -155,7 +161,7 @@ def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """12s, 3m05s, 2h07m, 4d03h."""
     whole = round(max(seconds, 0))
     for size, large, small in ((86400, "d", "h"), (3600, "h", "m"), (60, "m", "s")):

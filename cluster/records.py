@@ -127,7 +127,7 @@ class RunRecords:
         for row, _ in zip(rows, range(self.max_rows), strict=False):
             _demand_keys(TRAJECTORIES_DIRECTORY, row, TRAJECTORY_KEYS)
             lines.append(_to_json(row, digits=5) + "\n")
-        _write_atomically(directory / f"step_{step:08d}.jsonl", "".join(lines))
+        write_atomically(directory / f"step_{step:08d}.jsonl", "".join(lines))
         files = trajectory_files(self.run_dir)
         while len(files) > max(self.max_files, 1):
             files.pop(_most_crowded(list(files))).unlink()
@@ -135,7 +135,7 @@ class RunRecords:
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Replaces summary.json, as a whole or not at all."""
         _demand_keys(SUMMARY_FILE, summary, SUMMARY_KEYS)
-        _write_atomically(self.run_dir / SUMMARY_FILE, _to_json(summary, indent=2) + "\n")
+        write_atomically(self.run_dir / SUMMARY_FILE, _to_json(summary, indent=2) + "\n")
 
     def flush(self) -> None:
         """Has the lines that were written so far on disk, also if the machine were to stop now."""
@@ -150,7 +150,7 @@ class RunRecords:
         Events stay: they happened. -1 forgets the evaluation of the untrained student too.
         """
         rows = [row for row in read_jsonl(self.run_dir / METRICS_FILE) if row["step"] <= step]
-        _write_atomically(self.run_dir / METRICS_FILE, "".join(_to_json(row) + "\n" for row in rows))
+        write_atomically(self.run_dir / METRICS_FILE, "".join(_to_json(row) + "\n" for row in rows))
         for kept, path in trajectory_files(self.run_dir).items():
             if kept > step:
                 path.unlink()
@@ -224,7 +224,8 @@ def _append(path: Path, row: Mapping[str, Any]) -> None:
         file.write(line)
 
 
-def _write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, text: str) -> None:
+    """Replaces a file's content, on disk as a whole or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with temporary.open("wb") as file:
         file.write(text.encode(errors="backslashreplace"))

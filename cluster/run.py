@@ -26,6 +26,7 @@ from cluster.ray_fleet import Fleet, Resources
 from cluster.records import RunRecords, read_summary
 from cluster.report import write_report
 from cluster.state import CampaignState, load_state
+from cluster.status import keep_status
 from cluster.teachers import Teachers
 from learner.learner import Learner
 
@@ -94,6 +95,9 @@ async def _run(
     records.event("resumed" if checkpoint else "started", step=state.step, process=os.getpid())
     fleets = build_fleets(config, inputs, needed, on_event)
     learner = build_learner(config, checkpoint, needed, on_event)
+    status = asyncio.create_task(
+        keep_status(config.run_dir, lambda: _live_status(state, progress, [*fleets.values(), learner]))
+    )
     try:
         await asyncio.gather(*(fleet.start() for fleet in (learner, *fleets.values())))
         teachers = {name: fleets[f"teacher.{name}"] for name in config.teachers}
@@ -132,8 +136,22 @@ async def _run(
             records.event("failed", cause=f"{type(error).__name__}: {error}", step=state.step, traceback=details)
         raise
     finally:
+        status.cancel()
         for fleet in (learner, *fleets.values()):
             fleet.close()
+
+
+def _live_status(state: CampaignState, progress: Progress, fleets: list[Fleet]) -> dict[str, Any]:
+    """What only this process knows: see cluster/status.py."""
+    return {
+        "roles": progress.roles,
+        "actors": [
+            {"name": replica.name, "alive": replica.alive, "restarts": replica.restarts, "under_way": replica.under_way}
+            for fleet in fleets
+            for replica in fleet.replicas
+        ],
+        "ledger": state.ledger.counts(),
+    }
 
 
 def build_fleets(

@@ -123,6 +123,7 @@ def _events(updates: int, faults: bool, finished: bool) -> list[dict]:
 
     actors = ("learner-0", "teacher.default-0", "rollout-0", "rollout-1")
     events = [event(1, "started", step=0), *(event(10 + i, "actor_started", actor=a) for i, a in enumerate(actors))]
+    events.append(event(20, "loop_started", step=0))
     middle, end = 20 + updates / 4, 20 + updates / 2
     if faults:
         events.append(event(middle, "actor_died", "ActorDiedError: SIGKILL <worker>", actor="rollout-1"))

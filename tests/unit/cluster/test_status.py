@@ -1,0 +1,160 @@
+"""What `understudy status` and `understudy tail` say of runs in every state, from files alone."""
+
+import asyncio
+import io
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from actors.errors import UserError
+from cluster.cli import main
+from cluster.records import read_jsonl, trajectory_files
+from cluster.screen import status_screen, trajectory_text
+from cluster.status import LOST_AFTER_SECONDS, find_run, keep_status, read_status, write_status
+from tests.fake_run import make_fake_run
+
+LIVE = {
+    "roles": {"rollout": "64 trajectories", "teacher": "idle", "learner": "update 26"},
+    "actors": [
+        {"name": "rollout-0", "alive": True, "restarts": 0, "under_way": 64},
+        {"name": "rollout-1", "alive": False, "restarts": 2, "under_way": 0},
+        {"name": "teacher.default-0", "alive": True, "restarts": 0, "under_way": 0},
+        {"name": "learner-0", "alive": True, "restarts": 0, "under_way": 1},
+    ],
+    "ledger": {"issued": 1700, "sampled": 10, "scored": 3, "trained": 1600, "dropped": 2},
+}
+
+
+@pytest.fixture
+def running(tmp_path: Path) -> Path:
+    run = make_fake_run(tmp_path / "running", updates=25, of=100)
+    write_status(run, LIVE)
+    return run
+
+
+def shown(status: dict[str, Any]) -> str:
+    console = Console(width=140, record=True, file=io.StringIO())
+    console.print(status_screen(status))
+    return console.export_text()
+
+
+def test_a_running_campaign_is_told_with_rates_and_what_limits_it(running: Path) -> None:
+    status = read_status(running)
+    rows = [row for row in read_jsonl(running / "metrics.jsonl") if row["step"] > 0]
+    seconds = (rows[-1]["wall_seconds"] - rows[5]["wall_seconds"]) / 19
+    assert status["state"] == "running"
+    assert (status["update"], status["updates"]) == (25, 100)
+    assert status["updates_per_hour"] == pytest.approx(3600 / seconds, rel=1e-3)
+    assert status["seconds_left"] == pytest.approx(75 * seconds, rel=1e-3)
+    assert status["bottleneck"].startswith("rollout-bound: a third rollout actor would give +")
+    assert status["ledger"] == LIVE["ledger"]
+    text = shown(status)
+    assert "running" in text and "update 25/100" in text and "left" in text
+    rollout = next(line for line in text.splitlines() if line.strip().startswith("rollout"))
+    assert "1/2" in rollout and "64 trajectories" in rollout
+    teacher = next(line for line in text.splitlines() if line.strip().startswith("teacher"))
+    assert "1/1" in teacher
+
+
+def test_a_campaign_that_has_not_written_for_long_is_lost(running: Path) -> None:
+    later = time.time() + LOST_AFTER_SECONDS + 5
+    status = read_status(running, now=later)
+    assert status["state"] == "lost"
+    assert status["seconds_left"] is None
+    assert "last seen" in shown(status)
+    (running / "status.json").unlink()
+    assert read_status(running)["state"] == "lost"
+
+
+def test_a_campaign_whose_loop_has_not_begun_is_starting(running: Path) -> None:
+    with (running / "events.jsonl").open("a") as file:
+        file.write(json.dumps({"time": 0, "wall_seconds": 30, "kind": "resumed", "cause": ""}) + "\n")
+    assert read_status(running)["state"] == "starting"
+
+
+@pytest.mark.parametrize("kind", ["finished", "stopped", "failed"])
+def test_how_a_campaign_ended_is_told_whatever_its_last_sign_of_life(running: Path, kind: str) -> None:
+    with (running / "events.jsonl").open("a") as file:
+        file.write(json.dumps({"time": 0, "wall_seconds": 30, "kind": kind, "cause": "E: why"}) + "\n")
+    status = read_status(running)
+    assert status["state"] == kind
+    assert ("E: why" in shown(status).splitlines()[0]) == (kind == "failed")
+
+
+def test_a_campaign_without_any_update_has_a_screen(running: Path) -> None:
+    (running / "metrics.jsonl").unlink()
+    status = read_status(running)
+    assert status["update"] == 0 and "bottleneck" not in status
+    assert "update 0/100" in shown(status)
+
+
+def test_news_are_shown_and_ordinary_events_are_not(running: Path) -> None:
+    with (running / "events.jsonl").open("a") as file:
+        for kind, cause in (("actor_died", "killed by the kernel"), ("checkpoint", "")):
+            file.write(json.dumps({"time": 0, "wall_seconds": 30, "kind": kind, "cause": cause, "step": 9}) + "\n")
+    status = read_status(running)
+    assert [event["kind"] for event in status["news"]][-1] == "actor_died"
+    assert "killed by the kernel" in shown(status)
+    assert status["checkpoints"]["step"] == 9
+
+
+def test_a_run_is_found_by_path_or_by_name_and_a_misspelt_one_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / "home"
+    run = make_fake_run(home / "understudy-runs" / "quickstart")
+    monkeypatch.setenv("HOME", str(home))
+    assert find_run("quickstart") == run == find_run(str(run))
+    with pytest.raises(UserError, match=r"RUN: found quickstrat.*did you mean 'quickstart'"):
+        find_run("quickstrat")
+
+
+def test_the_live_part_is_kept_fresh(tmp_path: Path) -> None:
+    reads: list[int] = []
+
+    async def some_time() -> None:
+        task = asyncio.create_task(keep_status(tmp_path, lambda: {"reads": reads.append(1) or len(reads)}))
+        while not reads:
+            await asyncio.sleep(0.01)
+        task.cancel()
+
+    asyncio.run(some_time())
+    assert json.loads((tmp_path / "status.json").read_text())["reads"] == len(reads)
+
+
+def test_status_as_json_is_what_is_read(running: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as status:
+        main(["status", str(running), "--json"])
+    assert status.value.code == 0
+    told, read = json.loads(capsys.readouterr().out), read_status(running)
+    assert told.keys() == read.keys()
+    assert told["ledger"] == read["ledger"]
+
+
+def test_tokens_are_coloured_by_how_far_student_and_teacher_disagree() -> None:
+    row = {
+        **{"step": 3, "id": "-1/0/0", "prompt": "p", "finish_reason": "stop", "reference": "x", "reward": 1.0},
+        **{"tokens": ["a", "b", "[red]", "d"], "student_logprobs": [-0.1, -0.1, -0.1, -0.1]},
+        "teacher_logprobs": [-0.1, -9.0, -0.5, None],
+    }
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(trajectory_text(row))
+    assert "ab[red]d" in console.export_text(clear=False)
+    styles = {
+        segment.text: str(segment.style) for segment in console.render(trajectory_text(row)) if segment.text.strip()
+    }
+    assert "red3" in styles["b"] and "yellow" in styles["[red]"]
+    assert styles["a"] != styles["b"] and "dim" in styles["d"]
+
+
+def test_tail_shows_the_newest_trajectories(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make_fake_run(tmp_path / "run")
+    newest = max(trajectory_files(run))
+    with pytest.raises(SystemExit) as status:
+        main(["tail", str(run), "--rows", "2"])
+    assert status.value.code == 0
+    assert capsys.readouterr().out.count(f"update {newest} ") == 2
