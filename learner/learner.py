@@ -21,9 +21,10 @@ from actors.logprobs import chunked_head, entropy, token_logprobs
 from actors.models import load_model, load_tokenizer, response_head
 from actors.trajectory import TeacherScores, Trajectories, TrajectoryId
 from actors.weights import WeightVersion, pack
-from learner.batch import MetricSums, Part, UpdateBatch
+from learner.batch import Part, UpdateBatch
 from learner.checkpoint import flush, read_json, write_json
 from learner.config import LearnerConfig
+from learner.metrics import MetricSums
 from learner.objective import corrected_weights, log_importance_weights, surrogate
 from learner.optimizer import build_optimizer, learning_rate, load_optimizer_tensors, optimizer_tensors
 from learner.saving import BackgroundWrite, copies, model_tensors, write_tensors
