@@ -81,6 +81,20 @@ class CheckpointConfig:
 
 
 @dataclass
+class TrackingConfig:
+    """Where metrics are copied to, beside metrics.jsonl."""
+
+    tensorboard: bool = True
+    """Event files in `<run directory>/tensorboard`."""
+    prometheus: bool = True
+    """Gauges `ray_understudy_…` among those that Ray exports on each node."""
+    wandb_project: str | None = None
+    """A project of Weights & Biases (needs wandb; the key comes from WANDB_API_KEY)."""
+    mlflow_uri: str | None = None
+    """A tracking server of MLflow (needs mlflow-skinny)."""
+
+
+@dataclass
 class RayConfig:
     """Which cluster the campaign runs on."""
 
@@ -115,6 +129,7 @@ class CampaignConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     weights: WeightsConfig = field(default_factory=WeightsConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
     ray: RayConfig = field(default_factory=RayConfig)
 
     @property
@@ -142,6 +157,7 @@ RESUMABLE_KEYS = (
     "pipeline.updates",
     "evaluation.*",
     "checkpoint.*",
+    "tracking.*",
     "ray.*",
 )
 """Keys that may change when a campaign is taken up again; `*` stands for any name."""
@@ -184,6 +200,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> CampaignConf
 def write_config(config: CampaignConfig, path: Path) -> None:
     """The fully resolved configuration as YAML."""
     path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)), "utf-8")
+
+
+def as_dictionary(config: CampaignConfig) -> dict[str, Any]:
+    """The configuration as plain dictionaries, lists and values."""
+    return OmegaConf.to_container(OmegaConf.structured(config))  # type: ignore[return-value]
 
 
 def differences(before: CampaignConfig, after: CampaignConfig) -> list[tuple[str, Any, Any]]:

