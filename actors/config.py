@@ -122,10 +122,11 @@ class TeacherConfig:
     """Further resources of Ray that one actor takes, as for `rollout.resources`."""
     dtype: Dtype = "bfloat16"
     """Data type of the weights. Log-probs are always computed in float32."""
-    signal: Literal["sampled", "topk", "full"] = "sampled"
-    """What is sent for each token: its own log-prob; with the teacher's `top_k` tokens; with the whole vocabulary."""
+    signal: Literal["sampled", "topk", "student_topk", "full", "hidden"] = "sampled"
+    """What is sent for each token: its own log-prob; with those of the teacher's `top_k` tokens, of the student's, or of
+    the whole vocabulary; or `hidden`, the states that the learner turns into the whole vocabulary's."""
     top_k: int = number(64, minimum=2)
-    """Size of the support when `signal` is `topk`."""
+    """Size of the support when `signal` is `topk` or `student_topk`."""
     microbatch_tokens: int = number(16384, minimum=1)
     """Tokens of one forward pass, padding included."""
     head_chunk_tokens: int = number(1024, minimum=1)

@@ -7,6 +7,7 @@ backward pass instead of being kept. Shapes: N tokens, n tokens of a chunk, H hi
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch.utils.checkpoint import checkpoint
 
@@ -44,6 +45,19 @@ def chunked_head(
         else:
             parts.append(one_chunk(hidden_nH, start))
     return tuple(torch.cat(column) for column in zip(*parts, strict=True))
+
+
+def to_array(tensor: torch.Tensor) -> np.ndarray:
+    """As numpy, without loss: the bits of a bfloat16, which numpy does not know, as uint16."""
+    tensor = tensor.detach().cpu()
+    return tensor.view(torch.int16).numpy().view(np.uint16) if tensor.dtype == torch.bfloat16 else tensor.numpy()
+
+
+def from_array(array: np.ndarray) -> torch.Tensor:
+    """The inverse of `to_array`; copies, since arrays from the object store are read-only."""
+    if array.dtype == np.uint16:
+        return torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16)
+    return torch.from_numpy(array.copy())
 
 
 def token_logprobs(logprobs_nV: torch.Tensor, tokens_n: torch.Tensor) -> torch.Tensor:

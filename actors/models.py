@@ -122,6 +122,37 @@ def load_model(model: str, dtype: str, device: str, trust_remote_code: bool, key
     return network.to(device).eval()
 
 
+def load_head(
+    model: str, dtype: str, device: str, trust_remote_code: bool, key: str
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(weight [V, H], bias [V] or None) of the model's output layer, read without the rest of it.
+
+    UserError: as find_model and check_weights, or the files have no such tensor.
+    """
+    import torch
+    from safetensors import safe_open
+    from transformers import AutoModelForCausalLM
+
+    path = find_model(model, key, code=trust_remote_code)
+    config = load_config(str(path), trust_remote_code, key)
+    check_weights(path, key)
+    with torch.device("meta"), as_user_error(key, path, "a causal language model"):
+        network: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        network.tie_weights()
+    head = network.get_output_embeddings()
+    named = list(network.named_parameters(remove_duplicate=False))  # a tied weight has two names, and the files one
+
+    def read(wanted: torch.Tensor) -> torch.Tensor:
+        names = [name for name, parameter in named if parameter is wanted]
+        for file in sorted(path.glob("*.safetensors")):
+            with safe_open(file, "pt") as tensors:
+                for name in set(names) & set(tensors.keys()):
+                    return tensors.get_tensor(name).to(device, getattr(torch, dtype))
+        raise UserError(key, f"{path} without {' or '.join(names)}", "the weights of the output layer")
+
+    return read(head.weight), None if head.bias is None else read(head.bias)
+
+
 def check_weights(model_dir: Path | str, key: str) -> None:
     """Reads the header of every safetensors file. UserError: none is there, one is missing, corrupt or cut short."""
     from safetensors import safe_open
@@ -149,6 +180,18 @@ def stop_token_ids(model_dir: Path | str, tokenizer: PreTrainedTokenizerBase) ->
         eos = json.loads(file.read_text("utf-8")).get("eos_token_id")
         found.update(eos if isinstance(eos, list) else [eos])
     return sorted(found - {None})
+
+
+def template_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Added tokens that the chat template writes around a question and its answer, ascending; none without a template."""
+    if not tokenizer.chat_template:
+        return []
+    messages = [{"role": role, "content": "…"} for role in ("user", "assistant")]
+    written = tokenizer.apply_chat_template(messages, tokenize=False)
+    opened = tokenizer.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True)
+    content, *around = tokenizer(["…", written, opened], add_special_tokens=False)["input_ids"]
+    added = set(tokenizer.get_added_vocab().values()) - set(content)
+    return sorted({token for row in around for token in row} & added)
 
 
 def context_length(config: PreTrainedConfig) -> int:

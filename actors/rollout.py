@@ -50,12 +50,19 @@ class RolloutActor:
         sampling: SamplingConfig,
         stop_token_ids: list[int],
         seed: int,
+        support_size: int = 0,
         trust_remote_code: bool = False,
     ):
         self._sampling = sampling
         self._reported_seconds = 0.0
         self._engine = VllmEngine(
-            model, config, sampling, stop_token_ids=stop_token_ids, seed=seed, trust_remote_code=trust_remote_code
+            model,
+            config,
+            sampling,
+            stop_token_ids=stop_token_ids,
+            support_size=support_size,
+            seed=seed,
+            trust_remote_code=trust_remote_code,
         )
 
     async def generate(self, requests: Requests, greedy: bool = False) -> tuple[RolloutCounts, Trajectories]:

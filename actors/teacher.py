@@ -10,7 +10,7 @@ import torch
 from actors.batching import microbatches
 from actors.config import TeacherConfig
 from actors.errors import CampaignError
-from actors.logprobs import chunked_head, token_logprobs
+from actors.logprobs import chunked_head, to_array, token_logprobs
 from actors.models import load_model, response_head
 from actors.trajectory import TeacherScores, Trajectories, offsets_of, select_trajectories
 
@@ -63,38 +63,45 @@ class TeacherActor:
         trajectories = select_trajectories(ids, batches)
         if prompts is not None:
             trajectories = replace(trajectories, prompt_tokens=prompts[0], prompt_offsets=prompts[1])
-        logprobs, support_ids, support_logprobs = self._forward(trajectories)
+        fields = self._forward(trajectories)
         unknown = trajectories.response_tokens >= len(self._weight)  # rows that only the student's padding has
-        logprobs[~np.isfinite(logprobs) | unknown] = np.nan
+        fields["logprobs"][~np.isfinite(fields["logprobs"]) | unknown] = np.nan
         seconds = time.perf_counter() - start
         self._busy_seconds += seconds
         scores = TeacherScores(
             ids=trajectories.ids,
             response_offsets=trajectories.response_offsets,
-            logprobs=logprobs,
             teacher=self._name,
             log_weights=np.zeros(len(ids), np.float32) if log_weights is None else log_weights,
-            support_ids=support_ids,
-            support_logprobs=support_logprobs,
+            **fields,
         )
-        return TeacherCounts(int(np.isnan(logprobs).sum()), seconds), scores
+        return TeacherCounts(int(np.isnan(scores.logprobs).sum()), seconds), scores
 
     @torch.inference_mode()
-    def _forward(self, trajectories: Trajectories) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Log-probs of the response tokens [N], ids of their supports [N, K], log-probs of those [N, K or V]."""
-        signal, vocabulary = self._config.signal, len(self._weight)
-        total = len(trajectories.response_tokens)
-        support = {"sampled": 0, "topk": min(self._config.top_k, vocabulary), "full": vocabulary}[signal]
-        logprobs = np.empty(total, np.float32)
-        support_ids = np.empty((total, support if signal == "topk" else 0), np.int32)
-        support_logprobs = np.empty((total, support), np.float32)
+    def _forward(self, trajectories: Trajectories) -> dict[str, np.ndarray]:
+        """The fields of TeacherScores that have one row for each response token: what `signal` asks for, else empty."""
+        signal, total = self._config.signal, len(trajectories.response_tokens)
+        vocabulary, hidden_size = self._weight.shape
+        named = torch.from_numpy(trajectories.support_ids.astype(np.int64)).to(self._device)
+        width = {"topk": min(self._config.top_k, vocabulary), "student_topk": named.shape[1], "full": vocabulary}
+        with_ids = signal in ("topk", "student_topk")
+        hidden_dtype = to_array(self._weight[:0]).dtype
+        fields = {
+            "logprobs": np.empty(total, np.float32),
+            "support_logprobs": np.empty((total, width.get(signal, 0)), np.float32),
+            "support_ids": np.empty((total, width[signal] if with_ids else 0), np.int32),
+            "hidden": np.empty((total, hidden_size if signal == "hidden" else 0), hidden_dtype),
+        }
         tokens = torch.from_numpy(trajectories.response_tokens.astype(np.int64)).to(self._device)
-        tokens = tokens.clamp(max=vocabulary - 1)
 
         def reduce(chunk_nV: torch.Tensor, rows: slice) -> tuple[torch.Tensor, ...]:
-            sampled = token_logprobs(chunk_nV, batch_tokens[rows])
+            sampled = token_logprobs(chunk_nV, tokens[places[rows]].clamp(max=vocabulary - 1))
             if signal == "topk":
-                return (sampled, *torch.topk(chunk_nV, support, dim=-1))
+                return (sampled, *torch.topk(chunk_nV, width[signal], dim=-1))
+            if signal == "student_topk":
+                ids = named[places[rows]]
+                logprobs = chunk_nV.gather(-1, ids.clamp(max=vocabulary - 1))
+                return sampled, logprobs.masked_fill(ids >= vocabulary, torch.nan), ids
             return (sampled, chunk_nV) if signal == "full" else (sampled,)
 
         for batch in microbatches(
@@ -104,22 +111,16 @@ class TeacherActor:
             trajectories.response_offsets,
             self._config.microbatch_tokens,
         ):
-            batch_tokens = tokens[torch.from_numpy(batch.tokens).to(self._device)]
+            places = torch.from_numpy(batch.tokens).to(self._device)
             input_ids = torch.from_numpy(batch.input_ids).to(self._device)
-            hidden = self._body(input_ids=input_ids, use_cache=False).last_hidden_state.flatten(0, 1)
-            scored = chunked_head(
-                hidden[torch.from_numpy(batch.positions).to(self._device)],
-                self._weight,
-                self._bias,
-                reduce,
-                chunk_tokens=self._config.head_chunk_tokens,
-            )
-            logprobs[batch.tokens] = scored[0].cpu().numpy()
-            if support:
-                support_logprobs[batch.tokens] = scored[1].cpu().numpy()
-            if signal == "topk":
-                support_ids[batch.tokens] = scored[2].cpu().numpy()
-        return logprobs, support_ids, support_logprobs
+            states = self._body(input_ids=input_ids, use_cache=False).last_hidden_state.flatten(0, 1)
+            states = states[torch.from_numpy(batch.positions).to(self._device)]
+            scored = chunked_head(states, self._weight, self._bias, reduce, chunk_tokens=self._config.head_chunk_tokens)
+            for name, values in zip(fields, scored, strict=False):  # in the order of `fields`
+                fields[name][batch.tokens] = values.cpu().numpy()
+            if signal == "hidden":
+                fields["hidden"][batch.tokens] = to_array(states)
+        return fields
 
     def _self_test(self, key: str) -> float:
         """Mean log-prob of a probe text, after a check that scores can be trusted.
@@ -140,6 +141,7 @@ class TeacherActor:
             behaviour_logprobs=nowhere[1:],
             policy_versions=nowhere[1:].astype(np.int32),
             finish_reasons=np.zeros(1, np.uint8),
+            support_ids=np.tile(probe[:1], (length - 1, 1)),
         )
         first, second = (self.score(written.ids, written)[1].logprobs for _ in range(2))
         with torch.inference_mode():

@@ -6,7 +6,7 @@ K support size, V vocabulary size.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -63,6 +63,9 @@ class Trajectories:
     """[N] int32: version of the weights that sampled the token."""
     finish_reasons: np.ndarray
     """[B] uint8: index into FINISH_REASONS."""
+    support_ids: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.int32))
+    """[N, K] int32: the tokens that the student held most likely when it sampled, for teachers that are asked about
+    these (`student_topk`); [0, 0] where none is."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -88,9 +91,13 @@ class TeacherScores:
     log_weights: np.ndarray
     """[B] float32: log of its share where several teachers score a trajectory, whose mixture is the teacher; else 0."""
     support_ids: np.ndarray
-    """[N, K] int32: tokens of the support, most likely first; [N, 0] for the signals `sampled` and `full`."""
+    """[N, K] int32: tokens of the support, most likely first (to the teacher with `topk`, to the student with
+    `student_topk`); [N, 0] for the other signals."""
     support_logprobs: np.ndarray
-    """[N, K] float32: the teacher's log-probs of `support_ids` (not renormalised); [N, V] for `full`, [N, 0] for `sampled`."""
+    """[N, K] float32: the teacher's log-probs of `support_ids` (not renormalised); [N, V] for `full`, else [N, 0]."""
+    hidden: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.uint16))
+    """[N, H] for `hidden`: the states that the teacher's head turns into log-probs, in the teacher's own dtype (the bits
+    of a bfloat16 as uint16); [0, 0] for the other signals."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -116,7 +123,7 @@ def _rows_of(ids: np.ndarray, batches: Sequence[Trajectories]) -> np.ndarray:
 
 def select_trajectories(ids: np.ndarray, batches: Sequence[Trajectories]) -> Trajectories:
     """The trajectories with these ids [M, 3], in this order, from batches that hold them and perhaps others."""
-    rows = _rows_of(ids, batches)
+    rows, named = _rows_of(ids, batches), batches[0].support_ids.size
     prompt_offsets = offsets_of(np.concatenate([np.diff(b.prompt_offsets) for b in batches]))
     response_offsets = offsets_of(np.concatenate([b.lengths for b in batches]))
 
@@ -132,52 +139,84 @@ def select_trajectories(ids: np.ndarray, batches: Sequence[Trajectories]) -> Tra
         behaviour_logprobs=tokens("behaviour_logprobs", response_offsets),
         policy_versions=tokens("policy_versions", response_offsets),
         finish_reasons=np.concatenate([b.finish_reasons for b in batches])[rows],
+        support_ids=tokens("support_ids", response_offsets) if named else np.zeros((0, 0), np.int32),
     )
 
 
-def select_scores(ids: np.ndarray, batches: Sequence[TeacherScores]) -> TeacherScores:
-    """The scores with these ids [M, 3], in this order, from batches of one kind of signal.
+class OneTeacher(NamedTuple):
+    """What one teacher said of some of an update's N tokens, its batches put together."""
 
-    Where several teachers have scored a trajectory, the result is their mixture in probability space,
-    log sum_i w_i q_i; a score that one of them lacks is missing. KeyError names an id that nobody has scored.
+    places: np.ndarray
+    """[M] int64: which of the N tokens."""
+    log_weights: np.ndarray
+    """[M] float32: log of its share in the mixture."""
+    logprobs: np.ndarray
+    """[M]; the others as in TeacherScores: [M, K], [M, K or V], [M, H]."""
+    support_ids: np.ndarray
+    support_logprobs: np.ndarray
+    hidden: np.ndarray
+
+
+def scores_by_teacher(ids: np.ndarray, batches: Sequence[TeacherScores]) -> tuple[np.ndarray, dict[str, OneTeacher]]:
+    """([B + 1] offsets of the responses with these ids [B, 3], in this order; teacher -> its scores of them).
+
+    KeyError names an id that nobody has scored.
     """
-    teachers: dict[str, list[TeacherScores]] = {}
+    by_name: dict[str, list[TeacherScores]] = {}
     for batch in batches:
-        teachers.setdefault(batch.teacher, []).append(batch)
+        by_name.setdefault(batch.teacher, []).append(batch)
     wanted = [tuple(row) for row in np.asarray(ids).tolist()]
     length = {
         tuple(row): n for b in batches for row, n in zip(b.ids.tolist(), np.diff(b.response_offsets), strict=True)
     }
     offsets = offsets_of(length[row] for row in wanted)
+    teachers = {}
+    for name, own in by_name.items():
+        place = {tuple(row): i for i, row in enumerate(np.concatenate([b.ids for b in own]).tolist())}
+        targets = np.array([i for i, row in enumerate(wanted) if row in place], np.int64)
+        sources = np.array([place[wanted[i]] for i in targets], np.int64)
+        own_offsets = offsets_of(np.concatenate([np.diff(b.response_offsets) for b in own]))
+        fields = {
+            name: ragged_rows(np.concatenate([getattr(b, name) for b in own]), own_offsets, sources)
+            if any(getattr(b, name).size for b in own)
+            else np.zeros((np.diff(offsets)[targets].sum(), 0), getattr(own[0], name).dtype)
+            for name in ("logprobs", "support_ids", "support_logprobs", "hidden")
+        }
+        teachers[name] = OneTeacher(
+            places=ragged_rows(np.arange(offsets[-1]), offsets, targets),
+            log_weights=np.repeat(np.concatenate([b.log_weights for b in own])[sources], np.diff(offsets)[targets]),
+            **fields,
+        )
+    return offsets, teachers
+
+
+def select_scores(ids: np.ndarray, batches: Sequence[TeacherScores]) -> TeacherScores:
+    """The scores with these ids [B, 3], in this order, from batches of one kind of signal; hidden states are left out.
+
+    Where several teachers have scored a trajectory, the result is their mixture in probability space,
+    log sum_i w_i q_i; a score that one of them lacks is missing. KeyError names an id that nobody has scored.
+    """
+    offsets, teachers = scores_by_teacher(ids, batches)
     support_ids, support = batches[0].support_ids, batches[0].support_logprobs
     logprobs = np.full(offsets[-1], -np.inf, np.float32)
     support_logprobs = np.full((offsets[-1], support.shape[1]), -np.inf, np.float32)
     chosen_ids = np.zeros((offsets[-1], support_ids.shape[1]), np.int32)
     for own in teachers.values():
-        place = {tuple(row): i for i, row in enumerate(np.concatenate([b.ids for b in own]).tolist())}
-        targets = np.array([i for i, row in enumerate(wanted) if row in place], np.int64)
-        sources = np.array([place[wanted[i]] for i in targets], np.int64)
-        into = ragged_rows(np.arange(offsets[-1]), offsets, targets)
-        own_offsets = offsets_of(np.concatenate([np.diff(b.response_offsets) for b in own]))
-        log_weights = np.repeat(np.concatenate([b.log_weights for b in own])[sources], np.diff(offsets)[targets])
-        tokens = {
-            name: ragged_rows(np.concatenate([getattr(b, name) for b in own]), own_offsets, sources)
-            for name in ("logprobs", "support_ids", "support_logprobs")
-        }
-        chosen_ids[into] = tokens["support_ids"]
-        if len(teachers) == 1 and not log_weights.any():  # nothing to mix: the values as they are, and no arithmetic
-            logprobs[into], support_logprobs[into] = tokens["logprobs"], tokens["support_logprobs"]
+        into = own.places
+        chosen_ids[into] = own.support_ids
+        if len(teachers) == 1 and not own.log_weights.any():  # nothing to mix: the values as they are, no arithmetic
+            logprobs[into], support_logprobs[into] = own.logprobs, own.support_logprobs
             continue
-        weighted = log_weights[:, None] + tokens["support_logprobs"]
+        weighted = own.log_weights[:, None] + own.support_logprobs
         with np.errstate(invalid="ignore"):  # a missing score is NaN, and stays so
-            logprobs[into] = np.logaddexp(logprobs[into], log_weights + tokens["logprobs"])
+            logprobs[into] = np.logaddexp(logprobs[into], own.log_weights + own.logprobs)
             support_logprobs[into] = np.logaddexp(support_logprobs[into], weighted)
     return TeacherScores(
         ids=np.asarray(ids, np.int64),
         response_offsets=offsets,
         logprobs=logprobs,
         teacher="+".join(teachers),
-        log_weights=np.zeros(len(wanted), np.float32),
+        log_weights=np.zeros(len(offsets) - 1, np.float32),
         support_ids=chosen_ids,
         support_logprobs=support_logprobs,
     )

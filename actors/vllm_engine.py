@@ -33,8 +33,9 @@ CPU_KV_CACHE_BYTES = 256 << 20
 class _Call:
     """The requests of one `generate`, until the last of them has finished."""
 
-    def __init__(self, requests: Requests):
+    def __init__(self, requests: Requests, support_size: int):
         self.future: Future = Future()
+        self._support_size = support_size
         self._requests = requests
         self._completions: list[Any] = [None] * len(requests.ids)
         self._missing = len(requests.ids)
@@ -43,7 +44,7 @@ class _Call:
         self._completions[place] = completion
         self._missing -= 1
         if self._missing == 0:
-            self.future.set_result(_trajectories(self._requests, self._completions))
+            self.future.set_result(_trajectories(self._requests, self._completions, self._support_size))
 
     def fail(self, error: BaseException | None) -> None:
         if error is not None and not self.future.done():
@@ -60,12 +61,13 @@ class VllmEngine:
         sampling: SamplingConfig,
         *,
         stop_token_ids: Sequence[int] = (),
+        support_size: int = 0,
         seed: int = 0,
         trust_remote_code: bool = False,
     ):
         """Builds the engine with random weights: `load_weights` must come before `generate`.
 
-        UserError where vLLM refuses an option of `config.engine`.
+        support_size: how many of the most likely tokens are recorded at each position, for teachers to score. UserError where vLLM refuses an option of `config.engine`.
         """
         self.version: int | None = None
         self.busy_seconds = 0.0
@@ -78,14 +80,15 @@ class VllmEngine:
         self._waiting: dict[str, tuple[_Call, int]] = {}
         self._commands: queue.Queue[tuple[Callable[[], Any], Future] | None] = queue.Queue()
         self._names = itertools.count()
-        self._llm = _build(model, config, sampling, seed, trust_remote_code)
+        self._support_size = support_size
+        self._llm = _build(model, config, sampling, support_size, seed, trust_remote_code)
         self._engine = self._llm.llm_engine
         self._thread = threading.Thread(target=self._run, name="vllm-engine", daemon=True)
         self._thread.start()
 
     def generate(self, requests: Requests, sampling: SamplingConfig, *, greedy: bool = False) -> Future:
         """Samples all B requests; the future's result is their Trajectories, in the order of the requests."""
-        call = _Call(requests)
+        call = _Call(requests, self._support_size)
 
         def enter() -> None:
             if self.version is None:
@@ -166,7 +169,7 @@ class VllmEngine:
             max_tokens=sampling.max_response_tokens,
             stop_token_ids=self._stop_token_ids,
             seed=seed,
-            logprobs=0,
+            logprobs=self._support_size,
             flat_logprobs=True,
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
@@ -213,7 +216,9 @@ class VllmEngine:
         self.busy_seconds += time.perf_counter() - start
 
 
-def _build(model: str, config: RolloutConfig, sampling: SamplingConfig, seed: int, trust_remote_code: bool) -> Any:
+def _build(
+    model: str, config: RolloutConfig, sampling: SamplingConfig, support_size: int, seed: int, trust_remote_code: bool
+) -> Any:
     import torch
 
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -246,6 +251,7 @@ def _build(model: str, config: RolloutConfig, sampling: SamplingConfig, seed: in
             "logprobs_mode": "raw_logprobs"
             if (sampling.temperature, sampling.top_p, sampling.top_k) == (1.0, 1.0, 0)
             else "processed_logprobs",
+            "max_logprobs": max(support_size, 1),
         }
         if not torch.cuda.is_available():
             options |= {"kv_cache_memory_bytes": CPU_KV_CACHE_BYTES, "enforce_eager": True}
@@ -275,7 +281,7 @@ def _skip_model_inspection(model: str) -> None:
         return
 
 
-def _trajectories(requests: Requests, completions: Sequence[Any]) -> Trajectories:
+def _trajectories(requests: Requests, completions: Sequence[Any], support_size: int) -> Trajectories:
     """vLLM's completions, one for each request and in their order, as flat arrays."""
     lengths = [len(completion.token_ids) for completion in completions]
     versions = np.empty(sum(lengths), np.int32)
@@ -290,8 +296,13 @@ def _trajectories(requests: Requests, completions: Sequence[Any]) -> Trajectorie
         prompt_offsets=requests.prompt_offsets,
         response_tokens=np.concatenate([np.asarray(c.token_ids, np.int32) for c in completions]),
         response_offsets=offsets_of(lengths),
-        # logprobs=0 asks for the sampled token only, so each position holds exactly one.
-        behaviour_logprobs=np.concatenate([np.asarray(c.logprobs.logprobs, np.float32) for c in completions]),
+        # At each position the sampled token comes first, then the most likely ones that were asked for.
+        behaviour_logprobs=np.concatenate(
+            [np.asarray(c.logprobs.logprobs, np.float32)[:: support_size + 1] for c in completions]
+        ),
         policy_versions=versions,
         finish_reasons=np.array([FINISH_REASONS.index(c.finish_reason) for c in completions], np.uint8),
+        support_ids=np.concatenate(
+            [np.asarray(c.logprobs.token_ids, np.int32).reshape(-1, support_size + 1)[:, 1:] for c in completions]
+        ),
     )

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from actors.errors import UserError
 from actors.models import (
     check_tokenizers_agree,
     check_weights,
@@ -61,12 +62,14 @@ def _teacher(config: CampaignConfig, name: str) -> str:
         load_tokenizer(student.model, student.trust_remote_code, "student.model"),
         load_tokenizer(teacher.model, teacher.trust_remote_code, key),
     )
-    check_tokenizers_agree(
-        *tokenizers,
+    configs = (
         load_config(student.model, student.trust_remote_code, "student.model"),
         load_config(teacher.model, teacher.trust_remote_code, key),
-        key,
     )
+    check_tokenizers_agree(*tokenizers, *configs, key)
+    vocabulary = min(c.get_text_config().vocab_size for c in configs)
+    if "topk" in teacher.signal and teacher.top_k > vocabulary:
+        raise UserError(f"teachers.{name}.top_k", teacher.top_k, f"at most {vocabulary}, the vocabulary of the models")
     remark = template_difference(*tokenizers)
     return "the student's tokenizer" + (f"; note: {remark}" if remark else "")
 

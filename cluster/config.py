@@ -28,6 +28,7 @@ from actors.config import (
 )
 from actors.errors import UserError
 from learner.config import LearnerConfig
+from learner.contradictions import refuse_contradictions
 
 
 @dataclass
@@ -136,6 +137,11 @@ class CampaignConfig:
     def run_dir(self) -> Path:
         """`<output_dir>/<name>`."""
         return Path(self.output_dir) / self.name
+
+    @property
+    def student_support_size(self) -> int:
+        """Tokens that the student names at each position, for teachers that score these."""
+        return max((t.top_k for t in self.teachers.values() if t.signal == "student_topk"), default=0)
 
     @property
     def trajectories_per_update(self) -> int:
@@ -332,23 +338,9 @@ def _check_whole(config: CampaignConfig) -> None:
         raise UserError("name", repr(config.name), "letters, digits, '.', '_' and '-': it names a directory")
     if not config.teachers:
         raise UserError("teachers", "none", "at least one, for example teachers.default.model")
-    signals = {teacher.signal for teacher in config.teachers.values()}
-    supports = {(teacher.signal, teacher.signal == "topk" and teacher.top_k) for teacher in config.teachers.values()}
-    if len(supports) > 1:
-        raise UserError(
-            "teachers", f"the signals {', '.join(sorted(signals))}", "one signal (and top_k) for all teachers"
-        )
-    keyed = [(domain, name) for name, t in config.teachers.items() for domain in t.domains or ("every other",)]
-    shared = [domain for domain, _ in keyed if sum(domain == other for other, _ in keyed) > 1]
-    if shared and "topk" in signals:
-        raise UserError(
-            "teachers",
-            f"several teachers with signal=topk for the domain {shared[0]}",
-            "sampled or full, which can be mixed",
-        )
     if any(t.domains for t in config.teachers.values()) and config.prompts.domain_field is None:
         raise UserError("prompts.domain_field", "null", "the field that teachers.<name>.domains speaks of")
-    _check_objective(config)
+    refuse_contradictions(config.learner.objective, config.teachers, config.pipeline.samples_per_prompt)
     for role, actors in _roles(config).items():
         for name, amount in actors.resources.items():
             if name in ("CPU", "GPU", "memory", "object_store_memory"):
@@ -362,52 +354,6 @@ def _check_whole(config: CampaignConfig) -> None:
 def _roles(config: CampaignConfig) -> dict[str, RolloutConfig | TeacherConfig | LearnerConfig]:
     teachers = {f"teachers.{name}": teacher for name, teacher in config.teachers.items()}
     return {"rollout": config.rollout, **teachers, "learner": config.learner}
-
-
-def _check_objective(config: CampaignConfig) -> None:
-    """Settings of the objective that contradict each other, or ask of the teacher what it does not send."""
-    objective, pipeline = config.learner.objective, config.pipeline
-    key = "learner.objective"
-    distribution = {
-        "estimator=full": objective.estimator == "full",
-        "estimator=to_go_expected": objective.estimator == "to_go_expected",
-        "baseline=exact_kl": objective.baseline == "exact_kl",
-    }
-    for name, teacher in config.teachers.items():
-        for setting in (s for s, asked in distribution.items() if asked and teacher.signal == "sampled"):
-            raise UserError(
-                f"teachers.{name}.signal", teacher.signal, f"topk or full: {key}.{setting} needs a distribution"
-            )
-    if objective.baseline == "group_mean" and pipeline.samples_per_prompt < 2:
-        raise UserError(
-            "pipeline.samples_per_prompt", 1, f"2 or more: {key}.baseline=group_mean is over a prompt's samples"
-        )
-    if objective.estimator == "full" and objective.baseline != "none":
-        raise UserError(f"{key}.baseline", objective.baseline, "none: the estimator full samples no action")
-    if objective.divergence != "reverse_kl" and objective.estimator != "full":
-        raise UserError(f"{key}.divergence", objective.divergence, "reverse_kl, or estimator=full")
-    if objective.divergence != "reverse_kl" and (objective.log_ratio_clip or objective.log_ratio_power):
-        raise UserError(f"{key}.divergence", objective.divergence, "reverse_kl, where the log-ratio is bounded")
-    bounds = ("log_ratio_clip", objective.log_ratio_clip), ("log_ratio_power", objective.log_ratio_power)
-    for name, bound in (
-        *bounds,
-        ("proximal_weight", None if objective.proximal_weight == 1 else objective.proximal_weight),
-    ):
-        if bound is not None and objective.estimator == "to_go_expected":
-            raise UserError(
-                f"{key}.{name}", bound, "no bound: to_go_expected adds exact KLs, and would mix two different costs"
-            )
-    if objective.divergence == "jsd" and objective.mixture == 1:
-        raise UserError(f"{key}.mixture", 1, "a number < 1 for jsd")
-    if (objective.aggregation == "constant") != (objective.aggregation_constant is not None):
-        raise UserError(
-            f"{key}.aggregation_constant", objective.aggregation_constant, "a number, just when aggregation=constant"
-        )
-    region = objective.trust_region
-    if region.target_kl is not None and region.beta == 0:
-        raise UserError(f"{key}.trust_region.beta", 0, "a number > 0 to start from, where target_kl adapts it")
-    if objective.mismatch.low > objective.mismatch.high:
-        raise UserError(f"{key}.mismatch.low", objective.mismatch.low, f"at most high={objective.mismatch.high:g}")
 
 
 def _one_line(error: BaseException) -> str:

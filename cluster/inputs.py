@@ -5,7 +5,14 @@ from typing import Any
 
 from actors.config import PromptsConfig
 from actors.errors import UserError
-from actors.models import context_length, find_model, load_config, load_tokenizer, stop_token_ids
+from actors.models import (
+    context_length,
+    find_model,
+    load_config,
+    load_tokenizer,
+    stop_token_ids,
+    template_token_ids,
+)
 from actors.prompts import PromptSet, load_prompts
 from actors.verifiers import Verifier, make_verifier
 from cluster.config import CampaignConfig
@@ -23,6 +30,8 @@ class Inputs:
     tokenizer: Any
     verifier: Verifier
     stop_token_ids: list[int]
+    masked_role_token_ids: list[int]
+    """The tokens of `learner.objective.masked_token_roles`."""
     vocabulary: int
     """Rows of the student's output layer."""
 
@@ -44,6 +53,8 @@ def read_inputs(config: CampaignConfig) -> Inputs:
             "sampling.stop_token_ids", "none", "at least one, since the student has no end-of-sequence token"
         )
     prompts, lessons = _read(config, config.prompts, tokenizer, "prompts")
+    if (reference := config.learner.objective.reference_teacher) is not None:
+        lessons = lessons._replace(routes=[{**route, reference: 0.0} for route in lessons.routes])
     held_out, held_out_lessons = None, None
     if config.evaluation.prompts is not None:
         held_out, held_out_lessons = _read(config, config.evaluation.prompts, tokenizer, "evaluation.prompts")
@@ -61,6 +72,7 @@ def read_inputs(config: CampaignConfig) -> Inputs:
         tokenizer,
         make_verifier(config.evaluation.verifier, "evaluation.verifier"),
         stop,
+        _masked_role_token_ids(config, tokenizer, stop),
         load_config(student.model, student.trust_remote_code, "student.model").get_text_config().vocab_size,
     )
 
@@ -73,7 +85,19 @@ def _read(config: CampaignConfig, source: PromptsConfig, tokenizer: Any, key: st
         for name, teacher in config.teachers.items()
         if teacher.prompt_template is not None
     }
-    return prompts, Lessons(routes(prompts.domains, config.teachers, source.path), privileged)
+    reference = config.learner.objective.reference_teacher
+    teaching = {name: teacher for name, teacher in config.teachers.items() if name != reference}
+    return prompts, Lessons(routes(prompts.domains, teaching, source.path), privileged)
+
+
+def _masked_role_token_ids(config: CampaignConfig, tokenizer: Any, stop: list[int]) -> list[int]:
+    roles = config.learner.objective.masked_token_roles
+    template = [token for token in template_token_ids(tokenizer) if token not in stop]
+    if "template" in roles and not template:
+        raise UserError(
+            "learner.objective.masked_token_roles", "template", "a chat template that writes special tokens of its own"
+        )
+    return sorted([*(stop if "end_of_sequence" in roles else []), *(template if "template" in roles else [])])
 
 
 def _teacher_room(config: CampaignConfig, name: str) -> int:

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from actors.config import TeacherConfig
 from actors.errors import CampaignError, LearnerLostError, UserError
 from actors.rollout import RolloutActor
 from actors.teacher import TeacherActor
@@ -96,7 +97,7 @@ async def _run(
     needed = check_cluster(config, private)
     records.event("resumed" if checkpoint else "started", step=state.step, process=os.getpid())
     fleets = build_fleets(config, inputs, needed, on_event)
-    learner = build_learner(config, checkpoint, needed, on_event)
+    learner = build_learner(config, inputs, checkpoint, needed, on_event)
     exported = [Prometheus(config.name)] if config.tracking.prometheus else []
     trackers = Trackers(make_trackers(config, state.step + 1, exported), on_event)
     records.on_metrics = trackers.log
@@ -127,7 +128,7 @@ async def _run(
             state, checkpoint = load_state(config)
             state.faults = faults
             records.truncate_after(state.step if state.step or state.start else -1)
-            learner = build_learner(config, checkpoint, needed, on_event)
+            learner = build_learner(config, inputs, checkpoint, needed, on_event)
             await learner.start()
             on_event("learner_restored", step=state.step, checkpoint=str(checkpoint))
         records.event("finished" if complete else "stopped", step=state.step)
@@ -187,23 +188,25 @@ def build_fleets(
         config.sampling,
         inputs.stop_token_ids,
         config.seed,
+        support_size=config.student_support_size,
         trust_remote_code=config.student.trust_remote_code,
     )
     teachers = {
         f"teacher.{name}": fleet(
             f"teacher.{name}",
             TeacherActor,
-            replace(teacher, model=_local(teacher.model)),
+            teacher,
             f"teachers.{name}",
             vocabulary=inputs.vocabulary,
         )
-        for name, teacher in config.teachers.items()
+        for name, teacher in _with_local_models(config.teachers).items()
     }
     return {"rollout": rollout, **teachers}
 
 
 def build_learner(
     config: CampaignConfig,
+    inputs: Inputs,
     checkpoint: Path | None,
     needed: dict[str, tuple[int, Resources]],
     on_event: Callable[..., None],
@@ -220,6 +223,8 @@ def build_learner(
             "publish_dtype": config.rollout.dtype,
             "bucket_bytes": config.weights.bucket_mebibytes << 20,
             "checkpoint": str(checkpoint.resolve()) if checkpoint else None,
+            "teachers": _with_local_models(config.teachers),
+            "masked_role_token_ids": inputs.masked_role_token_ids,
         },
         replicas=replicas,
         resources=resources,
@@ -272,6 +277,10 @@ def summarise(config: CampaignConfig, state: CampaignState, wall_seconds: float)
         "faults": state.faults,
         "ledger": state.ledger.counts(),
     }
+
+
+def _with_local_models(teachers: dict[str, TeacherConfig]) -> dict[str, TeacherConfig]:
+    return {name: replace(teacher, model=_local(teacher.model)) for name, teacher in teachers.items()}
 
 
 def _local(model: str) -> str:

@@ -3,16 +3,26 @@
 Shapes: B trajectories and N response tokens of the update; b, n of a micro-batch, T its longest response; K support.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from actors.batching import Microbatch, microbatches
-from actors.trajectory import TeacherScores, Trajectories, ragged_rows, select_scores, select_trajectories
+from actors.logprobs import from_array
+from actors.trajectory import (
+    TeacherScores,
+    Trajectories,
+    ragged_rows,
+    scores_by_teacher,
+    select_scores,
+    select_trajectories,
+)
 from learner.config import ObjectiveConfig
+from learner.divergences import extrapolated_teacher
+from learner.hidden import Head, HiddenStates
 from learner.objective import token_weights
 
 
@@ -42,6 +52,14 @@ class Part:
     """[n, K] int64; [n, 0] where the support is the whole vocabulary."""
     support_logprobs: Tensor
     """[n, K] or [n, V] float32."""
+    reference_logprobs: Tensor
+    """[n, K] or [n, V] float32: of the reference teacher on the same support; [n, 0] without one."""
+    hidden: Sequence[HiddenStates]
+    """What the teachers sent in place of the whole vocabulary's log-probs; empty for other signals."""
+    reference_hidden: Sequence[HiddenStates]
+    """The same of the reference teacher."""
+    old_hidden: HiddenStates | None
+    """Of the learner's own weights at the start of the update, where the trust region wants the exact KL to them."""
     columns: Tensor
     """[n] place in the response."""
     rows: Tensor
@@ -67,6 +85,10 @@ class UpdateBatch:
     trajectories: Trajectories
     tensors: dict[str, Tensor]
     device: str
+    hidden: list[HiddenStates] = field(default_factory=list)
+    reference_hidden: list[HiddenStates] = field(default_factory=list)
+    old_hidden: list[HiddenStates] = field(default_factory=list)
+    """None or one."""
 
     @classmethod
     def build(
@@ -74,24 +96,38 @@ class UpdateBatch:
         ids: np.ndarray,
         batches: Sequence[Trajectories | TeacherScores],
         policy_version: int,
-        masked_token_ids: Sequence[int],
+        objective: ObjectiveConfig,
         device: str,
+        *,
+        masked_token_ids: Sequence[int],
+        heads: Mapping[str, Head],
     ) -> "UpdateBatch":
-        """Joins trajectories and scores by id, in the order of `ids` [B, 3]."""
+        """Joins trajectories and scores by id, in the order of `ids` [B, 3]; `heads` are those of the teachers by name."""
         written = select_trajectories(ids, [b for b in batches if isinstance(b, Trajectories)])
-        scores = select_scores(ids, [b for b in batches if isinstance(b, TeacherScores)])
+        scored = [b for b in batches if isinstance(b, TeacherScores)]
+        teaching = [b for b in scored if b.teacher != objective.reference_teacher]
+        referring = [b for b in scored if b.teacher == objective.reference_teacher]
+        scores = select_scores(ids, teaching)
         mask = np.isfinite(scores.logprobs) & np.isfinite(scores.support_logprobs).all(-1)
         mask &= ~np.isin(written.response_tokens, list(masked_token_ids))
+        reference = select_scores(ids, referring) if referring else scores
+        mask &= np.isfinite(reference.logprobs) & np.isfinite(reference.support_logprobs).all(-1)
 
         def tensor(values: np.ndarray) -> Tensor:
             return torch.from_numpy(np.ascontiguousarray(values)).to(device)
+
+        def where_known(values: np.ndarray) -> Tensor:
+            return tensor(np.where(mask if values.ndim == 1 else mask[:, None], values, np.float32(0)))
+
+        strength = objective.extrapolation if referring else 1.0  # 1 is the teacher itself
+        teacher = extrapolated_teacher(where_known(scores.logprobs), where_known(reference.logprobs), strength)
 
         return cls(
             written,
             {
                 "tokens": tensor(written.response_tokens.astype(np.int64)),
                 "behaviour_logprobs": tensor(written.behaviour_logprobs),
-                "teacher_logprobs": tensor(np.where(mask, scores.logprobs, np.float32(0))),
+                "teacher_logprobs": teacher,
                 "mask": tensor(mask),
                 "weights": tensor(np.zeros(len(mask), np.float32)),
                 "coefficient": tensor(np.zeros(len(mask), np.float32)),
@@ -99,9 +135,12 @@ class UpdateBatch:
                 "importance": tensor(np.ones(len(mask), np.float32)),
                 "on_policy": tensor(written.policy_versions == policy_version),
                 "support_ids": tensor(scores.support_ids.astype(np.int64)),
-                "support_logprobs": tensor(np.where(mask[:, None], scores.support_logprobs, np.float32(0))),
+                "support_logprobs": where_known(scores.support_logprobs),
+                "reference_logprobs": where_known(reference.support_logprobs[:, : None if referring else 0]),
             },
             device,
+            hidden_states(ids, teaching, heads, device) if heads else [],
+            hidden_states(ids, referring, heads, device) if heads and referring else [],
         )
 
     def minibatches(self, count: int) -> list[np.ndarray]:
@@ -157,7 +196,34 @@ class UpdateBatch:
         starts = np.repeat(np.cumsum(lengths) - lengths, lengths)
         return Part(
             **{name: values[index] for name, values in self.tensors.items()},
+            hidden=[source.at(index) for source in self.hidden],
+            reference_hidden=[source.at(index) for source in self.reference_hidden],
+            old_hidden=next((source.at(index) for source in self.old_hidden), None),
             columns=torch.from_numpy(np.arange(lengths.sum()) - starts).to(self.device),
             rows=torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths)).to(self.device),
             shape=(len(lengths), int(lengths.max())),
         )
+
+
+def hidden_states(
+    ids: np.ndarray, scores: Sequence[TeacherScores], heads: Mapping[str, Head], device: str
+) -> list[HiddenStates]:
+    """What the teachers with these heads sent of the trajectories with these ids [B, 3].
+
+    A state that is not finite becomes zero: its token, whose score is missing, is masked.
+    """
+    offsets, teachers = scores_by_teacher(ids, scores)
+    out = []
+    for name, own in teachers.items():
+        places = np.full(offsets[-1], -1, np.int64)
+        places[own.places] = np.arange(len(own.places))
+        states = from_array(own.hidden).to(device)
+        out.append(
+            HiddenStates(
+                torch.where(states.isfinite(), states, torch.zeros_like(states)),
+                heads[name],
+                torch.from_numpy(places).to(device),
+                torch.from_numpy(own.log_weights).to(device),
+            )
+        )
+    return out

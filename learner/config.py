@@ -6,6 +6,7 @@ from typing import Literal
 from actors.config import number
 
 Estimator = Literal["trajectory", "to_go", "to_go_expected", "discounted", "immediate", "full"]
+TokenRole = Literal["end_of_sequence", "template"]
 Aggregation = Literal["token_mean", "sequence_mean", "sequence_sum", "constant"]
 Divergence = Literal["reverse_kl", "forward_kl", "jsd", "skewed_forward_kl", "skewed_reverse_kl", "entropy_gated_kl"]
 
@@ -14,8 +15,9 @@ Divergence = Literal["reverse_kl", "forward_kl", "jsd", "skewed_forward_kl", "sk
 class TrustRegionConfig:
     """Keeps pi_theta near pi_old: beta * KL(pi_old || pi_theta) is added to the loss; a step that goes too far is undone."""
 
-    estimator: Literal["k1", "k3"] = "k3"
-    """How the KL is estimated on the sampled tokens: `k3` is never negative; `k1` has the larger variance."""
+    estimator: Literal["k1", "k3", "exact"] = "k3"
+    """How the KL is estimated: on the sampled tokens, by `k3`, which is never negative, or `k1`, with the larger
+    variance; or `exact`, over the whole vocabulary, for one more forward pass and a hidden state kept for each token."""
     beta: float = number(0.0, minimum=0)
     """Weight of the forward KL. 0 measures it without adding it."""
     target_kl: float | None = number(None, above=0)
@@ -32,7 +34,7 @@ class MismatchConfig:
     """Weights pi_old / pi_behaviour: cut at `high`, or tokens outside of [low, high] left out. `none`: pi_old is what the
     engine recorded."""
     level: Literal["token", "prefix", "sequence"] = "token"
-    """What the weight is the ratio of: the token, the response up to it, or all of it."""
+    """What the weight is the ratio of: the token, the response up to it (before it, for `full`), or all of it."""
     low: float = number(0.5, minimum=0)
     high: float = number(2.0, above=0)
 
@@ -60,14 +62,22 @@ class ObjectiveConfig:
     """The log-ratio in A_t is that of the current student. False: that of the weights that sampled the token, which is
     biased as soon as they differ."""
     masked_token_ids: list[int] = field(default_factory=list)
-    """Tokens that are not trained on, for example end-of-sequence tokens about which teacher and student disagree by
-    convention only. A student that is never corrected there may forget to stop."""
+    """Tokens that are not trained on, for example those about which teacher and student disagree by convention only."""
+    masked_token_roles: list[TokenRole] = field(default_factory=list)
+    """The same by role: `end_of_sequence`, all tokens that end a response (a student that is never corrected there may
+    forget to stop); `template`, the other special tokens that the chat template writes around messages."""
+    extrapolation: float = number(1.0, above=0)
+    """Lambda of G-OPD: the teacher is q (q / pi_ref)^(lambda - 1), which above 1 goes beyond q. 1 is q itself."""
+    reference_teacher: str | None = None
+    """The name under `teachers` that is pi_ref: it scores every prompt that is trained on, and teaches none."""
     log_ratio_clip: float | None = number(None, above=0)
     """Bounds |log pi - log q| in A_t. Biased where it acts."""
     log_ratio_power: float | None = number(None, above=0)
     """pi^p - q^p in place of the log-ratio: bounded by 1 (PowerOPD)."""
     proximal_weight: float = number(1.0, above=0, maximum=1)
     """The teacher is w q + (1 - w) pi: bounds the log-ratio by -log(1 - w). 1 is the teacher itself."""
+    position_weight: float = number(0.0, minimum=0)
+    """Early tokens count more: A_t is multiplied by 1 + this x the share of sum |A| that is still to come (IW-OPD)."""
     through_log_ratio: bool = False
     """Differentiate through the log-ratio too, the literal surrogate E[ratio (log pi - log q)]."""
     clip_low: float | None = number(0.2, minimum=0, maximum=1)

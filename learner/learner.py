@@ -6,7 +6,8 @@ update, n of a micro-batch, V vocabulary, K support; [B, T] is padded by traject
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -15,17 +16,18 @@ import torch
 from safetensors.torch import load_file
 
 from actors.batching import Microbatch
-from actors.config import StudentConfig
+from actors.config import StudentConfig, TeacherConfig
 from actors.errors import NonFiniteLossError
 from actors.logprobs import chunked_head, entropy, token_logprobs
-from actors.models import load_model, load_tokenizer, response_head
+from actors.models import load_head, load_model, load_tokenizer, response_head
 from actors.trajectory import TeacherScores, Trajectories, TrajectoryId
 from actors.weights import WeightVersion, pack
 from learner.batch import Part, UpdateBatch
 from learner.checkpoint import flush, read_json, write_json
-from learner.config import LearnerConfig
+from learner.config import LearnerConfig, ObjectiveConfig
+from learner.hidden import Head, HiddenStates
 from learner.metrics import MetricSums
-from learner.objective import corrected_weights, log_importance_weights, surrogate
+from learner.objective import effective_sample_size, surrogate
 from learner.optimizer import build_optimizer, learning_rate, load_optimizer_tensors, optimizer_tensors
 from learner.saving import BackgroundWrite, copies, model_tensors, write_tensors
 from learner.signals import (
@@ -33,11 +35,12 @@ from learner.signals import (
     exact_kl,
     full_cost,
     full_cost_is_exact_kl,
+    importance_of,
     needs_distribution,
     needs_whole_update,
 )
 from learner.trust_region import ESTIMATORS as TRUST_REGION
-from learner.trust_region import adapted_beta, backed_off, k3
+from learner.trust_region import adapted_beta, backed_off, exact, k3
 
 
 class Learner:
@@ -53,8 +56,14 @@ class Learner:
         publish_dtype: str,
         bucket_bytes: int,
         checkpoint: str | None = None,
+        teachers: Mapping[str, TeacherConfig] | None = None,
+        masked_role_token_ids: Sequence[int] = (),
     ):
-        """Loads the student, or, where `checkpoint` names a directory, the state that was saved there."""
+        """Loads the student, or, where `checkpoint` names a directory, the state that was saved there.
+
+        teachers: by name; of those that send hidden states the head is loaded too. masked_role_token_ids: the tokens of
+        `objective.masked_token_roles`.
+        """
         self._student, self._config = student, config
         self._total_updates, self._temperature = total_updates, temperature
         self._publish_dtype, self._bucket_bytes = publish_dtype, bucket_bytes
@@ -72,6 +81,9 @@ class Learner:
             self._model.gradient_checkpointing_enable()
             self._model.train()
         self._optimizer = build_optimizer(self._model, config.optimizer)
+        self._masked_token_ids = [*config.objective.masked_token_ids, *masked_role_token_ids]
+        sending = {name: teacher for name, teacher in (teachers or {}).items() if teacher.signal == "hidden"}
+        self._heads = {name: self._head_of(teacher, f"teachers.{name}.model") for name, teacher in sending.items()}
         self._busy_seconds = 0.0
         self._write = BackgroundWrite()
         self.policy_version = 0
@@ -90,7 +102,13 @@ class Learner:
         """
         start = time.perf_counter()
         batch = UpdateBatch.build(
-            ids, batches, self.policy_version, self._config.objective.masked_token_ids, self._device
+            ids,
+            batches,
+            self.policy_version,
+            self._config.objective,
+            self._device,
+            masked_token_ids=self._masked_token_ids,
+            heads=self._heads,
         )
         self._look_ahead(batch)
         rate = learning_rate(self.policy_version + 1, self._total_updates, self._config.optimizer)
@@ -104,6 +122,7 @@ class Learner:
                 break
         self.policy_version += 1
         metrics = sums.means() | {"grad_norm": norm, "learning_rate": rate, "beta": self._beta, "step_scale": scale}
+        metrics["mismatch_ess"] = effective_sample_size(batch.tensors["importance"].log(), batch.tensors["mask"]).item()
         target = self._config.objective.trust_region.target_kl
         if target is not None:
             # After the last step: before it, a single on-policy step has not moved yet.
@@ -179,12 +198,13 @@ class Learner:
 
     @torch.no_grad()
     def _forward_kl(self, batch: UpdateBatch, rows: np.ndarray) -> float:
-        """k3 estimate of KL(pi_old || pi_theta), nats a token, with the weights as they are."""
+        """KL(pi_old || pi_theta), nats a token, with the weights as they are: exact where the trust region is, else k3."""
         total = tokens = 0.0
         for microbatch in batch.microbatches(self._config.microbatch_tokens, rows):
             part = batch.part(microbatch)
-            (logprobs,) = self._head(part, microbatch, lambda _logprobs, _rows: ())
-            total += (k3(logprobs, part.old_logprobs) * part.mask).sum().item()
+            found = self._head(part, microbatch, partial(_exact_forward_kl, part))
+            forward_kl = found.get("forward_kl", k3(found["logprobs"], part.old_logprobs))
+            total += (forward_kl * part.mask).sum().item()
             tokens += part.mask.sum().item()
         return total / max(tokens, 1.0)
 
@@ -193,66 +213,94 @@ class Learner:
         """One pass without gradients, where the objective needs to know more of the update than a micro-batch shows:
         pi_old of the learner's own, and coefficients whose baseline is other trajectories."""
         objective = self._config.objective
-        mismatch = objective.mismatch
-        whole_update = needs_whole_update(objective)
-        if mismatch.correction == "none" and not whole_update:
+        whole_update, correct = needs_whole_update(objective), objective.mismatch.correction != "none"
+        keep_states = objective.trust_region.estimator == "exact"
+        if not (whole_update or correct or keep_states):
             return
         with_kl = whole_update and objective.estimator == "to_go_expected"
-        found = torch.zeros((2, len(batch.tensors["mask"])), device=self._device)
+        found = {name: torch.zeros(len(batch.tensors["mask"]), device=self._device) for name in ("logprobs", "kl")}
+        states: list[torch.Tensor] = []
+        places = torch.zeros_like(batch.tensors["tokens"])
         for microbatch in batch.microbatches(self._config.microbatch_tokens):
             part = batch.part(microbatch)
-            exact = (lambda lp, rows, p=part: (exact_kl(lp, p, rows, objective),)) if with_kl else lambda lp, rows: ()
-            columns = self._head(part, microbatch, exact)
             index = torch.from_numpy(microbatch.tokens).to(self._device)
-            for row, column in enumerate(columns):
-                found[row, index] = column
+            keep = states.append if keep_states else None
+            reduce = partial(_exact_reverse_kl, part, objective) if with_kl else _nothing
+            places[index] = sum(map(len, states)) + torch.arange(len(index), device=self._device)
+            for name, column in self._head(part, microbatch, reduce, keep).items():
+                found[name][index] = column
+        if keep_states:
+            batch.old_hidden.append(self._as_hidden_states(torch.cat(states), places))
         whole = batch.whole()
-        if mismatch.correction != "none":
-            difference = whole.padded(torch.where(whole.mask, found[0] - whole.behaviour_logprobs, 0.0))
-            log_weights = log_importance_weights(difference, whole.padded(whole.mask), mismatch.level)
-            corrected = corrected_weights(log_weights, mismatch.correction, mismatch.low, mismatch.high)
-            batch.tensors["importance"] = whole.flat(corrected)
-            batch.tensors["old_logprobs"] = found[0]
+        if correct:
+            batch.tensors["importance"] = importance_of(found["logprobs"], whole, objective)
+            batch.tensors["old_logprobs"] = found["logprobs"]
         if whole_update:
-            kl = found[1] if with_kl else None
-            student = found[0] if objective.recompute_log_ratio else whole.behaviour_logprobs
+            student = found["logprobs"] if objective.recompute_log_ratio else whole.behaviour_logprobs
+            kl = found["kl"] if with_kl else None
             batch.tensors["coefficient"] = coefficients(student, kl, whole, batch.groups(), objective)
 
+    def _as_hidden_states(self, states: torch.Tensor, places: torch.Tensor) -> HiddenStates:
+        """What the weights as they are now make of the update's tokens, kept while the weights go on."""
+        dtype = torch.bfloat16 if self._config.compute_dtype == "bfloat16" else states.dtype
+        weight, bias = self._weight.detach().to(dtype, copy=True), self._bias
+        head = (weight, None if bias is None else bias.detach().to(dtype, copy=True))
+        nothing = torch.zeros(len(states), device=self._device)
+        return HiddenStates(states.to(dtype), head, places, nothing, self._temperature)
+
     def _head(
-        self, part: Part, microbatch: Microbatch, reduce: Callable[[torch.Tensor, slice], tuple[torch.Tensor, ...]]
-    ) -> tuple[torch.Tensor, ...]:
-        """([n] log pi of the sampled tokens, then what `reduce` keeps of the log-probs [n, V])."""
+        self,
+        part: Part,
+        microbatch: Microbatch,
+        reduce: Callable[[torch.Tensor, slice], dict[str, torch.Tensor]],
+        keep: Callable[[torch.Tensor], None] | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """`logprobs`, [n] log pi of the sampled tokens, and what `reduce` makes of the log-probs [n, V], by its names.
+
+        keep is given the hidden states [n, H].
+        """
+        names: list[str] = []
+
+        def columns(logprobs_nV: torch.Tensor, rows: slice) -> tuple[torch.Tensor, ...]:
+            found = {"logprobs": token_logprobs(logprobs_nV, part.tokens[rows])} | reduce(logprobs_nV, rows)
+            names[:] = found
+            return tuple(found.values())
+
         with torch.autocast(self._device, torch.bfloat16, enabled=self._config.compute_dtype == "bfloat16"):
             input_ids = torch.from_numpy(microbatch.input_ids).to(self._device)
             hidden = self._body(input_ids=input_ids, use_cache=False).last_hidden_state.flatten(0, 1)
-            return chunked_head(
-                hidden[torch.from_numpy(microbatch.positions).to(self._device)],
+            hidden = hidden[torch.from_numpy(microbatch.positions).to(self._device)]
+            if keep is not None:
+                keep(hidden)
+            values = chunked_head(
+                hidden,
                 self._weight,
                 self._bias,
-                lambda logprobs, rows: (token_logprobs(logprobs, part.tokens[rows]), *reduce(logprobs, rows)),
+                columns,
                 chunk_tokens=self._config.head_chunk_tokens,
                 temperature=self._temperature,
             )
+        return dict(zip(names, values, strict=True))
 
     def _loss(self, part: Part, microbatch: Microbatch, sums: MetricSums) -> torch.Tensor:
         """The micro-batch's share of the loss."""
         objective = self._config.objective
         full = objective.estimator == "full"
 
-        def reduce(logprobs_nV: torch.Tensor, rows: slice) -> tuple[torch.Tensor, ...]:
-            kept = [entropy(logprobs_nV.detach())]
+        def reduce(logprobs_nV: torch.Tensor, rows: slice) -> dict[str, torch.Tensor]:
+            kept = {"entropy": entropy(logprobs_nV.detach())} | _exact_forward_kl(part, logprobs_nV, rows)
             if full:
-                kept.append(full_cost(logprobs_nV, part, rows, objective))
+                kept["cost"] = full_cost(logprobs_nV, part, rows, objective)
             if full_cost_is_exact_kl(objective):
-                kept.append(kept[-1].detach())
+                kept["kl"] = kept["cost"].detach()
             elif needs_distribution(objective):
-                kept.append(exact_kl(logprobs_nV.detach(), part, rows, objective))
-            return tuple(kept)
+                kept["kl"] = exact_kl(logprobs_nV.detach(), part, rows, objective)
+            return kept
 
-        logprobs, entropies, *others = self._head(part, microbatch, reduce)
-        kl = others[-1] if needs_distribution(objective) else None
+        found = self._head(part, microbatch, reduce)
+        logprobs, kl = found["logprobs"], found.get("kl")
         if full:
-            cost, clipped = others[0], torch.zeros_like(part.mask)
+            cost, clipped = found["cost"], torch.zeros_like(part.mask)
         else:
             student = logprobs if objective.recompute_log_ratio else part.behaviour_logprobs
             whole_update = needs_whole_update(objective)
@@ -265,13 +313,21 @@ class Learner:
                 dual_clip=objective.dual_clip,
                 through_log_ratio=objective.through_log_ratio,
             )
-        forward_kl = TRUST_REGION[objective.trust_region.estimator](logprobs, part.old_logprobs)
+        region = objective.trust_region.estimator
+        forward_kl = found["forward_kl"] if region == "exact" else TRUST_REGION[region](logprobs, part.old_logprobs)
         cost = (part.importance * cost + self._beta * forward_kl).masked_fill(~part.mask, 0.0)
         loss = (part.weights * cost).sum()
         with torch.no_grad():
             reverse_kl = logprobs - part.teacher_logprobs if kl is None else kl
-            sums.add(loss, part, logprobs, entropies, reverse_kl, k3(logprobs, part.old_logprobs), clipped)
+            measured = forward_kl.detach() if region == "exact" else k3(logprobs, part.old_logprobs)
+            sums.add(loss, part, logprobs, found["entropy"], reverse_kl, measured, clipped)
         return loss
+
+    def _head_of(self, teacher: TeacherConfig, key: str) -> Head:
+        """The teacher's output layer, cut to what the student can write."""
+        weight, bias = load_head(teacher.model, teacher.dtype, self._device, teacher.trust_remote_code, key)
+        rows = slice(len(self._weight))
+        return weight[rows], None if bias is None else bias[rows]
 
     def _refuse(self, what: str, ids: np.ndarray) -> NoReturn:
         self._optimizer.zero_grad(set_to_none=True)
@@ -280,3 +336,18 @@ class Learner:
             f"update {self.policy_version + 1}: {what} (trajectories {names}); the weights are those of version "
             f"{self.policy_version}, and the last checkpoint is good"
         )
+
+
+def _exact_forward_kl(part: Part, logprobs_nV: torch.Tensor, rows: slice) -> dict[str, torch.Tensor]:
+    """`forward_kl`: KL(pi_old || pi_theta) over the whole vocabulary, [n], where the weights before are kept."""
+    return {} if part.old_hidden is None else {"forward_kl": exact(logprobs_nV, part.old_hidden.logprobs(rows))}
+
+
+def _exact_reverse_kl(
+    part: Part, objective: ObjectiveConfig, logprobs_nV: torch.Tensor, rows: slice
+) -> dict[str, torch.Tensor]:
+    return {"kl": exact_kl(logprobs_nV, part, rows, objective)}
+
+
+def _nothing(_logprobs_nV: torch.Tensor, _rows: slice) -> dict[str, torch.Tensor]:
+    return {}

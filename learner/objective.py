@@ -82,10 +82,14 @@ def log_importance_weights(log_ratio_BT: Tensor, mask_BT: Tensor, level: str) ->
     log_ratio_BT: log target - log sampled-by (pi_old - pi_behaviour for the mismatch of engine and learner). With rho_t
     its exponential: `token` rho_t corrects the action; `prefix` rho_1 ... rho_t also the context it was taken in, which
     makes discount-0 forms exact; `sequence` rho_1 ... rho_T everything: exact for every estimator, and the most variable.
+    `before` rho_1 ... rho_(t-1) is for a term that samples no action at t (`full`): exact there, and `prefix` would be
+    too, with the variance of a rho_t that corrects nothing, and with another expectation as soon as it is cut.
     """
     log_ratio = torch.where(mask_BT, log_ratio_BT.detach(), torch.zeros_like(log_ratio_BT))
     if level == "prefix":
         log_ratio = log_ratio.cumsum(1)
+    elif level == "before":
+        log_ratio = torch.nn.functional.pad(log_ratio[:, :-1].cumsum(1), (1, 0))
     elif level == "sequence":
         log_ratio = log_ratio.sum(1, keepdim=True).expand_as(log_ratio)
     else:

@@ -10,7 +10,9 @@ from torch import Tensor
 from learner import divergences
 from learner.batch import Part
 from learner.config import ObjectiveConfig
-from learner.estimators import coefficient
+from learner.estimators import coefficient, position_weights
+from learner.hidden import mixture_logprobs
+from learner.objective import corrected_weights, log_importance_weights
 
 
 def needs_distribution(objective: ObjectiveConfig) -> bool:
@@ -25,13 +27,21 @@ def needs_whole_update(objective: ObjectiveConfig) -> bool:
 
 def on_support(logprobs_nV: Tensor, part: Part, rows: slice, objective: ObjectiveConfig) -> tuple[Tensor, Tensor]:
     """Student's and teacher's log-probs over the teacher's support, [n, K] each, for some tokens of a part."""
-    teacher = part.support_logprobs[rows]
+    said = [mixture_logprobs(part.hidden, rows) if part.hidden else part.support_logprobs[rows]]
+    if objective.reference_teacher is not None:
+        hidden = part.reference_hidden
+        said.append(mixture_logprobs(hidden, rows) if hidden else part.reference_logprobs[rows])
     if not part.support_ids.shape[1]:
-        width = min(logprobs_nV.shape[1], teacher.shape[1])  # padded vocabularies may differ
-        return logprobs_nV[:, :width], teacher[:, :width]
-    student = logprobs_nV.gather(-1, part.support_ids[rows])
-    close = divergences.with_tail if objective.support == "tail" else divergences.renormalised
-    return close(student), close(teacher)
+        width = min(x.shape[1] for x in (logprobs_nV, *said))  # padded vocabularies may differ
+        student, teacher, *reference = (x[:, :width] for x in (logprobs_nV, *said))
+    else:
+        close = divergences.with_tail if objective.support == "tail" else divergences.renormalised
+        student, teacher, *reference = map(close, (logprobs_nV.gather(-1, part.support_ids[rows]), *said))
+    if reference:
+        teacher = divergences.extrapolated_teacher(teacher, reference[0], objective.extrapolation)
+        if objective.estimator == "full":  # a divergence is between distributions; a sum of log-ratios is not
+            teacher = divergences.renormalised(teacher)
+    return student, teacher
 
 
 def exact_kl(logprobs_nV: Tensor, part: Part, rows: slice, objective: ObjectiveConfig) -> Tensor:
@@ -64,6 +74,18 @@ def full_cost(logprobs_nV: Tensor, part: Part, rows: slice, objective: Objective
     return getattr(divergences, objective.divergence)(student, teacher, *extra)
 
 
+def importance_of(logprobs: Tensor, part: Part, objective: ObjectiveConfig) -> Tensor:
+    """[n] weights from pi_behaviour to pi_old, of log-probs `logprobs`, for a part that holds whole trajectories.
+
+    Tokens that are masked were sampled all the same, and count in the weights of those after them.
+    """
+    mismatch = objective.mismatch
+    level = "before" if objective.estimator == "full" and mismatch.level == "prefix" else mismatch.level
+    written = part.padded(torch.ones_like(part.mask))
+    log_weights = log_importance_weights(part.padded(logprobs - part.behaviour_logprobs), written, level)
+    return part.flat(corrected_weights(log_weights, mismatch.correction, mismatch.low, mismatch.high))
+
+
 def coefficients(
     logprobs: Tensor, kl: Tensor | None, part: Part, groups: Tensor | None, objective: ObjectiveConfig
 ) -> Tensor:
@@ -72,14 +94,14 @@ def coefficients(
     teacher = divergences.proximal_teacher(student, part.teacher_logprobs, objective.proximal_weight)
     cost = divergences.bounded_cost(student, teacher, power=objective.log_ratio_power, clip=objective.log_ratio_clip)
     cost = torch.where(part.mask, cost, torch.zeros_like(cost))
-    return part.flat(
-        coefficient(
-            objective.estimator,
-            part.padded(cost),
-            part.padded(part.mask),
-            kl_BT=None if kl is None else part.padded(torch.where(part.mask, kl, torch.zeros_like(kl))),
-            gamma=objective.gamma,
-            baseline_name=objective.baseline,
-            group_B=groups,
-        )
+    mask_BT = part.padded(part.mask)
+    found = coefficient(
+        objective.estimator,
+        part.padded(cost),
+        mask_BT,
+        kl_BT=None if kl is None else part.padded(torch.where(part.mask, kl, torch.zeros_like(kl))),
+        gamma=objective.gamma,
+        baseline_name=objective.baseline,
+        group_B=groups,
     )
+    return part.flat(found * position_weights(found, mask_BT, objective.position_weight))

@@ -13,20 +13,33 @@ from learner.config import LearnerConfig, OptimizerConfig
 from learner.learner import Learner
 
 
-def make_learner(models: dict[str, Path], **changes: object) -> Learner:
+def make_learner(
+    models: dict[str, Path],
+    *,
+    teachers: dict[str, TeacherConfig] | None = None,
+    temperature: float = 1.0,
+    **changes: object,
+) -> Learner:
     config = LearnerConfig(compute_dtype="float32", optimizer=OptimizerConfig(learning_rate=1e-3, warmup_updates=0))
     return Learner(
         StudentConfig(str(models["student"])),
         replace(config, **changes),  # type: ignore[arg-type]
         total_updates=10,
-        temperature=1.0,
+        temperature=temperature,
         publish_dtype="float32",
         bucket_bytes=1 << 20,
+        teachers=teachers,
     )
 
 
-def sampled(models: dict[str, Path], teacher: str, signal: str = "full") -> tuple[Trajectories, TeacherScores]:
-    """Six trajectories, two a prompt, with the log-probs that the student itself gives its tokens."""
+def teacher_config(models: dict[str, Path], model: str, signal: str, **changes: object) -> TeacherConfig:
+    return TeacherConfig(str(models[model]), signal=signal, **{"dtype": "float32", "top_k": 8} | changes)  # type: ignore[arg-type]
+
+
+def sampled(
+    models: dict[str, Path], teacher: str, signal: str = "full", **changes: object
+) -> tuple[Trajectories, TeacherScores]:
+    """Six trajectories, two a prompt, with the log-probs and the top 8 that the student itself gives at its tokens."""
     rng = np.random.default_rng(0)
     lengths, prompts = rng.integers(3, 9, 6), np.full(6, 4)
     blank = Trajectories(
@@ -40,11 +53,9 @@ def sampled(models: dict[str, Path], teacher: str, signal: str = "full") -> tupl
         finish_reasons=np.zeros(6, np.uint8),
     )
 
-    def score(model: str, kind: str) -> TeacherScores:
-        config = TeacherConfig(str(models[model]), dtype="float32", signal=kind, top_k=8)  # type: ignore[arg-type]
-        return TeacherActor(config).score(blank.ids, blank)[1]
-
-    return replace(blank, behaviour_logprobs=score("student", "sampled").logprobs), score(teacher, signal)
+    own = TeacherActor(teacher_config(models, "student", "topk")).score(blank.ids, blank)[1]
+    written = replace(blank, behaviour_logprobs=own.logprobs, support_ids=own.support_ids)
+    return written, TeacherActor(teacher_config(models, teacher, signal, **changes)).score(blank.ids, written)[1]
 
 
 def weights_of(learner: Learner) -> torch.Tensor:

@@ -39,7 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 name: calm
 student: {model: student}
 teachers:
-  default: {model: teacher, dtype: float32, cpus_per_replica: 0.2}
+  default: {model: teacher, dtype: float32, cpus_per_replica: 0.2, signal: student_topk, top_k: 30}
 prompts: {path: train.jsonl}
 sampling: {max_response_tokens: 10}
 rollout:
@@ -49,6 +49,7 @@ rollout:
 learner:
   compute_dtype: float32
   cpus_per_replica: 0.2
+  objective: {estimator: full}
   optimizer: {learning_rate: 1e-3}
 pipeline: {updates: 6, prompts_per_update: 4, samples_per_prompt: 2}
 evaluation:
@@ -206,7 +207,8 @@ def test_more_actors_than_the_cluster_holds_are_refused_at_once(folder: Path) ->
 
 
 def test_a_loss_that_is_no_number_ends_with_the_step_and_the_trajectory_and_a_good_checkpoint(folder: Path) -> None:
-    settings = ("name=wild", "learner.optimizer.learning_rate=1e30", "evaluation.prompts=null")
+    settings = ("name=wild", "learner.optimizer.learning_rate=1e30", "evaluation.prompts=null",
+                "teachers.default.signal=hidden")  # fmt: skip
     out, err = finish(start(folder, *settings), 1)
     assert "Traceback" not in out + err
     [line] = err.splitlines()

@@ -27,14 +27,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
 
 
-def make(model: Any, sampling: SamplingConfig, **options: Any) -> VllmEngine:
+def make(model: Any, sampling: SamplingConfig, support_size: int = 0, **options: Any) -> VllmEngine:
     config = RolloutConfig(dtype="float32", engine=OPTIONS | options)
-    return VllmEngine(model.config._name_or_path, config, sampling, stop_token_ids=[1])
+    return VllmEngine(model.config._name_or_path, config, sampling, stop_token_ids=[1], support_size=support_size)
 
 
 @pytest.fixture(scope="module")
 def engine(model: Any) -> Iterator[VllmEngine]:
-    engine = make(model, SAMPLING)
+    engine = make(model, SAMPLING, support_size=30)
     engine.load_weights(*publish(model, 0)).result(timeout=60)
     yield engine
     engine.close()
@@ -116,6 +116,20 @@ def test_what_is_aborted_ends_in_an_error_and_the_engine_works_on(engine: VllmEn
     written = engine.generate(ask(prompts(3)), SAMPLING).result(timeout=60)
     assert difference(model, written) < 2e-5
     assert engine.tokens_sampled - before >= len(written.response_tokens)
+
+
+def test_the_most_likely_tokens_are_named_at_each_position(engine: VllmEngine, model: Any) -> None:
+    written = engine.generate(ask(prompts(12)), SAMPLING).result(timeout=60)
+    assert written.support_ids.shape == (len(written.response_tokens), 30)
+    assert difference(model, written) < 2e-5  # the sampled token's log-prob is not one of theirs
+    for i, response in enumerate(responses(written)):
+        prompt = written.prompt_tokens[slice(*written.prompt_offsets[i : i + 2])].tolist()
+        with torch.no_grad():
+            expected = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1].topk(30).indices
+        found = written.support_ids[slice(*written.response_offsets[i : i + 2])]
+        for named, likely in zip(found.tolist(), expected.tolist(), strict=True):
+            assert len(set(named) & set(likely)) >= 29  # the last two may be equal to rounding
+            assert named[0] == likely[0]
 
 
 def processed(logits_V: torch.Tensor) -> torch.Tensor:

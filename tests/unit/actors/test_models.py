@@ -9,7 +9,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
-from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, GraniteConfig, MptConfig, Qwen3Config, T5Config
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GPT2Config,
+    GraniteConfig,
+    MptConfig,
+    PhiConfig,
+    Qwen3Config,
+    T5Config,
+)
 
 from actors.errors import UserError
 from actors.models import (
@@ -19,6 +28,7 @@ from actors.models import (
     find_model,
     fingerprint,
     load_config,
+    load_head,
     load_model,
     load_tokenizer,
     looks_local,
@@ -361,6 +371,22 @@ def test_a_head_with_a_bias_is_returned_with_it(tiny):
     tokens = torch.arange(5)[None]
     logits = torch.nn.functional.linear(body(tokens).last_hidden_state, weight, bias)
     torch.testing.assert_close(logits, model(tokens).logits, rtol=0, atol=1e-6)
+
+
+def test_the_head_alone_is_that_of_the_whole_model_with_its_bias(model_dir):
+    model = load(model_dir)
+    assert torch.equal(load_head(str(model_dir), "float32", "cpu", False, KEY)[0], model.get_output_embeddings().weight)
+    config = config_of(PhiConfig)
+    AutoModelForCausalLM.from_config(config).save_pretrained(model_dir)
+    whole = AutoModelForCausalLM.from_pretrained(model_dir)
+    weight, bias = load_head(str(model_dir), "float32", "cpu", False, KEY)
+    assert torch.equal(weight, whole.lm_head.weight) and torch.equal(bias, whole.lm_head.bias)
+
+
+def test_files_without_the_head_are_refused(model_dir):
+    edit_json(model_dir / "config.json", tie_word_embeddings=False)
+    with pytest.raises(UserError, match=r"without lm_head\.weight"):
+        load_head(str(model_dir), "float32", "cpu", False, KEY)
 
 
 def test_the_tiny_model_is_the_same_for_the_same_seed(tiny, tmp_path):

@@ -12,6 +12,8 @@ import pytest
 
 from actors.errors import CampaignError, UserError
 from cluster import cli
+from cluster.config import load_config
+from cluster.inputs import read_inputs
 from tests.tiny_models import CHARACTERS, make_tiny_model, make_tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -170,6 +172,53 @@ def test_a_config_json_that_is_no_json_is_refused(work: Here) -> None:
 
 def test_a_teacher_with_another_tokenizer_is_refused(work: Here) -> None:
     assert "teachers.default.model" in refusal(work, "teachers.default.model=foreigner")
+
+
+@pytest.mark.parametrize("command", [("check", "--offline"), ("run",)])
+@pytest.mark.parametrize(
+    ("overrides", "found"),
+    [
+        (("signal=topk", "top_k=103"), "teachers.default.top_k: found 103, expected at most 102"),
+        (("signal=student_topk", "top_k=103"), "teachers.default.top_k: found 103, expected at most 102"),
+        (("prompt_template='{prompt} {hint}'",), "prompt_template: found hint, expected a field of train.jsonl"),
+        (("domains=[maths]",), "train.jsonl, prompt 1: found domain 0"),
+    ],
+)
+def test_what_a_teacher_cannot_do_is_refused(
+    work: Here, overrides: tuple[str, ...], found: str, command: tuple[str, ...]
+) -> None:
+    settings = [f"teachers.default.{override}" for override in overrides]
+    if "domains" in overrides[0]:
+        settings.append("prompts.domain_field=answer")
+    assert found in refusal(work, *settings, command=command)
+
+
+@pytest.mark.parametrize("command", [("check", "--offline"), ("run",)])
+def test_a_role_that_no_token_has_is_refused(work: Here, command: tuple[str, ...]) -> None:
+    (work / "student" / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    line = refusal(work, "learner.objective.masked_token_roles=[end_of_sequence,template]", command=command)
+    assert "learner.objective.masked_token_roles: found template" in line
+
+
+def test_roles_name_the_tokens_of_the_template_and_those_that_end_a_response(work: Here) -> None:
+    for roles, expected in (
+        ("[template]", ["<user>", "<assistant>"]),
+        ("[end_of_sequence]", ["<eos>"]),
+        ("[end_of_sequence,template]", ["<eos>", "<user>", "<assistant>"]),
+        ("[]", []),
+    ):
+        config = load_config(work / "campaign.yaml", [f"learner.objective.masked_token_roles={roles}"])
+        inputs = read_inputs(config)
+        assert inputs.tokenizer.convert_ids_to_tokens(inputs.masked_role_token_ids) == expected
+
+
+def test_a_reference_scores_every_prompt_that_is_trained_on_and_teaches_none(work: Here) -> None:
+    overrides = ["teachers.base.model=teacher", "learner.objective.reference_teacher=base",
+                 "learner.objective.extrapolation=1.25"]  # fmt: skip
+    inputs = read_inputs(load_config(work / "campaign.yaml", overrides))
+    assert inputs.lessons.routes == [{"default": 0.0, "base": 0.0}] * 4
+    assert inputs.held_out_lessons is not None
+    assert inputs.held_out_lessons.routes == [{"default": 0.0}] * 4
 
 
 @pytest.mark.parametrize("key", ["prompts", "evaluation.prompts"])

@@ -205,6 +205,54 @@ def test_a_resource_that_is_no_name_of_ones_own_or_no_amount_is_refused(
         assert message.startswith(f"{role}.resources{where}: found")
 
 
+KEY = "learner.objective."
+REFERENCE = ("teachers.base.model=base", "teachers.base.signal=full", KEY + "reference_teacher=base")
+CONTRADICTIONS: dict[str, tuple[str, ...]] = {
+    "learner.objective.extrapolation: found 1.25": (KEY + "extrapolation=1.25",),
+    "learner.objective.extrapolation: found 1.0": REFERENCE,
+    "learner.objective.reference_teacher: found base": (KEY + "reference_teacher=base", KEY + "extrapolation=1.25"),
+    "learner.objective.reference_teacher: found default": (KEY + "reference_teacher=default", KEY + "extrapolation=2"),
+    "teachers.base.domains": (*REFERENCE, KEY + "extrapolation=2", "teachers.base.domains=[a]",
+                              "prompts.domain_field=domain"),
+    "learner.objective.log_ratio_power": (*REFERENCE, KEY + "extrapolation=2", KEY + "log_ratio_power=1"),
+    "learner.objective.proximal_weight": (*REFERENCE, KEY + "extrapolation=2", KEY + "proximal_weight=0.5"),
+    "learner.objective.support": (KEY + "support=renormalised",),
+    "learner.objective.baseline": (KEY + "estimator=full", KEY + "baseline=batch_mean"),
+    "learner.objective.dual_clip": (KEY + "estimator=full", KEY + "dual_clip=3"),
+    "learner.objective.through_log_ratio": (KEY + "estimator=full", KEY + "through_log_ratio=true"),
+    "learner.objective.position_weight": (KEY + "estimator=full", KEY + "position_weight=0.5"),
+    "learner.objective.divergence": (KEY + "divergence=jsd",),
+    "learner.objective.divergence: found forward_kl": (KEY + "estimator=full", KEY + "divergence=forward_kl",
+                                                       KEY + "log_ratio_clip=3"),
+    "learner.objective.gamma": (KEY + "gamma=0.9",),
+    "learner.objective.recompute_log_ratio": (KEY + "estimator=to_go_expected", KEY + "recompute_log_ratio=false"),
+    "learner.objective.log_ratio_clip": (KEY + "estimator=to_go_expected", KEY + "log_ratio_clip=3"),
+    "learner.objective.mixture": (KEY + "estimator=full", KEY + "divergence=jsd", KEY + "mixture=1"),
+    "learner.objective.aggregation_constant: found None": (KEY + "aggregation=constant",),
+    "learner.objective.aggregation_constant: found 100": (KEY + "aggregation_constant=100",),
+    "learner.objective.trust_region.beta": (KEY + "trust_region.target_kl=0.1",),
+    "learner.objective.mismatch.low": (KEY + "mismatch.low=3",),
+    "learner.objective.mismatch.level": (KEY + "estimator=full", KEY + "mismatch.correction=truncate"),
+    "pipeline.samples_per_prompt": (KEY + "baseline=group_mean",),
+    "learner.objective.masked_token_roles": (KEY + "masked_token_roles=[padding]",),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("start", CONTRADICTIONS)
+def test_settings_that_contradict_each_other_are_refused_by_the_key_at_fault(tmp_path: Path, start: str) -> None:
+    assert start in refusal(tmp_path, GOOD, *CONTRADICTIONS[start])
+
+
+def test_teachers_that_cannot_be_mixed_or_compared_are_refused(tmp_path: Path) -> None:
+    two = GOOD.replace("signal: full}", "signal: topk}\n  base: {model: base, signal: topk}")
+    assert "several teachers with signal=topk" in refusal(tmp_path, two)
+    reference = (KEY + "reference_teacher=base", KEY + "extrapolation=2")
+    assert refusal(tmp_path, two, *reference).startswith("teachers.base.signal: found topk")
+    load_config(written(tmp_path, two.replace("topk", "student_topk")), reference)
+    assert load_config(written(tmp_path, two.replace("topk", "student_topk"))).student_support_size == 64
+    assert load_config(written(tmp_path)).student_support_size == 0
+
+
 def test_a_campaign_without_a_teacher_is_refused(tmp_path: Path) -> None:
     assert refusal(tmp_path, "name: a\nstudent: {model: s}\nprompts: {path: p}\n").startswith("teachers:")
     assert refusal(tmp_path, GOOD.replace("  default: {model: teacher, signal: full}", "  {}")).startswith("teachers:")

@@ -1,15 +1,17 @@
-"""The table of bias and variance in docs/objective.md: `python -m tests.unit.learner.bias_variance` prints it.
+"""The tables of bias and variance in docs/objective.md: `python -m tests.unit.learner.bias_variance` prints them.
 
 Exact, by enumeration: a policy with 4 tokens and at most 4 steps writes 121 different sequences. Two teachers: one that
 is far from the student, as at the start of a campaign, and one that is near, as at its end.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from learner.estimators import coefficient
+from learner.divergences import bounded_cost, expected_cost, proximal_teacher
+from learner.estimators import coefficient, position_weights
+from learner.objective import log_importance_weights
 from tests.oracles import enumeration
 from tests.oracles.enumeration import World
 
@@ -141,6 +143,94 @@ def row_moments(case: Case, estimator: str, baseline: str, gamma: float) -> tupl
     return case.moments(case.coefficient(estimator, baseline=baseline, gamma=gamma))
 
 
+def bounded_moments(case: Case, estimator: str, option: str, value: float) -> tuple[Tensor, Tensor]:
+    """([F] mean, [] variance) of an estimator whose signal is bent: what a bound or a weight costs and saves."""
+    student_CV, teacher_CV = case.world.logprobs(case.theta), case.world.logprobs(case.teacher)
+    if option == "position_weight":
+        values = case.coefficient(estimator)
+        return case.moments(values * position_weights(values, case.world.mask_ST, value))
+    if option == "proximal_weight":
+        teacher_CV, bound = proximal_teacher(student_CV, teacher_CV, value), {}
+    else:
+        bound = {option.removeprefix("log_ratio_"): value}
+    cost_CV = bounded_cost(student_CV, teacher_CV, **bound)
+    if estimator == "full":
+        per_context = torch.func.jacrev(lambda theta: expected_cost(case.world.logprobs(theta), cost_CV))(case.theta)
+        estimates = (per_context[case.world.contexts_ST] * case.world.mask_ST[..., None]).sum(1)
+        return enumeration.moments(case.world.probabilities(case.theta), estimates)
+    return case.moments(replace(case, log_ratio_ST=case.world.along(cost_CV)).coefficient(estimator))
+
+
+BOUNDED = [
+    (estimator, option, value)
+    for estimator in ("immediate", "full")
+    for option, value in (("log_ratio_clip", 1.0), ("log_ratio_power", 0.5), ("proximal_weight", 0.2))
+] + [("immediate", "position_weight", 0.5)]
+
+
+def bounded_table() -> str:
+    """Markdown. How far the expected direction is turned from that of the same estimator unbent, and the variance in
+    units of the expectation's square: a bound also scales, which a learning rate undoes."""
+    lines = [
+        "| estimator | | cosine, far | variance, far | cosine, near | variance, near |",
+        "|---|---|---|---|---|---|",
+    ]
+    cases = [make_case(4, 4), make_case(4, 4, near=True)]
+    for estimator, option, value in [(e, "", 0.0) for e in ("immediate", "full")] + BOUNDED:
+        cells = []
+        for case in cases:
+            plain = row_moments(case, estimator, "none", 1.0)
+            mean, variance = bounded_moments(case, estimator, option, value) if option else plain
+            turned = torch.nn.functional.cosine_similarity(mean, plain[0], dim=0).item()
+            cells += [f"{turned:.3f}", f"{(variance / mean.square().sum()).item():.3g}"]
+        lines.append(" | ".join([f"| {estimator}", f"`{option}: {value:g}`" if option else "", *cells]) + " |")
+    return "\n".join(lines)
+
+
+def off_policy_moments(case: Case, estimator: str, level: str, high: float | None) -> tuple[Tensor, Tensor]:
+    """([F] mean, [] variance) of an estimate from one sequence of the behaviour policy, weighed at a level, cut at high."""
+    w = case.world
+    weights = w.mask_ST.double()
+    if level != "none":
+        log_ratio = w.along(w.logprobs(case.theta)) - w.along(w.logprobs(case.behaviour))
+        weights = log_importance_weights(log_ratio, w.mask_ST, level).exp()
+        weights = weights if high is None else weights.clamp(max=high)
+    if estimator == "full":
+        estimates = (weights[..., None] * case.kl_gradients()).sum(1)
+    else:
+        estimates = case.estimates(weights * case.coefficient(estimator))
+    return enumeration.moments(w.probabilities(case.behaviour), estimates)
+
+
+OFF_POLICY = [
+    *(
+        ("immediate", level, high)
+        for level, high in (("none", None), ("token", None), ("prefix", None), ("prefix", 1.5))
+    ),
+    *(("full", level, high) for level, high in (("none", None), ("before", None), ("prefix", None))),
+    *(("full", level, 1.5) for level in ("before", "prefix")),
+    *(
+        ("to_go", level, high)
+        for level, high in (("none", None), ("token", None), ("prefix", None), ("sequence", None))
+    ),
+    ("to_go", "sequence", 1.5),
+    *(("to_go_expected", level, None) for level in ("none", "sequence")),
+]
+
+
+def off_policy_table() -> str:
+    """Markdown. Bias from what the estimator has in expectation on-policy, in units of it; variance in units of its square."""
+    lines = ["| estimator | weight | cut at | bias | variance |", "|---|---|---|---|---|"]
+    case = make_case(4, 4)
+    for estimator, level, high in OFF_POLICY:
+        wanted, _ = row_moments(case, estimator, "none", 1.0)
+        mean, variance = off_policy_moments(case, estimator, level, high)
+        bias = ((mean - wanted).norm() / wanted.norm()).item()
+        cells = [estimator, level, "" if high is None else f"{high:g}", f"{bias if bias > 1e-9 else 0:.3g}"]
+        lines.append("| " + " | ".join([*cells, f"{(variance / wanted.square().sum()).item():.3g}"]) + " |")
+    return "\n".join(lines)
+
+
 def table() -> str:
     """Markdown. Bias: |E g - grad J| / |grad J|. Variance: of one trajectory's estimate, in units of |grad J|^2."""
     lines = [
@@ -160,4 +250,4 @@ def table() -> str:
 
 
 if __name__ == "__main__":
-    print(table())
+    print(table(), bounded_table(), off_policy_table(), sep="\n\n")

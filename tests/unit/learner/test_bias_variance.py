@@ -3,13 +3,16 @@
 import re
 from pathlib import Path
 
-from tests.unit.learner.bias_variance import make_case, row_moments, table
+from tests.unit.actors.signal_bytes import table as bytes_table
+from tests.unit.learner.bias_variance import bounded_table, make_case, off_policy_table, row_moments, table
 
 DOCUMENT = Path(__file__).parents[3] / "docs" / "objective.md"
 
 
-def test_the_documented_table_is_the_computed_one():
-    assert table() in DOCUMENT.read_text()
+def test_the_documented_tables_are_the_computed_ones():
+    page = DOCUMENT.read_text()
+    for computed in (table, bounded_table, off_policy_table, bytes_table):
+        assert computed() in page, computed
 
 
 def test_expected_terms_cost_no_more_than_immediate_near_the_teacher_and_full_costs_least():

@@ -6,6 +6,7 @@ S sequences as in tests/oracles/enumeration.py; an estimate is sum_t w_t A_t gra
 import pytest
 import torch
 
+from learner.divergences import extrapolated_teacher
 from learner.estimators import (
     ESTIMATORS,
     NEEDS,
@@ -155,6 +156,27 @@ def test_off_policy_prefix_weights_are_enough_at_discount_0(case, level):
         )
 
 
+def full_gradient(case: Case, weights_ST: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """([F] mean, [] variance) of sum_t w_t grad KL_t over sequences of the behaviour policy."""
+    estimates = (weights_ST[..., None] * case.kl_gradients()).sum(1)
+    return enumeration.moments(case.world.probabilities(case.behaviour), estimates)
+
+
+def test_off_policy_a_full_divergence_wants_the_weight_of_what_came_before(case):
+    """No action is sampled at t: its own ratio has mean 1, adds variance, and a bias as soon as the product is cut."""
+    visits = enumeration.context_probabilities(case.world, case.theta)
+    myopic = enumeration.per_context_gradient(case.world, case.theta, case.teacher, visits)
+    (before, small), (prefix, large) = (full_gradient(case, importance(case, x)) for x in ("before", "prefix"))
+    assert close(before, myopic) and close(prefix, myopic)
+    assert small < large
+    uncorrected = full_gradient(case, case.world.mask_ST.double())[0]
+    assert not close(uncorrected, myopic, 1e-3)
+    highest = importance(case, "before").max().item()  # a bound at which no weight of what came before is cut
+    cut = {x: full_gradient(case, importance(case, x).clamp(max=highest))[0] for x in ("before", "prefix")}
+    assert close(cut["before"], myopic)
+    assert not close(cut["prefix"], myopic, 1e-4)
+
+
 def importance(case: Case, level: str) -> torch.Tensor:
     w = case.world
     log_ratio = w.along(w.logprobs(case.theta)) - w.along(w.logprobs(case.behaviour))
@@ -293,6 +315,39 @@ def test_the_tilted_objective_is_the_reverse_kl_to_the_tilted_teacher():
     exact = torch.autograd.grad((student.exp() * (student - tilted)).sum(), theta)[0]
     cost = reward_cost(reward_S, case.world.mask_ST, torch.arange(len(reward_S)))
     assert close(expected_gradient(case, case.coefficient("to_go") + strength * cost), exact)
+
+
+def test_position_weights_are_biased_and_the_bias_vanishes_with_their_strength(case):
+    visits = enumeration.context_probabilities(case.world, case.theta)
+    myopic = enumeration.per_context_gradient(case.world, case.theta, case.teacher, visits)
+    values, mask = case.coefficient("immediate"), case.world.mask_ST
+    bias = [
+        (expected_gradient(case, values * position_weights(values, mask, strength)) - myopic).norm()
+        for strength in (0.0, 0.25, 0.5)
+    ]
+    assert bias[0] < 1e-12 < 1e-3 * myopic.norm() < bias[1]
+    assert bias[2].item() == pytest.approx(2 * bias[1].item())
+
+
+@pytest.mark.parametrize("estimator", ["trajectory", "to_go", "to_go_expected"])
+def test_an_extrapolated_teacher_maximises_the_scaled_log_ratio_less_the_kl_to_the_reference(case, estimator):
+    """grad of E[-strength log(q / pi_ref)] + KL(pi || pi_ref) over whole sequences, by autograd, without a normaliser."""
+    w, strength = case.world, 1.5
+    theta = case.theta.clone().requires_grad_()
+    student, teacher, reference = (w.along(w.logprobs(x)).sum(1) for x in (theta, case.teacher, case.behaviour))
+    objective = (student.exp() * (student - reference - strength * (teacher - reference))).sum()
+    exact = torch.autograd.grad(objective, theta)[0]
+    beyond = extrapolated_teacher(w.logprobs(case.teacher), w.logprobs(case.behaviour), strength)
+    own = w.logprobs(case.theta)
+    kl_ST = w.at_contexts((own.exp() * (own - beyond)).sum(1))
+    values = coefficient(estimator, w.along(own - beyond), w.mask_ST, kl_BT=kl_ST)
+    assert close(expected_gradient(case, values), exact)
+    renormalised = beyond.log_softmax(-1)
+    normalised = coefficient("to_go", w.along(own - renormalised), w.mask_ST)
+    assert not close(expected_gradient(case, normalised), exact, 1e-3)  # another objective, sequence by sequence
+    normalised = coefficient("immediate", w.along(own - renormalised), w.mask_ST)
+    immediate = coefficient("immediate", w.along(own - beyond), w.mask_ST)
+    assert close(expected_gradient(case, normalised), expected_gradient(case, immediate))
 
 
 def test_position_weights_fall_from_one_plus_strength_to_the_last_tokens_share():

@@ -191,6 +191,7 @@ def test_importance_weights_by_hand():
     expected = {
         "token": [[0.1, 0.2, -0.5, 0], [1, 0, 1, 0]],
         "prefix": [[0.1, 0.3, -0.2, 0], [1, 0, 2, 2]],
+        "before": [[0, 0.1, 0.3, 0], [0, 0, 1, 2]],
         "sequence": [[-0.2, -0.2, -0.2, 0], [2, 0, 2, 2]],
     }
     for level, values in expected.items():

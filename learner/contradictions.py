@@ -1,0 +1,127 @@
+"""Settings of the objective that contradict each other, or ask of a teacher what it does not send. Standard library only."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from actors.config import TeacherConfig
+from actors.errors import UserError
+from learner.config import ObjectiveConfig
+
+KEY = "learner.objective"
+Contradiction = tuple[bool, str, Any, str]
+"""(whether it is there, the key, what was found, what was expected)."""
+
+
+def refuse_contradictions(
+    objective: ObjectiveConfig, teachers: Mapping[str, TeacherConfig], samples_per_prompt: int
+) -> None:
+    """UserError for the first contradiction."""
+    for wrong, key, found, expected in (
+        *_of_teachers(objective, teachers),
+        *_of_estimator(objective, samples_per_prompt),
+        *_of_signal(objective),
+        *_of_step(objective),
+    ):
+        if wrong:
+            raise UserError(key, found, expected)
+
+
+def _of_teachers(objective: ObjectiveConfig, teachers: Mapping[str, TeacherConfig]) -> Iterator[Contradiction]:
+    signals = sorted({teacher.signal for teacher in teachers.values()})
+    supports = {(t.signal, t.top_k if "topk" in t.signal else 0) for t in teachers.values()}
+    found = f"the signals {', '.join(signals)}"
+    yield len(supports) > 1, "teachers", found, "one signal (and top_k) for all teachers"
+    reference = objective.reference_teacher
+    teaching = {name: teacher for name, teacher in teachers.items() if name != reference}
+    keyed = [domain for teacher in teaching.values() for domain in teacher.domains or ("every other",)]
+    shared = next((domain for domain in keyed if keyed.count(domain) > 1), None)
+    found = f"several teachers with signal=topk for the domain {shared}"
+    mixable = "student_topk, sampled, full or hidden, which can be mixed"
+    yield shared is not None and "topk" in signals, "teachers", found, mixable
+    if reference is not None:
+        key = f"{KEY}.reference_teacher"
+        yield reference not in teachers, key, reference, f"one of {', '.join(teachers)}"
+        yield not teaching, key, reference, "another teacher beside it, which teaches"
+        yield (
+            "topk" in signals,
+            f"teachers.{reference}.signal",
+            "topk",
+            "student_topk or another that names one support",
+        )
+        domains = teachers[reference].domains if reference in teachers else []
+        yield bool(domains), f"teachers.{reference}.domains", domains, "none: the reference scores every prompt"
+    needed = (reference is None) != (objective.extrapolation == 1)
+    expected = f"a number other than 1, just when {KEY}.reference_teacher names the reference"
+    yield needed, f"{KEY}.extrapolation", objective.extrapolation, expected
+    for setting, asked in {
+        "estimator=full": objective.estimator == "full",
+        "estimator=to_go_expected": objective.estimator == "to_go_expected",
+        "baseline=exact_kl": objective.baseline == "exact_kl",
+    }.items():
+        for name, teacher in teachers.items():
+            expected = f"topk, student_topk, full or hidden: {KEY}.{setting} needs a distribution"
+            yield asked and teacher.signal == "sampled", f"teachers.{name}.signal", "sampled", expected
+    renormalised = objective.support == "renormalised" and not any("topk" in signal for signal in signals)
+    yield renormalised, f"{KEY}.support", "renormalised", "tail, or a teacher whose signal is topk or student_topk"
+
+
+def _of_estimator(objective: ObjectiveConfig, samples_per_prompt: int) -> Iterator[Contradiction]:
+    o, full = objective, objective.estimator == "full"
+    lonely = o.baseline == "group_mean" and samples_per_prompt < 2
+    expected = f"2 or more: {KEY}.baseline=group_mean is over a prompt's samples"
+    yield lonely, "pipeline.samples_per_prompt", samples_per_prompt, expected
+    no_action = "which samples no action" if full else ""
+    for name, value, default in (
+        ("baseline", o.baseline, "none"),
+        ("dual_clip", o.dual_clip, None),
+        ("through_log_ratio", o.through_log_ratio, False),
+        ("position_weight", o.position_weight, 0),
+    ):
+        yield (
+            full and value != default,
+            f"{KEY}.{name}",
+            value,
+            f"{default}, or an estimator other than full, {no_action}",
+        )
+    other = o.divergence != "reverse_kl"
+    yield other and not full, f"{KEY}.divergence", o.divergence, "reverse_kl, or estimator=full"
+    discounts = o.estimator in ("discounted", "to_go_expected")
+    yield o.gamma != 1 and not discounts, f"{KEY}.gamma", o.gamma, "1, or estimator=discounted or to_go_expected"
+    distribution = full or o.estimator == "to_go_expected" or o.baseline == "exact_kl"
+    expected = "true: of the distribution that sampled, only the token's log-prob is known"
+    yield distribution and not o.recompute_log_ratio, f"{KEY}.recompute_log_ratio", False, expected
+
+
+def _of_signal(objective: ObjectiveConfig) -> Iterator[Contradiction]:
+    o = objective
+    bounds = {
+        "log_ratio_clip": o.log_ratio_clip,
+        "log_ratio_power": o.log_ratio_power,
+        "proximal_weight": None if o.proximal_weight == 1 else o.proximal_weight,
+    }
+    bounded = o.divergence != "reverse_kl" and bool(o.log_ratio_clip or o.log_ratio_power)
+    yield bounded, f"{KEY}.divergence", o.divergence, "reverse_kl, where the log-ratio is bounded"
+    for name, bound in bounds.items():
+        mixed = bound is not None and o.estimator == "to_go_expected"
+        expected = "no bound: to_go_expected adds exact KLs, and would mix two different costs"
+        yield mixed, f"{KEY}.{name}", bound, expected
+    for name in ("log_ratio_power", "proximal_weight"):
+        unnormalised = bounds[name] is not None and o.reference_teacher is not None and o.estimator != "full"
+        expected = "nothing, or estimator=full: at sampled tokens the extrapolated teacher is not normalised"
+        yield unnormalised, f"{KEY}.{name}", bounds[name], expected
+    yield o.divergence == "jsd" and o.mixture == 1, f"{KEY}.mixture", 1, "a number < 1 for jsd"
+
+
+def _of_step(objective: ObjectiveConfig) -> Iterator[Contradiction]:
+    o, mismatch = objective, objective.mismatch
+    constant = (o.aggregation == "constant") != (o.aggregation_constant is not None)
+    expected = "a number, just when aggregation=constant"
+    yield constant, f"{KEY}.aggregation_constant", o.aggregation_constant, expected
+    region = o.trust_region
+    expected = "a number > 0 to start from, where target_kl adapts it"
+    yield region.target_kl is not None and region.beta == 0, f"{KEY}.trust_region.beta", 0, expected
+    expected = f"at most high={mismatch.high:g}"
+    yield mismatch.low > mismatch.high, f"{KEY}.mismatch.low", mismatch.low, expected
+    weighed = o.estimator == "full" and mismatch.correction != "none" and mismatch.level == "token"
+    expected = "prefix or sequence: the estimator full samples no action, and has no token to correct"
+    yield weighed, f"{KEY}.mismatch.level", "token", expected

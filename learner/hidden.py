@@ -1,0 +1,55 @@
+"""Log-probs over the whole vocabulary from hidden states and a head, a few tokens at a time.
+
+A hidden state is what a head turns into log-probs: with 2H bytes a token in bfloat16 instead of 4V, and a head that is
+loaded once, a teacher's whole distribution reaches the learner. The weights that an update started from are kept in the same way.
+Shapes: N tokens of the update, n of a chunk, M tokens that one source knows of, H hidden size, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+Head = tuple[Tensor, Tensor | None]
+"""(weight [V, H], bias [V] or None)."""
+
+
+@dataclass(frozen=True, slots=True)
+class HiddenStates:
+    """What one model made of some tokens, short of its head."""
+
+    states_MH: Tensor
+    """In the dtype that the product with the head is taken in."""
+    head: Head
+    places: Tensor
+    """[N] int64: the row of each token in the states; -1 where this model was not asked."""
+    log_weights_M: Tensor
+    """Log of its share in a mixture."""
+    temperature: float = 1.0
+
+    def at(self, tokens_n: Tensor) -> "HiddenStates":
+        """The same for some of the tokens, in this order."""
+        return replace(self, places=self.places[tokens_n])
+
+    def logprobs(self, rows: slice) -> Tensor:
+        """[n, V] float32, with the log of its share added; -inf where this model was not asked. Without gradient."""
+        places_n = self.places[rows]
+        known = places_n >= 0
+        with torch.no_grad(), torch.autocast(self.states_MH.device.type, enabled=False):
+            picked = places_n[known]
+            logits = torch.nn.functional.linear(self.states_MH[picked], *self.head).float()
+            logprobs = torch.log_softmax(logits / self.temperature if self.temperature != 1.0 else logits, -1)
+            logprobs = logprobs + self.log_weights_M[picked, None]
+            if known.all():
+                return logprobs
+            return logprobs.new_full((len(places_n), logprobs.shape[1]), -torch.inf).index_put((known,), logprobs)
+
+
+def mixture_logprobs(sources: Sequence[HiddenStates], rows: slice) -> Tensor:
+    """[n, V] log sum_i w_i q_i over the sources, each of which knows some of the tokens."""
+    first, *others = (source.logprobs(rows) for source in sources)
+    for other in others:
+        width = min(first.shape[1], other.shape[1])  # padded vocabularies may differ
+        first = torch.logaddexp(first[:, :width], other[:, :width])
+    return first
