@@ -196,7 +196,7 @@ class Campaign:
             async with self._learner_turn:
                 self._say("learner", f"update {self.state.step + 1}")
                 metrics = await self.learner.call("update", work.ids, *work.trajectories, *work.scores)
-                self.state.ledger.train(work.numbers)
+                self.state.ledger.train(work.numbers, self.state.step + 1)
                 self.state.step += 1
                 self.state.busy["learner"] += metrics.pop("busy_seconds")
                 published = await self._new_version()

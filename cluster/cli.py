@@ -54,8 +54,12 @@ def _parser() -> argparse.ArgumentParser:
         ("submit", _submit, "run a campaign as a job on a Ray cluster"),
     ):
         sub = command(name, function, text)
-        sub.add_argument("config", help="YAML file")
+        sub.add_argument("config", help="YAML file", nargs="?" if name == "run" else None)
         sub.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. rollout.replicas=2")
+        if name == "run":
+            sub.add_argument(
+                "--resume", type=Path, metavar="RUN_DIR", help="go on with this run; no CONFIG, only key=value"
+            )
         if name == "check":
             sub.add_argument(
                 "--offline", action="store_true", help="ask no cluster, and skip what is not on this machine"
@@ -95,7 +99,14 @@ def _parser() -> argparse.ArgumentParser:
 def _run(options: argparse.Namespace) -> int:
     from cluster.config import load_config
 
-    config = load_config(options.config, options.overrides)
+    if options.resume:
+        from cluster.resume import config_of
+
+        config = config_of(options.resume, [*filter(None, [options.config]), *options.overrides])
+    elif options.config:
+        config = load_config(options.config, options.overrides)
+    else:
+        raise UserError("run", "nothing to run", "CONFIG, a YAML file, or --resume RUN_DIR")
     # Imported late: `--help` and mistakes in the configuration are answered without torch and Ray.
     from cluster.progress import summary_table
     from cluster.run import run_campaign

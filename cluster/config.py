@@ -150,6 +150,7 @@ class CampaignConfig:
 
 
 RESUMABLE_KEYS = (
+    "name",
     "output_dir",
     "rollout.replicas",
     "rollout.cpus_per_replica",
@@ -162,11 +163,13 @@ RESUMABLE_KEYS = (
     "*.resources",
     "pipeline.updates",
     "evaluation.*",
+    "weights.bucket_mebibytes",
     "checkpoint.*",
     "tracking.*",
     "ray.*",
 )
-"""Keys that may change when a campaign is taken up again; `*` stands for any name."""
+"""Keys that may change when a campaign is taken up again; `*` stands for any name. The number of updates may change
+where the learning rate does not depend on it."""
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> CampaignConfig:
@@ -204,8 +207,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> CampaignConf
 
 
 def write_config(config: CampaignConfig, path: Path) -> None:
-    """The fully resolved configuration as YAML."""
-    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)), "utf-8")
+    """The fully resolved configuration as YAML; a file that was there is replaced as a whole."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)), "utf-8")
+    temporary.replace(path)
 
 
 def as_dictionary(config: CampaignConfig) -> dict[str, Any]:
@@ -214,14 +219,19 @@ def as_dictionary(config: CampaignConfig) -> dict[str, Any]:
 
 
 def differences(before: CampaignConfig, after: CampaignConfig) -> list[tuple[str, Any, Any]]:
-    """(key, before, after) of all that differs and matters to a campaign that goes on (see RESUMABLE_KEYS)."""
+    """(key, before, after) of all that differs."""
     old, new = dict(_leaves(before)), dict(_leaves(after))
-    patterns = [re.compile(re.escape(key).replace(r"\*", "[^ ]+")) for key in RESUMABLE_KEYS]
     return [
-        (key, old.get(key), new.get(key))
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and not any(pattern.fullmatch(key) for pattern in patterns)
+        (key, old.get(key), new.get(key)) for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)
     ]
+
+
+def may_change(key: str, config: CampaignConfig) -> bool:
+    """Whether a campaign may go on with another value of this key (see RESUMABLE_KEYS)."""
+    if key == "pipeline.updates" and config.learner.optimizer.schedule != "constant":
+        return False
+    patterns = (re.escape(pattern).replace(r"\*", "[^ ]+") for pattern in RESUMABLE_KEYS)
+    return any(re.fullmatch(pattern, key) for pattern in patterns)
 
 
 def _schema() -> Any:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 METRICS_FILE, EVENTS_FILE, SUMMARY_FILE = "metrics.jsonl", "events.jsonl", "summary.json"
+LEDGER_FILE = "ledger.jsonl"
 CONFIG_FILE, REPORT_FILE, TRAJECTORIES_DIRECTORY = "config.yaml", "report.html", "trajectories"
 
 METRIC_KEYS = (
@@ -92,7 +93,7 @@ class RunRecords:
         """At most `max_files` files of trajectories are kept, of at most `max_rows` trajectories each."""
         self.run_dir, self.max_files, self.max_rows = Path(run_dir), max_files, max_rows
         self.run_dir.mkdir(parents=True, exist_ok=True)
-        for name in (METRICS_FILE, EVENTS_FILE):
+        for name in (METRICS_FILE, EVENTS_FILE, LEDGER_FILE):
             _cut_torn_line(self.run_dir / name)
         steps, events = (read_jsonl(self.run_dir / name) for name in (METRICS_FILE, EVENTS_FILE))
         self._wall_before = max((float(row["wall_seconds"]) for row in [*steps, *events]), default=0.0)
@@ -123,6 +124,17 @@ class RunRecords:
         row = {"time": round(time.time(), 3), "wall_seconds": self.wall_seconds, "kind": kind, "cause": cause}
         _append(self.run_dir / EVENTS_FILE, {**fields, **row})
 
+    def closed(self, row: Mapping[str, Any]) -> None:
+        """Appends what became of some trajectories (cluster/ledger.py) to ledger.jsonl."""
+        _append(self.run_dir / LEDGER_FILE, row)
+
+    def keep_closed(self, is_known: Callable[[Mapping[str, Any]], bool]) -> list[dict[str, Any]]:
+        """Forgets the rows of ledger.jsonl that a checkpoint does not know; returns the others."""
+        path = self.run_dir / LEDGER_FILE
+        rows = [row for row in read_jsonl(path) if is_known(row)]
+        _write_atomically(path, "".join(_to_json(row) + "\n" for row in rows))
+        return rows
+
     def keep_trajectories(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
         """Writes the first `max_rows` of `rows` (TRAJECTORY_KEYS) for reading, and thins the files out to `max_files`."""
         directory = self.run_dir / TRAJECTORIES_DIRECTORY
@@ -143,7 +155,7 @@ class RunRecords:
 
     def flush(self) -> None:
         """Has the lines that were written so far on disk, also if the machine were to stop now."""
-        for name in (METRICS_FILE, EVENTS_FILE):
+        for name in (METRICS_FILE, EVENTS_FILE, LEDGER_FILE):
             if (path := self.run_dir / name).exists():
                 with path.open("rb") as file:
                     os.fsync(file.fileno())

@@ -236,8 +236,12 @@ def _before_after(run: Run) -> str:
         ("faults", _text(result["faults"], "{:,}".format)),
     ]
     ledger = result.get("ledger") or {}
-    if ledger.get("dropped"):
-        took.append(("dropped", f"{ledger['dropped']:,}"))
+    if ledger:
+        took.append(("trajectories trained", f"{ledger['trained']:,}"))
+    for reason, count in (result.get("dropped_because") or {}).items():
+        took.append((f"dropped: {escape(reason)}", f"{count:,}"))
+    if still_open := ledger.get("issued", 0) - ledger.get("trained", 0) - ledger.get("dropped", 0):
+        took.append(("under way", f"{still_open:,}"))
     tiles = "".join(f"<div><dd>{value}</dd><dt>{name}</dt></div>" for name, value in took)
     return f'<table class="result"><thead>{head}</thead><tbody>{"".join(lines)}</tbody></table><dl class="tiles">{tiles}</dl>'
 

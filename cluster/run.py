@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from actors.config import TeacherConfig
-from actors.errors import CampaignError, LearnerLostError, UserError
+from actors.errors import CampaignError, LearnerLostError
 from actors.rollout import RolloutActor
 from actors.teacher import TeacherActor
 from cluster.campaign import Campaign
 from cluster.check import check_models
 from cluster.checkpoints import what_is_good
-from cluster.config import CampaignConfig, differences, load_config, write_config
+from cluster.config import CampaignConfig
 from cluster.evaluate import Evaluator
 from cluster.inputs import Inputs, read_inputs
 from cluster.progress import Progress
@@ -27,6 +27,7 @@ from cluster.ray_fleet import Fleet, Resources
 from cluster.ray_metrics import Prometheus
 from cluster.records import RunRecords, read_summary
 from cluster.report import write_report
+from cluster.resume import claimed, take_up
 from cluster.state import CampaignState, load_state
 from cluster.status import keep_status
 from cluster.teachers import Teachers
@@ -40,18 +41,24 @@ def run_campaign(config: CampaignConfig) -> tuple[dict[str, Any], bool]:
     """Runs or takes up a campaign; returns its summary, and whether it is complete (False: it was interrupted)."""
     refuse_relative_output(config)
     check_models(config)
-    prepare_run_dir(config)
-    state, checkpoint = load_state(config)
-    done = read_summary(config.run_dir)
-    if state.step >= config.pipeline.updates and done.get("updates") == state.step:
-        return done, True
-    records = RunRecords(config.run_dir)
-    records.truncate_after(state.step if state.step or state.start else -1)
+    with claimed(config) as changed:
+        records = RunRecords(config.run_dir)
+        if changed:
+            records.event("configuration_changed", changed=changed)
+        state, _ = load_state(config)
+        done = read_summary(config.run_dir)
+        if state.step >= config.pipeline.updates and done.get("updates") == state.step:
+            return done, True
+        return _run_connected(config, records)
+
+
+def _run_connected(config: CampaignConfig, records: RunRecords) -> tuple[dict[str, Any], bool]:
     inputs = read_inputs(config)
+    state, checkpoint = take_up(config, records)
     progress = Progress(config.pipeline.updates)
     try:
         with connected(config) as private:
-            summary, complete = asyncio.run(_run(config, state, checkpoint, inputs, records, progress, private))
+            return asyncio.run(_run(config, state, checkpoint, inputs, records, progress, private))
     except OSError as error:
         if error.errno not in OF_THE_DISK:
             raise
@@ -59,25 +66,6 @@ def run_campaign(config: CampaignConfig) -> tuple[dict[str, Any], bool]:
         raise CampaignError(f"{where}: {error.strerror}; {what_is_good(config.run_dir / 'checkpoints')}") from error
     finally:
         progress.close()
-    return summary, complete
-
-
-def prepare_run_dir(config: CampaignConfig) -> None:
-    """Makes the run directory. UserError where it cannot be written to, or belongs to another configuration."""
-    written = config.run_dir / "config.yaml"
-    try:
-        config.run_dir.mkdir(parents=True, exist_ok=True)
-        if written.exists() and (changed := differences(load_config(written), config)):
-            key, before, after = changed[0]
-            others = f", and {len(changed) - 1} more keys differ" if len(changed) > 1 else ""
-            raise UserError(
-                str(config.run_dir),
-                f"a campaign with {key}={before} where this one has {after}{others}",
-                "the same configuration to go on with, or another name",
-            )
-        write_config(config, written)
-    except OSError as error:
-        raise UserError("output_dir", f"{config.output_dir} ({error.strerror})", "a directory to write to") from error
 
 
 async def _run(
@@ -125,9 +113,8 @@ async def _run(
                 if lost == config.ray.max_restarts:
                     raise CampaignError(f"{error}; it was replaced {lost} times before (ray.max_restarts)") from error
             faults = state.faults
-            state, checkpoint = load_state(config)
+            state, checkpoint = take_up(config, records)
             state.faults = faults
-            records.truncate_after(state.step if state.step or state.start else -1)
             learner = build_learner(config, inputs, checkpoint, needed, on_event)
             await learner.start()
             on_event("learner_restored", step=state.step, checkpoint=str(checkpoint))
@@ -276,6 +263,7 @@ def summarise(config: CampaignConfig, state: CampaignState, wall_seconds: float)
         "wall_over_slowest_stage": state.loop_seconds / slowest if slowest else None,
         "faults": state.faults,
         "ledger": state.ledger.counts(),
+        "dropped_because": dict(state.ledger.dropped),
     }
 
 

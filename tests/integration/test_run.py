@@ -62,10 +62,10 @@ ray: {object_store_mebibytes: 100, start_timeout_seconds: 90}
     return path
 
 
-def start(folder: Path, *overrides: str) -> subprocess.Popen[str]:
+def start(folder: Path, *overrides: str, what: tuple[str, ...] = ("campaign.yaml",)) -> subprocess.Popen[str]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     return subprocess.Popen(
-        [sys.executable, "-m", "cluster", "run", "campaign.yaml", *overrides],
+        [sys.executable, "-m", "cluster", "run", *what, *overrides],
         cwd=folder,
         env={**environment, "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
@@ -177,12 +177,13 @@ def test_killed_given_more_updates_and_interrupted_equals_undisturbed_bit_for_bi
     finish(start(folder, "name=stormy", "pipeline.updates=4"), 0)
     assert json.loads((stormy / "summary.json").read_text())["ledger"]["trained"] == 4 * 8
 
-    process = start(folder, "name=stormy", "pipeline.updates=100")
+    process = start(folder, "pipeline.updates=100", what=("--resume", "runs/stormy"))
     wait_for_step(folder, "stormy", 5, process)
     process.send_signal(signal.SIGINT)
     _, err = finish(process, 130)
     assert "a checkpoint is written" in err and "Traceback" not in err
-    assert "interrupted" in {row["kind"] for row in read_jsonl(stormy / "events.jsonl")}
+    events = {row["kind"]: row for row in read_jsonl(stormy / "events.jsonl")}
+    assert "interrupted" in events and events["configuration_changed"]["changed"] == {"pipeline.updates": [4, 100]}
     summary = json.loads((stormy / "summary.json").read_text())
     newest = max(path.name for path in (stormy / "checkpoints").iterdir())
     assert newest == f"step_{summary['updates']:08d}"
@@ -192,6 +193,9 @@ def test_killed_given_more_updates_and_interrupted_equals_undisturbed_bit_for_bi
         for name in ("model.safetensors", "training/optimizer.safetensors"):
             path = Path("checkpoints", f"step_{step:08d}", name)
             assert (calm / path).read_bytes() == (stormy / path).read_bytes(), path
+    trained = [{"step": step, "trained": [[8 * step - 8, 8 * step]]} for step in range(1, summary["updates"] + 1)]
+    assert read_jsonl(stormy / "ledger.jsonl") == trained
+    assert read_jsonl(calm / "ledger.jsonl")[:5] == trained[:5]
     ours, theirs = (read_jsonl(run / "metrics.jsonl") for run in (calm, stormy))
     assert [row["step"] for row in theirs] == list(range(len(theirs)))
     for mine, other in zip(ours[:6], theirs[:6], strict=True):  # the fourth was evaluated as it was the last for a time

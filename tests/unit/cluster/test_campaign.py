@@ -415,7 +415,7 @@ def test_a_campaign_that_had_taken_its_last_update_has_nothing_more_to_train(tmp
 
 def test_the_state_of_a_campaign_is_read_back_as_it_was() -> None:
     state = CampaignState(step=3, tokens_generated=7, evaluations={2: {"eval/accuracy": 0.5}}, faults=1)
-    state.ledger.train([])
+    state.ledger.train([], 1)
     state.ledger.issue(2)
     state.busy["teacher"] = 1.5
     again = CampaignState.from_json(state.to_json())

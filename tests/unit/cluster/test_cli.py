@@ -104,7 +104,7 @@ def test_help_is_fast_and_loads_neither_torch_nor_ray() -> None:
 
 
 def test_no_command_and_an_unknown_one_are_the_users_fault() -> None:
-    for arguments in ((), ("runn",), ("run",), ("check", "--onlin", "a.yaml")):
+    for arguments in ((), ("runn",), ("check",), ("check", "--onlin", "a.yaml")):
         done = understudy(*arguments)
         assert done.returncode == 2
         assert "usage:" in done.stderr and "Traceback" not in done.stderr
@@ -263,13 +263,40 @@ def test_a_report_of_what_is_no_run_is_refused(work: Here) -> None:
 
 def test_a_finished_campaign_is_not_run_again_and_another_is_refused(work: Here) -> None:
     from cluster.config import load_config
-    from cluster.run import prepare_run_dir
+    from cluster.resume import claimed
 
     config = load_config(work / "campaign.yaml", ["output_dir=runs"])
-    prepare_run_dir(config)
-    line = refusal(work, "output_dir=runs", "learner.optimizer.learning_rate=0.5", command=("run",))
-    assert "learner.optimizer.learning_rate=1e-06 where this one has 0.5" in line
+    with claimed(config):
+        assert "a campaign that another process is running" in refusal(work, "output_dir=runs", command=("run",))
+    changes = ("learner.optimizer.learning_rate=0.5", "seed=7", "rollout.cpus_per_replica=0.3")
+    line = refusal(work, "output_dir=runs", *changes, command=("run",))
+    assert "learner.optimizer.learning_rate=1e-06 where this one has 0.5, seed=0 where this one has 7, expected" in line
+    again = one_line(work.run("run", "--resume", "runs/here", *changes))
+    assert again.replace(f"{work.folder}/", "") == line
     assert load_config(work / "runs" / "here" / "config.yaml") == config
+
+
+def test_what_there_is_to_run_is_said_once(work: Here) -> None:
+    line = one_line(work.run("run", "--resume", "runs/absent"))
+    assert "a run directory: one with config.yaml" in line
+    assert "CONFIG, a YAML file, or --resume RUN_DIR" in one_line(work.run("run"))
+    from cluster.config import load_config
+    from cluster.resume import claimed, config_of
+
+    config = load_config(work / "campaign.yaml", ["output_dir=runs"])
+    with claimed(config):
+        pass
+    for override in ("name=other", "output_dir=elsewhere"):
+        assert "the run directory says them" in one_line(work.run("run", "--resume", "runs/here", override))
+    assert "override: found 'campaign.yaml'" in one_line(work.run("run", "--resume", "runs/here", "campaign.yaml"))
+    (work / "moved: here").mkdir()
+    (work / "runs" / "here").rename(work / "moved: here" / "b")
+    moved = config_of(work / "moved: here" / "b", ["rollout.replicas=3"])
+    assert (moved.run_dir, moved.rollout.replicas) == (work / "moved: here" / "b", 3)
+    with claimed(moved) as changed:
+        assert changed == {"rollout.replicas": [1, 3]}
+    with claimed(moved) as changed:
+        assert changed == {}
 
 
 def test_an_output_directory_that_is_a_file_is_refused(work: Here) -> None:

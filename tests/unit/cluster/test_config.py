@@ -1,5 +1,6 @@
 """Every fault of a configuration is one line that names where it is; what is written is read back as it was."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from actors.errors import UserError
-from cluster.config import differences, load_config, write_config
+from cluster.config import RESUMABLE_KEYS, _leaves, differences, load_config, may_change, write_config
 
 ROOT = Path(__file__).resolve().parents[3]
 GOOD = """
@@ -321,7 +322,8 @@ def test_differences_name_what_matters(tmp_path: Path, override: str) -> None:
     after = load_config(path, [*(["teachers.second.signal=full", "teachers.default.domains=[a]",
                                   "prompts.domain_field=domain"] if "second" in override else []), override])  # fmt: skip
     key = override.partition("=")[0]
-    assert [found for found, _, _ in differences(before, after)] == [key.removesuffix(".max_num_seqs")]
+    [(found, _, _)] = differences(before, after)
+    assert found == key.removesuffix(".max_num_seqs") and not may_change(found, after)
 
 
 @pytest.mark.parametrize(
@@ -344,7 +346,22 @@ def test_differences_name_what_matters(tmp_path: Path, override: str) -> None:
 )
 def test_differences_pass_what_may_change(tmp_path: Path, override: str) -> None:
     path = written(tmp_path)
-    assert not differences(load_config(path), load_config(path, [override]))
+    before, after = load_config(path), load_config(path, [override])
+    assert all(may_change(key, after) for key, _, _ in differences(before, after)) and before != after
+
+
+@pytest.mark.parametrize("pattern", RESUMABLE_KEYS)
+def test_what_may_change_is_the_name_of_a_key(tmp_path: Path, pattern: str) -> None:
+    known = {key for key, _ in _leaves(load_config(written(tmp_path)))}
+    assert any(re.fullmatch(re.escape(pattern).replace(r"\*", ".+"), key) for key in known)
+
+
+@pytest.mark.parametrize(("schedule", "allowed"), [("constant", True), ("linear", False), ("cosine", False)])
+def test_the_number_of_updates_may_change_where_the_learning_rate_does_not_depend_on_it(
+    tmp_path: Path, schedule: str, allowed: bool
+) -> None:
+    config = load_config(written(tmp_path), [f"learner.optimizer.schedule={schedule}"])
+    assert may_change("pipeline.updates", config) == allowed
 
 
 def test_importing_the_configuration_loads_nothing_heavy() -> None:
