@@ -132,7 +132,7 @@ class RunRecords:
         """Forgets the rows of ledger.jsonl that a checkpoint does not know; returns the others."""
         path = self.run_dir / LEDGER_FILE
         rows = [row for row in read_jsonl(path) if is_known(row)]
-        _write_atomically(path, "".join(_to_json(row) + "\n" for row in rows))
+        write_atomically(path, "".join(_to_json(row) + "\n" for row in rows))
         return rows
 
     def keep_trajectories(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
