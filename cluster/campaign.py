@@ -22,7 +22,6 @@ import asyncio
 import signal
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -37,23 +36,8 @@ from cluster.ray_fleet import Fleet
 from cluster.records import RunRecords
 from cluster.state import CampaignState
 from cluster.teachers import Teachers
+from cluster.versions import Published, Versions
 from cluster.work import Work, merge, rows_of
-
-
-@dataclass
-class Published:
-    """One weight version on its way to the rollout actors, with what is to be recorded of the update that made it."""
-
-    version: int
-    manifest: Any
-    """Reference."""
-    buckets: list[Any]
-    """References."""
-    nbytes: int
-    seconds: float
-    record: dict[str, Any] = field(default_factory=dict)
-    trained: int = 0
-    """Trajectories whose slots it releases."""
 
 
 class Campaign:
@@ -90,7 +74,7 @@ class Campaign:
         self._started = asyncio.Event()
         self._clock = 0.0
         self._all_published = asyncio.Event()
-        self._weights: Published | None = None
+        self._versions = Versions(learner, rollout)
         self._doing = {"rollout": "idle", "teacher": "idle", "learner": "idle"}
 
     async def run(self) -> bool:
@@ -199,7 +183,7 @@ class Campaign:
                 self.state.ledger.train(work.numbers, self.state.step + 1)
                 self.state.step += 1
                 self.state.busy["learner"] += metrics.pop("busy_seconds")
-                published = await self._new_version()
+                published = await self._versions.publish()
                 published.trained = len(work)
                 published.record = self._record(work, metrics, published)
                 self.state.pending.append(published.record)
@@ -222,7 +206,7 @@ class Campaign:
             self._all_published.set()
         while True:
             published = await self._to_publish.get()
-            await self._load(published)
+            await self._versions.load(published)
             await self._conclude(published.record)
             await self._slots.release(published.trained)
             if published.version == self.config.pipeline.updates:
@@ -232,9 +216,9 @@ class Campaign:
 
     async def _start(self) -> None:
         """Gives every rollout actor the learner's weights, and measures the untrained student and the teacher."""
-        self.rollout.prepare = self._give_weights
+        self.rollout.prepare = self._versions.give
         await self.rollout.call_each("abort")  # what an earlier loop of this process left under way
-        await self._load(await self._new_version())
+        await self._versions.load(await self._versions.publish())
         if self.state.step == 0 and self._evaluator is not None and not self.state.start:
             record = await self._evaluate(0)
             if self.config.evaluation.teacher:
@@ -250,7 +234,8 @@ class Campaign:
         """Evaluates the version that an update has made, where that is due, and writes the update's line."""
         step = record["step"]
         due = step == self.config.pipeline.updates or step % self.config.evaluation.every_updates == 0
-        if due and self._weights is not None and self._weights.version == step:  # else killed before, and it is gone
+        newest = self._versions.newest
+        if due and newest is not None and newest.version == step:  # else killed before, and it is gone
             record |= await self._evaluate(step)
         if self._started.is_set():
             self._count_loop_seconds()
@@ -305,32 +290,6 @@ class Campaign:
                 works.append(rows_of(work, 0, missing))
                 missing -= len(works[-1])
         return merge(works)
-
-    async def _new_version(self) -> Published:
-        """Has the learner lay out its weights; the campaign owns the buckets."""
-        start = time.perf_counter()
-        references = await self.learner.stream("publish")
-        manifest = await references[-1]
-        return Published(
-            manifest.version, references[-1], references[:-1], manifest.nbytes, time.perf_counter() - start
-        )
-
-    async def _load(self, published: Published) -> None:
-        """Has every rollout actor load a version; from here on it is what new actors get."""
-        start = time.perf_counter()
-        self._weights = published
-        await self.rollout.call_each("load_weights", published.manifest, *published.buckets)
-        published.seconds += time.perf_counter() - start
-        if published.record:
-            published.record["publish_seconds"] = published.seconds
-
-    async def _give_weights(self, handle: Any) -> None:
-        """What a new actor gets before its first work: the newest version, also when that changes meanwhile."""
-        given = None
-        while given is not self._weights:
-            given = self._weights
-            assert given is not None
-            await handle.load_weights.remote(given.manifest, *given.buckets)
 
     async def _evaluate(self, version: int) -> dict[str, Any]:
         if self._evaluator is None:

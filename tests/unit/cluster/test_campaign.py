@@ -185,7 +185,13 @@ def configuration(
 
 
 def campaign(
-    config: CampaignConfig, world: World, *, rollouts: int = 2, teachers: int = 1, evaluator: Any = None
+    config: CampaignConfig,
+    world: World,
+    *,
+    rollouts: int = 2,
+    teachers: int = 1,
+    evaluator: Any = None,
+    rollout: Any = None,
 ) -> Campaign:
     state, _ = load_state(config)
     world.version = state.step
@@ -202,7 +208,7 @@ def campaign(
         state,
         prompts=prompts,
         evaluator=evaluator,
-        rollout=FakeRollout(world, rollouts),  # type: ignore[arg-type]
+        rollout=rollout or FakeRollout(world, rollouts),
         teachers=Teachers(fleets, Lessons([{"default": 0.0}] * 11, {})),
         learner=FakeLearner(world, 1),  # type: ignore[arg-type]
         records=RunRecords(config.run_dir),
@@ -285,8 +291,7 @@ def test_what_has_become_too_stale_is_dropped_with_the_reason_and_replaced(tmp_p
             return answer
 
     config, world = configuration(tmp_path, updates=6, bound=1), World(bound=1, delay=0.001)
-    made = campaign(config, world)
-    made.rollout = Straggler(world, 2)  # type: ignore[assignment]
+    made = campaign(config, world, rollout=Straggler(world, 2))
     assert run(made) is True
     assert max(world.staleness) <= 1
     counts = made.state.ledger.counts()
