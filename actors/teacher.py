@@ -1,8 +1,6 @@
 """The teacher actor: scores the student's own token ids with a frozen model. A plain class, values in, values out."""
 
-import time
-from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,16 +10,8 @@ from actors.config import TeacherConfig
 from actors.errors import CampaignError
 from actors.logprobs import chunked_head, to_array, token_logprobs
 from actors.models import load_model, response_head
-from actors.trajectory import TeacherScores, Trajectories, offsets_of, select_trajectories
-
-
-class TeacherCounts(NamedTuple):
-    """What the campaign process must know of a batch of scores without opening it."""
-
-    missing: int
-    """Tokens without a finite score; they are masked in training."""
-    busy_seconds: float
-    """Seconds that this took."""
+from actors.scoring import TeacherCounts, check_probe, probe, score_with
+from actors.trajectory import TeacherScores, Trajectories, offsets_of
 
 
 class TeacherActor:
@@ -59,23 +49,9 @@ class TeacherActor:
         a mixture, passed on. A forward pass takes `microbatch_tokens` tokens, the head `head_chunk_tokens` at a time. The result depends on
         `ids` and on what was written, not on how the trajectories were cut into batches on the way.
         """
-        start = time.perf_counter()
-        trajectories = select_trajectories(ids, batches)
-        if prompts is not None:
-            trajectories = replace(trajectories, prompt_tokens=prompts[0], prompt_offsets=prompts[1])
-        fields = self._forward(trajectories)
-        unknown = trajectories.response_tokens >= len(self._weight)  # rows that only the student's padding has
-        fields["logprobs"][~np.isfinite(fields["logprobs"]) | unknown] = np.nan
-        seconds = time.perf_counter() - start
-        self._busy_seconds += seconds
-        scores = TeacherScores(
-            ids=trajectories.ids,
-            response_offsets=trajectories.response_offsets,
-            teacher=self._name,
-            log_weights=np.zeros(len(ids), np.float32) if log_weights is None else log_weights,
-            **fields,
-        )
-        return TeacherCounts(int(np.isnan(scores.logprobs).sum()), seconds), scores
+        counts, scores = score_with(self._forward, self._name, len(self._weight), ids, batches, prompts, log_weights)
+        self._busy_seconds += counts.busy_seconds
+        return counts, scores
 
     @torch.inference_mode()
     def _forward(self, trajectories: Trajectories) -> dict[str, np.ndarray]:
@@ -123,42 +99,21 @@ class TeacherActor:
         return fields
 
     def _self_test(self, key: str) -> float:
-        """Mean log-prob of a probe text, after a check that scores can be trusted.
+        """Mean log-prob of a probe text, after a check that scores can be trusted; replicas are compared by it.
 
-        A teacher that was loaded wrongly goes on answering: all tokens alike, or something else each time. Replicas are
-        compared by the value that is returned. CampaignError: not finite, uniform, not repeatable, or not what a plain
-        forward pass of the model gives.
+        CampaignError: as check_probe, or not what a plain forward pass of the model gives.
         """
-        length = min(32, len(self._weight) - 1)
-        probe = np.arange(1, length + 1, dtype=np.int32)
-        nowhere = np.zeros(length, np.float32)
-        written = Trajectories(
-            ids=np.zeros((1, 3), np.int64),
-            prompt_tokens=probe[:1],
-            prompt_offsets=offsets_of([1]),
-            response_tokens=probe[1:],
-            response_offsets=offsets_of([length - 1]),
-            behaviour_logprobs=nowhere[1:],
-            policy_versions=nowhere[1:].astype(np.int32),
-            finish_reasons=np.zeros(1, np.uint8),
-            support_ids=np.tile(probe[:1], (length - 1, 1)),
-        )
+        written = probe(len(self._weight))
         first, second = (self.score(written.ids, written)[1].logprobs for _ in range(2))
+        mean = check_probe(key, first, second, len(self._weight))
+        text = np.concatenate([written.prompt_tokens, written.response_tokens]).astype(np.int64)
         with torch.inference_mode():
-            tokens = torch.from_numpy(probe.astype(np.int64)).to(self._device)[None]
+            tokens = torch.from_numpy(text).to(self._device)[None]
             logits = self._model(tokens, use_cache=False).logits[0, :-1, : len(self._weight)].float()
             plain = token_logprobs(torch.log_softmax(logits, -1), tokens[0, 1:]).cpu().numpy()
-        tolerance = 1e-3 if self._config.dtype == "float32" else 0.2
-        uniform = -np.log(len(self._weight))
-        for fault, found in (
-            ("scores are not finite", not np.isfinite(first).all()),
-            ("scores are uniform: its weights are not those of the files", np.abs(first - uniform).max() < 1e-4),
-            ("scores differ when asked twice", not np.array_equal(first, second)),
-            ("scores differ from a plain forward pass", np.abs(first - plain).max() > tolerance),
-        ):
-            if found:
-                raise CampaignError(f"{key} fails its self-test: {fault}")
-        return float(first.mean())
+        if np.abs(first - plain).max() > (1e-3 if self._config.dtype == "float32" else 0.2):
+            raise CampaignError(f"{key} fails its self-test: scores differ from a plain forward pass")
+        return mean
 
     def generate(
         self,

@@ -5,9 +5,7 @@ enter together, and weights change only between steps, so an engine never comput
 With one GPU (or none) the engine lives in this process and reads weights in place.
 """
 
-import gc
 import itertools
-import os
 import queue
 import tempfile
 import threading
@@ -20,14 +18,12 @@ from typing import Any, TypeVar
 import numpy as np
 
 from actors.config import RolloutConfig, SamplingConfig
-from actors.errors import CampaignError, EngineError, UserError, WeightError
+from actors.errors import CampaignError, EngineError, WeightError
 from actors.trajectory import FINISH_REASONS, Requests, Trajectories, offsets_of
+from actors.vllm_build import build_llm, importing_vllm
 from actors.weights import WeightVersion, verify
 
 T = TypeVar("T")
-
-CPU_KV_CACHE_BYTES = 256 << 20
-"""Without a size of its own, vLLM would take 92% of the machine's memory for each engine."""
 
 
 class _Call:
@@ -219,66 +215,25 @@ class VllmEngine:
 def _build(
     model: str, config: RolloutConfig, sampling: SamplingConfig, support_size: int, seed: int, trust_remote_code: bool
 ) -> Any:
-    import torch
-
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    if not torch.cuda.is_available():
-        # The first request with log-probs would otherwise compile for ten seconds, and need a C++ compiler.
-        os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
-        # Tensor-parallel workers of several actors would all be bound to the first core.
-        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    # Importing vLLM makes millions of objects that stay; collecting them again and again takes seconds of the start.
-    gc.disable()
-    try:
-        from vllm import LLM
-
+    with importing_vllm():
         from actors.vllm_worker import BACKEND
 
-        gc.freeze()
-        options: dict[str, Any] = {
-            "model": model,
-            "dtype": config.dtype,
-            "tensor_parallel_size": config.tensor_parallel_size,
-            "load_format": "dummy",
-            "skip_tokenizer_init": True,
-            "trust_remote_code": trust_remote_code,
-            "seed": seed,
-            "disable_log_stats": True,
-            "weight_transfer_config": {"backend": BACKEND},
-            "worker_extension_cls": "actors.vllm_worker.WorkerExtension",
-            # Log-probs of the distribution that is sampled from; at temperature 1 without filters both modes agree.
-            "logprobs_mode": "raw_logprobs"
-            if (sampling.temperature, sampling.top_p, sampling.top_k) == (1.0, 1.0, 0)
-            else "processed_logprobs",
-            "max_logprobs": max(support_size, 1),
-        }
-        if not torch.cuda.is_available():
-            options |= {"kv_cache_memory_bytes": CPU_KV_CACHE_BYTES, "enforce_eager": True}
-            _skip_model_inspection(model)
-        try:
-            return LLM(**options | config.engine)
-        except TypeError as error:
-            raise UserError(
-                "rollout.engine", ", ".join(config.engine), f"options of vLLM's engine ({error})"
-            ) from error
-    finally:
-        gc.enable()
-
-
-def _skip_model_inspection(model: str) -> None:
-    """On its first run on a machine vLLM inspects the model class in a subprocess, which imports vLLM again: 8 s.
-
-    The class is inspected in this process instead. The names are private to vLLM: without them, it takes the 8 s.
-    """
-    try:
-        from transformers import AutoConfig
-        from vllm.model_executor.models.registry import ModelRegistry, _RegisteredModel
-
-        for name in AutoConfig.from_pretrained(model).architectures:
-            ModelRegistry.models[name] = _RegisteredModel.from_model_cls(ModelRegistry.models[name].load_model_cls())
-    except (ImportError, AttributeError, KeyError, ValueError, TypeError, OSError):
-        return
+    options: dict[str, Any] = {
+        "model": model,
+        "dtype": config.dtype,
+        "tensor_parallel_size": config.tensor_parallel_size,
+        "load_format": "dummy",
+        "trust_remote_code": trust_remote_code,
+        "seed": seed,
+        "weight_transfer_config": {"backend": BACKEND},
+        "worker_extension_cls": "actors.vllm_worker.WorkerExtension",
+        # Log-probs of the distribution that is sampled from; at temperature 1 without filters both modes agree.
+        "logprobs_mode": "raw_logprobs"
+        if (sampling.temperature, sampling.top_p, sampling.top_k) == (1.0, 1.0, 0)
+        else "processed_logprobs",
+        "max_logprobs": max(support_size, 1),
+    }
+    return build_llm(options, config.engine, "rollout.engine")
 
 
 def _trajectories(requests: Requests, completions: Sequence[Any], support_size: int) -> Trajectories:

@@ -17,7 +17,7 @@ from actors.config import PromptsConfig, StudentConfig, TeacherConfig
 from actors.errors import CampaignError, UserError
 from actors.prompts import PromptSet
 from actors.rollout import RolloutCounts
-from actors.teacher import TeacherCounts
+from actors.scoring import TeacherCounts
 from actors.trajectory import TrajectoryId
 from cluster.campaign import Campaign
 from cluster.config import CampaignConfig, PipelineConfig

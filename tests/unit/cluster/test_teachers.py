@@ -10,7 +10,7 @@ import pytest
 from actors.config import TeacherConfig
 from actors.errors import CampaignError, UserError
 from actors.prompts import PromptSet
-from actors.teacher import TeacherCounts
+from actors.scoring import TeacherCounts
 from actors.trajectory import offsets_of
 from cluster.teachers import Lessons, Teachers, route, routes
 

@@ -1,0 +1,72 @@
+"""Making a vLLM engine in this process: quickly, and on machines without a GPU too."""
+
+import gc
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from actors.errors import UserError
+
+CPU_KV_CACHE_BYTES = 256 << 20
+"""Without a size of its own, vLLM would take 92% of the machine's memory for each engine."""
+
+
+@contextmanager
+def importing_vllm() -> Iterator[None]:
+    """Within the block vLLM is imported for the first time.
+
+    That makes millions of objects that stay; collecting them again and again would take seconds of the start.
+    """
+    import torch
+
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    if not torch.cuda.is_available():
+        # The first request with log-probs would otherwise compile for ten seconds, and need a C++ compiler.
+        os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
+        # Tensor-parallel workers of several actors would all be bound to the first core.
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    gc.disable()
+    try:
+        yield
+        gc.freeze()
+    finally:
+        gc.enable()
+
+
+def build_llm(options: dict[str, Any], more: dict[str, Any], key: str) -> Any:
+    """A vllm.LLM without a tokenizer. `more` are the user's own options, of the configuration key `key`, and win.
+
+    UserError: vLLM does not know one of them.
+    """
+    import torch
+
+    with importing_vllm():
+        from vllm import LLM
+    options = {"skip_tokenizer_init": True, "disable_log_stats": True, **options}
+    if not torch.cuda.is_available():
+        options |= {"kv_cache_memory_bytes": CPU_KV_CACHE_BYTES, "enforce_eager": True}
+        _skip_model_inspection(options["model"])
+    gc.disable()
+    try:
+        return LLM(**options | more)
+    except TypeError as error:
+        raise UserError(key, ", ".join(more), f"options of vLLM's engine ({error})") from error
+    finally:
+        gc.enable()
+
+
+def _skip_model_inspection(model: str) -> None:
+    """On its first run on a machine vLLM inspects the model class in a subprocess, which imports vLLM again: 8 s.
+
+    The class is inspected in this process instead. The names are private to vLLM: without them, it takes the 8 s.
+    """
+    try:
+        from transformers import AutoConfig
+        from vllm.model_executor.models.registry import ModelRegistry, _RegisteredModel
+
+        for name in AutoConfig.from_pretrained(model).architectures:
+            ModelRegistry.models[name] = _RegisteredModel.from_model_cls(ModelRegistry.models[name].load_model_cls())
+    except (ImportError, AttributeError, KeyError, ValueError, TypeError, OSError):
+        return
