@@ -1,0 +1,266 @@
+"""A whole campaign in one process: the real loop, learner, teacher and files, with neither Ray nor vLLM.
+
+Fleets are objects of this process, whose methods run in threads; students are sampled with a plain forward pass. It is
+what `cluster.run` does otherwise, in a second instead of half a minute, so that it can be killed often.
+"""
+
+import asyncio
+import hashlib
+import inspect
+import json
+import os
+import random
+import re
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+
+import cluster.run
+from actors.models import load_model
+from actors.rollout import RolloutCounts
+from actors.trajectory import FINISH_REASONS, Requests, Trajectories, offsets_of
+from actors.weights import WeightVersion, unpack
+from cluster.config import load_config
+from cluster.ray_cluster import role_resources
+from cluster.records import read_jsonl
+from tests.tiny_models import make_tiny_model
+
+
+class Reference:
+    """Stands for an object reference: awaitable, and compared by identity."""
+
+    def __init__(self, value: Any):
+        self.value = value
+
+    def __await__(self) -> Iterator[Any]:
+        yield from asyncio.sleep(0).__await__()
+        return self.value
+
+
+class LocalFleet:
+    """Replicas in this process: one call at a time each, in a thread."""
+
+    def __init__(
+        self, role: str, actor_class: type, arguments: tuple, keywords: dict, *, replicas: int, on_event: Any, **_: Any
+    ):
+        self.role, self.restarts, self.prepare = role, 0, None
+        self._make = lambda: actor_class(*arguments, **keywords)
+        self._on_event = on_event
+        self.replicas = [
+            SimpleNamespace(name=f"{role}-{i}", alive=False, under_way=0, restarts=0) for i in range(replicas)
+        ]
+
+    async def start(self) -> None:
+        for replica in self.replicas:
+            replica.actor, replica.turn, replica.alive = self._make(), asyncio.Lock(), True
+            self._on_event("actor_started", actor=replica.name)
+
+    async def _on(self, replica: Any, method: str, arguments: tuple, keywords: dict) -> Any:
+        values = [argument.value if isinstance(argument, Reference) else argument for argument in arguments]
+        async with replica.turn:
+            result = await asyncio.to_thread(getattr(replica.actor, method), *values, **keywords)
+            return list(result) if inspect.isgenerator(result) else result
+
+    async def call(self, method: str, *arguments: Any, returns: int = 1, units: int = 1, **keywords: Any) -> Any:
+        replica = min(self.replicas, key=lambda r: r.under_way)
+        replica.under_way += units
+        try:
+            result = await self._on(replica, method, arguments, keywords)
+        finally:
+            replica.under_way -= units
+        return result if returns == 1 else (result[0], *map(Reference, result[1:]))
+
+    async def call_each(self, method: str, *arguments: Any) -> list[Any]:
+        return await asyncio.gather(*(self._on(replica, method, arguments, {}) for replica in self.replicas))
+
+    async def stream(self, method: str, *arguments: Any) -> list[Reference]:
+        return [Reference(value) for value in await self._on(self.replicas[0], method, arguments, {})]
+
+    async def wait_idle(self, limit: int) -> None:
+        while all(replica.under_way >= limit for replica in self.replicas):
+            await asyncio.sleep(0.001)
+
+    def close(self) -> None:
+        pass
+
+
+class LightRollout:
+    """Samples with a forward pass for every token; a sample is a function of its seed, as it is in an engine."""
+
+    def __init__(self, model: str, config: Any, sampling: Any, stop_token_ids: list[int], seed: int, **_: Any):
+        self._model = load_model(model, "float32", "cpu", False, "student.model")
+        self._stop, self._length, self._version = set(stop_token_ids), sampling.max_response_tokens, -1
+
+    @torch.no_grad()
+    def generate(self, requests: Requests, greedy: bool = False) -> tuple[RolloutCounts, Trajectories]:
+        tokens, logprobs, lengths = [], [], []
+        for row, seed in enumerate(requests.seeds):
+            draw = np.random.default_rng(int(seed))
+            text = requests.prompt_tokens[slice(*requests.prompt_offsets[row : row + 2])].tolist()
+            start = len(text)
+            while len(text) - start < self._length and (len(text) == start or text[-1] not in self._stop):
+                row_V = self._model(torch.tensor([text])).logits[0, -1].float().log_softmax(-1).double()
+                chosen = int(row_V.argmax()) if greedy else int(np.argmax(row_V.numpy() + draw.gumbel(size=len(row_V))))
+                text.append(chosen)
+                logprobs.append(float(row_V[chosen]))
+            tokens += text[start:]
+            lengths.append(len(text) - start)
+        truncated = np.array([n == self._length for n in lengths])
+        written = Trajectories(
+            ids=requests.ids,
+            prompt_tokens=requests.prompt_tokens,
+            prompt_offsets=requests.prompt_offsets,
+            response_tokens=np.array(tokens, np.int32),
+            response_offsets=offsets_of(lengths),
+            behaviour_logprobs=np.array(logprobs, np.float32),
+            policy_versions=np.full(len(tokens), self._version, np.int32),
+            finish_reasons=np.where(truncated, FINISH_REASONS.index("length"), FINISH_REASONS.index("stop")).astype(
+                np.uint8
+            ),
+        )
+        versions = np.full(len(lengths), self._version, np.int32)
+        return RolloutCounts(np.array(lengths), versions, truncated, 0.01), written
+
+    def load_weights(self, manifest: WeightVersion, *buckets: np.ndarray) -> float:
+        self._model.load_state_dict(dict(unpack(manifest, buckets)), strict=False)
+        self._version = manifest.version
+        return 0.0
+
+    def abort(self) -> None: ...
+
+    def status(self) -> dict[str, int]:
+        return {"policy_version": self._version}
+
+
+def make_folder(folder: Path) -> Path:
+    """Models and prompts of a few kilobytes."""
+    make_tiny_model(folder / "student", hidden=32, layers=1, context=64)
+    make_tiny_model(folder / "teacher", hidden=32, layers=1, context=64, seed=1)
+    for name, first in (("train", 0), ("heldout", 50)):
+        lines = [f'{{"prompt": "{i}+{i}=", "answer": "{2 * i}"}}\n' for i in range(first, first + 11)]
+        (folder / f"{name}.jsonl").write_text("".join(lines))
+    return folder
+
+
+def configuration(folder: Path, name: str, **changes: Any) -> Path:
+    """Writes a campaign in the folder; `changes` are of its sections."""
+    content: dict[str, Any] = {
+        "name": name,
+        "output_dir": str(folder / "runs"),
+        "student": {"model": str(folder / "student")},
+        "teachers": {"default": {"model": str(folder / "teacher"), "dtype": "float32"}},
+        "prompts": {"path": str(folder / "train.jsonl")},
+        "sampling": {"max_response_tokens": 6},
+        "rollout": {"dtype": "float32", "replicas": 2},
+        "learner": {"compute_dtype": "float32", "optimizer": {"learning_rate": 1e-3}},
+        "pipeline": {"updates": 12, "prompts_per_update": 4, "samples_per_prompt": 2},
+        "evaluation": {"prompts": {"path": str(folder / "heldout.jsonl"), "limit": 4}, "every_updates": 4},
+        "checkpoint": {"every_updates": 2, "keep_last": 1000},
+    }
+    for section, values in changes.items():
+        content[section] = {**content[section], **values}
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump(content))
+    return folder / f"{name}.yaml"
+
+
+def run_here(config_file: Path) -> dict[str, Any]:
+    """Runs the campaign in this process, which is fit for nothing else afterwards."""
+    torch.set_num_threads(1)
+    here: Any = cluster.run
+    here.Fleet, here.RolloutActor = LocalFleet, LightRollout
+    here.connected = lambda config: nullcontext(True)
+    here.check_cluster = lambda config, private: role_resources(config, 0.0, private=True)
+    return here.run_campaign(load_config(config_file))[0]
+
+
+def start(config_file: Path) -> int:
+    """Runs the campaign in a copy of this process; returns the id of that."""
+    child = os.fork()
+    if child:
+        return child
+    log = os.open(config_file.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    try:
+        run_here(config_file)
+    except BaseException as error:
+        print(repr(error), flush=True)
+        os._exit(1)
+    os._exit(0)
+
+
+def finish(child: int, config_file: Path) -> float:
+    """Waits for a campaign to end well; returns the seconds."""
+    begun = time.monotonic()
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert status == 0, config_file.with_suffix(".log").read_text()[-3000:]
+    return time.monotonic() - begun
+
+
+def run_with_kills(config_file: Path, kills: int, longest: float, draw: random.Random) -> int:
+    """Runs the campaign to its end, killing it (SIGKILL) after random times until `kills` have hit; returns how many
+    have: fewer, where it ended before."""
+    for killed in range(kills):
+        child = start(config_file)
+        time.sleep(draw.uniform(0.0, longest))
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            assert status == 0, config_file.with_suffix(".log").read_text()[-3000:]
+            return killed
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    finish(start(config_file), config_file)
+    return kills
+
+
+OF_TIME = re.compile(r"wall_seconds|busy.*|publish_seconds|loop_seconds|faults")
+
+
+def fingerprint(run_dir: Path) -> dict[str, str]:
+    """File -> hash of all that must not depend on whether a campaign was killed: the checkpoints (weights, optimiser,
+    learner, state), metrics, ledger and kept trajectories; what is a time is left out."""
+    found = {}
+    for path in sorted(run_dir.rglob("*")):
+        name = str(path.relative_to(run_dir))
+        if not path.is_file() or not re.match(r"checkpoints/step_|metrics\.jsonl|ledger\.jsonl|trajectories/", name):
+            continue
+        content = path.read_bytes()
+        if path.suffix in (".json", ".jsonl"):
+            rows = [
+                without_times(json.loads(line)) for line in content.decode().splitlines() if path.suffix == ".jsonl"
+            ]
+            content = json.dumps(rows or without_times(json.loads(content))).encode()
+        found[name] = hashlib.sha256(content).hexdigest()
+    return found
+
+
+def without_times(content: Any) -> Any:
+    """JSON without the keys whose values are times."""
+    if isinstance(content, dict):
+        return {key: without_times(value) for key, value in content.items() if not OF_TIME.fullmatch(key)}
+    return [without_times(item) for item in content] if isinstance(content, list) else content
+
+
+def assert_ledger_adds_up(run_dir: Path, updates: int, size: int, max_staleness: int) -> None:
+    """Every update has trained on `size` trajectories, each of them once; every number issued is trained or dropped."""
+    rows = read_jsonl(run_dir / "ledger.jsonl")
+    spent = {
+        kind: [n for row in rows for a, b in row.get(kind, []) for n in range(a, b)] for kind in ("trained", "dropped")
+    }
+    counts = json.loads((run_dir / "summary.json").read_text())["ledger"]
+    for row in rows:
+        assert "dropped" in row or sum(b - a for a, b in row["trained"]) == size
+    assert [row["step"] for row in rows if "trained" in row] == list(range(1, updates + 1))
+    assert len(spent["trained"]) == updates * size == counts["trained"] and len(spent["dropped"]) == counts["dropped"]
+    assert sorted(spent["trained"] + spent["dropped"]) == list(range(counts["issued"]))
+    metrics = read_jsonl(run_dir / "metrics.jsonl")
+    assert [row["step"] for row in metrics] == list(range(updates + 1))
+    assert max(row["staleness_max"] for row in metrics[1:]) <= max_staleness

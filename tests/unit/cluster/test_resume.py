@@ -1,0 +1,71 @@
+"""Killed at any moment and run again equals undisturbed; the short form of benchmarks/resume.py."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from actors.errors import UserError
+from cluster.config import load_config
+from cluster.records import RunRecords
+from cluster.resume import take_up
+from tests.light_campaign import (
+    assert_ledger_adds_up,
+    configuration,
+    fingerprint,
+    finish,
+    make_folder,
+    run_with_kills,
+    start,
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_folder(tmp_path_factory.mktemp("light"))
+
+
+def test_killed_at_random_moments_equals_undisturbed_bit_for_bit(folder: Path) -> None:
+    calm, stormy = (configuration(folder, name) for name in ("calm", "stormy"))
+    seconds = finish(start(calm), calm)
+    assert run_with_kills(stormy, 4, 0.7 * seconds, random.Random(0)) == 4
+    undisturbed, disturbed = (fingerprint(folder / "runs" / name) for name in ("calm", "stormy"))
+    assert disturbed == undisturbed
+    assert sum(name.endswith("optimizer.safetensors") for name in undisturbed) == 6
+    assert_ledger_adds_up(folder / "runs" / "stormy", updates=12, size=8, max_staleness=0)
+    ours, theirs = (json.loads((folder / "runs" / name / "summary.json").read_text()) for name in ("calm", "stormy"))
+    assert {key: ours[key] for key in ours if "accuracy" in key} == {
+        key: theirs[key] for key in ours if "accuracy" in key
+    }
+
+
+def test_an_evaluation_after_the_last_checkpoint_is_not_forgotten(folder: Path) -> None:
+    config = configuration(folder, "evaluated", pipeline={"updates": 4})
+    finish(start(config), config)
+    run_dir = folder / "runs" / "evaluated"
+    before = json.loads((run_dir / "summary.json").read_text())
+    (run_dir / "summary.json").unlink()  # as if it had been killed just before it was written
+    finish(start(config), config)
+    after = json.loads((run_dir / "summary.json").read_text())
+    assert {key: before[key] for key in before if key.endswith("_end")} == {
+        key: after[key] for key in before if key.endswith("_end")
+    }
+    assert before["reverse_kl_end"] is not None
+
+
+def test_each_sample_is_trained_once_in_an_asynchronous_campaign_that_is_killed(folder: Path) -> None:
+    config = configuration(folder, "ahead", pipeline={"max_staleness": 1})
+    run_with_kills(config, 4, 1.0, random.Random(1))
+    assert_ledger_adds_up(folder / "runs" / "ahead", updates=12, size=8, max_staleness=1)
+
+
+def test_a_ledger_that_is_not_the_checkpoints_is_refused(folder: Path) -> None:
+    config = configuration(folder, "tampered", pipeline={"updates": 2})
+    finish(start(config), config)
+    path = folder / "runs" / "tampered" / "ledger.jsonl"
+    whole = path.read_text()
+    for content in ("", whole.splitlines()[0] + "\n", whole + whole):
+        path.write_text(content)
+        with pytest.raises(UserError, match=r"ledger.jsonl: found .* expected the file as the campaign left it"):
+            take_up(load_config(config), RunRecords(path.parent))
