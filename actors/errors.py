@@ -49,5 +49,9 @@ class CheckpointError(CampaignError):
     """A checkpoint could not be written; those before it are as they were."""
 
 
+class GuardError(CampaignError):
+    """A guard has stopped the campaign: which metric, what it was, and what its bound is."""
+
+
 class NonFiniteLossError(CampaignError):
     """The loss or the gradient is not finite; the weights were left as they were before the step."""

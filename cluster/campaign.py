@@ -30,10 +30,12 @@ from actors.prompts import PromptSet, position_to_id, requests
 from cluster.checkpoints import Checkpoints
 from cluster.config import CampaignConfig
 from cluster.evaluate import Evaluator
+from cluster.guards import judge
 from cluster.pipeline import Slots, split_evenly, too_stale
 from cluster.progress import Progress
 from cluster.ray_fleet import Fleet
 from cluster.records import RunRecords
+from cluster.rollback import act
 from cluster.state import CampaignState
 from cluster.teachers import Teachers
 from cluster.versions import Published, Versions
@@ -179,7 +181,9 @@ class Campaign:
             work = await self._next_update()
             async with self._learner_turn:
                 self._say("learner", f"update {self.state.step + 1}")
-                metrics = await self.learner.call("update", work.ids, *work.trajectories, *work.scores)
+                metrics = await self.learner.call(
+                    "update", work.ids, *work.trajectories, *work.scores, rate_scale=self.state.guards.rate_scale
+                )
                 self.state.ledger.train(work.numbers, self.state.step + 1)
                 self.state.step += 1
                 self.state.busy["learner"] += metrics.pop("busy_seconds")
@@ -187,6 +191,8 @@ class Campaign:
                 published.trained = len(work)
                 published.record = self._record(work, metrics, published)
                 self.state.pending.append(published.record)
+                self.state.guards, findings = judge(self.config.guards, self.state.guards, published.record)
+                act(findings, self.state.guards.rate_scale, self.config, self._tell)
                 await self._checkpoints.save_if_due(self.state, self.learner)
                 self._say("learner", "idle")
             await self._to_publish.put(published)
@@ -301,6 +307,10 @@ class Campaign:
         self._records.keep_trajectories(version, [{**row, "step": version} for row in rows])
         self.state.evaluations[version] = metrics
         return dict(metrics)
+
+    def _tell(self, kind: str, **fields: Any) -> None:
+        self._records.event(kind, **fields)
+        self._progress.note(f"{kind.replace('_', ' ')}: {fields['cause']}")
 
     def _say(self, role: str, what: str) -> None:
         self._doing[role] = what

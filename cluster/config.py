@@ -27,6 +27,7 @@ from actors.config import (
     number,
 )
 from actors.errors import UserError
+from cluster.guards import UPDATE_METRICS, GuardConfig, check_guards, default_guards
 from learner.config import LearnerConfig
 from learner.contradictions import refuse_contradictions
 
@@ -130,6 +131,9 @@ class CampaignConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     weights: WeightsConfig = field(default_factory=WeightsConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    guards: dict[str, GuardConfig] = field(default_factory=default_guards)
+    """What is watched in the metrics of every update, by names of your own. `kl_rises`, `length_rises` and `truncation`
+    are there already, and warn (docs/guards.md)."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     ray: RayConfig = field(default_factory=RayConfig)
 
@@ -165,6 +169,7 @@ RESUMABLE_KEYS = (
     "evaluation.*",
     "weights.bucket_mebibytes",
     "checkpoint.*",
+    "guards.*",
     "tracking.*",
     "ray.*",
 )
@@ -261,7 +266,10 @@ def _wanted(message: str) -> str:
         (r".*could not be converted to (\w+).*", r"a value of type \1"),
         (r"Incompatible value .* for field of type '(\w+)'.*", r"a value of type \1"),
         (r"field '.*' is not Optional.*", "a value, or nothing at all for the default"),
-        (r"Merge error.*|Cannot assign \w+ to Dict.*", "keys with values"),
+        (
+            r"Merge error.*|Invalid type assigned: .* is not a subclass of .*|Cannot assign \w+ to Dict.*",
+            "keys with values",
+        ),
         (r"Invalid value .*, expected (one of .*)", r"\1"),
         (r"Invalid value assigned: .* list.*", "a list"),
     ):
@@ -351,6 +359,7 @@ def _check_whole(config: CampaignConfig) -> None:
     if any(t.domains for t in config.teachers.values()) and config.prompts.domain_field is None:
         raise UserError("prompts.domain_field", "null", "the field that teachers.<name>.domains speaks of")
     refuse_contradictions(config.learner.objective, config.teachers, config.pipeline.samples_per_prompt)
+    check_guards(config.guards, UPDATE_METRICS, config.checkpoint.every_updates * config.checkpoint.keep_last)
     for role, actors in _roles(config).items():
         for name, amount in actors.resources.items():
             if name in ("CPU", "GPU", "memory", "object_store_memory"):

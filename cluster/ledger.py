@@ -17,6 +17,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import IntEnum
 from typing import Any
 
+ROLLED_BACK = "rolled_back"
+"""The reason that is given for what was trained on in updates that were undone."""
+
 
 class State(IntEnum):
     """Where a trajectory is on its way."""
@@ -73,6 +76,15 @@ class Ledger:
         self.dropped[reason] += len(numbers)
         self._tell({"step": self.step, "dropped": ranges(numbers), "reason": reason})
 
+    def rolled_back(self, then: "Ledger") -> "Ledger":
+        """The ledger when the weights go back to what they were `then`: what was trained on since is dropped, and what is
+        open is issued again under its old number."""
+        assert then.trained <= self.trained
+        ledger = Ledger.from_json(self.to_json())
+        ledger.step, ledger.trained = then.step, then.trained
+        ledger.dropped[ROLLED_BACK] += self.trained - then.trained
+        return ledger
+
     def counts(self) -> dict[str, int]:
         """Trajectories by state; `issued` counts all that ever were, the others add up to it."""
         states = Counter(self._open.values())
@@ -89,10 +101,15 @@ class Ledger:
         """Those that are neither trained nor dropped, in order."""
         return sorted(self._open)
 
-    def holds_closed(self, row: Mapping[str, Any]) -> bool:
-        """Whether the trajectories of a row that was told are closed here: false of what came after a checkpoint."""
+    def as_known(self, row: Mapping[str, Any]) -> dict[str, Any] | None:
+        """A row that was told, as it stands here: None of what came after a checkpoint, and of what was trained on in an
+        update that was rolled back, that it is dropped."""
         spans = row.get("trained", row.get("dropped", []))
-        return all(stop <= self.next_number and self._open.keys().isdisjoint(range(a, stop)) for a, stop in spans)
+        if not all(stop <= self.next_number and self._open.keys().isdisjoint(range(a, stop)) for a, stop in spans):
+            return None
+        if "trained" in row and row["step"] > self.step:
+            return {"step": row["step"], "dropped": spans, "reason": ROLLED_BACK}
+        return dict(row)
 
     def check_rows(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """ValueError where the rows do not say of every closed trajectory, once, what became of it."""

@@ -14,6 +14,7 @@ from typing import Any
 
 METRICS_FILE, EVENTS_FILE, SUMMARY_FILE = "metrics.jsonl", "events.jsonl", "summary.json"
 LEDGER_FILE = "ledger.jsonl"
+UNDONE_FILE = "undone.jsonl"
 CONFIG_FILE, REPORT_FILE, TRAJECTORIES_DIRECTORY = "config.yaml", "report.html", "trajectories"
 
 METRIC_KEYS = (
@@ -128,10 +129,10 @@ class RunRecords:
         """Appends what became of some trajectories (cluster/ledger.py) to ledger.jsonl."""
         _append(self.run_dir / LEDGER_FILE, row)
 
-    def keep_closed(self, is_known: Callable[[Mapping[str, Any]], bool]) -> list[dict[str, Any]]:
-        """Forgets the rows of ledger.jsonl that a checkpoint does not know; returns the others."""
+    def keep_closed(self, as_known: Callable[[dict[str, Any]], dict[str, Any] | None]) -> list[dict[str, Any]]:
+        """Has the rows of ledger.jsonl as a checkpoint knows them, without those that it does not know; returns them."""
         path = self.run_dir / LEDGER_FILE
-        rows = [row for row in read_jsonl(path) if is_known(row)]
+        rows = [known for row in read_jsonl(path) if (known := as_known(row)) is not None]
         write_atomically(path, "".join(_to_json(row) + "\n" for row in rows))
         return rows
 
@@ -159,6 +160,14 @@ class RunRecords:
             if (path := self.run_dir / name).exists():
                 with path.open("rb") as file:
                     os.fsync(file.fileno())
+
+    def set_aside_after(self, step: int, more: Iterable[Mapping[str, Any]]) -> None:
+        """Moves the lines of updates after `step` from metrics.jsonl to undone.jsonl, with those of `more` that are not
+        written yet: a campaign that is rolled back goes on from `step`."""
+        written = [row for row in read_jsonl(self.run_dir / METRICS_FILE) if row["step"] > step]
+        for row in (*written, *(row for row in more if row["step"] > max(step, self.last_step))):
+            _append(self.run_dir / UNDONE_FILE, row)
+        self.truncate_after(step)
 
     def truncate_after(self, step: int) -> None:
         """Forgets what was recorded of steps after `step`, and the summary: the campaign goes on from there.

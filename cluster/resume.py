@@ -63,18 +63,23 @@ def take_up(config: CampaignConfig, records: RunRecords) -> tuple[CampaignState,
     """The state of the newest checkpoint (a new one where there is none) and where that is; whatever the records say
     of later steps is forgotten. UserError: the ledger's file is not the one that the checkpoint was written with."""
     state, checkpoint = load_state(config)
+    fit_records(config, records, state)
+    return state, checkpoint
+
+
+def fit_records(config: CampaignConfig, records: RunRecords, state: CampaignState) -> None:
+    """Cuts the records back to what a state knows, and completes the state by what they know better."""
     records.truncate_after(state.step if state.step or state.start else -1)
     for row in read_jsonl(config.run_dir / METRICS_FILE):  # later than the checkpoint of their step
         if row["step"] and "eval/accuracy" in row:
             state.evaluations[row["step"]] = {key: row[key] for key in row if key.startswith("eval/")}
     try:
-        state.ledger.check_rows(records.keep_closed(state.ledger.holds_closed))
+        state.ledger.check_rows(records.keep_closed(state.ledger.as_known))
     except ValueError as error:
         raise UserError(
             str(config.run_dir / LEDGER_FILE), error, "the file as the campaign left it, together with its checkpoints"
         ) from error
     state.ledger.on_close = records.closed
-    return state, checkpoint
 
 
 def _changed(config: CampaignConfig) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import errno
-import itertools
 import os
 import traceback
 from collections.abc import Callable
@@ -28,6 +27,7 @@ from cluster.ray_metrics import Prometheus
 from cluster.records import RunRecords, read_summary
 from cluster.report import write_report
 from cluster.resume import claimed, take_up
+from cluster.rollback import RollBack, roll_back
 from cluster.state import CampaignState, load_state
 from cluster.status import keep_status
 from cluster.teachers import Teachers
@@ -105,16 +105,20 @@ async def _run(
             "records": records,
             "progress": progress,
         }
-        for lost in itertools.count():
+        losses = 0
+        while True:
             try:
                 complete = await Campaign(config, state, learner=learner, **parts).run()
                 break
             except LearnerLostError as error:
-                if lost == config.ray.max_restarts:
-                    raise CampaignError(f"{error}; it was replaced {lost} times before (ray.max_restarts)") from error
-            faults = state.faults
-            state, checkpoint = take_up(config, records)
-            state.faults = faults
+                if losses == config.ray.max_restarts:
+                    raise CampaignError(f"{error}; it was replaced {losses} times before (ray.max_restarts)") from error
+                losses, faults = losses + 1, state.faults
+                state, checkpoint = take_up(config, records)
+                state.faults = faults
+            except RollBack as wanted:
+                learner.close()
+                state, checkpoint = roll_back(config, state, wanted.finding, records, on_event)
             learner = build_learner(config, inputs, checkpoint, needed, on_event)
             await learner.start()
             on_event("learner_restored", step=state.step, checkpoint=str(checkpoint))

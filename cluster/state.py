@@ -1,11 +1,14 @@
 """What a campaign knows besides its weights: it goes into every checkpoint, and comes out of the newest."""
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from cluster.config import CampaignConfig
+from cluster.guards import GuardState
 from cluster.ledger import Ledger
+from cluster.records import write_atomically
 from learner.checkpoint import latest_checkpoint, read_json
 
 ROLES = ("rollout", "teacher", "learner")
@@ -34,6 +37,7 @@ class CampaignState:
     """Tokens without a finite teacher score, which were masked."""
     loop_seconds: float = 0.0
     """Wall-clock seconds of the loop: from the first trajectory issued, without start-up."""
+    guards: GuardState = field(default_factory=GuardState)
     faults: int = 0
     """Actors that died, over all runs of the campaign."""
     _busy_before: dict[str, float] = field(default_factory=lambda: dict.fromkeys(ROLES, 0.0))
@@ -56,6 +60,7 @@ class CampaignState:
             "evaluations": self.evaluations,
             "missing_scores": self.missing_scores,
             "loop_seconds": self.loop_seconds,
+            "guards": self.guards.to_json(),
             "faults": self.faults,
         }
 
@@ -72,6 +77,7 @@ class CampaignState:
             evaluations={int(step): metrics for step, metrics in content["evaluations"].items()},
             missing_scores=content["missing_scores"],
             loop_seconds=content["loop_seconds"],
+            guards=GuardState.from_json(content.get("guards", {})),
             faults=content["faults"],
             _busy_before=dict(content["busy"]),
         )
@@ -82,4 +88,14 @@ def load_state(config: CampaignConfig) -> tuple[CampaignState, Path | None]:
     checkpoint = latest_checkpoint(config.run_dir / "checkpoints")
     if checkpoint is None:
         return CampaignState(), None
-    return CampaignState.from_json(read_json(checkpoint / STATE_FILE)), checkpoint
+    return read_state(checkpoint), checkpoint
+
+
+def read_state(checkpoint: Path) -> CampaignState:
+    """The state that is in a checkpoint."""
+    return CampaignState.from_json(read_json(checkpoint / STATE_FILE))
+
+
+def write_state(state: CampaignState, path: Path) -> None:
+    """Replaces the state in a checkpoint, as a whole or not at all."""
+    write_atomically(path, json.dumps(state.to_json()))

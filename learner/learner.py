@@ -94,11 +94,13 @@ class Learner:
             self.policy_version, self._beta = state["policy_version"], state["beta"]
             load_optimizer_tensors(self._model, self._optimizer, load_file(training / "optimizer.safetensors"))
 
-    def update(self, ids: np.ndarray, *batches: Trajectories | TeacherScores) -> dict[str, float]:
+    def update(
+        self, ids: np.ndarray, *batches: Trajectories | TeacherScores, rate_scale: float = 1.0
+    ) -> dict[str, float]:
         """The optimiser steps of one update, on the trajectories with these ids [B, 3]; returns its metrics.
 
         The batches hold the trajectories and their scores, in any order and perhaps with others. The update is a
-        function of `ids` and of what was written and scored. NonFiniteLossError: the step was not taken.
+        function of `ids` and of what was written and scored. rate_scale multiplies the schedule's learning rate. NonFiniteLossError: the step was not taken.
         """
         start = time.perf_counter()
         batch = UpdateBatch.build(
@@ -111,7 +113,7 @@ class Learner:
             heads=self._heads,
         )
         self._look_ahead(batch)
-        rate = learning_rate(self.policy_version + 1, self._total_updates, self._config.optimizer)
+        rate = rate_scale * learning_rate(self.policy_version + 1, self._total_updates, self._config.optimizer)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         sums, scale = MetricSums(), 1.0

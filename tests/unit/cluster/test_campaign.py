@@ -114,7 +114,7 @@ class FakeTeacher(FakeFleet):
 
 
 class FakeLearner(FakeFleet):
-    async def call(self, method: str, *arguments: Any) -> Any:
+    async def call(self, method: str, *arguments: Any, rate_scale: float = 1.0) -> Any:
         if method == "save":
             await self.world.work("save")
             Path(arguments[0], "weights").write_text(str(self.world.version))
@@ -163,6 +163,7 @@ class FakeEvaluator:
 class Silent:
     def update(self, *_: Any) -> None: ...
     def doing(self, *_: Any) -> None: ...
+    def note(self, *_: Any) -> None: ...
 
 
 def configuration(

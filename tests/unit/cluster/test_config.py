@@ -268,6 +268,17 @@ def test_held_out_prompts_without_a_reference_are_refused(tmp_path: Path) -> Non
     assert refusal(tmp_path, GOOD, *overrides).startswith("evaluation.prompts.reference_field:")
 
 
+def test_guards_are_added_by_name_and_those_that_are_always_there_can_be_changed(tmp_path: Path) -> None:
+    mine = ["guards.mine.metric=entropy", "guards.mine.below=0.01"]
+    guards = load_config(written(tmp_path), [*mine, "guards.truncation.action=none"]).guards
+    assert list(guards) == ["kl_rises", "length_rises", "truncation", "mine"]
+    assert (guards["truncation"].action, guards["kl_rises"].action, guards["mine"].below) == ("none", "warn", 0.01)
+    line = refusal(tmp_path, GOOD, *mine, "guards.mine.metric=entropi")
+    assert line.startswith("guards.mine.metric: found entropi") and "did you mean 'entropy'" in line
+    assert "guards.mine.metric: found nothing, expected a value" in refusal(tmp_path, GOOD, "guards.mine.above=1")
+    assert "guards.mine: found 3, expected keys with values" in refusal(tmp_path, GOOD, "guards.mine=3")
+
+
 def test_the_last_override_wins(tmp_path: Path) -> None:
     path = written(tmp_path, GOOD + "rollout: {replicas: 2}\n")
     overrides = ["rollout.replicas=3", "rollout.replicas=4", "rollout.engine.max_num_seqs=8", "output_dir=a=b"]
@@ -329,6 +340,7 @@ def test_differences_name_what_matters(tmp_path: Path, override: str) -> None:
 @pytest.mark.parametrize(
     "override",
     [
+        "guards.truncation.action=none",
         "rollout.replicas=4",
         "rollout.gpus_per_replica=0.5",
         "teachers.default.replicas=3",
