@@ -9,7 +9,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from learner.divergences import bounded_cost, expected_cost, proximal_teacher
+from learner.divergences import (
+    bounded_cost,
+    expected_cost,
+    forward_kl,
+    proximal_teacher,
+    renormalised,
+    reverse_kl,
+    with_tail,
+)
 from learner.estimators import coefficient, position_weights
 from learner.objective import log_importance_weights
 from tests.oracles import enumeration
@@ -187,6 +195,55 @@ def bounded_table() -> str:
     return "\n".join(lines)
 
 
+SUPPORTS = [(whose, close) for whose in ("teacher", "student") for close in ("tail", "renormalised")]
+
+
+def support_kl(case: Case, divergence: str, whose: str, close: str, theta: Tensor) -> Tensor:
+    """[C] a divergence at each context over the two tokens, of four, that are most likely to one of the two."""
+    closed = {"tail": with_tail, "renormalised": renormalised}[close]
+    teacher_CV, now_CV = case.world.logprobs(case.teacher), case.world.logprobs(theta)
+    named = teacher_CV if whose == "teacher" else case.world.logprobs(case.theta)
+    ids_CK = named.topk(2).indices
+    pair = closed(now_CV.gather(1, ids_CK)), closed(teacher_CV.gather(1, ids_CK))
+    return {"reverse_kl": reverse_kl, "forward_kl": forward_kl}[divergence](*pair)
+
+
+def support_moments(case: Case, estimator: str, divergence: str, whose: str, close: str) -> tuple[Tensor, Tensor]:
+    """([F] mean, [] variance) of an estimator that is given a support of two; `whose` all: the whole vocabulary."""
+
+    def kl(theta: Tensor) -> Tensor:
+        if whose != "all":
+            return support_kl(case, divergence, whose, close, theta)
+        pair = case.world.logprobs(theta), case.world.logprobs(case.teacher)
+        return {"reverse_kl": reverse_kl, "forward_kl": forward_kl}[divergence](*pair)
+
+    if estimator == "to_go_expected":
+        known = replace(case, kl_ST=case.world.at_contexts(kl(case.theta)))
+        return case.moments(known.coefficient(estimator))
+    per_context = torch.func.jacrev(kl)(case.theta)[case.world.contexts_ST] * case.world.mask_ST[..., None]
+    return enumeration.moments(case.world.probabilities(case.theta), per_context.sum(1))
+
+
+def support_table() -> str:
+    """Markdown. Bias from the same estimator with the whole vocabulary, in units of its expectation; variance of its square."""
+    lines = [
+        "| estimator | divergence | top 2 of | the rest | bias, far | variance, far | bias, near | variance, near |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    cases = [make_case(4, 4), make_case(4, 4, near=True)]
+    kinds = [("full", "reverse_kl"), ("full", "forward_kl"), ("to_go_expected", "reverse_kl")]
+    for estimator, divergence in kinds:
+        for whose, close in [("all", ""), *SUPPORTS]:
+            cells = []
+            for case in cases:
+                wanted, _ = support_moments(case, estimator, divergence, "all", "")
+                mean, variance = support_moments(case, estimator, divergence, whose, close)
+                bias = ((mean - wanted).norm() / wanted.norm()).item()
+                cells += [f"{bias if bias > 1e-9 else 0:.3g}", f"{(variance / wanted.square().sum()).item():.3g}"]
+            lines.append(" | ".join([f"| {estimator}", divergence, whose, close, *cells]) + " |")
+    return "\n".join(lines)
+
+
 def off_policy_moments(case: Case, estimator: str, level: str, high: float | None) -> tuple[Tensor, Tensor]:
     """([F] mean, [] variance) of an estimate from one sequence of the behaviour policy, weighed at a level, cut at high."""
     w = case.world
@@ -250,4 +307,4 @@ def table() -> str:
 
 
 if __name__ == "__main__":
-    print(table(), bounded_table(), off_policy_table(), sep="\n\n")
+    print(table(), support_table(), bounded_table(), off_policy_table(), sep="\n\n")

@@ -3,6 +3,8 @@
 S sequences as in tests/oracles/enumeration.py; an estimate is sum_t w_t A_t grad log pi(y_t).
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -18,7 +20,7 @@ from learner.estimators import (
 )
 from learner.objective import log_importance_weights, surrogate
 from tests.oracles import enumeration
-from tests.unit.learner.bias_variance import Case, estimates_of_pairs, make_case
+from tests.unit.learner.bias_variance import Case, estimates_of_pairs, make_case, support_kl
 
 SMALL = [(3, 3), (4, 3), (5, 3), (3, 5)]
 
@@ -68,6 +70,17 @@ def test_the_oracle_agrees_with_finite_differences_and_sums_to_one():
 @pytest.mark.parametrize("baseline", ["none", "exact_kl"])
 def test_unbiased_estimators_have_the_exact_gradient_as_expectation(case, estimator, baseline):
     assert close(expected_gradient(case, case.coefficient(estimator, baseline=baseline)), case.gradient)
+
+
+@pytest.mark.parametrize("whose", ["teacher", "student"])
+@pytest.mark.parametrize("close_support", ["tail", "renormalised"])
+def test_the_kl_over_a_support_is_a_baseline_without_bias_and_a_bias_in_to_go_expected(whose, close_support):
+    case = make_case(4, 3)
+    kl_ST = case.world.at_contexts(support_kl(case, "reverse_kl", whose, close_support, case.theta))
+    known = replace(case, kl_ST=kl_ST)
+    for estimator in ("trajectory", "to_go"):
+        assert close(expected_gradient(case, known.coefficient(estimator, baseline="exact_kl")), case.gradient)
+    assert not close(expected_gradient(case, known.coefficient("to_go_expected")), case.gradient, 0.01)
 
 
 @pytest.mark.parametrize("baseline", ["none", "exact_kl"])
