@@ -100,7 +100,7 @@ class RolloutConfig:
 
 @dataclass
 class TeacherConfig:
-    """Teacher actors: frozen models that score what the student wrote."""
+    """Teacher actors: models that score what the student wrote."""
 
     model: str = "???"
     """Hugging Face model directory or hub name, with the student's tokenizer."""
@@ -127,6 +127,9 @@ class TeacherConfig:
     the whole vocabulary; or `hidden`, the states that the learner turns into the whole vocabulary's."""
     top_k: int = number(64, minimum=2)
     """Size of the support when `signal` is `topk` or `student_topk`."""
+    ema_decay: float | None = number(None, above=0, maximum=1)
+    """The teacher follows the student: from its initial weights on, after each update, decay x teacher + (1 - decay) x
+    student. `model` is the student's. Null: it is frozen."""
     microbatch_tokens: int = number(16384, minimum=1)
     """Tokens of one forward pass, padding included."""
     head_chunk_tokens: int = number(1024, minimum=1)

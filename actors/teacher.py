@@ -1,4 +1,4 @@
-"""The teacher actor: scores the student's own token ids with a frozen model. A plain class, values in, values out."""
+"""The teacher actor: scores the student's own token ids with a model of its own. A plain class, values in, values out."""
 
 from typing import Any
 
@@ -7,15 +7,16 @@ import torch
 
 from actors.batching import microbatches
 from actors.config import TeacherConfig
-from actors.errors import CampaignError
+from actors.errors import CampaignError, WeightError
 from actors.logprobs import chunked_head, to_array, token_logprobs
 from actors.models import load_model, response_head
 from actors.scoring import TeacherCounts, check_probe, probe, score_with
 from actors.trajectory import TeacherScores, Trajectories, offsets_of
+from actors.weights import WeightVersion, unpack, verify
 
 
 class TeacherActor:
-    """One frozen Hugging Face model."""
+    """One Hugging Face model, frozen, or given the weights of each version where it follows the student."""
 
     def __init__(self, config: TeacherConfig, key: str = "teacher", vocabulary: int | None = None):
         """Loads the model; `key` is the configuration key that errors name.
@@ -52,6 +53,18 @@ class TeacherActor:
         counts, scores = score_with(self._forward, self._name, len(self._weight), ids, batches, prompts, log_weights)
         self._busy_seconds += counts.busy_seconds
         return counts, scores
+
+    @torch.no_grad()
+    def load_weights(self, manifest: WeightVersion, *buckets: np.ndarray) -> None:
+        """Verifies and loads a weight version in place, where this teacher follows the student. WeightError: it is damaged,
+        or of another model."""
+        verify(manifest, buckets)
+        parameters = dict(self._model.named_parameters())
+        named = {entry.name: entry.shape for entry in manifest.tensors}
+        if named != {name: tuple(parameter.shape) for name, parameter in parameters.items()}:
+            raise WeightError(f"version {manifest.version} has other tensors than teacher {self._name}")
+        for name, tensor in unpack(manifest, buckets):
+            parameters[name].copy_(tensor)
 
     @torch.inference_mode()
     def _forward(self, trajectories: Trajectories) -> dict[str, np.ndarray]:

@@ -30,6 +30,7 @@ from actors.prompts import PromptSet, position_to_id, requests
 from cluster.checkpoints import Checkpoints
 from cluster.config import CampaignConfig
 from cluster.evaluate import Evaluator
+from cluster.followers import Followers
 from cluster.guards import judge
 from cluster.pipeline import Slots, split_evenly, too_stale
 from cluster.progress import Progress
@@ -77,6 +78,7 @@ class Campaign:
         self._clock = 0.0
         self._all_published = asyncio.Event()
         self._versions = Versions(learner, rollout)
+        self._followers = Followers(config, teachers.fleets, learner)
         self._doing = {"rollout": "idle", "teacher": "idle", "learner": "idle"}
 
     async def run(self) -> bool:
@@ -188,6 +190,7 @@ class Campaign:
                 self.state.step += 1
                 self.state.busy["learner"] += metrics.pop("busy_seconds")
                 published = await self._versions.publish()
+                published.averages = await self._followers.publish()
                 published.trained = len(work)
                 published.record = self._record(work, metrics, published)
                 self.state.pending.append(published.record)
@@ -213,6 +216,7 @@ class Campaign:
         while True:
             published = await self._to_publish.get()
             await self._versions.load(published)
+            await self._followers.load(published.averages)
             await self._conclude(published.record)
             await self._slots.release(published.trained)
             if published.version == self.config.pipeline.updates:
@@ -225,6 +229,7 @@ class Campaign:
         self.rollout.prepare = self._versions.give
         await self.rollout.call_each("abort")  # what an earlier loop of this process left under way
         await self._versions.load(await self._versions.publish())
+        await self._followers.load(await self._followers.publish())
         if self.state.step == 0 and self._evaluator is not None and not self.state.start:
             record = await self._evaluate(0)
             if self.config.evaluation.teacher:

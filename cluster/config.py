@@ -358,7 +358,9 @@ def _check_whole(config: CampaignConfig) -> None:
         raise UserError("teachers", "none", "at least one, for example teachers.default.model")
     if any(t.domains for t in config.teachers.values()) and config.prompts.domain_field is None:
         raise UserError("prompts.domain_field", "null", "the field that teachers.<name>.domains speaks of")
-    refuse_contradictions(config.learner.objective, config.teachers, config.pipeline.samples_per_prompt)
+    refuse_contradictions(
+        config.learner.objective, config.teachers, config.student.model, config.pipeline.samples_per_prompt
+    )
     check_guards(config.guards, UPDATE_METRICS, config.checkpoint.every_updates * config.checkpoint.keep_last)
     for role, actors in _roles(config).items():
         for name, amount in actors.resources.items():

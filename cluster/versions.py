@@ -25,6 +25,8 @@ class Published:
     record: dict[str, Any] = field(default_factory=dict)
     trained: int = 0
     """Trajectories whose slots it releases."""
+    averages: dict[str, list[Any]] = field(default_factory=dict)
+    """For teachers that follow the student: references, as in followers.py."""
 
 
 class Versions:

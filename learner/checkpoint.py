@@ -3,6 +3,7 @@
     step_00000100/
         config.json model.safetensors tokenizer.json …   what from_pretrained and vLLM read; float32 master weights
         training/optimizer.safetensors                    AdamW's moments, by parameter name
+        training/averages.safetensors                     where teachers follow the student: what they are
         training/learner.json                             policy version, schedule position
         training/campaign.json                            data cursor, ledger, written by the campaign
 

@@ -13,11 +13,12 @@ Contradiction = tuple[bool, str, Any, str]
 
 
 def refuse_contradictions(
-    objective: ObjectiveConfig, teachers: Mapping[str, TeacherConfig], samples_per_prompt: int
+    objective: ObjectiveConfig, teachers: Mapping[str, TeacherConfig], student_model: str, samples_per_prompt: int
 ) -> None:
     """UserError for the first contradiction."""
     for wrong, key, found, expected in (
         *_of_teachers(objective, teachers),
+        *_of_followers(teachers, student_model),
         *_of_estimator(objective, samples_per_prompt),
         *_of_signal(objective),
         *_of_step(objective),
@@ -63,6 +64,16 @@ def _of_teachers(objective: ObjectiveConfig, teachers: Mapping[str, TeacherConfi
             yield asked and teacher.signal == "sampled", f"teachers.{name}.signal", "sampled", expected
     renormalised = objective.support == "renormalised" and not any("topk" in signal for signal in signals)
     yield renormalised, f"{KEY}.support", "renormalised", "tail, or a teacher whose signal is topk or student_topk"
+
+
+def _of_followers(teachers: Mapping[str, TeacherConfig], student_model: str) -> Iterator[Contradiction]:
+    for name, teacher in teachers.items():
+        key, follows = f"teachers.{name}", teacher.ema_decay is not None
+        yield teacher.ema_decay == 1, f"{key}.ema_decay", 1, "a number < 1, or null for a teacher that stays as it is"
+        expected = f"{student_model}, the student's, which a teacher with ema_decay follows"
+        yield follows and teacher.model != student_model, f"{key}.model", teacher.model, expected
+        expected = "another signal: the head of a teacher with ema_decay changes with every update"
+        yield follows and teacher.signal == "hidden", f"{key}.signal", "hidden", expected
 
 
 def _of_estimator(objective: ObjectiveConfig, samples_per_prompt: int) -> Iterator[Contradiction]:

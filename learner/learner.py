@@ -22,6 +22,7 @@ from actors.logprobs import chunked_head, entropy, token_logprobs
 from actors.models import load_head, load_model, load_tokenizer, response_head
 from actors.trajectory import TeacherScores, Trajectories, TrajectoryId
 from actors.weights import WeightVersion, pack
+from learner.averages import MovingAverages
 from learner.batch import Part, UpdateBatch
 from learner.checkpoint import flush, read_json, write_json
 from learner.config import LearnerConfig, ObjectiveConfig
@@ -61,7 +62,8 @@ class Learner:
     ):
         """Loads the student, or, where `checkpoint` names a directory, the state that was saved there.
 
-        teachers: by name; of those that send hidden states the head is loaded too. masked_role_token_ids: the tokens of
+        teachers: by name; of those that send hidden states the head is loaded too, and of those that follow the student
+        the average is kept. masked_role_token_ids: the tokens of
         `objective.masked_token_roles`.
         """
         self._student, self._config = student, config
@@ -84,6 +86,9 @@ class Learner:
         self._masked_token_ids = [*config.objective.masked_token_ids, *masked_role_token_ids]
         sending = {name: teacher for name, teacher in (teachers or {}).items() if teacher.signal == "hidden"}
         self._heads = {name: self._head_of(teacher, f"teachers.{name}.model") for name, teacher in sending.items()}
+        following = {name: t.ema_decay for name, t in (teachers or {}).items() if t.ema_decay is not None}
+        self._averages = MovingAverages(self._model, following)
+        self._average_dtypes = {name: (teachers or {})[name].dtype for name in following}
         self._busy_seconds = 0.0
         self._write = BackgroundWrite()
         self.policy_version = 0
@@ -93,6 +98,8 @@ class Learner:
             state = read_json(training / "learner.json")
             self.policy_version, self._beta = state["policy_version"], state["beta"]
             load_optimizer_tensors(self._model, self._optimizer, load_file(training / "optimizer.safetensors"))
+            if following:
+                self._averages.load(load_file(training / "averages.safetensors"))
 
     def update(
         self, ids: np.ndarray, *batches: Trajectories | TeacherScores, rate_scale: float = 1.0
@@ -123,6 +130,7 @@ class Learner:
             if scale < 1:
                 break
         self.policy_version += 1
+        self._averages.follow()
         metrics = sums.means() | {"grad_norm": norm, "learning_rate": rate, "beta": self._beta, "step_scale": scale}
         metrics["mismatch_ess"] = effective_sample_size(batch.tensors["importance"].log(), batch.tensors["mask"]).item()
         target = self._config.objective.trust_region.target_kl
@@ -138,10 +146,16 @@ class Learner:
         names = [(name, parameter) for name, parameter in self._model.named_parameters(remove_duplicate=True)]
         yield from pack(self.policy_version, names, self._publish_dtype, self._bucket_bytes)
 
+    def publish_average(self, teacher: str) -> Iterator[np.ndarray | WeightVersion]:
+        """The same of the moving average that this teacher is, in its dtype."""
+        averages, dtype = self._averages.of(teacher), self._average_dtypes[teacher]
+        yield from pack(self.policy_version, averages, dtype, self._bucket_bytes)
+
     def save(self, directory: str) -> None:
         """Copies the state as it is now, which a thread then writes to `directory` (learner/checkpoint.py)."""
         weights = copies(model_tensors(self._model))
         moments = copies(optimizer_tensors(self._model, self._optimizer))
+        averages = copies(self._averages.tensors())
         progress = {"policy_version": self.policy_version, "beta": self._beta}
 
         def write() -> None:
@@ -152,6 +166,8 @@ class Learner:
             training.mkdir()
             write_tensors(Path(directory, "model.safetensors"), weights)
             write_tensors(training / "optimizer.safetensors", moments)
+            if averages:
+                write_tensors(training / "averages.safetensors", averages)
             write_json(training / "learner.json", progress)
             flush(Path(directory))
 

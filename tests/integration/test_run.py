@@ -39,7 +39,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 name: calm
 student: {model: student}
 teachers:
-  default: {model: teacher, dtype: float32, cpus_per_replica: 0.2, signal: student_topk, top_k: 30}
+  default:  # the student itself, as a moving average of its weights, that knows the answer
+    {model: student, ema_decay: 0.7, prompt_template: "{prompt} is {answer}", dtype: float32, cpus_per_replica: 0.2,
+     signal: student_topk, top_k: 30}
 prompts: {path: train.jsonl}
 sampling: {max_response_tokens: 10}
 rollout:
@@ -152,7 +154,7 @@ def test_a_checkpoint_is_a_model_that_loads_and_has_learnt(calm: Path, folder: P
     assert trained.keys() == untrained.keys()
     assert all(not trained[name].equal(untrained[name]) for name in trained)
     assert {p.name for p in (last / "training").iterdir()} == {
-        "optimizer.safetensors", "learner.json", "campaign.json",
+        "optimizer.safetensors", "averages.safetensors", "learner.json", "campaign.json",
     }  # fmt: skip
 
 
@@ -190,7 +192,7 @@ def test_killed_given_more_updates_and_interrupted_equals_undisturbed_bit_for_bi
     assert summary["ledger"]["trained"] == 8 * summary["updates"]
 
     for step in (3, 4, 5):
-        for name in ("model.safetensors", "training/optimizer.safetensors"):
+        for name in ("model.safetensors", "training/optimizer.safetensors", "training/averages.safetensors"):
             path = Path("checkpoints", f"step_{step:08d}", name)
             assert (calm / path).read_bytes() == (stormy / path).read_bytes(), path
     trained = [{"step": step, "trained": [[8 * step - 8, 8 * step]]} for step in range(1, summary["updates"] + 1)]
@@ -212,7 +214,7 @@ def test_more_actors_than_the_cluster_holds_are_refused_at_once(folder: Path) ->
 
 def test_a_loss_that_is_no_number_ends_with_the_step_and_the_trajectory_and_a_good_checkpoint(folder: Path) -> None:
     settings = ("name=wild", "learner.optimizer.learning_rate=1e30", "evaluation.prompts=null",
-                "teachers.default.signal=hidden")  # fmt: skip
+                "teachers.default={model: teacher, ema_decay: null, signal: hidden}")  # fmt: skip
     out, err = finish(start(folder, *settings), 1)
     assert "Traceback" not in out + err
     [line] = err.splitlines()

@@ -234,6 +234,10 @@ CONTRADICTIONS: dict[str, tuple[str, ...]] = {
     "learner.objective.trust_region.beta": (KEY + "trust_region.target_kl=0.1",),
     "learner.objective.mismatch.low": (KEY + "mismatch.low=3",),
     "learner.objective.mismatch.level": (KEY + "estimator=full", KEY + "mismatch.correction=truncate"),
+    "teachers.default.model: found teacher": ("teachers.default.ema_decay=0.9",),
+    "teachers.default.ema_decay: found 1": ("teachers.default.ema_decay=1",),
+    "teachers.default.signal: found hidden": ("teachers.default.ema_decay=0.9", "teachers.default.model=student",
+                                              "teachers.default.signal=hidden"),
     "pipeline.samples_per_prompt": (KEY + "baseline=group_mean",),
     "learner.objective.masked_token_roles": (KEY + "masked_token_roles=[padding]",),
 }  # fmt: skip

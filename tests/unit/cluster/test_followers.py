@@ -1,0 +1,70 @@
+"""Teachers that follow the student: who is given which average, and when. With fleets that are made up."""
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any
+
+from actors.config import StudentConfig, TeacherConfig
+from cluster.config import CampaignConfig
+from cluster.followers import Followers
+
+
+class Learner:
+    """Lays out average after average, numbered."""
+
+    count = 0
+
+    async def stream(self, method: str, name: str) -> list[str]:
+        assert method == "publish_average"
+        self.count += 1
+        return [f"{name} bucket {self.count}", f"{name} manifest {self.count}"]
+
+
+class Teacher:
+    """A fleet that remembers what all of its actors were told to load."""
+
+    def __init__(self) -> None:
+        self.loaded: list[tuple] = []
+        self.prepare: Any = None
+
+    async def call_each(self, method: str, *arguments: str) -> None:
+        assert method == "load_weights"
+        self.loaded.append(arguments)
+
+
+def make() -> tuple[Followers, dict[str, Teacher]]:
+    fleets = {"mean": Teacher(), "frozen": Teacher()}
+    teachers = {"mean": TeacherConfig("s", ema_decay=0.9), "frozen": TeacherConfig("t")}
+    config = CampaignConfig(name="x", student=StudentConfig("s"), teachers=teachers)
+    return Followers(config, fleets, Learner()), fleets  # type: ignore[arg-type]
+
+
+def test_every_version_is_given_to_the_teachers_that_follow_and_to_no_other() -> None:
+    async def scenario() -> None:
+        followers, fleets = make()
+        for _ in range(2):
+            await followers.load(await followers.publish())
+        assert fleets["mean"].loaded == [("mean manifest 1", "mean bucket 1"), ("mean manifest 2", "mean bucket 2")]
+        assert fleets["frozen"].loaded == [] and fleets["frozen"].prepare is None
+
+    asyncio.run(scenario())
+
+
+def test_a_new_actor_is_given_the_newest_average_also_when_that_changes_meanwhile() -> None:
+    async def scenario() -> None:
+        followers, fleets = make()
+        given: list[tuple] = []
+
+        async def load(*arguments: str) -> None:
+            given.append(arguments)
+            if len(given) == 1:
+                await followers.load(await followers.publish())
+
+        handle = SimpleNamespace(load_weights=SimpleNamespace(remote=load))
+        await fleets["mean"].prepare(handle)
+        assert given == []  # nothing has been published: its files are the average
+        await followers.load(await followers.publish())
+        await fleets["mean"].prepare(handle)
+        assert given == [("mean manifest 1", "mean bucket 1"), ("mean manifest 2", "mean bucket 2")]
+
+    asyncio.run(scenario())
