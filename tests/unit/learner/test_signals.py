@@ -360,6 +360,21 @@ def test_the_weight_of_a_full_divergence_stops_before_its_token(models: dict) ->
     assert metrics["importance_ess"] == pytest.approx(1.0)  # that of pi / pi_old, which has not moved
 
 
+def test_early_tokens_are_weighed_by_the_share_of_the_cost_that_is_to_come(models: dict) -> None:
+    written, scores = sampled(models, "other", "sampled")
+    by_hand = []
+    for span in (slice(*written.response_offsets[i : i + 2]) for i in range(len(written))):
+        cost = written.behaviour_logprobs[span] - scores.logprobs[span]
+        before = np.cumsum(np.abs(cost)) - np.abs(cost)
+        by_hand.append(cost * (1 + 0.5 * (1 - before / np.abs(cost).sum())))
+    for microbatch_tokens in (20, 10_000):
+        learner = make_learner(
+            models, objective=ObjectiveConfig(position_weight=0.5), microbatch_tokens=microbatch_tokens
+        )
+        loss = learner.update(written.ids, written, scores)["loss"]
+        assert loss == pytest.approx(np.concatenate(by_hand).mean(), rel=1e-4)
+
+
 def test_tokens_masked_by_role_are_those_masked_by_id(models: dict) -> None:
     written, scores = sampled(models, "other", "sampled")
     token = int(written.response_tokens[4])
