@@ -103,7 +103,8 @@ class TeacherConfig:
     """Teacher actors: models that score what the student wrote."""
 
     model: str = "???"
-    """Hugging Face model directory or hub name, with the student's tokenizer."""
+    """Hugging Face model directory or hub name, with the student's tokenizer; of an `http` teacher the name it is served
+    under."""
     domains: list[str] = field(default_factory=list)
     """Domains of the prompts that it scores. Empty: those that no other teacher names. Where several teachers score a
     prompt, their mixture is the teacher."""
@@ -112,6 +113,21 @@ class TeacherConfig:
     prompt_template: str | None = None
     """What this teacher reads in place of the prompt (of its last user message): `{prompt}` and any field of the record,
     for example `{prompt} The reference answer is {answer}.` The student never sees it."""
+    backend: Literal["transformers", "vllm", "http"] = "transformers"
+    """What computes its log-probs: the model in the actor's process; a vLLM engine there, for models over several GPUs;
+    or servers that run elsewhere (`urls`)."""
+    tensor_parallel_size: int = number(1, minimum=1)
+    """With `vllm`: GPUs that one engine spreads the weights over."""
+    engine: dict[str, Any] = field(default_factory=dict)
+    """With `vllm`: any further option of vLLM's engine, for example `quantization: fp8`."""
+    urls: list[str] = field(default_factory=list)
+    """With `http`: OpenAI-compatible servers of this teacher that return log-probs of prompts, each ending in `/v1`."""
+    api_key_variable: str | None = None
+    """With `http`: the environment variable, on the actors' nodes, that holds the servers' key."""
+    timeout_seconds: float = number(120.0, above=0)
+    """With `http`: how long one request may take."""
+    requests_per_url: int = number(8, minimum=1)
+    """With `http`: requests that one actor has under way at each server."""
     replicas: int = number(1, minimum=1)
     """How many actors of this teacher."""
     gpus_per_replica: float | None = number(None, minimum=0)

@@ -31,7 +31,8 @@ def checks(config: CampaignConfig, *, offline: bool) -> Iterator[tuple[str, Call
     student = config.student
     yield "student", (lambda: _student(config)) if here(student.model) else None
     for name, teacher in config.teachers.items():
-        check = (lambda name=name: _teacher(config, name)) if here(student.model, teacher.model) else None
+        known = here(student.model) if teacher.backend == "http" else here(student.model, teacher.model)
+        check = (lambda name=name: _teacher(config, name)) if known else None
         yield f"teacher {name}", check
     evaluation = config.evaluation.prompts
     sources = [config.prompts.path, *([evaluation.path] if evaluation else [])]
@@ -57,6 +58,8 @@ def _student(config: CampaignConfig) -> str:
 
 def _teacher(config: CampaignConfig, name: str) -> str:
     student, teacher, key = config.student, config.teachers[name], f"teachers.{name}.model"
+    if teacher.backend == "http":
+        return f"{', '.join(teacher.urls)}, asked when the campaign starts"
     check_weights(find_model(teacher.model, key, code=teacher.trust_remote_code), key)
     tokenizers = (
         load_tokenizer(student.model, student.trust_remote_code, "student.model"),

@@ -362,6 +362,8 @@ def _check_whole(config: CampaignConfig) -> None:
         config.learner.objective, config.teachers, config.student.model, config.pipeline.samples_per_prompt
     )
     check_guards(config.guards, UPDATE_METRICS, config.checkpoint.every_updates * config.checkpoint.keep_last)
+    for name, teacher in config.teachers.items():
+        _check_backend(f"teachers.{name}", teacher)
     for role, actors in _roles(config).items():
         for name, amount in actors.resources.items():
             if name in ("CPU", "GPU", "memory", "object_store_memory"):
@@ -370,6 +372,32 @@ def _check_whole(config: CampaignConfig) -> None:
                 raise UserError(f"{role}.resources.{name}", amount, "a number > 0")
     if config.evaluation.prompts is not None and config.evaluation.prompts.reference_field is None:
         raise UserError("evaluation.prompts.reference_field", "null", "the field with the reference answer")
+
+
+BACKEND_SIGNALS = {"vllm": ("sampled", "topk", "full"), "http": ("sampled", "topk")}
+"""What a backend can send, where it cannot send everything."""
+
+
+def _check_backend(key: str, teacher: TeacherConfig) -> None:
+    """What a teacher's backend cannot do, or has no use for."""
+    signals = BACKEND_SIGNALS.get(teacher.backend)
+    if signals and teacher.signal not in signals:
+        raise UserError(f"{key}.signal", teacher.signal, f"{' or '.join(signals)} from the backend {teacher.backend}")
+    if teacher.backend == "http" and not teacher.urls:
+        raise UserError(f"{key}.urls", "none", "at least one server for the backend http")
+    for url in teacher.urls:
+        if not re.fullmatch(r"https?://[^/@\s]+(/\S*)?", url):
+            raise UserError(
+                f"{key}.urls", url, "http://host:port/v1 (a key goes into the environment, api_key_variable)"
+            )
+    for name, backend, given in (
+        ("urls", "http", bool(teacher.urls)),
+        ("api_key_variable", "http", teacher.api_key_variable is not None),
+        ("engine", "vllm", bool(teacher.engine)),
+        ("tensor_parallel_size", "vllm", teacher.tensor_parallel_size > 1),
+    ):
+        if given and teacher.backend != backend:
+            raise UserError(f"{key}.{name}", getattr(teacher, name), f"nothing, or backend: {backend}")
 
 
 def _roles(config: CampaignConfig) -> dict[str, RolloutConfig | TeacherConfig | LearnerConfig]:

@@ -21,6 +21,7 @@ from cluster.hardware import (
     teacher_seconds,
 )
 from cluster.plan import Plan, Stage, mean_of, measured
+from cluster.ray_cluster import teacher_gpus
 from cluster.records import CONFIG_FILE, METRICS_FILE, read_jsonl, read_summary
 
 CALIBRATION_UPDATES = 4
@@ -43,7 +44,7 @@ def gpus_of(config: CampaignConfig) -> dict[str, float]:
 
     return {
         "rollout": of(config.rollout.gpus_per_replica, config.rollout.tensor_parallel_size),
-        "teacher": max(of(teacher.gpus_per_replica, 1.0) for teacher in config.teachers.values()),
+        "teacher": max(of(teacher.gpus_per_replica, teacher_gpus(teacher)) for teacher in config.teachers.values()),
         "learner": of(config.learner.gpus_per_replica, 1.0),
     }
 

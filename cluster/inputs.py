@@ -102,6 +102,8 @@ def _masked_role_token_ids(config: CampaignConfig, tokenizer: Any, stop: list[in
 
 def _teacher_room(config: CampaignConfig, name: str) -> int:
     teacher = config.teachers[name]
+    if teacher.backend == "http":  # its context is not known here; the student's is a fair guess
+        return max_prompt_tokens(config)
     return _room(
         config, context_length(load_config(teacher.model, teacher.trust_remote_code, f"teachers.{name}.model"))
     )

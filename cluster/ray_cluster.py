@@ -8,6 +8,7 @@ from typing import Any
 
 import ray
 
+from actors.config import TeacherConfig
 from actors.errors import UserError
 from cluster.config import CampaignConfig
 from cluster.ray_fleet import Resources
@@ -44,6 +45,11 @@ def connected(config: CampaignConfig) -> Iterator[bool]:
         ray.shutdown()
 
 
+def teacher_gpus(teacher: TeacherConfig) -> float:
+    """GPUs of one actor, where the configuration leaves it open and each actor has its own."""
+    return 0.0 if teacher.backend == "http" else float(teacher.tensor_parallel_size)
+
+
 def role_resources(config: CampaignConfig, cluster_gpus: float, *, private: bool) -> dict[str, tuple[int, Resources]]:
     """Role -> (replicas, what one needs). Roles are `rollout`, `teacher.<name>` and `learner`.
 
@@ -52,7 +58,7 @@ def role_resources(config: CampaignConfig, cluster_gpus: float, *, private: bool
     """
     wanted: dict[str, tuple[Any, float]] = {
         "rollout": (config.rollout, float(config.rollout.tensor_parallel_size)),
-        **{f"teacher.{name}": (teacher, 1.0) for name, teacher in config.teachers.items()},
+        **{f"teacher.{name}": (teacher, teacher_gpus(teacher)) for name, teacher in config.teachers.items()},
         "learner": (config.learner, 1.0),
     }
     actors = sum(role.replicas for role, _ in wanted.values())
@@ -62,7 +68,7 @@ def role_resources(config: CampaignConfig, cluster_gpus: float, *, private: bool
             return explicit
         if cluster_gpus == 0:
             return 0.0
-        return default if cluster_gpus > 1 else int(100 / actors) / 100
+        return default if cluster_gpus > 1 or default == 0 else int(100 / actors) / 100
 
     environment = {} if private or cluster_gpus else dict(CPU_THREADS)
     return {

@@ -12,8 +12,10 @@ from typing import Any
 
 from actors.config import TeacherConfig
 from actors.errors import CampaignError, LearnerLostError
+from actors.http_teacher import HttpTeacher
 from actors.rollout import RolloutActor
 from actors.teacher import TeacherActor
+from actors.vllm_teacher import VllmTeacher
 from cluster.campaign import Campaign
 from cluster.check import check_models
 from cluster.checkpoints import what_is_good
@@ -66,6 +68,10 @@ def _run_connected(config: CampaignConfig, records: RunRecords) -> tuple[dict[st
         raise CampaignError(f"{where}: {error.strerror}; {what_is_good(config.run_dir / 'checkpoints')}") from error
     finally:
         progress.close()
+
+
+TEACHER_ACTORS: dict[str, type] = {"transformers": TeacherActor, "vllm": VllmTeacher, "http": HttpTeacher}
+"""By `teachers.<name>.backend`."""
 
 
 async def _run(
@@ -185,7 +191,7 @@ def build_fleets(
     teachers = {
         f"teacher.{name}": fleet(
             f"teacher.{name}",
-            TeacherActor,
+            TEACHER_ACTORS[teacher.backend],
             teacher,
             f"teachers.{name}",
             vocabulary=inputs.vocabulary,
@@ -272,7 +278,10 @@ def summarise(config: CampaignConfig, state: CampaignState, wall_seconds: float)
 
 
 def _with_local_models(teachers: dict[str, TeacherConfig]) -> dict[str, TeacherConfig]:
-    return {name: replace(teacher, model=_local(teacher.model)) for name, teacher in teachers.items()}
+    return {
+        name: teacher if teacher.backend == "http" else replace(teacher, model=_local(teacher.model))
+        for name, teacher in teachers.items()
+    }
 
 
 def _local(model: str) -> str:

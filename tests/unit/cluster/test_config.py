@@ -258,6 +258,24 @@ def test_teachers_that_cannot_be_mixed_or_compared_are_refused(tmp_path: Path) -
     assert load_config(written(tmp_path)).student_support_size == 0
 
 
+@pytest.mark.parametrize(
+    ("overrides", "where"),
+    [
+        (["backend=http", "signal=sampled"], "urls: found none"),
+        (["backend=http", "urls=[http://h:1/v1]"], "signal: found full, expected sampled or topk"),
+        (["backend=vllm", "signal=hidden"], "signal: found hidden, expected sampled or topk or full"),
+        (["urls=[http://h:1/v1]"], "urls: found ['http://h:1/v1'], expected nothing, or backend: http"),
+        (["backend=http", "signal=sampled", "urls=[http://me:key@h:1/v1]"], "urls: found http://me:key@h:1/v1"),
+        (["engine={quantization: fp8}"], "engine: found"),
+        (["tensor_parallel_size=2"], "tensor_parallel_size: found 2, expected nothing, or backend: vllm"),
+        (["api_key_variable=KEY"], "api_key_variable: found KEY"),
+    ],
+)
+def test_what_a_backend_cannot_do_is_refused(tmp_path: Path, overrides: list[str], where: str) -> None:
+    message = refusal(tmp_path, GOOD, *(f"teachers.default.{override}" for override in overrides))
+    assert message.startswith(f"teachers.default.{where}")
+
+
 def test_a_campaign_without_a_teacher_is_refused(tmp_path: Path) -> None:
     assert refusal(tmp_path, "name: a\nstudent: {model: s}\nprompts: {path: p}\n").startswith("teachers:")
     assert refusal(tmp_path, GOOD.replace("  default: {model: teacher, signal: full}", "  {}")).startswith("teachers:")

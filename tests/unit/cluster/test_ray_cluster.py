@@ -47,3 +47,10 @@ def test_what_is_not_there_is_named(tmp_path: Path, there: dict[str, float], mes
         check_fits(role_resources(wanted, 0.0, private=False), there, "the cluster")
     assert str(caught.value).startswith(message)
     assert str(caught.value).endswith("of the cluster")
+
+
+def test_a_served_teacher_takes_no_gpu_and_one_of_vllm_takes_one_for_each_rank(tmp_path: Path) -> None:
+    served = ["teachers.default.backend=http", "teachers.default.urls=[http://h:1/v1]"]
+    assert role_resources(config(tmp_path, *served), 8.0, private=False)["teacher.default"][1].gpus == 0
+    spread = ["teachers.default.backend=vllm", "teachers.default.tensor_parallel_size=4"]
+    assert role_resources(config(tmp_path, *spread), 8.0, private=False)["teacher.default"][1].gpus == 4

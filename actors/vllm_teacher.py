@@ -1,0 +1,128 @@
+"""A teacher that vLLM runs: for models that need several GPUs, or one of vLLM's quantisations.
+
+vLLM computes the log-probs of a prompt's tokens (`prompt_logprobs`); the trajectory is sent as the prompt, and one token,
+which is thrown away, is sampled after it. They come back flat, without a Python object for each token, and nothing is
+detokenised. What the engine does not offer, `student_topk` and `hidden`, is refused by the configuration.
+"""
+
+import numpy as np
+
+from actors.config import TeacherConfig
+from actors.errors import UserError
+from actors.models import load_config
+from actors.scoring import TeacherCounts, check_probe, probe, score_with
+from actors.trajectory import TeacherScores, Trajectories, offsets_of
+from actors.vllm_build import build_llm
+
+REPEATS = 0.02
+"""Nats by which an answer may differ when asked again: batches are cut differently, and kernels follow their shape."""
+
+
+class VllmTeacher:
+    """One frozen model in a vLLM engine of this process, or of one process for each GPU it is spread over."""
+
+    def __init__(self, config: TeacherConfig, key: str = "teacher", vocabulary: int | None = None):
+        """Loads the model; `key` is the configuration key that errors name, vocabulary the student's output rows."""
+        self._config, self._name = config, key.rpartition(".")[2]
+        rows = load_config(config.model, config.trust_remote_code, f"{key}.model").get_text_config().vocab_size
+        self._rows, self._vocabulary = rows, min(rows, vocabulary or rows)
+        asked = {"sampled": 0, "topk": min(config.top_k, self._vocabulary), "full": rows}
+        self._asked = asked[config.signal]
+        options = {
+            "model": config.model,
+            "dtype": config.dtype,
+            "tensor_parallel_size": config.tensor_parallel_size,
+            "trust_remote_code": config.trust_remote_code,
+            "max_logprobs": -1,
+            "logprobs_mode": "raw_logprobs",
+            # Requests that ask for the log-probs of their prompt do not read the prefix cache.
+            "enable_prefix_caching": False,
+            # vLLM holds [tokens of a step, vocabulary] log-probs at a time.
+            "max_num_batched_tokens": config.microbatch_tokens,
+        }
+        self._llm = build_llm(options, config.engine, f"teachers.{self._name}.engine")
+        self._busy_seconds = 0.0
+        written = probe(self._vocabulary)
+        first, second = (self.score(written.ids, written)[1].logprobs for _ in range(2))
+        self._probe_logprob = check_probe(key, first, second, self._vocabulary, repeats=REPEATS)
+
+    def score(
+        self,
+        ids: np.ndarray,
+        *batches: Trajectories,
+        prompts: tuple[np.ndarray, np.ndarray] | None = None,
+        log_weights: np.ndarray | None = None,
+    ) -> tuple[TeacherCounts, TeacherScores]:
+        """As TeacherActor.score. UserError: a trajectory is longer than the engine's context."""
+        counts, scores = score_with(self._forward, self._name, self._vocabulary, ids, batches, prompts, log_weights)
+        self._busy_seconds += counts.busy_seconds
+        return counts, scores
+
+    def _forward(self, trajectories: Trajectories) -> dict[str, np.ndarray]:
+        from vllm import SamplingParams
+
+        # A token that the engine has no row for would end it; its score is masked afterwards.
+        known = np.minimum(trajectories.response_tokens, self._rows - 1)
+        texts = [
+            np.concatenate(pair).tolist()
+            for pair in zip(
+                np.split(trajectories.prompt_tokens, trajectories.prompt_offsets[1:-1]),
+                np.split(known, trajectories.response_offsets[1:-1]),
+                strict=True,
+            )
+        ]
+        room = self._llm.llm_engine.model_config.max_model_len
+        if (longest := max(map(len, texts), default=0)) >= room:
+            raise UserError(f"teachers.{self._name}.engine.max_model_len", room, f"more than {longest} tokens")
+        params = SamplingParams(
+            prompt_logprobs=self._asked, max_tokens=1, temperature=0.0, flat_logprobs=True, detokenize=False
+        )
+        answers = self._llm.generate([{"prompt_token_ids": text} for text in texts], params, use_tqdm=False)
+        width = self._asked + 1  # the token itself comes first
+        rows = [
+            (np.asarray(flat.token_ids, np.int32), np.asarray(flat.logprobs, np.float32))
+            for flat in (answer.prompt_logprobs for answer in answers)
+        ]
+        lengths = trajectories.lengths
+        tokens, logprobs = (
+            np.concatenate([row[part].reshape(-1, width)[-n:] for row, n in zip(rows, lengths, strict=True)])
+            for part in (0, 1)
+        )
+        assert np.array_equal(tokens[:, 0], known), "vLLM has scored other tokens than it was asked for"
+        return {"logprobs": logprobs[:, 0].copy(), **self._support(tokens[:, 1:], logprobs[:, 1:])}
+
+    def _support(self, tokens: np.ndarray, logprobs: np.ndarray) -> dict[str, np.ndarray]:
+        """From what vLLM names at each position, [N, asked], to the fields of the signal."""
+        total = len(tokens)
+        nothing = np.empty((total, 0), np.float32)
+        fields = {"support_ids": nothing.astype(np.int32), "support_logprobs": nothing, "hidden": nothing}
+        if self._config.signal == "topk":
+            fields |= {"support_ids": tokens, "support_logprobs": logprobs}
+        elif self._config.signal == "full":
+            by_token = np.empty((total, self._rows), np.float32)
+            np.put_along_axis(by_token, tokens.astype(np.int64), logprobs, axis=1)
+            fields["support_logprobs"] = by_token[:, : self._vocabulary]
+        return fields
+
+    def generate(
+        self,
+        prompt_tokens: np.ndarray,
+        prompt_offsets: np.ndarray,
+        max_response_tokens: int,
+        stop_token_ids: list[int],
+        pad_token_id: int,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The teacher's own greedy responses to B prompts: (tokens [N], offsets [B + 1])."""
+        from vllm import SamplingParams
+
+        params = SamplingParams(
+            max_tokens=max_response_tokens, temperature=0.0, stop_token_ids=stop_token_ids, detokenize=False
+        )
+        prompts = [{"prompt_token_ids": row.tolist()} for row in np.split(prompt_tokens, prompt_offsets[1:-1])]
+        answers = self._llm.generate(prompts, params, use_tqdm=False)
+        rows = [np.asarray(answer.outputs[0].token_ids, np.int32) for answer in answers]
+        return np.concatenate(rows), offsets_of(map(len, rows))
+
+    def status(self) -> dict[str, float]:
+        """Busy seconds so far, and the mean log-prob of the self-test's probe."""
+        return {"busy_seconds": self._busy_seconds, "probe_logprob": self._probe_logprob}

@@ -1,0 +1,132 @@
+"""Teachers that vLLM runs, here or behind a real server, against the same model in transformers."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+
+from actors.config import TeacherConfig
+from actors.errors import UserError
+from actors.http_teacher import HttpTeacher
+from actors.scoring import probe
+from actors.teacher import TeacherActor
+from actors.trajectory import Trajectories, offsets_of
+from actors.vllm_teacher import VllmTeacher
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(240)]
+os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")  # read when torch is first used; actors have it from the start
+MODEL = str(Path(__file__).resolve().parents[2] / "examples" / "addition" / "teacher")
+TOP_K = 5
+VOCABULARY = 74
+
+
+def written(count: int = 12) -> Trajectories:
+    draw = np.random.default_rng(3)
+    before, after = draw.integers(1, 9, count), draw.integers(1, 20, count)
+    return Trajectories(
+        ids=np.array([(0, i, 0) for i in range(count)]),
+        prompt_tokens=draw.integers(3, 30, before.sum()).astype(np.int32),
+        prompt_offsets=offsets_of(before),
+        response_tokens=draw.integers(3, 30, after.sum()).astype(np.int32),
+        response_offsets=offsets_of(after),
+        behaviour_logprobs=np.zeros(after.sum(), np.float32),
+        policy_versions=np.zeros(after.sum(), np.int32),
+        finish_reasons=np.zeros(count, np.uint8),
+        support_ids=np.empty((int(after.sum()), 0), np.int32),
+    )
+
+
+def config(signal: str, **changes: Any) -> TeacherConfig:
+    return TeacherConfig(MODEL, dtype="float32", signal=signal, top_k=TOP_K, **changes)  # type: ignore[arg-type]
+
+
+def compare(teacher: Any, signal: str) -> None:
+    """Every field of its scores, and what it writes itself, against transformers."""
+    t = written()
+    ours = TeacherActor(config(signal), "teachers.wise", VOCABULARY)
+    expected, found = ours.score(t.ids, t)[1], teacher.score(t.ids, t)[1]
+    np.testing.assert_allclose(found.logprobs, expected.logprobs, atol=1e-4)
+    np.testing.assert_array_equal(found.support_ids, expected.support_ids)
+    np.testing.assert_allclose(found.support_logprobs, expected.support_logprobs, atol=2e-4)
+    np.testing.assert_array_equal(found.response_offsets, expected.response_offsets)
+    asked = (t.prompt_tokens, t.prompt_offsets, 12, [2], 0)
+    for one, other in zip(teacher.generate(*asked), ours.generate(*asked), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("signal", ["sampled", "topk", "full"])
+def test_a_vllm_teacher_says_what_the_model_in_transformers_says(signal: str) -> None:
+    compare(VllmTeacher(config(signal, backend="vllm"), "teachers.wise", VOCABULARY), signal)
+
+
+def test_a_token_beyond_its_rows_and_a_trajectory_beyond_its_context(tmp_path: Path) -> None:
+    short = VllmTeacher(
+        config("sampled", backend="vllm", engine={"max_model_len": 64}), "teachers.wise", VOCABULARY + 9
+    )
+    t = written()
+    t.response_tokens[4] = VOCABULARY + 3
+    scores = short.score(t.ids, t)[1].logprobs
+    assert np.isnan(scores[4]) and np.isfinite(np.delete(scores, 4)).all()
+    long = probe(VOCABULARY)
+    long = Trajectories(**{name: getattr(long, name) for name in Trajectories.__slots__} | {
+        "prompt_tokens": np.full(60, 5, np.int32), "prompt_offsets": offsets_of([60])})  # fmt: skip
+    with pytest.raises(UserError, match=r"teachers.wise.engine.max_model_len: found 64, expected more than 91"):
+        short.score(long.ids, long)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [
+        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", MODEL, "--served-model-name", "wise"),
+        *("--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--max-logprobs", "20"),
+        *("--enforce-eager", "--kv-cache-memory-bytes", str(64 << 20), "--api-key", "secret-of-the-test"),
+    ]
+    environment = {**os.environ, "TORCH_COMPILE_DISABLE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 150
+        while True:
+            assert process.poll() is None and time.monotonic() < deadline, "the server did not start"
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2)
+                break
+            except OSError:
+                time.sleep(0.5)
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+        for one in family:
+            one.kill()
+        psutil.wait_procs(family, timeout=10)
+
+
+@pytest.mark.parametrize("signal", ["sampled", "topk"])
+@pytest.mark.parametrize("echo", [False, True])
+def test_a_served_teacher_says_what_the_model_in_transformers_says(
+    server: str, signal: str, echo: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WISE_KEY", "secret-of-the-test")
+    wanted = config(signal, backend="http", urls=[server], api_key_variable="WISE_KEY")
+    wanted.model = "wise"
+    teacher = HttpTeacher(wanted, "teachers.wise", VOCABULARY)
+    assert not teacher._echo  # vLLM's own dialect is tried first
+    teacher._echo = echo
+    compare(teacher, signal)
+
+
+def test_a_server_that_refuses_our_key_is_told(server: str) -> None:
+    wanted = config("sampled", backend="http", urls=[server])
+    with pytest.raises(UserError, match=r"teachers.wise.urls: found .*status 401"):
+        HttpTeacher(wanted, "teachers.wise", VOCABULARY)
