@@ -197,17 +197,17 @@ def select_scores(ids: np.ndarray, batches: Sequence[TeacherScores]) -> TeacherS
     log sum_i w_i q_i; a score that one of them lacks is missing. KeyError names an id that nobody has scored.
     """
     offsets, teachers = scores_by_teacher(ids, batches)
-    support_ids, support = batches[0].support_ids, batches[0].support_logprobs
+    width = min(own.support_logprobs.shape[1] for own in teachers.values())  # padded vocabularies may differ
     logprobs = np.full(offsets[-1], -np.inf, np.float32)
-    support_logprobs = np.full((offsets[-1], support.shape[1]), -np.inf, np.float32)
-    chosen_ids = np.zeros((offsets[-1], support_ids.shape[1]), np.int32)
+    support_logprobs = np.full((offsets[-1], width), -np.inf, np.float32)
+    chosen_ids = np.zeros((offsets[-1], batches[0].support_ids.shape[1]), np.int32)
     for own in teachers.values():
         into = own.places
         chosen_ids[into] = own.support_ids
         if len(teachers) == 1 and not own.log_weights.any():  # nothing to mix: the values as they are, no arithmetic
             logprobs[into], support_logprobs[into] = own.logprobs, own.support_logprobs
             continue
-        weighted = own.log_weights[:, None] + own.support_logprobs
+        weighted = own.log_weights[:, None] + own.support_logprobs[:, :width]
         with np.errstate(invalid="ignore"):  # a missing score is NaN, and stays so
             logprobs[into] = np.logaddexp(logprobs[into], own.log_weights + own.logprobs)
             support_logprobs[into] = np.logaddexp(support_logprobs[into], weighted)

@@ -33,6 +33,15 @@ def renormalised(logprobs_nK: Tensor) -> Tensor:
     return logprobs_nK - logprobs_nK.logsumexp(-1, keepdim=True)
 
 
+def on_shared_rows(*logprobs_nV: Tensor) -> list[Tensor]:
+    """Each [n, V'] over the rows that all have, where vocabularies are padded to different sizes; adds up to 1 again.
+
+    Without that, a student could lower a divergence by moving its mass to rows that only it has.
+    """
+    width = min(x.shape[1] for x in logprobs_nV)
+    return [x if x.shape[1] == width else renormalised(x[:, :width]) for x in logprobs_nV]
+
+
 def _kl(p_nK: Tensor, q_nK: Tensor) -> Tensor:
     """sum p (log p - log q) from log-probs; a probability of zero under p adds nothing."""
     difference = torch.where(p_nK == -torch.inf, torch.zeros_like(p_nK), p_nK - q_nK)

@@ -32,8 +32,7 @@ def on_support(logprobs_nV: Tensor, part: Part, rows: slice, objective: Objectiv
         hidden = part.reference_hidden
         said.append(mixture_logprobs(hidden, rows) if hidden else part.reference_logprobs[rows])
     if not part.support_ids.shape[1]:
-        width = min(x.shape[1] for x in (logprobs_nV, *said))  # padded vocabularies may differ
-        student, teacher, *reference = (x[:, :width] for x in (logprobs_nV, *said))
+        student, teacher, *reference = divergences.on_shared_rows(logprobs_nV, *said)
     else:
         close = divergences.with_tail if objective.support == "tail" else divergences.renormalised
         student, teacher, *reference = map(close, (logprobs_nV.gather(-1, part.support_ids[rows]), *said))

@@ -134,6 +134,40 @@ def test_a_mixture_of_hidden_teachers_is_that_of_their_distributions(name: str, 
     torch.testing.assert_close(found[1][1], found[0][1], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("signal", ["full", "hidden"])
+def test_a_student_gains_nothing_from_rows_that_only_it_has(signal: str, models: dict) -> None:
+    path = models["other"].parent / f"wide-{signal}"
+    wide = {**models, "student": make_tiny_model(path, hidden=32, layers=1, vocab_extra=6)}
+    written, scores = sampled(wide, "other", signal)
+    configs = {"teacher": teacher_config(wide, "other", signal)}
+    metrics = make_learner(wide, objective=DISTRIBUTION["full"], teachers=configs).update(written.ids, written, scores)
+    own, teacher = (torch.from_numpy(sampled(wide, who, "full")[1].support_logprobs) for who in ("student", "other"))
+    assert own.shape[1] == teacher.shape[1] + 6
+    by_hand = reverse_kl(own[:, :-6].log_softmax(-1), teacher).mean()
+    assert metrics["loss"] == pytest.approx(by_hand.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("signal", ["full", "hidden"])
+def test_teachers_whose_vocabularies_are_padded_differently_are_mixed_where_both_have_rows(
+    signal: str, models: dict
+) -> None:
+    padded = {**models, "padded": models["other"].parent / "padded"}
+    if not padded["padded"].exists():
+        make_tiny_model(padded["padded"], hidden=32, layers=1, seed=7, vocab_extra=6)
+    found = []
+    for second in ("other", "padded"):
+        written, _ = sampled(padded, "other", "sampled")
+        configs = {name: teacher_config(padded, name, signal) for name in ("student", second)}
+        half = np.full(len(written), np.log(0.5), np.float32)
+        scores = [
+            TeacherActor(config, f"teachers.{name}").score(written.ids, written, log_weights=half)[1]
+            for name, config in configs.items()
+        ]
+        learner = make_learner(padded, objective=DISTRIBUTION["full"], teachers=configs)
+        found.append(learner.update(written.ids, written, *scores)["loss"])
+    assert found[0] > 0 and np.isfinite(found).all()
+
+
 def test_a_hidden_state_that_is_no_number_masks_its_token(models: dict) -> None:
     written, scores = sampled(models, "other", "hidden")
     hidden, logprobs = scores.hidden.copy(), scores.logprobs.copy()
