@@ -5,11 +5,12 @@ once: the [tokens, vocabulary] array of a whole batch never exists. With gradien
 backward pass instead of being kept. Shapes: N tokens, n tokens of a chunk, H hidden size, V vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
 Reduce = Callable[[torch.Tensor, slice], tuple[torch.Tensor, ...]]
 """(log-probs [n, V] float32, which tokens) -> tensors [n, ...] that are kept."""
@@ -27,24 +28,91 @@ def chunked_head(
     """log_softmax(hidden @ weight.T / temperature) in chunks of `chunk_tokens`, reduced chunk by chunk.
 
     Returns the concatenation of what `reduce` returns, each [N, ...]. The product is taken in the dtype of `hidden`
-    (or of an enclosing autocast); the normalisation always in float32.
+    (or of an enclosing autocast); the normalisation always in float32, and so are sums of gradients over chunks.
+    Gradients flow to hidden, weight and bias; whatever else `reduce` reads is taken as constant.
     """
+    device = hidden_NH.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_NH.dtype
+    chunks = [slice(start, start + chunk_tokens) for start in range(0, max(len(hidden_NH), 1), chunk_tokens)]
+    with torch.autocast(device, enabled=False):
+        return _ChunkedHead.apply(hidden_NH, weight_VH, bias_V, reduce, chunks, temperature, dtype)
 
-    def one_chunk(hidden_nH: torch.Tensor, start: int) -> tuple[torch.Tensor, ...]:
-        logits = torch.nn.functional.linear(hidden_nH, weight_VH, bias_V).float()
-        if temperature != 1.0:
-            logits = logits / temperature
-        return reduce(torch.log_softmax(logits, dim=-1), slice(start, start + len(hidden_nH)))
 
-    keep = torch.is_grad_enabled() and hidden_NH.requires_grad
-    parts = []
-    for start in range(0, max(len(hidden_NH), 1), chunk_tokens):
-        hidden_nH = hidden_NH[start : start + chunk_tokens]
-        if keep:
-            parts.append(checkpoint(one_chunk, hidden_nH, start, use_reentrant=False, preserve_rng_state=False))
-        else:
-            parts.append(one_chunk(hidden_nH, start))
-    return tuple(torch.cat(column) for column in zip(*parts, strict=True))
+class _ChunkedHead(torch.autograd.Function):
+    """Keeps its inputs alone. The backward pass takes each chunk's log-probs again, and adds the chunk's share of the
+    weight's gradient in place: autograd would make a tensor of the weight's size for each chunk."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_NH: torch.Tensor,
+        weight_VH: torch.Tensor,
+        bias_V: torch.Tensor | None,
+        reduce: Reduce,
+        chunks: list[slice],
+        temperature: float,
+        dtype: torch.dtype,
+    ) -> tuple[torch.Tensor, ...]:
+        ctx.save_for_backward(hidden_NH, weight_VH, bias_V)
+        ctx.how = reduce, chunks, temperature, dtype
+        ctx.set_materialize_grads(False)
+        weight, bias = weight_VH.to(dtype), None if bias_V is None else bias_V.to(dtype)
+        parts = [reduce(_logprobs(hidden_NH[chunk].to(dtype), weight, bias, temperature), chunk) for chunk in chunks]
+        return tuple(torch.cat(column) for column in zip(*parts, strict=True))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        hidden_NH, weight_VH, bias_V = ctx.saved_tensors
+        reduce, chunks, temperature, dtype = ctx.how
+        weight, bias = weight_VH.to(dtype), None if bias_V is None else bias_V.to(dtype)
+        grad_hidden = torch.empty_like(hidden_NH)
+        grad_weight = torch.zeros_like(weight_VH) if ctx.needs_input_grad[1] else None
+        grad_bias = torch.zeros_like(bias_V) if ctx.needs_input_grad[2] else None
+        for chunk in chunks:
+            hidden_nH = hidden_NH[chunk].to(dtype)
+            logprobs_nV = _logprobs(hidden_nH, weight, bias, temperature)
+            grad_nV = _grad_of_logits(logprobs_nV, reduce, chunk, grads)
+            grad_nV = (grad_nV if temperature == 1.0 else grad_nV.div_(temperature)).to(dtype)
+            grad_hidden[chunk] = grad_nV @ weight
+            if grad_weight is not None:
+                _add_product(grad_weight, grad_nV.T, hidden_nH)
+            if grad_bias is not None:
+                grad_bias += grad_nV.sum(0)
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None
+
+
+def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """total += a @ b, without a copy where the dtypes agree."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    else:
+        total += a @ b
+
+
+def _logprobs(
+    hidden_nH: torch.Tensor, weight_VH: torch.Tensor, bias_V: torch.Tensor | None, temperature: float
+) -> torch.Tensor:
+    """log_softmax(hidden @ weight.T / temperature) of one chunk: [n, V] float32."""
+    logits = torch.nn.functional.linear(hidden_nH, weight_VH, bias_V).float()
+    return torch.log_softmax(logits if temperature == 1.0 else logits.div_(temperature), dim=-1)
+
+
+def _grad_of_logits(
+    logprobs_nV: torch.Tensor, reduce: Reduce, chunk: slice, grads: Sequence[torch.Tensor | None]
+) -> torch.Tensor:
+    """[n, V], in the place of the log-probs: what the gradients [N, ...] of the reduced columns become at the logits.
+
+    With g the gradient at the log-probs it is g - softmax(logits) * sum(g).
+    """
+    leaf = logprobs_nV.detach().requires_grad_()
+    with torch.enable_grad():
+        columns = reduce(leaf, chunk)
+    pairs = [(c, g[chunk]) for c, g in zip(columns, grads, strict=True) if g is not None and c.requires_grad]
+    if not pairs:
+        return logprobs_nV.zero_()
+    (grad,) = torch.autograd.grad([c for c, _ in pairs], [leaf], [g for _, g in pairs])
+    return logprobs_nV.exp_().mul_(-grad.sum(-1, keepdim=True)).add_(grad)
 
 
 def to_array(tensor: torch.Tensor) -> np.ndarray:

@@ -67,3 +67,35 @@ def test_gradients_are_those_of_double_precision_to_single_precision() -> None:
 def test_an_impossible_token_adds_nothing_to_the_entropy() -> None:
     logprobs = torch.tensor([[0.5, 0.5, 0.0], [1.0, 0.0, 0.0]]).log()
     torch.testing.assert_close(entropy(logprobs), torch.tensor([0.6931472, 0.0]))
+
+
+def test_gradients_flow_through_what_reduce_does_not_detach_alone() -> None:
+    torch.manual_seed(2)
+    hidden, weight = torch.randn(6, 4, requires_grad=True), torch.randn(9, 4)
+    upstream = torch.randn(6, 9)
+    before = upstream.clone()
+
+    def reduce(logprobs: torch.Tensor, rows: slice) -> tuple[torch.Tensor, ...]:
+        return logprobs, entropy(logprobs.detach()), entropy(logprobs)
+
+    whole, entropies, _unused = chunked_head(hidden, weight, None, reduce, chunk_tokens=4)
+    (found,) = torch.autograd.grad([whole, entropies], [hidden], [upstream, torch.ones(6)])
+    (wanted,) = torch.autograd.grad(torch.log_softmax(hidden @ weight.T, -1), [hidden], [upstream])
+    torch.testing.assert_close(found, wanted)
+    assert torch.equal(upstream, before)  # what the caller gave is not worked on in place
+
+
+def test_under_autocast_the_weights_gradient_is_summed_in_single_precision() -> None:
+    torch.manual_seed(3)
+    hidden, weight = torch.randn(512, 8), torch.randn(16, 8, requires_grad=True)
+    hidden.requires_grad_()
+
+    def gradient(chunk_tokens: int) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            (chosen,) = chunked_head(hidden, weight, None, lambda lp, rows: (lp[:, 0],), chunk_tokens=chunk_tokens)
+        return torch.autograd.grad(chosen.sum(), weight)[0]
+
+    whole = torch.log_softmax((hidden.bfloat16() @ weight.bfloat16().T).float(), -1)
+    (wanted,) = torch.autograd.grad(whole[:, 0].sum(), weight)
+    # A product of one token is rounded to 8 bits; their sum is not, so the roundings average out.
+    assert (gradient(1) - wanted).abs().max() < 0.004 * wanted.abs().max()
