@@ -53,6 +53,10 @@ class PromptSet:
     def __len__(self) -> int:
         return len(self.references)
 
+    def domains_of(self, ids: np.ndarray) -> list[str | None] | None:
+        """[B] domains of the prompts of the trajectories with these ids [B, 3]; None where no prompt has one."""
+        return [self.domains[prompt] for prompt in ids[:, 1]] if any(self.domains) else None
+
     def tokens_of(self, prompt: int) -> np.ndarray:
         """Token ids of one prompt, [length] int32."""
         return self.tokens[self.offsets[prompt] : self.offsets[prompt + 1]]

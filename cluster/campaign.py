@@ -184,7 +184,12 @@ class Campaign:
             async with self._learner_turn:
                 self._say("learner", f"update {self.state.step + 1}")
                 metrics = await self.learner.call(
-                    "update", work.ids, *work.trajectories, *work.scores, rate_scale=self.state.guards.rate_scale
+                    "update",
+                    work.ids,
+                    *work.trajectories,
+                    *work.scores,
+                    rate_scale=self.state.guards.rate_scale,
+                    domains=self._prompts.domains_of(work.ids),
                 )
                 self.state.ledger.train(work.numbers, self.state.step + 1)
                 self.state.step += 1

@@ -27,7 +27,7 @@ from actors.config import (
     number,
 )
 from actors.errors import UserError
-from cluster.guards import UPDATE_METRICS, GuardConfig, check_guards, default_guards
+from cluster.guards import GuardConfig, check_guards, default_guards, metrics_of
 from learner.config import LearnerConfig
 from learner.contradictions import refuse_contradictions
 
@@ -132,8 +132,8 @@ class CampaignConfig:
     weights: WeightsConfig = field(default_factory=WeightsConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     guards: dict[str, GuardConfig] = field(default_factory=default_guards)
-    """What is watched in the metrics of every update, by names of your own. `kl_rises`, `length_rises` and `truncation`
-    are there already, and warn (docs/guards.md)."""
+    """What is watched in the metrics of every update, by names of your own. `kl_rises`, `length_rises`, `truncation`
+    and `repetition` are there already, and warn (docs/guards.md)."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     ray: RayConfig = field(default_factory=RayConfig)
 
@@ -361,7 +361,10 @@ def _check_whole(config: CampaignConfig) -> None:
     refuse_contradictions(
         config.learner.objective, config.teachers, config.student.model, config.pipeline.samples_per_prompt
     )
-    check_guards(config.guards, UPDATE_METRICS, config.checkpoint.every_updates * config.checkpoint.keep_last)
+    teaching = [name for name in config.teachers if name != config.learner.objective.reference_teacher]
+    domains = {domain for teacher in config.teachers.values() for domain in teacher.domains}
+    metrics = metrics_of(next(iter(config.teachers.values())).signal, teaching if len(teaching) > 1 else (), domains)
+    check_guards(config.guards, metrics, config.checkpoint.every_updates * config.checkpoint.keep_last)
     for name, teacher in config.teachers.items():
         _check_backend(f"teachers.{name}", teacher)
     for role, actors in _roles(config).items():

@@ -17,10 +17,24 @@ from actors.errors import UserError
 UPDATE_METRICS = (
     *("tokens_trained", "loss", "reverse_kl", "forward_kl_old", "entropy", "clip_fraction", "log_ratio_p01"),
     *("log_ratio_p99", "ratio_mean", "ratio_max", "importance_ess", "grad_norm", "beta", "step_scale"),
-    *("engine_logprob_abs_diff", "truncated_fraction", "response_length_mean", "staleness_mean", "staleness_max"),
+    *("mismatch_ess", "engine_logprob_abs_diff", "repetition", "stopped_fraction", "response_length_max"),
+    *("truncated_fraction", "response_length_mean", "staleness_mean", "staleness_max"),
 )
-"""What can be guarded: the metrics of an update that are the same however fast the machine is. Totals of the campaign
-are left out, since they only grow; evaluations, since their lines are written while the next update is under way."""
+"""What can be guarded in every campaign: the metrics of an update that are the same however fast the machine is. Totals
+of the campaign are left out, since they only grow; evaluations, since their lines are written while the next update is
+under way."""
+TOP_METRICS, MASS_METRICS = ("top1_agreement", "top8_overlap"), ("student_support_mass", "teacher_support_mass")
+GROUP_METRICS = ("token_share", "reverse_kl")
+"""Of each teacher, where there are several, and of each domain: `teacher/<name>/token_share`."""
+
+
+def metrics_of(signal: str, teachers: Iterable[str], domains: Iterable[str]) -> list[str]:
+    """What can be guarded in a campaign whose teachers send this signal, and have these names and domains."""
+    known = [*UPDATE_METRICS]
+    known += TOP_METRICS if signal in ("topk", "full", "hidden") else ()
+    known += MASS_METRICS if "topk" in signal else ()
+    groups = [f"teacher/{name}" for name in teachers] + [f"domain/{name}" for name in domains]
+    return known + [f"{group}/{metric}" for group in groups for metric in GROUP_METRICS]
 
 
 @dataclass
@@ -54,6 +68,7 @@ def default_guards() -> dict[str, GuardConfig]:
         "kl_rises": GuardConfig("reverse_kl", above=3.0, relative_to_updates=20, updates=3),
         "length_rises": GuardConfig("response_length_mean", above=3.0, relative_to_updates=20, updates=3),
         "truncation": GuardConfig("truncated_fraction", above=0.5, updates=3),
+        "repetition": GuardConfig("repetition", above=0.5, updates=3),
     }
 
 

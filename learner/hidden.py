@@ -32,7 +32,7 @@ class HiddenStates:
         """The same for some of the tokens, in this order."""
         return replace(self, places=self.places[tokens_n])
 
-    def logprobs(self, rows: slice) -> Tensor:
+    def logprobs(self, rows: slice | Tensor) -> Tensor:
         """[n, V] float32, with the log of its share added; -inf where this model was not asked. Without gradient."""
         places_n = self.places[rows]
         known = places_n >= 0
@@ -46,7 +46,7 @@ class HiddenStates:
             return logprobs.new_full((len(places_n), logprobs.shape[1]), -torch.inf).index_put((known,), logprobs)
 
 
-def mixture_logprobs(sources: Sequence[HiddenStates], rows: slice) -> Tensor:
+def mixture_logprobs(sources: Sequence[HiddenStates], rows: slice | Tensor) -> Tensor:
     """[n, V] log sum_i w_i q_i over the sources, each of which knows some of the tokens."""
     first, *others = (source.logprobs(rows) for source in sources)
     for other in others:

@@ -27,7 +27,7 @@ from learner.batch import Part, UpdateBatch
 from learner.checkpoint import flush, read_json, write_json
 from learner.config import LearnerConfig, ObjectiveConfig
 from learner.hidden import Head, HiddenStates
-from learner.metrics import MetricSums
+from learner.metrics import UpdateMetrics, agreement, groups_of, response_metrics
 from learner.objective import effective_sample_size, surrogate
 from learner.optimizer import build_optimizer, learning_rate, load_optimizer_tensors, optimizer_tensors
 from learner.saving import BackgroundWrite, copies, model_tensors, write_tensors
@@ -84,6 +84,7 @@ class Learner:
             self._model.train()
         self._optimizer = build_optimizer(self._model, config.optimizer)
         self._masked_token_ids = [*config.objective.masked_token_ids, *masked_role_token_ids]
+        self._named_by_student = any(teacher.signal == "student_topk" for teacher in (teachers or {}).values())
         sending = {name: teacher for name, teacher in (teachers or {}).items() if teacher.signal == "hidden"}
         self._heads = {name: self._head_of(teacher, f"teachers.{name}.model") for name, teacher in sending.items()}
         following = {name: t.ema_decay for name, t in (teachers or {}).items() if t.ema_decay is not None}
@@ -102,12 +103,17 @@ class Learner:
                 self._averages.load(load_file(training / "averages.safetensors"))
 
     def update(
-        self, ids: np.ndarray, *batches: Trajectories | TeacherScores, rate_scale: float = 1.0
+        self,
+        ids: np.ndarray,
+        *batches: Trajectories | TeacherScores,
+        rate_scale: float = 1.0,
+        domains: Sequence[str | None] | None = None,
     ) -> dict[str, float]:
         """The optimiser steps of one update, on the trajectories with these ids [B, 3]; returns its metrics.
 
         The batches hold the trajectories and their scores, in any order and perhaps with others. The update is a
-        function of `ids` and of what was written and scored. rate_scale multiplies the schedule's learning rate. NonFiniteLossError: the step was not taken.
+        function of `ids` and of what was written and scored. NonFiniteLossError: the step was not taken.
+        rate_scale multiplies the schedule's learning rate; domains [B] of the prompts, to measure each.
         """
         start = time.perf_counter()
         batch = UpdateBatch.build(
@@ -123,15 +129,19 @@ class Learner:
         rate = rate_scale * learning_rate(self.policy_version + 1, self._total_updates, self._config.optimizer)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
-        sums, scale = MetricSums(), 1.0
+        collected, scale = UpdateMetrics(), 1.0
         for rows in batch.minibatches(self._config.minibatches_per_update) * self._config.epochs_per_update:
-            norm = self._accumulate(batch, rows, sums)
+            norm = self._accumulate(batch, rows, collected)
             scale = self._step(batch, rows)
             if scale < 1:
                 break
         self.policy_version += 1
         self._averages.follow()
-        metrics = sums.means() | {"grad_norm": norm, "learning_rate": rate, "beta": self._beta, "step_scale": scale}
+        teaching = [b for b in batches if isinstance(b, TeacherScores)]
+        reference = self._config.objective.reference_teacher
+        groups = groups_of(ids, [b for b in teaching if b.teacher != reference], domains)
+        metrics = collected.means(groups) | response_metrics(batch.trajectories)
+        metrics |= {"grad_norm": norm, "learning_rate": rate, "beta": self._beta, "step_scale": scale}
         metrics["mismatch_ess"] = effective_sample_size(batch.tensors["importance"].log(), batch.tensors["mask"]).item()
         target = self._config.objective.trust_region.target_kl
         if target is not None:
@@ -181,12 +191,12 @@ class Learner:
         """Policy version and busy seconds."""
         return {"policy_version": self.policy_version, "busy_seconds": self._busy_seconds}
 
-    def _accumulate(self, batch: UpdateBatch, rows: np.ndarray, sums: MetricSums) -> float:
+    def _accumulate(self, batch: UpdateBatch, rows: np.ndarray, collected: UpdateMetrics) -> float:
         """Gradients of the loss of these rows, clipped; returns their norm before that."""
         batch.weigh(rows, self._config.objective)
         self._optimizer.zero_grad(set_to_none=True)
         for microbatch in batch.microbatches(self._config.microbatch_tokens, rows):
-            loss = self._loss(batch.part(microbatch), microbatch, sums)
+            loss = self._loss(batch.part(microbatch), microbatch, collected)
             if not torch.isfinite(loss):
                 self._refuse(f"the loss is {loss.item()}", batch.trajectories.ids[microbatch.rows])
             loss.backward()
@@ -300,13 +310,14 @@ class Learner:
             )
         return dict(zip(names, values, strict=True))
 
-    def _loss(self, part: Part, microbatch: Microbatch, sums: MetricSums) -> torch.Tensor:
+    def _loss(self, part: Part, microbatch: Microbatch, collected: UpdateMetrics) -> torch.Tensor:
         """The micro-batch's share of the loss."""
         objective = self._config.objective
         full = objective.estimator == "full"
 
         def reduce(logprobs_nV: torch.Tensor, rows: slice) -> dict[str, torch.Tensor]:
             kept = {"entropy": entropy(logprobs_nV.detach())} | _exact_forward_kl(part, logprobs_nV, rows)
+            kept["agreement"] = agreement(logprobs_nV.detach(), part, rows, named_by_student=self._named_by_student)
             if full:
                 kept["cost"] = full_cost(logprobs_nV, part, rows, objective)
             if full_cost_is_exact_kl(objective):
@@ -336,9 +347,15 @@ class Learner:
         cost = (part.importance * cost + self._beta * forward_kl).masked_fill(~part.mask, 0.0)
         loss = (part.weights * cost).sum()
         with torch.no_grad():
-            reverse_kl = logprobs - part.teacher_logprobs if kl is None else kl
-            measured = forward_kl.detach() if region == "exact" else k3(logprobs, part.old_logprobs)
-            sums.add(loss, part, logprobs, found["entropy"], reverse_kl, measured, clipped)
+            columns = {
+                "logprobs": logprobs,
+                "entropy": found["entropy"],
+                "agreement": found["agreement"],
+                "reverse_kl": logprobs - part.teacher_logprobs if kl is None else kl,
+                "forward_kl_old": forward_kl if region == "exact" else k3(logprobs, part.old_logprobs),
+                "clip_fraction": clipped,
+            }
+            collected.add(loss, part, microbatch.rows, columns)
         return loss
 
     def _head_of(self, teacher: TeacherConfig, key: str) -> Head:

@@ -1,71 +1,166 @@
-"""What is measured of one update while it is taken: the metrics of metrics.jsonl that the learner knows.
+"""What is measured of one update while it is taken: the metrics of metrics.jsonl that the learner knows (docs/metrics.md).
 
-Shapes: n tokens of a micro-batch.
+Nothing here needs a pass over [n, V] that training does not make anyway: columns of one number a token are collected,
+and the most likely tokens of student and teacher are compared at a few tokens of each chunk.
+Shapes: N tokens of the update, n of a micro-batch or chunk, B trajectories, K support, V vocabulary.
 """
 
-import math
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from actors.trajectory import FINISH_REASONS, TeacherScores, Trajectories
 from learner.batch import Part
+from learner.hidden import mixture_logprobs
+from learner.objective import effective_sample_size
+
+COMPARED = 64
+"""At about so many tokens of a chunk, evenly spread, the most likely tokens are compared."""
+TOP = 8
+"""Of so many most likely tokens the overlap is taken."""
+AGREEMENT = ("top1_agreement", "top8_overlap", "student_support_mass", "teacher_support_mass")
 
 
-class MetricSums:
-    """Sums over the update's tokens, kept on the device until the end."""
+def agreement(logprobs_nV: Tensor, part: Part, rows: slice, *, named_by_student: bool = False) -> Tensor:
+    """[1, 5] sums over some tokens of a chunk: those of AGREEMENT (NaN what is not known), and how many tokens.
+
+    top1_agreement: whether student and teacher hold the same token most likely; top8_overlap: the share of the teacher's
+    8 that are among the student's 8 (arXiv 2604.13016: it rises in a healthy run). The masses: what student and teacher
+    give to the tokens of a top-k support. Of the tokens that the student named (`student_topk`) only the masses are
+    known; of the sampled token alone, nothing is.
+    """
+    count, ids = len(logprobs_nV), part.support_ids
+    places = torch.arange(0, count, max(1, count // COMPARED), device=logprobs_nV.device)
+    places = places[part.mask[rows][places]]
+    student, whole = logprobs_nV[places], places + rows.start
+    sums = [torch.full((), torch.nan, device=logprobs_nV.device)] * 4
+    if ids.shape[1]:
+        teacher, support = part.support_logprobs[whole], ids[whole]
+        sums[2], sums[3] = student.gather(-1, support).exp().sum(), teacher.exp().sum()
+    elif part.hidden or part.support_logprobs.shape[1]:
+        teacher = mixture_logprobs(part.hidden, whole) if part.hidden else part.support_logprobs[whole]
+        support = torch.arange(teacher.shape[1], device=teacher.device).expand_as(teacher)
+    else:
+        return torch.stack([*sums, torch.zeros_like(sums[0])])[None]
+    if not named_by_student:
+        k = min(TOP, support.shape[1], student.shape[1])
+        theirs = support.gather(-1, teacher.topk(k).indices)
+        ours = student.topk(k).indices
+        sums[0] = (theirs[:, 0] == ours[:, 0]).float().sum()
+        sums[1] = (theirs[:, :, None] == ours[:, None]).any(-1).float().mean(-1).sum()
+    return torch.stack([*sums, torch.full_like(sums[0], len(places))])[None]
+
+
+class UpdateMetrics:
+    """Collects one number a token for each metric, and keeps them on the device until the end."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
-        self._ratio_max: Tensor | None = None
-        self._log_ratios: list[Tensor] = []
+        self._loss: Tensor | None = None
+        self._columns: dict[str, list[Tensor]] = {}
+        self._agreement: list[Tensor] = []
 
-    def add(
-        self,
-        loss: Tensor,
-        part: Part,
-        logprobs: Tensor,
-        entropies: Tensor,
-        reverse_kl: Tensor,
-        forward_kl: Tensor,
-        clipped: Tensor,
-    ) -> None:
-        """Adds one micro-batch; all but `loss` are [n]."""
-        mask, difference = part.mask, logprobs - part.behaviour_logprobs
-        ratio = (logprobs - part.old_logprobs).exp() * mask
-        new = {
-            "loss": loss.detach(),
-            "tokens": mask.sum(),
-            "reverse_kl": (reverse_kl * mask).sum(),
-            "forward_kl_old": (forward_kl * mask).sum(),
-            "entropy": (entropies * mask).sum(),
-            "clip_fraction": (clipped & mask).sum(),
-            "ratio": ratio.sum(),
-            "ratio_squared": ratio.square().sum(),
-            "on_policy": part.on_policy.sum(),
-            "engine_difference": (difference.abs() * part.on_policy).sum(),
+    def add(self, loss: Tensor, part: Part, trajectories: np.ndarray, columns: Mapping[str, Tensor]) -> None:
+        """Adds one micro-batch. trajectories [b]: the update's rows of its trajectories; columns, [n] each: `logprobs`,
+        `entropy`, `reverse_kl`, `forward_kl_old`, `clip_fraction`; and `agreement` [chunks, 5]."""
+        rows = torch.from_numpy(trajectories).to(part.rows.device)[part.rows]
+        self._loss = loss.detach() + (0 if self._loss is None else self._loss)
+        self._agreement.append(columns["agreement"])
+        own = {
+            **{name: column for name, column in columns.items() if name != "agreement"},
+            "behaviour_logprobs": part.behaviour_logprobs,
+            "teacher_logprobs": part.teacher_logprobs,
+            "old_logprobs": part.old_logprobs,
+            "mask": part.mask,
+            "on_policy": part.on_policy,
+            "trajectory": rows,
         }
-        self._log_ratios.append((logprobs - part.teacher_logprobs)[mask])
-        self._sums = {name: self._sums.get(name, 0) + value.double() for name, value in new.items()}
-        largest = ratio.max()
-        self._ratio_max = largest if self._ratio_max is None else torch.maximum(self._ratio_max, largest)
+        for name, column in own.items():
+            self._columns.setdefault(name, []).append(column.detach())
 
-    def means(self) -> dict[str, float]:
-        """The update's metrics, by their names in metrics.jsonl."""
-        sums = {name: value.item() for name, value in self._sums.items()}
-        tokens, on_policy = max(sums["tokens"], 1.0), sums["on_policy"]
-        assert self._ratio_max is not None
-        tails = (
-            np.quantile(torch.cat(self._log_ratios).cpu().numpy(), [0.01, 0.99]) if sums["tokens"] else [math.nan] * 2
-        )
+    def means(self, groups: Mapping[str, np.ndarray]) -> dict[str, float]:
+        """The update's metrics, by their names in metrics.jsonl. groups: prefix of a name -> [B] bool, which
+        trajectories it is about."""
+        assert self._loss is not None
+        column = {name: torch.cat(parts) for name, parts in self._columns.items()}
+        mask, tokens = column["mask"], int(column["mask"].sum())
+        kept = {name: values[mask] for name, values in column.items()}
+        log_ratios = (kept["logprobs"] - kept["teacher_logprobs"]).cpu().numpy()
+        tails = np.quantile(log_ratios, [0.01, 0.99]) if tokens else [np.nan, np.nan]
+        moved = kept["logprobs"] - kept["old_logprobs"]
+        engine = (column["logprobs"] - column["behaviour_logprobs"])[column["on_policy"]]
+        *agreed, compared = torch.cat(self._agreement).double().sum(0).tolist()
+        means = ("reverse_kl", "forward_kl_old", "entropy", "clip_fraction")
         return {
-            "loss": sums["loss"],
-            "tokens_trained": int(sums["tokens"]),
-            **{name: sums[name] / tokens for name in ("reverse_kl", "forward_kl_old", "entropy", "clip_fraction")},
+            "loss": self._loss.item(),
+            "tokens_trained": tokens,
+            **{name: _mean(kept[name]) for name in means},
             "log_ratio_p01": float(tails[0]),
             "log_ratio_p99": float(tails[1]),
-            "ratio_mean": sums["ratio"] / tokens,
-            "ratio_max": self._ratio_max.item(),
-            "importance_ess": sums["ratio"] ** 2 / max(tokens * sums["ratio_squared"], 1e-30),
-            "engine_logprob_abs_diff": sums["engine_difference"] / on_policy if on_policy else float("nan"),
+            "ratio_mean": _mean(moved.exp()),
+            "ratio_max": moved.max().exp().item() if tokens else 0.0,
+            "importance_ess": effective_sample_size(moved, torch.ones_like(moved, dtype=torch.bool)).item(),
+            "engine_logprob_abs_diff": _mean(engine.abs(), nothing=float("nan")),
+            **{name: v / compared for name, v in zip(AGREEMENT, agreed, strict=True) if compared and v == v},
+            **_by_group(kept["trajectory"], kept["reverse_kl"], groups),
         }
+
+
+def _mean(values: Tensor, nothing: float = 0.0) -> float:
+    return values.double().mean().item() if len(values) else nothing
+
+
+def _by_group(trajectory_N: Tensor, reverse_kl_N: Tensor, groups: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """Of the tokens trained on: each group's share and its reverse KL."""
+    found = {}
+    for name, rows_B in groups.items():
+        own = torch.from_numpy(rows_B).to(trajectory_N.device)[trajectory_N]
+        found[f"{name}/token_share"] = _mean(own)
+        found[f"{name}/reverse_kl"] = _mean(reverse_kl_N[own], nothing=float("nan"))
+    return found
+
+
+def groups_of(
+    ids: np.ndarray, scores: Sequence[TeacherScores], domains: Sequence[str | None] | None
+) -> dict[str, np.ndarray]:
+    """`teacher/<name>` and `domain/<name>` -> [B] bool: which of the trajectories with these ids [B, 3] the teacher has
+    scored, or have a prompt of the domain. Nothing where there is one teacher; nothing without domains [B]."""
+    scored: dict[str, set[tuple[int, ...]]] = {}
+    for batch in scores:
+        scored.setdefault(batch.teacher, set()).update(map(tuple, batch.ids.tolist()))
+    groups = {}
+    if len(scored) > 1:
+        wanted = [tuple(row) for row in ids.tolist()]
+        groups = {f"teacher/{name}": np.array([row in own for row in wanted]) for name, own in sorted(scored.items())}
+    for domain in sorted({domain for domain in domains or () if domain is not None}):
+        groups[f"domain/{domain}"] = np.array([domain == other for other in domains or ()])
+    return groups
+
+
+def response_metrics(trajectories: Trajectories) -> dict[str, float]:
+    """Of the responses as they were sampled: how long the longest is, how many ended by themselves, and repetition."""
+    stopped = trajectories.finish_reasons == FINISH_REASONS.index("stop")
+    return {
+        "response_length_max": int(trajectories.lengths.max()),
+        "stopped_fraction": float(stopped.mean()),
+        "repetition": repetition(trajectories.response_tokens, trajectories.lengths),
+    }
+
+
+def repetition(tokens_N: np.ndarray, lengths_B: np.ndarray, n: int = 4) -> float:
+    """1 - distinct n-grams / n-grams, mean over the responses that have one (seq-rep-4, Welleck et al., arXiv 1908.04319).
+
+    0 where nothing is said twice; a loop of m tokens over a length L has 1 - m / (L - n + 1). 0 without any n-gram.
+    """
+    row_N = np.repeat(np.arange(len(lengths_B)), lengths_B)
+    starts = np.flatnonzero(row_N[: len(row_N) - n + 1] == row_N[n - 1 :]) if len(row_N) >= n else np.zeros(0, np.int64)
+    if not len(starts):
+        return 0.0
+    keys = [tokens_N[starts + place] for place in range(n)] + [row_N[starts]]
+    order = np.lexsort(keys)
+    new = np.ones(len(order), bool)
+    new[1:] = np.any([key[order][1:] != key[order][:-1] for key in keys], axis=0)
+    distinct = np.bincount(row_N[starts][order][new], minlength=len(lengths_B))
+    total = np.bincount(row_N[starts], minlength=len(lengths_B))
+    return float(np.mean(1 - distinct[total > 0] / total[total > 0]))

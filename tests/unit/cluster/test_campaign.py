@@ -114,7 +114,7 @@ class FakeTeacher(FakeFleet):
 
 
 class FakeLearner(FakeFleet):
-    async def call(self, method: str, *arguments: Any, rate_scale: float = 1.0) -> Any:
+    async def call(self, method: str, *arguments: Any, rate_scale: float = 1.0, domains: Any = None) -> Any:
         if method == "save":
             await self.world.work("save")
             Path(arguments[0], "weights").write_text(str(self.world.version))

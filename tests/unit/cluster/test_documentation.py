@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from cluster.config import load_config
+from cluster.guards import metrics_of
+from cluster.records import EVALUATION_KEYS, METRIC_KEYS
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -47,3 +49,14 @@ def test_every_file_that_the_readme_lists_is_there() -> None:
             floor = match[1]
         for name in re.findall(r"\b\w+\.py\b", line):
             assert (ROOT / floor / name).is_file(), f"{floor}/{name}"
+
+
+def test_every_metric_is_documented_and_what_can_be_guarded_is_marked() -> None:
+    page = (ROOT / "docs" / "metrics.md").read_text("utf-8")
+    rows = [row.split("|")[1:3] for row in page.splitlines() if row.startswith("| `")]
+    keys = {key: "G" in mark for names, mark in rows for key in re.findall(r"`([^`]+)`", names)}
+    documented = {key for key in keys if "<name>" not in key}
+    assert documented >= {*METRIC_KEYS, *EVALUATION_KEYS}
+    assert {key.replace("teacher/<name>", "teacher/t").replace("domain/<name>", "domain/d") for key in keys if keys[key]} == {
+        *metrics_of("topk", ["t"], ["d"]),
+    }  # fmt: skip

@@ -25,7 +25,7 @@ class Collapsing(FakeLearner):
 
     rates: list[float]
 
-    async def call(self, method: str, *arguments: Any, rate_scale: float = 1.0) -> Any:
+    async def call(self, method: str, *arguments: Any, rate_scale: float = 1.0, **_: Any) -> Any:
         answer = await super().call(method, *arguments)
         if method == "update":
             self.rates.append(rate_scale)
