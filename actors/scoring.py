@@ -10,6 +10,8 @@ import numpy as np
 from actors.errors import CampaignError
 from actors.trajectory import TeacherScores, Trajectories, offsets_of, select_trajectories
 
+PLAUSIBLE = (-1000.0, 1e-3)
+"""Nats. A log-prob outside is no teacher's opinion, but a sentinel such as -9999, or not a log-prob at all."""
 Forward = Callable[[Trajectories], dict[str, np.ndarray]]
 """The fields of TeacherScores that have one row for each response token: `logprobs` [N] and those of the signal."""
 
@@ -35,15 +37,19 @@ def score_with(
     """The scores of the trajectories with these ids [B, 3], in this order, under the teacher of this name.
 
     prompts: what the teacher reads in place of the student's prompts, tokens [P] and offsets [B + 1]. log_weights: [B]
-    its shares in a mixture, passed on. vocabulary: the teacher's rows; a token beyond them has no score.
+    its shares in a mixture, passed on. vocabulary: the teacher's rows; a token beyond them has no score. A token whose
+    score, or part of its support, is missing, not finite or implausible has the score NaN, and is counted.
     """
     start = time.perf_counter()
     trajectories = select_trajectories(ids, batches)
     if prompts is not None:
         trajectories = replace(trajectories, prompt_tokens=prompts[0], prompt_offsets=prompts[1])
     fields = forward(trajectories)
-    unknown = trajectories.response_tokens >= vocabulary  # rows that only the student's padding has
-    fields["logprobs"][~np.isfinite(fields["logprobs"]) | unknown] = np.nan
+    known = trajectories.response_tokens < vocabulary  # further rows are the student's padding
+    known &= (fields["logprobs"] > PLAUSIBLE[0]) & (fields["logprobs"] <= PLAUSIBLE[1])
+    support = fields["support_logprobs"]
+    known &= (np.isfinite(support) & (support <= PLAUSIBLE[1])).all(-1)
+    fields["logprobs"][~known] = np.nan
     scores = TeacherScores(
         ids=trajectories.ids,
         response_offsets=trajectories.response_offsets,

@@ -2,7 +2,9 @@
 
 import re
 from pathlib import Path
+from typing import get_args, get_type_hints
 
+from learner.config import MismatchConfig, ObjectiveConfig, TrustRegionConfig
 from tests.unit.actors.signal_bytes import table as bytes_table
 from tests.unit.learner.bias_variance import (
     bounded_table,
@@ -44,6 +46,16 @@ def test_a_bucket_is_nearer_than_renormalising_and_a_support_where_the_divergenc
             assert bias(*kind, whose, "tail") < 0.6 * bias(*kind, whose, "renormalised")
     assert bias("full", "reverse_kl", "student", "tail") < bias("full", "reverse_kl", "teacher", "tail")
     assert bias("full", "forward_kl", "teacher", "tail") < bias("full", "forward_kl", "student", "tail")
+
+
+def test_every_key_and_choice_of_the_objective_is_on_the_page():
+    marked = set(re.findall(r"\w+", " ".join(re.findall(r"`([^`\n]+)`", DOCUMENT.read_text()))))
+    for config in (ObjectiveConfig, MismatchConfig, TrustRegionConfig):
+        for name, hint in get_type_hints(config).items():
+            choices = [
+                choice for part in (hint, *get_args(hint)) for choice in get_args(part) if isinstance(choice, str)
+            ]
+            assert {name, *choices} <= marked, {name, *choices} - marked
 
 
 def test_every_test_that_the_page_names_exists():

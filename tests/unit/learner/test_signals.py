@@ -226,6 +226,7 @@ def test_a_token_that_only_the_student_has_a_row_for_is_masked_and_not_zero(mode
     beyond = written.support_ids >= 90
     assert 0 < beyond.any(1).sum() < len(beyond)
     assert np.array_equal(np.isnan(scores.support_logprobs), beyond)
+    assert np.array_equal(np.isnan(scores.logprobs), beyond.any(1) | (written.response_tokens >= 90))  # and counted
     metrics = make_learner(models, objective=DISTRIBUTION["full"]).update(written.ids, written, scores)
     assert metrics["tokens_trained"] == (~beyond.any(1)).sum()
 

@@ -1,0 +1,41 @@
+"""What becomes of a score that cannot be true, whatever computed it."""
+
+import numpy as np
+import pytest
+
+from actors.scoring import probe, score_with
+
+
+@pytest.mark.parametrize(
+    ("where", "wrong"),
+    [
+        *(("logprobs", wrong) for wrong in (np.nan, np.inf, -np.inf, 0.5, -9999.0)),
+        *(("support_logprobs", wrong) for wrong in (np.nan, np.inf, -np.inf, 0.5)),
+    ],
+)
+def test_a_score_that_cannot_be_true_masks_its_token_and_is_counted(where: str, wrong: float) -> None:
+    written = probe(40)
+    count = len(written.response_tokens)
+
+    def forward(_trajectories: object) -> dict[str, np.ndarray]:
+        fields = {
+            "logprobs": np.full(count, -2.0, np.float32),
+            "support_ids": np.zeros((count, 3), np.int32),
+            "support_logprobs": np.full((count, 3), -3.0, np.float32),
+        }
+        fields[where].reshape(count, -1)[5, -1] = wrong
+        return fields
+
+    counts, scores = score_with(forward, "wise", 40, written.ids, [written], None, None)
+    assert counts.missing == 1
+    assert np.flatnonzero(np.isnan(scores.logprobs)).tolist() == [5]
+
+
+def test_scores_at_the_edge_of_what_can_be_true_are_kept() -> None:
+    written = probe(40)
+    count = len(written.response_tokens)
+    edges = np.linspace(-999, 0, count, dtype=np.float32)
+    fields = {"logprobs": edges, "support_logprobs": np.zeros((count, 0), np.float32),
+              "support_ids": np.zeros((count, 0), np.int32)}  # fmt: skip
+    counts, scores = score_with(lambda _: fields, "wise", 40, written.ids, [written], None, None)
+    assert counts.missing == 0 and np.array_equal(scores.logprobs, edges)
