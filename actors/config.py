@@ -94,6 +94,12 @@ class RolloutConfig:
     """GPUs that one engine spreads its weights over."""
     dtype: Dtype = "bfloat16"
     """Data type of the engine's weights, and so of a published weight version."""
+    on_new_weights: Literal["continue", "wait"] = "continue"
+    """What becomes of responses that are being written when new weights come: they go on with these between two tokens,
+    and each token says which version wrote it; or the weights wait until all have ended, and new ones until then."""
+    recompute_kv: bool = True
+    """Compute the cached keys and values of such responses again with the new weights. False: keep those of the old,
+    which is cheaper; the recorded log-probs are those of the distribution that was sampled from either way."""
     engine: dict[str, Any] = field(default_factory=dict)
     """Any further option of vLLM's engine, passed on as it is, for example `max_num_seqs: 256`."""
 

@@ -41,6 +41,10 @@ class EngineError(CampaignError):
     """The engine below an actor has failed and cannot go on; the actor has to be replaced."""
 
 
+class AbortedError(CampaignError):
+    """A rollout actor has given up what it was told to."""
+
+
 class WeightError(CampaignError):
     """A weight version is incomplete, corrupt, or does not fit the model that should load it."""
 

@@ -2,7 +2,6 @@
 
 import asyncio
 import os
-import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -80,19 +79,19 @@ class RolloutActor:
         return counts, trajectories
 
     async def load_weights(self, manifest: WeightVersion, *buckets: np.ndarray) -> float:
-        """Verifies and loads a weight version in place; returns the seconds the engine stood still."""
-        start = time.perf_counter()
+        """Verifies and loads a weight version in place; returns the seconds that the engine stood still for it."""
         with _ends_with_the_engine():
-            await asyncio.wrap_future(self._engine.load_weights(manifest, buckets))
-        return time.perf_counter() - start
+            return await asyncio.wrap_future(self._engine.load_weights(manifest, buckets))
 
-    async def abort(self) -> None:
-        """Gives up all that is being generated; the calls that asked for it end in an error."""
-        await asyncio.wrap_future(self._engine.abort())
+    async def abort(self, ids: np.ndarray | None = None) -> None:
+        """Gives up what is being generated, or of it these ids [B, 3]; the calls that asked for it end in AbortedError."""
+        await asyncio.wrap_future(self._engine.abort(ids))
 
     async def status(self) -> dict[str, float | int | None]:
-        """Version of the weights, tokens sampled and busy seconds: what tells a working actor from a hung one."""
+        """Version of the weights, tokens sampled and busy seconds: what tells a working actor from a hung one; and how
+        many responses it writes at a time."""
         return {
+            "seats": self._engine.seats,
             "policy_version": self._engine.version,
             "tokens_sampled": self._engine.tokens_sampled,
             "busy_seconds": self._engine.busy_seconds,

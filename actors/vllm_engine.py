@@ -18,12 +18,14 @@ from typing import Any, TypeVar
 import numpy as np
 
 from actors.config import RolloutConfig, SamplingConfig
-from actors.errors import CampaignError, EngineError, WeightError
+from actors.errors import AbortedError, EngineError, WeightError
 from actors.trajectory import FINISH_REASONS, Requests, Trajectories, offsets_of
 from actors.vllm_build import build_llm, importing_vllm
 from actors.weights import WeightVersion, verify
 
 T = TypeVar("T")
+_Command = tuple[Callable[[], Any], Future, bool]
+"""What to do between two steps, whose result it is, and whether nothing may run then."""
 
 
 class _Call:
@@ -35,6 +37,9 @@ class _Call:
         self._requests = requests
         self._completions: list[Any] = [None] * len(requests.ids)
         self._missing = len(requests.ids)
+
+    def id(self, place: int) -> tuple[int, ...]:
+        return tuple(self._requests.ids[place].tolist())
 
     def finish(self, place: int, completion: Any) -> None:
         self._completions[place] = completion
@@ -70,15 +75,18 @@ class VllmEngine:
         """Spent in engine steps since the engine was built."""
         self.tokens_sampled = 0
         self._tensor_parallel = config.tensor_parallel_size > 1
+        self._wait_for_running, self._recompute_kv = config.on_new_weights == "wait", config.recompute_kv
         self._stop_token_ids = sorted({*stop_token_ids, *sampling.stop_token_ids})
         self._layout: tuple | None = None
         self._failure: BaseException | None = None
         self._waiting: dict[str, tuple[_Call, int]] = {}
-        self._commands: queue.Queue[tuple[Callable[[], Any], Future] | None] = queue.Queue()
+        self._commands: queue.Queue[_Command | None] = queue.Queue()
         self._names = itertools.count()
         self._support_size = support_size
         self._llm = _build(model, config, sampling, support_size, seed, trust_remote_code)
         self._engine = self._llm.llm_engine
+        self.seats: int = self._engine.vllm_config.scheduler_config.max_num_seqs
+        """Requests that one step serves; others wait inside."""
         self._thread = threading.Thread(target=self._run, name="vllm-engine", daemon=True)
         self._thread.start()
 
@@ -92,20 +100,25 @@ class VllmEngine:
             for place, prompt in enumerate(np.split(requests.prompt_tokens, requests.prompt_offsets[1:-1])):
                 params = self._sampling_params(sampling, int(requests.seeds[place]), greedy)
                 name = str(next(self._names))
-                self._engine.add_request(name, {"prompt_token_ids": prompt.tolist()}, params)
+                entry: dict[str, Any] = {"prompt_token_ids": prompt.tolist()}
+                if not self._recompute_kv:  # keys and values of old weights stay, but for requests that know them only
+                    entry["cache_salt"] = str(self.version)
+                self._engine.add_request(name, entry, params)
                 self._waiting[name] = (call, place)
 
         self._submit(enter).add_done_callback(lambda entered: call.fail(entered.exception()))
         return call.future
 
     def load_weights(self, manifest: WeightVersion, buckets: Sequence[np.ndarray]) -> Future:
-        """Replaces all weights between two steps; requests that run go on with the new ones, their KV cache recomputed.
+        """Replaces all weights between two steps; the future's result is the seconds that the engine stood still.
 
-        The bytes are verified, and names, shapes and dtypes compared with the previous version's, before anything is
+        Requests that run go on with the new ones, or, with `on_new_weights: wait`, end before, while those that come
+        later wait. The bytes are verified, and names, shapes and dtypes compared with the previous version's, before anything is
         touched: vLLM cannot take back an update that fails halfway, so such an engine refuses all further work.
         """
 
-        def load() -> None:
+        def load() -> float:
+            start = time.perf_counter()
             verify(manifest, buckets)
             layout = tuple((entry.name, entry.dtype, entry.shape) for entry in manifest.tensors)
             if self._layout not in (None, layout):
@@ -116,17 +129,22 @@ class VllmEngine:
                 self._failure = error
                 raise WeightError(f"version {manifest.version} could not be loaded: {error}") from error
             self._layout, self.version = layout, manifest.version
+            return time.perf_counter() - start
 
-        return self._submit(load)
+        return self._submit(load, when_idle=self._wait_for_running)
 
-    def abort(self) -> Future:
-        """Gives up all requests: their calls fail with CampaignError."""
+    def abort(self, ids: np.ndarray | None = None) -> Future:
+        """Gives up all requests, or those for these ids [B, 3]: their calls fail with AbortedError."""
+        wanted = None if ids is None else {tuple(row) for row in ids.tolist()}
 
         def abort() -> None:
-            self._engine.abort_request(list(self._waiting))
-            for call, _ in self._waiting.values():
-                call.fail(CampaignError("aborted"))
-            self._waiting.clear()
+            given_up = [
+                name for name, (call, place) in self._waiting.items() if wanted is None or call.id(place) in wanted
+            ]
+            self._engine.abort_request(given_up)
+            for name in given_up:
+                call, _ = self._waiting.pop(name)
+                call.fail(AbortedError("aborted"))
 
         return self._submit(abort)
 
@@ -151,7 +169,7 @@ class VllmEngine:
             self._llm.start_weight_update()
             self._llm.update_weights({"update_info": update})
             self._llm.finish_weight_update(str(manifest.version))
-        if not self._engine.reset_prefix_cache(reset_running_requests=True):
+        if self._recompute_kv and not self._engine.reset_prefix_cache(reset_running_requests=True):
             raise WeightError("vLLM kept the prefix cache of the old weights")
 
     def _sampling_params(self, sampling: SamplingConfig, seed: int, greedy: bool) -> Any:
@@ -171,22 +189,28 @@ class VllmEngine:
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
 
-    def _submit(self, command: Callable[[], T]) -> Future:
+    def _submit(self, command: Callable[[], T], *, when_idle: bool = False) -> Future:
         future: Future = Future()
-        self._commands.put((command, future))
+        self._commands.put((command, future, when_idle))
         return future
 
     def _run(self) -> None:
+        held: _Command | None = None
         while True:
-            idle = not self._waiting
+            if held is not None and self._waiting:  # weights that wait for what runs; whatever came later waits too
+                self._step()
+                continue
             try:
-                item = self._commands.get(block=idle)
+                item = held or self._commands.get(block=not self._waiting)
             except queue.Empty:
                 self._step()
                 continue
             if item is None:
                 return
-            command, future = item
+            held = item if item[2] and self._waiting else None
+            if held is not None:
+                continue
+            command, future, _ = item
             if self._failure is not None:
                 future.set_exception(EngineError(f"the vLLM engine has failed: {self._failure!r}"))
                 continue

@@ -7,32 +7,37 @@
          ^                                                                                               |
          +------------------------------- slots, released when the new weights are loaded ---------------+
 
-    issue    produces works (trajectories to be sampled together)   waits for free slots        unblocked by publish
-    sample   consumes works, produces sampled works                 waits for a rollout actor   unblocked by sample's answers
-    score    consumes sampled works, produces scored works          waits for a teacher actor   unblocked by score's answers
-    train    consumes scored works, produces weight versions        waits for a whole update    unblocked by score
-    publish  consumes weight versions, releases slots               waits for all rollouts      unblocked by train
+    issue    produces works: groups, or a whole update     waits for free slots        unblocked by publish
+    sample   consumes works, produces sampled ones         waits for a rollout actor   unblocked by sample's answers
+    score    consumes sampled works, produces scored ones  waits for a teacher actor   unblocked by score's answers
+    train    consumes scored works, produces versions      waits for a whole update    unblocked by score
+    publish  consumes versions, releases slots             waits for all rollouts      unblocked by train
 
 What stops it from deadlocking: only `issue` adds work, and it is charged before it does; every other stage takes what
 is there. `train` is the finite clock: it ends after the last update; any other coroutine that ends is an error.
-`pipeline.max_staleness: 0` is this same loop with slots for one update.
+
+From the rollout actor on every trajectory travels by itself: none waits for a slower one of its group. A group goes to
+one rollout actor, which has its prompt in the prefix cache; teachers take what has come in until they are free. With
+`pipeline.max_staleness: 0` the same loop has slots for one update, and a work is one actor's part of it.
 """
 
 import asyncio
 import signal
-import time
+from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 import numpy as np
 
+from actors.errors import AbortedError
 from actors.prompts import PromptSet, position_to_id, requests
 from cluster.checkpoints import Checkpoints
 from cluster.config import CampaignConfig
 from cluster.evaluate import Evaluator
 from cluster.followers import Followers
 from cluster.guards import judge
-from cluster.pipeline import Slots, split_evenly, too_stale
+from cluster.measure import LoopClock, record_of_update
+from cluster.pipeline import Sampling, Scored, Slots, split_evenly
 from cluster.progress import Progress
 from cluster.ray_fleet import Fleet
 from cluster.records import RunRecords
@@ -40,7 +45,10 @@ from cluster.rollback import act
 from cluster.state import CampaignState
 from cluster.teachers import Teachers
 from cluster.versions import Published, Versions
-from cluster.work import Work, merge, rows_of
+from cluster.work import Work, merge, singles
+
+TEACHER_CALLS = 2
+"""One that a teacher actor works on and one that it finds when it is done: what comes in meanwhile goes together."""
 
 
 class Campaign:
@@ -69,13 +77,18 @@ class Campaign:
         remaining = (config.pipeline.updates - state.step) * self._update_size
         self._slots = Slots(self._update_size, config.pipeline.max_staleness, remaining)
         self._to_sample: asyncio.Queue[Work] = asyncio.Queue()
-        self._to_score: asyncio.Queue[Work] = asyncio.Queue()
+        self._group: deque[Work] = deque()
+        self._to_score: asyncio.PriorityQueue[tuple[int, Work]] = asyncio.PriorityQueue()
         self._to_train: asyncio.Queue[Work] = asyncio.Queue()
+        self._sampling, self._scored = Sampling(), Scored(config.pipeline.max_staleness)
         self._to_publish: asyncio.Queue[Published] = asyncio.Queue(maxsize=1)
-        self._left_over: list[Work] = []
         self._learner_turn = asyncio.Lock()
         self._started = asyncio.Event()
-        self._clock = 0.0
+        self._clock = LoopClock(state)
+        self._calls_at_once = 0
+        self._spare_slots = int(config.pipeline.oversample * self._update_size)
+        self._tokens_at_once = min(teacher.microbatch_tokens for teacher in config.teachers.values())
+        self._teacher_actors = min(teacher.replicas for teacher in config.teachers.values())
         self._all_published = asyncio.Event()
         self._versions = Versions(learner, rollout)
         self._followers = Followers(config, teachers.fleets, learner)
@@ -109,6 +122,7 @@ class Campaign:
                 task.cancel()
             await asyncio.gather(*stages, return_exceptions=True)
             await self._checkpoints.close()
+            self._clock.write_trace(self.config.run_dir)
 
     async def _settle(self, done: set[asyncio.Task]) -> None:
         """The first stage has ended: raises its error, or leaves a checkpoint if the campaign was interrupted."""
@@ -129,7 +143,7 @@ class Campaign:
         """Produces works in the seeded order; first those that an earlier run of the campaign left open.
 
         Consumes prompts. Waits for free slots; unblocked by publish. A synchronous update is cut into one work for
-        each rollout actor, an asynchronous one into groups, so that none waits for another's slowest trajectory.
+        each rollout actor; an asynchronous work is the group of one prompt.
         """
         samples = self.config.pipeline.samples_per_prompt
         wanted = self._update_size if self._synchronous else samples
@@ -137,10 +151,12 @@ class Campaign:
         open_before = self.state.ledger.open_numbers()
         await self._started.wait()
         while True:
-            await self._slots.acquire(wanted)
-            numbers, open_before = open_before[:wanted], open_before[wanted:]
-            numbers += self.state.ledger.issue(wanted - len(numbers))
-            for groups in split_evenly(wanted // samples, parts):
+            self._clock.utilisation.blocked("rollout", not self._slots.has_room(wanted))
+            count = await self._slots.acquire(wanted)
+            self._clock.utilisation.blocked("rollout", False)
+            numbers, open_before = open_before[:count], open_before[count:]
+            numbers += self.state.ledger.issue(count - len(numbers))
+            for groups in split_evenly(-(-count // samples), parts):
                 mine = numbers[groups.start * samples : groups.stop * samples]
                 self._to_sample.put_nowait(Work(mine, np.array([self._id(number) for number in mine], np.int64)))
 
@@ -148,32 +164,40 @@ class Campaign:
         """Consumes works, produces sampled ones. Waits for a rollout actor; unblocked by the actors' answers."""
 
         async def sample(work: Work) -> None:
-            counts, reference = await self.rollout.call(
-                "generate", requests(self._prompts, work.ids, self.config.seed), returns=2, units=len(work)
-            )
+            asked = requests(self._prompts, work.ids, self.config.seed)
+            self._sampling.begin(work, self._versions.version)
+            units = self._sampling.expected_tokens(len(asked.prompt_tokens), len(work))
+            try:
+                counts, reference = await self.rollout.call("generate", asked, returns=2, units=units, at=work.replica)
+            except AbortedError:
+                return  # it was cut, as the ledger knows
+            if not self._sampling.end(work):
+                return
             work.trajectories, work.lengths = [reference], counts.lengths
             work.oldest_versions, work.truncated = counts.oldest_versions, counts.truncated
             self.state.tokens_generated += int(counts.lengths.sum())
             self.state.busy["rollout"] += counts.busy_seconds
+            self._sampling.count(work)
             self.state.ledger.sampled(work.numbers)
-            self._to_score.put_nowait(work)
+            self._to_score.put_nowait((work.numbers[0], work))
 
-        await self._for_each(self._to_sample.get, sample, "rollout")
+        await self._for_each(self._next_to_sample, sample, "rollout")
 
     async def _score(self) -> None:
         """Consumes sampled works, produces scored ones. Waits for a teacher actor; unblocked by the actors' answers.
 
         A synchronous update is scored in the order of the ledger, in one part for each teacher actor: the same
-        arithmetic whoever was faster. An asynchronous one is scored as it comes, by as many tokens as a pass takes.
+        arithmetic whoever was faster. An asynchronous one is scored as it comes, the oldest first.
         """
 
         async def score(work: Work) -> None:
-            scored = await self.teachers.score(work.ids, work.trajectories)
-            work.scores = scored.references
+            scored = await self.teachers.score(work.ids, work.trajectories, parts=None if self._synchronous else 1)
             self.state.missing_scores += scored.missing
             self.state.busy["teacher"] += scored.busy_seconds
             self.state.ledger.scored(work.numbers)
-            self._to_train.put_nowait(work)
+            for part in work.parts:
+                part.scores = scored.references
+                self._to_train.put_nowait(part)
 
         await self._for_each(self._next_to_score, score, "teacher")
 
@@ -201,9 +225,12 @@ class Campaign:
                 self.state.pending.append(published.record)
                 self.state.guards, findings = judge(self.config.guards, self.state.guards, published.record)
                 act(findings, self.state.guards.rate_scale, self.config, self._tell)
+                await self._cut()
                 await self._checkpoints.save_if_due(self.state, self.learner)
                 self._say("learner", "idle")
+            self._clock.utilisation.blocked("learner", True)
             await self._to_publish.put(published)
+            self._clock.utilisation.blocked("learner", False)
         await self._checkpoints.finish()
         await self._all_published.wait()
 
@@ -214,7 +241,7 @@ class Campaign:
         """
         await self._start()
         self._started.set()
-        self._clock = time.perf_counter()
+        self._clock.start([self.rollout, self.learner, *self.teachers.fleets.values()])
         self._records.event("loop_started", step=self.state.step)
         if self.state.step >= self.config.pipeline.updates:
             self._all_published.set()
@@ -222,6 +249,7 @@ class Campaign:
             published = await self._to_publish.get()
             await self._versions.load(published)
             await self._followers.load(published.averages)
+            await self._slots.lend(min(self._spare_slots, self._sampling.stragglers(published.version)))
             await self._conclude(published.record)
             await self._slots.release(published.trained)
             if published.version == self.config.pipeline.updates:
@@ -233,6 +261,8 @@ class Campaign:
         """Gives every rollout actor the learner's weights, and measures the untrained student and the teacher."""
         self.rollout.prepare = self._versions.give
         await self.rollout.call_each("abort")  # what an earlier loop of this process left under way
+        seats = min(status["seats"] for status in await self.rollout.call_each("status"))
+        self._calls_at_once = seats + seats // 8 + 1  # a few more, so that a seat that falls free is taken at once
         await self._versions.load(await self._versions.publish())
         await self._followers.load(await self._followers.publish())
         if self.state.step == 0 and self._evaluator is not None and not self.state.start:
@@ -253,8 +283,7 @@ class Campaign:
         newest = self._versions.newest
         if due and newest is not None and newest.version == step:  # else killed before, and it is gone
             record |= await self._evaluate(step)
-        if self._started.is_set():
-            self._count_loop_seconds()
+        self._clock.count()
         self._records.metrics(record)
         self.state.pending = [other for other in self.state.pending if other["step"] > step]
         self._progress.update(record, dict(self._doing))
@@ -280,32 +309,55 @@ class Campaign:
         except ExceptionGroup as errors:
             raise errors.exceptions[0] from None
 
+    async def _next_to_sample(self) -> Work:
+        """A trajectory of the oldest group, all of which go to one actor; of a synchronous update, a part."""
+        if not self._group:
+            work = await self._to_sample.get()
+            if self._synchronous:
+                return work
+            await asyncio.sleep(0)  # the calls for the last group begin, and are counted
+            self._group.extend(singles(work, await self.rollout.room(self._calls_at_once)))
+        return self._group.popleft()
+
     async def _next_to_score(self) -> Work:
-        """What the teachers are given next."""
-        works = [await self._to_score.get()]
-        while self._synchronous and sum(map(len, works)) < self._update_size:
-            works.append(await self._to_score.get())
-        if not self._synchronous:
-            await self.teachers.wait_idle(self._update_size)
-            while not self._to_score.empty():
-                works.append(self._to_score.get_nowait())
+        """What a teacher actor is given next: the oldest, up to its share and the tokens of one forward pass."""
+        works = [(await self._to_score.get())[1]]
+        if self._synchronous:
+            while sum(map(len, works)) < self._update_size:
+                works.append((await self._to_score.get())[1])
+            return merge(works)
+        await asyncio.sleep(0)  # the call before begins, and is counted
+        await self.teachers.room(TEACHER_CALLS)
+        share = -(-self._to_score.qsize() // self._teacher_actors)
+        tokens = self._tokens_of(works[0])
+        while len(works) < share and tokens < self._tokens_at_once:
+            works.append((await self._to_score.get())[1])
+            tokens += self._tokens_of(works[-1])
         return merge(works)
 
     async def _next_update(self) -> Work:
         """Scored trajectories for one update, oldest first; those that are too stale are dropped and replaced."""
-        works: list[Work] = []
-        missing = self._update_size
-        while missing:
-            work = self._left_over.pop() if self._left_over else await self._to_train.get()
-            if too_stale(int(work.oldest_versions.min()), self.state.step, self.config.pipeline.max_staleness):
-                self.state.ledger.drop(work.numbers, "stale")
-                await self._slots.release(len(work), replace=True)
-            else:
-                if len(work) > missing:
-                    self._left_over.append(rows_of(work, missing, len(work)))
-                works.append(rows_of(work, 0, missing))
-                missing -= len(works[-1])
-        return merge(works)
+        await self._drop(self._scored.age(self.state.step), "stale")
+        while len(self._scored) < self._update_size:
+            await self._drop(self._scored.add(await self._to_train.get(), self.state.step), "stale")
+        return self._scored.take(self._update_size)
+
+    async def _cut(self) -> None:
+        """Has rollout actors give up what is so slow that it could not be trained any more."""
+        late = self._sampling.cut(self.state.step, self.config.pipeline.max_staleness)
+        for work in late:
+            await self.rollout.tell(work.replica, "abort", work.ids)
+        await self._drop([number for work in late for number in work.numbers], "cut")
+
+    async def _drop(self, numbers: list[int], reason: str) -> None:
+        if numbers:
+            self.state.ledger.drop(numbers, reason)
+            await self._slots.release(len(numbers), replace=True)
+
+    def _tokens_of(self, work: Work) -> int:
+        """Prompts and responses."""
+        prompts = work.ids[:, 1]
+        return int((self._prompts.offsets[prompts + 1] - self._prompts.offsets[prompts] + work.lengths).sum())
 
     async def _evaluate(self, version: int) -> dict[str, Any]:
         if self._evaluator is None:
@@ -326,34 +378,29 @@ class Campaign:
         self._doing[role] = what
         self._progress.doing(self._doing)
 
-    def _count_loop_seconds(self) -> None:
-        now = time.perf_counter()
-        self.state.loop_seconds += now - self._clock
-        self._clock = now
-
     def _id(self, number: int) -> tuple[int, int, int]:
         cursor, sample = divmod(number, self.config.pipeline.samples_per_prompt)
         epoch, prompt = position_to_id(cursor, self.config.seed, len(self._prompts), self.config.prompts.shuffle)
         return epoch, prompt, sample
 
-    def _record(self, work: Work, metrics: dict[str, float], published: Published) -> dict[str, Any]:
-        """The line of metrics.jsonl for the update that was just taken."""
-        staleness = self.state.step - 1 - work.oldest_versions
-        busy = self.state.busy_since_last_step()
+    def _queues(self) -> dict[str, int]:
+        """Trajectories that wait for each stage, and those that rollout actors have."""
         return {
-            "step": self.state.step,
-            "policy_version": published.version,
-            "wall_seconds": self._records.wall_seconds,
-            "trajectories": self.state.ledger.trained,
-            "tokens_generated": self.state.tokens_generated,
-            **metrics,
-            "staleness_mean": float(staleness.mean()),
-            "staleness_max": int(staleness.max()),
-            "dropped": self.state.ledger.dropped.total(),
-            "missing_scores": self.state.missing_scores,
-            "truncated_fraction": float(work.truncated.mean()),
-            "response_length_mean": float(work.lengths.mean()),
-            **{f"busy_{role}": seconds for role, seconds in busy.items()},
-            "publish_seconds": published.seconds,
-            "publish_bytes": published.nbytes,
+            "sample": self._to_sample.qsize() * self.config.pipeline.samples_per_prompt + len(self._group),
+            "sampling": len(self._sampling),
+            "score": self._to_score.qsize(),
+            "train": len(self._scored),
         }
+
+    def _record(self, work: Work, metrics: dict[str, float], published: Published) -> dict[str, Any]:
+        queues = self._queues()
+        self._clock.utilisation.queues(queues)
+        return record_of_update(
+            self.state,
+            work,
+            metrics,
+            published,
+            wall_seconds=self._records.wall_seconds,
+            max_staleness=self.config.pipeline.max_staleness,
+            queues=queues,
+        )

@@ -44,6 +44,9 @@ class PipelineConfig:
     """Trajectories of each prompt: a group."""
     max_staleness: int = number(0, minimum=0)
     """No token is trained on more than this many updates after it was sampled. 0: strictly on-policy, deterministic."""
+    oversample: float = number(0.0, minimum=0, maximum=1)
+    """Issue up to this share of an update's trajectories in place of those that are still being sampled when new weights
+    have come, so that a few very long responses do not hold up the others. Needs max_staleness >= 1."""
 
 
 @dataclass
@@ -367,6 +370,14 @@ def _check_whole(config: CampaignConfig) -> None:
     check_guards(config.guards, metrics, config.checkpoint.every_updates * config.checkpoint.keep_last)
     for name, teacher in config.teachers.items():
         _check_backend(f"teachers.{name}", teacher)
+    if config.pipeline.oversample and not config.pipeline.max_staleness:
+        raise UserError(
+            "pipeline.oversample",
+            config.pipeline.oversample,
+            "0 where max_staleness is 0: who is slow is not repeatable",
+        )
+    if not config.rollout.recompute_kv and config.rollout.on_new_weights == "wait":
+        raise UserError("rollout.recompute_kv", "false", "true where on_new_weights is wait: nothing runs then")
     for role, actors in _roles(config).items():
         for name, amount in actors.resources.items():
             if name in ("CPU", "GPU", "memory", "object_store_memory"):

@@ -92,7 +92,7 @@ class Evaluator:
                     requests(self._prompts, ids[list(part)], self._seed),
                     sample == GREEDY,
                     returns=2,
-                    units=len(part),
+                    units=len(part) * self._max_tokens,
                 )
                 for part in split_evenly(len(ids), len(rollout.replicas))
             )

@@ -1,13 +1,17 @@
-"""Admission: how many trajectories may be under way, so that none is trained too stale. Pure.
+"""Admission and order: how many trajectories may be under way, and which of them an update takes. Pure.
 
 With B trajectories an update and max_staleness K, at most (K + 1) B are charged: from the moment they are issued until
 the rollout actors have loaded the weights that they helped to make. Updates take the oldest first, so a trajectory
-that enters when version v is loaded is trained at the latest by the update after v + K. K = 0 is strictly on-policy:
-the next prompts wait until the new weights are there.
+that is issued when version v is loaded, and is not overtaken, is trained at the latest by the update after v + K.
+K = 0 is strictly on-policy: the next prompts wait until the new weights are there.
 """
 
 import asyncio
+import heapq
 import itertools
+from collections.abc import Sequence
+
+from cluster.work import Work, gather
 
 
 class Slots:
@@ -17,17 +21,26 @@ class Slots:
         """to_issue: trajectories that the campaign still needs, all its remaining updates together."""
         self.capacity = (max_staleness + 1) * trajectories_per_update
         self.charged = 0
+        self.lent = 0
+        """Slots beyond the capacity: those that stragglers hold are lent on (`pipeline.oversample`)."""
         self.to_issue = to_issue
         self._changed = asyncio.Condition()
 
-    async def acquire(self, count: int) -> None:
-        """Waits until `count` more trajectories may be issued, and charges them; for ever, once no more are needed."""
+    def has_room(self, count: int) -> bool:
+        """Whether `acquire` would return at once."""
+        return self.to_issue > 0 and self.charged + min(count, self.to_issue) <= self.capacity + self.lent
+
+    async def acquire(self, count: int) -> int:
+        """Waits until `count` more trajectories may be issued, or the fewer that are still needed; charges them, and
+        says how many. Waits for ever, once no more are needed."""
         if count > self.capacity:
             raise ValueError(f"{count} slots asked of {self.capacity}")
         async with self._changed:
-            await self._changed.wait_for(lambda: self.charged + count <= self.capacity and count <= self.to_issue)
+            await self._changed.wait_for(lambda: self.has_room(count))
+            count = min(count, self.to_issue)
             self.charged += count
             self.to_issue -= count
+            return count
 
     async def release(self, count: int, *, replace: bool = False) -> None:
         """`count` trajectories were trained and their weights loaded, or were dropped, and others must replace them."""
@@ -37,10 +50,101 @@ class Slots:
             assert self.charged >= 0, "more slots released than charged"
             self._changed.notify_all()
 
+    async def lend(self, count: int) -> None:
+        """From now on `count` slots more than the capacity may be charged."""
+        async with self._changed:
+            self.lent = count
+            self._changed.notify_all()
+
+
+class Sampling:
+    """Works that rollout actors have, since which version, and how long responses are."""
+
+    def __init__(self) -> None:
+        self._begun: dict[Work, int] = {}
+        self._responses = self._tokens = 0
+
+    def __len__(self) -> int:
+        return sum(map(len, self._begun))
+
+    def begin(self, work: Work, version: int) -> None:
+        """An actor with the weights of `version` has got it."""
+        self._begun[work] = version
+
+    def end(self, work: Work) -> bool:
+        """An actor has answered; whether anybody still wants it."""
+        return self._begun.pop(work, None) is not None
+
+    def count(self, work: Work) -> None:
+        """Takes in the lengths of the responses."""
+        self._responses += len(work)
+        self._tokens += int(work.lengths.sum())
+
+    def expected_tokens(self, prompt_tokens: int, responses: int) -> int:
+        """Of prompts and of responses that are as long as those before: what rollout actors are balanced by."""
+        return prompt_tokens + (responses * self._tokens // self._responses if self._responses else responses)
+
+    def stragglers(self, version: int) -> int:
+        """Trajectories that were begun before `version`."""
+        return sum(len(work) for work, begun in self._begun.items() if begun < version)
+
+    def cut(self, learner_version: int, max_staleness: int) -> list[Work]:
+        """Those that could not be trained any more, if they ended now. They are forgotten."""
+        late = [work for work, begun in self._begun.items() if too_stale(begun, learner_version, max_staleness)]
+        for work in late:
+            del self._begun[work]
+        return late
+
+
+class Scored:
+    """Scored trajectories that wait for the learner, each by itself: oldest first, whoever brought it."""
+
+    def __init__(self, max_staleness: int):
+        self._max_staleness = max_staleness
+        self._oldest: list[tuple[int, Work, int]] = []
+        """Heap of (number in the ledger, the work that holds it, its row there)."""
+
+    def __len__(self) -> int:
+        return len(self._oldest)
+
+    def add(self, work: Work, learner_version: int) -> list[int]:
+        """Takes in every trajectory of a work whose oldest token may still be trained; the numbers of the others."""
+        stale = []
+        for row, number in enumerate(work.numbers):
+            if too_stale(int(work.oldest_versions[row]), learner_version, self._max_staleness):
+                stale.append(number)
+            else:
+                heapq.heappush(self._oldest, (number, work, row))
+        return stale
+
+    def age(self, learner_version: int) -> list[int]:
+        """The learner has taken a step: gives up those that may not be trained any more, and names their numbers."""
+        entries, self._oldest = self._oldest, []
+        stale = []
+        for number, work, row in entries:
+            if too_stale(int(work.oldest_versions[row]), learner_version, self._max_staleness):
+                stale.append(number)
+            else:
+                self._oldest.append((number, work, row))
+        heapq.heapify(self._oldest)
+        return stale
+
+    def take(self, count: int) -> Work:
+        """The `count` oldest, as one work in the order of the ledger."""
+        return gather([heapq.heappop(self._oldest)[1:] for _ in range(count)])
+
 
 def too_stale(oldest_version: int, learner_version: int, max_staleness: int) -> bool:
     """Whether training now, with the learner at `learner_version`, would break the bound for this token."""
     return learner_version - oldest_version > max_staleness
+
+
+def staleness_histogram(staleness: Sequence[int], max_staleness: int) -> list[int]:
+    """Trajectories at each staleness of their oldest token, from 0 to the bound."""
+    counts = [0] * (max_staleness + 1)
+    for value in staleness:
+        counts[value] += 1
+    return counts
 
 
 def split_evenly(count: int, parts: int) -> list[range]:

@@ -8,7 +8,7 @@ before it gets work. What a role *returns* is owned by the campaign process and 
 import asyncio
 import re
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ import ray
 from ray.exceptions import RayActorError, RayTaskError
 
 from actors.errors import CampaignError, LearnerLostError, UserError
+from cluster.utilisation import Utilisation
 
 OnEvent = Callable[..., None]
 """Called with the kind of event and its fields."""
@@ -41,6 +42,8 @@ class Replica:
     handle: Any = None
     under_way: int = 0
     """Units of work that it has been given and not answered."""
+    calls: int = 0
+    """Calls, likewise."""
     restarts: int = 0
     alive: bool = False
 
@@ -74,26 +77,40 @@ class Fleet:
         self._tasks: set[asyncio.Task] = set()
         self.prepare: Callable[[Any], Awaitable[None]] | None = None
         """Run on each new actor's handle before it gets work: gives it the current weights."""
+        self.utilisation: Utilisation | None = None
+        """Is told when calls begin and end."""
 
     async def start(self) -> None:
         """Starts every replica and waits until all can work. UserError where the input is why one cannot."""
         await asyncio.gather(*(self._start(replica) for replica in self.replicas))
 
-    async def call(self, method: str, *arguments: Any, returns: int = 1, units: int = 1, **keywords: Any) -> Any:
-        """Calls a method of the least busy replica, again on another one as long as actors die under it.
+    async def call(
+        self,
+        method: str,
+        *arguments: Any,
+        returns: int = 1,
+        units: int = 1,
+        at: Replica | None = None,
+        **keywords: Any,
+    ) -> Any:
+        """Calls a method of the least busy replica, or of `at`; again on another one as long as actors die under it.
 
         With `returns` of 2 or more, the result is the first value and the references of the others, not fetched.
         """
         while True:
-            replica = await self._least_busy()
+            replica = at if at is not None and at.alive else await self._least_busy()
             replica.under_way += units
+            replica.calls += 1
             handle = replica.handle
+            self._tell("began", replica, method)
             try:
                 return await _invoke(handle, method, arguments, returns, keywords)
             except RayActorError as error:
                 await self._lost(replica, handle, error)
             finally:
+                self._tell("ended", replica, method)
                 replica.under_way -= units
+                replica.calls -= 1
                 async with self._changed:
                     self._changed.notify_all()
 
@@ -101,27 +118,41 @@ class Fleet:
         """Calls a method of every living replica; one that dies meanwhile is replaced and left out of the answers."""
 
         async def one(replica: Replica) -> list[Any]:
-            handle = replica.handle
+            handle, answer = replica.handle, None
+            self._tell("began", replica, method)
             try:
-                return [await _invoke(handle, method, arguments, 1)]
+                answer = await _invoke(handle, method, arguments, 1)
+                return [answer]
             except RayActorError as error:
                 await self._lost(replica, handle, error)
                 return []
+            finally:
+                self._tell("ended", replica, method, answer)
 
         answers = await asyncio.gather(*(one(replica) for replica in self.replicas if replica.alive))
         return [value for answer in answers for value in answer]
 
-    async def wait_idle(self, limit: int) -> None:
-        """Waits until some replica has fewer than `limit` units under way."""
+    async def tell(self, replica: Replica, method: str, *arguments: Any) -> None:
+        """Calls a method of this replica, unless it has died."""
+        if replica.alive:
+            with suppress(RayActorError):  # whoever waits for its work will notice
+                await _invoke(replica.handle, method, arguments, 1)
+
+    async def room(self, calls: int) -> Replica:
+        """The least busy replica with fewer than `calls` calls under way; waits until there is one."""
         async with self._changed:
-            await self._changed.wait_for(
-                lambda: self._failure or any(r.alive and r.under_way < limit for r in self.replicas)
-            )
+            while True:
+                if self._failure:
+                    raise self._failure
+                if free := [replica for replica in self.replicas if replica.alive and replica.calls < calls]:
+                    return min(free, key=_load)
+                await self._changed.wait()
 
     async def stream(self, method: str, *arguments: Any) -> list[Any]:
         """Calls a generator method of the only replica: the references of all that it yields, in order."""
         [replica] = self.replicas
         handle = replica.handle
+        self._tell("began", replica, method)
         try:
             with _errors_of(method):
                 yielded = getattr(handle, method).options(num_returns="streaming").remote(*arguments)
@@ -131,6 +162,8 @@ class Fleet:
         except RayActorError as error:
             await self._lost(replica, handle, error)
             raise
+        finally:
+            self._tell("ended", replica, method)
 
     def close(self) -> None:
         """Ends all actors at once."""
@@ -164,6 +197,7 @@ class Fleet:
         except RayActorError as error:
             raise _start_failure(replica.name, error) from error
         replica.alive = True
+        self._tell("ended", replica, "away")
         self._on_event("actor_started", actor=replica.name)
         async with self._changed:
             self._changed.notify_all()
@@ -173,12 +207,17 @@ class Fleet:
             await self._changed.wait_for(lambda: self._failure or any(r.alive for r in self.replicas))
         if self._failure:
             raise self._failure
-        return min((r for r in self.replicas if r.alive), key=lambda r: r.under_way)
+        return min((r for r in self.replicas if r.alive), key=_load)
+
+    def _tell(self, what: str, replica: Replica, method: str, *answer: Any) -> None:
+        if self.utilisation is not None:
+            getattr(self.utilisation, what)(replica.name, self.role, method, *answer)
 
     async def _lost(self, replica: Replica, handle: Any, error: RayActorError) -> None:
         if replica.handle is not handle or not replica.alive:
             return  # another call has noticed before
         replica.alive = False
+        self._tell("began", replica, "away")
         self._on_event("actor_died", actor=replica.name, cause=_cause(error))
         ray.kill(handle)
         if self._max_restarts is None:
@@ -209,6 +248,10 @@ class Fleet:
             self._failure = error
             async with self._changed:
                 self._changed.notify_all()
+
+
+def _load(replica: Replica) -> int:
+    return replica.under_way
 
 
 class _DiedAtStartError(CampaignError):

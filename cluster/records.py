@@ -36,7 +36,9 @@ METRIC_KEYS = (
     "learning_rate",
     "staleness_mean",
     "staleness_max",
+    "staleness_histogram",
     "dropped",
+    "dropped_share",
     "truncated_fraction",
     "response_length_mean",
     "engine_logprob_abs_diff",
@@ -66,6 +68,7 @@ SUMMARY_KEYS = (
     "wall_seconds",
     "busy",
     "wall_over_slowest_stage",
+    "utilisation",
     "faults",
     "ledger",
 )

@@ -34,6 +34,7 @@ from cluster.state import CampaignState, load_state
 from cluster.status import keep_status
 from cluster.teachers import Teachers
 from cluster.trackers import Trackers, make_trackers
+from cluster.utilisation import by_role
 from learner.learner import Learner
 
 OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
@@ -271,6 +272,7 @@ def summarise(config: CampaignConfig, state: CampaignState, wall_seconds: float)
         "busy": state.busy,
         "loop_seconds": state.loop_seconds,
         "wall_over_slowest_stage": state.loop_seconds / slowest if slowest else None,
+        "utilisation": {"roles": by_role(state.actor_seconds), "actors": state.actor_seconds},
         "faults": state.faults,
         "ledger": state.ledger.counts(),
         "dropped_because": dict(state.ledger.dropped),

@@ -38,6 +38,8 @@ class CampaignState:
     loop_seconds: float = 0.0
     """Wall-clock seconds of the loop: from the first trajectory issued, without start-up."""
     guards: GuardState = field(default_factory=GuardState)
+    actor_seconds: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Where these seconds went: actor -> state -> seconds (cluster/utilisation.py)."""
     faults: int = 0
     """Actors that died, over all runs of the campaign."""
     _busy_before: dict[str, float] = field(default_factory=lambda: dict.fromkeys(ROLES, 0.0))
@@ -61,6 +63,7 @@ class CampaignState:
             "missing_scores": self.missing_scores,
             "loop_seconds": self.loop_seconds,
             "guards": self.guards.to_json(),
+            "actor_seconds": self.actor_seconds,
             "faults": self.faults,
         }
 
@@ -78,6 +81,7 @@ class CampaignState:
             missing_scores=content["missing_scores"],
             loop_seconds=content["loop_seconds"],
             guards=GuardState.from_json(content.get("guards", {})),
+            actor_seconds=content.get("actor_seconds", {}),
             faults=content["faults"],
             _busy_before=dict(content["busy"]),
         )

@@ -68,16 +68,16 @@ class Teachers:
         self.fleets = fleets
         self._lessons = lessons
 
-    async def score(self, ids: np.ndarray, trajectories: Sequence[Any]) -> Scored:
+    async def score(self, ids: np.ndarray, trajectories: Sequence[Any], *, parts: int | None = None) -> Scored:
         """Has the trajectories with these ids [B, 3], held by the references, scored by their teachers.
 
-        Each teacher takes its share in the order of `ids`, in one part for each of its actors: who scores what, and in
-        which company, is a function of `ids` alone.
+        Each teacher takes its share in the order of `ids`, in so many parts, or one for each of its actors: who scores
+        what, and in which company, is a function of `ids` alone.
         """
         calls = []
         for name, fleet in self.fleets.items():
             mine = [row for row in range(len(ids)) if name in self._lessons.routes[ids[row, 1]]]
-            for part in split_evenly(len(mine), len(fleet.replicas)) if mine else []:
+            for part in split_evenly(len(mine), parts or len(fleet.replicas)) if mine else []:
                 calls.append(self._call(name, ids[mine[part.start : part.stop]], trajectories))
         answers = await asyncio.gather(*calls)
         return Scored(
@@ -86,9 +86,10 @@ class Teachers:
             sum(counts.busy_seconds for counts, _ in answers),
         )
 
-    async def wait_idle(self, limit: int) -> None:
-        """Waits until some actor of every teacher has fewer than `limit` trajectories to score."""
-        await asyncio.gather(*(fleet.wait_idle(limit) for fleet in self.fleets.values()))
+    async def room(self, calls: int) -> None:
+        """Waits until some actor of every teacher has fewer than `calls` calls under way."""
+        for fleet in self.fleets.values():
+            await fleet.room(calls)
 
     async def compare_replicas(self) -> None:
         """CampaignError where actors of one teacher do not agree about the probe of their self-test."""

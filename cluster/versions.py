@@ -37,6 +37,12 @@ class Versions:
         """The version that the rollout actors hold, or are about to."""
         self._learner, self._rollout = learner, rollout
 
+    @property
+    def version(self) -> int:
+        """Of the newest."""
+        assert self.newest is not None
+        return self.newest.version
+
     async def publish(self) -> Published:
         """Has the learner lay out its weights; the campaign owns the buckets."""
         start = time.perf_counter()

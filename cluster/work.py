@@ -1,12 +1,13 @@
 """What passes between the stages of the loop: numbers, ids, counts, and references to the arrays. Pure."""
 
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 
-@dataclass
+@dataclass(eq=False)
 class Work:
     """Trajectories that travel together; arrays are references."""
 
@@ -24,35 +25,46 @@ class Work:
     """[B] version of each one's oldest token."""
     truncated: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
     """[B] whether it was cut at the length limit."""
+    replica: Any = None
+    """Where a group is sampled, so that its trajectories share the cached prefix."""
+    parts: "Sequence[Work]" = ()
+    """The works that this one was merged of."""
 
     def __len__(self) -> int:
         return len(self.numbers)
 
 
-def merge(works: list[Work]) -> Work:
+def merge(works: Sequence[Work]) -> Work:
     """One work of all, in the order of the ledger: what is computed from it does not depend on who was faster."""
     numbers = np.concatenate([work.numbers for work in works])
     order = np.argsort(numbers, kind="stable")
     return Work(
         numbers=numbers[order].tolist(),
         ids=np.concatenate([work.ids for work in works])[order],
-        # A reference may be shared by several works; each is passed on once.
-        trajectories=list(dict.fromkeys(reference for work in works for reference in work.trajectories)),
-        scores=list(dict.fromkeys(reference for work in works for reference in work.scores)),
+        trajectories=_each_once(reference for work in works for reference in work.trajectories),
         lengths=np.concatenate([work.lengths for work in works])[order],
-        oldest_versions=np.concatenate([work.oldest_versions for work in works])[order],
-        truncated=np.concatenate([work.truncated for work in works])[order],
+        parts=works,
     )
 
 
-def rows_of(work: Work, start: int, stop: int) -> Work:
-    """Some consecutive trajectories of a work; it refers to the same arrays."""
-    rows = slice(start, stop)
-    return replace(
-        work,
-        numbers=work.numbers[rows],
-        ids=work.ids[rows],
-        lengths=work.lengths[rows],
-        oldest_versions=work.oldest_versions[rows],
-        truncated=work.truncated[rows],
+def gather(rows: Sequence[tuple[Work, int]]) -> Work:
+    """Single trajectories, each the row of a scored work that holds it and perhaps others, in this order."""
+    works = _each_once(work for work, _ in rows)
+    return Work(
+        numbers=[work.numbers[row] for work, row in rows],
+        ids=np.array([work.ids[row] for work, row in rows], np.int64).reshape(-1, 3),
+        trajectories=_each_once(reference for work in works for reference in work.trajectories),
+        scores=_each_once(reference for work in works for reference in work.scores),
+        lengths=np.array([work.lengths[row] for work, row in rows]),
+        oldest_versions=np.array([work.oldest_versions[row] for work, row in rows]),
+        truncated=np.array([work.truncated[row] for work, row in rows]),
     )
+
+
+def singles(work: Work, replica: Any) -> list[Work]:
+    """Each trajectory of a group by itself, all for the same actor."""
+    return [Work([number], work.ids[row : row + 1], replica=replica) for row, number in enumerate(work.numbers)]
+
+
+def _each_once(things: Iterable[Any]) -> list[Any]:
+    return list(dict.fromkeys(things))

@@ -66,18 +66,27 @@ class World:
 
 class FakeFleet:
     def __init__(self, world: World, replicas: int):
-        self.world, self.replicas = world, [SimpleNamespace(version=0) for _ in range(replicas)]
+        self.world, self.replicas = (
+            world,
+            [SimpleNamespace(name=f"{type(self).__name__}-{i}", version=0) for i in range(replicas)],
+        )
+        self.role = type(self).__name__
         self.restarts = 0
         self.prepare: Any = None
 
-    async def wait_idle(self, limit: int) -> None:
-        await self.world.work("wait_idle")
+    async def room(self, calls: int) -> Any:
+        return self.world.draw.choice(self.replicas)
 
 
 class FakeRollout(FakeFleet):
-    async def call(self, method: str, requests: Any, *, returns: int, units: int) -> tuple[RolloutCounts, Reference]:
-        assert (method, returns, units) == ("generate", 2, len(requests.ids))
-        replica = self.world.draw.choice(self.replicas)
+    seats = 100
+
+    async def call(
+        self, method: str, requests: Any, *, returns: int, units: int, at: Any = None
+    ) -> tuple[RolloutCounts, Reference]:
+        assert (method, returns) == ("generate", 2) and units >= len(requests.ids)
+        replica = at or self.world.draw.choice(self.replicas)
+        units = len(requests.ids)
         self.world.under_way += units
         self.world.most_under_way = max(self.world.under_way, self.world.most_under_way)
         version = replica.version
@@ -91,6 +100,8 @@ class FakeRollout(FakeFleet):
     async def call_each(self, method: str, *arguments: Reference) -> list[Any]:
         if method == "abort":
             return []
+        if method == "status":
+            return [{"seats": self.seats} for _ in self.replicas]
         assert method == "load_weights"
         manifest, *buckets = arguments
         assert [bucket.value for bucket in buckets] == ["bucket 0", "bucket 1"]

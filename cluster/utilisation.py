@@ -1,0 +1,199 @@
+"""Where the seconds of each actor go, and a trace of it for chrome://tracing or ui.perfetto.dev. Pure but for the clock.
+
+The fleets say when a call to an actor begins and ends. Between these an actor is in one state, so that the seconds of
+all states add up to the wall clock:
+
+    busy      at least one call to generate, score, update or save is under way
+    loading   its weights are replaced (rollout), or laid out to be published (learner)
+    blocked   nothing to do because the stages after it have not caught up
+    waiting   nothing to do because the stages before it have not caught up
+    away      it has died, and its replacement is starting
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+STATES = ("busy", "loading", "blocked", "waiting", "away")
+TRACE_FILE = "trace.json"
+MAX_SLICES = 40_000
+"""Of a trace; where there are more, those of an actor that lie next to each other are told as one."""
+
+LOADS = {"publish": "loading", "away": "away"}
+"""Methods whose calls are not work, and the state they put an actor in."""
+IGNORED = frozenset({"status", "abort", "saved", "load_weights"})
+"""Calls that take no time. While weights travel an actor works on; `load_weights` answers how long it stood still."""
+
+
+@dataclass
+class _Track:
+    """One actor."""
+
+    role: str
+    since: float
+    """When the present state began."""
+    blocked_before: float
+    """The role's blocked seconds by then."""
+    under_way: dict[str, int] = field(default_factory=dict)
+    """Method -> calls."""
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STATES, 0.0))
+
+    @property
+    def doing(self) -> str:
+        """The method that decides the state; "" where there is nothing to do."""
+        return max(self.under_way, key=lambda method: LOADS.get(method) is not None, default="")
+
+
+class Utilisation:
+    """Tracks of all actors, from the moment it is made."""
+
+    def __init__(self, actors: Mapping[str, str], clock: Callable[[], float] = time.perf_counter):
+        """actors: name -> role."""
+        self._clock, self._start = clock, clock()
+        self._blocked: dict[str, tuple[float, float | None]] = {}
+        """Role -> seconds that it has been blocked, and since when it is now (None: it is not)."""
+        self._tracks = {name: _Track(role, self._start, 0.0) for name, role in actors.items()}
+        self._slices: list[tuple[str, str, float, float]] = []
+        """(actor, what, start, end) of all that was not idleness."""
+        self._finest = 1e-4
+        """Gaps of fewer seconds are not shown once there are too many slices."""
+        self._counters: list[tuple[float, dict[str, int]]] = []
+
+    def began(self, actor: str, role: str, method: str) -> None:
+        """A call to an actor is under way."""
+        if method not in IGNORED:
+            track = self._track(actor, role)
+            if method not in track.under_way:
+                self._pass_time(actor, track, self._clock())
+            track.under_way[method] = track.under_way.get(method, 0) + 1
+
+    def ended(self, actor: str, role: str, method: str, answer: Any = None) -> None:
+        """A call has ended; `load_weights` answers the seconds that the engine stood still, which lie just behind."""
+        track = self._track(actor, role)
+        if method == "load_weights" and isinstance(answer, float):
+            self._stood_still(actor, track, answer)
+        elif method in track.under_way:
+            if track.under_way[method] == 1:
+                self._pass_time(actor, track, self._clock())
+                del track.under_way[method]
+            else:
+                track.under_way[method] -= 1
+
+    def blocked(self, role: str, is_blocked: bool) -> None:
+        """Whether actors of this role that have nothing to do wait for the stages after them, not for those before."""
+        seconds, since = self._blocked.get(role, (0.0, None))
+        if is_blocked != (since is not None):
+            now = self._clock()
+            self._blocked[role] = (seconds, now) if since is None else (seconds + now - since, None)
+
+    def queues(self, depths: dict[str, int]) -> None:
+        """How much waits at each stage, now: a counter of the trace."""
+        self._counters.append((self._clock(), depths))
+        if len(self._counters) > MAX_SLICES // 10:
+            self._counters = self._counters[::2]
+
+    def seconds(self) -> dict[str, dict[str, float]]:
+        """Actor -> state -> seconds so far; they add up to the time since this was made."""
+        now = self._clock()
+        for name, track in self._tracks.items():
+            self._pass_time(name, track, now)
+        return {name: dict(track.seconds) for name, track in self._tracks.items()}
+
+    def write_trace(self, path: Path) -> None:
+        """Trace events in JSON, one track for each actor; times are microseconds since this was made."""
+        self.seconds()
+        numbers = {name: number for number, name in enumerate(self._tracks, 1)}
+        events: list[dict[str, Any]] = [
+            {"ph": "M", "name": "thread_name", "pid": 1, "tid": number, "args": {"name": name}}
+            for name, number in numbers.items()
+        ]
+        events += [
+            {"ph": "X", "name": what, "cat": LOADS.get(what, "busy"), "pid": 1, "tid": numbers[actor]}
+            | {"ts": self._microseconds(start), "dur": self._microseconds(end) - self._microseconds(start)}
+            for actor, what, start, end in self._slices
+        ]
+        events += [
+            {"ph": "C", "name": "queues", "pid": 1, "ts": self._microseconds(when), "args": depths}
+            for when, depths in self._counters
+        ]
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}), "utf-8")
+        temporary.replace(path)
+
+    def _microseconds(self, when: float) -> int:
+        return round((when - self._start) * 1e6)
+
+    def _track(self, actor: str, role: str) -> _Track:
+        if actor not in self._tracks:  # a fleet that has grown
+            now = self._clock()
+            self._tracks[actor] = _Track(role, now, self._blocked_until(role, now))
+        return self._tracks[actor]
+
+    def _pass_time(self, actor: str, track: _Track, now: float, state: str = "", what: str = "") -> None:
+        """The present state ends now (or is found to have been another), and the next begins."""
+        blocked, what = self._blocked_until(track.role, now), what or track.doing
+        if what:
+            track.seconds[state or LOADS.get(what, "busy")] += now - track.since
+            self._add_slice((actor, what, track.since, now))
+        else:
+            while_blocked = min(max(blocked - track.blocked_before, 0.0), now - track.since)
+            track.seconds["blocked"] += while_blocked
+            track.seconds["waiting"] += now - track.since - while_blocked
+        track.since, track.blocked_before = now, blocked
+
+    def _stood_still(self, actor: str, track: _Track, seconds: float) -> None:
+        now = self._clock()
+        self._pass_time(actor, track, max(now - seconds, track.since))
+        self._pass_time(actor, track, now, "loading", "load_weights")
+
+    def _blocked_until(self, role: str, now: float) -> float:
+        seconds, since = self._blocked.get(role, (0.0, None))
+        return seconds if since is None else seconds + max(now - since, 0.0)
+
+    def _add_slice(self, new: tuple[str, str, float, float]) -> None:
+        if new[3] > new[2]:
+            self._slices.append(new)
+        if len(self._slices) > MAX_SLICES:
+            while len(self._slices) > MAX_SLICES // 2:
+                self._slices = _joined(self._slices, self._finest)
+                self._finest *= 2
+
+
+def _joined(slices: Iterable[tuple[str, str, float, float]], gap: float) -> list[tuple[str, str, float, float]]:
+    """Neighbours of one actor that do the same, with less than `gap` between them, as one slice."""
+    last: dict[str, int] = {}
+    found: list[tuple[str, str, float, float]] = []
+    for actor, what, start, end in slices:
+        if actor in last:
+            _, before, began, ended = found[last[actor]]
+            if before == what and start - ended < gap:
+                found[last[actor]] = (actor, what, began, end)
+                continue
+        last[actor] = len(found)
+        found.append((actor, what, start, end))
+    return found
+
+
+def add_up(*parts: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    """Seconds by actor and state, over several runs of one campaign."""
+    total: dict[str, dict[str, float]] = {}
+    for part in parts:
+        for actor, states in part.items():
+            into = total.setdefault(actor, dict.fromkeys(STATES, 0.0))
+            for state, seconds in states.items():
+                into[state] += seconds
+    return total
+
+
+def by_role(actors: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    """Role -> state -> seconds of its mean actor. The teachers are one role, whatever their names."""
+    found: dict[str, list[Mapping[str, float]]] = {}
+    for actor, states in actors.items():
+        found.setdefault(actor.partition("-")[0].partition(".")[0], []).append(states)
+    return {
+        role: {state: sum(own[state] for own in several) / len(several) for state in STATES}
+        for role, several in found.items()
+    }
