@@ -55,7 +55,7 @@ class LocalFleet:
         self._make = lambda: actor_class(*arguments, **keywords)
         self._on_event = on_event
         self.replicas = [
-            SimpleNamespace(name=f"{role}-{i}", alive=False, under_way=0, restarts=0) for i in range(replicas)
+            SimpleNamespace(name=f"{role}-{i}", alive=False, under_way=0, calls=0, restarts=0) for i in range(replicas)
         ]
 
     async def start(self) -> None:
@@ -69,13 +69,17 @@ class LocalFleet:
             result = await asyncio.to_thread(getattr(replica.actor, method), *values, **keywords)
             return list(result) if inspect.isgenerator(result) else result
 
-    async def call(self, method: str, *arguments: Any, returns: int = 1, units: int = 1, **keywords: Any) -> Any:
-        replica = min(self.replicas, key=lambda r: r.under_way)
+    async def call(
+        self, method: str, *arguments: Any, returns: int = 1, units: int = 1, at: Any = None, **keywords: Any
+    ) -> Any:
+        replica = at or min(self.replicas, key=lambda r: r.under_way)
         replica.under_way += units
+        replica.calls += 1
         try:
             result = await self._on(replica, method, arguments, keywords)
         finally:
             replica.under_way -= units
+            replica.calls -= 1
         return result if returns == 1 else (result[0], *map(Reference, result[1:]))
 
     async def call_each(self, method: str, *arguments: Any) -> list[Any]:
@@ -84,9 +88,10 @@ class LocalFleet:
     async def stream(self, method: str, *arguments: Any) -> list[Reference]:
         return [Reference(value) for value in await self._on(self.replicas[0], method, arguments, {})]
 
-    async def wait_idle(self, limit: int) -> None:
-        while all(replica.under_way >= limit for replica in self.replicas):
+    async def room(self, calls: int) -> Any:
+        while all(replica.calls >= calls for replica in self.replicas):
             await asyncio.sleep(0.001)
+        return min(self.replicas, key=lambda replica: (replica.calls >= calls, replica.under_way))
 
     def close(self) -> None:
         pass
@@ -137,7 +142,7 @@ class LightRollout:
     def abort(self) -> None: ...
 
     def status(self) -> dict[str, int]:
-        return {"policy_version": self._version}
+        return {"policy_version": self._version, "seats": 4}
 
 
 def make_folder(folder: Path) -> Path:
@@ -221,7 +226,7 @@ def run_with_kills(config_file: Path, kills: int, longest: float, draw: random.R
     return kills
 
 
-OF_TIME = re.compile(r"wall_seconds|busy.*|publish_seconds|loop_seconds|faults")
+OF_TIME = re.compile(r"wall_seconds|busy.*|publish_seconds|loop_seconds|actor_seconds|faults")
 
 
 def fingerprint(run_dir: Path) -> dict[str, str]:

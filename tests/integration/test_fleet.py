@@ -124,19 +124,23 @@ def test_a_call_goes_to_the_least_busy_replica() -> None:
     with_fleet(body, replicas=2)
 
 
-def test_wait_idle_returns_when_a_replica_has_room() -> None:
+def test_room_is_at_the_least_busy_replica_that_takes_another_call_and_a_call_can_be_sent_there() -> None:
     async def body(fleet: Fleet, _: Any) -> None:
-        await asyncio.wait_for(fleet.wait_idle(1), 1)
-        work = asyncio.create_task(fleet.call("process", 0.5, units=8))
-        await until(lambda: fleet.replicas[0].under_way == 8)
-        start = time.monotonic()
-        await fleet.wait_idle(9)
-        assert time.monotonic() - start < 0.2
-        await fleet.wait_idle(8)
-        assert work.done() or fleet.replicas[0].under_way == 0
-        await work
+        first, second = fleet.replicas
+        works = [asyncio.create_task(fleet.call("process", 0.5, units=9, at=first))]
+        works += [asyncio.create_task(fleet.call("process", 0.5, units=1, at=second)) for _ in range(2)]
+        await asyncio.sleep(0)
+        assert (first.calls, first.under_way, second.calls, second.under_way) == (1, 9, 2, 2)
+        assert await fleet.room(2) is first
+        assert await fleet.room(3) is second
+        waiting = asyncio.create_task(fleet.room(1))
+        await asyncio.sleep(0.1)
+        assert not waiting.done()
+        assert await asyncio.wait_for(waiting, 3) is first and works[0].done()
+        answers = await asyncio.gather(*works)
+        assert answers[0] != answers[1] == answers[2]
 
-    with_fleet(body)
+    with_fleet(body, replicas=2)
 
 
 def test_a_call_returns_its_first_value_and_references_of_the_others() -> None:
@@ -282,7 +286,8 @@ def test_a_spent_restart_budget_ends_every_call_with_the_actors_name() -> None:
             await call
         with pytest.raises(CampaignError, match="worker-0 died"):
             await fleet.call("process")
-        await asyncio.wait_for(fleet.wait_idle(1), 1)
+        with pytest.raises(CampaignError, match="worker-0 died"):
+            await asyncio.wait_for(fleet.room(1), 1)
 
     with_fleet(body, max_restarts=1)
 
