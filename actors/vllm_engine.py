@@ -10,10 +10,11 @@ import queue
 import tempfile
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -24,8 +25,16 @@ from actors.vllm_build import build_llm, importing_vllm
 from actors.weights import WeightVersion, verify
 
 T = TypeVar("T")
-_Command = tuple[Callable[[], Any], Future, bool]
-"""What to do between two steps, whose result it is, and whether nothing may run then."""
+
+
+class _Command(NamedTuple):
+    """What to do between two engine steps."""
+
+    do: Callable[[], Any]
+    future: Future
+    """Of what that returns."""
+    turn: Literal["next", "idle", "any"]
+    """In the order of arrival; then, and once no request runs; or, while such a one waits, before it."""
 
 
 class _Call:
@@ -113,8 +122,8 @@ class VllmEngine:
         """Replaces all weights between two steps; the future's result is the seconds that the engine stood still.
 
         Requests that run go on with the new ones, or, with `on_new_weights: wait`, end before, while those that come
-        later wait. The bytes are verified, and names, shapes and dtypes compared with the previous version's, before anything is
-        touched: vLLM cannot take back an update that fails halfway, so such an engine refuses all further work.
+        later wait. The bytes are verified, and names, shapes and dtypes compared with the previous version's, before
+        anything is touched: vLLM cannot take back an update that fails halfway, so such an engine refuses all further work.
         """
 
         def load() -> float:
@@ -131,7 +140,7 @@ class VllmEngine:
             self._layout, self.version = layout, manifest.version
             return time.perf_counter() - start
 
-        return self._submit(load, when_idle=self._wait_for_running)
+        return self._submit(load, "idle" if self._wait_for_running else "next")
 
     def abort(self, ids: np.ndarray | None = None) -> Future:
         """Gives up all requests, or those for these ids [B, 3]: their calls fail with AbortedError."""
@@ -146,7 +155,7 @@ class VllmEngine:
                 call, _ = self._waiting.pop(name)
                 call.fail(AbortedError("aborted"))
 
-        return self._submit(abort)
+        return self._submit(abort, "any")
 
     def close(self) -> None:
         """Ends the thread; what is still being generated is lost."""
@@ -189,35 +198,39 @@ class VllmEngine:
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
 
-    def _submit(self, command: Callable[[], T], *, when_idle: bool = False) -> Future:
+    def _submit(self, do: Callable[[], T], turn: Literal["next", "idle", "any"] = "next") -> Future:
         future: Future = Future()
-        self._commands.put((command, future, when_idle))
+        self._commands.put(_Command(do, future, turn))
         return future
 
     def _run(self) -> None:
-        held: _Command | None = None
+        arrived: deque[_Command | None] = deque()
         while True:
-            if held is not None and self._waiting:  # weights that wait for what runs; whatever came later waits too
-                self._step()
-                continue
-            try:
-                item = held or self._commands.get(block=not self._waiting)
-            except queue.Empty:
-                self._step()
-                continue
-            if item is None:
+            while not self._commands.empty() or not (self._waiting or arrived):
+                arrived.append(self._commands.get())
+            if None in arrived:
                 return
-            held = item if item[2] and self._waiting else None
-            if held is not None:
-                continue
-            command, future, _ = item
-            if self._failure is not None:
-                future.set_exception(EngineError(f"the vLLM engine has failed: {self._failure!r}"))
-                continue
-            try:
-                future.set_result(command())
-            except Exception as error:  # becomes the caller's
-                future.set_exception(error)
+            command = self._take(arrived)
+            if command is None:
+                self._step()
+            elif self._failure is not None:
+                command.future.set_exception(EngineError(f"the vLLM engine has failed: {self._failure!r}"))
+            else:
+                try:
+                    command.future.set_result(command.do())
+                except Exception as error:  # becomes the caller's
+                    command.future.set_exception(error)
+
+    def _take(self, arrived: "deque[_Command | None]") -> _Command | None:
+        """The command whose turn it is; None where the next is a step of the engine."""
+        if not arrived:
+            return None
+        if self._waiting and arrived[0] is not None and arrived[0].turn == "idle":
+            found = next((command for command in arrived if command is not None and command.turn == "any"), None)
+            if found is not None:
+                arrived.remove(found)
+            return found
+        return arrived.popleft()
 
     def _step(self) -> None:
         start = time.perf_counter()

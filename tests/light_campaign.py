@@ -8,13 +8,12 @@ import asyncio
 import hashlib
 import inspect
 import json
-import os
 import random
 import re
-import signal
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,6 +30,7 @@ from actors.weights import WeightVersion, unpack
 from cluster.config import load_config
 from cluster.ray_cluster import role_resources
 from cluster.records import read_jsonl
+from tests import clean_process
 from tests.tiny_models import make_tiny_model
 
 
@@ -176,37 +176,26 @@ def configuration(folder: Path, name: str, **changes: Any) -> Path:
     return folder / f"{name}.yaml"
 
 
-def run_here(config_file: Path) -> dict[str, Any]:
+def run_here(config_file: Path) -> None:
     """Runs the campaign in this process, which is fit for nothing else afterwards."""
     torch.set_num_threads(1)
     here: Any = cluster.run
     here.Fleet, here.RolloutActor = LocalFleet, LightRollout
     here.connected = lambda config: nullcontext(True)
     here.check_cluster = lambda config, private: role_resources(config, 0.0, private=True)
-    return here.run_campaign(load_config(config_file))[0]
+    here.run_campaign(load_config(config_file))
 
 
-def start(config_file: Path) -> int:
-    """Runs the campaign in a copy of this process; returns the id of that."""
-    child = os.fork()
-    if child:
-        return child
-    log = os.open(config_file.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    try:
-        run_here(config_file)
-    except BaseException as error:
-        print(repr(error), flush=True)
-        os._exit(1)
-    os._exit(0)
+def start(config_file: Path) -> BaseProcess:
+    """Runs the campaign in a process of its own."""
+    return clean_process.start(run_here, config_file, log=config_file.with_suffix(".log"))
 
 
-def finish(child: int, config_file: Path) -> float:
+def finish(process: BaseProcess, config_file: Path) -> float:
     """Waits for a campaign to end well; returns the seconds."""
     begun = time.monotonic()
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    assert status == 0, config_file.with_suffix(".log").read_text()[-3000:]
+    process.join()
+    assert process.exitcode == 0, config_file.with_suffix(".log").read_text()[-3000:]
     return time.monotonic() - begun
 
 
@@ -214,14 +203,13 @@ def run_with_kills(config_file: Path, kills: int, longest: float, draw: random.R
     """Runs the campaign to its end, killing it (SIGKILL) after random times until `kills` have hit; returns how many
     have: fewer, where it ended before."""
     for killed in range(kills):
-        child = start(config_file)
-        time.sleep(draw.uniform(0.0, longest))
-        ended, status = os.waitpid(child, os.WNOHANG)
-        if ended:
-            assert status == 0, config_file.with_suffix(".log").read_text()[-3000:]
+        process = start(config_file)
+        process.join(draw.uniform(0.0, longest))
+        if process.exitcode is not None:
+            finish(process, config_file)
             return killed
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+        process.kill()
+        process.join()
     finish(start(config_file), config_file)
     return kills
 

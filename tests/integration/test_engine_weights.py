@@ -1,5 +1,6 @@
 """What is inside a real vLLM engine after a weight version was loaded: the published bytes, and nothing of the old ones."""
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from actors.config import RolloutConfig, SamplingConfig
-from actors.errors import WeightError
+from actors.errors import AbortedError, WeightError
 from actors.vllm_engine import VllmEngine
 from actors.weights import WeightVersion
 from tests.tiny_engine import OPTIONS, SAMPLING, ask, change, difference, publish
@@ -141,6 +142,58 @@ def test_weights_may_change_while_requests_run(parts: tuple[VllmEngine, Any]) ->
     assert any(own[-1] == 21 for own in versions)
     new = engine.generate(ask([[6, 7, 8]]), SAMPLING).result(timeout=60)
     assert difference(model, new) < 2e-5
+
+
+def test_weights_may_wait_for_what_runs_and_what_comes_later_waits_for_them(tmp_path: Path) -> None:
+    path = make_tiny_model(tmp_path / "m")
+    config = RolloutConfig(dtype="float32", on_new_weights="wait", engine=OPTIONS)
+    engine = VllmEngine(str(path), config, SAMPLING, stop_token_ids=[])
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    try:
+        engine.load_weights(*publish(model, 1)).result(timeout=60)
+        long = SamplingConfig(max_response_tokens=80)
+        running = engine.generate(ask([[6 + i, 7, 8] for i in range(4)]), long)
+        given_up = engine.generate(ask([[30, 7, 8]]), long)
+        change(model, 2)
+        loading = engine.load_weights(*publish(model, 2))
+        later = engine.generate(ask([[6, 7, 8]]), SAMPLING)
+        engine.abort(np.array([(0, 0, 0)])).result(timeout=60)  # the first of each call; the last is not in yet
+        assert not loading.done(), "an abort passes weights that wait"
+        for call in (running, given_up):
+            with pytest.raises(AbortedError):
+                call.result(timeout=60)
+        assert not later.done()
+        assert set(later.result(timeout=60).policy_versions.tolist()) == {2}
+        assert loading.done() and difference(model, later.result()) < 2e-5
+        running = engine.generate(ask([[6 + i, 7, 8] for i in range(4)]), long)
+        engine.load_weights(*publish(model, 3))
+        assert set(running.result(timeout=60).policy_versions.tolist()) == {2}
+    finally:
+        engine.close()
+
+
+def test_keys_and_values_of_old_weights_may_be_kept_for_what_runs_but_for_nothing_new(tmp_path: Path) -> None:
+    path = make_tiny_model(tmp_path / "m", context=512)
+    config = RolloutConfig(dtype="float32", recompute_kv=False, engine=OPTIONS)
+    engine = VllmEngine(str(path), config, SAMPLING, stop_token_ids=[])
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    try:
+        engine.load_weights(*publish(model, 1)).result(timeout=60)
+        prompt = [6 + i % 60 for i in range(300)]  # two blocks of cache
+        long = SamplingConfig(max_response_tokens=150)
+        engine.generate(ask([prompt]), SAMPLING).result(timeout=60)
+        before = engine.busy_seconds
+        running = engine.generate(ask([[*prompt, 66]]), long)
+        while engine.busy_seconds == before:  # until the first step
+            time.sleep(0.001)
+        change(model, 2)
+        engine.load_weights(*publish(model, 2)).result(timeout=60)
+        new = engine.generate(ask([prompt]), SAMPLING).result(timeout=60)
+        assert difference(model, new) < 2e-5, "a cached prefix of the old weights was used"
+        written = running.result(timeout=60)
+        assert set(written.policy_versions.tolist()) <= {1, 2}
+    finally:
+        engine.close()
 
 
 def test_an_engine_without_weights_refuses_to_sample(tmp_path: Path) -> None:

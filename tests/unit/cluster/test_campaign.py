@@ -6,6 +6,7 @@ import random
 import re
 import signal
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 
 from actors.config import PromptsConfig, StudentConfig, TeacherConfig
-from actors.errors import CampaignError, UserError
+from actors.errors import AbortedError, CampaignError, UserError
 from actors.prompts import PromptSet
 from actors.rollout import RolloutCounts
 from actors.scoring import TeacherCounts
@@ -312,6 +313,45 @@ def test_what_has_become_too_stale_is_dropped_with_the_reason_and_replaced(tmp_p
     assert counts["issued"] == counts["trained"] + counts["dropped"]
     trained = {row for update in world.trained for row in update}
     assert all_ids(made, [0])[0] not in trained
+
+
+class Slow(FakeRollout):
+    """Every ninth trajectory takes as long as many updates, unless it is told to give up."""
+
+    def __init__(self, world: World, replicas: int):
+        super().__init__(world, replicas)
+        self.calls, self.given_up, self.under_way = 0, 0, {}
+
+    async def call(self, method: str, requests: Any, **keywords: Any) -> Any:
+        self.calls += 1
+        if self.calls % 9 == 0:
+            gone = asyncio.Event()
+            self.under_way[requests.ids.tobytes()] = keywords["at"], gone
+            with suppress(TimeoutError):
+                await asyncio.wait_for(gone.wait(), 0.5)
+                self.given_up += 1
+                raise AbortedError("aborted")
+        return await super().call(method, requests, **keywords)
+
+    async def tell(self, replica: Any, method: str, ids: np.ndarray) -> None:
+        given_to, gone = self.under_way[ids.tobytes()]
+        assert method == "abort" and replica is given_to
+        gone.set()
+
+
+@pytest.mark.parametrize("oversample", [0.0, 0.5])
+def test_what_is_so_slow_that_it_could_not_be_trained_is_cut_and_replaced(tmp_path: Path, oversample: float) -> None:
+    config, world = configuration(tmp_path, updates=20, bound=1, samples=2), World(bound=1, delay=0.001)
+    config.pipeline.oversample = oversample
+    rollout = Slow(world, 2)
+    made = campaign(config, world, rollout=rollout)
+    assert run(made) is True
+    counts = made.state.ledger.counts()
+    assert made.state.ledger.dropped["cut"] == rollout.given_up > 5
+    assert counts["trained"] == 20 * SIZE and max(world.staleness) <= 1
+    under_way = counts["waiting"] + counts["sampled"] + counts["scored"]
+    assert counts["issued"] == counts["trained"] + counts["dropped"] + under_way
+    assert (world.most_under_way > SIZE) and (under_way == 0 or oversample > 0)
 
 
 @pytest.mark.parametrize("bound", [0, 2])

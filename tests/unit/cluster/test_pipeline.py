@@ -3,11 +3,13 @@
 import asyncio
 import random
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.pipeline import Slots, split_evenly, too_stale
+from cluster.pipeline import Sampling, Scored, Slots, split_evenly, too_stale
+from cluster.work import Work
 
 
 async def is_blocked(waiting: asyncio.Task) -> bool:
@@ -118,3 +120,82 @@ def test_split_evenly_is_a_balanced_partition_in_order(count: int, parts: int) -
     assert max(sizes) - min(sizes) <= 1
     assert len(ranges) == max(1, min(parts, count))
     assert count == 0 or min(sizes) > 0
+
+
+def work(*numbers: int, oldest: int = 0, length: int = 3) -> Work:
+    count = len(numbers)
+    made = Work(list(numbers), np.array([(0, number, 0) for number in numbers]))
+    made.trajectories, made.scores = [f"trajectories {numbers}"], [f"scores {numbers}"]
+    made.lengths, made.oldest_versions = np.full(count, length), np.full(count, oldest)
+    made.truncated = np.zeros(count, bool)
+    return made
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_updates_take_the_oldest_whoever_brought_it_and_each_once(seed: int) -> None:
+    draw, scored = random.Random(seed), Scored(max_staleness=2)
+    versions = [draw.randrange(4) for _ in range(60)]
+    there, taken, given_up, left = set(), [], [], list(range(60))
+    draw.shuffle(left)
+    learner = 0
+    while left or len(scored) >= 5:
+        if left and draw.random() < 0.7:
+            mine = [left.pop() for _ in range(min(len(left), draw.randint(1, 4)))]
+            made = work(*mine)
+            made.oldest_versions = np.array([versions[number] for number in mine])
+            stale = scored.add(made, learner)
+            assert set(stale) == {number for number in mine if learner - versions[number] > 2}
+            given_up += stale
+            there |= set(mine) - set(stale)
+        elif len(scored) >= 5:
+            update = scored.take(5)
+            assert update.numbers == sorted(there)[:5]
+            assert [row[1] for row in update.ids] == update.numbers
+            assert update.oldest_versions.tolist() == [versions[number] for number in update.numbers]
+            assert len(set(update.trajectories)) == len(update.trajectories) == len(update.scores)
+            there -= set(update.numbers)
+            taken += update.numbers
+            learner += 1
+            stale = scored.age(learner)
+            assert set(stale) == {number for number in there if learner - versions[number] > 2}
+            there -= set(stale)
+            given_up += stale
+        assert len(scored) == len(there)
+    assert sorted([*taken, *given_up, *there]) == list(range(60))
+
+
+def test_what_could_not_be_trained_any_more_is_cut_and_its_late_answer_is_not_wanted() -> None:
+    sampling = Sampling()
+    slow, new = work(0, 1), work(2)
+    sampling.begin(slow, 3)
+    sampling.begin(new, 4)
+    assert (len(sampling), sampling.stragglers(4), sampling.stragglers(5)) == (3, 2, 3)
+    assert sampling.cut(4, 1) == []
+    assert sampling.cut(5, 1) == [slow]
+    assert sampling.end(new) and not sampling.end(slow)
+    assert len(sampling) == 0
+
+
+def test_the_load_of_an_actor_is_what_responses_were_long_before() -> None:
+    sampling = Sampling()
+    assert sampling.expected_tokens(10, 4) == 14
+    sampling.count(work(0, 1, length=30))
+    sampling.count(work(2, length=60))
+    assert sampling.expected_tokens(10, 4) == 10 + 4 * 40
+
+
+def test_lent_slots_let_more_in_and_are_not_lent_for_ever() -> None:
+    async def schedule() -> None:
+        slots = Slots(4, 1, 100)
+        await slots.acquire(8)
+        assert not slots.has_room(1)
+        await slots.lend(2)
+        assert await slots.acquire(2) == 2
+        assert not slots.has_room(1)
+        await slots.lend(0)
+        await slots.release(2)
+        assert not slots.has_room(1)
+        await slots.release(1)
+        assert slots.has_room(1)
+
+    asyncio.run(schedule())

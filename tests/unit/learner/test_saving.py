@@ -3,6 +3,7 @@
 import os
 import random
 import resource
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -16,6 +17,7 @@ from actors.errors import CheckpointError
 from learner.checkpoint import checkpoint_steps, commit, new_directory, prune, read_json, step_directory
 from learner.learner import Learner
 from learner.saving import DTYPES, model_tensors, write_tensors
+from tests import clean_process
 from tests.tiny_models import make_tiny_model
 from tests.tiny_updates import make_learner, sampled, weights_of
 
@@ -84,66 +86,58 @@ def test_training_goes_on_while_what_was_is_written(models: dict[str, Path], tmp
     assert torch.equal(weights_of(learner), weights_of(undisturbed))
 
 
-def in_a_child(body: object) -> int:
-    """Runs the body in a process of its own; its exit status, or minus the signal that ended it."""
-    child = os.fork()
-    if child == 0:
-        try:
-            body()  # type: ignore[operator]
-        except BaseException as error:
-            print(repr(error))
-            os._exit(1)
-        os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+def save_until_the_disk_is_full(models: dict[str, Path], folder: Path) -> None:
+    learner = make_learner(models)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    learner.save(str(folder / "saved"))
+    with pytest.raises(CheckpointError, match=r"^File too large \("):
+        finish(learner)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    learner.save(str(folder / "again"))  # it has not suffered
+    finish(learner)
 
 
 def test_a_disk_that_is_full_is_one_clear_error(models: dict[str, Path], tmp_path: Path) -> None:
-    learner = make_learner(models)
-
-    def body() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        learner.save(str(tmp_path / "saved"))
-        with pytest.raises(CheckpointError, match=r"^File too large \("):
-            finish(learner)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-        learner.save(str(tmp_path / "again"))  # it has not suffered
-        finish(learner)
-
-    assert in_a_child(body) == 0
+    process = clean_process.start(save_until_the_disk_is_full, models, tmp_path, log=tmp_path / "log")
+    process.join()
+    assert process.exitcode == 0, (tmp_path / "log").read_text()
     AutoModelForCausalLM.from_pretrained(tmp_path / "again")
 
 
-def test_killed_at_any_moment_of_a_write_the_newest_checkpoint_loads(models: dict[str, Path], tmp_path: Path) -> None:
-    learner, draw, kills = make_learner(models), random.Random(0), 25
+def write_for_ever(models: dict[str, Path], folder: Path) -> None:
+    learner = make_learner(models)
     written, scores = sampled(models, "other")
+    while True:
+        learner.update(written.ids, written, scores)
+        target = step_directory(folder, learner.policy_version)
+        partial = new_directory(target)
+        learner.save(str(partial))
+        finish(learner)
+        commit(partial, target)
+        prune(folder, checkpoint_steps(folder)[-2:])
 
-    def write_for_ever() -> None:
-        while True:
-            learner.update(written.ids, written, scores)
-            target = step_directory(tmp_path, learner.policy_version)
-            partial = new_directory(target)
-            learner.save(str(partial))
-            finish(learner)
-            commit(partial, target)
-            prune(tmp_path, checkpoint_steps(tmp_path)[-2:])
 
-    interrupted = 0
+def test_killed_at_any_moment_of_a_write_the_newest_checkpoint_loads(models: dict[str, Path], tmp_path: Path) -> None:
+    draw, kills, interrupted = random.Random(0), 25, 0
+    expected = load_file(models["student"] / "model.safetensors").keys()
     for _ in range(kills):
-        child = os.fork()
-        if child == 0:
-            write_for_ever()
-        time.sleep(draw.uniform(0.05, 0.25))
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+        for old in tmp_path.glob(".step_*"):
+            shutil.rmtree(old)
+        process = clean_process.start(write_for_ever, models, tmp_path, log=tmp_path / "log")
+        while process.exitcode is None and not any(tmp_path.glob(".step_*")):
+            time.sleep(0.001)
+        time.sleep(draw.uniform(0.0, 0.2))
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL, (tmp_path / "log").read_text()
         interrupted += any(tmp_path.glob(".step_*"))
         for step in checkpoint_steps(tmp_path):
             directory = step_directory(tmp_path, step)
             assert read_json(directory / "training" / "learner.json")["policy_version"] == step
             moments = load_file(directory / "training" / "optimizer.safetensors")
             assert {tensor.item() for name, tensor in moments.items() if name.endswith(".step")} == {float(step)}
-            model = load_file(directory / "model.safetensors")
-            assert model.keys() == model_tensors(learner._model).keys()
+            assert load_file(directory / "model.safetensors").keys() == expected
         prune(tmp_path, checkpoint_steps(tmp_path)[-2:])
     assert checkpoint_steps(tmp_path)
     assert interrupted > kills / 3, "hardly any write was interrupted: this has shown nothing"

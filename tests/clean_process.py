@@ -1,0 +1,42 @@
+"""Processes for tests to kill: forked from one that has imported what is slow to import, and has run nothing.
+
+A fork of the test's own process would not do: once OpenMP has threads there, its copies crash at their first product
+of matrices.
+"""
+
+import multiprocessing
+import os
+from collections.abc import Callable
+from multiprocessing import forkserver
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["tests.light_campaign", "tests.tiny_updates"])
+
+
+def start(body: Callable[..., None], *arguments: Any, log: Path | None = None) -> BaseProcess:
+    """Runs a function of a module, whose output and errors go to the end of `log`, in a process of its own.
+
+    It ends with 0, with 1 after an exception, or with minus the signal that killed it.
+    """
+    with mock.patch.dict(os.environ, OMP_NUM_THREADS="1"):  # of the server, which is started but once
+        forkserver.ensure_running()
+    process = CONTEXT.Process(target=_run, args=(body, arguments, log), daemon=True)
+    process.start()
+    return process
+
+
+def _run(body: Callable[..., None], arguments: tuple, log: Path | None) -> None:
+    if log is not None:
+        file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        os.dup2(file, 1)
+        os.dup2(file, 2)
+    try:
+        body(*arguments)
+    except BaseException as error:
+        print(repr(error), flush=True)
+        os._exit(1)
+    os._exit(0)

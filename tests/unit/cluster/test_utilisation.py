@@ -1,0 +1,149 @@
+"""The seconds of all states add up to the wall clock, whatever the order of calls; the trace says the same."""
+
+import itertools
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from cluster.utilisation import STATES, Utilisation, add_up, by_role
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+def states(**seconds: float) -> dict[str, float]:
+    return {**dict.fromkeys(STATES, 0.0), **seconds}
+
+
+def test_an_actor_is_busy_while_any_call_is_under_way(clock: Clock) -> None:
+    found = Utilisation({"rollout-0": "rollout"}, clock)
+    clock.now += 1
+    found.began("rollout-0", "rollout", "generate")
+    clock.now += 2
+    found.began("rollout-0", "rollout", "generate")
+    clock.now += 4
+    found.ended("rollout-0", "rollout", "generate")
+    clock.now += 8
+    found.ended("rollout-0", "rollout", "generate")
+    clock.now += 16
+    assert found.seconds() == {"rollout-0": states(busy=14, waiting=17)}
+
+
+def test_idle_seconds_are_blocked_while_the_role_is(clock: Clock) -> None:
+    found = Utilisation({"rollout-0": "rollout", "rollout-1": "rollout", "learner-0": "learner"}, clock)
+    found.began("rollout-1", "rollout", "generate")
+    clock.now += 1
+    found.blocked("rollout", True)
+    clock.now += 2
+    found.blocked("rollout", True)
+    found.ended("rollout-1", "rollout", "generate")
+    clock.now += 4
+    found.blocked("rollout", False)
+    clock.now += 8
+    assert found.seconds() == {
+        "rollout-0": states(blocked=6, waiting=9),
+        "rollout-1": states(busy=3, blocked=4, waiting=8),
+        "learner-0": states(waiting=15),
+    }
+
+
+def test_loading_is_what_the_engine_stood_still(clock: Clock) -> None:
+    found = Utilisation({"rollout-0": "rollout", "learner-0": "learner"}, clock)
+    found.began("rollout-0", "rollout", "generate")
+    found.began("learner-0", "learner", "publish")
+    clock.now += 4
+    found.began("rollout-0", "rollout", "load_weights")
+    clock.now += 6
+    found.ended("rollout-0", "rollout", "load_weights", 1.5)
+    found.ended("learner-0", "learner", "publish")
+    clock.now += 2
+    assert found.seconds() == {"rollout-0": states(busy=10.5, loading=1.5), "learner-0": states(loading=10, waiting=2)}
+
+
+def test_a_dead_actor_is_away_until_its_place_is_taken(clock: Clock) -> None:
+    found = Utilisation({"rollout-0": "rollout"}, clock)
+    found.began("rollout-0", "rollout", "generate")
+    clock.now += 1
+    found.began("rollout-0", "rollout", "away")
+    found.ended("rollout-0", "rollout", "generate")
+    clock.now += 5
+    found.ended("rollout-0", "rollout", "away")
+    clock.now += 1
+    assert found.seconds() == {"rollout-0": states(busy=1, away=5, waiting=1)}
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_states_of_every_actor_add_up_to_the_wall_clock(clock: Clock, seed: int, tmp_path: Path) -> None:
+    draw, start = random.Random(seed), clock.now
+    actors = {f"{role}-{i}": role for role in ("rollout", "teacher.a", "learner") for i in range(2)}
+    found, born = Utilisation(actors, clock), dict.fromkeys(actors, start)
+    under_way: list[tuple[str, str]] = []
+    for _ in range(300):
+        clock.now += draw.choice([0.0, draw.random()])
+        if draw.random() < 0.02:
+            name = f"rollout-{len(actors)}"
+            actors[name], born[name] = "rollout", clock.now
+            found.began(name, "rollout", "status")
+            found.began(name, "rollout", "generate")
+            under_way.append((name, "generate"))
+        name = draw.choice(list(actors))
+        if draw.random() < 0.2:
+            found.blocked(actors[name], draw.random() < 0.5)
+        elif under_way and draw.random() < 0.5:
+            name, method = under_way.pop(draw.randrange(len(under_way)))
+            found.ended(name, actors[name], method, draw.random() if method == "load_weights" else None)
+        else:
+            method = draw.choice(["generate", "update", "publish", "load_weights", "status", "away"])
+            under_way.append((name, method))
+            found.began(name, actors[name], method)
+    seconds = found.seconds()
+    for name in actors:
+        assert sum(seconds[name].values()) == pytest.approx(clock.now - born[name], abs=1e-9), name
+        assert min(seconds[name].values()) >= 0
+    found.write_trace(tmp_path / "trace.json")
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    names = {event["tid"]: event["args"]["name"] for event in events if event["ph"] == "M"}
+    assert sorted(names.values()) == sorted(actors)
+    for tid, name in names.items():
+        traced = sum(event["dur"] for event in events if event["ph"] == "X" and event["tid"] == tid)
+        told = sum(seconds[name][state] for state in ("busy", "loading", "away"))
+        assert traced / 1e6 == pytest.approx(told, abs=1e-3), name
+
+
+def test_a_long_trace_is_told_in_fewer_slices_and_loses_no_actor(clock: Clock, tmp_path: Path) -> None:
+    found = Utilisation({"rollout-0": "rollout", "rollout-1": "rollout"}, clock)
+    for turn in range(100_000):
+        name = f"rollout-{turn % 2}"
+        found.began(name, "rollout", "generate")
+        clock.now += 1e-3
+        found.ended(name, "rollout", "generate")
+        found.queues({"train": turn})
+    found.write_trace(tmp_path / "trace.json")
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    slices = [event for event in events if event["ph"] == "X"]
+    assert len(events) < 50_000 and {event["tid"] for event in slices} == {1, 2}
+    for tid in (1, 2):
+        own = [event for event in slices if event["tid"] == tid]
+        assert own[0]["ts"] < 2000 and own[-1]["ts"] + own[-1]["dur"] == pytest.approx(1e8, abs=2000)
+        assert all(a["ts"] + a["dur"] <= b["ts"] for a, b in itertools.pairwise(own))
+
+
+def test_runs_of_one_campaign_are_added_up_and_roles_are_means() -> None:
+    first = {"teacher.a-0": states(busy=1, waiting=3), "rollout-0": states(busy=2, loading=2)}
+    second = {"teacher.a-0": states(busy=1, waiting=1), "teacher.b-0": states(busy=2)}
+    total = add_up(first, second)
+    assert total["teacher.a-0"] == states(busy=2, waiting=4)
+    assert by_role(total) == {"teacher": states(busy=2, waiting=2), "rollout": states(busy=2, loading=2)}
+    assert first["teacher.a-0"]["busy"] == 1, "the parts stay as they were"
