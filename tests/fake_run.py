@@ -105,7 +105,9 @@ def _update(step: int, updates: int, max_staleness: int, draw: random.Random) ->
         "learning_rate": 2e-4 * min(1, step / 5),
         "staleness_mean": max_staleness * 0.6 * noise,
         "staleness_max": max_staleness,
+        "staleness_histogram": [64 if behind == max_staleness else 0 for behind in range(max_staleness + 1)],
         "dropped": step // 10,
+        "dropped_share": step // 10 / (64 * step + step // 10),
         "truncated_fraction": 0.02 * noise,
         "response_length_mean": 45 * noise,
         "engine_logprob_abs_diff": 3e-3 * noise,
@@ -169,6 +171,7 @@ def _summary(metrics: list[dict], updates: int) -> dict:
         "loop_seconds": updates / 2,
         "wall_over_slowest_stage": updates / 2 / max(busy["rollout"] / 2, busy["teacher"], busy["learner"]),
         "faults": 1,
+        "utilisation": {"roles": {}, "actors": {}},
         "ledger": {"issued": 64 * updates, "sampled": 0, "scored": 0, "trained": 64 * updates, "dropped": 4},
     }
 

@@ -84,6 +84,7 @@ def test_every_key_that_is_plotted_exists_and_every_key_is_plotted():
     plotted |= set(BUSY.values()) - {"tokens_per_second"}
     assert plotted - {"tokens_per_second"} <= {*METRIC_KEYS, *EVALUATION_KEYS}
     axes_and_tables = {"step", "policy_version", "wall_seconds", "trajectories", "tokens_generated"}
+    axes_and_tables |= {"staleness_histogram", "dropped_share"}
     assert {*METRIC_KEYS, *EVALUATION_KEYS} - plotted == axes_and_tables
 
 
