@@ -17,7 +17,7 @@ import numpy as np
 import xxhash
 
 from actors.errors import WeightError
-from actors.weights import TensorEntry, WeightVersion, torch_dtype, verify
+from actors.weights import TensorEntry, WeightVersion, torch_dtype, verify, window
 
 BLOCK = 1 << 18
 """Elements that are coded together: few enough for the cache, enough to forget the header."""
@@ -47,6 +47,16 @@ class DeltaVersion:
     entries: tuple[DeltaEntry, ...]
     checksum: int
     """xxh3-64 of all of the above and the payload."""
+
+    @property
+    def version(self) -> int:
+        """The policy version that applying it gives."""
+        return self.new.version
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the payload."""
+        return sum(entry.nbytes for entry in self.entries)
 
 
 def _seal(delta: DeltaVersion, payload: np.ndarray) -> int:
@@ -192,10 +202,6 @@ def _decode_block(reader: _Reader, block: np.ndarray) -> None:
         block[positions] = _in_order(_in_order(block.take(positions)) + steps)
 
 
-def _window(entry: TensorEntry, buckets: Sequence[np.ndarray]) -> np.ndarray:
-    return buckets[entry.bucket][entry.offset : entry.offset + entry.nbytes]
-
-
 def _layout(manifest: WeightVersion) -> list[object]:
     return [manifest.bucket_bytes, *(replace(entry, checksum=0) for entry in manifest.tensors)]
 
@@ -212,11 +218,11 @@ def encode_delta(
         raise WeightError(f"versions {base_manifest.version} and {new_manifest.version} are laid out differently")
     payload, entries = [np.empty(0, np.uint8)], []
     for base, new in zip(base_manifest.tensors, new_manifest.tensors, strict=True):
-        coding, streams, dtype = "dense", [_window(new, new_buckets)], _integers(new)
+        coding, streams, dtype = "dense", [window(new, new_buckets)], _integers(new)
         if base.checksum == new.checksum:
             coding, streams = "same", []
         elif dtype is not None:
-            olds, news = _window(base, base_buckets).view(dtype), _window(new, new_buckets).view(dtype)
+            olds, news = window(base, base_buckets).view(dtype), window(new, new_buckets).view(dtype)
             blocks = (slice(at, at + BLOCK) for at in range(0, len(news), BLOCK))
             coded = [stream for block in blocks for stream in _encode_block(olds[block], news[block])]
             if sum(map(len, coded)) < max_share * new.nbytes:
@@ -239,8 +245,8 @@ def apply_delta(
     verify(base_manifest, base_buckets)
     buckets, whole = [np.zeros(size, np.uint8) for size in base_manifest.bucket_bytes], _Reader(payload)
     for place, entry in zip(delta.new.tensors, delta.entries, strict=True):
-        reader, target, dtype = _Reader(whole.take(entry.nbytes)), _window(place, buckets), _integers(place)
-        target[:] = _window(place, base_buckets)
+        reader, target, dtype = _Reader(whole.take(entry.nbytes)), window(place, buckets), _integers(place)
+        target[:] = window(place, base_buckets)
         if entry.coding == "dense":
             target[:] = reader.take(len(target))
         elif entry.coding == "steps" and dtype is not None:
@@ -248,3 +254,29 @@ def apply_delta(
                 _decode_block(reader, target.view(dtype)[start : start + BLOCK])
     verify(delta.new, buckets)
     return delta.new, buckets
+
+
+class Receiver:
+    """Takes versions as they come, whole or as deltas, and keeps a copy of the last for the next delta."""
+
+    def __init__(self, keep: bool):
+        """keep: whether there will be deltas."""
+        self._keep = keep
+        self._held: tuple[WeightVersion, Sequence[np.ndarray]] | None = None
+
+    def whole(
+        self, manifest: WeightVersion | DeltaVersion, buckets: Sequence[np.ndarray]
+    ) -> tuple[WeightVersion, Sequence[np.ndarray]]:
+        """The version with all its buckets. WeightError: a delta that is damaged, or of a version that is not held."""
+        if isinstance(manifest, WeightVersion):
+            return manifest, buckets
+        if self._held is None:
+            raise WeightError(f"a delta from version {manifest.base_version}, and no version is held")
+        if self._held[0] == manifest.new:  # it comes a second time
+            return self._held
+        return apply_delta(manifest, buckets[0], *self._held)
+
+    def hold(self, manifest: WeightVersion, buckets: Sequence[np.ndarray]) -> None:
+        """This version has been loaded."""
+        if self._keep:
+            self._held = manifest, buckets

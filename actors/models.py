@@ -323,3 +323,15 @@ def as_user_error(key: str, what: object, expected: str) -> Iterator[None]:
     except Exception as error:
         reason = " ".join(str(error).strip().splitlines()[:2])[:200]
         raise UserError(key, f"{what} ({type(error).__name__}: {reason})", expected) from error
+
+
+def expected_tensors(model: str, trust_remote_code: bool, key: str) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of the parameters that config.json describes, tied ones once; nothing is read or allocated."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        network = AutoModelForCausalLM.from_config(
+            load_config(model, trust_remote_code, key), trust_remote_code=trust_remote_code
+        )
+    return {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from actors.config import RolloutConfig, SamplingConfig
+from actors.delta import DeltaVersion, Receiver
 from actors.errors import EngineError
 from actors.trajectory import FINISH_REASONS, Requests, Trajectories
 from actors.vllm_engine import VllmEngine
@@ -51,9 +52,12 @@ class RolloutActor:
         seed: int,
         support_size: int = 0,
         trust_remote_code: bool = False,
+        keep_weights: bool = False,
     ):
+        """keep_weights: a copy of the weights stays on the host, which deltas are applied to."""
         self._sampling = sampling
         self._reported_seconds = 0.0
+        self._receiver = Receiver(keep_weights)
         self._engine = VllmEngine(
             model,
             config,
@@ -78,10 +82,22 @@ class RolloutActor:
         )
         return counts, trajectories
 
-    async def load_weights(self, manifest: WeightVersion, *buckets: np.ndarray) -> float:
-        """Verifies and loads a weight version in place; returns the seconds that the engine stood still for it."""
+    async def prefetch(self, bucket: np.ndarray) -> None:
+        """Nothing: to call it, Ray has brought the bucket to this node, while the learner still fills the next one."""
+
+    async def load_weights(self, manifest: WeightVersion | DeltaVersion, *buckets: np.ndarray) -> float:
+        """Verifies and loads a weight version, or what changed since the one before; returns the seconds that the
+        engine stood still for it.
+
+        What needs no engine, the checksums and the decoding, is done while the engine goes on. WeightError: it is not
+        whole, does not fit the model, or is a change of a version that is not here; the engine keeps what it has.
+        """
+        weights = await asyncio.to_thread(self._receiver.whole, manifest, buckets)
+        loaded = await asyncio.to_thread(self._engine.load_weights, *weights)
         with _ends_with_the_engine():
-            return await asyncio.wrap_future(self._engine.load_weights(manifest, buckets))
+            stood_still = await asyncio.wrap_future(loaded)
+        self._receiver.hold(*weights)
+        return stood_still
 
     async def abort(self, ids: np.ndarray | None = None) -> None:
         """Gives up what is being generated, or of it these ids [B, 3]; the calls that asked for it end in AbortedError."""

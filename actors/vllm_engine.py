@@ -20,6 +20,7 @@ import numpy as np
 
 from actors.config import RolloutConfig, SamplingConfig
 from actors.errors import AbortedError, EngineError, WeightError
+from actors.models import expected_tensors
 from actors.trajectory import FINISH_REASONS, Requests, Trajectories, offsets_of
 from actors.vllm_build import build_llm, importing_vllm
 from actors.weights import WeightVersion, verify
@@ -86,7 +87,7 @@ class VllmEngine:
         self._tensor_parallel = config.tensor_parallel_size > 1
         self._wait_for_running, self._recompute_kv = config.on_new_weights == "wait", config.recompute_kv
         self._stop_token_ids = sorted({*stop_token_ids, *sampling.stop_token_ids})
-        self._layout: tuple | None = None
+        self._tensors = expected_tensors(model, trust_remote_code, "student.model")
         self._failure: BaseException | None = None
         self._waiting: dict[str, tuple[_Call, int]] = {}
         self._commands: queue.Queue[_Command | None] = queue.Queue()
@@ -122,25 +123,41 @@ class VllmEngine:
         """Replaces all weights between two steps; the future's result is the seconds that the engine stood still.
 
         Requests that run go on with the new ones, or, with `on_new_weights: wait`, end before, while those that come
-        later wait. The bytes are verified, and names, shapes and dtypes compared with the previous version's, before
-        anything is touched: vLLM cannot take back an update that fails halfway, so such an engine refuses all further work.
+        later wait. The bytes are verified, and names and shapes compared with the model's, before anything is touched:
+        vLLM cannot take back an update that fails halfway, so such an engine refuses all further work. All that is done
+        by whoever calls, while the engine goes on; it stands still for the replacement alone.
         """
 
         def load() -> float:
             start = time.perf_counter()
-            verify(manifest, buckets)
-            layout = tuple((entry.name, entry.dtype, entry.shape) for entry in manifest.tensors)
-            if self._layout not in (None, layout):
-                raise WeightError(f"version {manifest.version} has other tensors than version {self.version}")
             try:
                 self._replace_weights(manifest, buckets)
             except Exception as error:
                 self._failure = error
                 raise WeightError(f"version {manifest.version} could not be loaded: {error}") from error
-            self._layout, self.version = layout, manifest.version
+            self.version = manifest.version
             return time.perf_counter() - start
 
+        try:
+            verify(manifest, buckets)
+            self._check_tensors(manifest)
+        except WeightError as error:
+            refused: Future = Future()
+            refused.set_exception(error)
+            return refused
         return self._submit(load, "idle" if self._wait_for_running else "next")
+
+    def _check_tensors(self, manifest: WeightVersion) -> None:
+        """WeightError unless the version has the model's tensors: what is missing would stay as vLLM has found it."""
+        expected = self._tensors
+        found = {entry.name: entry.shape for entry in manifest.tensors}
+        if found != expected:
+            wrong = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
+            name = wrong[0]
+            raise WeightError(
+                f"version {manifest.version} does not fit the model in {len(wrong)} tensors, first {name}: "
+                f"found {found.get(name, 'nothing')}, expected {expected.get(name, 'nothing')}"
+            )
 
     def abort(self, ids: np.ndarray | None = None) -> Future:
         """Gives up all requests, or those for these ids [B, 3]: their calls fail with AbortedError."""

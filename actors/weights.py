@@ -6,7 +6,7 @@ the object store once and are read in place: nothing here copies a tensor that a
 
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -65,8 +65,8 @@ def as_tensor(buffer: np.ndarray, dtype: str, shape: tuple[int, ...], offset: in
         return torch.frombuffer(buffer[offset : offset + nbytes], dtype=torch_dtype(dtype)).view(shape)
 
 
-def _checksum(window: np.ndarray) -> int:
-    return xxhash.xxh3_64_intdigest(memoryview(window))  # type: ignore[arg-type]
+def _checksum(data: np.ndarray) -> int:
+    return xxhash.xxh3_64_intdigest(memoryview(data))  # type: ignore[arg-type]
 
 
 def lay_out(shapes: Iterable[tuple[str, tuple[int, ...]]], dtype: str, bucket_bytes: int) -> list[list[TensorEntry]]:
@@ -95,23 +95,31 @@ def pack(
     for places in lay_out([(name, tuple(t.shape)) for name, t in named_tensors], dtype, bucket_bytes):
         bucket = np.empty(places[-1].offset + places[-1].nbytes, np.uint8)
         for place in places:
-            window = bucket[place.offset : place.offset + place.nbytes]
             # One pass does the cast, the gather and, from a GPU, the transfer.
             as_tensor(bucket, dtype, place.shape, place.offset, place.nbytes).copy_(tensors[place.name].detach())
-            entries.append(
-                TensorEntry(
-                    place.name,
-                    dtype,
-                    place.shape,
-                    place.bucket,
-                    place.offset,
-                    place.nbytes,
-                    _checksum(window),
-                )
-            )
+            data = bucket[place.offset : place.offset + place.nbytes]
+            entries.append(replace(place, checksum=_checksum(data)))
         sizes.append(len(bucket))
         yield bucket
     yield WeightVersion(version, tuple(entries), tuple(sizes))
+
+
+def pack_whole(
+    version: int, named_tensors: Sequence[tuple[str, torch.Tensor]], dtype: str, bucket_bytes: int
+) -> tuple[WeightVersion, list[np.ndarray]]:
+    """All that `pack` yields, once the last bucket is filled."""
+    manifest, buckets = WeightVersion(version, (), ()), []
+    for part in pack(version, named_tensors, dtype, bucket_bytes):
+        if isinstance(part, WeightVersion):
+            manifest = part
+        else:
+            buckets.append(part)
+    return manifest, buckets
+
+
+def window(entry: TensorEntry, buckets: Sequence[np.ndarray]) -> np.ndarray:
+    """The bytes of one tensor, a view."""
+    return buckets[entry.bucket][entry.offset : entry.offset + entry.nbytes]
 
 
 def verify(manifest: WeightVersion, buckets: Sequence[np.ndarray]) -> None:
@@ -120,7 +128,7 @@ def verify(manifest: WeightVersion, buckets: Sequence[np.ndarray]) -> None:
     if sizes != manifest.bucket_bytes:
         raise WeightError(f"version {manifest.version}: buckets of {sizes} bytes, expected {manifest.bucket_bytes}")
     for entry in manifest.tensors:
-        found = _checksum(buckets[entry.bucket][entry.offset : entry.offset + entry.nbytes])
+        found = _checksum(window(entry, buckets))
         if found != entry.checksum:
             raise WeightError(
                 f"version {manifest.version}: {entry.name} has checksum {found:016x}, expected {entry.checksum:016x}"

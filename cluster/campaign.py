@@ -44,7 +44,7 @@ from cluster.records import RunRecords
 from cluster.rollback import act
 from cluster.state import CampaignState
 from cluster.teachers import Teachers
-from cluster.versions import Published, Versions
+from cluster.versions import TRANSPORTS, Published, WeightTransport
 from cluster.work import Work, merge, singles
 
 TEACHER_CALLS = 2
@@ -90,7 +90,7 @@ class Campaign:
         self._tokens_at_once = min(teacher.microbatch_tokens for teacher in config.teachers.values())
         self._teacher_actors = min(teacher.replicas for teacher in config.teachers.values())
         self._all_published = asyncio.Event()
-        self._versions = Versions(learner, rollout)
+        self._versions: WeightTransport = TRANSPORTS[config.weights.transport](learner, rollout, config.weights)
         self._followers = Followers(config, teachers.fleets, learner)
         self._doing = {"rollout": "idle", "teacher": "idle", "learner": "idle"}
 

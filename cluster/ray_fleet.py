@@ -148,15 +148,28 @@ class Fleet:
                     return min(free, key=_load)
                 await self._changed.wait()
 
-    async def stream(self, method: str, *arguments: Any) -> list[Any]:
-        """Calls a generator method of the only replica: the references of all that it yields, in order."""
+    def tell_each(self, method: str, *arguments: Any) -> None:
+        """Calls a method of every living replica and does not wait; nobody hears of what became of it."""
+        for replica in self.replicas:
+            if replica.alive:
+                getattr(replica.handle, method).remote(*arguments)
+
+    async def stream(self, method: str, *arguments: Any, on_item: Callable[[Any], None] | None = None) -> list[Any]:
+        """Calls a generator method of the only replica: the references of all that it yields, in order.
+
+        on_item: is called with each as it comes. An error within the method is raised as of any other call.
+        """
         [replica] = self.replicas
         handle = replica.handle
         self._tell("began", replica, method)
         try:
             with _errors_of(method):
                 yielded = getattr(handle, method).options(num_returns="streaming").remote(*arguments)
-                references = [reference async for reference in yielded]
+                references = []
+                async for reference in yielded:
+                    references.append(reference)
+                    if on_item is not None:
+                        on_item(reference)
                 await yielded.completed()  # what broke off a stream is not raised before
                 return references
         except RayActorError as error:

@@ -187,6 +187,7 @@ def build_fleets(
         inputs.stop_token_ids,
         config.seed,
         support_size=config.student_support_size,
+        keep_weights=config.weights.encoding == "delta",
         trust_remote_code=config.student.trust_remote_code,
     )
     teachers = {
@@ -220,6 +221,7 @@ def build_learner(
             "temperature": config.sampling.temperature,
             "publish_dtype": config.rollout.dtype,
             "bucket_bytes": config.weights.bucket_mebibytes << 20,
+            "keep_published": config.weights.encoding == "delta",
             "checkpoint": str(checkpoint.resolve()) if checkpoint else None,
             "teachers": _with_local_models(config.teachers),
             "masked_role_token_ids": inputs.masked_role_token_ids,

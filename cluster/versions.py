@@ -1,27 +1,34 @@
 """Weight versions on their way from the learner to the rollout actors. References and counts, never a tensor.
 
-The campaign process owns the objects (what the learner returns outlives it), holds the newest version, and drops the
-one before. An actor that was replaced is given the newest before its first work.
+The campaign process owns the objects (what the learner returns outlives it) and holds what a new actor needs: the last
+whole version, its *anchor*, and the deltas that came after it. Everything older is let go of, and Ray frees it.
+
+    learner    publish: bucket 0, bucket 1, ... manifest        each bucket travels while the next is filled
+    node       one pull of each bucket, however many rollout actors it has
+    actor      verify, decode a delta onto what it holds; then the engine stands still and is given the whole version
 """
 
 import time
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
+from cluster.config import WeightsConfig
 from cluster.ray_fleet import Fleet
 
 
-@dataclass
+@dataclass(eq=False)
 class Published:
     """One weight version, with what is to be recorded of the update that made it."""
 
     version: int
     manifest: Any
-    """Reference."""
+    """Reference: a WeightVersion, or a DeltaVersion."""
     buckets: list[Any]
     """References."""
     nbytes: int
+    """Of the buckets."""
     seconds: float
+    delta: bool = False
     record: dict[str, Any] = field(default_factory=dict)
     trained: int = 0
     """Trajectories whose slots it releases."""
@@ -29,32 +36,62 @@ class Published:
     """For teachers that follow the student: references, as in followers.py."""
 
 
-class Versions:
-    """Publishes the learner's weights and has the rollout actors load them."""
+class WeightTransport(Protocol):
+    """How weights get from the learner into every engine. Another one, from GPU to GPU, would be chosen by
+    `weights.transport`; whatever it does, an engine holds one version or the next, never a mixture."""
 
-    def __init__(self, learner: Fleet, rollout: Fleet):
-        self.newest: Published | None = None
-        """The version that the rollout actors hold, or are about to."""
-        self._learner, self._rollout = learner, rollout
+    newest: Published | None
+    """The version that the rollout actors hold, or are about to."""
 
     @property
     def version(self) -> int:
         """Of the newest."""
+
+    async def publish(self) -> Published:
+        """Takes the learner's weights as they are now; nothing that the learner does afterwards changes them."""
+
+    async def load(self, published: Published) -> None:
+        """Has every rollout actor load a version; from here on it is what new actors get."""
+
+    async def give(self, handle: Any) -> None:
+        """What a new actor gets before its first work: the newest version, also when that changes meanwhile."""
+
+
+class Versions:
+    """The transport `object_store`: buckets in Ray's object store, whole or as what changed."""
+
+    def __init__(self, learner: Fleet, rollout: Fleet, config: WeightsConfig):
+        self.newest: Published | None = None
+        self._learner, self._rollout, self._config = learner, rollout, config
+        self._chain: list[Published] = []
+        """The last whole version and the deltas after it, to the newest."""
+
+    @property
+    def version(self) -> int:
+        """As WeightTransport."""
         assert self.newest is not None
         return self.newest.version
 
     async def publish(self) -> Published:
-        """Has the learner lay out its weights; the campaign owns the buckets."""
+        """As WeightTransport. The learner's buckets start to travel while it fills the next."""
         start = time.perf_counter()
-        references = await self._learner.stream("publish")
+        anchored = 0 < len(self._chain) < self._config.anchor_every
+        delta = self._config.encoding == "delta" and anchored
+        references = await self._learner.stream("publish", *([True] if delta else []), on_item=self._prefetch)
         manifest = await references[-1]
         return Published(
-            manifest.version, references[-1], references[:-1], manifest.nbytes, time.perf_counter() - start
+            manifest.version,
+            references[-1],
+            references[:-1],
+            manifest.nbytes,
+            time.perf_counter() - start,
+            delta=hasattr(manifest, "base_version"),
         )
 
     async def load(self, published: Published) -> None:
-        """Has every rollout actor load a version; from here on it is what new actors get."""
+        """As WeightTransport."""
         start = time.perf_counter()
+        self._chain = [*(self._chain if published.delta else []), published]
         self.newest = published
         await self._rollout.call_each("load_weights", published.manifest, *published.buckets)
         published.seconds += time.perf_counter() - start
@@ -62,9 +99,16 @@ class Versions:
             published.record["publish_seconds"] = published.seconds
 
     async def give(self, handle: Any) -> None:
-        """What a new actor gets before its first work: the newest version, also when that changes meanwhile."""
-        given = None
+        """As WeightTransport: the anchor, then every delta after it."""
+        given: Published | None = None
         while given is not self.newest:
-            given = self.newest
-            assert given is not None
+            first = self._chain.index(given) + 1 if given in self._chain else 0
+            given = self._chain[first]
             await handle.load_weights.remote(given.manifest, *given.buckets)
+
+    def _prefetch(self, reference: Any) -> None:
+        self._rollout.tell_each("prefetch", reference)
+
+
+TRANSPORTS = {"object_store": Versions}
+"""By `weights.transport`."""

@@ -17,11 +17,12 @@ from safetensors.torch import load_file
 
 from actors.batching import Microbatch
 from actors.config import StudentConfig, TeacherConfig
+from actors.delta import DeltaVersion, encode_delta
 from actors.errors import NonFiniteLossError
 from actors.logprobs import chunked_head, entropy, token_logprobs
 from actors.models import load_head, load_model, load_tokenizer, response_head
 from actors.trajectory import TeacherScores, Trajectories, TrajectoryId
-from actors.weights import WeightVersion, pack
+from actors.weights import WeightVersion, pack, pack_whole
 from learner.averages import MovingAverages
 from learner.batch import Part, UpdateBatch
 from learner.checkpoint import flush, read_json, write_json
@@ -43,6 +44,9 @@ from learner.signals import (
 from learner.trust_region import ESTIMATORS as TRUST_REGION
 from learner.trust_region import adapted_beta, backed_off, exact, k3
 
+MOST_OF_DENSE = 0.8
+"""A delta of more than this share of the weights does not travel: decoding it costs more than it saves."""
+
 
 class Learner:
     """Master weights in float32, AdamW, and the number of updates taken, which is the policy version."""
@@ -57,6 +61,7 @@ class Learner:
         publish_dtype: str,
         bucket_bytes: int,
         checkpoint: str | None = None,
+        keep_published: bool = False,
         teachers: Mapping[str, TeacherConfig] | None = None,
         masked_role_token_ids: Sequence[int] = (),
     ):
@@ -69,6 +74,8 @@ class Learner:
         self._student, self._config = student, config
         self._total_updates, self._temperature = total_updates, temperature
         self._publish_dtype, self._bucket_bytes = publish_dtype, bucket_bytes
+        self._keep_published = keep_published
+        self._published: tuple[WeightVersion, list[np.ndarray]] | None = None
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         self._model = load_model(
             checkpoint or student.model,
@@ -151,10 +158,28 @@ class Learner:
         self._busy_seconds += metrics["busy_seconds"]
         return metrics
 
-    def publish(self) -> Iterator[np.ndarray | WeightVersion]:
-        """The weights as buckets in the rollout dtype, each when it is filled, then the manifest."""
-        names = [(name, parameter) for name, parameter in self._model.named_parameters(remove_duplicate=True)]
-        yield from pack(self.policy_version, names, self._publish_dtype, self._bucket_bytes)
+    def publish(self, delta: bool = False) -> Iterator[np.ndarray | WeightVersion | DeltaVersion]:
+        """The weights as buckets in the rollout dtype, each when it is filled, then the manifest.
+
+        delta: what changed since the version that was published before, as one bucket, unless that saves nothing. For
+        this the learner keeps a copy of what it published, where `keep_published` was given.
+        """
+        named = self._model.named_parameters(remove_duplicate=True)
+        if not self._keep_published:
+            yield from pack(self.policy_version, list(named), self._publish_dtype, self._bucket_bytes)
+            return
+        manifest, buckets = pack_whole(self.policy_version, list(named), self._publish_dtype, self._bucket_bytes)
+        base, self._published = self._published, (manifest, buckets)
+        if delta and base is not None:
+            change, payload = encode_delta(*base, manifest, buckets)
+            if change.nbytes < MOST_OF_DENSE * manifest.nbytes:
+                yield payload
+                yield change
+                return
+        # Not `yield from`: Ray sends into generators, and what they delegate to must take it.
+        for bucket in buckets:  # noqa: UP028
+            yield bucket
+        yield manifest
 
     def publish_average(self, teacher: str) -> Iterator[np.ndarray | WeightVersion]:
         """The same of the moving average that this teacher is, in its dtype."""

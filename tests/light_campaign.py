@@ -23,10 +23,11 @@ import torch
 import yaml
 
 import cluster.run
+from actors.delta import DeltaVersion, Receiver
 from actors.models import load_model
 from actors.rollout import RolloutCounts
 from actors.trajectory import FINISH_REASONS, Requests, Trajectories, offsets_of
-from actors.weights import WeightVersion, unpack
+from actors.weights import WeightVersion, unpack, verify
 from cluster.config import load_config
 from cluster.ray_cluster import role_resources
 from cluster.records import read_jsonl
@@ -85,7 +86,7 @@ class LocalFleet:
     async def call_each(self, method: str, *arguments: Any) -> list[Any]:
         return await asyncio.gather(*(self._on(replica, method, arguments, {}) for replica in self.replicas))
 
-    async def stream(self, method: str, *arguments: Any) -> list[Reference]:
+    async def stream(self, method: str, *arguments: Any, on_item: Any = None) -> list[Reference]:
         return [Reference(value) for value in await self._on(self.replicas[0], method, arguments, {})]
 
     async def room(self, calls: int) -> Any:
@@ -100,8 +101,18 @@ class LocalFleet:
 class LightRollout:
     """Samples with a forward pass for every token; a sample is a function of its seed, as it is in an engine."""
 
-    def __init__(self, model: str, config: Any, sampling: Any, stop_token_ids: list[int], seed: int, **_: Any):
+    def __init__(
+        self,
+        model: str,
+        config: Any,
+        sampling: Any,
+        stop_token_ids: list[int],
+        seed: int,
+        keep_weights: bool = False,
+        **_: Any,
+    ):
         self._model = load_model(model, "float32", "cpu", False, "student.model")
+        self._receiver = Receiver(keep_weights)
         self._stop, self._length, self._version = set(stop_token_ids), sampling.max_response_tokens, -1
 
     @torch.no_grad()
@@ -134,7 +145,10 @@ class LightRollout:
         versions = np.full(len(lengths), self._version, np.int32)
         return RolloutCounts(np.array(lengths), versions, truncated, 0.01), written
 
-    def load_weights(self, manifest: WeightVersion, *buckets: np.ndarray) -> float:
+    def load_weights(self, manifest: WeightVersion | DeltaVersion, *buckets: np.ndarray) -> float:
+        manifest, buckets = self._receiver.whole(manifest, buckets)
+        verify(manifest, buckets)
+        self._receiver.hold(manifest, buckets)
         self._model.load_state_dict(dict(unpack(manifest, buckets)), strict=False)
         self._version = manifest.version
         return 0.0
@@ -171,7 +185,7 @@ def configuration(folder: Path, name: str, **changes: Any) -> Path:
         "checkpoint": {"every_updates": 2, "keep_last": 1000},
     }
     for section, values in changes.items():
-        content[section] = {**content[section], **values}
+        content[section] = {**content.get(section, {}), **values}
     (folder / f"{name}.yaml").write_text(yaml.safe_dump(content))
     return folder / f"{name}.yaml"
 
@@ -214,7 +228,7 @@ def run_with_kills(config_file: Path, kills: int, longest: float, draw: random.R
     return kills
 
 
-OF_TIME = re.compile(r"wall_seconds|busy.*|publish_seconds|loop_seconds|actor_seconds|faults")
+OF_TIME = re.compile(r"wall_seconds|busy.*|publish_.*seconds|loop_seconds|actor_seconds|faults")
 
 
 def fingerprint(run_dir: Path) -> dict[str, str]:

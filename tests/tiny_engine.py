@@ -7,15 +7,14 @@ import torch
 
 from actors.config import SamplingConfig
 from actors.trajectory import Requests, Trajectories, offsets_of
-from actors.weights import WeightVersion, pack
+from actors.weights import WeightVersion, pack_whole
 
 SAMPLING = SamplingConfig(max_response_tokens=16)
 OPTIONS = {"max_num_seqs": 16, "kv_cache_memory_bytes": 64 << 20}
 
 
 def publish(model: Any, version: int) -> tuple[WeightVersion, list[np.ndarray]]:
-    *buckets, manifest = pack(version, list(model.named_parameters()), "float32", 40_000)
-    return manifest, buckets  # type: ignore[return-value]
+    return pack_whole(version, list(model.named_parameters()), "float32", 40_000)
 
 
 def change(model: Any, seed: int) -> None:

@@ -151,7 +151,7 @@ class FakeLearner(FakeFleet):
             os.kill(os.getpid(), signal.SIGINT)
         return dict.fromkeys(OF_THE_LEARNER, 0.0) | {"busy_seconds": 0.1}
 
-    async def stream(self, method: str) -> list[Reference]:
+    async def stream(self, method: str, on_item: Any) -> list[Reference]:
         assert method == "publish"
         await self.world.work("publish")
         manifest = SimpleNamespace(version=self.world.version, nbytes=10)

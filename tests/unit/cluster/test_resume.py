@@ -8,7 +8,7 @@ import pytest
 
 from actors.errors import UserError
 from cluster.config import load_config
-from cluster.records import RunRecords
+from cluster.records import RunRecords, read_jsonl
 from cluster.resume import take_up
 from tests.light_campaign import (
     assert_ledger_adds_up,
@@ -19,6 +19,9 @@ from tests.light_campaign import (
     run_with_kills,
     start,
 )
+
+OF_BYTES = ("metrics.jsonl", "campaign.json")
+"""Files that say, among other things, how many bytes travelled."""
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +41,24 @@ def test_killed_at_random_moments_equals_undisturbed_bit_for_bit(folder: Path) -
     assert {key: ours[key] for key in ours if "accuracy" in key} == {
         key: theirs[key] for key in ours if "accuracy" in key
     }
+
+
+def test_weights_that_travel_as_deltas_make_the_same_campaign_bit_for_bit(folder: Path) -> None:
+    ways = {
+        "whole": {"encoding": "dense"},
+        "changed": {"encoding": "delta", "anchor_every": 5},
+    }
+    found = {}
+    for name, weights in ways.items():
+        optimizer = {"compute_dtype": "float32", "optimizer": {"learning_rate": 1e-5}}
+        config = configuration(folder, name, weights=weights, learner=optimizer)
+        finish(start(config), config)
+        rows = read_jsonl(folder / "runs" / name / "metrics.jsonl")
+        found[name] = fingerprint(folder / "runs" / name), [row.pop("publish_bytes", 0) for row in rows]
+    whole, changed = (found[name][1][1:] for name in ways)
+    assert [small < 0.8 * big for small, big in zip(changed, whole, strict=True)] == [n % 5 != 0 for n in range(1, 13)]
+    left, right = ({k: v for k, v in found[name][0].items() if not k.endswith(OF_BYTES)} for name in ways)
+    assert left == right and any(name.endswith("optimizer.safetensors") for name in left)
 
 
 def test_an_evaluation_after_the_last_checkpoint_is_not_forgotten(folder: Path) -> None:
