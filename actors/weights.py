@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 import xxhash
+from torch.distributed.tensor import DTensor
 
 from actors.errors import WeightError
 
@@ -96,12 +97,21 @@ def pack(
         bucket = np.empty(places[-1].offset + places[-1].nbytes, np.uint8)
         for place in places:
             # One pass does the cast, the gather and, from a GPU, the transfer.
-            as_tensor(bucket, dtype, place.shape, place.offset, place.nbytes).copy_(tensors[place.name].detach())
+            view = as_tensor(bucket, dtype, place.shape, place.offset, place.nbytes)
+            view.copy_(gathered(tensors[place.name], dtype))
             data = bucket[place.offset : place.offset + place.nbytes]
             entries.append(replace(place, checksum=_checksum(data)))
         sizes.append(len(bucket))
         yield bucket
     yield WeightVersion(version, tuple(entries), tuple(sizes))
+
+
+def gathered(tensor: torch.Tensor, dtype: str) -> torch.Tensor:
+    """The tensor itself, or, where ranks hold rows of it each, their rows in `dtype` put together: all ranks must ask."""
+    if not isinstance(tensor, DTensor):
+        return tensor.detach()
+    rows: DTensor = tensor.detach().to(torch_dtype(dtype))  # type: ignore[assignment]
+    return rows.full_tensor()
 
 
 def pack_whole(

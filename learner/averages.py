@@ -4,7 +4,7 @@ The learner keeps them: it alone sees every version once and in order, and what 
 state, so that a campaign that is taken up again has the same averages to the bit.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -36,7 +36,7 @@ class MovingAverages:
         """All of them, for a checkpoint."""
         return {f"{teacher}/{name}": tensor for teacher in self._averages for name, tensor in self.of(teacher)}
 
-    def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """The inverse of `tensors`."""
+    def load(self, read: Callable[[str, torch.Tensor], torch.Tensor]) -> None:
+        """The inverse of `tensors`. read: (name, a tensor) -> what was stored, laid out as the tensor is."""
         for name, tensor in self.tensors().items():
-            tensor.copy_(tensors[name])
+            tensor.copy_(read(name, tensor))

@@ -3,7 +3,7 @@
 Shapes: B trajectories and N response tokens of the update; b, n of a micro-batch, T its longest response; K support.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -24,6 +24,16 @@ from learner.config import ObjectiveConfig
 from learner.divergences import extrapolated_teacher
 from learner.hidden import Head, HiddenStates
 from learner.objective import token_weights
+
+LARGE = ("support_ids", "support_logprobs", "reference_logprobs")
+"""Of what is kept of each token, that which is not a single number."""
+NO_TOKENS = Microbatch(
+    rows=np.zeros(0, np.int64),
+    input_ids=np.zeros((1, 1), np.int64),
+    positions=np.zeros(0, np.int64),
+    tokens=np.zeros(0, np.int64),
+)
+"""A forward pass that nothing is taken from, for a rank that has fewer micro-batches than another."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +99,11 @@ class UpdateBatch:
     reference_hidden: list[HiddenStates] = field(default_factory=list)
     old_hidden: list[HiddenStates] = field(default_factory=list)
     """None or one."""
+    mine: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
+    """[B] bool: the trajectories that this rank trains on."""
+    own: Tensor | None = None
+    """[N] int64: where several ranks share the update, the place of each token among those of this rank's trajectories,
+    of which alone a rank keeps what is large: LARGE. None where all are."""
 
     @classmethod
     def build(
@@ -101,8 +116,12 @@ class UpdateBatch:
         *,
         masked_token_ids: Sequence[int],
         heads: Mapping[str, Head],
+        share: Callable[[Trajectories], np.ndarray] | None = None,
     ) -> "UpdateBatch":
-        """Joins trajectories and scores by id, in the order of `ids` [B, 3]; `heads` are those of the teachers by name."""
+        """Joins trajectories and scores by id, in the order of `ids` [B, 3]; `heads` are those of the teachers by name.
+
+        share: says [B] bool which of the trajectories this rank trains on; all of them by default.
+        """
         written = select_trajectories(ids, [b for b in batches if isinstance(b, Trajectories)])
         scored = [b for b in batches if isinstance(b, TeacherScores)]
         teaching = [b for b in scored if b.teacher != objective.reference_teacher]
@@ -113,11 +132,19 @@ class UpdateBatch:
         reference = select_scores(ids, referring) if referring else scores
         mask &= np.isfinite(reference.logprobs) & np.isfinite(reference.support_logprobs).all(-1)
 
+        mine = np.ones(len(ids), bool) if share is None else share(written)
+        own_tokens = np.repeat(mine, written.lengths)
+        places = None if mine.all() else torch.from_numpy(np.cumsum(own_tokens) - 1).to(device)
+
         def tensor(values: np.ndarray) -> Tensor:
             return torch.from_numpy(np.ascontiguousarray(values)).to(device)
 
         def where_known(values: np.ndarray) -> Tensor:
-            return tensor(np.where(mask if values.ndim == 1 else mask[:, None], values, np.float32(0)))
+            known = mask if len(values) == len(mask) else mask[own_tokens]
+            return tensor(np.where(known if values.ndim == 1 else known[:, None], values, np.float32(0)))
+
+        def large(values: np.ndarray) -> np.ndarray:
+            return values if places is None else values[own_tokens]
 
         strength = objective.extrapolation if referring else 1.0  # 1 is the teacher itself
         teacher = extrapolated_teacher(where_known(scores.logprobs), where_known(reference.logprobs), strength)
@@ -134,20 +161,16 @@ class UpdateBatch:
                 "old_logprobs": tensor(written.behaviour_logprobs),
                 "importance": tensor(np.ones(len(mask), np.float32)),
                 "on_policy": tensor(written.policy_versions == policy_version),
-                "support_ids": tensor(scores.support_ids.astype(np.int64)),
-                "support_logprobs": where_known(scores.support_logprobs),
-                "reference_logprobs": where_known(reference.support_logprobs[:, : None if referring else 0]),
+                "support_ids": tensor(large(scores.support_ids).astype(np.int64)),
+                "support_logprobs": where_known(large(scores.support_logprobs)),
+                "reference_logprobs": where_known(large(reference.support_logprobs)[:, : None if referring else 0]),
             },
             device,
-            hidden_states(ids, teaching, heads, device) if heads else [],
-            hidden_states(ids, referring, heads, device) if heads and referring else [],
+            hidden_states(ids, teaching, heads, device, own_tokens) if heads else [],
+            hidden_states(ids, referring, heads, device, own_tokens) if heads and referring else [],
+            mine=mine,
+            own=places,
         )
-
-    def minibatches(self, count: int) -> list[np.ndarray]:
-        """Rows of the update in `count` parts, taken in turn so that each has its share of every group's neighbours."""
-        return [
-            rows for rows in (np.arange(start, len(self.trajectories), count) for start in range(count)) if len(rows)
-        ]
 
     def weigh(self, rows: np.ndarray, objective: ObjectiveConfig) -> None:
         """Sets the weights of the tokens of these rows, which make one step; all others get 0."""
@@ -157,11 +180,9 @@ class UpdateBatch:
         mask = self.tensors["mask"] & torch.repeat_interleave(chosen, lengths)
         self.tensors["weights"] = token_weights(mask, lengths, objective.aggregation, objective.aggregation_constant)
 
-    def microbatches(self, token_budget: int, rows: np.ndarray | None = None) -> list[Microbatch]:
-        """Forward passes of at most `token_budget` tokens over all trajectories, or those of `rows`."""
+    def microbatches(self, token_budget: int, rows: np.ndarray) -> list[Microbatch]:
+        """Forward passes of at most `token_budget` tokens over the trajectories of `rows`."""
         t = self.trajectories
-        if rows is None:
-            return microbatches(t.prompt_tokens, t.prompt_offsets, t.response_tokens, t.response_offsets, token_budget)
         chosen = select_trajectories(t.ids[rows], [t])
         tokens = ragged_rows(np.arange(len(t.response_tokens)), t.response_offsets, rows)
         return [
@@ -178,37 +199,45 @@ class UpdateBatch:
         ]
 
     def whole(self) -> Part:
-        """All tokens of the update, as one part; its padded form is [B, T] in the order of the ids."""
+        """All tokens of the update, as one part; its padded form is [B, T] in the order of the ids. Without what is LARGE
+        where that is on several ranks."""
         lengths = self.trajectories.lengths
         rows = np.arange(len(lengths))
         nothing = np.zeros((len(lengths), 0), np.int64)
-        return self.part(Microbatch(rows=rows, input_ids=nothing, positions=rows[:0], tokens=np.arange(lengths.sum())))
+        everything = Microbatch(rows=rows, input_ids=nothing, positions=rows[:0], tokens=np.arange(lengths.sum()))
+        return self.part(everything, large=self.own is None)
 
     def groups(self) -> Tensor:
         """[B] the same number for all samples of one prompt."""
         _, groups = np.unique(self.trajectories.ids[:, :2], axis=0, return_inverse=True)
         return torch.from_numpy(groups.reshape(-1)).to(self.device)
 
-    def part(self, microbatch: Microbatch) -> Part:
-        """The tensors of one micro-batch."""
+    def part(self, microbatch: Microbatch, *, large: bool = True) -> Part:
+        """The tensors of one micro-batch, of trajectories of this rank; large: also what only it has."""
         index = torch.from_numpy(microbatch.tokens).to(self.device)
+        own = index[:0] if not large else index if self.own is None else self.own[index]
         lengths = self.trajectories.lengths[microbatch.rows]
         starts = np.repeat(np.cumsum(lengths) - lengths, lengths)
         return Part(
-            **{name: values[index] for name, values in self.tensors.items()},
+            **{name: values[index if name not in LARGE else own] for name, values in self.tensors.items()},
             hidden=[source.at(index) for source in self.hidden],
             reference_hidden=[source.at(index) for source in self.reference_hidden],
             old_hidden=next((source.at(index) for source in self.old_hidden), None),
             columns=torch.from_numpy(np.arange(lengths.sum()) - starts).to(self.device),
             rows=torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths)).to(self.device),
-            shape=(len(lengths), int(lengths.max())),
+            shape=(len(lengths), int(lengths.max(initial=0))),
         )
 
 
+def minibatch_rows(trajectories: int, count: int) -> list[np.ndarray]:
+    """Rows of the update in `count` parts, taken in turn so that each has its share of every group's neighbours."""
+    return [np.arange(start, trajectories, count) for start in range(min(count, trajectories))]
+
+
 def hidden_states(
-    ids: np.ndarray, scores: Sequence[TeacherScores], heads: Mapping[str, Head], device: str
+    ids: np.ndarray, scores: Sequence[TeacherScores], heads: Mapping[str, Head], device: str, wanted: np.ndarray
 ) -> list[HiddenStates]:
-    """What the teachers with these heads sent of the trajectories with these ids [B, 3].
+    """What the teachers with these heads sent of the trajectories with these ids [B, 3], of the wanted tokens [N] bool.
 
     A state that is not finite becomes zero: its token, whose score is missing, is masked.
     """
@@ -216,14 +245,15 @@ def hidden_states(
     out = []
     for name, own in teachers.items():
         places = np.full(offsets[-1], -1, np.int64)
-        places[own.places] = np.arange(len(own.places))
-        states = from_array(own.hidden).to(device)
+        kept = wanted[own.places]
+        places[own.places[kept]] = np.arange(kept.sum())
+        states = from_array(own.hidden if kept.all() else own.hidden[kept]).to(device)
         out.append(
             HiddenStates(
                 torch.where(states.isfinite(), states, torch.zeros_like(states)),
                 heads[name],
                 torch.from_numpy(places).to(device),
-                torch.from_numpy(own.log_weights).to(device),
+                torch.from_numpy(own.log_weights[kept]).to(device),
             )
         )
     return out

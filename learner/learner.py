@@ -1,7 +1,8 @@
 """The learner: the one role that changes weights. A plain class, values in, values out.
 
 An update takes B trajectories with their teacher scores through one optimiser step. Shapes: N response tokens of the
-update, n of a micro-batch, V vocabulary, K support; [B, T] is padded by trajectory.
+update, n of a micro-batch, V vocabulary, K support; [B, T] is padded by trajectory. A learner may be several ranks, each
+a process with this class (sharding.py): all that is said of "this rank" is said of the whole where there is one.
 """
 
 import math
@@ -9,29 +10,30 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 
 from actors.batching import Microbatch
 from actors.config import StudentConfig, TeacherConfig
-from actors.delta import DeltaVersion, encode_delta
+from actors.delta import DeltaVersion
 from actors.errors import NonFiniteLossError
 from actors.logprobs import chunked_head, entropy, token_logprobs
 from actors.models import load_head, load_model, load_tokenizer, response_head
 from actors.trajectory import TeacherScores, Trajectories, TrajectoryId
-from actors.weights import WeightVersion, pack, pack_whole
+from actors.weights import WeightVersion
 from learner.averages import MovingAverages
-from learner.batch import Part, UpdateBatch
+from learner.batch import NO_TOKENS, Part, UpdateBatch, minibatch_rows
 from learner.checkpoint import flush, read_json, write_json
 from learner.config import LearnerConfig, ObjectiveConfig
 from learner.hidden import Head, HiddenStates
 from learner.metrics import UpdateMetrics, agreement, groups_of, response_metrics
 from learner.objective import effective_sample_size, surrogate
 from learner.optimizer import build_optimizer, learning_rate, load_optimizer_tensors, optimizer_tensors
-from learner.saving import BackgroundWrite, copies, model_tensors, write_tensors
+from learner.publishing import Publisher
+from learner.saving import BackgroundWrite, StoredTensors, copies, model_tensors, write_tensors
+from learner.sharding import Ranks, whole
 from learner.signals import (
     coefficients,
     exact_kl,
@@ -43,9 +45,6 @@ from learner.signals import (
 )
 from learner.trust_region import ESTIMATORS as TRUST_REGION
 from learner.trust_region import adapted_beta, backed_off, exact, k3
-
-MOST_OF_DENSE = 0.8
-"""A delta of more than this share of the weights does not travel: decoding it costs more than it saves."""
 
 
 class Learner:
@@ -64,28 +63,32 @@ class Learner:
         keep_published: bool = False,
         teachers: Mapping[str, TeacherConfig] | None = None,
         masked_role_token_ids: Sequence[int] = (),
+        ranks: Ranks | None = None,
     ):
         """Loads the student, or, where `checkpoint` names a directory, the state that was saved there.
 
         teachers: by name; of those that send hidden states the head is loaded too, and of those that follow the student
-        the average is kept. masked_role_token_ids: the tokens of
-        `objective.masked_token_roles`.
+        the average is kept. masked_role_token_ids: the tokens of `objective.masked_token_roles`. ranks: this process
+        among those of the learner; every rank is given the same of all else, and the same calls.
         """
         self._student, self._config = student, config
         self._total_updates, self._temperature = total_updates, temperature
-        self._publish_dtype, self._bucket_bytes = publish_dtype, bucket_bytes
-        self._keep_published = keep_published
-        self._published: tuple[WeightVersion, list[np.ndarray]] | None = None
+        self._publish_dtype = publish_dtype
+        self._ranks = ranks or Ranks()
+        self._publisher = Publisher(self._ranks, bucket_bytes, keep=keep_published)
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         self._model = load_model(
             checkpoint or student.model,
             "float32",
-            self._device,
+            self._device if self._ranks.size == 1 else "cpu",  # the device holds this rank's rows alone
             trust_remote_code=student.trust_remote_code,
             key="student.model",
         )
-        self._body, self._weight, self._bias = response_head(self._model, "student.model")
+        self._body, _, _ = response_head(self._model, "student.model")
         self._model.requires_grad_(True)
+        self._ranks.shard(self._model, self._device, getattr(torch, config.compute_dtype))
+        head: Any = self._model.get_output_embeddings()
+        self._weight, self._bias = head.weight, head.bias
         if config.gradient_checkpointing:
             self._model.gradient_checkpointing_enable()
             self._model.train()
@@ -105,9 +108,11 @@ class Learner:
             training = Path(checkpoint, "training")
             state = read_json(training / "learner.json")
             self.policy_version, self._beta = state["policy_version"], state["beta"]
-            load_optimizer_tensors(self._model, self._optimizer, load_file(training / "optimizer.safetensors"))
+            moments = StoredTensors(training / "optimizer.safetensors")
+            if len(moments):
+                load_optimizer_tensors(self._model, self._optimizer, moments.like)
             if following:
-                self._averages.load(load_file(training / "averages.safetensors"))
+                self._averages.load(StoredTensors(training / "averages.safetensors").like)
 
     def update(
         self,
@@ -131,13 +136,14 @@ class Learner:
             self._device,
             masked_token_ids=self._masked_token_ids,
             heads=self._heads,
+            share=self._share,
         )
         self._look_ahead(batch)
         rate = rate_scale * learning_rate(self.policy_version + 1, self._total_updates, self._config.optimizer)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         collected, scale = UpdateMetrics(), 1.0
-        for rows in batch.minibatches(self._config.minibatches_per_update) * self._config.epochs_per_update:
+        for rows in self._minibatches(batch.trajectories) * self._config.epochs_per_update:
             norm = self._accumulate(batch, rows, collected)
             scale = self._step(batch, rows)
             if scale < 1:
@@ -147,7 +153,7 @@ class Learner:
         teaching = [b for b in batches if isinstance(b, TeacherScores)]
         reference = self._config.objective.reference_teacher
         groups = groups_of(ids, [b for b in teaching if b.teacher != reference], domains)
-        metrics = collected.means(groups) | response_metrics(batch.trajectories)
+        metrics = collected.means(groups, self._ranks) | response_metrics(batch.trajectories)
         metrics |= {"grad_norm": norm, "learning_rate": rate, "beta": self._beta, "step_scale": scale}
         metrics["mismatch_ess"] = effective_sample_size(batch.tensors["importance"].log(), batch.tensors["mask"]).item()
         target = self._config.objective.trust_region.target_kl
@@ -159,51 +165,43 @@ class Learner:
         return metrics
 
     def publish(self, delta: bool = False) -> Iterator[np.ndarray | WeightVersion | DeltaVersion]:
-        """The weights as buckets in the rollout dtype, each when it is filled, then the manifest.
+        """The weights as buckets in the rollout dtype, each when it is filled, then the manifest, by the first rank.
 
         delta: what changed since the version that was published before, as one bucket, unless that saves nothing. For
         this the learner keeps a copy of what it published, where `keep_published` was given.
         """
-        named = self._model.named_parameters(remove_duplicate=True)
-        if not self._keep_published:
-            yield from pack(self.policy_version, list(named), self._publish_dtype, self._bucket_bytes)
-            return
-        manifest, buckets = pack_whole(self.policy_version, list(named), self._publish_dtype, self._bucket_bytes)
-        base, self._published = self._published, (manifest, buckets)
-        if delta and base is not None:
-            change, payload = encode_delta(*base, manifest, buckets)
-            if change.nbytes < MOST_OF_DENSE * manifest.nbytes:
-                yield payload
-                yield change
-                return
-        # Not `yield from`: Ray sends into generators, and what they delegate to must take it.
-        for bucket in buckets:  # noqa: UP028
-            yield bucket
-        yield manifest
+        named = list(self._model.named_parameters(remove_duplicate=True))
+        yield from self._publisher.whole_or_delta(self.policy_version, named, self._publish_dtype, delta=delta)
 
     def publish_average(self, teacher: str) -> Iterator[np.ndarray | WeightVersion]:
         """The same of the moving average that this teacher is, in its dtype."""
         averages, dtype = self._averages.of(teacher), self._average_dtypes[teacher]
-        yield from pack(self.policy_version, averages, dtype, self._bucket_bytes)
+        yield from self._publisher.whole(self.policy_version, averages, dtype)
 
     def save(self, directory: str) -> None:
-        """Copies the state as it is now, which a thread then writes to `directory` (learner/checkpoint.py)."""
-        weights = copies(model_tensors(self._model))
+        """Copies the state as it is now, which a thread then writes to `directory` (learner/checkpoint.py).
+
+        Each rank its own rows, all into the same files: they must see the same file system.
+        """
+        first = self._ranks.rank == 0
+        weights = copies(model_tensors(self._model, self._ranks))
         moments = copies(optimizer_tensors(self._model, self._optimizer))
         averages = copies(self._averages.tensors())
         progress = {"policy_version": self.policy_version, "beta": self._beta}
 
         def write() -> None:
-            self._model.save_pretrained(directory, state_dict={})  # everything but the weights
-            tokenizer = load_tokenizer(self._student.model, self._student.trust_remote_code, "student.model")
-            tokenizer.save_pretrained(directory)
             training = Path(directory, "training")
-            training.mkdir()
-            write_tensors(Path(directory, "model.safetensors"), weights)
-            write_tensors(training / "optimizer.safetensors", moments)
+            training.mkdir(parents=True, exist_ok=True)
+            if first:
+                self._model.save_pretrained(directory, state_dict={})  # everything but the weights
+                tokenizer = load_tokenizer(self._student.model, self._student.trust_remote_code, "student.model")
+                tokenizer.save_pretrained(directory)
+                write_json(training / "learner.json", progress)
+            if weights:
+                write_tensors(Path(directory, "model.safetensors"), weights, begin=first)
+            write_tensors(training / "optimizer.safetensors", moments, begin=first)
             if averages:
-                write_tensors(training / "averages.safetensors", averages)
-            write_json(training / "learner.json", progress)
+                write_tensors(training / "averages.safetensors", averages, begin=first)
             flush(Path(directory))
 
         self._write.start(write)
@@ -216,16 +214,34 @@ class Learner:
         """Policy version and busy seconds."""
         return {"policy_version": self.policy_version, "busy_seconds": self._busy_seconds}
 
+    def _share(self, written: Trajectories) -> np.ndarray:
+        """[B] bool: the trajectories that this rank trains on."""
+        return self._ranks.share(np.diff(written.prompt_offsets) + written.lengths, self._minibatches(written))
+
+    def _minibatches(self, trajectories: Trajectories) -> list[np.ndarray]:
+        """The rows of each optimiser step of one epoch."""
+        return minibatch_rows(len(trajectories), self._config.minibatches_per_update)
+
+    def _passes(self, batch: UpdateBatch, rows: np.ndarray) -> list[Microbatch]:
+        """Micro-batches of those of the rows that are this rank's, with passes over nothing added until all ranks have as
+        many: in each pass they gather the layers together."""
+        mine = batch.microbatches(self._config.microbatch_tokens, rows[batch.mine[rows]])
+        return mine + [NO_TOKENS] * (self._ranks.most(len(mine), self._device) - len(mine))
+
     def _accumulate(self, batch: UpdateBatch, rows: np.ndarray, collected: UpdateMetrics) -> float:
         """Gradients of the loss of these rows, clipped; returns their norm before that."""
         batch.weigh(rows, self._config.objective)
         self._optimizer.zero_grad(set_to_none=True)
-        for microbatch in batch.microbatches(self._config.microbatch_tokens, rows):
+        for microbatch in self._passes(batch, rows):
             loss = self._loss(batch.part(microbatch), microbatch, collected)
-            if not torch.isfinite(loss):
-                self._refuse(f"the loss is {loss.item()}", batch.trajectories.ids[microbatch.rows])
+            total = self._ranks.sum(loss.detach())
+            if not torch.isfinite(total):
+                own = torch.from_numpy(microbatch.rows if not torch.isfinite(loss) else microbatch.rows[:0])
+                wrong = self._ranks.concatenate(own.to(self._device)).cpu().numpy()
+                self._refuse(f"the loss is {total.item()}", batch.trajectories.ids[wrong])
             loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self._model.parameters(), self._config.optimizer.max_grad_norm).item()
+        trained = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
+        norm = whole(torch.nn.utils.clip_grad_norm_(trained, self._config.optimizer.max_grad_norm)).item()
         if not math.isfinite(norm):
             self._refuse(f"the gradient's norm is {norm}", batch.trajectories.ids[rows])
         return norm
@@ -252,13 +268,13 @@ class Learner:
     @torch.no_grad()
     def _forward_kl(self, batch: UpdateBatch, rows: np.ndarray) -> float:
         """KL(pi_old || pi_theta), nats a token, with the weights as they are: exact where the trust region is, else k3."""
-        total = tokens = 0.0
-        for microbatch in batch.microbatches(self._config.microbatch_tokens, rows):
+        sums = torch.zeros(2, dtype=torch.float64, device=self._device)
+        for microbatch in self._passes(batch, rows):
             part = batch.part(microbatch)
             found = self._head(part, microbatch, partial(_exact_forward_kl, part))
             forward_kl = found.get("forward_kl", k3(found["logprobs"], part.old_logprobs))
-            total += (forward_kl * part.mask).sum().item()
-            tokens += part.mask.sum().item()
+            sums += torch.stack([(forward_kl * part.mask).sum(), part.mask.sum()])
+        total, tokens = self._ranks.sum(sums).tolist()
         return total / max(tokens, 1.0)
 
     @torch.no_grad()
@@ -274,7 +290,7 @@ class Learner:
         found = {name: torch.zeros(len(batch.tensors["mask"]), device=self._device) for name in ("logprobs", "kl")}
         states: list[torch.Tensor] = []
         places = torch.zeros_like(batch.tensors["tokens"])
-        for microbatch in batch.microbatches(self._config.microbatch_tokens):
+        for microbatch in self._passes(batch, np.arange(len(batch.trajectories))):
             part = batch.part(microbatch)
             index = torch.from_numpy(microbatch.tokens).to(self._device)
             keep = states.append if keep_states else None
@@ -282,6 +298,7 @@ class Learner:
             places[index] = sum(map(len, states)) + torch.arange(len(index), device=self._device)
             for name, column in self._head(part, microbatch, reduce, keep).items():
                 found[name][index] = column
+        found = {name: self._ranks.sum(column) for name, column in found.items()}  # of others, 0 until here
         if keep_states:
             batch.old_hidden.append(self._as_hidden_states(torch.cat(states), places))
         whole = batch.whole()
@@ -296,8 +313,8 @@ class Learner:
     def _as_hidden_states(self, states: torch.Tensor, places: torch.Tensor) -> HiddenStates:
         """What the weights as they are now make of the update's tokens, kept while the weights go on."""
         dtype = torch.bfloat16 if self._config.compute_dtype == "bfloat16" else states.dtype
-        weight, bias = self._weight.detach().to(dtype, copy=True), self._bias
-        head = (weight, None if bias is None else bias.detach().to(dtype, copy=True))
+        weight, bias = whole(self._weight.detach()).to(dtype, copy=True), self._bias
+        head = (weight, None if bias is None else whole(bias.detach()).to(dtype, copy=True))
         nothing = torch.zeros(len(states), device=self._device)
         return HiddenStates(states.to(dtype), head, places, nothing, self._temperature)
 
@@ -327,8 +344,8 @@ class Learner:
                 keep(hidden)
             values = chunked_head(
                 hidden,
-                self._weight,
-                self._bias,
+                whole(self._weight),
+                None if self._bias is None else whole(self._bias),
                 columns,
                 chunk_tokens=self._config.head_chunk_tokens,
                 temperature=self._temperature,

@@ -15,6 +15,7 @@ from actors.trajectory import FINISH_REASONS, TeacherScores, Trajectories
 from learner.batch import Part
 from learner.hidden import mixture_logprobs
 from learner.objective import effective_sample_size
+from learner.sharding import Ranks
 
 COMPARED = 64
 """At about so many tokens of a chunk, evenly spread, the most likely tokens are compared."""
@@ -79,21 +80,21 @@ class UpdateMetrics:
         for name, column in own.items():
             self._columns.setdefault(name, []).append(column.detach())
 
-    def means(self, groups: Mapping[str, np.ndarray]) -> dict[str, float]:
-        """The update's metrics, by their names in metrics.jsonl. groups: prefix of a name -> [B] bool, which
-        trajectories it is about."""
+    def means(self, groups: Mapping[str, np.ndarray], ranks: Ranks) -> dict[str, float]:
+        """The update's metrics, by their names in metrics.jsonl, over the tokens of all ranks. groups: prefix of a name
+        -> [B] bool, which trajectories it is about."""
         assert self._loss is not None
-        column = {name: torch.cat(parts) for name, parts in self._columns.items()}
+        column = {name: ranks.concatenate(torch.cat(parts)) for name, parts in self._columns.items()}
         mask, tokens = column["mask"], int(column["mask"].sum())
         kept = {name: values[mask] for name, values in column.items()}
         log_ratios = (kept["logprobs"] - kept["teacher_logprobs"]).cpu().numpy()
         tails = np.quantile(log_ratios, [0.01, 0.99]) if tokens else [np.nan, np.nan]
         moved = kept["logprobs"] - kept["old_logprobs"]
         engine = (column["logprobs"] - column["behaviour_logprobs"])[column["on_policy"]]
-        *agreed, compared = torch.cat(self._agreement).double().sum(0).tolist()
+        *agreed, compared = ranks.sum(torch.cat(self._agreement).double().sum(0)).tolist()
         means = ("reverse_kl", "forward_kl_old", "entropy", "clip_fraction")
         return {
-            "loss": self._loss.item(),
+            "loss": ranks.sum(self._loss).item(),
             "tokens_trained": tokens,
             **{name: _mean(kept[name]) for name in means},
             "log_ratio_p01": float(tails[0]),

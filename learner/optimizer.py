@@ -1,6 +1,7 @@
 """AdamW, its schedule, and the state of it that a checkpoint keeps."""
 
 import math
+from collections.abc import Callable
 
 import torch
 
@@ -44,13 +45,11 @@ def optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) 
 
 
 def load_optimizer_tensors(
-    model: torch.nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, read: Callable[[str, torch.Tensor], torch.Tensor]
 ) -> None:
-    """The inverse of `optimizer_tensors`. KeyError where a parameter's state is not among the tensors."""
-    if not tensors:
-        return
+    """The inverse of `optimizer_tensors`. read: (name, a tensor) -> that state, laid out as the tensor is."""
     for name, parameter in model.named_parameters():
-        optimizer.state[parameter] = {
-            key: tensors[f"{name}.{key}"].to(parameter.device if key != "step" else "cpu")
-            for key in ("step", "exp_avg", "exp_avg_sq")
-        }
+        if parameter.requires_grad:
+            moments = {key: read(f"{name}.{key}", parameter.detach()) for key in ("exp_avg", "exp_avg_sq")}
+            step = read(f"{name}.step", torch.zeros(()))
+            optimizer.state[parameter] = {"step": step, **moments}

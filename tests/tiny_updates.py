@@ -11,6 +11,7 @@ from actors.teacher import TeacherActor
 from actors.trajectory import TeacherScores, Trajectories, offsets_of
 from learner.config import LearnerConfig, OptimizerConfig
 from learner.learner import Learner
+from learner.sharding import Ranks
 
 
 def make_learner(
@@ -18,6 +19,9 @@ def make_learner(
     *,
     teachers: dict[str, TeacherConfig] | None = None,
     temperature: float = 1.0,
+    ranks: Ranks | None = None,
+    checkpoint: Path | None = None,
+    publish_dtype: str = "float32",
     **changes: object,
 ) -> Learner:
     config = LearnerConfig(compute_dtype="float32", optimizer=OptimizerConfig(learning_rate=1e-3, warmup_updates=0))
@@ -26,9 +30,11 @@ def make_learner(
         replace(config, **changes),  # type: ignore[arg-type]
         total_updates=10,
         temperature=temperature,
-        publish_dtype="float32",
+        publish_dtype=publish_dtype,
         bucket_bytes=1 << 20,
+        checkpoint=None if checkpoint is None else str(checkpoint),
         teachers=teachers,
+        ranks=ranks,
     )
 
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3MoeConfig
 from actors.errors import CheckpointError
 from learner.checkpoint import checkpoint_steps, commit, new_directory, prune, read_json, step_directory
 from learner.learner import Learner
-from learner.saving import DTYPES, model_tensors, write_tensors
+from learner.saving import DTYPES, copies, model_tensors, write_tensors
 from tests import clean_process
 from tests.tiny_models import make_tiny_model
 from tests.tiny_updates import make_learner, sampled, weights_of
@@ -43,7 +43,7 @@ def test_a_model_is_written_as_transformers_writes_it(kind: str, tmp_path: Path)
         options = {"tied": {"tie": True}, "untied": {"tie": False}, "llama": {"architecture": "llama"}}[kind]
         model = AutoModelForCausalLM.from_pretrained(make_tiny_model(tmp_path / "m", **options))  # type: ignore[arg-type]
     model.save_pretrained(tmp_path / "theirs")
-    write_tensors(tmp_path / "ours.safetensors", model_tensors(model))
+    write_tensors(tmp_path / "ours.safetensors", copies(model_tensors(model)))
     ours, theirs = load_file(tmp_path / "ours.safetensors"), load_file(tmp_path / "theirs" / "model.safetensors")
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
@@ -53,7 +53,7 @@ def test_tensors_of_every_type_and_shape_are_read_back_to_the_bit(tmp_path: Path
     bits = torch.randint(0, 256, (3, 5, 8), dtype=torch.uint8)
     tensors = {str(dtype): (bits > 99 if dtype == torch.bool else bits.view(dtype)) for dtype in DTYPES}
     tensors |= {"scalar": torch.tensor(3.5), "empty": torch.zeros(0, 4), "transposed": torch.randn(4, 6).T, "ü": bits}
-    write_tensors(tmp_path / "all", tensors)
+    write_tensors(tmp_path / "all", copies(tensors))
     found = load_file(tmp_path / "all")
     assert found.keys() == tensors.keys()
     for name, tensor in tensors.items():

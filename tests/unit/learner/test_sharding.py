@@ -1,0 +1,241 @@
+"""A learner of several ranks, each a process with gloo, is the learner of one: same metrics, weights, bytes, files."""
+
+import os
+import pickle
+import re
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from actors.errors import NonFiniteLossError
+from actors.trajectory import TeacherScores, Trajectories
+from learner.config import MismatchConfig, ObjectiveConfig, OptimizerConfig, TrustRegionConfig
+from learner.learner import Learner
+from learner.sharding import Ranks, own_rows, whole
+from tests import clean_process
+from tests.tiny_models import make_tiny_model
+from tests.tiny_updates import make_learner, sampled, teacher_config
+
+SIZES = (2, 4)
+STEADY = OptimizerConfig(learning_rate=1e-3, warmup_updates=0, epsilon=1e-5)
+"""Adam divides by the gradient's size: where that is rounding alone, so would the step be."""
+FULL = ObjectiveConfig(estimator="full")
+SETTINGS: dict[str, dict[str, Any]] = {
+    "plain": {"signal": "topk"},
+    "untied": {"signal": "topk", "student": "untied", "objective": FULL},
+    "recomputed": {"gradient_checkpointing": True, "objective": FULL},
+    "many passes": {"microbatch_tokens": 1, "minibatches_per_update": 2, "epochs_per_update": 2},
+    "sequences": {"objective": ObjectiveConfig(aggregation="sequence_mean", estimator="to_go")},
+    "whole update": {
+        "objective": ObjectiveConfig(
+            estimator="to_go_expected", baseline="group_mean", mismatch=MismatchConfig(correction="truncate")
+        )
+    },
+    "adaptive": {
+        "signal": "hidden",
+        "objective": ObjectiveConfig(
+            estimator="full", trust_region=TrustRegionConfig(estimator="exact", beta=0.1, target_kl=1e-6)
+        ),
+    },
+    "taken back": {
+        "minibatches_per_update": 3,
+        "objective": ObjectiveConfig(trust_region=TrustRegionConfig(max_kl=1e-4)),
+        "optimizer": replace(STEADY, learning_rate=0.02),
+    },
+}
+
+
+@dataclass
+class Material:
+    """What all learners of a test are given."""
+
+    models: dict[str, Path]
+    batches: dict[str, tuple[Trajectories, TeacherScores]]
+    """By the teacher's signal."""
+    folder: Path
+
+    def learner(self, name: str, ranks: Ranks | None, **changes: Any) -> Learner:
+        settings = {"optimizer": STEADY, **SETTINGS.get(name, {}), **changes}
+        signal, student = settings.pop("signal", "full"), settings.pop("student", "student")
+        teachers = {
+            "teacher": teacher_config(self.models, "other", signal),
+            "mean": teacher_config(self.models, "student", "full", ema_decay=0.7),
+        }
+        models = {**self.models, "student": self.models[student]}
+        return make_learner(models, ranks=ranks, teachers=teachers, **settings)
+
+    def update(self, learner: Learner, name: str) -> dict[str, float]:
+        written, scores = self.batches[SETTINGS.get(name, {}).get("signal", "full")]
+        return learner.update(written.ids, written, scores, domains=["odd", "even"] * 3)
+
+
+def state_of(learner: Learner) -> dict[str, Any]:
+    """On the first rank; every rank must ask."""
+    gradients = [whole(p.grad).flatten() for p in learner._model.parameters() if p.grad is not None]
+    parts, average = list(learner.publish()), list(learner.publish_average("mean"))
+    return {"gradients": torch.cat(gradients).numpy(), "weights": parts, "average": average}
+
+
+def trial(material: Material, ranks: Ranks | None) -> dict[str, Any]:
+    """Everything that is compared, by setting; leaves a checkpoint and what became of the learner after it."""
+    size = ranks.size if ranks else 1
+    found: dict[str, Any] = {}
+    for name in SETTINGS:
+        learner = material.learner(name, ranks, publish_dtype="bfloat16")
+        fresh = list(learner.publish())
+        learner = material.learner(name, ranks)
+        metrics = [material.update(learner, name) for _ in range(2)]
+        found[name] = {"metrics": metrics, "fresh": fresh, **state_of(learner)}
+    learner.save(str(material.folder / f"saved-{size}"))
+    found["after"] = {"metrics": [material.update(learner, name)], **state_of(learner)}
+    while not learner.saved():
+        time.sleep(0.001)
+    found["held"] = [sum(own_rows(p.detach())[0].numel() for p in learner._model.parameters())]
+    if ranks:
+        dist.barrier()
+    for other in (1, 2, 4):
+        if (material.folder / f"saved-{other}").is_dir():
+            learner = material.learner(name, ranks, checkpoint=material.folder / f"saved-{other}")
+            found[f"from {other}"] = {"metrics": [material.update(learner, name)], **state_of(learner)}
+    if ranks:
+        found |= refused(material, ranks)
+    return found
+
+
+def refused(material: Material, ranks: Ranks) -> dict[str, Any]:
+    """What each rank says of a trajectory with a log-prob that is no number."""
+    written, scores = material.batches["topk"]
+    bad = written.behaviour_logprobs.copy()
+    bad[: written.response_offsets[1]] = np.nan
+    learner = material.learner("plain", ranks, microbatch_tokens=1)
+    before = list(learner.publish())
+    with pytest.raises(NonFiniteLossError) as error:
+        learner.update(written.ids, replace(written, behaviour_logprobs=bad), scores)
+    after = list(learner.publish())
+    return {"refusal": str(error.value), "unchanged": same_bytes(before, after)}
+
+
+def run_rank(rank: int, size: int, material: Material) -> None:
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    ranks = Ranks.join(dist.FileStore(str(material.folder / f"meeting-{size}"), size), rank, size, "cpu")
+    found = trial(material, ranks)
+    (material.folder / f"found-{size}-{rank}").write_bytes(pickle.dumps(found))
+    dist.destroy_process_group()
+
+
+def run_ranks(size: int, *arguments: Any, body: Any = run_rank, folder: Path) -> None:
+    processes = [
+        clean_process.start(body, rank, size, *arguments, log=folder / f"log-{size}-{rank}") for rank in range(size)
+    ]
+    for rank, process in enumerate(processes):
+        process.join(60)
+        assert process.exitcode == 0, (folder / f"log-{size}-{rank}").read_text()[-4000:]
+
+
+@pytest.fixture(scope="module")
+def material(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Material:
+    folder = tmp_path_factory.mktemp("ranks")
+    models = {**models, "untied": make_tiny_model(folder / "untied", hidden=32, layers=2, tie=False, vocab_extra=2)}
+    return Material(models, {s: sampled(models, "other", s) for s in ("full", "topk", "hidden")}, folder)
+
+
+@pytest.fixture(scope="module")
+def found(material: Material) -> dict[int, dict[str, Any]]:
+    """By the number of ranks: what the first of them found."""
+    for size in SIZES:
+        run_ranks(size, material, folder=material.folder)
+    several = {size: pickle.loads((material.folder / f"found-{size}-0").read_bytes()) for size in SIZES}
+    return {1: trial(material, None), **several}
+
+
+def same_bytes(ours: list[Any], theirs: list[Any]) -> bool:
+    """Of what two learners published: buckets and manifest."""
+    return len(ours) == len(theirs) and all(
+        np.array_equal(a, b) if isinstance(a, np.ndarray) else a == b for a, b in zip(ours, theirs, strict=True)
+    )
+
+
+def assert_equal(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+    """To 1e-6: metrics, gradients, weights, averages."""
+    for mine, other in zip(ours["metrics"], theirs["metrics"], strict=True):
+        expected = {key: value for key, value in other.items() if key != "busy_seconds"}
+        assert {key: mine[key] for key in expected} == pytest.approx(expected, rel=5e-6, abs=1e-6, nan_ok=True)
+    np.testing.assert_allclose(ours["gradients"], theirs["gradients"], rtol=0, atol=1e-6)
+    for kind in ("weights", "average"):
+        assert len(ours[kind]) == len(theirs[kind]) > 1
+        for a, b in zip(ours[kind][:-1], theirs[kind][:-1], strict=True):
+            np.testing.assert_allclose(a.view(np.float32), b.view(np.float32), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("name", SETTINGS)
+def test_several_ranks_take_the_update_that_one_takes(name: str, size: int, found: dict[int, dict[str, Any]]) -> None:
+    assert_equal(found[size][name], found[1][name])
+    assert found[1][name]["metrics"][1]["grad_norm"] > 1e-4
+
+
+def test_the_settings_do_what_they_are_there_for(found: dict[int, dict[str, Any]]) -> None:
+    assert found[1]["taken back"]["metrics"][0]["step_scale"] < 1
+    assert found[1]["adaptive"]["metrics"][1]["beta"] != found[1]["adaptive"]["metrics"][0]["beta"]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_what_several_ranks_publish_is_what_one_publishes_to_the_bit(
+    size: int, found: dict[int, dict[str, Any]]
+) -> None:
+    for name in SETTINGS:
+        assert same_bytes(found[size][name]["fresh"], found[1][name]["fresh"])
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_first_rank_alone_publishes_and_each_holds_its_share(size: int, material: Material, found: dict) -> None:
+    others = [pickle.loads((material.folder / f"found-{size}-{rank}").read_bytes()) for rank in range(1, size)]
+    assert all(other[name]["fresh"] == [] for other in others for name in SETTINGS)
+    held = [found[size]["held"][0], *(other["held"][0] for other in others)]
+    assert sum(held) == found[1]["held"][0]
+    assert max(held) < 1.1 * sum(held) / size
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_every_rank_refuses_a_loss_that_is_no_number_and_names_the_trajectory(size: int, material: Material) -> None:
+    for rank in range(size):
+        own = pickle.loads((material.folder / f"found-{size}-{rank}").read_bytes())
+        assert own["unchanged"] and re.search(r"update 1: the loss is .* \(trajectories 0/0/0\)", own["refusal"])
+
+
+@pytest.mark.parametrize("size", (1, *SIZES))
+def test_a_checkpoint_goes_on_with_any_number_of_ranks(size: int, found: dict[int, dict[str, Any]]) -> None:
+    for other in (n for n in (1, *SIZES) if f"from {n}" in found[size]):
+        assert_equal(found[size][f"from {other}"], found[1]["after"])
+    assert f"from {size}" in found[size] and "from 2" in found[4] and "from 4" in found[1]
+
+
+def test_a_checkpoint_of_several_ranks_is_a_whole_model_directory(material: Material, found: dict) -> None:
+    model = AutoModelForCausalLM.from_pretrained(material.folder / "saved-2")
+    weights = torch.cat([p.detach().flatten() for p in model.parameters()])
+    before = found[2]["taken back"]["weights"]
+    assert weights.numel() == found[1]["held"][0] and weights.isfinite().all()
+    moved = np.abs(weights.numpy() - np.concatenate(before[:-1]).view(np.float32)).max()
+    assert moved == 0
+    for name in ("model.safetensors", "training/optimizer.safetensors", "training/averages.safetensors"):
+        ours, theirs = (load_file(material.folder / f"saved-{size}" / name) for size in (2, 4))
+        assert ours.keys() == theirs.keys()
+        assert all(ours[key].shape == theirs[key].shape for key in ours)
+
+
+def test_trajectories_are_shared_out_by_their_tokens() -> None:
+    costs, steps = np.array([9, 1, 1, 1, 9, 2, 2, 2]), [np.arange(0, 8, 2), np.arange(1, 8, 2)]
+    shares = [Ranks(rank, 3).share(costs, steps) for rank in range(3)]
+    assert (np.sum(shares, axis=0) == 1).all()
+    for rows in steps:
+        loads = [costs[rows][share[rows]].sum() for share in shares]
+        assert max(loads) <= max(9, -(-costs[rows].sum() // 3) + 1)
+    assert Ranks().share(costs, steps).all()
