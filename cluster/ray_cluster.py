@@ -61,6 +61,7 @@ def role_resources(config: CampaignConfig, cluster_gpus: float, *, private: bool
         **{f"teacher.{name}": (teacher, teacher_gpus(teacher)) for name, teacher in config.teachers.items()},
         "learner": (config.learner, 1.0),
     }
+    ranks = config.learner.replicas  # several never share a GPU: a collective wants one for each
     actors = sum(role.replicas for role, _ in wanted.values())
 
     def gpus(explicit: float | None, default: float) -> float:
@@ -68,7 +69,7 @@ def role_resources(config: CampaignConfig, cluster_gpus: float, *, private: bool
             return explicit
         if cluster_gpus == 0:
             return 0.0
-        return default if cluster_gpus > 1 or default == 0 else int(100 / actors) / 100
+        return default if cluster_gpus > 1 or default == 0 or ranks > 1 else int(100 / actors) / 100
 
     environment = {} if private or cluster_gpus else dict(CPU_THREADS)
     return {

@@ -104,7 +104,7 @@ class Fleet:
             handle = replica.handle
             self._tell("began", replica, method)
             try:
-                return await _invoke(handle, method, arguments, returns, keywords)
+                return await invoke(handle, method, arguments, returns, keywords)
             except RayActorError as error:
                 await self._lost(replica, handle, error)
             finally:
@@ -121,7 +121,7 @@ class Fleet:
             handle, answer = replica.handle, None
             self._tell("began", replica, method)
             try:
-                answer = await _invoke(handle, method, arguments, 1)
+                answer = await invoke(handle, method, arguments, 1)
                 return [answer]
             except RayActorError as error:
                 await self._lost(replica, handle, error)
@@ -136,7 +136,7 @@ class Fleet:
         """Calls a method of this replica, unless it has died."""
         if replica.alive:
             with suppress(RayActorError):  # whoever waits for its work will notice
-                await _invoke(replica.handle, method, arguments, 1)
+                await invoke(replica.handle, method, arguments, 1)
 
     async def room(self, calls: int) -> Replica:
         """The least busy replica with fewer than `calls` calls under way; waits until there is one."""
@@ -163,15 +163,7 @@ class Fleet:
         handle = replica.handle
         self._tell("began", replica, method)
         try:
-            with _errors_of(method):
-                yielded = getattr(handle, method).options(num_returns="streaming").remote(*arguments)
-                references = []
-                async for reference in yielded:
-                    references.append(reference)
-                    if on_item is not None:
-                        on_item(reference)
-                await yielded.completed()  # what broke off a stream is not raised before
-                return references
+            return await streamed(handle, method, arguments, on_item)
         except RayActorError as error:
             await self._lost(replica, handle, error)
             raise
@@ -199,9 +191,9 @@ class Fleet:
         replica.handle = actor.remote(*self._arguments, **self._keywords)
         try:
             async with asyncio.timeout(self._start_timeout):
-                await _invoke(replica.handle, "status", (), 1)
+                await invoke(replica.handle, "status", (), 1)
                 if self.prepare is not None:
-                    with _errors_of("the start"):
+                    with errors_of("the start"):
                         await self.prepare(replica.handle)
         except TimeoutError as error:
             raise CampaignError(
@@ -231,10 +223,10 @@ class Fleet:
             return  # another call has noticed before
         replica.alive = False
         self._tell("began", replica, "away")
-        self._on_event("actor_died", actor=replica.name, cause=_cause(error))
+        self._on_event("actor_died", actor=replica.name, cause=cause_of(error))
         ray.kill(handle)
         if self._max_restarts is None:
-            raise LearnerLostError(f"{replica.name} died: {_cause(error)}") from error
+            raise LearnerLostError(f"{replica.name} died: {cause_of(error)}") from error
         task = asyncio.create_task(self._replace(replica))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -271,18 +263,34 @@ class _DiedAtStartError(CampaignError):
     """The process of a new actor ended before it could work."""
 
 
-async def _invoke(
+async def invoke(
     handle: Any, method: str, arguments: tuple, returns: int, keywords: dict[str, Any] | None = None
 ) -> Any:
-    with _errors_of(method):
+    """Calls a method of one actor: its value, or the first of its values and the references of the others."""
+    with errors_of(method):
         if returns == 1:
             return await getattr(handle, method).remote(*arguments, **(keywords or {}))
         first, *others = getattr(handle, method).options(num_returns=returns).remote(*arguments, **(keywords or {}))
         return await first, *others
 
 
+async def streamed(
+    handle: Any, method: str, arguments: tuple, on_item: Callable[[Any], None] | None = None
+) -> list[Any]:
+    """Calls a generator method of one actor: the references of all that it yields."""
+    with errors_of(method):
+        yielded = getattr(handle, method).options(num_returns="streaming").remote(*arguments)
+        references = []
+        async for reference in yielded:
+            references.append(reference)
+            if on_item is not None:
+                on_item(reference)
+        await yielded.completed()  # what broke off a stream is not raised before
+        return references
+
+
 @contextmanager
-def _errors_of(what: str) -> Iterator[None]:
+def errors_of(what: str) -> Iterator[None]:
     """Our own errors say all that is to say; others keep the actor's traceback as their cause."""
     try:
         yield
@@ -293,7 +301,7 @@ def _errors_of(what: str) -> Iterator[None]:
 
 
 def _start_failure(name: str, error: RayActorError) -> Exception:
-    last_line = _cause(error)
+    last_line = cause_of(error)
     if match := re.search(r"actors\.errors\.UserError: (.*)", str(error)):
         where, _, rest = match[1].partition(": found ")
         found, _, expected = rest.partition(", expected ")
@@ -302,7 +310,8 @@ def _start_failure(name: str, error: RayActorError) -> Exception:
     return kind(f"{name} could not start: {last_line}")
 
 
-def _cause(error: RayActorError) -> str:
+def cause_of(error: RayActorError) -> str:
+    """Why an actor has died, in one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     telling = [line for line in lines if line.startswith("The actor is dead because")] or lines
     return telling[-1].partition(" Some common causes")[0]

@@ -25,6 +25,7 @@ from cluster.inputs import Inputs, read_inputs
 from cluster.progress import Progress
 from cluster.ray_cluster import check_cluster, connected, refuse_relative_output
 from cluster.ray_fleet import Fleet, Resources
+from cluster.ray_learner import LearnerGroup
 from cluster.ray_metrics import Prometheus
 from cluster.records import RunRecords, read_summary
 from cluster.report import write_report
@@ -212,7 +213,8 @@ def build_learner(
 ) -> Fleet:
     """The learner, not started; with a checkpoint, as it was then. It is not replaced in place: its state is."""
     replicas, resources = needed["learner"]
-    return Fleet(
+    kind = LearnerGroup if replicas > 1 else Fleet
+    return kind(
         "learner",
         Learner,
         (replace(config.student, model=_local(config.student.model)), config.learner),

@@ -120,10 +120,10 @@ class OptimizerConfig:
 class LearnerConfig:
     """The one role that changes weights."""
 
-    replicas: int = number(1, minimum=1, maximum=1)
-    """Ranks of the learner. One device for now: larger models need the sharded learner."""
+    replicas: int = number(1, minimum=1)
+    """Ranks of the learner, each with its share of weights, moments and of every update: the result is that of one."""
     gpus_per_replica: float | None = number(None, minimum=0)
-    """GPUs of one rank. Null: one, or a share where the cluster has a single GPU."""
+    """GPUs of one rank. Null: one, or a share where the cluster has a single GPU. With several ranks, whole ones."""
     cpus_per_replica: float = number(1.0, minimum=0)
     """CPU cores that Ray reserves for one rank."""
     resources: dict[str, float] = field(default_factory=dict)

@@ -11,7 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from actors.models import load_model
 from cluster.config import load_config
@@ -202,6 +205,35 @@ def test_killed_given_more_updates_and_interrupted_equals_undisturbed_bit_for_bi
     assert [row["step"] for row in theirs] == list(range(len(theirs)))
     for mine, other in zip(ours[:6], theirs[:6], strict=True):  # the fourth was evaluated as it was the last for a time
         assert without_times(mine) == {key: other[key] for key in without_times(mine)}
+
+
+def kill_a_rank(process: subprocess.Popen[str]) -> None:
+    """Kills the second rank of this campaign's learner."""
+    below = {child.pid: child for child in psutil.Process(process.pid).children(recursive=True)}
+    ranks = sorted(pid for pid, child in below.items() if child.cmdline()[:1] == ["ray::LearnerRank"])
+    assert len(ranks) == 2, [child.cmdline() for child in below.values()]
+    os.kill(ranks[1], signal.SIGKILL)
+
+
+@pytest.mark.timeout(240)
+def test_a_learner_of_two_ranks_that_loses_one_trains_as_one_of_one(calm: Path, folder: Path) -> None:
+    process = start(folder, "name=ranks", "learner.replicas=2")
+    wait_for_step(folder, "ranks", 2, process)
+    kill_a_rank(process)
+    finish(process, 0)
+    ranks = folder / "runs" / "ranks"
+    summary = json.loads((ranks / "summary.json").read_text())
+    assert summary["faults"] == 1 and summary["ledger"]["trained"] == UPDATES * 8
+    rows = read_jsonl(ranks / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(UPDATES + 1))
+    for mine, other in zip(rows, read_jsonl(calm / "metrics.jsonl"), strict=True):
+        for key, value in without_times(other).items():
+            assert mine[key] == (value if isinstance(value, list) else pytest.approx(value, rel=1e-3, abs=1e-4)), key
+    last = Path("checkpoints", f"step_{UPDATES:08d}", "model.safetensors")
+    ours, theirs = load_file(ranks / last), load_file(calm / last)
+    assert ours.keys() == theirs.keys()
+    for name in theirs:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=1e-5)
 
 
 def test_more_actors_than_the_cluster_holds_are_refused_at_once(folder: Path) -> None:

@@ -112,7 +112,7 @@ def test_a_wrong_type_is_refused_by_its_key(tmp_path: Path, override: str, where
         "teachers.default.replicas=0",
         "teachers.default.top_k=0",
         "teachers.default.weight=0",
-        "learner.replicas=2",
+        "learner.replicas=0",
         "learner.optimizer.learning_rate=0",
         "learner.optimizer.learning_rate=.nan",
         "learner.optimizer.beta1=1.5",

@@ -54,3 +54,13 @@ def test_a_served_teacher_takes_no_gpu_and_one_of_vllm_takes_one_for_each_rank(t
     assert role_resources(config(tmp_path, *served), 8.0, private=False)["teacher.default"][1].gpus == 0
     spread = ["teachers.default.backend=vllm", "teachers.default.tensor_parallel_size=4"]
     assert role_resources(config(tmp_path, *spread), 8.0, private=False)["teacher.default"][1].gpus == 4
+
+
+def test_each_rank_of_a_learner_has_a_whole_gpu(tmp_path: Path) -> None:
+    assert role_resources(config(tmp_path), 1.0, private=False)["learner"][1].gpus < 1
+    ranks = role_resources(config(tmp_path, "learner.replicas=2"), 1.0, private=False)
+    assert (ranks["learner"][0], ranks["learner"][1].gpus) == (2, 1.0)
+    with pytest.raises(UserError, match="GPUs asked"):
+        check_fits(ranks, {"CPU": 8, "GPU": 1}, "the cluster")
+    with pytest.raises(UserError, match=r"learner\.gpus_per_replica: found 0\.5, expected 1, or 0"):
+        config(tmp_path, "learner.replicas=2", "learner.gpus_per_replica=0.5")

@@ -1,0 +1,179 @@
+"""A learner of several ranks, which the campaign sees as one actor.
+
+start    one placement group; rank 0 says where it listens, the others come there; each builds its share
+call     goes to all ranks at once, since each has a part in it; the first rank's answer is the answer
+loss     of one rank is the loss of the learner: the others cannot go on without its rows, and end
+"""
+
+import asyncio
+import os
+import socket
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import ray
+import torch
+import torch.distributed as dist
+from ray.exceptions import RayActorError
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from actors.errors import CampaignError, LearnerLostError
+from cluster.ray_fleet import Fleet, Replica, cause_of, invoke, streamed
+from learner.learner import Learner
+from learner.sharding import Ranks
+
+LOOPBACK = "127.0.0.1"
+GRACE_SECONDS = 15.0
+"""When one rank has failed, so long the others may take to say what they know of it: first come those that it left waiting."""
+
+
+class LearnerRank:
+    """One rank, in a process of its own; a learner once it has been built."""
+
+    def __init__(self, rank: int, size: int):
+        self._rank, self._size = rank, size
+        self._store: dist.Store | None = None
+        self._learner: Any = None
+
+    def node(self) -> str:
+        """The address of the machine that it is on."""
+        return ray.util.get_node_ip_address()
+
+    def listen(self, host: str) -> int:
+        """Of the first rank: the port at `host`, and nowhere else, where it waits for the others."""
+        listening = socket.create_server((host, 0))
+        port = listening.getsockname()[1]
+        self._store = dist.TCPStore(
+            host, port, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach()
+        )
+        return port
+
+    def build(self, host: str, port: int, arguments: tuple, keywords: dict[str, Any]) -> None:
+        """Meets the others, and makes the learner of which this is a rank."""
+        if host == LOOPBACK:
+            os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+        store = self._store or dist.TCPStore(host, port, is_master=False)
+        ranks = Ranks.join(store, self._rank, self._size, "cuda" if torch.cuda.is_available() else "cpu")
+        self._learner = Learner(*arguments, **keywords, ranks=ranks)
+
+    def call(self, method: str, *arguments: Any, **keywords: Any) -> Any:
+        """A method of the learner."""
+        return getattr(self._learner, method)(*arguments, **keywords)
+
+    def stream(self, method: str, *arguments: Any) -> Any:
+        """A generator method of the learner."""
+        yield from getattr(self._learner, method)(*arguments)
+
+
+class LearnerGroup(Fleet):
+    """All ranks of one learner. Like the fleet of a single learner it is not replaced in place: its state is."""
+
+    _placement: PlacementGroup | None = None
+
+    async def start(self) -> None:
+        """Starts all ranks. UserError where the input is why they cannot work."""
+        try:
+            async with asyncio.timeout(self._start_timeout):
+                await self._start_all()
+        except TimeoutError as error:
+            raise CampaignError(
+                f"the {len(self.replicas)} ranks of the learner did not start within {self._start_timeout:g} s "
+                "(ray.start_timeout_seconds)"
+            ) from error
+        for replica in self.replicas:
+            replica.alive = True
+            self._tell("ended", replica, "away")
+            self._on_event("actor_started", actor=replica.name)
+
+    async def call(
+        self,
+        method: str,
+        *arguments: Any,
+        returns: int = 1,
+        units: int = 1,
+        at: Replica | None = None,
+        **keywords: Any,
+    ) -> Any:
+        """Calls a method on every rank; the first one's answer, but where it is yes or no, whether all say yes."""
+        assert returns == 1 and at is None
+        answers = await self._together(
+            method, lambda replica: invoke(replica.handle, "call", (method, *arguments), 1, keywords)
+        )
+        return all(answers) if isinstance(answers[0], bool) else answers[0]
+
+    async def stream(self, method: str, *arguments: Any, on_item: Callable[[Any], None] | None = None) -> list[Any]:
+        """As of a single learner, on every rank: what the first one yields."""
+        first = self.replicas[0]
+        references, *_ = await self._together(
+            method,
+            lambda replica: streamed(
+                replica.handle, "stream", (method, *arguments), on_item if replica is first else None
+            ),
+        )
+        return references
+
+    def close(self) -> None:
+        """Ends all ranks at once."""
+        super().close()
+        if self._placement is not None:
+            remove_placement_group(self._placement)
+            self._placement = None
+
+    async def _start_all(self) -> None:
+        asked = self._resources
+        bundle = {"CPU": asked.cpus, "GPU": asked.gpus, **asked.custom}
+        bundle = {name: amount for name, amount in bundle.items() if amount}
+        if bundle:
+            self._placement = placement_group([bundle] * len(self.replicas), strategy="PACK")
+            await self._placement.ready()
+        for rank, replica in enumerate(self.replicas):
+            actor: Any = ray.remote(LearnerRank).options(
+                num_cpus=asked.cpus,
+                num_gpus=asked.gpus,
+                resources=asked.custom,
+                max_restarts=0,
+                max_task_retries=0,
+                runtime_env={"env_vars": asked.environment} if asked.environment else None,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(self._placement, rank)
+                if self._placement
+                else "DEFAULT",
+            )
+            replica.handle = actor.remote(rank, len(self.replicas))
+        nodes = await self._together("node", lambda replica: invoke(replica.handle, "node", (), 1))
+        host = LOOPBACK if len(set(nodes)) == 1 else nodes[0]
+        port = await invoke(self.replicas[0].handle, "listen", (host,), 1)
+        arguments = (host, port, self._arguments, self._keywords)
+        await self._together("the start", lambda replica: invoke(replica.handle, "build", arguments, 1))
+
+    async def _together(self, what: str, one: Callable[[Replica], Coroutine[Any, Any, Any]]) -> list[Any]:
+        """What each rank answers. LearnerLostError: one of them has died; else the first error that one has raised."""
+        if any(replica.handle is None for replica in self.replicas):
+            raise LearnerLostError(f"{what}: the learner has ended")
+        for replica in self.replicas:
+            self._tell("began", replica, what)
+        tasks = [asyncio.create_task(one(replica)) for replica in self.replicas]
+        try:
+            _, waiting = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+            if waiting:
+                await asyncio.wait(waiting, timeout=GRACE_SECONDS)
+            self._raise_failure(tasks)
+            return [task.result() for task in tasks]
+        finally:
+            for replica, task in zip(self.replicas, tasks, strict=True):
+                task.cancel()
+                self._tell("ended", replica, what)
+
+    def _raise_failure(self, tasks: list[asyncio.Task]) -> None:
+        failed = [
+            (replica, task.exception()) for replica, task in zip(self.replicas, tasks, strict=True) if task.done()
+        ]
+        for replica, error in failed:
+            if isinstance(error, RayActorError):
+                if replica.alive:  # else another call has noticed before
+                    self._on_event("actor_died", actor=replica.name, cause=cause_of(error))
+                self.close()
+                raise LearnerLostError(f"{replica.name} died: {cause_of(error)}") from error
+        for _, error in failed:
+            if error is not None:
+                raise error
