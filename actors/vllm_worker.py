@@ -51,6 +51,13 @@ class HostWeightTransferEngine(WeightTransferEngine[HostInitInfo, HostUpdateInfo
 
     def start_weight_update(self) -> None:
         """Puts the layers back into the state in which a checkpoint can be loaded."""
+        if current_platform.is_cpu():
+            # The CPU backend packs experts only when it makes their kernel: without a new one they stay unpacked, and
+            # are read as if they were packed.
+            for module in self.model.modules():
+                method: Any = getattr(module, "quant_method", None)
+                if getattr(method, "moe_kernel", None) is not None:
+                    method.moe_kernel = None
         initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: HostUpdateInfo) -> None:

@@ -128,7 +128,13 @@ def from_data_sheet(config: CampaignConfig, gpu_name: str, load: Load) -> tuple[
         ["role", "of one GPU", "GiB", "of"],
         _memory(f"weights; the rest holds {sequences:,.0f} sequences", (2 * student.parameters,), "rollout", gpus, gpu),
         _memory("weights; activations", teacher_memory, "teacher", gpus, gpu),
-        _memory("weights, gradients, moments; a copy to compute with", learner_bytes(student), "learner", gpus, gpu),
+        _memory(
+            "weights, gradients, moments; to compute with",
+            learner_bytes(student, replicas["learner"]),
+            "learner",
+            gpus,
+            gpu,
+        ),
     ]
     return Plan(stages, config.pipeline.max_staleness > 0), memory
 

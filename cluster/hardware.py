@@ -100,6 +100,8 @@ def teacher_bytes(teacher: ModelSize, microbatch_tokens: int, head_chunk_tokens:
     return 2 * teacher.parameters, activations
 
 
-def learner_bytes(student: ModelSize) -> tuple[float, float]:
-    """(float32 weights, gradients and AdamW's two moments: 16 bytes a parameter; a bfloat16 copy to compute with)."""
-    return 16 * student.parameters, 2 * student.parameters
+def learner_bytes(student: ModelSize, ranks: int) -> tuple[float, float]:
+    """Of one rank (its share of float32 weights, gradients and AdamW's two moments, 16 bytes a parameter; what it computes
+    with: a bfloat16 copy, or, of several ranks, embedding and head, which they gather, see docs/scaling.md)."""
+    gathered = 14 * student.vocabulary * student.hidden
+    return 16 * student.parameters / ranks, 2 * student.parameters if ranks == 1 else gathered

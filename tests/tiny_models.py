@@ -5,7 +5,7 @@ from typing import Literal
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen3Config
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3MoeConfig
 
 SPECIAL = ["<pad>", "<eos>", "<system>", "<user>", "<assistant>", "<unk>"]
 CHARACTERS = ["\n", *map(chr, range(32, 127))]
@@ -40,14 +40,14 @@ def make_tiny_model(
     vocab_extra: int = 0,
     tie: bool = True,
     seed: int = 0,
-    architecture: Literal["qwen3", "llama"] = "qwen3",
+    architecture: Literal["qwen3", "qwen3_moe", "llama"] = "qwen3",
     context: int = 256,
     dtype: torch.dtype = torch.float32,
 ) -> Path:
     """Writes config, safetensors, tokenizer and generation config to `path`, from a seed, and returns the path.
 
     hidden: a multiple of 32, which is the size of one attention head. vocab_extra: rows of the embedding beyond the
-    tokenizer's, as real models have them.
+    tokenizer's, as real models have them. qwen3_moe: four experts a layer, of which a token meets two.
     """
     tokenizer = make_tiny_tokenizer()
     options = {
@@ -65,7 +65,9 @@ def make_tiny_model(
         "pad_token_id": tokenizer.pad_token_id,
         "initializer_range": 0.1,
     }
-    config = {"qwen3": Qwen3Config, "llama": LlamaConfig}[architecture](**options)
+    if architecture == "qwen3_moe":
+        options |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": hidden, "norm_topk_prob": True}
+    config = {"qwen3": Qwen3Config, "qwen3_moe": Qwen3MoeConfig, "llama": LlamaConfig}[architecture](**options)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)

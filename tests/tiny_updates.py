@@ -22,6 +22,7 @@ def make_learner(
     ranks: Ranks | None = None,
     checkpoint: Path | None = None,
     publish_dtype: str = "float32",
+    bucket_bytes: int = 1 << 20,
     **changes: object,
 ) -> Learner:
     config = LearnerConfig(compute_dtype="float32", optimizer=OptimizerConfig(learning_rate=1e-3, warmup_updates=0))
@@ -31,7 +32,7 @@ def make_learner(
         total_updates=10,
         temperature=temperature,
         publish_dtype=publish_dtype,
-        bucket_bytes=1 << 20,
+        bucket_bytes=bucket_bytes,
         checkpoint=None if checkpoint is None else str(checkpoint),
         teachers=teachers,
         ranks=ranks,

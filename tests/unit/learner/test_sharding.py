@@ -31,6 +31,7 @@ FULL = ObjectiveConfig(estimator="full")
 SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {"signal": "topk"},
     "untied": {"signal": "topk", "student": "untied", "objective": FULL},
+    "experts": {"student": "experts", "objective": FULL},
     "recomputed": {"gradient_checkpointing": True, "objective": FULL},
     "many passes": {"microbatch_tokens": 1, "minibatches_per_update": 2, "epochs_per_update": 2},
     "sequences": {"objective": ObjectiveConfig(aggregation="sequence_mean", estimator="to_go")},
@@ -84,6 +85,12 @@ def state_of(learner: Learner) -> dict[str, Any]:
     return {"gradients": torch.cat(gradients).numpy(), "weights": parts, "average": average}
 
 
+def save(learner: Learner, folder: Path) -> None:
+    learner.save(str(folder))
+    while not learner.saved():
+        time.sleep(0.001)
+
+
 def trial(material: Material, ranks: Ranks | None) -> dict[str, Any]:
     """Everything that is compared, by setting; leaves a checkpoint and what became of the learner after it."""
     size = ranks.size if ranks else 1
@@ -94,6 +101,8 @@ def trial(material: Material, ranks: Ranks | None) -> dict[str, Any]:
         learner = material.learner(name, ranks)
         metrics = [material.update(learner, name) for _ in range(2)]
         found[name] = {"metrics": metrics, "fresh": fresh, **state_of(learner)}
+        if name == "experts":
+            save(learner, material.folder / f"experts-{size}")
     learner.save(str(material.folder / f"saved-{size}"))
     found["after"] = {"metrics": [material.update(learner, name)], **state_of(learner)}
     while not learner.saved():
@@ -143,7 +152,12 @@ def run_ranks(size: int, *arguments: Any, body: Any = run_rank, folder: Path) ->
 @pytest.fixture(scope="module")
 def material(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Material:
     folder = tmp_path_factory.mktemp("ranks")
-    models = {**models, "untied": make_tiny_model(folder / "untied", hidden=32, layers=2, tie=False, vocab_extra=2)}
+    experts = make_tiny_model(folder / "experts", hidden=32, layers=1, architecture="qwen3_moe")
+    models = {
+        **models,
+        "experts": experts,
+        "untied": make_tiny_model(folder / "untied", hidden=32, layers=2, tie=False, vocab_extra=2),
+    }
     return Material(models, {s: sampled(models, "other", s) for s in ("full", "topk", "hidden")}, folder)
 
 
@@ -229,6 +243,16 @@ def test_a_checkpoint_of_several_ranks_is_a_whole_model_directory(material: Mate
         ours, theirs = (load_file(material.folder / f"saved-{size}" / name) for size in (2, 4))
         assert ours.keys() == theirs.keys()
         assert all(ours[key].shape == theirs[key].shape for key in ours)
+
+
+def test_experts_are_written_one_by_one_as_of_one_rank(material: Material, found: dict) -> None:
+    one, *others = (load_file(material.folder / f"experts-{size}" / "model.safetensors") for size in (1, *SIZES))
+    assert "model.layers.0.mlp.experts.3.up_proj.weight" in one
+    for other in others:
+        assert other.keys() == one.keys()
+        for name in one:
+            torch.testing.assert_close(other[name], one[name], rtol=0, atol=1e-6)
+    AutoModelForCausalLM.from_pretrained(material.folder / "experts-2")
 
 
 def test_trajectories_are_shared_out_by_their_tokens() -> None:

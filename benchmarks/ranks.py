@@ -1,0 +1,100 @@
+"""What one rank of a learner takes in memory, and what publishing takes on top, with 1, 2 and 4 ranks on this machine.
+
+    python -m benchmarks.ranks [--hidden 512] [--layers 8] [--vocabulary 16384]
+
+Random weights, gloo, float32. Resident memory above that of an idle process, in bytes a parameter of the model; the
+formula is that of docs/scaling.md. Prints JSON.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+SIZES = (1, 2, 4)
+
+
+def resident(field: str) -> int:
+    """VmRSS (now) or VmHWM (the highest since it was reset), bytes."""
+    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field)]
+    return int(line.split()[1]) << 10
+
+
+def reset_highest() -> int:
+    """From here on the highest is counted anew; returns what is resident now."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return resident("VmRSS")
+
+
+def measure(rank: int, size: int, model: Path, folder: Path, answers: Any) -> None:
+    """One rank, in this process; answers with (rank, bytes by name)."""
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    import torch
+    import torch.distributed as dist
+
+    from learner.learner import Learner
+    from learner.sharding import Ranks
+    from tests.tiny_updates import make_learner, sampled
+
+    torch.set_num_threads(1)
+    models = {"student": model}
+    written, scores = sampled({"student": folder / "small", "other": folder / "small"}, "other", "sampled")
+    ranks = None
+    if size > 1:
+        ranks = Ranks.join(dist.FileStore(str(folder / f"meeting-{size}"), size), rank, size, "cpu")
+    idle = reset_highest()
+    learner: Learner = make_learner(models, ranks=ranks, publish_dtype="bfloat16", bucket_bytes=8 << 20)
+    found = {"build_peak": resident("VmHWM") - idle, "built": reset_highest() - idle}
+    for _ in range(2):
+        learner.update(written.ids, written, scores)
+    found |= {"update_peak": resident("VmHWM") - idle, "updated": reset_highest() - idle}
+    before = reset_highest()
+    published = 0
+    for part in learner.publish():
+        published += part.nbytes if isinstance(part, np.ndarray) else 0
+        del part
+    found |= {"publish_extra": resident("VmHWM") - before, "bucket_set": published}
+    answers.put((rank, found))
+
+
+def main() -> None:
+    """Prints the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    for name, default in (("hidden", 512), ("layers", 8), ("vocabulary", 16384)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    arguments = parser.parse_args()
+    from safetensors.numpy import load_file
+
+    from tests.tiny_models import make_tiny_model
+
+    # Else malloc keeps what was freed, and what is resident says little about what is needed.
+    os.environ |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        model = make_tiny_model(
+            folder / "model", hidden=arguments.hidden, layers=arguments.layers, vocab_extra=arguments.vocabulary
+        )
+        make_tiny_model(folder / "small", hidden=32, layers=1)
+        parameters = sum(tensor.size for tensor in load_file(model / "model.safetensors").values())
+        result: dict[str, Any] = {"parameters": parameters}
+        for size in SIZES:
+            answers = context.Queue()
+            ranks = [context.Process(target=measure, args=(rank, size, model, folder, answers)) for rank in range(size)]
+            for rank in ranks:
+                rank.start()
+            found = dict(answers.get(timeout=300) for _ in ranks)
+            for rank in ranks:
+                rank.join()
+            for rank in (0, size - 1):
+                result[f"rank {rank} of {size}"] = {k: round(v / parameters, 2) for k, v in found[rank].items()}
+    print(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()
