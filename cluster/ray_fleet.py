@@ -46,6 +46,8 @@ class Replica:
     """Calls, likewise."""
     restarts: int = 0
     alive: bool = False
+    node: str = ""
+    """Where its actor is: Ray's id of the node."""
 
 
 class Fleet:
@@ -148,11 +150,10 @@ class Fleet:
                     return min(free, key=_load)
                 await self._changed.wait()
 
-    def tell_each(self, method: str, *arguments: Any) -> None:
-        """Calls a method of every living replica and does not wait; nobody hears of what became of it."""
-        for replica in self.replicas:
-            if replica.alive:
-                getattr(replica.handle, method).remote(*arguments)
+    def tell_nodes(self, method: str, *arguments: Any) -> None:
+        """Calls a method of one living replica on each node and does not wait; nobody hears of what became of it."""
+        for replica in {replica.node: replica for replica in self.replicas if replica.alive}.values():
+            getattr(replica.handle, method).remote(*arguments)
 
     async def stream(self, method: str, *arguments: Any, on_item: Callable[[Any], None] | None = None) -> list[Any]:
         """Calls a generator method of the only replica: the references of all that it yields, in order.
@@ -192,6 +193,7 @@ class Fleet:
         try:
             async with asyncio.timeout(self._start_timeout):
                 await invoke(replica.handle, "status", (), 1)
+                replica.node = await replica.handle.__ray_call__.remote(_node)
                 if self.prepare is not None:
                     with errors_of("the start"):
                         await self.prepare(replica.handle)
@@ -253,6 +255,10 @@ class Fleet:
             self._failure = error
             async with self._changed:
                 self._changed.notify_all()
+
+
+def _node(_actor: Any) -> str:
+    return ray.get_runtime_context().get_node_id()
 
 
 def _load(replica: Replica) -> int:

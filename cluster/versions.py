@@ -107,7 +107,7 @@ class Versions:
             await handle.load_weights.remote(given.manifest, *given.buckets)
 
     def _prefetch(self, reference: Any) -> None:
-        self._rollout.tell_each("prefetch", reference)
+        self._rollout.tell_nodes("prefetch", reference)
 
 
 TRANSPORTS = {"object_store": Versions}

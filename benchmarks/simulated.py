@@ -1,0 +1,317 @@
+"""Campaigns whose actors sleep in place of working: the real loop and fleets, real Ray actors, and no model.
+
+What is simulated: a rollout actor has `seats`, each response sits in one for a time that its id decides; a teacher takes
+a time for each trajectory, one call after the other; so does the learner for an update, and weights to be loaded. Actors
+are coroutines, so that many may share one process (`processes`), which is how 256 of them fit on a small machine.
+"""
+
+import asyncio
+import os
+import tempfile
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from actors.config import PromptsConfig, StudentConfig, TeacherConfig
+from actors.prompts import PromptSet
+from actors.rollout import RolloutCounts
+from actors.scoring import TeacherCounts
+from actors.trajectory import Requests, TeacherScores, Trajectories, offsets_of
+from actors.weights import WeightVersion
+from cluster.campaign import Campaign
+from cluster.config import CampaignConfig, CheckpointConfig, EvaluationConfig, PipelineConfig
+from cluster.ray_fleet import Fleet, Resources
+from cluster.records import METRIC_KEYS, RunRecords
+from cluster.state import CampaignState
+from cluster.teachers import Lessons, Teachers
+
+PROMPTS, TOKENS = 1000, 8
+"""Prompts, and tokens of each prompt and response."""
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds."""
+
+    response: float = 0.6
+    """The median response, in its seat."""
+    spread: float = 0.0
+    """Standard deviation of the logarithm of a response's time."""
+    score: float = 0.075
+    """One trajectory, by a teacher."""
+    update: float = 1.2
+    load: float = 0.002
+
+    def of_response(self, row: np.ndarray) -> float:
+        """That of one id [3]: the same in every schedule."""
+        draw = np.random.default_rng(np.abs(row).astype(np.uint64))
+        return self.response * float(np.exp(self.spread * draw.standard_normal()))
+
+
+class SleepingRollout:
+    """In the place of actors.rollout.RolloutActor."""
+
+    def __init__(self, times: Times, seats: int):
+        self._times, self._seats, self._free, self._version = times, seats, asyncio.Semaphore(seats), -1
+
+    async def status(self) -> dict[str, int]:
+        """As the real one."""
+        return {"seats": self._seats, "process": os.getpid()}
+
+    async def abort(self, ids: np.ndarray | None = None) -> None:
+        """Nothing is aborted: what is cut goes on, and nobody wants the answer."""
+
+    async def prefetch(self, bucket: np.ndarray) -> None:
+        """As the real one."""
+
+    async def load_weights(self, manifest: WeightVersion, *buckets: np.ndarray) -> float:
+        """Sleeps."""
+        await asyncio.sleep(self._times.load)
+        self._version = manifest.version
+        return self._times.load
+
+    async def generate(self, requests: Requests) -> tuple[RolloutCounts, Trajectories]:
+        """Sleeps for each response, in a seat; says of every token which version was there at the time."""
+        versions = np.zeros((len(requests.ids), TOKENS), np.int32)
+        seconds = 0.0
+
+        async def one(row: int) -> None:
+            nonlocal seconds
+            async with self._free:
+                duration = self._times.of_response(requests.ids[row])
+                versions[row, : TOKENS // 2] = self._version
+                await asyncio.sleep(duration)
+                versions[row, TOKENS // 2 :] = self._version
+                seconds += duration
+
+        await asyncio.gather(*(one(row) for row in range(len(requests.ids))))
+        count = len(requests.ids)
+        lengths = np.full(count, TOKENS)
+        written = Trajectories(
+            ids=requests.ids,
+            prompt_tokens=requests.prompt_tokens,
+            prompt_offsets=requests.prompt_offsets,
+            response_tokens=np.zeros(count * TOKENS, np.int32),
+            response_offsets=offsets_of(lengths),
+            behaviour_logprobs=np.zeros(count * TOKENS, np.float32),
+            policy_versions=versions.reshape(-1),
+            finish_reasons=np.zeros(count, np.uint8),
+        )
+        return RolloutCounts(lengths, versions.min(1), np.zeros(count, bool), seconds / self._seats), written
+
+
+class SleepingTeacher:
+    """In the place of actors.teacher.TeacherActor."""
+
+    def __init__(self, times: Times):
+        self._times, self._turn = times, asyncio.Lock()
+
+    async def status(self) -> dict[str, int]:
+        """As the real one."""
+        return {"process": os.getpid()}
+
+    async def score(self, ids: np.ndarray, *written: Trajectories, **_: Any) -> tuple[TeacherCounts, TeacherScores]:
+        """Sleeps for each trajectory; one call at a time."""
+        seconds, tokens = self._times.score * len(ids), len(ids) * TOKENS
+        async with self._turn:
+            await asyncio.sleep(seconds)
+        scores = TeacherScores(
+            ids=ids,
+            response_offsets=offsets_of([TOKENS] * len(ids)),
+            logprobs=np.zeros(tokens, np.float32),
+            teacher="default",
+            log_weights=np.zeros(len(ids), np.float32),
+            support_ids=np.zeros((tokens, 0), np.int32),
+            support_logprobs=np.zeros((tokens, 0), np.float32),
+        )
+        return TeacherCounts(0, seconds), scores
+
+
+class SleepingLearner:
+    """In the place of learner.learner.Learner. It judges by itself what it is given: each token's version, each id once."""
+
+    def __init__(self, times: Times, max_staleness: int):
+        self._times, self._bound, self._version = times, max_staleness, 0
+        self._seen: set[tuple[int, ...]] = set()
+        self.violations = self.repeated = self.unscored = 0
+
+    async def status(self) -> dict[str, int]:
+        """What it has found."""
+        return {"violations": self.violations, "repeated": self.repeated, "unscored": self.unscored}
+
+    async def update(self, ids: np.ndarray, *batches: Any, **_: Any) -> dict[str, float]:
+        """Sleeps."""
+        versions: dict[tuple[int, ...], int] = {}
+        scored: set[tuple[int, ...]] = set()
+        for batch in batches:
+            rows = list(map(tuple, batch.ids.tolist()))
+            if isinstance(batch, Trajectories):
+                oldest = np.minimum.reduceat(batch.policy_versions, batch.response_offsets[:-1])
+                versions |= dict(zip(rows, oldest.tolist(), strict=True))
+            else:
+                scored |= set(rows)
+        asked = list(map(tuple, ids.tolist()))
+        self.violations += sum(self._version - versions[row] > self._bound for row in asked)
+        self.repeated += sum(row in self._seen for row in asked) + len(asked) - len(set(asked))
+        self.unscored += len(set(asked) - scored)
+        self._seen |= set(asked)
+        await asyncio.sleep(self._times.update)
+        self._version += 1
+        told = {"step", "policy_version", "wall_seconds", "trajectories", "tokens_generated"}
+        return dict.fromkeys(set(METRIC_KEYS) - told, 0.0) | {"busy_seconds": self._times.update}
+
+    async def publish(self, delta: bool = False) -> AsyncIterator[Any]:
+        """A version without tensors."""
+        yield np.zeros(1, np.uint8)
+        yield WeightVersion(self._version, (), (1,))
+
+    async def save(self, directory: str) -> None:
+        """A checkpoint of nothing."""
+        Path(directory, "training").mkdir()
+
+    async def saved(self) -> bool:
+        """At once."""
+        return True
+
+
+class SharedFleet(Fleet):
+    """A fleet whose replicas live in fewer processes: each is a view of one of them."""
+
+    processes: int | None = None
+
+    async def start(self) -> None:
+        """As Fleet, for the first `processes`; the others share their handles."""
+        count = self.processes or len(self.replicas)
+        await asyncio.gather(*(self._start(replica) for replica in self.replicas[:count]))
+        for place, replica in enumerate(self.replicas[count:]):
+            first = self.replicas[place % count]
+            replica.handle, replica.alive, replica.node = first.handle, True, first.node
+
+
+class Silent:
+    """No progress is shown."""
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *_: None
+
+
+@dataclass
+class Simulation:
+    """One campaign to be run, and what was seen of it."""
+
+    times: Times = field(default_factory=Times)
+    updates: int = 20
+    size: int = 64
+    samples_per_prompt: int = 4
+    max_staleness: int = 2
+    oversample: float = 0.0
+    rollouts: int = 4
+    teachers: int = 4
+    seats: int = 8
+    processes: int | None = None
+    max_restarts: int = 1000
+    state: CampaignState = field(default_factory=CampaignState)
+    wall: float = 0.0
+    cpu: float = 0.0
+    """Of this process: user and system, all threads."""
+    faults: int = 0
+    found: dict[str, int] = field(default_factory=dict)
+
+    async def run(self, meanwhile: Any = None) -> "Simulation":
+        """Runs the campaign; `meanwhile` is a coroutine function of the fleets that runs beside it."""
+
+        def on_event(kind: str, **_: Any) -> None:
+            self.faults += kind == "actor_died"
+
+        def fleet(role: str, actor: type, *arguments: Any, replicas: int) -> SharedFleet:
+            made = SharedFleet(
+                role, actor, arguments, {}, replicas=replicas, resources=Resources(0.01, 0),
+                max_restarts=self.max_restarts, start_timeout_seconds=120.0, on_event=on_event,
+            )  # fmt: skip
+            made.processes = min(self.processes or replicas, replicas)
+            return made
+
+        rollout = fleet("rollout", SleepingRollout, self.times, self.seats, replicas=self.rollouts)
+        teacher = fleet("teacher.default", SleepingTeacher, self.times, replicas=self.teachers)
+        learner = fleet("learner", SleepingLearner, self.times, self.max_staleness, replicas=1)
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                await asyncio.gather(rollout.start(), teacher.start(), learner.start())
+                self.state = CampaignState()
+                campaign = self._campaign(Path(folder), rollout, teacher, learner)
+                beside = asyncio.create_task(meanwhile(rollout, teacher)) if meanwhile else None
+                start, cpu = time.perf_counter(), time.process_time()
+                await campaign.run()
+                self.wall, self.cpu = time.perf_counter() - start, time.process_time() - cpu
+                if beside:
+                    beside.cancel()
+                self.found = await learner.call("status")
+            finally:
+                for one in (rollout, teacher, learner):
+                    one.close()
+        return self
+
+    @property
+    def trained(self) -> int:
+        """Trajectories."""
+        return self.state.ledger.trained
+
+    @property
+    def stages(self) -> dict[str, float]:
+        """Seconds that each stage needs for what was trained, if none of its actors (and seats) ever waits."""
+        ids = [(epoch, prompt, sample) for epoch, prompt, sample in self._ids()]
+        responses = sum(self.times.of_response(np.array(row)) for row in ids)
+        return {
+            "rollout": responses / (self.rollouts * self.seats),
+            "teacher": self.trained * self.times.score / self.teachers,
+            "learner": self.updates * self.times.update,
+        }
+
+    def _ids(self) -> list[tuple[int, int, int]]:
+        """Of the first trajectories, as many as were trained; prompts are taken in order."""
+        prompts, found = self.trained // self.samples_per_prompt, []
+        for place in range(prompts):
+            epoch, prompt = divmod(place, PROMPTS)
+            found += [(epoch, prompt, sample) for sample in range(self.samples_per_prompt)]
+        return found
+
+    def _campaign(self, folder: Path, rollout: Fleet, teacher: Fleet, learner: Fleet) -> Campaign:
+        config = CampaignConfig(
+            name="simulated",
+            output_dir=str(folder),
+            student=StudentConfig(model="none"),
+            prompts=PromptsConfig(path="none", shuffle=False),
+            teachers={"default": TeacherConfig(model="none", replicas=self.teachers, microbatch_tokens=1 << 20)},
+            pipeline=PipelineConfig(
+                updates=self.updates,
+                prompts_per_update=self.size // self.samples_per_prompt,
+                samples_per_prompt=self.samples_per_prompt,
+                max_staleness=self.max_staleness,
+                oversample=self.oversample,
+            ),
+            evaluation=EvaluationConfig(every_updates=10**9),
+            checkpoint=CheckpointConfig(every_updates=10**9),
+        )
+        prompts = PromptSet(
+            tokens=np.zeros(PROMPTS * TOKENS, np.int32),
+            offsets=np.arange(PROMPTS + 1) * TOKENS,
+            references=[None] * PROMPTS,
+            domains=[None] * PROMPTS,
+            texts=[""] * PROMPTS,
+        )
+        quiet: Any = Silent()
+        return Campaign(
+            config,
+            self.state,
+            prompts=prompts,
+            evaluator=None,
+            rollout=rollout,
+            teachers=Teachers({"default": teacher}, Lessons([{"default": 0.0}] * PROMPTS, {})),
+            learner=learner,
+            records=RunRecords(config.run_dir),
+            progress=quiet,
+        )
