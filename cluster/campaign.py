@@ -23,7 +23,7 @@ one rollout actor, which has its prompt in the prefix cache; teachers take what 
 
 import asyncio
 import signal
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -37,7 +37,7 @@ from cluster.evaluate import Evaluator
 from cluster.followers import Followers
 from cluster.guards import judge
 from cluster.measure import LoopClock, record_of_update
-from cluster.pipeline import Sampling, Scored, Slots, split_evenly
+from cluster.pipeline import Sampling, Scored, Slots, split_evenly, too_stale
 from cluster.progress import Progress
 from cluster.ray_fleet import Fleet
 from cluster.records import RunRecords
@@ -78,8 +78,10 @@ class Campaign:
         self._slots = Slots(self._update_size, config.pipeline.max_staleness, remaining)
         self._to_sample: asyncio.Queue[Work] = asyncio.Queue()
         self._group: deque[Work] = deque()
-        self._to_score: asyncio.PriorityQueue[tuple[int, Work]] = asyncio.PriorityQueue()
+        self._to_score: asyncio.PriorityQueue[tuple[int, int, Work]] = asyncio.PriorityQueue()
         self._to_train: asyncio.Queue[Work] = asyncio.Queue()
+        self._awaited: Counter[int] = Counter()
+        """Trajectories that were sampled and are not with the learner yet, by the version of their oldest token."""
         self._sampling, self._scored = Sampling(), Scored(config.pipeline.max_staleness)
         self._to_publish: asyncio.Queue[Published] = asyncio.Queue(maxsize=1)
         self._learner_turn = asyncio.Lock()
@@ -179,7 +181,8 @@ class Campaign:
             self.state.busy["rollout"] += counts.busy_seconds
             self._sampling.count(work)
             self.state.ledger.sampled(work.numbers)
-            self._to_score.put_nowait((work.numbers[0], work))
+            self._awaited.update(work.oldest_versions.tolist())
+            self._to_score.put_nowait((int(work.oldest_versions.min()), work.numbers[0], work))
 
         await self._for_each(self._next_to_sample, sample, "rollout")
 
@@ -321,26 +324,35 @@ class Campaign:
 
     async def _next_to_score(self) -> Work:
         """What a teacher actor is given next: the oldest, up to its share and the tokens of one forward pass."""
-        works = [(await self._to_score.get())[1]]
+        works = [(await self._to_score.get())[-1]]
         if self._synchronous:
             while sum(map(len, works)) < self._update_size:
-                works.append((await self._to_score.get())[1])
+                works.append((await self._to_score.get())[-1])
             return merge(works)
         await asyncio.sleep(0)  # the call before begins, and is counted
         await self.teachers.room(TEACHER_CALLS)
         share = -(-self._to_score.qsize() // self._teacher_actors)
         tokens = self._tokens_of(works[0])
         while len(works) < share and tokens < self._tokens_at_once:
-            works.append((await self._to_score.get())[1])
+            works.append((await self._to_score.get())[-1])
             tokens += self._tokens_of(works[-1])
         return merge(works)
 
     async def _next_update(self) -> Work:
-        """Scored trajectories for one update, oldest first; those that are too stale are dropped and replaced."""
+        """Scored trajectories for one update, oldest first; those that are too stale are dropped and replaced.
+
+        Waits for scores of those that this update would make too stale: they are written, and come soon.
+        """
         await self._drop(self._scored.age(self.state.step), "stale")
-        while len(self._scored) < self._update_size:
-            await self._drop(self._scored.add(await self._to_train.get(), self.state.step), "stale")
+        while len(self._scored) < self._update_size or self._lost_by_a_step():
+            work = await self._to_train.get()
+            self._awaited.subtract(work.oldest_versions.tolist())
+            await self._drop(self._scored.add(work, self.state.step), "stale")
         return self._scored.take(self._update_size)
+
+    def _lost_by_a_step(self) -> bool:
+        bound = self.config.pipeline.max_staleness
+        return any(count and too_stale(version, self.state.step + 1, bound) for version, count in self._awaited.items())
 
     async def _cut(self) -> None:
         """Has rollout actors give up what is so slow that it could not be trained any more."""

@@ -97,12 +97,12 @@ class Sampling:
 
 
 class Scored:
-    """Scored trajectories that wait for the learner, each by itself: oldest first, whoever brought it."""
+    """Scored trajectories that wait for the learner, each by itself: the oldest weights first, whoever brought it."""
 
     def __init__(self, max_staleness: int):
         self._max_staleness = max_staleness
-        self._oldest: list[tuple[int, Work, int]] = []
-        """Heap of (number in the ledger, the work that holds it, its row there)."""
+        self._oldest: list[tuple[int, int, Work, int]] = []
+        """Heap of (version of its oldest token, number in the ledger, the work that holds it, its row there)."""
 
     def __len__(self) -> int:
         return len(self._oldest)
@@ -110,28 +110,24 @@ class Scored:
     def add(self, work: Work, learner_version: int) -> list[int]:
         """Takes in every trajectory of a work whose oldest token may still be trained; the numbers of the others."""
         stale = []
-        for row, number in enumerate(work.numbers):
-            if too_stale(int(work.oldest_versions[row]), learner_version, self._max_staleness):
+        for row, (number, version) in enumerate(zip(work.numbers, work.oldest_versions.tolist(), strict=True)):
+            if too_stale(version, learner_version, self._max_staleness):
                 stale.append(number)
             else:
-                heapq.heappush(self._oldest, (number, work, row))
+                heapq.heappush(self._oldest, (version, number, work, row))
         return stale
 
     def age(self, learner_version: int) -> list[int]:
         """The learner has taken a step: gives up those that may not be trained any more, and names their numbers."""
-        entries, self._oldest = self._oldest, []
         stale = []
-        for number, work, row in entries:
-            if too_stale(int(work.oldest_versions[row]), learner_version, self._max_staleness):
-                stale.append(number)
-            else:
-                self._oldest.append((number, work, row))
-        heapq.heapify(self._oldest)
+        while self._oldest and too_stale(self._oldest[0][0], learner_version, self._max_staleness):
+            stale.append(heapq.heappop(self._oldest)[1])
         return stale
 
     def take(self, count: int) -> Work:
         """The `count` oldest, as one work in the order of the ledger."""
-        return gather([heapq.heappop(self._oldest)[1:] for _ in range(count)])
+        chosen = sorted((heapq.heappop(self._oldest)[1:] for _ in range(count)), key=lambda entry: entry[0])
+        return gather([(work, row) for _, work, row in chosen])
 
 
 def too_stale(oldest_version: int, learner_version: int, max_staleness: int) -> bool:

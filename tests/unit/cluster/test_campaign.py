@@ -315,6 +315,22 @@ def test_what_has_become_too_stale_is_dropped_with_the_reason_and_replaced(tmp_p
     assert all_ids(made, [0])[0] not in trained
 
 
+def test_what_is_written_and_only_lacks_its_score_is_waited_for(tmp_path: Path) -> None:
+    class Busy(FakeTeacher):
+        """Its first call takes as long as many updates."""
+
+        async def call(self, *arguments: Any, **keywords: Any) -> Any:
+            first, self.called = not hasattr(self, "called"), True
+            await asyncio.sleep(0.3 if first else 0.0)
+            return await super().call(*arguments, **keywords)
+
+    config, world = configuration(tmp_path, updates=8, bound=1), World(bound=1, delay=0.001)
+    made = campaign(config, world)
+    made.teachers.fleets["default"] = Busy(world, 2)  # type: ignore[assignment]
+    assert run(made) is True
+    assert max(world.staleness) <= 1 and made.state.ledger.dropped.total() == 0
+
+
 class Slow(FakeRollout):
     """Every ninth trajectory takes as long as many updates, unless it is told to give up."""
 

@@ -149,7 +149,7 @@ def test_updates_take_the_oldest_whoever_brought_it_and_each_once(seed: int) -> 
             there |= set(mine) - set(stale)
         elif len(scored) >= 5:
             update = scored.take(5)
-            assert update.numbers == sorted(there)[:5]
+            assert update.numbers == sorted(sorted(there, key=lambda number: (versions[number], number))[:5])
             assert [row[1] for row in update.ids] == update.numbers
             assert update.oldest_versions.tolist() == [versions[number] for number in update.numbers]
             assert len(set(update.trajectories)) == len(update.trajectories) == len(update.scores)
