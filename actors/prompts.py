@@ -145,8 +145,8 @@ def sample_seed(seed: int, epoch: int, prompt: int, sample: int) -> int:
     return _hash(f"sample/{seed}/{epoch}/{prompt}/{sample}") >> 1
 
 
-def requests(prompt_set: PromptSet, ids: np.ndarray, campaign_seed: int) -> Requests:
-    """What a rollout actor needs to draw these samples. ids: [B, 3] of epoch, prompt, sample."""
+def requests(prompt_set: PromptSet, ids: np.ndarray, campaign_seed: int, *, judged: bool = False) -> Requests:
+    """What a rollout actor needs to draw these samples. ids: [B, 3] of epoch, prompt, sample. judged: for a reward, too."""
     ids = np.asarray(ids, np.int64).reshape(-1, 3)
     rows = ids[:, 1]
     return Requests(
@@ -154,6 +154,7 @@ def requests(prompt_set: PromptSet, ids: np.ndarray, campaign_seed: int) -> Requ
         seeds=np.array([sample_seed(campaign_seed, *row) for row in ids.tolist()], np.int64),
         prompt_tokens=ragged_rows(prompt_set.tokens, prompt_set.offsets, rows),
         prompt_offsets=offsets_of(np.diff(prompt_set.offsets)[rows]),
+        references=tuple(prompt_set.references[row] for row in rows) if judged else (),
     )
 
 

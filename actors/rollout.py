@@ -5,29 +5,18 @@ import os
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from dataclasses import replace
 
 import numpy as np
 
-from actors.config import RolloutConfig, SamplingConfig
+from actors.config import RolloutConfig, SamplingConfig, VerifierConfig
 from actors.delta import DeltaVersion, Receiver
 from actors.errors import EngineError
-from actors.trajectory import FINISH_REASONS, Requests, Trajectories
+from actors.models import load_tokenizer
+from actors.trajectory import FINISH_REASONS, Requests, RolloutCounts, Trajectories
+from actors.verifiers import make_verifier, rewards_of
 from actors.vllm_engine import VllmEngine
 from actors.weights import WeightVersion
-
-
-class RolloutCounts(NamedTuple):
-    """What the campaign process must know of a batch of trajectories without opening it."""
-
-    lengths: np.ndarray
-    """[B] response tokens."""
-    oldest_versions: np.ndarray
-    """[B] version of each trajectory's oldest token."""
-    truncated: np.ndarray
-    """[B] bool: it was cut at the length limit."""
-    busy_seconds: float
-    """Seconds this engine has worked since it last said so."""
 
 
 @contextmanager
@@ -53,11 +42,17 @@ class RolloutActor:
         support_size: int = 0,
         trust_remote_code: bool = False,
         keep_weights: bool = False,
+        verifier: VerifierConfig | None = None,
     ):
-        """keep_weights: a copy of the weights stays on the host, which deltas are applied to."""
+        """keep_weights: a copy of the weights stays on the host, which deltas are applied to. verifier: of the rewards that
+        are given to responses whose requests come with a reference."""
         self._sampling = sampling
         self._reported_seconds = 0.0
         self._receiver = Receiver(keep_weights)
+        self._judge = verifier and (
+            load_tokenizer(model, trust_remote_code, "student.model"),
+            make_verifier(verifier, "evaluation.verifier"),
+        )
         self._engine = VllmEngine(
             model,
             config,
@@ -72,6 +67,15 @@ class RolloutActor:
         """Samples every request; returns when the last has finished."""
         with _ends_with_the_engine():
             trajectories = await asyncio.wrap_future(self._engine.generate(requests, self._sampling, greedy=greedy))
+        if self._judge and requests.references:
+            rewards = await asyncio.to_thread(
+                rewards_of,
+                *self._judge,
+                trajectories.response_tokens,
+                trajectories.response_offsets,
+                requests.references,
+            )
+            trajectories = replace(trajectories, rewards=rewards.astype(np.float32))
         busy_seconds = self._engine.busy_seconds - self._reported_seconds
         self._reported_seconds += busy_seconds
         counts = RolloutCounts(

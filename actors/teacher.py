@@ -1,17 +1,18 @@
 """The teacher actor: scores the student's own token ids with a model of its own. A plain class, values in, values out."""
 
+import time
 from typing import Any
 
 import numpy as np
 import torch
 
 from actors.batching import microbatches
-from actors.config import TeacherConfig
+from actors.config import SamplingConfig, TeacherConfig
 from actors.errors import CampaignError, WeightError
 from actors.logprobs import chunked_head, to_array, token_logprobs
 from actors.models import load_model, response_head
 from actors.scoring import TeacherCounts, check_probe, probe, score_with
-from actors.trajectory import TeacherScores, Trajectories, offsets_of
+from actors.trajectory import FINISH_REASONS, Requests, RolloutCounts, TeacherScores, Trajectories, offsets_of
 from actors.weights import WeightVersion, unpack, verify
 
 
@@ -135,8 +136,10 @@ class TeacherActor:
         max_response_tokens: int,
         stop_token_ids: list[int],
         pad_token_id: int,
+        **how: Any,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The teacher's own greedy responses to B prompts: (tokens [N], offsets [B + 1]), to measure its accuracy."""
+        """The teacher's own responses to B prompts: (tokens [N], offsets [B + 1]); greedy ones, to measure its accuracy,
+        unless `how` says otherwise in the words of transformers' generate."""
         prompts = np.split(prompt_tokens, prompt_offsets[1:-1])
         width = max(map(len, prompts))
         input_ids = torch.full((len(prompts), width), pad_token_id)
@@ -149,14 +152,56 @@ class TeacherActor:
                 input_ids=input_ids.to(self._device),
                 attention_mask=mask.to(self._device),
                 max_new_tokens=max_response_tokens,
-                do_sample=False,
                 eos_token_id=stop_token_ids,
                 pad_token_id=pad_token_id,
+                **{"do_sample": False} | how,
             )[:, width:]
         is_stop = torch.isin(written, torch.tensor(stop_token_ids, device=written.device)).cpu().numpy()
         lengths = np.where(is_stop.any(1), is_stop.argmax(1) + 1, written.shape[1])
         rows = [row[:length] for row, length in zip(written.cpu().numpy(), lengths, strict=True)]
         return np.concatenate(rows).astype(np.int32), offsets_of(lengths)
+
+    def sample(
+        self,
+        requests: Requests,
+        policy_version: int,
+        sampling: SamplingConfig,
+        stop_token_ids: list[int],
+        privileged: tuple[np.ndarray, np.ndarray] | None = None,
+    ) -> tuple[RolloutCounts, Trajectories]:
+        """Responses that the teacher writes for the student to copy, sampled as `sampling` says of the student.
+
+        They are said to be of this policy version, since they do not go stale; their behaviour_logprobs are 0: what the
+        teacher thinks of them is in its scores. privileged: tokens and offsets of the prompts as the teacher reads them.
+        A function of the requests and their order.
+        """
+        start = time.perf_counter()
+        torch.manual_seed(int(requests.seeds[0]))
+        tokens, offsets = self.generate(
+            *(privileged or (requests.prompt_tokens, requests.prompt_offsets)),
+            sampling.max_response_tokens,
+            stop_token_ids,
+            stop_token_ids[0],
+            do_sample=True,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+        )
+        stopped = np.isin(tokens[offsets[1:] - 1], stop_token_ids)
+        reason = np.where(stopped, FINISH_REASONS.index("stop"), FINISH_REASONS.index("length"))
+        written = Trajectories(
+            ids=requests.ids,
+            prompt_tokens=requests.prompt_tokens,
+            prompt_offsets=requests.prompt_offsets,
+            response_tokens=tokens,
+            response_offsets=offsets,
+            behaviour_logprobs=np.zeros(len(tokens), np.float32),
+            policy_versions=np.full(len(tokens), policy_version, np.int32),
+            finish_reasons=reason.astype(np.uint8),
+        )
+        seconds = time.perf_counter() - start
+        versions = np.full(len(requests.ids), policy_version, np.int32)
+        return RolloutCounts(np.diff(offsets), versions, ~stopped, seconds), written
 
     def status(self) -> dict[str, float]:
         """Busy seconds so far, and the mean log-prob of the self-test's probe."""

@@ -41,6 +41,21 @@ class Requests:
     """[P] int32."""
     prompt_offsets: np.ndarray
     """[B + 1] int64."""
+    references: tuple[str | None, ...] = ()
+    """[B] what the responses are compared with, where they are to be given a reward; else empty."""
+
+
+class RolloutCounts(NamedTuple):
+    """What the campaign process must know of a batch of trajectories without opening it."""
+
+    lengths: np.ndarray
+    """[B] response tokens."""
+    oldest_versions: np.ndarray
+    """[B] version of each trajectory's oldest token."""
+    truncated: np.ndarray
+    """[B] bool: it was cut at the length limit."""
+    busy_seconds: float
+    """Seconds this engine has worked since it last said so."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +81,8 @@ class Trajectories:
     support_ids: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.int32))
     """[N, K] int32: the tokens that the student held most likely when it sampled, for teachers that are asked about
     these (`student_topk`); [0, 0] where none is."""
+    rewards: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
+    """[B] float32, where the responses were given rewards; else [0]."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -123,7 +140,7 @@ def _rows_of(ids: np.ndarray, batches: Sequence[Trajectories]) -> np.ndarray:
 
 def select_trajectories(ids: np.ndarray, batches: Sequence[Trajectories]) -> Trajectories:
     """The trajectories with these ids [M, 3], in this order, from batches that hold them and perhaps others."""
-    rows, named = _rows_of(ids, batches), batches[0].support_ids.size
+    rows, named, judged = _rows_of(ids, batches), batches[0].support_ids.size, batches[0].rewards.size
     prompt_offsets = offsets_of(np.concatenate([np.diff(b.prompt_offsets) for b in batches]))
     response_offsets = offsets_of(np.concatenate([b.lengths for b in batches]))
 
@@ -140,6 +157,7 @@ def select_trajectories(ids: np.ndarray, batches: Sequence[Trajectories]) -> Tra
         policy_versions=tokens("policy_versions", response_offsets),
         finish_reasons=np.concatenate([b.finish_reasons for b in batches])[rows],
         support_ids=tokens("support_ids", response_offsets) if named else np.zeros((0, 0), np.int32),
+        rewards=np.concatenate([b.rewards for b in batches])[rows] if judged else np.zeros(0, np.float32),
     )
 
 

@@ -7,9 +7,13 @@ one, comes first: what its last match captures in the response (group 1, or all 
 import importlib
 import math
 import re
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
 from decimal import Decimal
 from fractions import Fraction
+from typing import Any
+
+import numpy as np
 
 from actors.config import VerifierConfig
 from actors.errors import UserError
@@ -30,7 +34,7 @@ def make_verifier(config: VerifierConfig, key: str = "verifier") -> Verifier:
 
     `exact`: the same text, but for white space at the ends; `regex`: the same after the pattern; `numeric`: the last
     numbers of both are equal (thousands separators, fractions and exponents understood); `math`: equal for
-    math-verify, in the main thread only, since its time limit is a signal; `package.module:function`: called with
+    math-verify (without its time limit, a signal, outside of the main thread); `package.module:function`: called with
     (response, reference). UserError: a name, pattern or function that is not there, and the extra to install for `math`.
     """
     if config.name == "regex" and config.pattern is None:
@@ -54,6 +58,14 @@ def make_verifier(config: VerifierConfig, key: str = "verifier") -> Verifier:
         return score(matches[-1], reference) if matches and matches[-1] is not None else 0.0
 
     return verify
+
+
+def rewards_of(
+    tokenizer: Any, verifier: Verifier, tokens: np.ndarray, offsets: np.ndarray, references: Sequence[str | None]
+) -> np.ndarray:
+    """[B] float64 rewards of B responses (tokens [N], offsets [B + 1]) without their special tokens."""
+    texts = tokenizer.batch_decode(np.split(tokens, offsets[1:-1]), skip_special_tokens=True)
+    return np.array([verifier(*pair) for pair in zip(texts, references, strict=True)])
 
 
 def last_number(text: str) -> Fraction | None:
@@ -103,7 +115,10 @@ def _math(key: str) -> Verifier:
             return 1.0
         if "$" not in gold and "\\boxed" not in gold:
             gold = f"${gold}$"
-        return float(math_verify.verify(math_verify.parse(gold), math_verify.parse(response)))
+        # Its time limits are signals, which only the main thread gets; rollout actors judge in another.
+        limit = 5 if threading.current_thread() is threading.main_thread() else None
+        parsed = (math_verify.parse(text, parsing_timeout=limit) for text in (gold, response))
+        return float(math_verify.verify(*parsed, timeout_seconds=limit))
 
     return verify
 

@@ -166,11 +166,16 @@ class Campaign:
         """Consumes works, produces sampled ones. Waits for a rollout actor; unblocked by the actors' answers."""
 
         async def sample(work: Work) -> None:
-            asked = requests(self._prompts, work.ids, self.config.seed)
+            asked = requests(self._prompts, work.ids, self.config.seed, judged=self.config.gives_rewards)
             self._sampling.begin(work, self._versions.version)
             units = self._sampling.expected_tokens(len(asked.prompt_tokens), len(work))
             try:
-                counts, reference = await self.rollout.call("generate", asked, returns=2, units=units, at=work.replica)
+                if self.config.learner.objective.estimator == "sft":
+                    counts, reference = await self.teachers.sample(asked, self._versions.version, self.config.sampling)
+                else:
+                    counts, reference = await self.rollout.call(
+                        "generate", asked, returns=2, units=units, at=work.replica
+                    )
             except AbortedError:
                 return  # it was cut, as the ledger knows
             if not self._sampling.end(work):

@@ -90,6 +90,13 @@ def _parser() -> argparse.ArgumentParser:
     tail.add_argument("run", metavar="RUN", help="run directory, or the name of one in ~/understudy-runs")
     tail.add_argument("--rows", type=int, default=8, metavar="N", help="of each evaluation (default 8)")
     tail.add_argument("--follow", action="store_true", help="go on as more are written, until the campaign ends")
+    versus = command("compare", _compare, "run one task under several methods and seeds, and say which wins where")
+    versus.add_argument("config", help="YAML file")
+    versus.add_argument("overrides", nargs="*", metavar="key=value", help="rl:key=value is for that method alone")
+    versus.add_argument("--methods", default="opd,rl,sft", help="some of opd, rl, sft (default all)")
+    versus.add_argument("--seeds", default="0,1,2", help="default 0,1,2")
+    versus.add_argument("--target", type=float, default=0.95, help="share of the teacher's accuracy (default 0.95)")
+    versus.add_argument("--output", type=Path, help="page to write (default: <output_dir>/<name>-comparison.html)")
     report = command("report", _report, "write a self-contained HTML page about one or more runs")
     report.add_argument("run_dirs", nargs="+", metavar="RUN_DIR", type=Path)
     report.add_argument("--output", type=Path, help="file to write (default: report.html in the first run directory)")
@@ -215,6 +222,27 @@ def _tail(options: argparse.Namespace) -> int:
         if not (options.follow and going):
             return 0
         time.sleep(EVERY_SECONDS)
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from cluster.compare import compare, table, trials, write_comparison
+
+    try:
+        seeds = [int(seed) for seed in options.seeds.split(",")]
+    except ValueError as error:
+        raise UserError("--seeds", options.seeds, "whole numbers with commas between them") from error
+    found = trials(options.config, options.overrides, options.methods.split(","), seeds)
+    from cluster.run import run_campaign
+
+    results = compare(found, run_campaign, lambda line: print(line, flush=True))
+    first = found[0].config
+    output = (
+        options.output
+        or first.run_dir.parent / f"{first.name.removesuffix(f'-{found[0].method}-{seeds[0]}')}-comparison.html"
+    )
+    print(table(results, options.target))
+    print(f"report: {write_comparison(results, output).resolve()}")
+    return 0
 
 
 def _report(options: argparse.Namespace) -> int:

@@ -158,6 +158,12 @@ class CampaignConfig:
         return max((t.top_k for t in self.teachers.values() if t.signal == "student_topk"), default=0)
 
     @property
+    def gives_rewards(self) -> bool:
+        """Whether what is trained on is judged by `evaluation.verifier`."""
+        objective = self.learner.objective
+        return objective.estimator == "reward" or objective.reward_weight > 0
+
+    @property
     def trajectories_per_update(self) -> int:
         """Trajectories that one update trains on."""
         return self.pipeline.prompts_per_update * self.pipeline.samples_per_prompt

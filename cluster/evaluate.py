@@ -19,7 +19,7 @@ from actors.trajectory import (
     select_scores,
     select_trajectories,
 )
-from actors.verifiers import Verifier
+from actors.verifiers import Verifier, rewards_of
 from cluster.pipeline import split_evenly
 from cluster.ray_fleet import Fleet
 from cluster.teachers import Teachers
@@ -101,8 +101,7 @@ class Evaluator:
 
     def _rewards(self, tokens: np.ndarray, offsets: np.ndarray) -> np.ndarray:
         """[M] rewards of the responses to all held-out prompts."""
-        texts = self._tokenizer.batch_decode(np.split(tokens, offsets[1:-1]), skip_special_tokens=True)
-        return np.array([self._verifier(*pair) for pair in zip(texts, self._prompts.references, strict=True)])
+        return rewards_of(self._tokenizer, self._verifier, tokens, offsets, self._prompts.references)
 
     def _rows(self, written: Trajectories, scores: TeacherScores, rewards: np.ndarray) -> list[dict[str, Any]]:
         rows = []

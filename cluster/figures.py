@@ -99,7 +99,8 @@ def read_series(figure: Figure, runs: Sequence[tuple[str, Rows]], across: str = 
     for run, (name, rows) in enumerate(runs):
         for number, (key, label) in enumerate(figure.keys):
             held_out = key.startswith("eval/")
-            points = [(_place(row, across), row[key]) for row in rows if key in row and _place(row, across) is not None]
+            there = [row for row in rows if key in row and _place(row, across) is not None]
+            points = [(_place(row, across), row[key]) for row in there]
             series.append(
                 Series(
                     label if len(runs) == 1 else name if len(figure.keys) == 1 else f"{name}, {label}",
@@ -109,6 +110,8 @@ def read_series(figure: Figure, runs: Sequence[tuple[str, Rows]], across: str = 
                     dashed=number > 0 and held_out,
                     faint=number > 0,
                     dots=held_out and len(points) <= 60,
+                    low=[row[f"{key}:low"] for row in there if f"{key}:low" in row],
+                    high=[row[f"{key}:high"] for row in there if f"{key}:high" in row],
                 )
             )
     return [one for one in series if one.values]

@@ -53,17 +53,15 @@ def read_inputs(config: CampaignConfig) -> Inputs:
             "sampling.stop_token_ids", "none", "at least one, since the student has no end-of-sequence token"
         )
     prompts, lessons = _read(config, config.prompts, tokenizer, "prompts")
+    lessons = lessons._replace(stop_token_ids=stop)
     if (reference := config.learner.objective.reference_teacher) is not None:
         lessons = lessons._replace(routes=[{**route, reference: 0.0} for route in lessons.routes])
+    if config.gives_rewards:
+        _demand_references(config.prompts, prompts, "prompts")
     held_out, held_out_lessons = None, None
     if config.evaluation.prompts is not None:
         held_out, held_out_lessons = _read(config, config.evaluation.prompts, tokenizer, "evaluation.prompts")
-        if None in held_out.references:
-            raise UserError(
-                f"{config.evaluation.prompts.path}, prompt {held_out.references.index(None) + 1}",
-                f"no {config.evaluation.prompts.reference_field}",
-                "a reference answer for every held-out prompt (evaluation.prompts.reference_field)",
-            )
+        _demand_references(config.evaluation.prompts, held_out, "evaluation.prompts")
     return Inputs(
         prompts,
         lessons,
@@ -88,6 +86,15 @@ def _read(config: CampaignConfig, source: PromptsConfig, tokenizer: Any, key: st
     reference = config.learner.objective.reference_teacher
     teaching = {name: teacher for name, teacher in config.teachers.items() if name != reference}
     return prompts, Lessons(routes(prompts.domains, teaching, source.path), privileged)
+
+
+def _demand_references(source: PromptsConfig, prompts: PromptSet, key: str) -> None:
+    if None in prompts.references:
+        raise UserError(
+            f"{source.path}, prompt {prompts.references.index(None) + 1}",
+            f"no {source.reference_field}",
+            f"a reference answer for every prompt that is judged ({key}.reference_field)",
+        )
 
 
 def _masked_role_token_ids(config: CampaignConfig, tokenizer: Any, stop: list[int]) -> list[int]:

@@ -86,7 +86,11 @@ class Run:
 
 def write_report(run_dirs: Sequence[Path], output: Path) -> Path:
     """Writes the page about these runs to `output`. UserError where a directory is no run, or cannot be read."""
-    runs = [load_run(Path(run_dir)) for run_dir in run_dirs]
+    return write_page([load_run(Path(run_dir)) for run_dir in run_dirs], output)
+
+
+def write_page(runs: Sequence[Run], output: Path) -> Path:
+    """The page about runs that have been read. UserError where it cannot be written."""
     template = TEMPLATE.read_text("utf-8")
     script = template.split("<script>", 1)[1].split("</script>", 1)[0]
     page = Template(template).substitute(

@@ -189,6 +189,7 @@ def build_fleets(
         config.seed,
         support_size=config.student_support_size,
         keep_weights=config.weights.encoding == "delta",
+        verifier=config.evaluation.verifier if config.gives_rewards else None,
         trust_remote_code=config.student.trust_remote_code,
     )
     teachers = {

@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from actors.config import TeacherConfig
+from actors.config import SamplingConfig, TeacherConfig
 from actors.errors import CampaignError, UserError
 from actors.prompts import PromptSet
-from actors.trajectory import offsets_of, ragged_rows
+from actors.trajectory import Requests, RolloutCounts, offsets_of, ragged_rows
 from cluster.pipeline import split_evenly
 from cluster.ray_fleet import Fleet
 
@@ -49,6 +49,8 @@ class Lessons(NamedTuple):
     """For each prompt: teacher -> log of its share."""
     privileged: dict[str, PromptSet]
     """Teacher -> the prompts as it reads them, for teachers with a `prompt_template`."""
+    stop_token_ids: list[int] = []  # noqa: RUF012
+    """What ends a response that a teacher writes."""
 
 
 class Scored(NamedTuple):
@@ -121,6 +123,14 @@ class Teachers:
                 calls.append(part(name, mine[rows.start : rows.stop]))
         await asyncio.gather(*calls)
         return np.concatenate(written), offsets_of(map(len, written))
+
+    async def sample(self, asked: Requests, version: int, sampling: SamplingConfig) -> tuple[RolloutCounts, Any]:
+        """Responses that the only teacher writes in place of the student; a reference of Trajectories of this version."""
+        [(name, fleet)] = self.fleets.items()
+        prompts = self._lessons.privileged.get(name)
+        told = _prompts_of(prompts, asked.ids[:, 1]) if prompts else None
+        stop = self._lessons.stop_token_ids
+        return await fleet.call("sample", asked, version, sampling, stop, told, returns=2, units=len(asked.ids))
 
     async def _call(self, name: str, ids: np.ndarray, trajectories: Sequence[Any]) -> tuple[Any, Any]:
         prompts = self._lessons.privileged.get(name)

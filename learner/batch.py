@@ -22,6 +22,7 @@ from actors.trajectory import (
 )
 from learner.config import ObjectiveConfig
 from learner.divergences import extrapolated_teacher
+from learner.estimators import reward_cost
 from learner.hidden import Head, HiddenStates
 from learner.objective import token_weights
 
@@ -50,6 +51,8 @@ class Part:
     """[n] bool: the token has a finite score."""
     weights: Tensor
     """[n] float32, 0 where masked: the share of each token's cost in the loss."""
+    reward_cost: Tensor
+    """[n] float32: minus the advantage of the response's reward; 0 where masked, or where no reward is given."""
     coefficient: Tensor
     """[n] float32: A_t, where it was computed for the whole update; else 0."""
     old_logprobs: Tensor
@@ -148,17 +151,20 @@ class UpdateBatch:
 
         strength = objective.extrapolation if referring else 1.0  # 1 is the teacher itself
         teacher = extrapolated_teacher(where_known(scores.logprobs), where_known(reference.logprobs), strength)
+        # Responses that the teacher has written: what sampled them is the teacher.
+        behaviour = teacher if objective.estimator == "sft" else tensor(written.behaviour_logprobs)
 
-        return cls(
+        made = cls(
             written,
             {
                 "tokens": tensor(written.response_tokens.astype(np.int64)),
-                "behaviour_logprobs": tensor(written.behaviour_logprobs),
+                "behaviour_logprobs": behaviour,
                 "teacher_logprobs": teacher,
                 "mask": tensor(mask),
                 "weights": tensor(np.zeros(len(mask), np.float32)),
                 "coefficient": tensor(np.zeros(len(mask), np.float32)),
-                "old_logprobs": tensor(written.behaviour_logprobs),
+                "reward_cost": tensor(np.zeros(len(mask), np.float32)),
+                "old_logprobs": behaviour,
                 "importance": tensor(np.ones(len(mask), np.float32)),
                 "on_policy": tensor(written.policy_versions == policy_version),
                 "support_ids": tensor(large(scores.support_ids).astype(np.int64)),
@@ -171,6 +177,11 @@ class UpdateBatch:
             mine=mine,
             own=places,
         )
+        if written.rewards.size:
+            whole = made.whole()
+            costs = reward_cost(tensor(written.rewards), whole.padded(whole.mask), made.groups())
+            made.tensors["reward_cost"] = whole.flat(costs)
+        return made
 
     def weigh(self, rows: np.ndarray, objective: ObjectiveConfig) -> None:
         """Sets the weights of the tokens of these rows, which make one step; all others get 0."""

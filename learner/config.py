@@ -5,7 +5,7 @@ from typing import Literal
 
 from actors.config import number
 
-Estimator = Literal["trajectory", "to_go", "to_go_expected", "discounted", "immediate", "full"]
+Estimator = Literal["trajectory", "to_go", "to_go_expected", "discounted", "immediate", "full", "reward", "sft"]
 TokenRole = Literal["end_of_sequence", "template"]
 Aggregation = Literal["token_mean", "sequence_mean", "sequence_sum", "constant"]
 Divergence = Literal["reverse_kl", "forward_kl", "jsd", "skewed_forward_kl", "skewed_reverse_kl", "entropy_gated_kl"]
@@ -44,7 +44,8 @@ class ObjectiveConfig:
     """The clipped-ratio on-policy distillation objective; formulas, sources and biases are in docs/objective.md."""
 
     estimator: Estimator = "immediate"
-    """The coefficient A_t of grad log pi(y_t); `full` is the gradient of the divergence itself over the teacher's support."""
+    """The coefficient A_t of grad log pi(y_t); `full` is the gradient of the divergence itself over the teacher's support;
+    `reward` knows the reward alone (reinforcement learning), and `sft` learns responses that the teacher has written."""
     gamma: float = number(1.0, minimum=0, maximum=1)
     """Discount of later tokens, for `discounted` and `to_go_expected`."""
     baseline: Literal["none", "batch_mean", "group_mean", "exact_kl"] = "none"
@@ -78,6 +79,9 @@ class ObjectiveConfig:
     """The teacher is w q + (1 - w) pi: bounds the log-ratio by -log(1 - w). 1 is the teacher itself."""
     position_weight: float = number(0.0, minimum=0)
     """Early tokens count more: A_t is multiplied by 1 + this x the share of sum |A| that is still to come (IW-OPD)."""
+    reward_weight: float = number(0.0, minimum=0)
+    """1 / lambda of the objective KL(pi || q exp(R / lambda)): this x the cost of a response's reward (its distance from the
+    other samples of the prompt) is added to A_t. The reward is what `evaluation.verifier` says of the response."""
     through_log_ratio: bool = False
     """Differentiate through the log-ratio too, the literal surrogate E[ratio (log pi - log q)]."""
     clip_low: float | None = number(0.2, minimum=0, maximum=1)

@@ -20,6 +20,8 @@ def refuse_contradictions(
         *_of_teachers(objective, teachers),
         *_of_followers(teachers, student_model),
         *_of_estimator(objective, samples_per_prompt),
+        *_of_reward(objective, samples_per_prompt),
+        *_of_sft(objective, teachers),
         *_of_signal(objective),
         *_of_step(objective),
     ):
@@ -101,6 +103,49 @@ def _of_estimator(objective: ObjectiveConfig, samples_per_prompt: int) -> Iterat
     distribution = full or o.estimator == "to_go_expected" or o.baseline == "exact_kl"
     expected = "true: of the distribution that sampled, only the token's log-prob is known"
     yield distribution and not o.recompute_log_ratio, f"{KEY}.recompute_log_ratio", False, expected
+
+
+def _of_reward(objective: ObjectiveConfig, samples_per_prompt: int) -> Iterator[Contradiction]:
+    o, alone = objective, objective.estimator in ("reward", "sft")
+    rewarded = o.estimator == "reward" or o.reward_weight > 0
+    expected = "2 or more: a reward's cost is its distance from those of the prompt's other samples"
+    yield rewarded and samples_per_prompt < 2, "pipeline.samples_per_prompt", samples_per_prompt, expected
+    for name, value, default in (
+        ("reward_weight", o.reward_weight, 0),
+        ("baseline", o.baseline, "none"),
+        ("position_weight", o.position_weight, 0),
+        ("through_log_ratio", o.through_log_ratio, False),
+        ("log_ratio_clip", o.log_ratio_clip, None),
+        ("log_ratio_power", o.log_ratio_power, None),
+        ("proximal_weight", o.proximal_weight, 1),
+        ("reference_teacher", o.reference_teacher, None),
+    ):
+        expected = f"{default}, or an estimator that has a teacher's coefficient: {o.estimator} has none"
+        yield alone and value != default, f"{KEY}.{name}", value, expected
+
+
+def _of_sft(objective: ObjectiveConfig, teachers: Mapping[str, TeacherConfig]) -> Iterator[Contradiction]:
+    o, sft = objective, objective.estimator == "sft"
+    yield (
+        sft and len(teachers) > 1,
+        "teachers",
+        ", ".join(teachers),
+        f"one teacher, which writes for {KEY}.estimator=sft",
+    )
+    for name, teacher in teachers.items():
+        other = sft and teacher.backend != "transformers"
+        expected = f"transformers: {KEY}.estimator=sft has it write, which the others do not"
+        yield other, f"teachers.{name}.backend", teacher.backend, expected
+        expected = "another signal: the student names no tokens for responses that it has not written"
+        yield sft and teacher.signal == "student_topk", f"teachers.{name}.signal", "student_topk", expected
+    region, never = o.trust_region, "the student's own samples, so another estimator than sft"
+    for name, value, default in (
+        ("mismatch.correction", o.mismatch.correction, "none"),
+        ("trust_region.beta", region.beta, 0),
+        ("trust_region.target_kl", region.target_kl, None),
+        ("trust_region.max_kl", region.max_kl, None),
+    ):
+        yield sft and value != default, f"{KEY}.{name}", value, f"{default}, or {never}"
 
 
 def _of_signal(objective: ObjectiveConfig) -> Iterator[Contradiction]:

@@ -370,20 +370,15 @@ class Learner:
 
         found = self._head(part, microbatch, reduce)
         logprobs, kl = found["logprobs"], found.get("kl")
-        if full:
-            cost, clipped = found["cost"], torch.zeros_like(part.mask)
-        else:
+        cost, clipped = found.get("cost", -logprobs), torch.zeros_like(part.mask)
+        if objective.estimator not in ("full", "sft"):
             student = logprobs if objective.recompute_log_ratio else part.behaviour_logprobs
             whole_update = needs_whole_update(objective)
-            cost, clipped = surrogate(
-                logprobs,
-                part.old_logprobs,
-                part.coefficient if whole_update else coefficients(student, kl, part, None, objective),
-                objective.clip_low,
-                objective.clip_high,
-                dual_clip=objective.dual_clip,
-                through_log_ratio=objective.through_log_ratio,
-            )
+            ours = part.coefficient if whole_update else coefficients(student, kl, part, None, objective)
+            cost, clipped = self._surrogate(logprobs, part, ours)
+        elif full and objective.reward_weight:
+            judged, clipped = self._surrogate(logprobs, part, objective.reward_weight * part.reward_cost)
+            cost = cost + judged
         region = objective.trust_region.estimator
         forward_kl = found["forward_kl"] if region == "exact" else TRUST_REGION[region](logprobs, part.old_logprobs)
         cost = (part.importance * cost + self._beta * forward_kl).masked_fill(~part.mask, 0.0)
@@ -399,6 +394,13 @@ class Learner:
             }
             collected.add(loss, part, microbatch.rows, columns)
         return loss
+
+    def _surrogate(
+        self, logprobs: torch.Tensor, part: Part, coefficient: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        o = self._config.objective
+        bounds = {"dual_clip": o.dual_clip, "through_log_ratio": o.through_log_ratio}
+        return surrogate(logprobs, part.old_logprobs, coefficient, o.clip_low, o.clip_high, **bounds)  # type: ignore[arg-type]
 
     def _head_of(self, teacher: TeacherConfig, key: str) -> Head:
         """The teacher's output layer, cut to what the student can write."""

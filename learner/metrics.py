@@ -146,6 +146,7 @@ def response_metrics(trajectories: Trajectories) -> dict[str, float]:
         "response_length_max": int(trajectories.lengths.max()),
         "stopped_fraction": float(stopped.mean()),
         "repetition": repetition(trajectories.response_tokens, trajectories.lengths),
+        **({"reward_mean": float(trajectories.rewards.mean())} if trajectories.rewards.size else {}),
     }
 
 

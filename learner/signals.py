@@ -89,6 +89,8 @@ def coefficients(
     logprobs: Tensor, kl: Tensor | None, part: Part, groups: Tensor | None, objective: ObjectiveConfig
 ) -> Tensor:
     """[n] A_t of the tokens of a part that holds whole trajectories, from the student's current log-probs [n]."""
+    if objective.estimator == "reward":
+        return part.reward_cost
     student = logprobs.detach()
     teacher = divergences.proximal_teacher(student, part.teacher_logprobs, objective.proximal_weight)
     cost = divergences.bounded_cost(student, teacher, power=objective.log_ratio_power, clip=objective.log_ratio_clip)
@@ -103,4 +105,5 @@ def coefficients(
         baseline_name=objective.baseline,
         group_B=groups,
     )
-    return part.flat(found * position_weights(found, mask_BT, objective.position_weight))
+    found = found * position_weights(found, mask_BT, objective.position_weight)
+    return part.flat(found) + objective.reward_weight * part.reward_cost

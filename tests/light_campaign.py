@@ -13,6 +13,7 @@ import re
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,9 +25,9 @@ import yaml
 
 import cluster.run
 from actors.delta import DeltaVersion, Receiver
-from actors.models import load_model
-from actors.rollout import RolloutCounts
-from actors.trajectory import FINISH_REASONS, Requests, Trajectories, offsets_of
+from actors.models import load_model, load_tokenizer
+from actors.trajectory import FINISH_REASONS, Requests, RolloutCounts, Trajectories, offsets_of
+from actors.verifiers import make_verifier, rewards_of
 from actors.weights import WeightVersion, unpack, verify
 from cluster.config import load_config
 from cluster.ray_cluster import role_resources
@@ -109,8 +110,10 @@ class LightRollout:
         stop_token_ids: list[int],
         seed: int,
         keep_weights: bool = False,
+        verifier: Any = None,
         **_: Any,
     ):
+        self._judge = verifier and (load_tokenizer(model, False, "m"), make_verifier(verifier))
         self._model = load_model(model, "float32", "cpu", False, "student.model")
         self._receiver = Receiver(keep_weights)
         self._stop, self._length, self._version = set(stop_token_ids), sampling.max_response_tokens, -1
@@ -143,6 +146,9 @@ class LightRollout:
             ),
         )
         versions = np.full(len(lengths), self._version, np.int32)
+        if self._judge and requests.references:
+            rewards = rewards_of(*self._judge, written.response_tokens, written.response_offsets, requests.references)
+            written = replace(written, rewards=rewards.astype(np.float32))
         return RolloutCounts(np.array(lengths), versions, truncated, 0.01), written
 
     def load_weights(self, manifest: WeightVersion | DeltaVersion, *buckets: np.ndarray) -> float:
@@ -190,14 +196,19 @@ def configuration(folder: Path, name: str, **changes: Any) -> Path:
     return folder / f"{name}.yaml"
 
 
-def run_here(config_file: Path) -> None:
-    """Runs the campaign in this process, which is fit for nothing else afterwards."""
+def without_ray() -> None:
+    """From now on campaigns of this process are light; it is fit for nothing else afterwards."""
     torch.set_num_threads(1)
     here: Any = cluster.run
     here.Fleet, here.RolloutActor = LocalFleet, LightRollout
     here.connected = lambda config: nullcontext(True)
     here.check_cluster = lambda config, private: role_resources(config, 0.0, private=True)
-    here.run_campaign(load_config(config_file))
+
+
+def run_here(config_file: Path) -> None:
+    """Runs the campaign in this process."""
+    without_ray()
+    cluster.run.run_campaign(load_config(config_file))
 
 
 def start(config_file: Path) -> BaseProcess:

@@ -1,5 +1,6 @@
 """A teacher's scores against a plain forward pass of each sequence."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +9,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from actors.config import TeacherConfig
+from actors.config import SamplingConfig, TeacherConfig
 from actors.errors import CampaignError
 from actors.teacher import TeacherActor
-from actors.trajectory import Trajectories, offsets_of
+from actors.trajectory import FINISH_REASONS, Requests, Trajectories, offsets_of
 from tests.tiny_models import make_tiny_model
 
 
@@ -116,6 +117,44 @@ def test_its_own_answers_are_those_of_greedy_decoding(path: Path) -> None:
             with torch.no_grad():
                 text.append(int(model(torch.tensor([text])).logits[0, -1].argmax()))
         assert response[offsets[i] : offsets[i + 1]].tolist() == text[len(prompt) :]
+
+
+def test_what_it_writes_for_the_student_to_copy_is_sampled_from_its_own_distribution(path: Path) -> None:
+    prompt, count, stop = np.array([7, 8, 9], np.int32), 3000, [11, 12]
+    asked = Requests(
+        ids=np.array([(0, 0, i) for i in range(count)]),
+        seeds=np.arange(count) + 5,
+        prompt_tokens=np.tile(prompt, count),
+        prompt_offsets=np.arange(count + 1) * 3,
+    )
+    teacher = make(path)
+    sampling = SamplingConfig(max_response_tokens=2, temperature=0.5)
+    counts, texts = teacher.sample(asked, 7, sampling, stop)
+    first = texts.response_tokens[texts.response_offsets[:-1]]
+    [logprobs] = plain(path, replace_response(texts, 0, first[:1])).unbind(0)
+    expected = torch.softmax(logprobs.double() / 0.5, -1).numpy()
+    found = np.bincount(first, minlength=len(expected)) / count
+    assert np.abs(found - expected).max() < 5 * np.sqrt(expected.max() / count)
+    ended = np.isin(first, stop)
+    assert ended.any() and np.array_equal(texts.lengths, np.where(ended, 1, 2))
+    assert np.array_equal(counts.truncated, texts.finish_reasons == FINISH_REASONS.index("length"))
+    assert not counts.truncated[ended].any() and set(texts.policy_versions.tolist()) == {7}
+    again = teacher.sample(asked, 7, sampling, stop)[1]
+    assert np.array_equal(again.response_tokens, texts.response_tokens)
+    greedy = teacher.sample(asked, 7, SamplingConfig(max_response_tokens=2, temperature=1e-4), stop)[1]
+    assert set(greedy.response_tokens[greedy.response_offsets[:-1]].tolist()) == {int(logprobs.argmax())}
+
+
+def replace_response(t: Trajectories, row: int, tokens: np.ndarray) -> Trajectories:
+    """One trajectory of them, with this response."""
+    return replace(
+        t,
+        ids=t.ids[row : row + 1],
+        prompt_tokens=t.prompt_tokens[slice(*t.prompt_offsets[row : row + 2])],
+        prompt_offsets=np.array([0, t.prompt_offsets[row + 1] - t.prompt_offsets[row]]),
+        response_tokens=tokens,
+        response_offsets=np.array([0, len(tokens)]),
+    )
 
 
 def test_a_score_that_is_no_number_is_missing_and_counted(tmp_path: Path) -> None:
