@@ -18,6 +18,23 @@ def number(
 
 
 @dataclass
+class LoraConfig:
+    """Adapters of low rank that are trained in place of the weights (LoRA): less memory, and a smaller checkpoint.
+
+    Engines are given the merged weights. Needs the library peft: `pip install peft accelerate`.
+    """
+
+    rank: int = number(16, minimum=1)
+    """Rows of the thin matrices: what an update may change of a layer."""
+    alpha: float = number(32.0, above=0)
+    """The adapter's output is multiplied by alpha / rank."""
+    target_modules: list[str] = field(default_factory=list)
+    """Ends of the names of the layers that have one, for example `q_proj`. Empty: every linear layer but the output."""
+    rank_stabilised: bool = False
+    """Multiply by alpha / sqrt(rank) instead (rsLoRA, arXiv 2312.03732)."""
+
+
+@dataclass
 class StudentConfig:
     """The policy that is trained."""
 
@@ -25,6 +42,8 @@ class StudentConfig:
     """Hugging Face model directory or hub name: config, safetensors, tokenizer with a chat template."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Only for sources you have read."""
+    lora: LoraConfig | None = None
+    """Adapters to train. Null: all weights are trained."""
 
 
 @dataclass

@@ -7,6 +7,7 @@ the object store once and are read in place: nothing here copies a tensor that a
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -87,7 +88,7 @@ def lay_out(shapes: Iterable[tuple[str, tuple[int, ...]]], dtype: str, bucket_by
 
 
 def pack(
-    version: int, named_tensors: Sequence[tuple[str, torch.Tensor]], dtype: str, bucket_bytes: int
+    version: int, named_tensors: "Sequence[tuple[str, torch.Tensor | Deferred]]", dtype: str, bucket_bytes: int
 ) -> Iterator[np.ndarray | WeightVersion]:
     """Yields the buckets ([bytes] uint8), cast to `dtype`, each as soon as it is filled; then the manifest."""
     tensors = dict(named_tensors)
@@ -106,8 +107,22 @@ def pack(
     yield WeightVersion(version, tuple(entries), tuple(sizes))
 
 
-def gathered(tensor: torch.Tensor, dtype: str) -> torch.Tensor:
+@runtime_checkable
+class Deferred(Protocol):
+    """A tensor that is computed when it is asked for."""
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the tensor."""
+
+    def whole(self) -> torch.Tensor:
+        """The tensor."""
+
+
+def gathered(tensor: torch.Tensor | Deferred, dtype: str) -> torch.Tensor:
     """The tensor itself, or, where ranks hold rows of it each, their rows in `dtype` put together: all ranks must ask."""
+    if isinstance(tensor, Deferred):
+        return tensor.whole()
     if not isinstance(tensor, DTensor):
         return tensor.detach()
     rows: DTensor = tensor.detach().to(torch_dtype(dtype))  # type: ignore[assignment]
@@ -115,7 +130,7 @@ def gathered(tensor: torch.Tensor, dtype: str) -> torch.Tensor:
 
 
 def pack_whole(
-    version: int, named_tensors: Sequence[tuple[str, torch.Tensor]], dtype: str, bucket_bytes: int
+    version: int, named_tensors: "Sequence[tuple[str, torch.Tensor | Deferred]]", dtype: str, bucket_bytes: int
 ) -> tuple[WeightVersion, list[np.ndarray]]:
     """All that `pack` yields, once the last bucket is filled."""
     manifest, buckets = WeightVersion(version, (), ()), []

@@ -1,6 +1,7 @@
 """Everything that can be known of a campaign before it starts, in a few seconds."""
 
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 from actors.errors import UserError
@@ -51,6 +52,8 @@ def check_models(config: CampaignConfig) -> None:
 
 def _student(config: CampaignConfig) -> str:
     student = config.student
+    if student.lora is not None and find_spec("peft") is None:
+        raise UserError("student.lora", "no library peft", "pip install peft accelerate")
     check_weights(find_model(student.model, "student.model", code=student.trust_remote_code), "student.model")
     tokenizer = load_tokenizer(student.model, student.trust_remote_code, "student.model")
     return f"{len(tokenizer)} tokens, prompts of at most {max_prompt_tokens(config)}"

@@ -383,6 +383,9 @@ def _check_whole(config: CampaignConfig) -> None:
     check_guards(config.guards, metrics, config.checkpoint.every_updates * config.checkpoint.keep_last)
     for name, teacher in config.teachers.items():
         _check_backend(f"teachers.{name}", teacher)
+    following = [name for name, teacher in config.teachers.items() if teacher.ema_decay is not None]
+    if config.student.lora is not None and following:
+        raise UserError("student.lora", "adapters", f"null where teachers.{following[0]}.ema_decay is given")
     gpus = config.learner.gpus_per_replica
     if config.learner.replicas > 1 and gpus is not None and gpus not in (0.0, 1.0):
         raise UserError("learner.gpus_per_replica", gpus, "1, or 0: each of several ranks has one GPU of its own")

@@ -2,6 +2,7 @@
 
     step_00000100/
         config.json model.safetensors tokenizer.json …   what from_pretrained and vLLM read; float32 master weights
+        adapter/                                          where adapters are trained: they alone, as peft reads them
         training/optimizer.safetensors                    AdamW's moments, by parameter name
         training/averages.safetensors                     where teachers follow the student: what they are
         training/learner.json                             policy version, schedule position

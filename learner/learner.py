@@ -23,6 +23,7 @@ from actors.logprobs import chunked_head, entropy, token_logprobs
 from actors.models import load_head, load_model, load_tokenizer, response_head
 from actors.trajectory import TeacherScores, Trajectories, TrajectoryId
 from actors.weights import WeightVersion
+from learner.adapters import ADAPTER_FILE, adapter_tensors, add_adapters, merged_tensors
 from learner.averages import MovingAverages
 from learner.batch import NO_TOKENS, Part, UpdateBatch, minibatch_rows
 from learner.checkpoint import flush, read_json, write_json
@@ -77,20 +78,23 @@ class Learner:
         self._ranks = ranks or Ranks()
         self._publisher = Publisher(self._ranks, bucket_bytes, keep=keep_published)
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        lora = student.lora
         self._model = load_model(
-            checkpoint or student.model,
-            "float32",
+            student.model if lora or checkpoint is None else checkpoint,
+            config.compute_dtype if lora else "float32",  # what is not trained needs no more digits
             self._device if self._ranks.size == 1 else "cpu",  # the device holds this rank's rows alone
             trust_remote_code=student.trust_remote_code,
             key="student.model",
         )
         self._body, _, _ = response_head(self._model, "student.model")
         self._model.requires_grad_(True)
+        stored = Path(checkpoint, "adapter") if checkpoint else None
+        self._adapter = add_adapters(self._model, lora, stored) if lora else None
         self._ranks.shard(self._model, self._device, getattr(torch, config.compute_dtype))
         head: Any = self._model.get_output_embeddings()
         self._weight, self._bias = head.weight, head.bias
         if config.gradient_checkpointing:
-            self._model.gradient_checkpointing_enable()
+            self._model.gradient_checkpointing_enable({"use_reentrant": False})
             self._model.train()
         self._optimizer = build_optimizer(self._model, config.optimizer)
         self._masked_token_ids = [*config.objective.masked_token_ids, *masked_role_token_ids]
@@ -170,7 +174,8 @@ class Learner:
         delta: what changed since the version that was published before, as one bucket, unless that saves nothing. For
         this the learner keeps a copy of what it published, where `keep_published` was given.
         """
-        named = list(self._model.named_parameters(remove_duplicate=True))
+        named: Any = merged_tensors if self._adapter else torch.nn.Module.named_parameters
+        named = list(named(self._model))
         yield from self._publisher.whole_or_delta(self.policy_version, named, self._publish_dtype, delta=delta)
 
     def publish_average(self, teacher: str) -> Iterator[np.ndarray | WeightVersion]:
@@ -184,7 +189,9 @@ class Learner:
         Each rank its own rows, all into the same files: they must see the same file system.
         """
         first = self._ranks.rank == 0
-        weights = copies(model_tensors(self._model, self._ranks))
+        merged = merged_tensors(self._model) if self._adapter else None
+        weights = copies(model_tensors(self._model, self._ranks, merged))
+        adapter = copies(adapter_tensors(self._model)) if self._adapter else {}
         moments = copies(optimizer_tensors(self._model, self._optimizer))
         averages = copies(self._averages.tensors())
         progress = {"policy_version": self.policy_version, "beta": self._beta}
@@ -197,6 +204,9 @@ class Learner:
                 tokenizer = load_tokenizer(self._student.model, self._student.trust_remote_code, "student.model")
                 tokenizer.save_pretrained(directory)
                 write_json(training / "learner.json", progress)
+            if self._adapter:
+                self._adapter.save_pretrained(Path(directory, "adapter"))
+                write_tensors(Path(directory, "adapter", ADAPTER_FILE), adapter, begin=first)
             if weights:
                 write_tensors(Path(directory, "model.safetensors"), weights, begin=first)
             write_tensors(training / "optimizer.safetensors", moments, begin=first)
@@ -249,7 +259,7 @@ class Learner:
     def _step(self, batch: UpdateBatch, rows: np.ndarray) -> float:
         """Takes the step; where it goes beyond the trust region's hard limit, only this share of it."""
         limit = self._config.objective.trust_region.max_kl
-        parameters = list(self._model.parameters())
+        parameters = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
         before = [p.detach().clone() for p in parameters] if limit is not None else []
         self._optimizer.step()
         if limit is None:

@@ -6,13 +6,13 @@ import numpy as np
 import torch
 
 from actors.delta import DeltaVersion, encode_delta
-from actors.weights import WeightVersion, gathered, pack, pack_whole
+from actors.weights import Deferred, WeightVersion, gathered, pack, pack_whole
 from learner.sharding import Ranks
 
 MOST_OF_DENSE = 0.8
 """A delta of more than this share of the weights does not travel: decoding it costs more than it saves."""
 
-Named = Sequence[tuple[str, torch.Tensor]]
+Named = Sequence[tuple[str, torch.Tensor | Deferred]]
 """Names and tensors, in rows over the ranks where there are several. One at a time is put together."""
 
 

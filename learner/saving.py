@@ -6,7 +6,7 @@ writes the rows that it holds into their place, and nothing is ever gathered. An
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import remove_tied_weights_from_state_dict, revert_weight_conversion
 
 from actors.errors import CheckpointError
+from actors.weights import Deferred
 from learner.sharding import Ranks, own_rows, whole
 
 DTYPES = {
@@ -81,12 +82,18 @@ class Rows:
         return torch.Size(self.shape).numel() * self.values.element_size()
 
 
-def model_tensors(model: PreTrainedModel, ranks: Ranks | None = None) -> dict[str, torch.Tensor]:
+def model_tensors(
+    model: PreTrainedModel,
+    ranks: Ranks | None = None,
+    merged: Iterable[tuple[str, torch.Tensor | Deferred]] | None = None,
+) -> dict[str, torch.Tensor]:
     """The tensors of a model directory as `save_pretrained` names and lays them out, one of each that is tied.
 
     With several ranks, each has its rows. But where a checkpoint has other tensors than the model in memory (experts
-    one by one), they are gathered in turn on the first rank, which alone returns them.
+    one by one, or `merged` with adapters), they are gathered in turn on the first rank, which alone returns them.
     """
+    if merged is not None:
+        return _on_first_rank(model, ranks or Ranks(), merged)
     state = model.state_dict(keep_vars=True)
     places: dict[int, torch.Tensor] = {}  # which are one, transformers tells by where they lie, and rows lie anywhere
     stand_ins = {name: places.setdefault(id(tensor), torch.zeros(1)) for name, tensor in state.items()}
@@ -95,13 +102,19 @@ def model_tensors(model: PreTrainedModel, ranks: Ranks | None = None) -> dict[st
         shapes = {name: torch.empty(tensor.shape, device="meta") for name, tensor in state.items()}
         if revert_weight_conversion(model, shapes).keys() == state.keys():
             return state
-        gathered = {}
-        for name, tensor in state.items():
-            one = whole(tensor)
-            if ranks.rank == 0:
-                gathered[name] = one.cpu()
-        state = gathered
-    return revert_weight_conversion(model, state) if state else state
+        return _on_first_rank(model, ranks, state.items())
+    return revert_weight_conversion(model, state)
+
+
+def _on_first_rank(
+    model: PreTrainedModel, ranks: Ranks, named: Iterable[tuple[str, torch.Tensor | Deferred]]
+) -> dict[str, torch.Tensor]:
+    found = {}
+    for name, tensor in named:
+        one = tensor.whole() if isinstance(tensor, Deferred) else whole(tensor)
+        if ranks.rank == 0:
+            found[name] = one.cpu()
+    return revert_weight_conversion(model, found) if found else found
 
 
 def copies(tensors: Mapping[str, torch.Tensor]) -> dict[str, Rows]:

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from actors.config import StudentConfig, TeacherConfig
+from actors.config import LoraConfig, StudentConfig, TeacherConfig
 from actors.teacher import TeacherActor
 from actors.trajectory import TeacherScores, Trajectories, offsets_of
 from learner.config import LearnerConfig, OptimizerConfig
@@ -20,6 +20,7 @@ def make_learner(
     teachers: dict[str, TeacherConfig] | None = None,
     temperature: float = 1.0,
     ranks: Ranks | None = None,
+    lora: LoraConfig | None = None,
     checkpoint: Path | None = None,
     publish_dtype: str = "float32",
     bucket_bytes: int = 1 << 20,
@@ -27,7 +28,7 @@ def make_learner(
 ) -> Learner:
     config = LearnerConfig(compute_dtype="float32", optimizer=OptimizerConfig(learning_rate=1e-3, warmup_updates=0))
     return Learner(
-        StudentConfig(str(models["student"])),
+        StudentConfig(str(models["student"]), lora=lora),
         replace(config, **changes),  # type: ignore[arg-type]
         total_updates=10,
         temperature=temperature,

@@ -410,3 +410,15 @@ def test_importing_the_configuration_loads_nothing_heavy() -> None:
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("**/*.yaml")), ids=lambda path: path.stem)
 def test_every_configuration_of_the_project_loads(path: Path) -> None:
     load_config(path)
+
+
+def test_adapters_are_asked_for_by_a_section_or_a_single_key(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(GOOD)
+    assert load_config(path).student.lora is None
+    lora = load_config(path, ["student.lora.rank=8"]).student.lora
+    assert lora is not None and (lora.rank, lora.alpha) == (8, 32.0)
+    with pytest.raises(UserError, match=r"student\.lora: found adapters, expected null where teachers\.default\.ema"):
+        load_config(
+            path, ["student.lora={rank: 8}", "teachers.default.ema_decay=0.9", "teachers.default.model=student"]
+        )

@@ -5,6 +5,7 @@ import pickle
 import re
 import time
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from actors.config import LoraConfig
 from actors.errors import NonFiniteLossError
 from actors.trajectory import TeacherScores, Trajectories
 from learner.config import MismatchConfig, ObjectiveConfig, OptimizerConfig, TrustRegionConfig
@@ -52,6 +54,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "optimizer": replace(STEADY, learning_rate=0.02),
     },
 }
+
+if find_spec("peft"):
+    SETTINGS = {"adapters": {"lora": LoraConfig(rank=3), "objective": FULL}, **SETTINGS}
 
 
 @dataclass
@@ -101,8 +106,8 @@ def trial(material: Material, ranks: Ranks | None) -> dict[str, Any]:
         learner = material.learner(name, ranks)
         metrics = [material.update(learner, name) for _ in range(2)]
         found[name] = {"metrics": metrics, "fresh": fresh, **state_of(learner)}
-        if name == "experts":
-            save(learner, material.folder / f"experts-{size}")
+        if name in ("experts", "adapters"):
+            save(learner, material.folder / f"{name}-{size}")
     learner.save(str(material.folder / f"saved-{size}"))
     found["after"] = {"metrics": [material.update(learner, name)], **state_of(learner)}
     while not learner.saved():
@@ -253,6 +258,16 @@ def test_experts_are_written_one_by_one_as_of_one_rank(material: Material, found
         for name in one:
             torch.testing.assert_close(other[name], one[name], rtol=0, atol=1e-6)
     AutoModelForCausalLM.from_pretrained(material.folder / "experts-2")
+
+
+@pytest.mark.skipif("adapters" not in SETTINGS, reason="no library peft")
+def test_adapters_are_written_as_of_one_rank(material: Material, found: dict) -> None:
+    for file in ("model.safetensors", "adapter/adapter_model.safetensors", "training/optimizer.safetensors"):
+        one, *others = (load_file(material.folder / f"adapters-{size}" / file) for size in (1, *SIZES))
+        for other in others:
+            assert other.keys() == one.keys()
+            for name in one:
+                torch.testing.assert_close(other[name], one[name], rtol=0, atol=1e-6)
 
 
 def test_trajectories_are_shared_out_by_their_tokens() -> None:
