@@ -73,11 +73,11 @@ def add_adapters(model: PreTrainedModel, lora: LoraConfig, stored: Path | None) 
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name)
         if parameter.requires_grad:
-            parameter.data = parameter.data.float()  # type: ignore[assignment]
+            parameter.data = parameter.data.float()
     if stored is not None:
         file = StoredTensors(stored / ADAPTER_FILE)
-        for name, parameter in adapter_tensors(model).items():
-            parameter.copy_(file.like(name, parameter))
+        for name, tensor in adapter_tensors(model).items():
+            tensor.copy_(file.like(name, tensor))
     return config
 
 
