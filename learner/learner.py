@@ -164,7 +164,7 @@ class Learner:
         if target is not None:
             # After the last step: before it, a single on-policy step has not moved yet.
             self._beta = adapted_beta(self._beta, self._forward_kl(batch, np.arange(len(ids))), target)
-        metrics["busy_seconds"] = time.perf_counter() - start
+        metrics["busy_seconds"] = (time.perf_counter() - start) * self._ranks.size  # as of all actors of a role
         self._busy_seconds += metrics["busy_seconds"]
         return metrics
 

@@ -109,6 +109,8 @@ def trial(material: Material, ranks: Ranks | None) -> dict[str, Any]:
         if name in ("experts", "adapters"):
             save(learner, material.folder / f"{name}-{size}")
     learner.save(str(material.folder / f"saved-{size}"))
+    half = material.learner("recomputed", ranks, compute_dtype="bfloat16")
+    found["half"] = [material.update(half, "recomputed") for _ in range(3)]
     found["after"] = {"metrics": [material.update(learner, name)], **state_of(learner)}
     while not learner.saved():
         time.sleep(0.001)
@@ -248,6 +250,13 @@ def test_a_checkpoint_of_several_ranks_is_a_whole_model_directory(material: Mate
         ours, theirs = (load_file(material.folder / f"saved-{size}" / name) for size in (2, 4))
         assert ours.keys() == theirs.keys()
         assert all(ours[key].shape == theirs[key].shape for key in ours)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_in_sixteen_bits_ranks_compute_what_one_computes_but_for_rounding(size: int, found: dict) -> None:
+    for mine, other in zip(found[size]["half"], found[1]["half"], strict=True):
+        assert mine["reverse_kl"] == pytest.approx(other["reverse_kl"], rel=0.01)
+        assert mine["grad_norm"] == pytest.approx(other["grad_norm"], rel=0.02)
 
 
 def test_experts_are_written_one_by_one_as_of_one_rank(material: Material, found: dict) -> None:
