@@ -14,6 +14,7 @@ import yaml
 
 from cluster.cli import _parser
 from cluster.config import load_config
+from cluster.estimate import replicas_of
 from cluster.records import EVALUATION_KEYS, METRIC_KEYS
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -50,6 +51,12 @@ def test_a_rayjob_runs_a_campaign_whose_roles_land_on_the_groups_meant_for_them(
         }
         assert offered.keys() == wanted.keys()
         assert all(offered[role].keys() == wanted[role].keys() for role in wanted)
+        actors = replicas_of(config)
+        for group in cluster["workerGroupSpecs"]:
+            role = group["groupName"]
+            gpus = int(group["template"]["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"])
+            assert group["replicas"] * gpus >= actors[role]
+            assert group["replicas"] * min(offered[role].values()) >= actors[role]
 
 
 @pytest.mark.parametrize("cluster", clusters(), ids=["rayjob", "raycluster"])
