@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from html import escape
+from typing import NamedTuple
 
 PALETTE_SIZE = 8
 MAX_POINTS = 200
@@ -38,6 +39,15 @@ class Series:
     def values(self) -> list[float]:
         """The values that are there."""
         return [y for y in self.ys if y is not None]
+
+
+class Mark(NamedTuple):
+    """Something that happened at `place` on the x axis. Example: Mark(31, "rolled back", "bad", "length is 80, …")."""
+
+    place: float
+    name: str
+    tone: str
+    text: str
 
 
 @dataclass(frozen=True)
@@ -90,15 +100,19 @@ def line_chart(
     x_name: str = "update",
     x_format: Callable[[float], str] | None = None,
     references: Sequence[tuple[str, float]] = (),
+    marks: Sequence[Mark] = (),
+    undone: Sequence[Series] = (),
     y_limits: tuple[float | None, float | None] = (None, None),
     size: tuple[int, int] = (400, 190),
     end_labels: bool = False,
 ) -> str:
-    """Lines over a common x. `references` are horizontal lines; `y_limits` are values that the y axis includes at least."""
+    """Lines over a common x. `references` are horizontal lines, `marks` vertical ones; `undone` are drawn behind, and not
+    told under the pointer; `y_limits` are values that the y axis includes at least."""
     series = [thinned(one) for one in series if one.values]
     x_format = x_format or compact
-    x, y = _axes(series, references, y_limits, size, right=104 if end_labels else 10)
-    parts = [_grid(x, y, x_format, y_format)]
+    x, y = _axes([*series, *undone], references, y_limits, size, right=104 if end_labels else 10)
+    parts = [_grid(x, y, x_format, y_format), *(_mark(mark, x, y) for mark in marks)]
+    parts += [_line(one, x, y).replace('class="', 'class="undone ') for one in undone if one.values]
     for name, value in references:
         parts.append(
             f'<line class="reference" x1="{x.start:.1f}" x2="{x.stop:.1f}" y1="{y.at(value):.1f}" y2="{y.at(value):.1f}"/>'
@@ -232,6 +246,17 @@ def _line(series: Series, x: Axis, y: Axis) -> str:
     if series.dots or len(series.values) == 1:
         parts += [f'<circle class="dot {look}" cx="{p[0]:.1f}" cy="{p[1]:.1f}" r="2.6"/>' for p in points if p]
     return "".join(parts)
+
+
+def _mark(mark: Mark, x: Axis, y: Axis) -> str:
+    at = x.at(mark.place)
+    anchor = "start" if at < (x.start + x.stop) / 2 else "end"
+    shift = 4 if anchor == "start" else -4
+    return (
+        f'<g class="mark {mark.tone}"><title>{escape(mark.text)}</title>'
+        f'<line x1="{at:.1f}" x2="{at:.1f}" y1="{y.start:.1f}" y2="{y.stop:.1f}"/>'
+        f'<text x="{at + shift:.1f}" y="{y.stop + 8:.1f}" text-anchor="{anchor}">{escape(mark.name)}</text></g>'
+    )
 
 
 def _data(

@@ -114,7 +114,9 @@ def mean_run(method: str, run_dirs: Sequence[Path]) -> Run:
     numbers = [key for key, value in results[0].items() if isinstance(value, int | float)]
     summary = {key: statistics.fmean(r[key] for r in results if r.get(key) is not None) for key in numbers}
     summary |= {"updates": round(summary["updates"]), "tokens_generated": round(summary["tokens_generated"])}
-    return Run(runs[0].path, method, metrics, [], summary, runs[0].config_text, runs[0].config, runs[0].trajectories)
+    return Run(
+        runs[0].path, method, metrics, [], [], summary, runs[0].config_text, runs[0].config, runs[0].trajectories
+    )
 
 
 class Reached(NamedTuple):

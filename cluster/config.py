@@ -405,6 +405,8 @@ def _check_whole(config: CampaignConfig) -> None:
                 raise UserError(f"{role}.resources.{name}", amount, "a number > 0")
     if config.evaluation.prompts is not None and config.evaluation.prompts.reference_field is None:
         raise UserError("evaluation.prompts.reference_field", "null", "the field with the reference answer")
+    if config.gives_rewards and config.prompts.reference_field is None:
+        raise UserError("prompts.reference_field", "null", "the field with the reference answer, for rewards")
 
 
 BACKEND_SIGNALS = {"vllm": ("sampled", "topk", "full"), "http": ("sampled", "topk")}

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from html import escape
 from typing import Any
 
-from cluster.charts import PALETTE_SIZE, Series, compact, line_chart, percent, stacked_bars
+from cluster.charts import PALETTE_SIZE, Mark, Series, compact, line_chart, percent, stacked_bars
 
 Rows = Sequence[dict[str, Any]]
 """The lines of one run's metrics.jsonl."""
@@ -65,6 +65,25 @@ GROUPS: dict[str, tuple[Figure, ...]] = {
             (("response_length_mean", "train"), ("eval/response_length_mean", "held-out")),
         ),
         Figure("Truncated", "responses cut at the length limit", (("truncated_fraction", "truncated"),), percent),
+        Figure("Reward", "mean over the update’s responses", (("reward_mean", "reward"),)),
+        Figure("Repetition", "4-grams that a response has said before", (("repetition", "repetition"),), percent),
+        Figure(
+            "Agreement with the teacher",
+            "tokens where both hold the same most likely; overlap of the 8 most likely",
+            (("top1_agreement", "most likely"), ("top8_overlap", "8 most likely")),
+            percent,
+        ),
+        Figure(
+            "Mass on the support",
+            "what each gives to the tokens of the support",
+            (("student_support_mass", "student"), ("teacher_support_mass", "teacher")),
+            percent,
+        ),
+        Figure(
+            "Log-ratio’s tails",
+            "log pi - log q at the sampled tokens, in nats: 1st and 99th percentile",
+            (("log_ratio_p99", "99%"), ("log_ratio_p01", "1%")),
+        ),
     ),
     "The step": (
         Figure("Loss", "as minimised; its estimator is in the configuration", (("loss", "loss"),)),
@@ -117,7 +136,42 @@ def read_series(figure: Figure, runs: Sequence[tuple[str, Rows]], across: str = 
     return [one for one in series if one.values]
 
 
-def hero_figures(runs: Sequence[tuple[str, Rows]], teachers: Iterable[float]) -> str:
+GUARD_EVENTS = {
+    "guard_warned": ("warned", "warn"),
+    "guard_lowered_rate": ("rate lowered", "warn"),
+    "guard_rolled_back": ("rolled back", "bad"),
+    "guard_stopped": ("stopped", "bad"),
+}
+
+
+@dataclass(frozen=True)
+class Past:
+    """What guards did in a run: their events, and the metrics of the updates that they undid. Empty for several runs."""
+
+    events: Sequence[dict[str, Any]] = ()
+    undone: Rows = ()
+
+    def marks(self, figure: Figure, across: str = "step") -> list[Mark]:
+        """Where to mark a figure: every action, but a warning only where its metric is drawn."""
+        keys = [key for key, _ in figure.keys]
+        return [
+            Mark(float(event[across]), *GUARD_EVENTS[event["kind"]], f"{event.get('guard')}: {event.get('cause')}")
+            for event in self.events
+            if event["kind"] in GUARD_EVENTS and event.get(across) is not None
+            if event["kind"] != "guard_warned" or event.get("metric") in keys
+        ]
+
+    def series(self, figure: Figure) -> list[Series]:
+        """The lines that the updates had before they were undone; each roll back begins a new one."""
+        parts: list[list[dict[str, Any]]] = []
+        for row in self.undone:
+            if not parts or row["step"] <= parts[-1][-1]["step"]:
+                parts.append([])
+            parts[-1].append(row)
+        return [one for part in parts for one in read_series(figure, [("", part)])]
+
+
+def hero_figures(runs: Sequence[tuple[str, Rows]], teachers: Iterable[float], past: Past) -> str:
     """Accuracy and reverse KL, each against updates, tokens and time; the page shows one of the three."""
     parts = []
     for figure in HERO:
@@ -132,6 +186,8 @@ def hero_figures(runs: Sequence[tuple[str, Rows]], teachers: Iterable[float]) ->
                 y_format=figure.form,
                 y_limits=figure.limits,
                 references=references,
+                marks=past.marks(figure, key),
+                undone=past.series(figure) if key == "step" else (),
                 x_name={"updates": "update", "tokens": "tokens", "time": "at"}[name],
                 x_format=seconds if key == "wall_seconds" else compact,
                 size=(500, 250),
@@ -143,7 +199,7 @@ def hero_figures(runs: Sequence[tuple[str, Rows]], teachers: Iterable[float]) ->
     return "".join(parts)
 
 
-def small_figures(figures: Sequence[Figure], runs: Sequence[tuple[str, Rows]]) -> tuple[str, str]:
+def small_figures(figures: Sequence[Figure], runs: Sequence[tuple[str, Rows]], past: Past) -> tuple[str, str]:
     """(charts, list of what never changed): a flat line is told in a word instead of drawn."""
     drawn, steady = [], []
     for figure in figures:
@@ -153,7 +209,14 @@ def small_figures(figures: Sequence[Figure], runs: Sequence[tuple[str, Rows]]) -
         if all(_constant(one.values) for one in series) and len({figure.form(one.values[0]) for one in series}) == 1:
             steady.append(f"<div><dt>{figure.title}</dt><dd>{escape(figure.form(series[0].values[-1]))}</dd></div>")
             continue
-        chart = line_chart(series, label=figure.title, y_format=figure.form, y_limits=figure.limits)
+        chart = line_chart(
+            series,
+            label=figure.title,
+            y_format=figure.form,
+            y_limits=figure.limits,
+            marks=past.marks(figure),
+            undone=past.series(figure),
+        )
         latest = "".join(
             f'<span class="key {one.look}">{escape(one.label)} <b>{escape(figure.form(one.values[-1]))}</b></span>'
             if len(series) > 1

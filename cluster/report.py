@@ -19,12 +19,13 @@ import yaml
 
 from actors.errors import UserError
 from cluster.charts import PALETTE_SIZE, compact, percent
-from cluster.figures import BUSY, GROUPS, busy_figure, hero_figures, seconds, small_figures, with_throughput
+from cluster.figures import BUSY, GROUPS, Past, busy_figure, hero_figures, seconds, small_figures, with_throughput
 from cluster.plan import Plan, Stage
 from cluster.records import (
     CONFIG_FILE,
     EVENTS_FILE,
     METRICS_FILE,
+    UNDONE_FILE,
     read_jsonl,
     read_summary,
     trajectory_files,
@@ -43,6 +44,7 @@ class Run:
     path: Path
     name: str
     metrics: list[dict[str, Any]]
+    undone: list[dict[str, Any]]
     events: list[dict[str, Any]]
     summary: dict[str, Any]
     config_text: str
@@ -114,12 +116,13 @@ def load_run(path: Path) -> Run:
         config_file = path / CONFIG_FILE
         config_text = config_file.read_text("utf-8") if config_file.exists() else ""
         metrics, events = with_throughput(read_jsonl(path / METRICS_FILE)), read_jsonl(path / EVENTS_FILE)
+        undone = read_jsonl(path / UNDONE_FILE)
         summary = read_summary(path)
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise UserError(str(path), str(error), "the files that a campaign wrote") from error
     config = _parsed(config_text)
     name = str(config.get("name") or path.resolve().name)
-    return Run(path, name, metrics, events, summary, config_text, config, trajectory_files(path))
+    return Run(path, name, metrics, undone, events, summary, config_text, config, trajectory_files(path))
 
 
 def sections(runs: Sequence[Run]) -> dict[str, str]:
@@ -128,9 +131,10 @@ def sections(runs: Sequence[Run]) -> dict[str, str]:
     names = _distinct_names(runs)
     curves = [(name, run.metrics) for name, run in zip(names, runs, strict=True)]
     teachers = {run.result["accuracy_teacher"] for run in runs} - {None}
+    past = Past(one.events, one.undone) if one else Past()
     groups, steady = [], []
     for title, figures in GROUPS.items():
-        drawn, flat = small_figures(figures, curves)
+        drawn, flat = small_figures(figures, curves, past)
         if title == "The pipeline":
             drawn = "".join(busy_figure("" if one else name, rows) for name, rows in curves) + drawn
         steady.append(flat)
@@ -145,7 +149,7 @@ def sections(runs: Sequence[Run]) -> dict[str, str]:
         "legend": "" if one else _legend(names),
         "summary": _before_after(one) if one else _comparison(names, runs),
         "bottleneck": "".join(_bottleneck(run, "" if one else name) for name, run in zip(names, runs, strict=True)),
-        "hero": hero_figures(curves, sorted(teachers)) or "<p class=none>Nothing has been measured yet.</p>",
+        "hero": hero_figures(curves, sorted(teachers), past) or "<p class=none>Nothing has been measured yet.</p>",
         "groups": "".join(groups),
         "steady": f'<section class="steady"><h2>Never changed</h2><dl>{flat}</dl></section>' if flat else "",
         "samples": samples([(name, run.trajectories) for name, run in zip(names, runs, strict=True)]),

@@ -58,9 +58,14 @@ def fields(finding: Finding) -> dict[str, Any]:
 
 
 def last_good(config: CampaignConfig, finding: Finding) -> Path | None:
-    """The newest checkpoint from before the metric went out of bounds."""
+    """The newest checkpoint from before the weights that made the metric go out of bounds.
+
+    An update's metrics are of responses that the weights before it have written, or with staleness older ones: those are
+    the suspects, whatever the update itself was like.
+    """
     checkpoints = config.run_dir / "checkpoints"
-    steps = [step for step in checkpoint_steps(checkpoints) if step < finding.since]
+    suspect = finding.since - 1 - config.pipeline.max_staleness
+    steps = [step for step in checkpoint_steps(checkpoints) if step < suspect]
     return step_directory(checkpoints, steps[-1]) if steps else None
 
 

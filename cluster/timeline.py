@@ -18,6 +18,10 @@ TONES = {
     "resumed": "warn",
     "paused": "warn",
     "scaled": "warn",
+    "guard_warned": "warn",
+    "guard_lowered_rate": "warn",
+    "guard_rolled_back": "bad",
+    "guard_stopped": "bad",
 }
 """Every other kind, such as `checkpoint`, is told without a colour."""
 MAX_LINES = 120

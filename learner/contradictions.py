@@ -74,6 +74,8 @@ def _of_followers(teachers: Mapping[str, TeacherConfig], student_model: str) -> 
         yield teacher.ema_decay == 1, f"{key}.ema_decay", 1, "a number < 1, or null for a teacher that stays as it is"
         expected = f"{student_model}, the student's, which a teacher with ema_decay follows"
         yield follows and teacher.model != student_model, f"{key}.model", teacher.model, expected
+        expected = "transformers: the others cannot load the student's weights as it goes (ema_decay)"
+        yield follows and teacher.backend != "transformers", f"{key}.backend", teacher.backend, expected
         expected = "another signal: the head of a teacher with ema_decay changes with every update"
         yield follows and teacher.signal == "hidden", f"{key}.signal", "hidden", expected
 

@@ -17,6 +17,8 @@ import json
 import random
 import string
 import time
+from collections.abc import Callable, Collection
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -99,21 +101,18 @@ def teach(
     tokenizer: PreTrainedTokenizerFast,
     *,
     steps: int,
-    bad_habit: float,
-    held_out: set[tuple[int, int]],
-    rng: random.Random,
+    lesson: Callable[[], tuple[str, str]],
 ) -> None:
-    """Supervised training on worked sums, 64 a step; the sums of `held_out` never occur."""
+    """Supervised training, 64 lessons a step: a prompt, and what is to be answered."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.99), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps, pct_start=0.1)
     start = time.perf_counter()
     for step in range(1, steps + 1):
         prompts, answers = [], []
-        while len(prompts) < 64:
-            pair = draw_pair(rng)
-            if pair not in held_out:
-                prompts.append(f"<bos><user>{pair[0]}+{pair[1]}<assistant>")
-                answers.append(worked_sum(*pair, rng, bad_habit) + "<eos>")
+        for _ in range(64):
+            prompt, answer = lesson()
+            prompts.append(f"<bos><user>{prompt}<assistant>")
+            answers.append(answer + "<eos>")
         asked = tokenizer(prompts, add_special_tokens=False)["input_ids"]
         given = tokenizer(answers, add_special_tokens=False)["input_ids"]
         width = max(len(p) + len(a) for p, a in zip(asked, given, strict=True))
@@ -132,6 +131,13 @@ def teach(
             print(
                 f"{name}: step {step}/{steps}, loss {loss.item():.4f}, {time.perf_counter() - start:.0f} s", flush=True
             )
+
+
+def sums(rng: random.Random, bad_habit: float, held_out: Collection[tuple[int, int]]) -> tuple[str, str]:
+    """A lesson in addition; the sums of `held_out` never occur."""
+    while (pair := draw_pair(rng)) in held_out:
+        pass
+    return f"{pair[0]}+{pair[1]}", worked_sum(*pair, rng, bad_habit)
 
 
 def save(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, path: Path) -> None:
@@ -167,7 +173,7 @@ def main() -> None:
     ):
         model = make_model(tokenizer, hidden, layers, options.seed)
         lessons = random.Random(f"{options.seed}/{name}")
-        teach(name, model, tokenizer, steps=steps, bad_habit=bad_habit, held_out=held_out, rng=lessons)
+        teach(name, model, tokenizer, steps=steps, lesson=partial(sums, lessons, bad_habit, held_out))
         save(model, tokenizer, options.output / name)
 
 

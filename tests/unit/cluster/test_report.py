@@ -12,6 +12,7 @@ import pytest
 from actors.errors import UserError
 from cluster.charts import Axis, Series, compact, line_chart, percent, thinned
 from cluster.figures import BUSY, GROUPS, HERO, with_throughput
+from cluster.guards import metrics_of
 from cluster.records import EVALUATION_KEYS, METRIC_KEYS, SUMMARY_KEYS, TRAJECTORY_KEYS, read_jsonl, read_summary
 from cluster.report import load_run, pace, write_report
 from cluster.samples import LEVELS, shade
@@ -82,7 +83,8 @@ def test_the_made_up_run_keeps_the_contract(run):
 def test_every_key_that_is_plotted_exists_and_every_key_is_plotted():
     plotted = {key for figure in (*HERO, *(f for group in GROUPS.values() for f in group)) for key, _ in figure.keys}
     plotted |= set(BUSY.values()) - {"tokens_per_second"}
-    assert plotted - {"tokens_per_second"} <= {*METRIC_KEYS, *EVALUATION_KEYS}
+    sometimes = set(metrics_of("topk", [], [])) | {"reward_mean"}
+    assert plotted - {"tokens_per_second"} - sometimes <= {*METRIC_KEYS, *EVALUATION_KEYS}
     axes_and_tables = {"step", "policy_version", "wall_seconds", "trajectories", "tokens_generated"}
     axes_and_tables |= {"staleness_histogram", "dropped_share"}
     assert {*METRIC_KEYS, *EVALUATION_KEYS} - plotted == axes_and_tables
@@ -325,3 +327,18 @@ def test_actors_live_until_they_die_or_the_campaign_ends():
     ]  # fmt: skip
     assert lives(events, 25) == {"a": [(1, 9), (11, 20)], "b": [(2, 5), (7, 9)]}
     assert lives(events[:3], 25) == {"a": [(1, 25)], "b": [(2, 25)]}
+
+
+def test_what_a_guard_did_is_marked_and_what_it_undid_is_drawn_behind(run):
+    rows = read_jsonl(run / "metrics.jsonl")
+    undone = [{**row, "reverse_kl": 7.5} for row in rows if 20 < row["step"] <= 24]
+    (run / "undone.jsonl").write_text("".join(json.dumps(row) + "\n" for row in undone))
+    event = {"kind": "guard_rolled_back", "step": 24, "guard": "mine", "metric": "reverse_kl", "to_step": 20,
+             "cause": "reverse_kl is 7.5, <above> 3", "wall_seconds": 9.0, "time": 0.0}  # fmt: skip
+    with (run / "events.jsonl").open("a") as file:
+        file.write(json.dumps(event) + "\n")
+    page = write_report([run], run / "marked.html").read_text()
+    assert page.count(">rolled back</text>") > 3 and "mine: reverse_kl is 7.5, &lt;above&gt; 3" in page
+    assert 'class="undone' in page and "<above>" not in page
+    plain = write_report([run, make_fake_run(run.parent / "other")], run / "two.html").read_text()
+    assert ">rolled back</text>" not in plain, "several runs are drawn without their guards"

@@ -66,29 +66,33 @@ def back(config: CampaignConfig, one: Campaign, wanted: RollBack) -> CampaignSta
     return state
 
 
-@pytest.mark.parametrize("bound", [0, 2])
+@pytest.mark.parametrize(("bound", "to"), [(0, 4), (2, 2)])
 def test_a_campaign_that_is_rolled_back_goes_on_and_every_trajectory_is_trained_once_or_accounted_for(
-    tmp_path: Path, bound: int
+    tmp_path: Path, bound: int, to: int
 ) -> None:
     config, world = settings(tmp_path, bound), World(bound=bound, delay=0.003, seed=bound)
     one, wanted = collapse(config, world)
     assert wanted.finding.since == COLLAPSE and len(world.trained) == 7
     state = back(config, one, wanted)
-    assert state.step == 4 and checkpoint_steps(config.run_dir / "checkpoints") == [2, 4]
+    # The first bad update was the sixth: versions from 5 - bound wrote its responses, and an earlier one is gone back to.
+    assert state.step == to < COLLAPSE - 1 - bound
+    assert checkpoint_steps(config.run_dir / "checkpoints") == list(range(2, to + 1, 2))
     other = made(config, world)
     assert run(other) is True
-    assert set(other.learner.rates) == {0.5} and len(other.learner.rates) == 8  # type: ignore[attr-defined]
+    assert set(other.learner.rates) == {0.5} and len(other.learner.rates) == UPDATES - to  # type: ignore[attr-defined]
     trained = [row for update in world.trained for row in update]
-    assert len(trained) == len(set(trained)) == 15 * SIZE
+    assert len(trained) == len(set(trained)) == (7 + UPDATES - to) * SIZE
     ledger = other.state.ledger
-    assert ledger.dropped["rolled_back"] == 3 * SIZE and ledger.trained == UPDATES * SIZE
+    assert ledger.dropped["rolled_back"] == (7 - to) * SIZE and ledger.trained == UPDATES * SIZE
     assert ledger.next_number == ledger.trained + ledger.dropped.total()
     rows = read_jsonl(config.run_dir / "ledger.jsonl")
-    assert [row["step"] for row in rows if row.get("reason") == "rolled_back"] == [5, 6, 7]
+    assert [row["step"] for row in rows if row.get("reason") == "rolled_back"] == list(range(to + 1, 8))
     take_up(config, RunRecords(config.run_dir))  # finds every closed trajectory in the file, once
     assert [row["step"] for row in read_jsonl(config.run_dir / "metrics.jsonl")] == list(range(1, UPDATES + 1))
     undone = read_jsonl(config.run_dir / "undone.jsonl")
-    assert [(row["step"], row["entropy"]) for row in undone] == [(5, 0.5), (6, 5.0), (7, 5.0)]
+    assert [(row["step"], row["entropy"]) for row in undone] == [
+        (step, 0.5 if step < 6 else 5.0) for step in range(to + 1, 8)
+    ]
 
 
 def test_the_state_that_was_rolled_back_is_what_a_killed_campaign_goes_on_from(tmp_path: Path) -> None:
