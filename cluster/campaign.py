@@ -66,11 +66,13 @@ class Campaign:
         learner: Fleet,
         records: RunRecords,
         progress: Progress,
+        gate: asyncio.Event | None = None,
     ):
+        """gate: while it is not set, nothing new is issued; what is under way is finished and trained."""
         self.config, self.state = config, state
         self.rollout, self.teachers, self.learner = rollout, teachers, learner
         self._prompts, self._evaluator = prompts, evaluator
-        self._records, self._progress = records, progress
+        self._records, self._progress, self._gate = records, progress, gate
         self._checkpoints = Checkpoints(config, records)
         self._synchronous = config.pipeline.max_staleness == 0
         self._update_size = config.trajectories_per_update
@@ -90,7 +92,6 @@ class Campaign:
         self._calls_at_once = 0
         self._spare_slots = int(config.pipeline.oversample * self._update_size)
         self._tokens_at_once = min(teacher.microbatch_tokens for teacher in config.teachers.values())
-        self._teacher_actors = min(teacher.replicas for teacher in config.teachers.values())
         self._all_published = asyncio.Event()
         self._versions: WeightTransport = TRANSPORTS[config.weights.transport](learner, rollout, config.weights)
         self._followers = Followers(config, teachers.fleets, learner)
@@ -149,15 +150,17 @@ class Campaign:
         """
         samples = self.config.pipeline.samples_per_prompt
         wanted = self._update_size if self._synchronous else samples
-        parts = len(self.rollout.replicas) if self._synchronous else 1
         open_before = self.state.ledger.open_numbers()
         await self._started.wait()
         while True:
+            if self._gate is not None:
+                await self._gate.wait()
             self._clock.utilisation.blocked("rollout", not self._slots.has_room(wanted))
             count = await self._slots.acquire(wanted)
             self._clock.utilisation.blocked("rollout", False)
             numbers, open_before = open_before[:count], open_before[count:]
             numbers += self.state.ledger.issue(count - len(numbers))
+            parts = len(self.rollout.replicas) if self._synchronous else 1
             for groups in split_evenly(-(-count // samples), parts):
                 mine = numbers[groups.start * samples : groups.stop * samples]
                 self._to_sample.put_nowait(Work(mine, np.array([self._id(number) for number in mine], np.int64)))
@@ -336,7 +339,7 @@ class Campaign:
             return merge(works)
         await asyncio.sleep(0)  # the call before begins, and is counted
         await self.teachers.room(TEACHER_CALLS)
-        share = -(-self._to_score.qsize() // self._teacher_actors)
+        share = -(-self._to_score.qsize() // min(len(fleet.replicas) for fleet in self.teachers.fleets.values()))
         tokens = self._tokens_of(works[0])
         while len(works) < share and tokens < self._tokens_at_once:
             works.append((await self._to_score.get())[-1])

@@ -86,6 +86,17 @@ def _parser() -> argparse.ArgumentParser:
     status.add_argument("run", metavar="RUN", help="run directory, or the name of one in ~/understudy-runs")
     status.add_argument("--watch", action="store_true", help="show it anew every two seconds")
     status.add_argument("--json", action="store_true", help="as one JSON object")
+    for name, text in (
+        ("pause", "begin nothing new, until the campaign is resumed; what is under way is finished"),
+        ("resume", "go on with a campaign that is paused"),
+        ("stop", "end a campaign with a checkpoint, as Ctrl-C does; running it again goes on"),
+        ("scale", "change how many actors a running campaign has"),
+    ):
+        sub = command(name, _steer, text)
+        sub.set_defaults(order=name)
+        sub.add_argument("run", metavar="RUN", help="run directory, or the name of one in ~/understudy-runs")
+        if name == "scale":
+            sub.add_argument("sizes", nargs="+", metavar="role=N", help="e.g. rollout=8 teacher.default=2")
     tail = command("tail", _tail, "read trajectories, coloured by how far student and teacher disagree")
     tail.add_argument("run", metavar="RUN", help="run directory, or the name of one in ~/understudy-runs")
     tail.add_argument("--rows", type=int, default=8, metavar="N", help="of each evaluation (default 8)")
@@ -201,6 +212,24 @@ def _status(options: argparse.Namespace) -> int:
             live.update(status_screen(status))
             time.sleep(EVERY_SECONDS)
     console.print(status_screen(status))
+    return 0
+
+
+def _steer(options: argparse.Namespace) -> int:
+    from cluster.control import send
+    from cluster.status import find_run, read_status
+
+    run_dir = find_run(options.run)
+    state = read_status(run_dir)["state"]
+    if state not in ("running", "paused"):
+        raise UserError("RUN", f"{options.run}, which is {state}", "a campaign that is running")
+    sizes: dict[str, int] = {}
+    for size in getattr(options, "sizes", []):
+        role, _, number = size.partition("=")
+        if not number.isdigit():
+            raise UserError("scale", size, "role=N, for example rollout=8")
+        sizes[role] = int(number)
+    print(send(run_dir, options.order, sizes))
     return 0
 
 

@@ -112,6 +112,11 @@ def check_cluster(config: CampaignConfig, private: bool) -> dict[str, tuple[int,
     return needed
 
 
+def check_scaled(needed: dict[str, tuple[int, Resources]], role: str, replicas: int) -> None:
+    """UserError where the connected cluster does not hold the campaign with so many actors of this role."""
+    check_fits({**needed, role: (replicas, needed[role][1])}, ray.cluster_resources(), "the cluster")
+
+
 def refuse_relative_output(config: CampaignConfig) -> None:
     """A job's working directory is a temporary copy: what is written there is lost with the job."""
     if in_job() and not os.path.isabs(config.output_dir):

@@ -7,7 +7,7 @@ before it gets work. What a role *returns* is owned by the campaign process and 
 
 import asyncio
 import re
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -70,6 +70,8 @@ class Fleet:
         self.role = role
         self.restarts = 0
         self.replicas = [Replica(f"{role}-{i}") for i in range(replicas)]
+        self._ever = replicas
+        self._leaving: list[Replica] = []
         self._actor_class, self._arguments, self._keywords = actor_class, arguments, keywords
         self._resources, self._max_restarts = resources, max_restarts
         self._start_timeout = start_timeout_seconds
@@ -85,6 +87,24 @@ class Fleet:
     async def start(self) -> None:
         """Starts every replica and waits until all can work. UserError where the input is why one cannot."""
         await asyncio.gather(*(self._start(replica) for replica in self.replicas))
+
+    def resize(self, replicas: int) -> None:
+        """Begins to start more actors, or to end some; those that end finish first what they have been given.
+
+        An actor that cannot start is told as the event `scaling_failed`, and the fleet goes on without it.
+        """
+        for _ in range(replicas - len(self.replicas)):
+            replica = Replica(f"{self.role}-{self._ever}")
+            self._ever += 1
+            self.replicas.append(replica)
+            self._in_background(self._join(replica))
+        for replica in sorted(self.replicas, key=lambda one: (one.alive, one.under_way))[
+            : len(self.replicas) - replicas
+        ]:
+            self.replicas.remove(replica)
+            self._leaving.append(replica)
+            replica.alive = False  # it gets no more work
+            self._in_background(self._leave(replica))
 
     async def call(
         self,
@@ -175,7 +195,7 @@ class Fleet:
         """Ends all actors at once."""
         for task in self._tasks:
             task.cancel()
-        for replica in self.replicas:
+        for replica in (*self.replicas, *self._leaving):
             if replica.handle is not None:
                 ray.kill(replica.handle)
                 replica.handle, replica.alive = None, False
@@ -203,6 +223,8 @@ class Fleet:
             ) from error
         except RayActorError as error:
             raise _start_failure(replica.name, error) from error
+        if replica in self._leaving:  # the fleet has shrunk meanwhile
+            return
         replica.alive = True
         self._tell("ended", replica, "away")
         self._on_event("actor_started", actor=replica.name)
@@ -229,9 +251,30 @@ class Fleet:
         ray.kill(handle)
         if self._max_restarts is None:
             raise LearnerLostError(f"{replica.name} died: {cause_of(error)}") from error
-        task = asyncio.create_task(self._replace(replica))
+        self._in_background(self._replace(replica))
+
+    def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+    async def _join(self, replica: Replica) -> None:
+        try:
+            await self._start(replica)
+        except (CampaignError, UserError) as error:
+            if replica in self.replicas:
+                self.replicas.remove(replica)
+            ray.kill(replica.handle)
+            self._on_event("scaling_failed", actor=replica.name, cause=str(error))
+
+    async def _leave(self, replica: Replica) -> None:
+        async with self._changed:
+            await self._changed.wait_for(lambda: not replica.calls)
+        ray.kill(replica.handle)
+        replica.handle = None
+        self._leaving.remove(replica)
+        self._tell("began", replica, "away")
+        self._on_event("actor_ended", actor=replica.name)
 
     async def _replace(self, replica: Replica) -> None:
         try:

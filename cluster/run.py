@@ -20,6 +20,7 @@ from cluster.campaign import Campaign
 from cluster.check import check_models
 from cluster.checkpoints import what_is_good
 from cluster.config import CampaignConfig
+from cluster.control import obey
 from cluster.evaluate import Evaluator
 from cluster.inputs import Inputs, read_inputs
 from cluster.progress import Progress
@@ -33,6 +34,7 @@ from cluster.resume import claimed, take_up
 from cluster.rollback import RollBack, roll_back
 from cluster.state import CampaignState, load_state
 from cluster.status import keep_status
+from cluster.steering import handlers
 from cluster.teachers import Teachers
 from cluster.trackers import Trackers, make_trackers
 from cluster.utilisation import by_role
@@ -97,11 +99,16 @@ async def _run(
     exported = [Prometheus(config.name)] if config.tracking.prometheus else []
     trackers = Trackers(make_trackers(config, state.step + 1, exported), on_event)
     records.on_metrics = trackers.log
-    status = asyncio.create_task(
-        keep_status(config.run_dir, lambda: _live_status(state, progress, [*fleets.values(), learner]))
-    )
+    gate, steering = asyncio.Event(), None
+    gate.set()
+
+    def live() -> dict[str, Any]:
+        return _live_status(state, progress, [*fleets.values(), learner], paused=not gate.is_set())
+
+    status = asyncio.create_task(keep_status(config.run_dir, live))
     try:
         await asyncio.gather(*(fleet.start() for fleet in (learner, *fleets.values())))
+        steering = asyncio.create_task(obey(config.run_dir, handlers(fleets, needed, gate, on_event)))
         teachers = {name: fleets[f"teacher.{name}"] for name in config.teachers}
         panel = Teachers(teachers, inputs.lessons)
         await panel.compare_replicas()
@@ -112,6 +119,7 @@ async def _run(
             "teachers": panel,
             "records": records,
             "progress": progress,
+            "gate": gate,
         }
         losses = 0
         while True:
@@ -142,12 +150,14 @@ async def _run(
         raise
     finally:
         status.cancel()
+        if steering is not None:
+            steering.cancel()
         trackers.close()
         for fleet in (learner, *fleets.values()):
             fleet.close()
 
 
-def _live_status(state: CampaignState, progress: Progress, fleets: list[Fleet]) -> dict[str, Any]:
+def _live_status(state: CampaignState, progress: Progress, fleets: list[Fleet], *, paused: bool) -> dict[str, Any]:
     """What only this process knows: see cluster/status.py."""
     return {
         "roles": progress.roles,
@@ -157,6 +167,7 @@ def _live_status(state: CampaignState, progress: Progress, fleets: list[Fleet]) 
             for replica in fleet.replicas
         ],
         "ledger": state.ledger.counts(),
+        "state": "paused" if paused else "running",
     }
 
 

@@ -366,3 +366,34 @@ def test_closing_ends_the_actors() -> None:
     while any(Path(f"/proc/{process}").exists() for process in processes):
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def test_a_fleet_grows_and_shrinks_and_what_leaves_finishes_its_work() -> None:
+    async def body(fleet: Fleet, events: list[tuple[str, dict[str, Any]]]) -> None:
+        fleet.resize(3)
+        await until(lambda: all(r.alive for r in fleet.replicas))
+        assert [r.name for r in fleet.replicas] == ["worker-0", "worker-1", "worker-2"]
+        assert len(set(await fleet.call_each("process"))) == 3
+        works = [asyncio.create_task(fleet.call("process", 1.0)) for _ in range(3)]
+        await until(lambda: [r.calls for r in fleet.replicas] == [1, 1, 1])
+        fleet.resize(1)
+        assert len(fleet.replicas) == 1
+        later = {await fleet.call("process") for _ in range(3)}
+        done = set(await asyncio.gather(*works))
+        assert len(done) == 3 and later < done, "what had begun was finished, and nothing new given to those that leave"
+        await until(lambda: sum(kind == "actor_ended" for kind, _ in events) == 2)
+        assert not [fields for kind, fields in events if kind == "actor_died"]
+        fleet.resize(2)
+        await until(lambda: all(r.alive for r in fleet.replicas))
+        assert fleet.replicas[1].name == "worker-3", "a name is not used a second time"
+
+    with_fleet(body)
+
+
+def test_an_actor_that_cannot_join_is_told_and_the_fleet_goes_on(tmp_path: Path) -> None:
+    async def body(fleet: Fleet, events: list[tuple[str, dict[str, Any]]]) -> None:
+        fleet.resize(2)
+        await until(lambda: any(kind == "scaling_failed" for kind, _ in events))
+        assert len(fleet.replicas) == 1 and await fleet.call("process")
+
+    with_fleet(body, str(tmp_path), "only first user")
