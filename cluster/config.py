@@ -405,6 +405,9 @@ def _check_whole(config: CampaignConfig) -> None:
                 raise UserError(f"{role}.resources.{name}", amount, "a number > 0")
     if config.evaluation.prompts is not None and config.evaluation.prompts.reference_field is None:
         raise UserError("evaluation.prompts.reference_field", "null", "the field with the reference answer")
+    if config.gives_rewards and config.evaluation.verifier.name == "math":
+        expected = "numeric, regex, or a function of your own: rollout actors cannot bound the time of math-verify"
+        raise UserError("evaluation.verifier.name", "math", expected)
     if config.gives_rewards and config.prompts.reference_field is None:
         raise UserError("prompts.reference_field", "null", "the field with the reference answer, for rewards")
 

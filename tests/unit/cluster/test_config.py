@@ -249,6 +249,8 @@ CONTRADICTIONS: dict[str, tuple[str, ...]] = {
     "learner.objective.proximal_weight: found 0.5": (KEY + "estimator=sft", KEY + "proximal_weight=0.5"),
     "learner.objective.mismatch.correction": (KEY + "estimator=sft", KEY + "mismatch.correction=mask"),
     "learner.objective.trust_region.max_kl": (KEY + "estimator=sft", KEY + "trust_region.max_kl=0.1"),
+    "evaluation.verifier.name: found math": (KEY + "reward_weight=0.5", "pipeline.samples_per_prompt=2",
+                                             "evaluation.verifier.name=math"),
     "prompts.reference_field: found null": (KEY + "estimator=reward", "pipeline.samples_per_prompt=2",
                                             "prompts.reference_field=null"),
     "learner.objective.masked_token_roles": (KEY + "masked_token_roles=[padding]",),
