@@ -1,0 +1,129 @@
+"""Chained deltas under faults: is what a reader holds ever neither the old version nor the new? Prints counts.
+
+    python -m benchmarks.delta_chain [--deltas 1000] [--seed 0]
+
+A writer moves weights a little and publishes deltas. On the way each may be damaged (a flipped bit in the payload, or in
+a field of the manifest), come twice, out of order, or not at all; a reader may be killed (it comes back empty) before or
+after it has applied one. After every event the bytes that a reader holds are hashed and looked up among the versions.
+A reader that cannot apply what it got asks for the last whole version and the deltas after it, as a new actor does.
+"""
+
+import argparse
+import hashlib
+import random
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from actors.delta import DeltaVersion, Receiver, encode_delta
+from actors.errors import WeightError
+from actors.weights import WeightVersion, pack_whole
+
+ANCHOR_EVERY = 20
+Version = tuple[WeightVersion, list[np.ndarray]]
+Delta = tuple[DeltaVersion, np.ndarray]
+
+
+def digest(buckets: list[np.ndarray]) -> str:
+    """Of all bytes."""
+    found = hashlib.sha256()
+    for bucket in buckets:
+        found.update(bucket)
+    return found.hexdigest()
+
+
+def damaged(delta: Delta, draw: random.Random) -> Delta:
+    """The same with one bit, or one field, that is wrong."""
+    manifest, payload = delta
+    if draw.random() < 0.7 and len(payload):
+        wrong = payload.copy()
+        wrong[draw.randrange(len(wrong))] ^= 1 << draw.randrange(8)
+        return manifest, wrong
+    entries = list(manifest.entries)
+    place = draw.randrange(len(entries))
+    entries[place] = replace(entries[place], base_checksum=entries[place].base_checksum ^ 1)
+    return replace(manifest, entries=tuple(entries)), payload
+
+
+def apply(receiver: Receiver, delta: Delta) -> None:
+    """As a rollout actor does: all of it, or WeightError and nothing."""
+    receiver.hold(*receiver.whole(delta[0], [delta[1]]))
+
+
+def run(deltas: int, seed: int) -> Counter[str]:
+    """What happened."""
+    draw, rng = random.Random(seed), np.random.default_rng(seed)
+    weights = torch.from_numpy(rng.normal(0, 0.02, 60_000).astype(np.float32))
+    counts: Counter[str] = Counter()
+    receiver, known, chain = Receiver(True), set(), []
+    last: Version | None = None
+
+    def catch_up() -> None:
+        whole, *others = chain
+        receiver.hold(*receiver.whole(*whole))
+        for delta in others:
+            apply(receiver, delta)
+
+    for number in range(deltas + 1):
+        weights += torch.from_numpy(rng.normal(0, 1e-5, len(weights)).astype(np.float32))
+        named = [("a", weights[:20_000]), ("b", weights[20_000:])]
+        new = pack_whole(number, named, "bfloat16", 50_000)
+        known.add(digest(new[1]))
+        delta = encode_delta(*last, *new) if last else None
+        chain = [new] if delta is None or number % ANCHOR_EVERY == 0 else [*chain, delta]
+        last = new
+        if delta is None:
+            catch_up()
+            continue
+        event = draw.choice(["good"] * 4 + ["flip", "twice", "early", "lost", "killed before", "killed after"])
+        counts[event] += 1
+        try:
+            if event == "flip":
+                apply(receiver, damaged(delta, draw))
+                counts["damage not noticed"] += 1
+            elif event == "early" and len(chain) > 2:
+                receiver = Receiver(True)
+                receiver.hold(*receiver.whole(*chain[0]))
+                apply(receiver, delta)
+                counts["wrong order not noticed"] += 1
+            elif event == "killed before":
+                receiver = Receiver(True)
+                apply(receiver, delta)
+                counts["missing base not noticed"] += 1
+            elif event != "lost":
+                apply(receiver, delta)
+                if event == "twice":
+                    apply(receiver, delta)
+                if event == "killed after":
+                    receiver = Receiver(True)
+        except WeightError:
+            counts["refused"] += 1
+            if receiver._held is not None:
+                counts["neither old nor new"] += digest(list(receiver._held[1])) not in known
+            catch_up()
+        if receiver._held is None or receiver._held[0].version != number:
+            counts["caught up"] += 1
+            catch_up()
+        assert receiver._held is not None
+        counts["neither old nor new"] += digest(list(receiver._held[1])) != digest(new[1])
+    return counts
+
+
+def main() -> None:
+    """See the module's docstring."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--deltas", type=int, default=1000)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    counts = run(options.deltas, options.seed)
+    for name in ("neither old nor new", "damage not noticed", "wrong order not noticed", "missing base not noticed"):
+        counts.setdefault(name, 0)
+    print("| what | times |\n|---|---|")
+    for name, count in sorted(counts.items()):
+        print(f"| {name} | {count} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""A weight version from one process to four, against one memory copy and against a pickled state_dict: prints a table.
+
+    python -m benchmarks.publish [--mebibytes 512] [--readers 4] [--rounds 5]
+
+`versions` is what a campaign does (cluster/versions.py): buckets are laid out with checksums, streamed into the object
+store, read there in place, and verified by every reader. `pickled state_dict` is what is simplest: pickle.dumps, one
+object, pickle.loads in every reader, no check. Engines are left out of both. Best of several rounds, in turn.
+"""
+
+import argparse
+import asyncio
+import logging
+import pickle
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+
+from actors.weights import WeightVersion, pack, verify
+from cluster.config import WeightsConfig
+from cluster.ray_fleet import Fleet, Resources
+from cluster.versions import Versions
+
+BUCKET_BYTES = 64 << 20
+
+
+class Writer:
+    """A learner that has weights in bfloat16 and no optimiser."""
+
+    def __init__(self, mebibytes: int):
+        self._version = 0
+        self._weights = {f"layer.{i}": torch.randn(4 << 19).bfloat16() for i in range(mebibytes // 4)}
+
+    def status(self) -> None:
+        """Alive."""
+
+    def publish(self, delta: bool = False) -> Iterator[Any]:
+        """As the learner."""
+        self._version += 1
+        yield from pack(self._version, list(self._weights.items()), "bfloat16", BUCKET_BYTES)
+
+    def pickled(self) -> bytes:
+        """All weights in one object."""
+        return pickle.dumps(self._weights, protocol=pickle.HIGHEST_PROTOCOL)
+
+
+class Reader:
+    """A rollout actor without an engine."""
+
+    def status(self) -> None:
+        """Alive."""
+
+    def prefetch(self, bucket: np.ndarray) -> None:
+        """As the rollout actor."""
+
+    def load_weights(self, manifest: WeightVersion, *buckets: np.ndarray) -> float:
+        """Verifies every tensor."""
+        verify(manifest, buckets)
+        return 0.0
+
+    def unpickle(self, content: bytes) -> int:
+        """Makes tensors of it."""
+        return len(pickle.loads(content))
+
+
+def fleet(role: str, actor: type, *arguments: Any, replicas: int = 1) -> Fleet:
+    """Of real actors."""
+    return Fleet(
+        role, actor, arguments, {}, replicas=replicas, resources=Resources(0.1, 0), max_restarts=0,
+        start_timeout_seconds=120.0, on_event=lambda kind, **_: None,
+    )  # fmt: skip
+
+
+async def measure(mebibytes: int, readers: int, rounds: int) -> dict[str, float]:
+    """Seconds, the best of the rounds."""
+    writer, reading = fleet("learner", Writer, mebibytes), fleet("rollout", Reader, replicas=readers)
+    best: dict[str, float] = {}
+    source = np.random.default_rng(0).integers(0, 255, mebibytes << 20, dtype=np.uint8)
+    target = np.empty_like(source)
+
+    def note(name: str, start: float) -> None:
+        best[name] = min(best.get(name, float("inf")), time.perf_counter() - start)
+
+    try:
+        await asyncio.gather(writer.start(), reading.start())
+        versions = Versions(writer, reading, WeightsConfig())
+        for _ in range(rounds):
+            start = time.perf_counter()
+            np.copyto(target, source)
+            note("memcpy", start)
+            start = time.perf_counter()
+            await versions.load(await versions.publish())
+            note("versions", start)
+            start = time.perf_counter()
+            content = writer.replicas[0].handle.pickled.remote()
+            await asyncio.gather(*(replica.handle.unpickle.remote(content) for replica in reading.replicas))
+            note("pickled state_dict", start)
+            del content
+    finally:
+        writer.close()
+        reading.close()
+    return best
+
+
+def main() -> None:
+    """See the module's docstring."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mebibytes", type=int, default=512)
+    parser.add_argument("--readers", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    ray.init(
+        address="local", include_dashboard=False, num_cpus=8, log_to_driver=False, logging_level=logging.ERROR,
+        object_store_memory=(options.mebibytes * 4) << 20,
+    )  # fmt: skip
+    best = asyncio.run(measure(options.mebibytes, options.readers, options.rounds))
+    print("| way | seconds | over one memcpy |\n|---|---|---|")
+    for name, seconds in best.items():
+        print(f"| {name} | {seconds:.3f} | {seconds / best['memcpy']:.1f} |")
+    print(f"\npickled / versions: {best['pickled state_dict'] / best['versions']:.1f}")
+
+
+if __name__ == "__main__":
+    main()
