@@ -54,6 +54,9 @@ def trials(config_file: Path, overrides: Sequence[str], methods: Sequence[str], 
     for method in methods:
         if method not in METHODS:
             raise UserError("--methods", method, f"some of {', '.join(METHODS)}", METHODS)
+    for key, given in (("--methods", methods), ("--seeds", seeds)):
+        if len(set(given)) < len(given):
+            raise UserError(key, ",".join(map(str, given)), "each of them once")
     common = [override for override in overrides if override.partition("=")[0].partition(":")[0] not in METHODS]
     found = []
     for seed in seeds:
@@ -69,6 +72,8 @@ def trials(config_file: Path, overrides: Sequence[str], methods: Sequence[str], 
     for trial in found:
         if trial.config.evaluation.prompts is None:
             raise UserError("evaluation.prompts", "null", "held-out prompts: methods are compared by them")
+        if not trial.config.evaluation.teacher:
+            raise UserError("evaluation.teacher", "false", "true: the target is a share of the teacher's accuracy")
         budget, first = trial.config.trajectories_per_update, found[0].config.trajectories_per_update
         if budget != first:
             key = f"{trial.method}:pipeline.prompts_per_update"

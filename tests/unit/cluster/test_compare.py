@@ -92,6 +92,9 @@ def test_the_mean_over_seeds_has_the_range_and_leaves_starting_up_out(tmp_path: 
     [
         ({"methods": ["opd", "grpo"]}, "--methods: found grpo, expected some of opd, rl, sft"),
         ({"overrides": ["rl:pipeline.prompts_per_update=3"]}, "rl:pipeline.prompts_per_update: found 24 trajectories"),
+        ({"methods": ["opd", "opd"]}, "--methods: found opd,opd, expected each of them once"),
+        ({"seeds": [0, 1, 0]}, "--seeds: found 0,1,0, expected each of them once"),
+        ({"overrides": ["evaluation.teacher=false"]}, "evaluation.teacher: found false, expected true"),
         ({"overrides": ["evaluation.prompts=null"]}, "evaluation.prompts: found null, expected held-out prompts"),
         ({"overrides": ["sft:learner.objective.mismatch.correction=mask"]}, "correction: found mask, expected none"),
     ],
