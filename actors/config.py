@@ -172,7 +172,7 @@ class TeacherConfig:
     """The teacher follows the student: from its initial weights on, after each update, decay x teacher + (1 - decay) x
     student. `model` is the student's. Null: it is frozen."""
     microbatch_tokens: int = number(16384, minimum=1)
-    """Tokens of one forward pass, padding included."""
+    """Tokens of one forward pass, in which trajectories lie end to end, unpadded."""
     head_chunk_tokens: int = number(1024, minimum=1)
     """Tokens that the language-model head is applied to at a time: [chunk, vocabulary] is the largest array."""
     trust_remote_code: bool = False

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from actors.attention import hidden_states, use_packed_attention
 from actors.batching import microbatches
 from actors.config import SamplingConfig, TeacherConfig
 from actors.errors import CampaignError, WeightError
@@ -31,6 +32,8 @@ class TeacherActor:
             config.model, config.dtype, self._device, trust_remote_code=config.trust_remote_code, key=f"{key}.model"
         )
         self._body, self._weight, self._bias = response_head(self._model, f"{key}.model")
+        # Where sequences cannot lie end to end, each has a pass of its own.
+        self._pass_tokens = config.microbatch_tokens if use_packed_attention(self._model) else 1
         if vocabulary is not None:
             self._weight = self._weight[:vocabulary]
             self._bias = None if self._bias is None else self._bias[:vocabulary]
@@ -99,11 +102,10 @@ class TeacherActor:
             trajectories.prompt_offsets,
             trajectories.response_tokens,
             trajectories.response_offsets,
-            self._config.microbatch_tokens,
+            self._pass_tokens,
         ):
             places = torch.from_numpy(batch.tokens).to(self._device)
-            input_ids = torch.from_numpy(batch.input_ids).to(self._device)
-            states = self._body(input_ids=input_ids, use_cache=False).last_hidden_state.flatten(0, 1)
+            states = hidden_states(self._body, batch.input_ids, batch.lengths, self._device)
             states = states[torch.from_numpy(batch.positions).to(self._device)]
             scored = chunked_head(states, self._weight, self._bias, reduce, chunk_tokens=self._config.head_chunk_tokens)
             for name, values in zip(fields, scored, strict=False):  # in the order of `fields`

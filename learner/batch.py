@@ -30,7 +30,8 @@ LARGE = ("support_ids", "support_logprobs", "reference_logprobs")
 """Of what is kept of each token, that which is not a single number."""
 NO_TOKENS = Microbatch(
     rows=np.zeros(0, np.int64),
-    input_ids=np.zeros((1, 1), np.int64),
+    lengths=np.ones(1, np.int64),
+    input_ids=np.zeros(1, np.int64),
     positions=np.zeros(0, np.int64),
     tokens=np.zeros(0, np.int64),
 )
@@ -198,7 +199,11 @@ class UpdateBatch:
         tokens = ragged_rows(np.arange(len(t.response_tokens)), t.response_offsets, rows)
         return [
             Microbatch(
-                rows=rows[part.rows], input_ids=part.input_ids, positions=part.positions, tokens=tokens[part.tokens]
+                rows=rows[part.rows],
+                lengths=part.lengths,
+                input_ids=part.input_ids,
+                positions=part.positions,
+                tokens=tokens[part.tokens],
             )
             for part in microbatches(
                 chosen.prompt_tokens,
@@ -214,8 +219,8 @@ class UpdateBatch:
         where that is on several ranks."""
         lengths = self.trajectories.lengths
         rows = np.arange(len(lengths))
-        nothing = np.zeros((len(lengths), 0), np.int64)
-        everything = Microbatch(rows=rows, input_ids=nothing, positions=rows[:0], tokens=np.arange(lengths.sum()))
+        nothing = rows[:0]
+        everything = Microbatch(rows, nothing, nothing, nothing, tokens=np.arange(lengths.sum()))
         return self.part(everything, large=self.own is None)
 
     def groups(self) -> Tensor:

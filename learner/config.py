@@ -139,7 +139,8 @@ class LearnerConfig:
     epochs_per_update: int = number(1, minimum=1)
     """How often an update's trajectories are gone through before its weights are published."""
     microbatch_tokens: int = number(16384, minimum=1)
-    """Tokens of one forward and backward pass, padding included; gradients accumulate over the update's micro-batches."""
+    """Tokens of one forward and backward pass, in which trajectories lie end to end, unpadded; gradients accumulate over
+    the update's passes."""
     head_chunk_tokens: int = number(1024, minimum=1)
     """Tokens that the language-model head is applied to at a time: [chunk, vocabulary] is the largest array."""
     gradient_checkpointing: bool = False

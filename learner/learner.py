@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 
+from actors.attention import hidden_states, use_packed_attention
 from actors.batching import Microbatch
 from actors.config import StudentConfig, TeacherConfig
 from actors.delta import DeltaVersion
@@ -87,6 +88,8 @@ class Learner:
             key="student.model",
         )
         self._body, _, _ = response_head(self._model, "student.model")
+        # Where sequences cannot lie end to end, each has a pass of its own.
+        self._pass_tokens = config.microbatch_tokens if use_packed_attention(self._model) else 1
         self._model.requires_grad_(True)
         stored = Path(checkpoint, "adapter") if checkpoint else None
         self._adapter = add_adapters(self._model, lora, stored) if lora else None
@@ -235,7 +238,7 @@ class Learner:
     def _passes(self, batch: UpdateBatch, rows: np.ndarray) -> list[Microbatch]:
         """Micro-batches of those of the rows that are this rank's, with passes over nothing added until all ranks have as
         many: in each pass they gather the layers together."""
-        mine = batch.microbatches(self._config.microbatch_tokens, rows[batch.mine[rows]])
+        mine = batch.microbatches(self._pass_tokens, rows[batch.mine[rows]])
         return mine + [NO_TOKENS] * (self._ranks.most(len(mine), self._device) - len(mine))
 
     def _accumulate(self, batch: UpdateBatch, rows: np.ndarray, collected: UpdateMetrics) -> float:
@@ -347,8 +350,7 @@ class Learner:
             return tuple(found.values())
 
         with torch.autocast(self._device, torch.bfloat16, enabled=self._config.compute_dtype == "bfloat16"):
-            input_ids = torch.from_numpy(microbatch.input_ids).to(self._device)
-            hidden = self._body(input_ids=input_ids, use_cache=False).last_hidden_state.flatten(0, 1)
+            hidden = hidden_states(self._body, microbatch.input_ids, microbatch.lengths, self._device)
             hidden = hidden[torch.from_numpy(microbatch.positions).to(self._device)]
             if keep is not None:
                 keep(hidden)

@@ -1,5 +1,7 @@
 """Micro-batches by token budget."""
 
+from itertools import pairwise
+
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,8 +15,9 @@ def test_every_row_is_in_one_group_and_the_budget_is_kept(lengths: list[int], bu
     groups = group_by_budget(np.array(lengths), budget)
     assert sorted(np.concatenate(groups).tolist()) == list(range(len(lengths)))
     for rows in groups:
-        padded = len(rows) * max(lengths[row] for row in rows)
-        assert padded <= budget or len(rows) == 1
+        assert sum(lengths[row] for row in rows) <= budget or len(rows) == 1
+    for rows, following in pairwise(groups):
+        assert sum(lengths[row] for row in rows) + lengths[following[0]] > budget, "there was room"
 
 
 def test_positions_predict_the_tokens_that_follow() -> None:
@@ -25,14 +28,15 @@ def test_positions_predict_the_tokens_that_follow() -> None:
     prompt_offsets, response_offsets = offsets_of(before), offsets_of(after)
     seen: list[int] = []
     for batch in microbatches(prompts, prompt_offsets, responses, response_offsets, 60):
-        flat = batch.input_ids.reshape(-1)
-        np.testing.assert_array_equal(flat[batch.positions + 1], responses[batch.tokens])
-        for i, row in enumerate(batch.rows):  # one sequence at a time, the slow way
+        np.testing.assert_array_equal(batch.input_ids[batch.positions + 1], responses[batch.tokens])
+        ends = np.cumsum(batch.lengths)
+        for row, start, end in zip(batch.rows, ends - batch.lengths, ends, strict=True):  # one at a time, the slow way
             text = [
                 *prompts[prompt_offsets[row] : prompt_offsets[row + 1]],
                 *responses[response_offsets[row] : response_offsets[row + 1]],
             ]
-            assert batch.input_ids[i].tolist() == [*text, *[0] * (batch.input_ids.shape[1] - len(text))]
+            assert batch.input_ids[start:end].tolist() == text
+        assert ends[-1] == len(batch.input_ids), "nothing but prompts and responses is computed"
         seen += batch.tokens.tolist()
     assert sorted(seen) == list(range(len(responses)))
 
