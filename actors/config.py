@@ -128,8 +128,10 @@ class TeacherConfig:
     """Teacher actors: models that score what the student wrote."""
 
     model: str = "???"
-    """Hugging Face model directory or hub name, with the student's tokenizer; of an `http` teacher the name it is served
-    under."""
+    """Hugging Face model directory or hub name; of an `http` teacher the name it is served under."""
+    tokenizer: str | None = None
+    """Directory or hub name of the tokenizer of a teacher whose tokens are not the student's, most often `model` again.
+    It reads the student's text, and its log-probs are brought back to the student's tokens. Null: the student's."""
     domains: list[str] = field(default_factory=list)
     """Domains of the prompts that it scores. Empty: those that no other teacher names. Where several teachers score a
     prompt, their mixture is the teacher."""

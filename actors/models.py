@@ -182,6 +182,17 @@ def stop_token_ids(model_dir: Path | str, tokenizer: PreTrainedTokenizerBase) ->
     return sorted(found - {None})
 
 
+def end_token_id(tokenizer: PreTrainedTokenizerBase, chat: bool) -> int | None:
+    """The token that ends an answer: in a chat the special one that the template writes after it, else the tokenizer's eos."""
+    if not chat or not tokenizer.chat_template:
+        return tokenizer.eos_token_id
+    messages = [{"role": role, "content": "…"} for role in ("user", "assistant")]
+    after = str(tokenizer.apply_chat_template(messages, tokenize=False)).rpartition("…")[2]
+    special = {id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special}
+    written = tokenizer(after, add_special_tokens=False)["input_ids"]
+    return next((token for token in written if token in special), tokenizer.eos_token_id)
+
+
 def template_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Added tokens that the chat template writes around a question and its answer, ascending; none without a template."""
     if not tokenizer.chat_template:

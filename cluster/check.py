@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
+from actors.alignment import make_reader
 from actors.errors import UserError
 from actors.models import (
     check_tokenizers_agree,
@@ -61,13 +62,18 @@ def _student(config: CampaignConfig) -> str:
 
 def _teacher(config: CampaignConfig, name: str) -> str:
     student, teacher, key = config.student, config.teachers[name], f"teachers.{name}.model"
+    ours = load_tokenizer(student.model, student.trust_remote_code, "student.model")
+    reading = ""
+    if teacher.tokenizer is not None:
+        theirs = load_tokenizer(teacher.tokenizer, teacher.trust_remote_code, f"teachers.{name}.tokenizer")
+        make_reader(ours, theirs, f"teachers.{name}.tokenizer", config.prompts.chat)
+        reading = f"a tokenizer of its own with {len(theirs)} tokens"
     if teacher.backend == "http":
-        return f"{', '.join(teacher.urls)}, asked when the campaign starts"
+        return f"{', '.join(teacher.urls)}, asked when the campaign starts" + (reading and f"; {reading}")
     check_weights(find_model(teacher.model, key, code=teacher.trust_remote_code), key)
-    tokenizers = (
-        load_tokenizer(student.model, student.trust_remote_code, "student.model"),
-        load_tokenizer(teacher.model, teacher.trust_remote_code, key),
-    )
+    if reading:
+        return reading
+    tokenizers = (ours, load_tokenizer(teacher.model, teacher.trust_remote_code, key))
     configs = (
         load_config(student.model, student.trust_remote_code, "student.model"),
         load_config(teacher.model, teacher.trust_remote_code, key),

@@ -78,14 +78,19 @@ def read_inputs(config: CampaignConfig) -> Inputs:
 def _read(config: CampaignConfig, source: PromptsConfig, tokenizer: Any, key: str) -> tuple[PromptSet, Lessons]:
     """Prompts as the student reads them, and as the teachers do."""
     prompts = load_prompts(source, tokenizer, max_prompt_tokens(config), key)
-    privileged = {
-        name: load_prompts(source, tokenizer, _teacher_room(config, name), key, teacher.prompt_template)
+    own = {
+        name: load_tokenizer(teacher.tokenizer, teacher.trust_remote_code, f"teachers.{name}.tokenizer")
         for name, teacher in config.teachers.items()
-        if teacher.prompt_template is not None
+        if teacher.tokenizer is not None
+    }
+    read_otherwise = {
+        name: load_prompts(source, own.get(name, tokenizer), _teacher_room(config, name), key, teacher.prompt_template)
+        for name, teacher in config.teachers.items()
+        if teacher.prompt_template is not None or name in own
     }
     reference = config.learner.objective.reference_teacher
     teaching = {name: teacher for name, teacher in config.teachers.items() if name != reference}
-    return prompts, Lessons(routes(prompts.domains, teaching, source.path), privileged)
+    return prompts, Lessons(routes(prompts.domains, teaching, source.path), read_otherwise)
 
 
 def _demand_references(source: PromptsConfig, prompts: PromptSet, key: str) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from actors.config import TeacherConfig
 from actors.errors import CampaignError, LearnerLostError
+from actors.foreign_teacher import ForeignTeacher
 from actors.http_teacher import HttpTeacher
 from actors.rollout import RolloutActor
 from actors.teacher import TeacherActor
@@ -211,6 +212,16 @@ def build_fleets(
             f"teachers.{name}",
             vocabulary=inputs.vocabulary,
         )
+        if teacher.tokenizer is None
+        else fleet(
+            f"teacher.{name}",
+            ForeignTeacher,
+            TEACHER_ACTORS[teacher.backend],
+            teacher,
+            f"teachers.{name}",
+            replace(config.student, model=_local(config.student.model)),
+            config.prompts.chat,
+        )
         for name, teacher in _with_local_models(config.teachers).items()
     }
     return {"rollout": rollout, **teachers}
@@ -297,7 +308,11 @@ def summarise(config: CampaignConfig, state: CampaignState, wall_seconds: float)
 
 def _with_local_models(teachers: dict[str, TeacherConfig]) -> dict[str, TeacherConfig]:
     return {
-        name: teacher if teacher.backend == "http" else replace(teacher, model=_local(teacher.model))
+        name: replace(
+            teacher,
+            model=teacher.model if teacher.backend == "http" else _local(teacher.model),
+            tokenizer=None if teacher.tokenizer is None else _local(teacher.tokenizer),
+        )
         for name, teacher in teachers.items()
     }
 

@@ -48,7 +48,7 @@ class Lessons(NamedTuple):
     routes: list[dict[str, float]]
     """For each prompt: teacher -> log of its share."""
     privileged: dict[str, PromptSet]
-    """Teacher -> the prompts as it reads them, for teachers with a `prompt_template`."""
+    """Teacher -> the prompts as it reads them, for teachers with a `prompt_template` or a `tokenizer`."""
     stop_token_ids: list[int] = []  # noqa: RUF012
     """What ends a response that a teacher writes."""
 

@@ -19,6 +19,7 @@ def refuse_contradictions(
     for wrong, key, found, expected in (
         *_of_teachers(objective, teachers),
         *_of_followers(teachers, student_model),
+        *_of_tokenizers(objective, teachers),
         *_of_estimator(objective, samples_per_prompt),
         *_of_reward(objective, samples_per_prompt),
         *_of_sft(objective, teachers),
@@ -78,6 +79,27 @@ def _of_followers(teachers: Mapping[str, TeacherConfig], student_model: str) -> 
         yield follows and teacher.backend != "transformers", f"{key}.backend", teacher.backend, expected
         expected = "another signal: the head of a teacher with ema_decay changes with every update"
         yield follows and teacher.signal == "hidden", f"{key}.signal", "hidden", expected
+
+
+def _of_tokenizers(objective: ObjectiveConfig, teachers: Mapping[str, TeacherConfig]) -> Iterator[Contradiction]:
+    for name, teacher in teachers.items():
+        key, foreign = f"teachers.{name}", teacher.tokenizer is not None
+        expected = "sampled: a teacher with a tokenizer of its own can be asked about the text that was written alone"
+        yield foreign and teacher.signal != "sampled", f"{key}.signal", teacher.signal, expected
+        expected = "null: a teacher with ema_decay has the student's tokenizer"
+        yield foreign and teacher.ema_decay is not None, f"{key}.tokenizer", teacher.tokenizer, expected
+        expected = "null: with estimator=sft the teacher writes in the student's tokens"
+        yield foreign and objective.estimator == "sft", f"{key}.tokenizer", teacher.tokenizer, expected
+        rivals = [
+            other
+            for other, its in teachers.items()
+            if other not in (name, objective.reference_teacher) and name != objective.reference_teacher
+            if set(its.domains or (None,)) & set(teacher.domains or (None,))
+        ]
+        expected = (
+            f"null, or no other teacher for its prompts (now {', '.join(rivals)}): tokens of two tokenizers do not mix"
+        )
+        yield foreign and bool(rivals), f"{key}.tokenizer", teacher.tokenizer, expected
 
 
 def _of_estimator(objective: ObjectiveConfig, samples_per_prompt: int) -> Iterator[Contradiction]:

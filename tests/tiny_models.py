@@ -43,13 +43,14 @@ def make_tiny_model(
     architecture: Literal["qwen3", "qwen3_moe", "llama"] = "qwen3",
     context: int = 256,
     dtype: torch.dtype = torch.float32,
+    tokenizer: PreTrainedTokenizerFast | None = None,
 ) -> Path:
     """Writes config, safetensors, tokenizer and generation config to `path`, from a seed, and returns the path.
 
     hidden: a multiple of 32, which is the size of one attention head. vocab_extra: rows of the embedding beyond the
     tokenizer's, as real models have them. qwen3_moe: four experts a layer, of which a token meets two.
     """
-    tokenizer = make_tiny_tokenizer()
+    tokenizer = tokenizer or make_tiny_tokenizer()
     options = {
         "vocab_size": len(tokenizer) + vocab_extra,
         "hidden_size": hidden,

@@ -20,6 +20,7 @@ from actors.models import load_model
 from cluster.config import load_config
 from cluster.records import EVALUATION_KEYS, METRIC_KEYS, SUMMARY_KEYS, TRAJECTORY_KEYS, read_jsonl
 from tests.tiny_models import make_tiny_model
+from tests.tiny_tokenizers import byte_level
 
 ROOT = Path(__file__).resolve().parents[2]
 UPDATES = 6
@@ -234,6 +235,17 @@ def test_a_learner_of_two_ranks_that_loses_one_trains_as_one_of_one(calm: Path, 
     assert ours.keys() == theirs.keys()
     for name in theirs:
         torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=1e-5)
+
+
+def test_a_teacher_with_another_tokenizer_teaches(folder: Path) -> None:
+    make_tiny_model(folder / "foreign", hidden=32, layers=1, context=128, seed=2, tokenizer=byte_level())
+    overrides = ["name=foreign", "pipeline.updates=2", "teachers.default.model=foreign",
+                 "teachers.default.tokenizer=foreign", "teachers.default.ema_decay=null",
+                 "teachers.default.signal=sampled", "learner.objective.estimator=immediate"]  # fmt: skip
+    finish(start(folder, *overrides), 0)
+    before, *rows = read_jsonl(folder / "runs" / "foreign" / "metrics.jsonl")
+    assert len(rows) == 2 and all(row["missing_scores"] == 0 and row["grad_norm"] > 0 for row in rows)
+    assert before["eval/reverse_kl"] > 0 and "eval/accuracy_teacher" in before
 
 
 def test_more_actors_than_the_cluster_holds_are_refused_at_once(folder: Path) -> None:
