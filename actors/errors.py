@@ -37,15 +37,27 @@ class LearnerLostError(CampaignError):
     """The learner's process has died, and with it the weights since the last checkpoint."""
 
 
-class EngineError(CampaignError):
-    """The engine below an actor has failed and cannot go on; the actor has to be replaced."""
+class ActorFaultError(CampaignError):
+    """An actor has failed as none should; it has to be replaced, and another may do better."""
+
+
+class EngineError(ActorFaultError):
+    """The engine below an actor has failed and cannot go on."""
+
+
+class LostObjectError(CampaignError):
+    """What a call was given is gone, with the node or the process that held it; nobody has begun with the call."""
+
+
+class StoreFullError(CampaignError):
+    """There is no room for objects: in Ray's object store, or on the disk that it spills to."""
 
 
 class AbortedError(CampaignError):
     """A rollout actor has given up what it was told to."""
 
 
-class WeightError(CampaignError):
+class WeightError(ActorFaultError):
     """A weight version is incomplete, corrupt, or does not fit the model that should load it."""
 
 

@@ -20,6 +20,7 @@ import numpy as np
 
 from actors.config import TeacherConfig
 from actors.errors import CampaignError, UserError
+from actors.progress import advance
 from actors.scoring import TeacherCounts, check_probe, probe, score_with
 from actors.trajectory import TeacherScores, Trajectories, offsets_of
 
@@ -213,6 +214,7 @@ class HttpTeacher:
             now = time.monotonic()
             server = min(self._servers, key=lambda s: (s.closed_until > now, s.under_way))
             server.under_way += 1
+            advance()
             try:
                 answer = await _post(session, f"{server.url}/completions", body)
                 server.failures = 0

@@ -12,6 +12,7 @@ from actors.config import SamplingConfig, TeacherConfig
 from actors.errors import CampaignError, WeightError
 from actors.logprobs import chunked_head, to_array, token_logprobs
 from actors.models import load_model, response_head
+from actors.progress import advance
 from actors.scoring import TeacherCounts, check_probe, probe, score_with
 from actors.trajectory import FINISH_REASONS, Requests, RolloutCounts, TeacherScores, Trajectories, offsets_of
 from actors.weights import WeightVersion, unpack, verify
@@ -104,6 +105,7 @@ class TeacherActor:
             trajectories.response_offsets,
             self._pass_tokens,
         ):
+            advance()
             places = torch.from_numpy(batch.tokens).to(self._device)
             states = hidden_states(self._body, batch.input_ids, batch.lengths, self._device)
             states = states[torch.from_numpy(batch.positions).to(self._device)]
@@ -156,6 +158,7 @@ class TeacherActor:
                 max_new_tokens=max_response_tokens,
                 eos_token_id=stop_token_ids,
                 pad_token_id=pad_token_id,
+                logits_processor=[_counted],
                 **{"do_sample": False} | how,
             )[:, width:]
         is_stop = torch.isin(written, torch.tensor(stop_token_ids, device=written.device)).cpu().numpy()
@@ -208,3 +211,9 @@ class TeacherActor:
     def status(self) -> dict[str, float]:
         """Busy seconds so far, and the mean log-prob of the self-test's probe."""
         return {"busy_seconds": self._busy_seconds, "probe_logprob": self._probe_logprob}
+
+
+def _counted(_tokens: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    """A logits processor that changes nothing, and tells that a token is being written."""
+    advance()
+    return scores

@@ -2,11 +2,12 @@
 
 import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from actors.errors import UserError
+from actors.progress import advance
 
 CPU_KV_CACHE_BYTES = 256 << 20
 """Without a size of its own, vLLM would take 92% of the machine's memory for each engine."""
@@ -50,11 +51,23 @@ def build_llm(options: dict[str, Any], more: dict[str, Any], key: str) -> Any:
         _skip_model_inspection(options["model"])
     gc.disable()
     try:
-        return LLM(**options | more)
+        llm: Any = LLM(**options | more)
+        llm.llm_engine.step = _counted(llm.llm_engine.step)
+        return llm
     except TypeError as error:
         raise UserError(key, ", ".join(more), f"options of vLLM's engine ({error})") from error
     finally:
         gc.enable()
+
+
+def _counted(step: Callable[[], Any]) -> Callable[[], Any]:
+    """An engine's step that tells that it was taken."""
+
+    def counted() -> Any:
+        advance()
+        return step()
+
+    return counted
 
 
 def _skip_model_inspection(model: str) -> None:

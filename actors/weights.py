@@ -15,6 +15,7 @@ import xxhash
 from torch.distributed.tensor import DTensor
 
 from actors.errors import WeightError
+from actors.progress import advance
 
 ALIGNMENT_BYTES = 64
 """Tensors start at multiples of this, so that views are aligned for vector loads."""
@@ -121,6 +122,7 @@ class Deferred(Protocol):
 
 def gathered(tensor: torch.Tensor | Deferred, dtype: str) -> torch.Tensor:
     """The tensor itself, or, where ranks hold rows of it each, their rows in `dtype` put together: all ranks must ask."""
+    advance()
     if isinstance(tensor, Deferred):
         return tensor.whole()
     if not isinstance(tensor, DTensor):
@@ -153,6 +155,7 @@ def verify(manifest: WeightVersion, buckets: Sequence[np.ndarray]) -> None:
     if sizes != manifest.bucket_bytes:
         raise WeightError(f"version {manifest.version}: buckets of {sizes} bytes, expected {manifest.bucket_bytes}")
     for entry in manifest.tensors:
+        advance()
         found = _checksum(window(entry, buckets))
         if found != entry.checksum:
             raise WeightError(

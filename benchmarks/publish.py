@@ -21,7 +21,8 @@ import torch
 
 from actors.weights import WeightVersion, pack, verify
 from cluster.config import WeightsConfig
-from cluster.ray_fleet import Fleet, Resources
+from cluster.ray_actor import Resources
+from cluster.ray_fleet import Fleet
 from cluster.versions import Versions
 
 BUCKET_BYTES = 64 << 20

@@ -24,8 +24,9 @@ from actors.trajectory import Requests, TeacherScores, Trajectories, offsets_of
 from actors.weights import WeightVersion
 from cluster.campaign import Campaign
 from cluster.config import CampaignConfig, CheckpointConfig, EvaluationConfig, PipelineConfig
-from cluster.ray_fleet import Fleet, Resources
-from cluster.records import METRIC_KEYS, RunRecords
+from cluster.ray_actor import Resources
+from cluster.ray_fleet import Fleet
+from cluster.records import FAULTS, METRIC_KEYS, RunRecords
 from cluster.state import CampaignState
 from cluster.teachers import Lessons, Teachers
 
@@ -225,7 +226,7 @@ class Simulation:
         """Runs the campaign; `meanwhile` is a coroutine function of the fleets that runs beside it."""
 
         def on_event(kind: str, **_: Any) -> None:
-            self.faults += kind == "actor_died"
+            self.faults += kind in FAULTS
 
         def fleet(role: str, actor: type, *arguments: Any, replicas: int) -> SharedFleet:
             made = SharedFleet(

@@ -22,14 +22,15 @@ one rollout actor, which has its prompt in the prefix cache; teachers take what 
 """
 
 import asyncio
+import itertools
 import signal
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from actors.errors import AbortedError
+from actors.errors import AbortedError, LostObjectError
 from actors.prompts import PromptSet, position_to_id, requests
 from cluster.checkpoints import Checkpoints
 from cluster.config import CampaignConfig
@@ -159,11 +160,7 @@ class Campaign:
             count = await self._slots.acquire(wanted)
             self._clock.utilisation.blocked("rollout", False)
             numbers, open_before = open_before[:count], open_before[count:]
-            numbers += self.state.ledger.issue(count - len(numbers))
-            parts = len(self.rollout.replicas) if self._synchronous else 1
-            for groups in split_evenly(-(-count // samples), parts):
-                mine = numbers[groups.start * samples : groups.stop * samples]
-                self._to_sample.put_nowait(Work(mine, np.array([self._id(number) for number in mine], np.int64)))
+            self._have_sampled([*numbers, *self.state.ledger.issue(count - len(numbers))])
 
     async def _sample(self) -> None:
         """Consumes works, produces sampled ones. Waits for a rollout actor; unblocked by the actors' answers."""
@@ -202,7 +199,11 @@ class Campaign:
         """
 
         async def score(work: Work) -> None:
-            scored = await self.teachers.score(work.ids, work.trajectories, parts=None if self._synchronous else 1)
+            try:
+                scored = await self.teachers.score(work.ids, work.trajectories, parts=None if self._synchronous else 1)
+            except LostObjectError as error:
+                self._awaited.subtract(version for part in work.parts for version in part.oldest_versions.tolist())
+                return self._sample_again(work, error)
             self.state.missing_scores += scored.missing
             self.state.busy["teacher"] += scored.busy_seconds
             self.state.ledger.scored(work.numbers)
@@ -218,14 +219,18 @@ class Campaign:
             work = await self._next_update()
             async with self._learner_turn:
                 self._say("learner", f"update {self.state.step + 1}")
-                metrics = await self.learner.call(
-                    "update",
-                    work.ids,
-                    *work.trajectories,
-                    *work.scores,
-                    rate_scale=self.state.guards.rate_scale,
-                    domains=self._prompts.domains_of(work.ids),
-                )
+                try:
+                    metrics = await self.learner.call(
+                        "update",
+                        work.ids,
+                        *work.trajectories,
+                        *work.scores,
+                        rate_scale=self.state.guards.rate_scale,
+                        domains=self._prompts.domains_of(work.ids),
+                    )
+                except LostObjectError as error:
+                    self._sample_again(work, error)
+                    continue
                 self.state.ledger.train(work.numbers, self.state.step + 1)
                 self.state.step += 1
                 self.state.busy["learner"] += metrics.pop("busy_seconds")
@@ -268,11 +273,26 @@ class Campaign:
 
     # ---------------------------------------------------------------------------------------------------- their parts
 
+    def _have_sampled(self, numbers: Sequence[int]) -> None:
+        """Makes works of issued trajectories, given in the order of the ledger: groups, or each rollout actor's part."""
+        samples = self.config.pipeline.samples_per_prompt
+        groups = [list(group) for _, group in itertools.groupby(numbers, lambda number: number // samples)]
+        for part in split_evenly(len(groups), len(self.rollout.replicas) if self._synchronous else len(groups)):
+            mine = [number for group in groups[part.start : part.stop] for number in group]
+            self._to_sample.put_nowait(Work(mine, np.array([self._id(number) for number in mine], np.int64)))
+
+    def _sample_again(self, work: Work, error: LostObjectError) -> None:
+        """What was written or scored went with the node that held it: the same numbers and seeds are sampled again."""
+        self._records.event("lost_objects", str(error), trajectories=len(work), step=self.state.step)
+        self._progress.note(f"{len(work)} trajectories were lost with the node that held them; they are sampled again")
+        self.state.ledger.reopen(work.numbers)
+        self._have_sampled(sorted(work.numbers))
+
     async def _start(self) -> None:
         """Gives every rollout actor the learner's weights, and measures the untrained student and the teacher."""
         self.rollout.prepare = self._versions.give
         await self.rollout.call_each("abort")  # what an earlier loop of this process left under way
-        seats = min(status["seats"] for status in await self.rollout.call_each("status"))
+        seats = (await self.rollout.call("status"))["seats"]
         self._calls_at_once = seats + seats // 8 + 1  # a few more, so that a seat that falls free is taken at once
         await self._versions.load(await self._versions.publish())
         await self._followers.load(await self._followers.publish())

@@ -115,7 +115,10 @@ class RayConfig:
     object_store_mebibytes: int | None = number(None, minimum=80)
     """Object store of a private local cluster. Null: Ray's own choice, 30% of the memory."""
     max_restarts: int = number(5, minimum=0)
-    """How often one rollout or teacher actor that died is replaced before the campaign gives up."""
+    """How often within an hour an actor that was lost is replaced, before the campaign gives up."""
+    hang_timeout_seconds: float = number(300.0, above=0)
+    """How long an actor may give no sign of life, or be at work without progress (an engine's step, a micro-batch, an
+    answer from a server), before it is taken for hung, killed, and replaced."""
     start_timeout_seconds: float = number(600.0, above=0)
     """How long actors may take to start, models loaded."""
 

@@ -32,7 +32,8 @@ class State(IntEnum):
 
 
 class Ledger:
-    """Owns every transition: issued -> sampled -> scored -> trained, or dropped from any open state."""
+    """Owns every transition: issued -> sampled -> scored -> trained, or dropped from any open state; what was
+    lost is issued again."""
 
     def __init__(self) -> None:
         self.next_number = 0
@@ -60,6 +61,13 @@ class Ledger:
     def scored(self, numbers: Iterable[int]) -> None:
         """A teacher actor has scored them."""
         self._move(numbers, State.SAMPLED, State.SCORED)
+
+    def reopen(self, numbers: Iterable[int]) -> None:
+        """What was written or scored is lost: they are issued, as at first."""
+        for number in numbers:
+            if self._open.get(number) not in {State.SAMPLED, State.SCORED}:
+                raise RuntimeError(f"trajectory {number} is {self._name(number)}, cannot be sampled again")
+            self._open[number] = State.ISSUED
 
     def train(self, numbers: Sequence[int], step: int) -> None:
         """The learner has taken its update `step` on them."""

@@ -161,6 +161,29 @@ def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
+TOLD = {
+    "actor_started": "{actor} has started",
+    "actor_died": "{actor} died; what it had is done again ({cause})",
+    "actor_hung": "{actor} hangs and was killed; what it had is done again ({cause})",
+    "actor_failed": "{actor} failed and was killed; what it had is done again ({cause})",
+    "actor_restarted": "{actor} is back (restart {restarts})",
+    "actor_ended": "{actor} has ended",
+    "learner_restored": "the learner is back, as it was after update {step} ({checkpoint})",
+    "waiting_for_resources": "{actor} waits: {cause}; the campaign goes on without it",
+    "object_store_full": "{actor} waits: {cause}",
+    "scaled": "{role}: {before} -> {after} actors",
+    "scaling_failed": "{actor} cannot join: {cause}",
+}
+"""Events that a person reads in the terminal, by kind; others are told by their fields."""
+
+
+def in_words(kind: str, fields: Mapping[str, Any]) -> str:
+    """One line for an event."""
+    if kind in TOLD:
+        return TOLD[kind].format(**fields)
+    return " ".join([kind.replace("_", " "), *(f"{name}={value}" for name, value in fields.items())])
+
+
 def duration(seconds: float) -> str:
     """12s, 3m05s, 2h07m, 4d03h."""
     whole = round(max(seconds, 0))

@@ -11,7 +11,7 @@ import ray
 from actors.config import TeacherConfig
 from actors.errors import UserError
 from cluster.config import CampaignConfig
-from cluster.ray_fleet import Resources
+from cluster.ray_actor import Resources
 
 CPU_THREADS = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 """Without these, actors that share cores spin on each other's: 25 to 60 times slower."""

@@ -1,53 +1,44 @@
 """Fleets: the replicas of one role as supervised Ray actors.
 
 Roles are plain classes; `ray.remote` is applied here. A call goes to the replica with the least work under way; when
-its actor dies, the call is given to another, and a new actor takes the lost one's place, with the current weights,
-before it gets work. What a role *returns* is owned by the campaign process and outlives the actor.
+its actor dies, hangs or fails, the call is given to another, and a new actor takes the lost one's place, with the
+current weights, before it gets work. While the cluster has no room for it, the fleet works on with fewer. What a role
+*returns* is owned by the campaign process and outlives the actor.
 """
 
 import asyncio
-import re
-from collections.abc import Awaitable, Callable, Coroutine, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+import time
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Coroutine
+from contextlib import suppress
 from typing import Any
 
-import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayActorError
 
-from actors.errors import CampaignError, LearnerLostError, UserError
+from actors.errors import ActorFaultError, CampaignError, LearnerLostError, StoreFullError, UserError
+from cluster.ray_actor import (
+    Replica,
+    Resources,
+    cause_of,
+    create,
+    end_processes,
+    errors_of,
+    invoke,
+    place,
+    start_failure,
+    steps_of,
+    streamed,
+    whereabouts,
+)
+from cluster.restarts import Restarts
 from cluster.utilisation import Utilisation
 
 OnEvent = Callable[..., None]
 """Called with the kind of event and its fields."""
-
-
-@dataclass(frozen=True)
-class Resources:
-    """What Ray reserves for one actor."""
-
-    cpus: float
-    gpus: float
-    environment: dict[str, str] = field(default_factory=dict)
-    """Environment variables of the actor's process."""
-    custom: dict[str, float] = field(default_factory=dict)
-    """Resources that the cluster's operator has named."""
-
-
-@dataclass
-class Replica:
-    """One place in a fleet; the actor in it may change."""
-
-    name: str
-    handle: Any = None
-    under_way: int = 0
-    """Units of work that it has been given and not answered."""
-    calls: int = 0
-    """Calls, likewise."""
-    restarts: int = 0
-    alive: bool = False
-    node: str = ""
-    """Where its actor is: Ray's id of the node."""
+LOST = {"actor_died": "died", "actor_hung": "hangs", "actor_failed": "failed"}
+"""How an actor can be lost, by kind of event: its process ended, it made no progress, it raised what none should."""
+ATTEMPTS = 2
+"""Actors that a call may make fail, before it is the call that is at fault."""
 
 
 class Fleet:
@@ -64,9 +55,11 @@ class Fleet:
         resources: Resources,
         max_restarts: int | None,
         start_timeout_seconds: float,
+        hang_timeout_seconds: float = 300.0,
         on_event: OnEvent,
     ):
-        """max_restarts: how often one replica is replaced; None: never, its loss is LearnerLostError for every caller."""
+        """max_restarts: how often within an hour one replica is replaced; None: never, its loss is LearnerLostError for
+        every caller. hang_timeout_seconds: how long an actor may be silent, or at work without progress."""
         self.role = role
         self.restarts = 0
         self.replicas = [Replica(f"{role}-{i}") for i in range(replicas)]
@@ -74,19 +67,25 @@ class Fleet:
         self._leaving: list[Replica] = []
         self._actor_class, self._arguments, self._keywords = actor_class, arguments, keywords
         self._resources, self._max_restarts = resources, max_restarts
-        self._start_timeout = start_timeout_seconds
+        self._start_timeout, self._hang_timeout = start_timeout_seconds, hang_timeout_seconds
         self._on_event = on_event
         self._changed = asyncio.Condition()
         self._failure: Exception | None = None
         self._tasks: set[asyncio.Task] = set()
+        self._coming: dict[Replica, asyncio.Task] = {}
+        """Those that start, or wait for room."""
+        self._budgets: defaultdict[Replica, Restarts] = defaultdict(lambda: Restarts(max_restarts or 0))
         self.prepare: Callable[[Any], Awaitable[None]] | None = None
         """Run on each new actor's handle before it gets work: gives it the current weights."""
         self.utilisation: Utilisation | None = None
         """Is told when calls begin and end."""
 
-    async def start(self) -> None:
-        """Starts every replica and waits until all can work. UserError where the input is why one cannot."""
-        await asyncio.gather(*(self._start(replica) for replica in self.replicas))
+    async def start(self, *, patient: bool = False) -> None:
+        """Starts every replica and waits until all can work. UserError where the input is why one cannot.
+
+        patient: they may wait for room in the cluster as long as it takes.
+        """
+        await asyncio.gather(*(self._start(replica, patient=patient) for replica in self.replicas))
 
     def resize(self, replicas: int) -> None:
         """Begins to start more actors, or to end some; those that end finish first what they have been given.
@@ -97,7 +96,7 @@ class Fleet:
             replica = Replica(f"{self.role}-{self._ever}")
             self._ever += 1
             self.replicas.append(replica)
-            self._in_background(self._join(replica))
+            self._coming[replica] = self._in_background(self._join(replica))
         for replica in sorted(self.replicas, key=lambda one: (one.alive, one.under_way))[
             : len(self.replicas) - replicas
         ]:
@@ -115,41 +114,55 @@ class Fleet:
         at: Replica | None = None,
         **keywords: Any,
     ) -> Any:
-        """Calls a method of the least busy replica, or of `at`; again on another one as long as actors die under it.
+        """Calls a method of the least busy replica, or of `at`; again on another one as long as actors are lost under it.
 
         With `returns` of 2 or more, the result is the first value and the references of the others, not fetched.
+        ActorFaultError: it has made several actors fail. LostObjectError: what it was to be given is gone.
         """
+        failures, full_since = 0, 0.0
         while True:
             replica = at if at is not None and at.alive else await self._least_busy()
+            handle = replica.handle
             replica.under_way += units
             replica.calls += 1
-            handle = replica.handle
-            self._tell("began", replica, method)
+            self._began(replica, method)
             try:
                 return await invoke(handle, method, arguments, returns, keywords)
             except RayActorError as error:
-                await self._lost(replica, handle, error)
+                self._lost(replica, handle, "actor_died", cause_of(error), error)
+            except ActorFaultError as error:
+                failures += 1
+                if failures == ATTEMPTS:
+                    raise
+                self._lost(replica, handle, "actor_failed", str(error), error)
+            except StoreFullError as error:
+                full_since = full_since or self._say_full(replica, error)
+                if time.monotonic() - full_since > self._hang_timeout:
+                    raise
+                await asyncio.sleep(1.0)
             finally:
-                self._tell("ended", replica, method)
+                self._ended(replica, method)
                 replica.under_way -= units
                 replica.calls -= 1
                 async with self._changed:
                     self._changed.notify_all()
 
     async def call_each(self, method: str, *arguments: Any) -> list[Any]:
-        """Calls a method of every living replica; one that dies meanwhile is replaced and left out of the answers."""
+        """Calls a method of every living replica; one that is lost meanwhile is replaced and left out of the answers."""
 
         async def one(replica: Replica) -> list[Any]:
             handle, answer = replica.handle, None
-            self._tell("began", replica, method)
+            self._began(replica, method)
             try:
                 answer = await invoke(handle, method, arguments, 1)
                 return [answer]
             except RayActorError as error:
-                await self._lost(replica, handle, error)
-                return []
+                self._lost(replica, handle, "actor_died", cause_of(error), error)
+            except ActorFaultError as error:
+                self._lost(replica, handle, "actor_failed", str(error), error)
             finally:
-                self._tell("ended", replica, method, answer)
+                self._ended(replica, method, answer)
+            return []
 
         answers = await asyncio.gather(*(one(replica) for replica in self.replicas if replica.alive))
         return [value for answer in answers for value in answer]
@@ -180,56 +193,68 @@ class Fleet:
 
         on_item: is called with each as it comes. An error within the method is raised as of any other call.
         """
-        [replica] = self.replicas
+        replica = await self._least_busy()
         handle = replica.handle
-        self._tell("began", replica, method)
+        self._began(replica, method)
         try:
             return await streamed(handle, method, arguments, on_item)
         except RayActorError as error:
-            await self._lost(replica, handle, error)
+            self._lost(replica, handle, "actor_died", cause_of(error), error)
+            raise
+        except ActorFaultError as error:
+            self._lost(replica, handle, "actor_failed", str(error), error)
             raise
         finally:
-            self._tell("ended", replica, method)
+            self._ended(replica, method)
+            if self._failure:
+                raise self._failure
+
+    def inherit(self, lost: "Fleet") -> None:
+        """Takes over the places of a fleet that is lost, before others can, and ends what is left of it."""
+        for replica, before in zip(self.replicas, lost.replicas, strict=True):
+            replica.placement, replica.node, before.placement = before.placement, before.node, None
+        lost.close()
 
     def close(self) -> None:
         """Ends all actors at once."""
         for task in self._tasks:
             task.cancel()
         for replica in (*self.replicas, *self._leaving):
-            if replica.handle is not None:
-                ray.kill(replica.handle)
-                replica.handle, replica.alive = None, False
+            replica.kill()
+            replica.give_up_place()
 
-    async def _start(self, replica: Replica) -> None:
-        actor: Any = ray.remote(self._actor_class).options(
-            num_cpus=self._resources.cpus,
-            num_gpus=self._resources.gpus,
-            resources=self._resources.custom,
-            max_restarts=0,
-            max_task_retries=0,
-            runtime_env={"env_vars": self._resources.environment} if self._resources.environment else None,
-        )
-        replica.handle = actor.remote(*self._arguments, **self._keywords)
+    async def _start(self, replica: Replica, *, patient: bool = False) -> None:
+        bundle = self._resources.bundle
+
+        def waits() -> None:
+            needs = ", ".join(f"{amount:g} {name}" for name, amount in bundle.items())
+            self._on_event("waiting_for_resources", actor=replica.name, cause=f"the cluster has no room for {needs}")
+
         try:
+            async with asyncio.timeout(None if patient else self._start_timeout):
+                replica.placement = await place(replica.placement, [replica.node], [bundle], waits)
             async with asyncio.timeout(self._start_timeout):
-                await invoke(replica.handle, "status", (), 1)
-                replica.node = await replica.handle.__ray_call__.remote(_node)
-                if self.prepare is not None:
-                    with errors_of("the start"):
+                replica.handle = create(
+                    self._actor_class, self._arguments, self._keywords, self._resources, replica.placement
+                )
+                with errors_of("the start"):
+                    await replica.handle.status.remote()
+                    replica.node, replica.process = await whereabouts(replica.handle)
+                    if self.prepare is not None:
                         await self.prepare(replica.handle)
         except TimeoutError as error:
             raise CampaignError(
                 f"{replica.name} did not start within {self._start_timeout:g} s (ray.start_timeout_seconds)"
             ) from error
         except RayActorError as error:
-            raise _start_failure(replica.name, error) from error
-        if replica in self._leaving:  # the fleet has shrunk meanwhile
+            raise start_failure(replica.name, error) from error
+        if replica not in self.replicas:  # the fleet has shrunk meanwhile
             return
         replica.alive = True
         self._tell("ended", replica, "away")
         self._on_event("actor_started", actor=replica.name)
-        async with self._changed:
-            self._changed.notify_all()
+        self._in_background(self._watch(replica))
+        await self._notify()
 
     async def _least_busy(self) -> Replica:
         async with self._changed:
@@ -238,129 +263,120 @@ class Fleet:
             raise self._failure
         return min((r for r in self.replicas if r.alive), key=_load)
 
+    def _began(self, replica: Replica, method: str) -> None:
+        replica.began()
+        self._tell("began", replica, method)
+
+    def _ended(self, replica: Replica, method: str, *answer: Any) -> None:
+        replica.ended()
+        self._tell("ended", replica, method, *answer)
+
     def _tell(self, what: str, replica: Replica, method: str, *answer: Any) -> None:
         if self.utilisation is not None:
             getattr(self.utilisation, what)(replica.name, self.role, method, *answer)
 
-    async def _lost(self, replica: Replica, handle: Any, error: RayActorError) -> None:
+    def _say_full(self, replica: Replica, error: StoreFullError) -> float:
+        self._on_event("object_store_full", actor=replica.name, cause=str(error))
+        return time.monotonic()
+
+    async def _watch(self, replica: Replica) -> None:
+        """Notices when this actor dies while nobody calls it, does not answer, or makes no progress with its work."""
+        handle, done, since = replica.handle, -1, time.monotonic()
+        while replica.handle is handle:
+            await asyncio.sleep(min(self._hang_timeout / 4, 10.0))
+            try:
+                async with asyncio.timeout(self._hang_timeout):
+                    now = await steps_of(handle)
+            except TimeoutError:
+                self._hangs(replica, handle, f"it has not answered for {self._hang_timeout:g} s")
+            except RayActorError as error:
+                self._lost(replica, handle, "actor_died", cause_of(error), error)
+                return
+            else:
+                if now != done or not replica.busy:
+                    done, since = now, time.monotonic()
+                elif time.monotonic() - max(since, replica.busy_since) > self._hang_timeout:
+                    self._hangs(replica, handle, f"it has made no progress for {self._hang_timeout:g} s")
+
+    def _hangs(self, replica: Replica, handle: Any, cause: str) -> None:
+        if replica.handle is handle:
+            end_processes(replica)
+            self._lost(replica, handle, "actor_hung", f"{cause} (ray.hang_timeout_seconds)")
+            replica.kill()  # also one that was to leave
+
+    def _lost(self, replica: Replica, handle: Any, kind: str, cause: str, error: BaseException | None = None) -> None:
+        """Tells of it, and begins to replace the actor; or, where it is not to be, fails whoever calls."""
         if replica.handle is not handle or not replica.alive:
             return  # another call has noticed before
-        replica.alive = False
+        replica.kill()
         self._tell("began", replica, "away")
-        self._on_event("actor_died", actor=replica.name, cause=cause_of(error))
-        ray.kill(handle)
+        self._on_event(kind, actor=replica.name, cause=cause)
         if self._max_restarts is None:
-            raise LearnerLostError(f"{replica.name} died: {cause_of(error)}") from error
-        self._in_background(self._replace(replica))
+            failure = LearnerLostError(f"{replica.name} {LOST[kind]}: {cause}")
+            failure.__cause__ = error
+            self._fail(failure)
+        else:
+            self._coming[replica] = self._in_background(self._replace(replica, cause))
 
-    def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
+    def _fail(self, error: Exception) -> None:
+        self._failure = error
+        self._in_background(self._notify())
+
+    async def _notify(self) -> None:
+        async with self._changed:
+            self._changed.notify_all()
+
+    def _in_background(self, work: Coroutine[Any, Any, None]) -> asyncio.Task:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     async def _join(self, replica: Replica) -> None:
         try:
-            await self._start(replica)
+            await self._start(replica, patient=True)
         except (CampaignError, UserError) as error:
             if replica in self.replicas:
                 self.replicas.remove(replica)
-            ray.kill(replica.handle)
+            replica.kill()
+            replica.give_up_place()
             self._on_event("scaling_failed", actor=replica.name, cause=str(error))
 
     async def _leave(self, replica: Replica) -> None:
+        if coming := self._coming.get(replica):
+            coming.cancel()
         async with self._changed:
             await self._changed.wait_for(lambda: not replica.calls)
-        ray.kill(replica.handle)
-        replica.handle = None
+        replica.kill()
+        replica.give_up_place()
         self._leaving.remove(replica)
         self._tell("began", replica, "away")
         self._on_event("actor_ended", actor=replica.name)
 
-    async def _replace(self, replica: Replica) -> None:
+    async def _replace(self, replica: Replica, cause: str) -> None:
+        budget = self._budgets[replica]
         try:
-            while not replica.alive:
-                if replica.restarts >= (self._max_restarts or 0):
+            while not replica.alive and replica in self.replicas:
+                if budget.spent():
                     raise CampaignError(
-                        f"{replica.name} died {replica.restarts + 1} times (ray.max_restarts={self._max_restarts}); "
-                        "see events.jsonl for the causes, and run the same command again to go on from the last "
-                        "checkpoint"
+                        f"{replica.name} was lost {self._max_restarts or 0} times within an hour and once more "
+                        f"(ray.max_restarts), the last time because: {cause}; see events.jsonl for the others, and run "
+                        "the same command again to go on from the last checkpoint"
                     )
-                # A machine that kills actors as fast as they start is not helped by starting them faster.
-                await asyncio.sleep(min(30.0, 0.5 * 2**replica.restarts) if replica.restarts else 0)
+                await asyncio.sleep(budget.pause())
+                budget.count()
                 replica.restarts += 1
                 self.restarts += 1
                 try:
-                    await self._start(replica)
-                except _DiedAtStartError as error:
-                    self._on_event("actor_died", actor=replica.name, cause=str(error))
+                    await self._start(replica, patient=True)
+                except CampaignError as error:
+                    replica.kill()
+                    cause = str(error)
+                    self._on_event("actor_died", actor=replica.name, cause=cause)
             self._on_event("actor_restarted", actor=replica.name, restarts=replica.restarts)
         except Exception as error:  # whatever it is: the callers that wait for an actor are told
-            self._failure = error
-            async with self._changed:
-                self._changed.notify_all()
-
-
-def _node(_actor: Any) -> str:
-    return ray.get_runtime_context().get_node_id()
+            self._fail(error)
 
 
 def _load(replica: Replica) -> int:
     return replica.under_way
-
-
-class _DiedAtStartError(CampaignError):
-    """The process of a new actor ended before it could work."""
-
-
-async def invoke(
-    handle: Any, method: str, arguments: tuple, returns: int, keywords: dict[str, Any] | None = None
-) -> Any:
-    """Calls a method of one actor: its value, or the first of its values and the references of the others."""
-    with errors_of(method):
-        if returns == 1:
-            return await getattr(handle, method).remote(*arguments, **(keywords or {}))
-        first, *others = getattr(handle, method).options(num_returns=returns).remote(*arguments, **(keywords or {}))
-        return await first, *others
-
-
-async def streamed(
-    handle: Any, method: str, arguments: tuple, on_item: Callable[[Any], None] | None = None
-) -> list[Any]:
-    """Calls a generator method of one actor: the references of all that it yields."""
-    with errors_of(method):
-        yielded = getattr(handle, method).options(num_returns="streaming").remote(*arguments)
-        references = []
-        async for reference in yielded:
-            references.append(reference)
-            if on_item is not None:
-                on_item(reference)
-        await yielded.completed()  # what broke off a stream is not raised before
-        return references
-
-
-@contextmanager
-def errors_of(what: str) -> Iterator[None]:
-    """Our own errors say all that is to say; others keep the actor's traceback as their cause."""
-    try:
-        yield
-    except RayTaskError as error:
-        if isinstance(error.cause, (UserError, CampaignError)):
-            raise error.cause from None
-        raise CampaignError(f"{what} failed: {type(error.cause).__name__}: {error.cause}") from error
-
-
-def _start_failure(name: str, error: RayActorError) -> Exception:
-    last_line = cause_of(error)
-    if match := re.search(r"actors\.errors\.UserError: (.*)", str(error)):
-        where, _, rest = match[1].partition(": found ")
-        found, _, expected = rest.partition(", expected ")
-        return UserError(where, found, expected)
-    kind = _DiedAtStartError if "raised in its creation task" not in str(error) else CampaignError
-    return kind(f"{name} could not start: {last_line}")
-
-
-def cause_of(error: RayActorError) -> str:
-    """Why an actor has died, in one line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    telling = [line for line in lines if line.startswith("The actor is dead because")] or lines
-    return telling[-1].partition(" Some common causes")[0]

@@ -15,11 +15,11 @@ import ray
 import torch
 import torch.distributed as dist
 from ray.exceptions import RayActorError
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.util.placement_group import PlacementGroup, remove_placement_group
 
-from actors.errors import CampaignError, LearnerLostError
-from cluster.ray_fleet import Fleet, Replica, cause_of, invoke, streamed
+from actors.errors import ActorFaultError, CampaignError, LostObjectError, StoreFullError
+from cluster.ray_actor import Replica, cause_of, create, invoke, place, streamed, whereabouts
+from cluster.ray_fleet import Fleet
 from learner.learner import Learner
 from learner.sharding import Ranks
 
@@ -71,9 +71,11 @@ class LearnerGroup(Fleet):
 
     _placement: PlacementGroup | None = None
 
-    async def start(self) -> None:
+    async def start(self, *, patient: bool = False) -> None:
         """Starts all ranks. UserError where the input is why they cannot work."""
         try:
+            async with asyncio.timeout(None if patient else self._start_timeout):
+                await self._find_room()
             async with asyncio.timeout(self._start_timeout):
                 await self._start_all()
         except TimeoutError as error:
@@ -85,6 +87,7 @@ class LearnerGroup(Fleet):
             replica.alive = True
             self._tell("ended", replica, "away")
             self._on_event("actor_started", actor=replica.name)
+            self._in_background(self._watch(replica))
 
     async def call(
         self,
@@ -113,6 +116,12 @@ class LearnerGroup(Fleet):
         )
         return references
 
+    def inherit(self, lost: Fleet) -> None:
+        """As Fleet."""
+        assert isinstance(lost, LearnerGroup)
+        self._placement, lost._placement = lost._placement, None
+        super().inherit(lost)
+
     def close(self) -> None:
         """Ends all ranks at once."""
         super().close()
@@ -120,26 +129,21 @@ class LearnerGroup(Fleet):
             remove_placement_group(self._placement)
             self._placement = None
 
+    async def _find_room(self) -> None:
+        bundle = self._resources.bundle
+
+        def waits() -> None:
+            needs = ", ".join(f"{amount:g} {name}" for name, amount in bundle.items())
+            cause = f"the cluster has no room for {len(self.replicas)} times {needs}"
+            self._on_event("waiting_for_resources", actor=self.role, cause=cause)
+
+        nodes = [replica.node for replica in self.replicas]
+        self._placement = await place(self._placement, nodes, [bundle] * len(nodes), waits)
+
     async def _start_all(self) -> None:
-        asked = self._resources
-        bundle = {"CPU": asked.cpus, "GPU": asked.gpus, **asked.custom}
-        bundle = {name: amount for name, amount in bundle.items() if amount}
-        if bundle:
-            self._placement = placement_group([bundle] * len(self.replicas), strategy="PACK")
-            await self._placement.ready()
         for rank, replica in enumerate(self.replicas):
-            actor: Any = ray.remote(LearnerRank).options(
-                num_cpus=asked.cpus,
-                num_gpus=asked.gpus,
-                resources=asked.custom,
-                max_restarts=0,
-                max_task_retries=0,
-                runtime_env={"env_vars": asked.environment} if asked.environment else None,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(self._placement, rank)
-                if self._placement
-                else "DEFAULT",
-            )
-            replica.handle = actor.remote(rank, len(self.replicas))
+            replica.handle = create(LearnerRank, (rank, len(self.replicas)), {}, self._resources, self._placement, rank)
+            replica.node, replica.process = await whereabouts(replica.handle)
         nodes = await self._together("node", lambda replica: invoke(replica.handle, "node", (), 1))
         host = LOOPBACK if len(set(nodes)) == 1 else nodes[0]
         port = await invoke(self.replicas[0].handle, "listen", (host,), 1)
@@ -147,33 +151,42 @@ class LearnerGroup(Fleet):
         await self._together("the start", lambda replica: invoke(replica.handle, "build", arguments, 1))
 
     async def _together(self, what: str, one: Callable[[Replica], Coroutine[Any, Any, Any]]) -> list[Any]:
-        """What each rank answers. LearnerLostError: one of them has died; else the first error that one has raised."""
-        if any(replica.handle is None for replica in self.replicas):
-            raise LearnerLostError(f"{what}: the learner has ended")
+        """What each rank answers. LearnerLostError: one of them is lost; else the first error that one has raised."""
+        if self._failure:
+            raise self._failure
+        handles = [replica.handle for replica in self.replicas]
         for replica in self.replicas:
-            self._tell("began", replica, what)
+            self._began(replica, what)
         tasks = [asyncio.create_task(one(replica)) for replica in self.replicas]
         try:
             _, waiting = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
             if waiting:
                 await asyncio.wait(waiting, timeout=GRACE_SECONDS)
-            self._raise_failure(tasks)
+            errors = [task.exception() for task in tasks if task.done()]
+            self._end_if_lost(handles, errors)
+            for error in errors:
+                if error is not None:
+                    raise error
             return [task.result() for task in tasks]
         finally:
             for replica, task in zip(self.replicas, tasks, strict=True):
                 task.cancel()
-                self._tell("ended", replica, what)
+                self._ended(replica, what)
 
-    def _raise_failure(self, tasks: list[asyncio.Task]) -> None:
-        failed = [
-            (replica, task.exception()) for replica, task in zip(self.replicas, tasks, strict=True) if task.done()
-        ]
-        for replica, error in failed:
+    def _end_if_lost(self, handles: list[Any], errors: list[BaseException | None]) -> None:
+        """Where a rank has died, or could not take part, the others wait for it in vain."""
+        for replica, handle, error in zip(self.replicas, handles, errors, strict=False):
             if isinstance(error, RayActorError):
-                if replica.alive:  # else another call has noticed before
-                    self._on_event("actor_died", actor=replica.name, cause=cause_of(error))
-                self.close()
-                raise LearnerLostError(f"{replica.name} died: {cause_of(error)}") from error
-        for _, error in failed:
-            if error is not None:
-                raise error
+                self._lost(replica, handle, "actor_died", cause_of(error), error)
+        for replica, handle, error in zip(self.replicas, handles, errors, strict=False):
+            if isinstance(error, (ActorFaultError, LostObjectError, StoreFullError)):
+                self._lost(replica, handle, "actor_failed", str(error), error)
+        if self._failure:
+            raise self._failure
+
+    def _lost(self, replica: Replica, handle: Any, kind: str, cause: str, error: BaseException | None = None) -> None:
+        if replica.handle is handle and not self._failure:
+            replica.alive = True  # one that dies while the others start is told like any other
+            super()._lost(replica, handle, kind, cause, error)
+            for other in self.replicas:
+                other.kill()

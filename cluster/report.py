@@ -24,6 +24,7 @@ from cluster.plan import Plan, Stage
 from cluster.records import (
     CONFIG_FILE,
     EVENTS_FILE,
+    FAULTS,
     METRICS_FILE,
     UNDONE_FILE,
     read_jsonl,
@@ -73,7 +74,7 @@ class Run:
             "updates": self.last("step"),
             "tokens_generated": self.last("tokens_generated"),
             "wall_seconds": self.last("wall_seconds"),
-            "faults": sum(event["kind"] == "actor_died" for event in self.events),
+            "faults": sum(event["kind"] in FAULTS for event in self.events),
             "busy": {role: sum(row.get(key) or 0 for row in self.metrics) for role, key in BUSY.items()},
         }
         return {**told, **{key: value for key, value in self.summary.items() if value is not None}}

@@ -24,13 +24,15 @@ from cluster.config import CampaignConfig
 from cluster.control import obey
 from cluster.evaluate import Evaluator
 from cluster.inputs import Inputs, read_inputs
-from cluster.progress import Progress
+from cluster.progress import Progress, in_words
+from cluster.ray_actor import Resources
 from cluster.ray_cluster import check_cluster, connected, refuse_relative_output
-from cluster.ray_fleet import Fleet, Resources
+from cluster.ray_fleet import Fleet
 from cluster.ray_learner import LearnerGroup
 from cluster.ray_metrics import Prometheus
-from cluster.records import RunRecords, read_summary
+from cluster.records import FAULTS, RunRecords, read_summary
 from cluster.report import write_report
+from cluster.restarts import Restarts
 from cluster.resume import claimed, take_up
 from cluster.rollback import RollBack, roll_back
 from cluster.state import CampaignState, load_state
@@ -90,8 +92,8 @@ async def _run(
 ) -> tuple[dict[str, Any], bool]:
     def on_event(kind: str, **fields: Any) -> None:
         records.event(kind, **fields)
-        progress.note(" ".join([kind.replace("_", " "), *(f"{name}={value}" for name, value in fields.items())]))
-        state.faults += kind == "actor_died"
+        progress.note(in_words(kind, fields))
+        state.faults += kind in FAULTS
 
     needed = check_cluster(config, private)
     records.event("resumed" if checkpoint else "started", step=state.step, process=os.getpid())
@@ -122,22 +124,27 @@ async def _run(
             "progress": progress,
             "gate": gate,
         }
-        losses = 0
+        budget = Restarts(config.ray.max_restarts)
         while True:
             try:
                 complete = await Campaign(config, state, learner=learner, **parts).run()
                 break
             except LearnerLostError as error:
-                if losses == config.ray.max_restarts:
-                    raise CampaignError(f"{error}; it was replaced {losses} times before (ray.max_restarts)") from error
-                losses, faults = losses + 1, state.faults
+                if budget.spent():
+                    most = config.ray.max_restarts
+                    raise CampaignError(
+                        f"{error}; it was replaced {most} times within an hour (ray.max_restarts)"
+                    ) from error
+                await asyncio.sleep(budget.pause())
+                budget.count()
+                faults = state.faults
                 state, checkpoint = take_up(config, records)
                 state.faults = faults
             except RollBack as wanted:
-                learner.close()
                 state, checkpoint = roll_back(config, state, wanted.finding, records, on_event)
-            learner = build_learner(config, inputs, checkpoint, needed, on_event)
-            await learner.start()
+            lost, learner = learner, build_learner(config, inputs, checkpoint, needed, on_event)
+            learner.inherit(lost)
+            await learner.start(patient=True)
             on_event("learner_restored", step=state.step, checkpoint=str(checkpoint))
         records.event("finished" if complete else "stopped", step=state.step)
         summary = summarise(config, state, records.wall_seconds)
@@ -188,6 +195,7 @@ def build_fleets(
             resources=resources,
             max_restarts=config.ray.max_restarts,
             start_timeout_seconds=config.ray.start_timeout_seconds,
+            hang_timeout_seconds=config.ray.hang_timeout_seconds,
             on_event=on_event,
         )
 
@@ -255,6 +263,7 @@ def build_learner(
         resources=resources,
         max_restarts=None,
         start_timeout_seconds=config.ray.start_timeout_seconds,
+        hang_timeout_seconds=config.ray.hang_timeout_seconds,
         on_event=on_event,
     )
 

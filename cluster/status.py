@@ -17,7 +17,15 @@ from actors.errors import UserError
 from cluster.config import CampaignConfig, load_config
 from cluster.estimate import replicas_of
 from cluster.plan import Plan, Stage, mean_of
-from cluster.records import CONFIG_FILE, EVENTS_FILE, METRICS_FILE, read_jsonl, read_summary, write_atomically
+from cluster.records import (
+    CONFIG_FILE,
+    EVENTS_FILE,
+    FAULTS,
+    METRICS_FILE,
+    read_jsonl,
+    read_summary,
+    write_atomically,
+)
 
 STATUS_FILE = "status.json"
 EVERY_SECONDS = 2.0
@@ -97,7 +105,7 @@ def read_status(run_dir: Path, now: float | None = None) -> dict[str, Any]:
             (row["eval/accuracy_teacher"] for row in evaluated if "eval/accuracy_teacher" in row), None
         ),
         "checkpoints": _checkpoints(events),
-        "faults": sum(event["kind"] == "actor_died" for event in events),
+        "faults": sum(event["kind"] in FAULTS for event in events),
         "news": [event for event in events if event["kind"] not in ORDINARY][-5:],
     }
 

@@ -8,8 +8,9 @@ from typing import Any
 
 from actors.errors import UserError
 from cluster.control import Handler
+from cluster.ray_actor import Resources
 from cluster.ray_cluster import check_scaled
-from cluster.ray_fleet import Fleet, Resources
+from cluster.ray_fleet import Fleet
 
 
 def handlers(

@@ -5,13 +5,17 @@ from html import escape
 from typing import Any
 
 from cluster.figures import seconds
+from cluster.records import FAULTS
 
 BEGINNINGS, ENDS = ("started", "resumed"), ("finished", "stopped", "failed")
 TONES = {
     "finished": "good",
     "actor_started": "good",
     "actor_restarted": "good",
-    "actor_died": "bad",
+    **dict.fromkeys(FAULTS, "bad"),
+    "waiting_for_resources": "warn",
+    "object_store_full": "warn",
+    "lost_objects": "warn",
     "failed": "bad",
     "interrupted": "warn",
     "stopped": "warn",
@@ -54,7 +58,7 @@ def lives(events: Sequence[dict[str, Any]], whole: float) -> dict[str, list[tupl
         if event["kind"] in ("actor_started", "actor_restarted") and actor:
             spans.setdefault(actor, [])
             since.setdefault(actor, now)
-        elif event["kind"] == "actor_died":
+        elif event["kind"] in FAULTS:
             end(actor, now)
         elif event["kind"] in (*BEGINNINGS, *ENDS):
             for open_actor in list(since):  # a campaign that begins again had been killed: its actors went with it
@@ -82,7 +86,7 @@ def _lanes(events: Sequence[dict[str, Any]], whole: float) -> str:
         deaths = "".join(
             f'<i class="mark bad" style="{place(event["wall_seconds"])}" title="{_told(event)}"></i>'
             for event in events
-            if event["kind"] == "actor_died" and event.get("actor") == actor
+            if event["kind"] in FAULTS and event.get("actor") == actor
         )
         rows.append(f"<div><span>{escape(actor)}</span><div>{bars}{deaths}</div></div>")
     if len(spans) > MAX_LANES:

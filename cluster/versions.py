@@ -12,6 +12,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from actors.errors import LearnerLostError, LostObjectError
 from cluster.config import WeightsConfig
 from cluster.ray_fleet import Fleet
 
@@ -93,7 +94,10 @@ class Versions:
         start = time.perf_counter()
         self._chain = [*(self._chain if published.delta else []), published]
         self.newest = published
-        await self._rollout.call_each("load_weights", published.manifest, *published.buckets)
+        try:
+            await self._rollout.call_each("load_weights", published.manifest, *published.buckets)
+        except LostObjectError as error:  # the learner's node has gone, and with it the learner
+            raise LearnerLostError(f"weight version {published.version} is lost: {error}") from error
         published.seconds += time.perf_counter() - start
         if published.record:
             published.record["publish_seconds"] = published.seconds

@@ -22,6 +22,7 @@ from actors.delta import DeltaVersion
 from actors.errors import NonFiniteLossError
 from actors.logprobs import chunked_head, entropy, token_logprobs
 from actors.models import load_head, load_model, load_tokenizer, response_head
+from actors.progress import advance
 from actors.trajectory import TeacherScores, Trajectories, TrajectoryId
 from actors.weights import WeightVersion
 from learner.adapters import ADAPTER_FILE, adapter_tensors, add_adapters, merged_tensors
@@ -349,6 +350,7 @@ class Learner:
             names[:] = found
             return tuple(found.values())
 
+        advance()
         with torch.autocast(self._device, torch.bfloat16, enabled=self._config.compute_dtype == "bfloat16"):
             hidden = hidden_states(self._body, microbatch.input_ids, microbatch.lengths, self._device)
             hidden = hidden[torch.from_numpy(microbatch.positions).to(self._device)]

@@ -10,9 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from ray.exceptions import OutOfDiskError
 
-from actors.errors import CampaignError, LearnerLostError, UserError
-from cluster.ray_fleet import Fleet, Resources
+from actors.errors import ActorFaultError, CampaignError, LearnerLostError, StoreFullError, UserError
+from actors.progress import advance
+from cluster.ray_actor import Resources
+from cluster.ray_fleet import Fleet
+from cluster.restarts import Restarts
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(60), pytest.mark.usefixtures("ray_session")]
 
@@ -63,6 +67,22 @@ class Worker:
                 os._exit(3)
             yield np.full(200_000, i)
 
+    def stuck(self) -> None:
+        time.sleep(1000)
+
+    def slow(self, steps: int) -> int:
+        for _ in range(steps):
+            time.sleep(0.3)
+            advance()
+        return os.getpid()
+
+    def fails_the_first(self, folder: str, times: int, error: Exception) -> int:
+        with open(Path(folder, "failures"), "a") as file:
+            print(os.getpid(), file=file)
+        if len(Path(folder, "failures").read_text().split()) <= times:
+            raise error
+        return os.getpid()
+
     def fail(self, kind: str) -> None:
         raise {
             "user": UserError("a.key", "this", "that"),
@@ -77,6 +97,7 @@ def with_fleet(
     replicas: int = 1,
     max_restarts: int | None = 2,
     timeout: float = 30.0,
+    hang_timeout: float = 30.0,
     start: bool = True,
 ) -> None:
     """Runs the body with a fleet, which is closed after it; the body may not take longer than half a minute."""
@@ -92,10 +113,11 @@ def with_fleet(
             resources=Resources(0.1, 0.0),
             max_restarts=max_restarts,
             start_timeout_seconds=timeout,
+            hang_timeout_seconds=hang_timeout,
             on_event=lambda kind, **fields: events.append((kind, fields)),
         )
         try:
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(30):
                 if start:
                     await fleet.start()
                 await body(fleet, events)
@@ -237,13 +259,111 @@ def test_our_own_errors_arrive_from_a_method_as_they_are(kind: str, error: type[
     with_fleet(body)
 
 
-def test_a_defect_in_a_method_is_a_campaign_error_with_its_cause() -> None:
-    async def body(fleet: Fleet, _: Any) -> None:
-        with pytest.raises(CampaignError, match="fail failed: ZeroDivisionError: a defect") as caught:
+def test_a_defect_in_a_method_costs_two_actors_and_is_an_error_with_its_cause() -> None:
+    async def body(fleet: Fleet, events: list[tuple[str, dict[str, Any]]]) -> None:
+        with pytest.raises(ActorFaultError, match="fail failed: ZeroDivisionError: a defect") as caught:
             await fleet.call("fail", "defect")
         assert "in fail" in str(caught.value.__cause__)
+        [(_, failed)] = [event for event in events if event[0] == "actor_failed"]
+        assert failed["cause"] == "fail failed: ZeroDivisionError: a defect"
+        assert await fleet.call("process")
 
     with_fleet(body)
+
+
+def test_what_fails_on_one_actor_is_done_by_another(tmp_path: Path) -> None:
+    async def body(fleet: Fleet, events: list[tuple[str, dict[str, Any]]]) -> None:
+        before = await fleet.call_each("process")
+        done = await fleet.call("fails_the_first", str(tmp_path), 1, ZeroDivisionError("once"))
+        failed = int((tmp_path / "failures").read_text().split()[0])
+        assert failed in before and done in before and done != failed
+        await until(lambda: all(r.alive for r in fleet.replicas))
+        assert failed not in await fleet.call_each("process")
+
+    with_fleet(body, replicas=2)
+
+
+def test_a_full_store_is_waited_for_and_costs_no_actor(tmp_path: Path) -> None:
+    async def body(fleet: Fleet, events: list[tuple[str, dict[str, Any]]]) -> None:
+        before = await fleet.call("process")
+        error = OutOfDiskError("no room")
+        assert await fleet.call("fails_the_first", str(tmp_path), 2, error) == before
+        assert [kind for kind, _ in events] == ["actor_started", "object_store_full"]
+        with pytest.raises(StoreFullError, match="no room"):
+            await fleet.call("fails_the_first", str(tmp_path), 100, error)
+
+    with_fleet(body, hang_timeout=5.0)
+
+
+@pytest.mark.parametrize("at_work", [False, True])
+def test_an_actor_that_is_stopped_is_killed_and_replaced_and_its_work_done_by_another(at_work: bool) -> None:
+    async def body(fleet: Fleet, events: list[tuple[str, dict[str, Any]]]) -> None:
+        before = await fleet.call_each("process")
+        call = asyncio.create_task(fleet.call("process", 1.0)) if at_work else None
+        await until(lambda: sum(r.calls for r in fleet.replicas) == at_work)
+        [victim, *_] = [i for i, r in enumerate(fleet.replicas) if r.calls or not at_work]
+        await asyncio.sleep(0.3)
+        os.kill(before[victim], signal.SIGSTOP)
+        await until(lambda: fleet.replicas[victim].restarts == 1 and fleet.replicas[victim].alive)
+        if call:
+            assert await call == before[1 - victim]
+        [(_, hung)] = [event for event in events if event[0] == "actor_hung"]
+        assert hung["actor"] == f"worker-{victim}" and "has not answered for 1.5 s" in hung["cause"]
+        await until(lambda: not Path(f"/proc/{before[victim]}").exists())
+        assert before[1 - victim] in await fleet.call_each("process"), "the other one was left alone"
+
+    with_fleet(body, replicas=2, hang_timeout=1.5)
+
+
+def test_an_actor_at_work_without_progress_is_replaced_and_one_with_progress_is_not() -> None:
+    async def body(fleet: Fleet, events: list[tuple[str, dict[str, Any]]]) -> None:
+        assert await fleet.call("slow", 12) and not [event for event in events if event[0] == "actor_hung"]
+        await asyncio.sleep(2.5)
+        assert not [event for event in events if event[0] == "actor_hung"], "what is idle need not progress"
+        call = asyncio.create_task(fleet.call("stuck"))
+        await until(lambda: any(event[0] == "actor_hung" for event in events))
+        [cause] = [fields["cause"] for kind, fields in events if kind == "actor_hung"]
+        assert cause == "it has made no progress for 2 s (ray.hang_timeout_seconds)"
+        call.cancel()
+
+    with_fleet(body, hang_timeout=2.0)
+
+
+def test_an_actor_that_dies_idle_is_replaced_before_anybody_calls_it() -> None:
+    async def body(fleet: Fleet, events: list[tuple[str, dict[str, Any]]]) -> None:
+        os.kill(await fleet.call("process"), signal.SIGKILL)
+        await until(lambda: fleet.replicas[0].restarts == 1 and fleet.replicas[0].alive)
+        assert [kind for kind, _ in events] == ["actor_started", "actor_died", "actor_started", "actor_restarted"]
+
+    with_fleet(body, hang_timeout=2.0)
+
+
+def test_a_fleet_of_one_that_hangs_and_is_not_replaced_is_lost() -> None:
+    async def body(fleet: Fleet, events: list[tuple[str, dict[str, Any]]]) -> None:
+        call = asyncio.create_task(fleet.call("process", 1000))
+        with pytest.raises(LearnerLostError, match=r"worker-0 hangs: it has made no progress for 1\.5 s"):
+            await call
+        with pytest.raises(LearnerLostError, match="worker-0 hangs"):
+            await fleet.call("process")
+
+    with_fleet(body, max_restarts=None, hang_timeout=1.5)
+
+
+def test_restarts_are_counted_within_the_hour(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr("cluster.restarts.time.monotonic", lambda: now)
+    budget = Restarts(3)
+    pauses = []
+    for moment in (0.0, 10.0, 20.0):
+        now = moment
+        assert not budget.spent()
+        pauses.append(budget.pause())
+        budget.count()
+    assert pauses == [0.0, 1.0, 2.0]
+    now = 3599.0
+    assert budget.spent()
+    now = 3605.0
+    assert not budget.spent() and budget.pause() == 2.0
 
 
 @pytest.mark.parametrize(
@@ -282,11 +402,11 @@ def test_a_spent_restart_budget_ends_every_call_with_the_actors_name() -> None:
             os.kill(process, signal.SIGKILL)
             if fleet.restarts == 0:
                 assert await call != process
-        with pytest.raises(CampaignError, match=r"worker-0 died 2 times \(ray\.max_restarts=1\)"):
+        with pytest.raises(CampaignError, match=r"worker-0 was lost 1 times within an hour and once more \(ray"):
             await call
-        with pytest.raises(CampaignError, match="worker-0 died"):
+        with pytest.raises(CampaignError, match="worker-0 was lost"):
             await fleet.call("process")
-        with pytest.raises(CampaignError, match="worker-0 died"):
+        with pytest.raises(CampaignError, match="worker-0 was lost"):
             await asyncio.wait_for(fleet.room(1), 1)
 
     with_fleet(body, max_restarts=1)

@@ -13,7 +13,8 @@ import torch
 from actors.delta import DeltaVersion, Receiver, encode_delta
 from actors.weights import WeightVersion, pack_whole, verify
 from cluster.config import WeightsConfig
-from cluster.ray_fleet import Fleet, Resources
+from cluster.ray_actor import Resources
+from cluster.ray_fleet import Fleet
 from cluster.versions import Versions
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("ray_session")]

@@ -11,7 +11,7 @@ import pytest
 
 from actors.errors import CampaignError, UserError
 from cluster import cli, control, steering
-from cluster.ray_fleet import Resources
+from cluster.ray_actor import Resources
 from cluster.records import RunRecords
 from cluster.status import write_status
 from tests.fake_run import make_fake_run

@@ -1,0 +1,30 @@
+"""How often what is lost may be started again: a number within an hour, each time after a longer pause. Pure."""
+
+import time
+from collections import deque
+
+WINDOW_SECONDS = 3600.0
+LONGEST_PAUSE_SECONDS = 30.0
+
+
+class Restarts:
+    """The restarts of one actor. Two weeks have many faults; what is wrong for good has many in an hour."""
+
+    def __init__(self, most: int):
+        self._most = most
+        self._times: deque[float] = deque()
+
+    def spent(self) -> bool:
+        """Whether another restart would be one too many within the hour."""
+        while self._times and time.monotonic() - self._times[0] > WINDOW_SECONDS:
+            self._times.popleft()
+        return len(self._times) >= self._most
+
+    def pause(self) -> float:
+        """Seconds to wait before the next: none before the first within the hour, then twice as long each time. A machine
+        that kills actors as fast as they start is not helped by starting them faster."""
+        return min(LONGEST_PAUSE_SECONDS, 0.5 * 2 ** len(self._times)) if self._times else 0.0
+
+    def count(self) -> None:
+        """One is made now."""
+        self._times.append(time.monotonic())
