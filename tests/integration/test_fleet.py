@@ -76,11 +76,11 @@ class Worker:
             advance()
         return os.getpid()
 
-    def fails_the_first(self, folder: str, times: int, error: Exception) -> int:
+    def fails_the_first(self, folder: str, times: int, error: type[Exception]) -> int:
         with open(Path(folder, "failures"), "a") as file:
             print(os.getpid(), file=file)
         if len(Path(folder, "failures").read_text().split()) <= times:
-            raise error
+            raise error("a fault")
         return os.getpid()
 
     def fail(self, kind: str) -> None:
@@ -274,7 +274,7 @@ def test_a_defect_in_a_method_costs_two_actors_and_is_an_error_with_its_cause() 
 def test_what_fails_on_one_actor_is_done_by_another(tmp_path: Path) -> None:
     async def body(fleet: Fleet, events: list[tuple[str, dict[str, Any]]]) -> None:
         before = await fleet.call_each("process")
-        done = await fleet.call("fails_the_first", str(tmp_path), 1, ZeroDivisionError("once"))
+        done = await fleet.call("fails_the_first", str(tmp_path), 1, ZeroDivisionError)
         failed = int((tmp_path / "failures").read_text().split()[0])
         assert failed in before and done in before and done != failed
         await until(lambda: all(r.alive for r in fleet.replicas))
@@ -286,13 +286,12 @@ def test_what_fails_on_one_actor_is_done_by_another(tmp_path: Path) -> None:
 def test_a_full_store_is_waited_for_and_costs_no_actor(tmp_path: Path) -> None:
     async def body(fleet: Fleet, events: list[tuple[str, dict[str, Any]]]) -> None:
         before = await fleet.call("process")
-        error = OutOfDiskError("no room")
-        assert await fleet.call("fails_the_first", str(tmp_path), 2, error) == before
+        assert await fleet.call("fails_the_first", str(tmp_path), 2, OutOfDiskError) == before
         assert [kind for kind, _ in events] == ["actor_started", "object_store_full"]
-        with pytest.raises(StoreFullError, match="no room"):
-            await fleet.call("fails_the_first", str(tmp_path), 100, error)
+        with pytest.raises(StoreFullError, match="OutOfDiskError: a fault"):
+            await fleet.call("fails_the_first", str(tmp_path), 100, OutOfDiskError)
 
-    with_fleet(body, hang_timeout=5.0)
+    with_fleet(body, hang_timeout=3.5)
 
 
 @pytest.mark.parametrize("at_work", [False, True])
