@@ -159,6 +159,8 @@ class LightRollout:
         self._version = manifest.version
         return 0.0
 
+    def prefetch(self, bucket: np.ndarray) -> None: ...
+
     def abort(self) -> None: ...
 
     def status(self) -> dict[str, int]:

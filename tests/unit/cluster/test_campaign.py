@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from actors.config import PromptsConfig, StudentConfig, TeacherConfig
-from actors.errors import AbortedError, CampaignError, UserError
+from actors.errors import AbortedError, CampaignError, LostObjectError, UserError
 from actors.prompts import PromptSet
 from actors.rollout import RolloutCounts
 from actors.scoring import TeacherCounts
@@ -55,6 +55,8 @@ class World:
         self.staleness: list[int] = []
         self.under_way = self.most_under_way = 0
         self.interrupt_at: int | None = None
+        self.losing: dict[str, float] = {}
+        """How often what a call is given is gone, by method."""
         self.stuck_at = ""
 
     async def work(self, what: str) -> None:
@@ -63,6 +65,8 @@ class World:
         if what == self.stuck_at:
             await asyncio.sleep(1000)
         await asyncio.sleep(self.draw.random() * self.delay)
+        if self.draw.random() < self.losing.get(what, 0.0):
+            raise LostObjectError(f"{what}: gone with its node")
 
 
 class FakeFleet:
@@ -82,9 +86,9 @@ class FakeFleet:
 class FakeRollout(FakeFleet):
     seats = 100
 
-    async def call(
-        self, method: str, requests: Any, *, returns: int, units: int, at: Any = None
-    ) -> tuple[RolloutCounts, Reference]:
+    async def call(self, method: str, requests: Any = None, *, returns: int = 1, units: int = 1, at: Any = None) -> Any:
+        if method == "status":
+            return {"seats": self.seats}
         assert (method, returns) == ("generate", 2) and units >= len(requests.ids)
         replica = at or self.world.draw.choice(self.replicas)
         units = len(requests.ids)
@@ -101,8 +105,6 @@ class FakeRollout(FakeFleet):
     async def call_each(self, method: str, *arguments: Reference) -> list[Any]:
         if method == "abort":
             return []
-        if method == "status":
-            return [{"seats": self.seats} for _ in self.replicas]
         assert method == "load_weights"
         manifest, *buckets = arguments
         assert [bucket.value for bucket in buckets] == ["bucket 0", "bucket 1"]
@@ -284,6 +286,22 @@ def test_nothing_is_trained_beyond_the_bound_and_the_ledger_accounts_for_every_n
     assert max(row["staleness_max"] for row in rows) == max(world.staleness)
 
 
+@pytest.mark.parametrize("bound", [0, 2])
+def test_what_is_lost_is_sampled_again_and_each_number_is_trained_once(tmp_path: Path, bound: int) -> None:
+    config, world = configuration(tmp_path, updates=12, bound=bound, samples=2), World(bound=bound, delay=0.01)
+    world.losing = {"score": 0.2, "update": 0.4}
+    made = campaign(config, world, rollouts=3, teachers=2)
+    assert run(made) is True
+    told = [row for row in read_jsonl(config.run_dir / "events.jsonl") if row["kind"] == "lost_objects"]
+    assert {row["cause"] for row in told} == {"score: gone with its node", "update: gone with its node"}
+    trained = [row for update in world.trained for row in update]
+    counts = made.state.ledger.counts()
+    assert len(trained) == len(set(trained)) == 12 * SIZE == counts["trained"]
+    assert counts["issued"] == counts["trained"] + counts["dropped"] and max(world.staleness) <= bound
+    if bound == 0:
+        assert world.trained == [all_ids(made, range(step * SIZE, step * SIZE + SIZE)) for step in range(12)]
+
+
 def test_works_overlap_when_staleness_is_allowed(tmp_path: Path) -> None:
     config, world = configuration(tmp_path, updates=12, bound=2), World(bound=2, delay=0.01)
     assert run(campaign(config, world, rollouts=3))
@@ -295,9 +313,10 @@ def test_what_has_become_too_stale_is_dropped_with_the_reason_and_replaced(tmp_p
     class Straggler(FakeRollout):
         """The first work of all takes until two more updates have been taken without it."""
 
-        async def call(self, method: str, requests: Any, **keywords: Any) -> Any:
-            straggles = not hasattr(self, "first")
-            self.first = True
+        async def call(self, method: str, requests: Any = None, **keywords: Any) -> Any:
+            straggles = method == "generate" and not hasattr(self, "first")
+            if straggles:
+                self.first = True
             answer = await super().call(method, requests, **keywords)
             while straggles and self.world.version < 2:
                 await asyncio.sleep(0.001)
@@ -338,7 +357,7 @@ class Slow(FakeRollout):
         super().__init__(world, replicas)
         self.calls, self.given_up, self.under_way = 0, 0, {}
 
-    async def call(self, method: str, requests: Any, **keywords: Any) -> Any:
+    async def call(self, method: str, requests: Any = None, **keywords: Any) -> Any:
         self.calls += 1
         if self.calls % 9 == 0:
             gone = asyncio.Event()
