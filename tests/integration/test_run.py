@@ -244,7 +244,9 @@ def test_a_teacher_with_another_tokenizer_teaches(folder: Path) -> None:
                  "teachers.default.signal=sampled", "learner.objective.estimator=immediate"]  # fmt: skip
     finish(start(folder, *overrides), 0)
     before, *rows = read_jsonl(folder / "runs" / "foreign" / "metrics.jsonl")
-    assert len(rows) == 2 and all(row["missing_scores"] == 0 and row["grad_norm"] > 0 for row in rows)
+    assert len(rows) == 2 and all(row["tokens_trained"] > 0 and row["grad_norm"] > 0 for row in rows)
+    # What a student of random weights writes is in part special tokens, which this teacher does not have.
+    assert rows[-1]["missing_scores"] < rows[-1]["tokens_generated"] / 2
     assert before["eval/reverse_kl"] > 0 and "eval/accuracy_teacher" in before
 
 
