@@ -21,7 +21,7 @@ def number(
 class LoraConfig:
     """Adapters of low rank that are trained in place of the weights (LoRA): less memory, and a smaller checkpoint.
 
-    Engines are given the merged weights. Needs the library peft: `pip install peft accelerate`.
+    Needs the library peft: `pip install peft accelerate`.
     """
 
     rank: int = number(16, minimum=1)
@@ -32,6 +32,9 @@ class LoraConfig:
     """Ends of the names of the layers that have one, for example `q_proj`. Empty: every linear layer but the output."""
     rank_stabilised: bool = False
     """Multiply by alpha / sqrt(rank) instead (rsLoRA, arXiv 2312.03732)."""
+    publish: Literal["merged", "adapter"] = "merged"
+    """What engines are given: the weights with the adapter added to them, with which they sample at full speed; or the
+    adapter alone, which is small, and is computed beside the model's own weights (vLLM's LoRA)."""
 
 
 @dataclass
@@ -44,6 +47,11 @@ class StudentConfig:
     """Run Python code that comes with the model. Only for sources you have read."""
     lora: LoraConfig | None = None
     """Adapters to train. Null: all weights are trained."""
+
+
+def publishes_adapter(student: StudentConfig) -> bool:
+    """Whether a weight version is an adapter, and not a model."""
+    return student.lora is not None and student.lora.publish == "adapter"
 
 
 @dataclass

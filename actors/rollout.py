@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from actors.config import RolloutConfig, SamplingConfig, VerifierConfig
+from actors.config import LoraConfig, RolloutConfig, SamplingConfig, VerifierConfig
 from actors.delta import DeltaVersion, Receiver
 from actors.errors import EngineError
 from actors.models import load_tokenizer
@@ -43,9 +43,10 @@ class RolloutActor:
         trust_remote_code: bool = False,
         keep_weights: bool = False,
         verifier: VerifierConfig | None = None,
+        adapter: LoraConfig | None = None,
     ):
         """keep_weights: a copy of the weights stays on the host, which deltas are applied to. verifier: of the rewards that
-        are given to responses whose requests come with a reference."""
+        are given to responses whose requests come with a reference. adapter: what is published are adapters like it."""
         self._sampling = sampling
         self._reported_seconds = 0.0
         self._receiver = Receiver(keep_weights)
@@ -61,6 +62,7 @@ class RolloutActor:
             support_size=support_size,
             seed=seed,
             trust_remote_code=trust_remote_code,
+            adapter=adapter,
         )
 
     async def generate(self, requests: Requests, greedy: bool = False) -> tuple[RolloutCounts, Trajectories]:

@@ -18,10 +18,11 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 
-from actors.config import RolloutConfig, SamplingConfig
+from actors.config import LoraConfig, RolloutConfig, SamplingConfig
 from actors.errors import AbortedError, EngineError, WeightError
 from actors.models import expected_tensors
 from actors.trajectory import FINISH_REASONS, Requests, Trajectories, offsets_of
+from actors.vllm_adapter import adapter_options, adapter_request, check_adapter, load_adapter
 from actors.vllm_build import build_llm, importing_vllm
 from actors.weights import WeightVersion, verify
 
@@ -75,10 +76,11 @@ class VllmEngine:
         support_size: int = 0,
         seed: int = 0,
         trust_remote_code: bool = False,
+        adapter: LoraConfig | None = None,
     ):
         """Builds the engine with random weights: `load_weights` must come before `generate`.
 
-        support_size: how many of the most likely tokens are recorded at each position, for teachers to score. UserError where vLLM refuses an option of `config.engine`.
+        adapter: the versions are adapters of this kind, of a model whose weights are those of its files. support_size: how many of the most likely tokens are recorded at each position, for teachers to score. UserError where vLLM refuses an option of `config.engine`.
         """
         self.version: int | None = None
         self.busy_seconds = 0.0
@@ -93,7 +95,10 @@ class VllmEngine:
         self._commands: queue.Queue[_Command | None] = queue.Queue()
         self._names = itertools.count()
         self._support_size = support_size
-        self._llm = _build(model, config, sampling, support_size, seed, trust_remote_code)
+        self._adapter = adapter
+        self._request = adapter_request() if adapter else None
+        more = adapter_options(adapter) if adapter else {}
+        self._llm = _build(model, config, sampling, support_size, seed, trust_remote_code, more)
         self._engine = self._llm.llm_engine
         self.seats: int = self._engine.vllm_config.scheduler_config.max_num_seqs
         """Requests that one step serves; others wait inside."""
@@ -113,7 +118,7 @@ class VllmEngine:
                 entry: dict[str, Any] = {"prompt_token_ids": prompt.tolist()}
                 if not self._recompute_kv:  # keys and values of old weights stay, but for requests that know them only
                     entry["cache_salt"] = str(self.version)
-                self._engine.add_request(name, entry, params)
+                self._engine.add_request(name, entry, params, lora_request=self._request)
                 self._waiting[name] = (call, place)
 
         self._submit(enter).add_done_callback(lambda entered: call.fail(entered.exception()))
@@ -149,6 +154,9 @@ class VllmEngine:
 
     def _check_tensors(self, manifest: WeightVersion) -> None:
         """WeightError unless the version has the model's tensors: what is missing would stay as vLLM has found it."""
+        if self._adapter is not None:
+            check_adapter(manifest, self._tensors, self._adapter.rank)
+            return
         expected = self._tensors
         found = {entry.name: entry.shape for entry in manifest.tensors}
         if found != expected:
@@ -184,6 +192,14 @@ class VllmEngine:
         return self._submit(lambda: self._llm.apply_model(function))
 
     def _replace_weights(self, manifest: WeightVersion, buckets: Sequence[np.ndarray]) -> None:
+        if self._adapter is not None:
+            load_adapter(self._engine, self._adapter, manifest, buckets)
+        else:
+            self._replace_model(manifest, buckets)
+        if self._recompute_kv and not self._engine.reset_prefix_cache(reset_running_requests=True):
+            raise WeightError("vLLM kept the prefix cache of the old weights")
+
+    def _replace_model(self, manifest: WeightVersion, buckets: Sequence[np.ndarray]) -> None:
         with tempfile.TemporaryDirectory(dir="/dev/shm" if self._tensor_parallel else None) as folder:
             update: dict[str, Any] = {"manifest": manifest}
             if self._tensor_parallel:
@@ -195,8 +211,6 @@ class VllmEngine:
             self._llm.start_weight_update()
             self._llm.update_weights({"update_info": update})
             self._llm.finish_weight_update(str(manifest.version))
-        if self._recompute_kv and not self._engine.reset_prefix_cache(reset_running_requests=True):
-            raise WeightError("vLLM kept the prefix cache of the old weights")
 
     def _sampling_params(self, sampling: SamplingConfig, seed: int, greedy: bool) -> Any:
         from vllm import SamplingParams
@@ -267,7 +281,13 @@ class VllmEngine:
 
 
 def _build(
-    model: str, config: RolloutConfig, sampling: SamplingConfig, support_size: int, seed: int, trust_remote_code: bool
+    model: str,
+    config: RolloutConfig,
+    sampling: SamplingConfig,
+    support_size: int,
+    seed: int,
+    trust_remote_code: bool,
+    more: dict[str, Any],
 ) -> Any:
     with importing_vllm():
         from actors.vllm_worker import BACKEND
@@ -286,6 +306,7 @@ def _build(
         if (sampling.temperature, sampling.top_p, sampling.top_k) == (1.0, 1.0, 0)
         else "processed_logprobs",
         "max_logprobs": max(support_size, 1),
+        **more,
     }
     return build_llm(options, config.engine, "rollout.engine")
 

@@ -25,6 +25,7 @@ from actors.config import (
     TeacherConfig,
     VerifierConfig,
     number,
+    publishes_adapter,
 )
 from actors.errors import UserError
 from cluster.guards import GuardConfig, check_guards, default_guards, metrics_of
@@ -389,6 +390,10 @@ def _check_whole(config: CampaignConfig) -> None:
     following = [name for name, teacher in config.teachers.items() if teacher.ema_decay is not None]
     if config.student.lora is not None and following:
         raise UserError("student.lora", "adapters", f"null where teachers.{following[0]}.ema_decay is given")
+    if publishes_adapter(config.student) and config.weights.encoding == "delta":
+        raise UserError("weights.encoding", "delta", "dense where student.lora.publish is adapter: all of it changes")
+    if publishes_adapter(config.student) and config.student.lora.rank > LARGEST_ADAPTER:
+        raise UserError("student.lora.rank", config.student.lora.rank, f"at most {LARGEST_ADAPTER}, or publish: merged")
     gpus = config.learner.gpus_per_replica
     if config.learner.replicas > 1 and gpus is not None and gpus not in (0.0, 1.0):
         raise UserError("learner.gpus_per_replica", gpus, "1, or 0: each of several ranks has one GPU of its own")
@@ -415,6 +420,8 @@ def _check_whole(config: CampaignConfig) -> None:
         raise UserError("prompts.reference_field", "null", "the field with the reference answer, for rewards")
 
 
+LARGEST_ADAPTER = 512
+"""The highest rank that vLLM takes."""
 BACKEND_SIGNALS = {"vllm": ("sampled", "topk", "full"), "http": ("sampled", "topk")}
 """What a backend can send, where it cannot send everything."""
 

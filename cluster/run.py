@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from actors.config import TeacherConfig
+from actors.config import TeacherConfig, publishes_adapter
 from actors.errors import CampaignError, LearnerLostError
 from actors.foreign_teacher import ForeignTeacher
 from actors.http_teacher import HttpTeacher
@@ -210,6 +210,7 @@ def build_fleets(
         support_size=config.student_support_size,
         keep_weights=config.weights.encoding == "delta",
         verifier=config.evaluation.verifier if config.gives_rewards else None,
+        adapter=config.student.lora if publishes_adapter(config.student) else None,
         trust_remote_code=config.student.trust_remote_code,
     )
     teachers = {

@@ -17,7 +17,7 @@ import torch
 
 from actors.attention import hidden_states, use_packed_attention
 from actors.batching import Microbatch
-from actors.config import StudentConfig, TeacherConfig
+from actors.config import StudentConfig, TeacherConfig, publishes_adapter
 from actors.delta import DeltaVersion
 from actors.errors import NonFiniteLossError
 from actors.logprobs import chunked_head, entropy, token_logprobs
@@ -178,8 +178,10 @@ class Learner:
         delta: what changed since the version that was published before, as one bucket, unless that saves nothing. For
         this the learner keeps a copy of what it published, where `keep_published` was given.
         """
-        named: Any = merged_tensors if self._adapter else torch.nn.Module.named_parameters
-        named = list(named(self._model))
+        if publishes_adapter(self._student):
+            named: Any = list(adapter_tensors(self._model).items())
+        else:
+            named = list(merged_tensors(self._model) if self._adapter else self._model.named_parameters())
         yield from self._publisher.whole_or_delta(self.policy_version, named, self._publish_dtype, delta=delta)
 
     def publish_average(self, teacher: str) -> Iterator[np.ndarray | WeightVersion]:

@@ -237,16 +237,21 @@ def test_a_learner_of_two_ranks_that_loses_one_trains_as_one_of_one(calm: Path, 
         torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=1e-5)
 
 
-def test_a_teacher_with_another_tokenizer_teaches(folder: Path) -> None:
+def test_a_teacher_with_another_tokenizer_teaches_a_student_whose_adapter_alone_is_published(folder: Path) -> None:
+    pytest.importorskip("peft")
     make_tiny_model(folder / "foreign", hidden=32, layers=1, context=128, seed=2, tokenizer=byte_level())
     overrides = ["name=foreign", "pipeline.updates=2", "teachers.default.model=foreign",
                  "teachers.default.tokenizer=foreign", "teachers.default.ema_decay=null",
-                 "teachers.default.signal=sampled", "learner.objective.estimator=immediate"]  # fmt: skip
+                 "teachers.default.signal=sampled", "learner.objective.estimator=immediate",
+                 "student.lora={rank: 4, publish: adapter}"]  # fmt: skip
     finish(start(folder, *overrides), 0)
     before, *rows = read_jsonl(folder / "runs" / "foreign" / "metrics.jsonl")
     assert len(rows) == 2 and all(row["tokens_trained"] > 0 and row["grad_norm"] > 0 for row in rows)
     # What a student of random weights writes is in part special tokens, which this teacher does not have.
     assert rows[-1]["missing_scores"] < rows[-1]["tokens_generated"] / 2
+    assert all(row["engine_logprob_abs_diff"] < 1e-4 for row in rows)
+    weights = load_model(str(folder / "student"), "float32", "cpu", False, "student.model").num_parameters()
+    assert rows[-1]["publish_bytes"] < weights  # which would be four bytes each
     assert before["eval/reverse_kl"] > 0 and "eval/accuracy_teacher" in before
 
 

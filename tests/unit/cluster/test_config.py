@@ -241,6 +241,8 @@ CONTRADICTIONS: dict[str, tuple[str, ...]] = {
                                               "teachers.default.signal=sampled"),
     "teachers.other.tokenizer: found t": ("teachers.other.model=o", "teachers.other.tokenizer=t",
                                             "teachers.default.signal=sampled"),
+    "student.lora.rank: found 513": ("student.lora={rank: 513, publish: adapter}",),
+    "weights.encoding: found delta": ("student.lora={publish: adapter}", "weights.encoding=delta"),
     "teachers.default.model: found teacher": ("teachers.default.ema_decay=0.9",),
     "teachers.default.ema_decay: found 1": ("teachers.default.ema_decay=1",),
     "teachers.default.signal: found hidden": ("teachers.default.ema_decay=0.9", "teachers.default.model=student",

@@ -2,6 +2,7 @@
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -118,3 +119,11 @@ def test_what_is_not_trained_is_kept_in_the_compute_dtype(models: dict[str, Path
 def test_a_layer_that_cannot_have_an_adapter_is_refused(wrong: str, models: dict[str, Path]) -> None:
     with pytest.raises(UserError, match=r"student\.lora\.target_modules"):
         trained(models, updates=0, lora=LoraConfig(target_modules=[wrong]))
+
+
+def test_an_adapter_that_is_published_alone_is_what_a_checkpoint_has(models: dict[str, Path], tmp_path: Path) -> None:
+    learner = trained(models, lora=replace(LORA, publish="adapter"))
+    found = published(learner)
+    stored = load_file(save(learner, tmp_path) / "adapter" / "adapter_model.safetensors")
+    assert found.keys() == stored.keys()
+    assert all(torch.equal(found[name], stored[name]) for name in found)
