@@ -392,8 +392,9 @@ def _check_whole(config: CampaignConfig) -> None:
         raise UserError("student.lora", "adapters", f"null where teachers.{following[0]}.ema_decay is given")
     if publishes_adapter(config.student) and config.weights.encoding == "delta":
         raise UserError("weights.encoding", "delta", "dense where student.lora.publish is adapter: all of it changes")
-    if publishes_adapter(config.student) and config.student.lora.rank > LARGEST_ADAPTER:
-        raise UserError("student.lora.rank", config.student.lora.rank, f"at most {LARGEST_ADAPTER}, or publish: merged")
+    lora = config.student.lora
+    if lora is not None and lora.publish == "adapter" and lora.rank > LARGEST_ADAPTER:
+        raise UserError("student.lora.rank", lora.rank, f"at most {LARGEST_ADAPTER}, or publish: merged")
     gpus = config.learner.gpus_per_replica
     if config.learner.replicas > 1 and gpus is not None and gpus not in (0.0, 1.0):
         raise UserError("learner.gpus_per_replica", gpus, "1, or 0: each of several ranks has one GPU of its own")
