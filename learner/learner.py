@@ -33,6 +33,7 @@ from learner.config import LearnerConfig, ObjectiveConfig
 from learner.hidden import Head, HiddenStates
 from learner.metrics import UpdateMetrics, agreement, groups_of, response_metrics
 from learner.objective import effective_sample_size, surrogate
+from learner.offload import OffloadedAdamW
 from learner.optimizer import build_optimizer, learning_rate, load_optimizer_tensors, optimizer_tensors
 from learner.publishing import Publisher
 from learner.saving import BackgroundWrite, StoredTensors, copies, model_tensors, write_tensors
@@ -100,7 +101,7 @@ class Learner:
         if config.gradient_checkpointing:
             self._model.gradient_checkpointing_enable({"use_reentrant": False})
             self._model.train()
-        self._optimizer = build_optimizer(self._model, config.optimizer)
+        self._optimizer = build_optimizer(self._model, config.optimizer, offload=config.offload_optimizer)
         self._masked_token_ids = [*config.objective.masked_token_ids, *masked_role_token_ids]
         self._named_by_student = any(teacher.signal == "student_topk" for teacher in (teachers or {}).values())
         sending = {name: teacher for name, teacher in (teachers or {}).items() if teacher.signal == "hidden"}
@@ -198,7 +199,8 @@ class Learner:
         merged = merged_tensors(self._model) if self._adapter else None
         weights = copies(model_tensors(self._model, self._ranks, merged))
         adapter = copies(adapter_tensors(self._model)) if self._adapter else {}
-        moments = copies(optimizer_tensors(self._model, self._optimizer))
+        in_host = {"in_host": self._optimizer.in_host} if isinstance(self._optimizer, OffloadedAdamW) else {}
+        moments = copies(optimizer_tensors(self._model, self._optimizer), **in_host)
         averages = copies(self._averages.tensors())
         progress = {"policy_version": self.policy_version, "beta": self._beta}
 

@@ -6,16 +6,18 @@ from collections.abc import Callable
 import torch
 
 from learner.config import OptimizerConfig
+from learner.offload import OffloadedAdamW
 
 
-def build_optimizer(model: torch.nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW over all trainable parameters; decay acts on matrices, not on norms and biases."""
+def build_optimizer(model: torch.nn.Module, config: OptimizerConfig, *, offload: bool = False) -> torch.optim.AdamW:
+    """AdamW over all trainable parameters; decay acts on matrices, not on norms and biases. offload: moments in host memory."""
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=config.epsilon)
+    kind = OffloadedAdamW if offload else torch.optim.AdamW
+    return kind(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=config.epsilon)
 
 
 def learning_rate(update: int, total_updates: int, config: OptimizerConfig) -> float:
@@ -36,7 +38,8 @@ def learning_rate(update: int, total_updates: int, config: OptimizerConfig) -> f
 
 
 def optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """The optimiser's state by parameter name: `<name>.exp_avg`, `<name>.exp_avg_sq`, `<name>.step`."""
+    """The optimiser's state by parameter name: `<name>.exp_avg`, `<name>.exp_avg_sq`, `<name>.step`; shells, where its
+    values are in host memory."""
     return {
         f"{name}.{key}": value
         for name, parameter in model.named_parameters()
@@ -52,4 +55,8 @@ def load_optimizer_tensors(
         if parameter.requires_grad:
             moments = {key: read(f"{name}.{key}", parameter.detach()) for key in ("exp_avg", "exp_avg_sq")}
             step = read(f"{name}.step", torch.zeros(()))
+            if isinstance(optimizer, OffloadedAdamW):  # whose memory is given back, which a file's cannot be
+                moments = {key: value.clone() for key, value in moments.items()}
             optimizer.state[parameter] = {"step": step, **moments}
+            if isinstance(optimizer, OffloadedAdamW):
+                optimizer.rest(parameter)

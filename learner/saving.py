@@ -117,12 +117,15 @@ def _on_first_rank(
     return revert_weight_conversion(model, found) if found else found
 
 
-def copies(tensors: Mapping[str, torch.Tensor]) -> dict[str, Rows]:
-    """The tensors, or this rank's rows of them, as they are now."""
+def copies(
+    tensors: Mapping[str, torch.Tensor], in_host: Callable[[torch.Tensor], torch.Tensor | None] = lambda _: None
+) -> dict[str, Rows]:
+    """The tensors, or this rank's rows of them, as they are now. in_host: where these values are, if not in the tensor."""
     found = {}
     for name, tensor in tensors.items():
         own, first = own_rows(tensor.detach())
-        values = own.to("cpu", copy=True).contiguous()
+        held = in_host(tensor)
+        values = (own if held is None else held).to("cpu", copy=True).contiguous()
         found[name] = Rows(tuple(tensor.shape), first, values)
     return found
 

@@ -50,6 +50,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "taken back": {
         "minibatches_per_update": 3,
+        "offload_optimizer": True,
         "objective": ObjectiveConfig(trust_region=TrustRegionConfig(max_kl=1e-4)),
         "optimizer": replace(STEADY, learning_rate=0.02),
     },
