@@ -41,6 +41,11 @@ class Packing:
         return cls(runs, offsets.to(device), int(lengths.max()))
 
 
+def attend_uncompiled() -> None:
+    """From here on `_attend` is left out of what torch.compile compiles."""
+    AttentionInterface.register(NAME, torch.compiler.disable(_attend))
+
+
 def use_packed_attention(model: PreTrainedModel) -> bool:
     """Tells the model's layers to attend within packed sequences; False, and nothing changed, where they cannot.
 

@@ -145,6 +145,8 @@ class LearnerConfig:
     """Tokens that the language-model head is applied to at a time: [chunk, vocabulary] is the largest array."""
     gradient_checkpointing: bool = False
     """Recompute the layers' activations in the backward pass: less memory, a third more time."""
+    compile: bool = False
+    """Compile the decoder layers with torch.compile: the first update takes longer, later ones less. Rounding differs."""
     offload_optimizer: bool = False
     """Keep AdamW's moments in host memory, and bring one parameter's at a time to the GPU for its step: 8 bytes a
     parameter less there, and the way there and back in each step. The result is the same to the bit."""

@@ -29,6 +29,7 @@ from learner.adapters import ADAPTER_FILE, adapter_tensors, add_adapters, merged
 from learner.averages import MovingAverages
 from learner.batch import NO_TOKENS, Part, UpdateBatch, minibatch_rows
 from learner.checkpoint import flush, read_json, write_json
+from learner.compiling import compile_layers
 from learner.config import LearnerConfig, ObjectiveConfig
 from learner.hidden import Head, HiddenStates
 from learner.metrics import UpdateMetrics, agreement, groups_of, response_metrics
@@ -95,6 +96,8 @@ class Learner:
         self._model.requires_grad_(True)
         stored = Path(checkpoint, "adapter") if checkpoint else None
         self._adapter = add_adapters(self._model, lora, stored) if lora else None
+        if config.compile:
+            compile_layers(self._model)
         self._ranks.shard(self._model, self._device, getattr(torch, config.compute_dtype))
         head: Any = self._model.get_output_embeddings()
         self._weight, self._bias = head.weight, head.bias

@@ -48,8 +48,7 @@ class Ranks:
         if self.size == 1:
             return
         mesh = dist.init_device_mesh(device, (self.size,))
-        kinds = set(getattr(model, "_no_split_modules", None) or ())
-        layers = [module for module in model.modules() if type(module).__name__ in kinds]
+        layers = decoder_layers(model)
         if not layers:
             raise UserError(
                 "learner.replicas", f"{self.size} and {type(model).__name__}", "1, or a model of known layers"
@@ -111,6 +110,12 @@ class Ranks:
         parts = [torch.empty_like(padded) for _ in counts]
         dist.all_gather(parts, padded)
         return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)]).to(values.dtype)
+
+
+def decoder_layers(model: PreTrainedModel) -> list[torch.nn.Module]:
+    """The layers, as the model says what they are; none where it does not."""
+    kinds = set(getattr(model, "_no_split_modules", None) or ())
+    return [module for module in model.modules() if type(module).__name__ in kinds]
 
 
 def whole(tensor: Tensor) -> Tensor:
