@@ -402,7 +402,12 @@ class Campaign:
     async def _evaluate(self, version: int) -> dict[str, Any]:
         if self._evaluator is None:
             return {}
-        metrics, rows, busy = await self._evaluator.student(self.rollout)
+        while True:
+            try:
+                metrics, rows, busy = await self._evaluator.student(self.rollout)
+                break
+            except LostObjectError as error:
+                self._records.event("lost_objects", str(error), evaluation=version)
         if self._started.is_set():
             for role, seconds in busy.items():
                 self.state.busy[role] += seconds

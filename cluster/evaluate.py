@@ -21,6 +21,7 @@ from actors.trajectory import (
 )
 from actors.verifiers import Verifier, rewards_of
 from cluster.pipeline import split_evenly
+from cluster.ray_actor import fetched
 from cluster.ray_fleet import Fleet
 from cluster.teachers import Teachers
 
@@ -58,9 +59,9 @@ class Evaluator:
         )
         ids = self._ids(SAMPLED)
         scored = await self._teachers.score(ids, sampled)
-        scores = select_scores(ids, await asyncio.gather(*scored.references))
-        written = select_trajectories(ids, await asyncio.gather(*sampled))
-        best = select_trajectories(self._ids(GREEDY), await asyncio.gather(*greedy))
+        scores = select_scores(ids, await fetched(scored.references))
+        written = select_trajectories(ids, await fetched(sampled))
+        best = select_trajectories(self._ids(GREEDY), await fetched(greedy))
         rewards = self._rewards(written.response_tokens, written.response_offsets)
         log_ratios = written.behaviour_logprobs - scores.logprobs
         metrics = {

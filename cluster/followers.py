@@ -2,8 +2,10 @@
 
 from typing import Any
 
+from actors.errors import LearnerLostError, LostObjectError
 from cluster.config import CampaignConfig
 from cluster.ray_fleet import Fleet
+from cluster.versions import WITH_THE_LEARNER
 
 Averages = dict[str, list[Any]]
 """Teacher -> references of a weight version's buckets and, last, its manifest."""
@@ -29,7 +31,10 @@ class Followers:
         self._newest = averages
         for name, fleet in self._fleets.items():
             *buckets, manifest = averages[name]
-            await fleet.call_each("load_weights", manifest, *buckets)
+            try:
+                await fleet.call_each("load_weights", manifest, *buckets)
+            except LostObjectError as error:
+                raise LearnerLostError(f"{WITH_THE_LEARNER}: {error}") from error
 
     async def _give(self, name: str, handle: Any) -> None:
         """What a new actor gets before its first work: the newest average, also when that changes meanwhile."""

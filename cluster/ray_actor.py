@@ -180,6 +180,12 @@ async def streamed(
         return references
 
 
+async def fetched(references: Iterable[Any]) -> list[Any]:
+    """The values of references. LostObjectError: one of them is gone."""
+    with errors_of("reading"):
+        return await asyncio.gather(*references)
+
+
 @contextmanager
 def errors_of(what: str) -> Iterator[None]:
     """Our own errors say all that is to say; others keep the actor's traceback as their cause.

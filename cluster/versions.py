@@ -14,7 +14,10 @@ from typing import Any, Protocol
 
 from actors.errors import LearnerLostError, LostObjectError
 from cluster.config import WeightsConfig
+from cluster.ray_actor import fetched
 from cluster.ray_fleet import Fleet
+
+WITH_THE_LEARNER = "its weights are gone with its node"
 
 
 @dataclass(eq=False)
@@ -79,7 +82,10 @@ class Versions:
         anchored = 0 < len(self._chain) < self._config.anchor_every
         delta = self._config.encoding == "delta" and anchored
         references = await self._learner.stream("publish", *([True] if delta else []), on_item=self._prefetch)
-        manifest = await references[-1]
+        try:
+            [manifest] = await fetched(references[-1:])
+        except LostObjectError as error:
+            raise LearnerLostError(f"{WITH_THE_LEARNER}: {error}") from error
         return Published(
             manifest.version,
             references[-1],
@@ -96,8 +102,8 @@ class Versions:
         self.newest = published
         try:
             await self._rollout.call_each("load_weights", published.manifest, *published.buckets)
-        except LostObjectError as error:  # the learner's node has gone, and with it the learner
-            raise LearnerLostError(f"weight version {published.version} is lost: {error}") from error
+        except LostObjectError as error:
+            raise LearnerLostError(f"{WITH_THE_LEARNER}: {error}") from error
         published.seconds += time.perf_counter() - start
         if published.record:
             published.record["publish_seconds"] = published.seconds
