@@ -374,6 +374,9 @@ def _check_whole(config: CampaignConfig) -> None:
     """What no single key can be blamed for."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", config.name):
         raise UserError("name", repr(config.name), "letters, digits, '.', '_' and '-': it names a directory")
+    for key, value in _leaves(config):
+        if isinstance(value, str) and re.search(r"://[^/@]*:[^/@]+@", value):
+            raise UserError(key, "a URL with a password", "one without: keys come from the environment")
     if not config.teachers:
         raise UserError("teachers", "none", "at least one, for example teachers.default.model")
     if any(t.domains for t in config.teachers.values()) and config.prompts.domain_field is None:

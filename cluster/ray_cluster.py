@@ -2,11 +2,13 @@
 
 import logging
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import ray
+from ray._private import services
 
 from actors.config import TeacherConfig
 from actors.errors import UserError
@@ -15,6 +17,10 @@ from cluster.ray_actor import Resources
 
 CPU_THREADS = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 """Without these, actors that share cores spin on each other's: 25 to 60 times slower."""
+
+LOOPBACK = "127.0.0.1"
+TOKEN_SETTINGS = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+"""With one of these the user has decided how clusters are protected; without, a private one gets a token of its own."""
 
 
 def in_job() -> bool:
@@ -31,11 +37,14 @@ def connected(config: CampaignConfig) -> Iterator[bool]:
     if private:
         # Workers inherit the environment: set before they start, it costs them nothing.
         os.environ.update({name: os.environ.get(name, value) for name, value in CPU_THREADS.items()})
-        options = {"include_dashboard": False}
+        if not any(name in os.environ for name in TOKEN_SETTINGS):
+            os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # Ray would leave one in the home directory
+        options = {"include_dashboard": False, "_node_ip_address": LOOPBACK}
         if config.ray.object_store_mebibytes:
             options["object_store_memory"] = config.ray.object_store_mebibytes << 20
     try:
-        ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, **options)
+        with _loopback_as_it_is():
+            ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, **options)
     except (ConnectionError, RuntimeError, ValueError) as error:
         first_line = str(error).strip().splitlines()[0]
         raise UserError("ray.address", f"{address} ({first_line})", "the address of a running Ray cluster") from error
@@ -43,6 +52,18 @@ def connected(config: CampaignConfig) -> Iterator[bool]:
         yield private
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _loopback_as_it_is() -> Iterator[None]:
+    """Within the block, Ray does not replace 127.0.0.1 by the machine's address, with which every service of a private
+    cluster would listen on all interfaces. No public setting of Ray 2.60 does it; a test looks at what listens."""
+    resolve = services.resolve_ip_for_localhost
+    services.resolve_ip_for_localhost = lambda host: host
+    try:
+        yield
+    finally:
+        services.resolve_ip_for_localhost = resolve
 
 
 def teacher_gpus(teacher: TeacherConfig) -> float:

@@ -73,7 +73,7 @@ def start(folder: Path, *overrides: str, what: tuple[str, ...] = ("campaign.yaml
     return subprocess.Popen(
         [sys.executable, "-m", "cluster", "run", *what, *overrides],
         cwd=folder,
-        env={**environment, "PYTHONPATH": str(ROOT)},
+        env={**environment, "PYTHONPATH": str(ROOT), "HOME": str(folder / "home")},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -96,6 +96,11 @@ def wait_for_step(folder: Path, name: str, step: int, process: subprocess.Popen[
     while max((row["step"] for row in read_jsonl(folder / "runs" / name / "metrics.jsonl")), default=-1) < step:
         assert process.poll() is None and time.monotonic() < deadline, "the campaign did not get that far"
         time.sleep(0.02)
+
+
+def processes_of(campaign: subprocess.Popen[str]) -> list[psutil.Process]:
+    process = psutil.Process(campaign.pid)
+    return [process, *process.children(recursive=True)]
 
 
 def refusal(folder: Path, *overrides: str) -> str:
@@ -177,6 +182,12 @@ def test_killed_given_more_updates_and_interrupted_equals_undisturbed_bit_for_bi
     stormy = folder / "runs" / "stormy"
     process = start(folder, "name=stormy", "pipeline.updates=100")
     wait_for_step(folder, "stormy", 2, process)
+    family = processes_of(process)
+    sockets = [socket for one in family for socket in one.net_connections("inet") if socket.status == "LISTEN"]
+    assert len(sockets) > 5 and {socket.laddr.ip for socket in sockets} <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}
+    [rollout] = [one for one in family if one.cmdline()[0].startswith("ray::Rollout")]
+    assert rollout.environ()["RAY_AUTH_MODE"] == "token" and len(rollout.environ()["RAY_AUTH_TOKEN"]) == 64
+    assert not (folder / "home" / ".ray").exists()
     process.kill()
     process.communicate()
 
