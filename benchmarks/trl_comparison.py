@@ -1,0 +1,324 @@
+"""Understudy beside TRL's DistillationTrainer: the same student, teacher, prompts and number of trajectories, on the
+same cores, in turns; prints Markdown tables.
+
+    python -m venv /tmp/trl && /tmp/trl/bin/pip install torch==2.13.0 trl==1.16.0 transformers==5.19.0
+    python -m benchmarks.trl_comparison --trl-python /tmp/trl/bin/python update [demo long] [--rounds 2] [--threads 2]
+    python -m benchmarks.trl_comparison --trl-python /tmp/trl/bin/python loop [demo long] [--rounds 2] [--threads 1]
+
+demo: written addition (examples/addition), answers of 30 to 52 tokens; 64 trajectories an update. long: counting down
+with a student of 7M parameters (benchmarks/countdown.py), answers of log-normal length, median 64, cut at 512; 64 an
+update. Both compute in float32, minimise the reverse KL over the whole vocabulary, and step with AdamW at the same rates.
+
+update: one process each is given the same trajectories and takes them through the teacher, the student's forward and
+backward pass, and the optimiser; the losses of both are printed, and must agree.
+loop: campaigns beside whole trainings, sampling included. TRL samples with transformers' `generate`: its vLLM mode needs
+GPUs. Start-up is apart: from the start of the process to the first update. Updates to 95% of the teacher's accuracy are
+counted in runs of their own that evaluate after every second update; the seconds are those of so many updates.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from benchmarks import countdown
+
+ROOT = Path(__file__).resolve().parent.parent
+ENOUGH = 0.95
+"""Of the teacher's accuracy."""
+
+
+@dataclass
+class Setting:
+    """What both sides do; the first of them reads it as JSON."""
+
+    student: str
+    teacher: str
+    prompts: str
+    held_out: str
+    chat: bool
+    max_response_tokens: int
+    learning_rate: float
+    trl_microbatch: int
+    output: str
+    trajectories: int = 64
+    """Of an update."""
+    updates: int = 8
+    threads: int = 1
+    given: str = ""
+    """File of the trajectories, where they are given."""
+    evaluate_every: int = 0
+
+
+def demo(folder: Path) -> Setting:
+    """Short answers of nearly one length."""
+    task = ROOT / "examples" / "addition"
+    files = [str(task / name) for name in ("student", "teacher", "train.jsonl", "heldout.jsonl")]
+    return Setting(*files, True, 80, 2e-4, 64, str(folder))
+
+
+def long(folder: Path) -> Setting:
+    """Answers with a long tail."""
+    task = folder / "countdown"
+    countdown.make(task, median=64, sigma=1.0, longest=512, prompts=2048)
+    files = [str(task / name) for name in ("student", "teacher", "train.jsonl")]
+    return Setting(*files, "", False, 512, 1e-5, 16, str(folder), updates=4)
+
+
+def write_trajectories(setting: Setting, file: Path) -> None:
+    """What the student answers to the first prompts, sampled."""
+    import torch
+
+    from actors.config import PromptsConfig, TeacherConfig
+    from actors.models import load_tokenizer
+    from actors.prompts import load_prompts
+    from actors.teacher import TeacherActor
+    from actors.trajectory import offsets_of
+
+    torch.manual_seed(0)
+    tokenizer = load_tokenizer(setting.student, False, "student.model")
+    source = PromptsConfig(path=setting.prompts, chat=setting.chat, reference_field=None)
+    prompts = load_prompts(source, tokenizer, 512, "prompts")
+    student = TeacherActor(TeacherConfig(setting.student, dtype="float32"))
+    count = setting.trajectories * setting.updates
+    asked = [np.asarray(prompts.tokens_of(row)) for row in range(count)]
+    written, lengths = [], []
+    for start in range(0, count, setting.trajectories):
+        rows = asked[start : start + setting.trajectories]
+        tokens, offsets = student.generate(
+            np.concatenate(rows),
+            offsets_of([len(row) for row in rows]),
+            setting.max_response_tokens,
+            [tokenizer.eos_token_id],
+            tokenizer.pad_token_id,
+            do_sample=True,
+            top_k=0,
+        )
+        written.append(tokens)
+        lengths.extend(np.diff(offsets).tolist())
+    np.savez(
+        file,
+        prompt_tokens=np.concatenate(asked).astype(np.int32),
+        prompt_offsets=offsets_of([len(row) for row in asked]),
+        response_tokens=np.concatenate(written),
+        response_offsets=offsets_of(lengths),
+    )
+
+
+def our_updates(setting: Setting) -> dict[str, Any]:
+    """Teacher and learner in this process, one after the other, on the given trajectories."""
+    started = time.perf_counter()
+    import torch
+
+    from actors.config import StudentConfig, TeacherConfig
+    from actors.teacher import TeacherActor
+    from actors.trajectory import Trajectories
+    from learner.config import LearnerConfig, ObjectiveConfig, OptimizerConfig
+    from learner.learner import Learner
+
+    torch.set_num_threads(setting.threads)
+    budget = 2048  # as in configs/quickstart.yaml
+    teacher = TeacherActor(TeacherConfig(setting.teacher, signal="full", dtype="float32", microbatch_tokens=budget))
+    learner = Learner(
+        StudentConfig(setting.student),
+        LearnerConfig(
+            compute_dtype="float32",
+            microbatch_tokens=budget,
+            objective=ObjectiveConfig(estimator="full"),
+            optimizer=OptimizerConfig(learning_rate=setting.learning_rate, warmup_updates=0),
+        ),
+        total_updates=setting.updates,
+        temperature=1.0,
+        publish_dtype="float32",
+        bucket_bytes=1 << 24,
+    )
+    stored = np.load(setting.given)
+    prompts = np.split(stored["prompt_tokens"], stored["prompt_offsets"][1:-1])
+    responses = np.split(stored["response_tokens"], stored["response_offsets"][1:-1])
+    found: dict[str, Any] = {"start": time.perf_counter() - started, "wall": [], "cpu": [], "losses": []}
+    for start in range(0, len(prompts), setting.trajectories):
+        written = trajectories(prompts[start:][: setting.trajectories], responses[start:][: setting.trajectories])
+        wall, cpu = time.perf_counter(), time.process_time()
+        assert isinstance(written, Trajectories)
+        _, scores = teacher.score(written.ids, written)
+        metrics = learner.update(written.ids, written, scores)
+        found["wall"].append(time.perf_counter() - wall)
+        found["cpu"].append(time.process_time() - cpu)
+        found["losses"].append(metrics["loss"])
+    return found
+
+
+def trajectories(prompts: list[np.ndarray], responses: list[np.ndarray]) -> Any:
+    """The same as the type that passes between roles; their behaviour log-probs are of no consequence here."""
+    from actors.trajectory import Trajectories, offsets_of
+
+    tokens = np.concatenate(responses)
+    return Trajectories(
+        ids=np.array([(0, row, 0) for row in range(len(prompts))]),
+        prompt_tokens=np.concatenate(prompts),
+        prompt_offsets=offsets_of([len(row) for row in prompts]),
+        response_tokens=tokens,
+        response_offsets=offsets_of([len(row) for row in responses]),
+        behaviour_logprobs=np.zeros(len(tokens), np.float32),
+        policy_versions=np.zeros(len(tokens), np.int32),
+        finish_reasons=np.zeros(len(prompts), np.uint8),
+    )
+
+
+def process(setting: Setting, *command: str) -> dict[str, Any]:
+    """Runs one side with the setting as its last argument; what it printed last."""
+    done = subprocess.run(
+        [*command, json.dumps(asdict(setting))],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": str(setting.threads), "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""},
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def campaign(setting: Setting, overrides: list[str]) -> dict[str, Any]:
+    """One campaign with the quickstart's configuration but for the setting: seconds of each update, accuracy by update."""
+    run = Path(tempfile.mkdtemp(dir=setting.output))
+    never = setting.updates + 1
+    settings = {
+        "output_dir": run.parent,
+        "name": run.name,
+        "student.model": setting.student,
+        "teachers.default.model": setting.teacher,
+        "prompts.path": setting.prompts,
+        "prompts.chat": setting.chat,
+        "evaluation.every_updates": setting.evaluate_every or never,
+        "checkpoint.every_updates": never,
+        "pipeline.updates": setting.updates,
+        "pipeline.prompts_per_update": setting.trajectories,
+        "sampling.max_response_tokens": setting.max_response_tokens,
+        "learner.optimizer.learning_rate": setting.learning_rate,
+        "learner.optimizer.final_fraction": 0,
+    }
+    if not setting.held_out:
+        settings |= {"evaluation.prompts": "null", "prompts.reference_field": "null"}
+    pairs = [f"{key}={value}" for key, value in settings.items()]
+    with open(run / "output.txt", "w", encoding="utf-8") as output:
+        subprocess.run(
+            [sys.executable, "-m", "cluster", "run", "configs/quickstart.yaml", *pairs, *overrides],
+            cwd=ROOT,
+            check=True,
+            stdout=output,
+            stderr=output,
+        )
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    ends = [row["wall_seconds"] for row in rows if row["step"] > 0]
+    return {
+        "start": ends[0],
+        "wall": np.diff([ends[0], *ends]).tolist(),
+        "accuracy": {row["step"]: row["eval/accuracy"] for row in rows if "eval/accuracy" in row},
+        "teacher": rows[0].get("eval/accuracy_teacher"),
+    }
+
+
+def updates_until(accuracy: dict[Any, float], wanted: float) -> int | None:
+    """The first update after which the accuracy was as wanted."""
+    return next((int(step) for step, value in accuracy.items() if int(step) and value >= wanted), None)
+
+
+def in_turns(sides: dict[str, Callable[[], dict[str, Any]]], rounds: int) -> dict[str, list[dict[str, Any]]]:
+    """Each side once in every round, one after the other."""
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
+    for _ in range(rounds):
+        for name, run in sides.items():
+            found[name].append(run())
+            print(f"{name}: {median(found[name][-1]['wall'][1:]):.3f} s an update", file=sys.stderr, flush=True)
+    return found
+
+
+def per_thousand(runs: list[dict[str, Any]], field: str, trajectories: int) -> float:
+    """Seconds for 1,000 trajectories: the median over the updates of all runs, but for the first of each."""
+    return 1000 / trajectories * median(seconds for run in runs for seconds in run[field][1:])
+
+
+def compare_updates(setting: Setting, trl_python: str, rounds: int) -> None:
+    """The table of `update`."""
+    setting = replace(setting, given=str(Path(setting.output, "trajectories.npz")))
+    write_trajectories(setting, Path(setting.given))
+    lengths = np.diff(np.load(setting.given)["response_offsets"])
+    found = in_turns(
+        {
+            "TRL": lambda: process(setting, trl_python, "benchmarks/trl_side.py"),
+            "Understudy": lambda: process(setting, sys.executable, "-m", "benchmarks.trl_comparison", "--ours"),
+        },
+        rounds,
+    )
+    print(f"\nAnswers: median {np.median(lengths):.0f}, mean {lengths.mean():.0f}, longest {lengths.max()} tokens.\n")
+    print("| side | seconds / 1,000 trajectories | processor seconds / 1,000 | losses |\n|---|---|---|---|")
+    for name, runs in found.items():
+        wall, cpu = (per_thousand(runs, field, setting.trajectories) for field in ("wall", "cpu"))
+        losses = " ".join(f"{loss:.4f}" for loss in runs[0]["losses"][:4])
+        print(f"| {name} | {wall:.2f} | {cpu:.2f} | {losses} … |")
+    for field in ("wall", "cpu"):
+        trl, ours = (per_thousand(runs, field, setting.trajectories) for runs in found.values())
+        print(f"\nTRL / Understudy, {field}: {trl / ours:.2f}")
+
+
+def compare_loops(setting: Setting, trl_python: str, rounds: int, overrides: list[str]) -> None:
+    """The table of `loop`."""
+    sides = {
+        "TRL": lambda s: process(s, trl_python, "benchmarks/trl_side.py"),
+        "Understudy": lambda s: campaign(s, overrides),
+    }
+    steps: dict[str, int | None] = dict.fromkeys(sides)
+    if setting.held_out:
+        judged = replace(setting, updates=60, evaluate_every=2)
+        judgements = {name: run(judged) for name, run in sides.items()}
+        wanted = ENOUGH * judgements["Understudy"]["teacher"]
+        steps = {name: updates_until(found["accuracy"], wanted) for name, found in judgements.items()}
+    timed = replace(setting, updates=30 if setting.held_out else 6)
+    found = in_turns({name: (lambda run=run: run(timed)) for name, run in sides.items()}, rounds)
+    print(
+        "\n| side | start-up | seconds / 1,000 trajectories | updates to 95% | seconds to 95% |\n|---|---|---|---|---|"
+    )
+    for name, runs in found.items():
+        each, needed = per_thousand(runs, "wall", setting.trajectories), steps[name]
+        start = median(run["start"] for run in runs)
+        until = "" if needed is None else f"{needed * setting.trajectories * each / 1000:.1f}"
+        print(f"| {name} | {start:.1f} | {each:.2f} | {needed or ''} | {until} |")
+    trl, ours = (per_thousand(runs, "wall", setting.trajectories) for runs in found.values())
+    print(f"\nTRL / Understudy: {trl / ours:.2f}")
+
+
+def main() -> None:
+    """Parses the command line, and compares."""
+    if sys.argv[1] == "--ours":
+        print(json.dumps(our_updates(Setting(**json.loads(sys.argv[2])))))
+        return
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["update", "loop"])
+    parser.add_argument("settings", nargs="*", default=["demo", "long"], help="demo, long")
+    parser.add_argument("--trl-python", required=True)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=2, help="of TRL, and of each side where trajectories are given")
+    parser.add_argument("--override", nargs="*", default=[], help="key=value for the campaign")
+    chosen = parser.parse_args()
+    for name in chosen.settings:
+        with tempfile.TemporaryDirectory() as folder:
+            setting = replace({"demo": demo, "long": long}[name](Path(folder)), threads=chosen.threads)
+            print(f"\n## {name}, {chosen.what}")
+            if chosen.what == "update":
+                compare_updates(setting, chosen.trl_python, chosen.rounds)
+            else:
+                compare_loops(setting, chosen.trl_python, chosen.rounds, chosen.override)
+
+
+if __name__ == "__main__":
+    main()
