@@ -1,9 +1,12 @@
 """A teacher that vLLM runs: for models that need several GPUs, or one of vLLM's quantisations.
 
 vLLM computes the log-probs of a prompt's tokens (`prompt_logprobs`); the trajectory is sent as the prompt, and one token,
-which is thrown away, is sampled after it. They come back flat, without a Python object for each token, and nothing is
-detokenised. What the engine does not offer, `student_topk` and `hidden`, is refused by the configuration.
+which is thrown away, is sampled after it. They are kept as the tensors that the engine has computed: vLLM would make a
+Python object of each log-prob, and we arrays of those again. Nothing is detokenised. What the engine does not offer, `student_topk` and `hidden`, is refused by the configuration.
 """
+
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -12,7 +15,7 @@ from actors.errors import UserError
 from actors.models import load_config
 from actors.scoring import TeacherCounts, check_probe, probe, score_with
 from actors.trajectory import TeacherScores, Trajectories, offsets_of
-from actors.vllm_build import build_llm
+from actors.vllm_build import build_llm, importing_vllm
 
 REPEATS = 0.02
 """Nats by which an answer may differ when asked again: batches are cut differently, and kernels follow their shape."""
@@ -40,6 +43,7 @@ class VllmTeacher:
             # vLLM holds [tokens of a step, vocabulary] log-probs at a time.
             "max_num_batched_tokens": config.microbatch_tokens,
         }
+        keep_tensors()
         self._llm = build_llm(options, config.engine, f"teachers.{self._name}.engine")
         self._busy_seconds = 0.0
         written = probe(self._vocabulary)
@@ -74,20 +78,9 @@ class VllmTeacher:
         room = self._llm.llm_engine.model_config.max_model_len
         if (longest := max(map(len, texts), default=0)) >= room:
             raise UserError(f"teachers.{self._name}.engine.max_model_len", room, f"more than {longest} tokens")
-        params = SamplingParams(
-            prompt_logprobs=self._asked, max_tokens=1, temperature=0.0, flat_logprobs=True, detokenize=False
-        )
+        params = SamplingParams(prompt_logprobs=self._asked, max_tokens=1, temperature=0.0, detokenize=False)
         answers = self._llm.generate([{"prompt_token_ids": text} for text in texts], params, use_tqdm=False)
-        width = self._asked + 1  # the token itself comes first
-        rows = [
-            (np.asarray(flat.token_ids, np.int32), np.asarray(flat.logprobs, np.float32))
-            for flat in (answer.prompt_logprobs for answer in answers)
-        ]
-        lengths = trajectories.lengths
-        tokens, logprobs = (
-            np.concatenate([row[part].reshape(-1, width)[-n:] for row, n in zip(rows, lengths, strict=True)])
-            for part in (0, 1)
-        )
+        tokens, logprobs = flat_rows([answer.prompt_logprobs for answer in answers], trajectories.lengths)
         assert np.array_equal(tokens[:, 0], known), "vLLM has scored other tokens than it was asked for"
         return {"logprobs": logprobs[:, 0].copy(), **self._support(tokens[:, 1:], logprobs[:, 1:])}
 
@@ -126,3 +119,26 @@ class VllmTeacher:
     def status(self) -> dict[str, float]:
         """Busy seconds so far, and the mean log-prob of the self-test's probe."""
         return {"busy_seconds": self._busy_seconds, "probe_logprob": self._probe_logprob}
+
+
+def keep_tensors() -> None:
+    """From here on this process's engines answer `prompt_logprobs` with [None, LogprobsTensors, …], one for each part that
+    they computed of the prompt. The names are private to vLLM; the self-test fails where they are gone."""
+    with importing_vllm():
+        from vllm.v1.engine import logprobs, output_processor
+
+    class Kept(logprobs.LogprobsProcessor):
+        def _update_prompt_logprobs(self, prompt_logprobs_tensors: Any) -> None:
+            self.prompt_logprobs.append(prompt_logprobs_tensors)
+
+    output_processor.LogprobsProcessor = Kept
+
+
+def flat_rows(answers: Sequence[Any], lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of what `keep_tensors` makes of each prompt, (token ids int32, log-probs float32), [N, 1 + asked] each, of its last
+    tokens, as many as `lengths` says: the token of the prompt first, then the most likely ones."""
+    parts = [[np.concatenate([t[field].numpy() for t in kept[1:]]) for kept in answers] for field in (0, 1)]
+    tokens, logprobs = (
+        np.concatenate([row[-length:] for row, length in zip(rows, lengths, strict=True)]) for rows in parts
+    )
+    return tokens.astype(np.int32, copy=False), logprobs.astype(np.float32, copy=False)
