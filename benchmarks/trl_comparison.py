@@ -210,14 +210,10 @@ def campaign(setting: Setting, overrides: list[str]) -> dict[str, Any]:
     if not setting.held_out:
         settings |= {"evaluation.prompts": "null", "prompts.reference_field": "null"}
     pairs = [f"{key}={value}" for key, value in settings.items()]
-    with open(run / "output.txt", "w", encoding="utf-8") as output:
-        subprocess.run(
-            [sys.executable, "-m", "cluster", "run", "configs/quickstart.yaml", *pairs, *overrides],
-            cwd=ROOT,
-            check=True,
-            stdout=output,
-            stderr=output,
-        )
+    command = [sys.executable, "-m", "cluster", "run", "configs/quickstart.yaml", *pairs, *overrides]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"the campaign ended with {done.returncode}:\n{done.stdout[-4000:]}")
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     ends = [row["wall_seconds"] for row in rows if row["step"] > 0]
     return {
@@ -283,7 +279,7 @@ def compare_loops(setting: Setting, trl_python: str, rounds: int, overrides: lis
         judgements = {name: run(judged) for name, run in sides.items()}
         wanted = ENOUGH * judgements["Understudy"]["teacher"]
         steps = {name: updates_until(found["accuracy"], wanted) for name, found in judgements.items()}
-    timed = replace(setting, updates=30 if setting.held_out else 6)
+    timed = replace(setting, updates=30 if setting.held_out else 4)
     found = in_turns({name: (lambda run=run: run(timed)) for name, run in sides.items()}, rounds)
     print(
         "\n| side | start-up | seconds / 1,000 trajectories | updates to 95% | seconds to 95% |\n|---|---|---|---|---|"
