@@ -129,9 +129,10 @@ def keep_tensors() -> None:
 
     class Kept(logprobs.LogprobsProcessor):
         def _update_prompt_logprobs(self, prompt_logprobs_tensors: Any) -> None:
-            self.prompt_logprobs.append(prompt_logprobs_tensors)
+            kept: Any = self.prompt_logprobs
+            kept.append(prompt_logprobs_tensors)
 
-    output_processor.LogprobsProcessor = Kept
+    output_processor.LogprobsProcessor = Kept  # type: ignore[misc]
 
 
 def flat_rows(answers: Sequence[Any], lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
