@@ -24,6 +24,7 @@ def make_learner(
     checkpoint: Path | None = None,
     publish_dtype: str = "float32",
     bucket_bytes: int = 1 << 20,
+    keep_published: bool = False,
     **changes: object,
 ) -> Learner:
     config = LearnerConfig(compute_dtype="float32", optimizer=OptimizerConfig(learning_rate=1e-3, warmup_updates=0))
@@ -34,6 +35,7 @@ def make_learner(
         temperature=temperature,
         publish_dtype=publish_dtype,
         bucket_bytes=bucket_bytes,
+        keep_published=keep_published,
         checkpoint=None if checkpoint is None else str(checkpoint),
         teachers=teachers,
         ranks=ranks,

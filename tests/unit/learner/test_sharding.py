@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from actors.config import LoraConfig
+from actors.delta import DeltaVersion, Receiver
 from actors.errors import NonFiniteLossError
 from actors.trajectory import TeacherScores, Trajectories
 from learner.config import MismatchConfig, ObjectiveConfig, OptimizerConfig, TrustRegionConfig
@@ -122,9 +123,19 @@ def trial(material: Material, ranks: Ranks | None) -> dict[str, Any]:
         if (material.folder / f"saved-{other}").is_dir():
             learner = material.learner(name, ranks, checkpoint=material.folder / f"saved-{other}")
             found[f"from {other}"] = {"metrics": [material.update(learner, name)], **state_of(learner)}
+    found["delta"] = changes(material, ranks)
     if ranks:
         found |= refused(material, ranks)
     return found
+
+
+def changes(material: Material, ranks: Ranks | None) -> dict[str, list[Any]]:
+    """Two versions, the second as what changed and as a whole; nothing but on the first rank."""
+    learner = material.learner("plain", ranks, publish_dtype="bfloat16", keep_published=True)
+    learner._optimizer.param_groups[0]["lr"] = 1e-6
+    first = list(learner.publish())
+    material.update(learner, "plain")
+    return {"first": first, "change": list(learner.publish(True)), "second": list(learner.publish())}
 
 
 def refused(material: Material, ranks: Ranks) -> dict[str, Any]:
@@ -215,6 +226,23 @@ def test_what_several_ranks_publish_is_what_one_publishes_to_the_bit(
 ) -> None:
     for name in SETTINGS:
         assert same_bytes(found[size][name]["fresh"], found[1][name]["fresh"])
+
+
+@pytest.mark.parametrize("size", (1, *SIZES))
+def test_what_several_ranks_say_has_changed_makes_the_next_version_of_the_one_before(
+    size: int, material: Material, found: dict[int, dict[str, Any]]
+) -> None:
+    *buckets, manifest = found[size]["delta"]["first"]
+    *payload, change = found[size]["delta"]["change"]
+    *expected, whole_manifest = found[size]["delta"]["second"]
+    assert isinstance(change, DeltaVersion) and change.nbytes < sum(bucket.nbytes for bucket in buckets)
+    receiver = Receiver(True)
+    receiver.hold(*receiver.whole(manifest, buckets))
+    after, decoded = receiver.whole(change, payload)
+    assert after.tensors == whole_manifest.tensors and same_bytes(list(decoded), expected)
+    for rank in range(1, size):
+        other = pickle.loads((material.folder / f"found-{size}-{rank}").read_bytes())
+        assert other["delta"] == {"first": [], "change": [], "second": []}
 
 
 @pytest.mark.parametrize("size", SIZES)
