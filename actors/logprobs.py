@@ -24,10 +24,12 @@ def chunked_head(
     *,
     chunk_tokens: int,
     temperature: float = 1.0,
+    measure: Reduce | None = None,
 ) -> tuple[torch.Tensor, ...]:
     """log_softmax(hidden @ weight.T / temperature) in chunks of `chunk_tokens`, reduced chunk by chunk.
 
-    Returns the concatenation of what `reduce` returns, each [N, ...]. The product is taken in the dtype of `hidden`
+    Returns the concatenation of what `reduce` returns, each [N, ...], and then of what `measure` does, which has no
+    gradient and is not computed again in the backward pass. The product is taken in the dtype of `hidden`
     (or of an enclosing autocast); the normalisation always in float32, and so are sums of gradients over chunks.
     Gradients flow to hidden, weight and bias; whatever else `reduce` reads is taken as constant.
     """
@@ -35,7 +37,7 @@ def chunked_head(
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_NH.dtype
     chunks = [slice(start, start + chunk_tokens) for start in range(0, max(len(hidden_NH), 1), chunk_tokens)]
     with torch.autocast(device, enabled=False):
-        return _ChunkedHead.apply(hidden_NH, weight_VH, bias_V, reduce, chunks, temperature, dtype)
+        return _ChunkedHead.apply(hidden_NH, weight_VH, bias_V, reduce, measure, chunks, temperature, dtype)
 
 
 class _ChunkedHead(torch.autograd.Function):
@@ -49,6 +51,7 @@ class _ChunkedHead(torch.autograd.Function):
         weight_VH: torch.Tensor,
         bias_V: torch.Tensor | None,
         reduce: Reduce,
+        measure: Reduce | None,
         chunks: list[slice],
         temperature: float,
         dtype: torch.dtype,
@@ -57,7 +60,10 @@ class _ChunkedHead(torch.autograd.Function):
         ctx.how = reduce, chunks, temperature, dtype
         ctx.set_materialize_grads(False)
         weight, bias = weight_VH.to(dtype), None if bias_V is None else bias_V.to(dtype)
-        parts = [reduce(_logprobs(hidden_NH[chunk].to(dtype), weight, bias, temperature), chunk) for chunk in chunks]
+        parts = []
+        for chunk in chunks:
+            logprobs_nV = _logprobs(hidden_NH[chunk].to(dtype), weight, bias, temperature)
+            parts.append(reduce(logprobs_nV, chunk) + (() if measure is None else measure(logprobs_nV, chunk)))
         return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
     @staticmethod
@@ -79,7 +85,7 @@ class _ChunkedHead(torch.autograd.Function):
                 _add_product(grad_weight, grad_nV.T, hidden_nH)
             if grad_bias is not None:
                 grad_bias += grad_nV.sum(0)
-        return grad_hidden, grad_weight, grad_bias, None, None, None, None
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None, None
 
 
 def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
@@ -101,14 +107,15 @@ def _logprobs(
 def _grad_of_logits(
     logprobs_nV: torch.Tensor, reduce: Reduce, chunk: slice, grads: Sequence[torch.Tensor | None]
 ) -> torch.Tensor:
-    """[n, V], in the place of the log-probs: what the gradients [N, ...] of the reduced columns become at the logits.
+    """[n, V], in the place of the log-probs: what the gradients [N, ...] of the reduced columns, which come first, become
+    at the logits.
 
     With g the gradient at the log-probs it is g - softmax(logits) * sum(g).
     """
     leaf = logprobs_nV.detach().requires_grad_()
     with torch.enable_grad():
         columns = reduce(leaf, chunk)
-    pairs = [(c, g[chunk]) for c, g in zip(columns, grads, strict=True) if g is not None and c.requires_grad]
+    pairs = [(c, g[chunk]) for c, g in zip(columns, grads, strict=False) if g is not None and c.requires_grad]
     if not pairs:
         return logprobs_nV.zero_()
     (grad,) = torch.autograd.grad([c for c, _ in pairs], [leaf], [g for _, g in pairs])
@@ -135,4 +142,5 @@ def token_logprobs(logprobs_nV: torch.Tensor, tokens_n: torch.Tensor) -> torch.T
 
 def entropy(logprobs_nV: torch.Tensor) -> torch.Tensor:
     """Shannon entropy in nats: [n, V] -> [n]. A probability of zero adds nothing."""
-    return -torch.special.xlogy(logprobs_nV.exp(), logprobs_nV.exp()).sum(-1)
+    finite = logprobs_nV.clamp(min=torch.finfo(logprobs_nV.dtype).min)
+    return -(logprobs_nV.exp() * finite).sum(-1)

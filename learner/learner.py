@@ -51,6 +51,9 @@ from learner.signals import (
 from learner.trust_region import ESTIMATORS as TRUST_REGION
 from learner.trust_region import adapted_beta, backed_off, exact, k3
 
+Columns = Callable[[torch.Tensor, slice], dict[str, torch.Tensor]]
+"""(log-probs [n, V] of some tokens of a part, which) -> tensors [n, ...] by name."""
+
 
 class Learner:
     """Master weights in float32, AdamW, and the number of updates taken, which is the policy version."""
@@ -317,7 +320,7 @@ class Learner:
             keep = states.append if keep_states else None
             reduce = partial(_exact_reverse_kl, part, objective) if with_kl else _nothing
             places[index] = sum(map(len, states)) + torch.arange(len(index), device=self._device)
-            for name, column in self._head(part, microbatch, reduce, keep).items():
+            for name, column in self._head(part, microbatch, reduce, keep=keep).items():
                 found[name][index] = column
         found = {name: self._ranks.sum(column) for name, column in found.items()}  # of others, 0 until here
         if keep_states:
@@ -343,19 +346,24 @@ class Learner:
         self,
         part: Part,
         microbatch: Microbatch,
-        reduce: Callable[[torch.Tensor, slice], dict[str, torch.Tensor]],
+        reduce: Columns,
+        measure: Columns | None = None,
         keep: Callable[[torch.Tensor], None] | None = None,
     ) -> dict[str, torch.Tensor]:
-        """`logprobs`, [n] log pi of the sampled tokens, and what `reduce` makes of the log-probs [n, V], by its names.
+        """`logprobs`, [n] log pi of the sampled tokens, and what `reduce` and, without gradients, `measure` make of the
+        log-probs [n, V], by their names.
 
         keep is given the hidden states [n, H].
         """
-        names: list[str] = []
+        names: dict[str, None] = {}
 
-        def columns(logprobs_nV: torch.Tensor, rows: slice) -> tuple[torch.Tensor, ...]:
-            found = {"logprobs": token_logprobs(logprobs_nV, part.tokens[rows])} | reduce(logprobs_nV, rows)
-            names[:] = found
+        def named(columns: Columns, logprobs_nV: torch.Tensor, rows: slice) -> tuple[torch.Tensor, ...]:
+            found = columns(logprobs_nV, rows)
+            names.update(dict.fromkeys(found))
             return tuple(found.values())
+
+        def sampled(logprobs_nV: torch.Tensor, rows: slice) -> dict[str, torch.Tensor]:
+            return {"logprobs": token_logprobs(logprobs_nV, part.tokens[rows])} | reduce(logprobs_nV, rows)
 
         advance()
         with torch.autocast(self._device, torch.bfloat16, enabled=self._config.compute_dtype == "bfloat16"):
@@ -367,9 +375,10 @@ class Learner:
                 hidden,
                 whole(self._weight),
                 None if self._bias is None else whole(self._bias),
-                columns,
+                partial(named, sampled),
                 chunk_tokens=self._config.head_chunk_tokens,
                 temperature=self._temperature,
+                measure=measure and partial(named, measure),
             )
         return dict(zip(names, values, strict=True))
 
@@ -379,18 +388,20 @@ class Learner:
         full = objective.estimator == "full"
 
         def reduce(logprobs_nV: torch.Tensor, rows: slice) -> dict[str, torch.Tensor]:
-            kept = {"entropy": entropy(logprobs_nV.detach())} | _exact_forward_kl(part, logprobs_nV, rows)
-            kept["agreement"] = agreement(logprobs_nV.detach(), part, rows, named_by_student=self._named_by_student)
-            if full:
-                kept["cost"] = full_cost(logprobs_nV, part, rows, objective)
-            if full_cost_is_exact_kl(objective):
-                kept["kl"] = kept["cost"].detach()
-            elif needs_distribution(objective):
-                kept["kl"] = exact_kl(logprobs_nV.detach(), part, rows, objective)
-            return kept
+            cost = {"cost": full_cost(logprobs_nV, part, rows, objective)} if full else {}
+            return cost | _exact_forward_kl(part, logprobs_nV, rows)
 
-        found = self._head(part, microbatch, reduce)
+        def measure(logprobs_nV: torch.Tensor, rows: slice) -> dict[str, torch.Tensor]:
+            agreed = agreement(logprobs_nV, part, rows, named_by_student=self._named_by_student)
+            found = {"entropy": entropy(logprobs_nV), "agreement": agreed}
+            if needs_distribution(objective) and not full_cost_is_exact_kl(objective):
+                found |= _exact_reverse_kl(part, objective, logprobs_nV, rows)
+            return found
+
+        found = self._head(part, microbatch, reduce, measure)
         logprobs, kl = found["logprobs"], found.get("kl")
+        if full_cost_is_exact_kl(objective):
+            kl = found["cost"].detach()
         cost, clipped = found.get("cost", -logprobs), torch.zeros_like(part.mask)
         if objective.estimator not in ("full", "sft"):
             student = logprobs if objective.recompute_log_ratio else part.behaviour_logprobs

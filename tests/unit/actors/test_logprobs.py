@@ -85,6 +85,24 @@ def test_gradients_flow_through_what_reduce_does_not_detach_alone() -> None:
     assert torch.equal(upstream, before)  # what the caller gave is not worked on in place
 
 
+def test_what_is_only_measured_is_computed_once_and_has_no_gradient() -> None:
+    torch.manual_seed(2)
+    hidden, weight = torch.randn(6, 4, requires_grad=True), torch.randn(9, 4)
+    measured: list[slice] = []
+
+    def measure(logprobs: torch.Tensor, rows: slice) -> tuple[torch.Tensor, ...]:
+        measured.append(rows)
+        return (entropy(logprobs),)
+
+    first, entropies = chunked_head(hidden, weight, None, lambda lp, rows: (lp[:, 0],), chunk_tokens=4, measure=measure)
+    plain = torch.log_softmax(hidden @ weight.T, -1)
+    torch.testing.assert_close(entropies, torch.distributions.Categorical(logits=plain).entropy())
+    (found,) = torch.autograd.grad([first, entropies], [hidden], [torch.ones(6), torch.full((6,), 3.0)])
+    (wanted,) = torch.autograd.grad(plain[:, 0].sum(), hidden)
+    torch.testing.assert_close(found, wanted)
+    assert measured == [slice(0, 4), slice(4, 8)]
+
+
 def test_under_autocast_the_weights_gradient_is_summed_in_single_precision() -> None:
     torch.manual_seed(3)
     hidden, weight = torch.randn(512, 8), torch.randn(16, 8, requires_grad=True)
