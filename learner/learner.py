@@ -7,7 +7,7 @@ a process with this class (sharding.py): all that is said of "this rank" is said
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -15,25 +15,24 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 
-from actors.attention import hidden_states, use_packed_attention
+from actors.attention import use_packed_attention
 from actors.batching import Microbatch
 from actors.config import StudentConfig, TeacherConfig, publishes_adapter
 from actors.delta import DeltaVersion
 from actors.errors import NonFiniteLossError
-from actors.logprobs import chunked_head, entropy, token_logprobs
 from actors.models import load_head, load_model, load_tokenizer, response_head
-from actors.progress import advance
 from actors.trajectory import TeacherScores, Trajectories, TrajectoryId
 from actors.weights import WeightVersion
 from learner.adapters import ADAPTER_FILE, adapter_tensors, add_adapters, merged_tensors
 from learner.averages import MovingAverages
-from learner.batch import NO_TOKENS, Part, UpdateBatch, minibatch_rows
+from learner.batch import NO_TOKENS, UpdateBatch, minibatch_rows
 from learner.checkpoint import flush, read_json, write_json
 from learner.compiling import compile_layers
-from learner.config import LearnerConfig, ObjectiveConfig
-from learner.hidden import Head, HiddenStates
-from learner.metrics import UpdateMetrics, agreement, groups_of, response_metrics
-from learner.objective import effective_sample_size, surrogate
+from learner.config import LearnerConfig
+from learner.forward import Forward, exact_forward_kl, exact_reverse_kl, no_columns
+from learner.hidden import Head
+from learner.metrics import UpdateMetrics, groups_of, response_metrics
+from learner.objective import effective_sample_size
 from learner.offload import OffloadedAdamW
 from learner.optimizer import build_optimizer, learning_rate, load_optimizer_tensors, optimizer_tensors
 from learner.publishing import Publisher
@@ -41,18 +40,10 @@ from learner.saving import BackgroundWrite, StoredTensors, copies, model_tensors
 from learner.sharding import Ranks, whole
 from learner.signals import (
     coefficients,
-    exact_kl,
-    full_cost,
-    full_cost_is_exact_kl,
     importance_of,
-    needs_distribution,
     needs_whole_update,
 )
-from learner.trust_region import ESTIMATORS as TRUST_REGION
-from learner.trust_region import adapted_beta, backed_off, exact, k3
-
-Columns = Callable[[torch.Tensor, slice], dict[str, torch.Tensor]]
-"""(log-probs [n, V] of some tokens of a part, which) -> tensors [n, ...] by name."""
+from learner.trust_region import adapted_beta, backed_off, k3
 
 
 class Learner:
@@ -80,7 +71,7 @@ class Learner:
         among those of the learner; every rank is given the same of all else, and the same calls.
         """
         self._student, self._config = student, config
-        self._total_updates, self._temperature = total_updates, temperature
+        self._total_updates = total_updates
         self._publish_dtype = publish_dtype
         self._ranks = ranks or Ranks()
         self._publisher = Publisher(self._ranks, bucket_bytes, keep=keep_published)
@@ -93,7 +84,7 @@ class Learner:
             trust_remote_code=student.trust_remote_code,
             key="student.model",
         )
-        self._body, _, _ = response_head(self._model, "student.model")
+        body, _, _ = response_head(self._model, "student.model")
         # Where sequences cannot lie end to end, each has a pass of its own.
         self._pass_tokens = config.microbatch_tokens if use_packed_attention(self._model) else 1
         self._model.requires_grad_(True)
@@ -103,13 +94,21 @@ class Learner:
             compile_layers(self._model)
         self._ranks.shard(self._model, self._device, getattr(torch, config.compute_dtype))
         head: Any = self._model.get_output_embeddings()
-        self._weight, self._bias = head.weight, head.bias
+        self._vocabulary = len(head.weight)
         if config.gradient_checkpointing:
             self._model.gradient_checkpointing_enable({"use_reentrant": False})
             self._model.train()
         self._optimizer = build_optimizer(self._model, config.optimizer, offload=config.offload_optimizer)
         self._masked_token_ids = [*config.objective.masked_token_ids, *masked_role_token_ids]
-        self._named_by_student = any(teacher.signal == "student_topk" for teacher in (teachers or {}).values())
+        self._forward = Forward(
+            body,
+            head.weight,
+            head.bias,
+            config,
+            self._device,
+            temperature=temperature,
+            named_by_student=any(teacher.signal == "student_topk" for teacher in (teachers or {}).values()),
+        )
         sending = {name: teacher for name, teacher in (teachers or {}).items() if teacher.signal == "hidden"}
         self._heads = {name: self._head_of(teacher, f"teachers.{name}.model") for name, teacher in sending.items()}
         following = {name: t.ema_decay for name, t in (teachers or {}).items() if t.ema_decay is not None}
@@ -257,7 +256,7 @@ class Learner:
         batch.weigh(rows, self._config.objective)
         self._optimizer.zero_grad(set_to_none=True)
         for microbatch in self._passes(batch, rows):
-            loss = self._loss(batch.part(microbatch), microbatch, collected)
+            loss = self._forward.loss(batch.part(microbatch), microbatch, self._beta, collected)
             total = self._ranks.sum(loss.detach())
             if not torch.isfinite(total):
                 own = torch.from_numpy(microbatch.rows if not torch.isfinite(loss) else microbatch.rows[:0])
@@ -295,7 +294,7 @@ class Learner:
         sums = torch.zeros(2, dtype=torch.float64, device=self._device)
         for microbatch in self._passes(batch, rows):
             part = batch.part(microbatch)
-            found = self._head(part, microbatch, partial(_exact_forward_kl, part))
+            found = self._forward.columns(part, microbatch, partial(exact_forward_kl, part))
             forward_kl = found.get("forward_kl", k3(found["logprobs"], part.old_logprobs))
             sums += torch.stack([(forward_kl * part.mask).sum(), part.mask.sum()])
         total, tokens = self._ranks.sum(sums).tolist()
@@ -318,13 +317,13 @@ class Learner:
             part = batch.part(microbatch)
             index = torch.from_numpy(microbatch.tokens).to(self._device)
             keep = states.append if keep_states else None
-            reduce = partial(_exact_reverse_kl, part, objective) if with_kl else _nothing
+            reduce = partial(exact_reverse_kl, part, objective) if with_kl else no_columns
             places[index] = sum(map(len, states)) + torch.arange(len(index), device=self._device)
-            for name, column in self._head(part, microbatch, reduce, keep=keep).items():
+            for name, column in self._forward.columns(part, microbatch, reduce, keep=keep).items():
                 found[name][index] = column
         found = {name: self._ranks.sum(column) for name, column in found.items()}  # of others, 0 until here
         if keep_states:
-            batch.old_hidden.append(self._as_hidden_states(torch.cat(states), places))
+            batch.old_hidden.append(self._forward.as_hidden_states(torch.cat(states), places))
         whole = batch.whole()
         if correct:
             batch.tensors["importance"] = importance_of(found["logprobs"], whole, objective)
@@ -334,110 +333,10 @@ class Learner:
             kl = found["kl"] if with_kl else None
             batch.tensors["coefficient"] = coefficients(student, kl, whole, batch.groups(), objective)
 
-    def _as_hidden_states(self, states: torch.Tensor, places: torch.Tensor) -> HiddenStates:
-        """What the weights as they are now make of the update's tokens, kept while the weights go on."""
-        dtype = torch.bfloat16 if self._config.compute_dtype == "bfloat16" else states.dtype
-        weight, bias = whole(self._weight.detach()).to(dtype, copy=True), self._bias
-        head = (weight, None if bias is None else whole(bias.detach()).to(dtype, copy=True))
-        nothing = torch.zeros(len(states), device=self._device)
-        return HiddenStates(states.to(dtype), head, places, nothing, self._temperature)
-
-    def _head(
-        self,
-        part: Part,
-        microbatch: Microbatch,
-        reduce: Columns,
-        measure: Columns | None = None,
-        keep: Callable[[torch.Tensor], None] | None = None,
-    ) -> dict[str, torch.Tensor]:
-        """`logprobs`, [n] log pi of the sampled tokens, and what `reduce` and, without gradients, `measure` make of the
-        log-probs [n, V], by their names.
-
-        keep is given the hidden states [n, H].
-        """
-        names: dict[str, None] = {}
-
-        def named(columns: Columns, logprobs_nV: torch.Tensor, rows: slice) -> tuple[torch.Tensor, ...]:
-            found = columns(logprobs_nV, rows)
-            names.update(dict.fromkeys(found))
-            return tuple(found.values())
-
-        def sampled(logprobs_nV: torch.Tensor, rows: slice) -> dict[str, torch.Tensor]:
-            return {"logprobs": token_logprobs(logprobs_nV, part.tokens[rows])} | reduce(logprobs_nV, rows)
-
-        advance()
-        with torch.autocast(self._device, torch.bfloat16, enabled=self._config.compute_dtype == "bfloat16"):
-            hidden = hidden_states(self._body, microbatch.input_ids, microbatch.lengths, self._device)
-            hidden = hidden[torch.from_numpy(microbatch.positions).to(self._device)]
-            if keep is not None:
-                keep(hidden)
-            values = chunked_head(
-                hidden,
-                whole(self._weight),
-                None if self._bias is None else whole(self._bias),
-                partial(named, sampled),
-                chunk_tokens=self._config.head_chunk_tokens,
-                temperature=self._temperature,
-                measure=measure and partial(named, measure),
-            )
-        return dict(zip(names, values, strict=True))
-
-    def _loss(self, part: Part, microbatch: Microbatch, collected: UpdateMetrics) -> torch.Tensor:
-        """The micro-batch's share of the loss."""
-        objective = self._config.objective
-        full = objective.estimator == "full"
-
-        def reduce(logprobs_nV: torch.Tensor, rows: slice) -> dict[str, torch.Tensor]:
-            cost = {"cost": full_cost(logprobs_nV, part, rows, objective)} if full else {}
-            return cost | _exact_forward_kl(part, logprobs_nV, rows)
-
-        def measure(logprobs_nV: torch.Tensor, rows: slice) -> dict[str, torch.Tensor]:
-            agreed = agreement(logprobs_nV, part, rows, named_by_student=self._named_by_student)
-            found = {"entropy": entropy(logprobs_nV), "agreement": agreed}
-            if needs_distribution(objective) and not full_cost_is_exact_kl(objective):
-                found |= _exact_reverse_kl(part, objective, logprobs_nV, rows)
-            return found
-
-        found = self._head(part, microbatch, reduce, measure)
-        logprobs, kl = found["logprobs"], found.get("kl")
-        if full_cost_is_exact_kl(objective):
-            kl = found["cost"].detach()
-        cost, clipped = found.get("cost", -logprobs), torch.zeros_like(part.mask)
-        if objective.estimator not in ("full", "sft"):
-            student = logprobs if objective.recompute_log_ratio else part.behaviour_logprobs
-            whole_update = needs_whole_update(objective)
-            ours = part.coefficient if whole_update else coefficients(student, kl, part, None, objective)
-            cost, clipped = self._surrogate(logprobs, part, ours)
-        elif full and objective.reward_weight:
-            judged, clipped = self._surrogate(logprobs, part, objective.reward_weight * part.reward_cost)
-            cost = cost + judged
-        region = objective.trust_region.estimator
-        forward_kl = found["forward_kl"] if region == "exact" else TRUST_REGION[region](logprobs, part.old_logprobs)
-        cost = (part.importance * cost + self._beta * forward_kl).masked_fill(~part.mask, 0.0)
-        loss = (part.weights * cost).sum()
-        with torch.no_grad():
-            columns = {
-                "logprobs": logprobs,
-                "entropy": found["entropy"],
-                "agreement": found["agreement"],
-                "reverse_kl": logprobs - part.teacher_logprobs if kl is None else kl,
-                "forward_kl_old": forward_kl if region == "exact" else k3(logprobs, part.old_logprobs),
-                "clip_fraction": clipped,
-            }
-            collected.add(loss, part, microbatch.rows, columns)
-        return loss
-
-    def _surrogate(
-        self, logprobs: torch.Tensor, part: Part, coefficient: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        o = self._config.objective
-        bounds = {"dual_clip": o.dual_clip, "through_log_ratio": o.through_log_ratio}
-        return surrogate(logprobs, part.old_logprobs, coefficient, o.clip_low, o.clip_high, **bounds)  # type: ignore[arg-type]
-
     def _head_of(self, teacher: TeacherConfig, key: str) -> Head:
         """The teacher's output layer, cut to what the student can write."""
         weight, bias = load_head(teacher.model, teacher.dtype, self._device, teacher.trust_remote_code, key)
-        rows = slice(len(self._weight))
+        rows = slice(self._vocabulary)
         return weight[rows], None if bias is None else bias[rows]
 
     def _refuse(self, what: str, ids: np.ndarray) -> NoReturn:
@@ -447,18 +346,3 @@ class Learner:
             f"update {self.policy_version + 1}: {what} (trajectories {names}); the weights are those of version "
             f"{self.policy_version}, and the last checkpoint is good"
         )
-
-
-def _exact_forward_kl(part: Part, logprobs_nV: torch.Tensor, rows: slice) -> dict[str, torch.Tensor]:
-    """`forward_kl`: KL(pi_old || pi_theta) over the whole vocabulary, [n], where the weights before are kept."""
-    return {} if part.old_hidden is None else {"forward_kl": exact(logprobs_nV, part.old_hidden.logprobs(rows))}
-
-
-def _exact_reverse_kl(
-    part: Part, objective: ObjectiveConfig, logprobs_nV: torch.Tensor, rows: slice
-) -> dict[str, torch.Tensor]:
-    return {"kl": exact_kl(logprobs_nV, part, rows, objective)}
-
-
-def _nothing(_logprobs_nV: torch.Tensor, _rows: slice) -> dict[str, torch.Tensor]:
-    return {}

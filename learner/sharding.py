@@ -64,7 +64,7 @@ class Ranks:
         if head.weight is not model.get_input_embeddings().weight and not isinstance(head.weight, DTensor):
             model.tie_weights()  # a tied head is given the sharded embedding
         if not isinstance(head.weight, DTensor):
-            fully_shard(head, mesh=mesh)  # never run as a module: learner._head takes its weight
+            fully_shard(head, mesh=mesh)  # never run as a module: learner/forward.py takes its weight
         for module in model.modules():
             if isinstance(module, FSDPModule):  # sums: the loss is weighed by the tokens of all ranks
                 module.set_gradient_divide_factor(1.0)

@@ -1,0 +1,171 @@
+"""One forward pass: from a micro-batch to what the objective makes of it, and to its share of the loss.
+
+Shapes: n tokens of the micro-batch or of a chunk of it, H hidden size, V vocabulary.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+from actors.attention import hidden_states
+from actors.batching import Microbatch
+from actors.logprobs import chunked_head, entropy, token_logprobs
+from actors.progress import advance
+from learner.batch import Part
+from learner.config import LearnerConfig, ObjectiveConfig
+from learner.hidden import HiddenStates
+from learner.metrics import UpdateMetrics, agreement
+from learner.objective import surrogate
+from learner.sharding import whole
+from learner.signals import (
+    coefficients,
+    exact_kl,
+    full_cost,
+    full_cost_is_exact_kl,
+    needs_distribution,
+    needs_whole_update,
+)
+from learner.trust_region import ESTIMATORS as TRUST_REGION
+from learner.trust_region import exact, k3
+
+Columns = Callable[[torch.Tensor, slice], dict[str, torch.Tensor]]
+"""(log-probs [n, V] of some tokens of a part, which) -> tensors [n, ...] by name."""
+
+
+class Forward:
+    """The student up to its hidden states, its output layer in chunks, and the objective on each."""
+
+    def __init__(
+        self,
+        body: torch.nn.Module,
+        weight_VH: torch.Tensor,
+        bias_V: torch.Tensor | None,
+        config: LearnerConfig,
+        device: str,
+        *,
+        temperature: float,
+        named_by_student: bool,
+    ):
+        """temperature: that was sampled at. named_by_student: the teachers' supports are the student's most likely tokens."""
+        self._body, self._weight, self._bias = body, weight_VH, bias_V
+        self._objective, self._chunk_tokens = config.objective, config.head_chunk_tokens
+        self._half = config.compute_dtype == "bfloat16"
+        self._device, self._temperature, self._named_by_student = device, temperature, named_by_student
+
+    def as_hidden_states(self, states: torch.Tensor, places: torch.Tensor) -> HiddenStates:
+        """What the weights as they are now make of the update's tokens, kept while the weights go on."""
+        dtype = torch.bfloat16 if self._half else states.dtype
+        weight, bias = whole(self._weight.detach()).to(dtype, copy=True), self._bias
+        head = (weight, None if bias is None else whole(bias.detach()).to(dtype, copy=True))
+        nothing = torch.zeros(len(states), device=self._device)
+        return HiddenStates(states.to(dtype), head, places, nothing, self._temperature)
+
+    def columns(
+        self,
+        part: Part,
+        microbatch: Microbatch,
+        reduce: Columns,
+        measure: Columns | None = None,
+        keep: Callable[[torch.Tensor], None] | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """`logprobs`, [n] log pi of the sampled tokens, and what `reduce` and, without gradients, `measure` make of the
+        log-probs [n, V], by their names.
+
+        keep is given the hidden states [n, H].
+        """
+        names: dict[str, None] = {}
+
+        def named(columns: Columns, logprobs_nV: torch.Tensor, rows: slice) -> tuple[torch.Tensor, ...]:
+            found = columns(logprobs_nV, rows)
+            names.update(dict.fromkeys(found))
+            return tuple(found.values())
+
+        def sampled(logprobs_nV: torch.Tensor, rows: slice) -> dict[str, torch.Tensor]:
+            return {"logprobs": token_logprobs(logprobs_nV, part.tokens[rows])} | reduce(logprobs_nV, rows)
+
+        advance()
+        with torch.autocast(self._device, torch.bfloat16, enabled=self._half):
+            hidden = hidden_states(self._body, microbatch.input_ids, microbatch.lengths, self._device)
+            hidden = hidden[torch.from_numpy(microbatch.positions).to(self._device)]
+            if keep is not None:
+                keep(hidden)
+            values = chunked_head(
+                hidden,
+                whole(self._weight),
+                None if self._bias is None else whole(self._bias),
+                partial(named, sampled),
+                chunk_tokens=self._chunk_tokens,
+                temperature=self._temperature,
+                measure=measure and partial(named, measure),
+            )
+        return dict(zip(names, values, strict=True))
+
+    def loss(self, part: Part, microbatch: Microbatch, beta: float, collected: UpdateMetrics) -> torch.Tensor:
+        """The micro-batch's share of the loss; beta weighs the trust region's KL."""
+        objective = self._objective
+        full = objective.estimator == "full"
+
+        def reduce(logprobs_nV: torch.Tensor, rows: slice) -> dict[str, torch.Tensor]:
+            cost = {"cost": full_cost(logprobs_nV, part, rows, objective)} if full else {}
+            return cost | exact_forward_kl(part, logprobs_nV, rows)
+
+        def measure(logprobs_nV: torch.Tensor, rows: slice) -> dict[str, torch.Tensor]:
+            agreed = agreement(logprobs_nV, part, rows, named_by_student=self._named_by_student)
+            found = {"entropy": entropy(logprobs_nV), "agreement": agreed}
+            if needs_distribution(objective) and not full_cost_is_exact_kl(objective):
+                found |= exact_reverse_kl(part, objective, logprobs_nV, rows)
+            return found
+
+        found = self.columns(part, microbatch, reduce, measure)
+        logprobs, kl = found["logprobs"], found.get("kl")
+        if full_cost_is_exact_kl(objective):
+            kl = found["cost"].detach()
+        cost, clipped = found.get("cost", -logprobs), torch.zeros_like(part.mask)
+        if objective.estimator not in ("full", "sft"):
+            student = logprobs if objective.recompute_log_ratio else part.behaviour_logprobs
+            whole_update = needs_whole_update(objective)
+            ours = part.coefficient if whole_update else coefficients(student, kl, part, None, objective)
+            cost, clipped = self._surrogate(logprobs, part, ours)
+        elif full and objective.reward_weight:
+            judged, clipped = self._surrogate(logprobs, part, objective.reward_weight * part.reward_cost)
+            cost = cost + judged
+        region = objective.trust_region.estimator
+        forward_kl = found["forward_kl"] if region == "exact" else TRUST_REGION[region](logprobs, part.old_logprobs)
+        cost = (part.importance * cost + beta * forward_kl).masked_fill(~part.mask, 0.0)
+        loss = (part.weights * cost).sum()
+        with torch.no_grad():
+            columns = {
+                "logprobs": logprobs,
+                "entropy": found["entropy"],
+                "agreement": found["agreement"],
+                "reverse_kl": logprobs - part.teacher_logprobs if kl is None else kl,
+                "forward_kl_old": forward_kl if region == "exact" else k3(logprobs, part.old_logprobs),
+                "clip_fraction": clipped,
+            }
+            collected.add(loss, part, microbatch.rows, columns)
+        return loss
+
+    def _surrogate(
+        self, logprobs: torch.Tensor, part: Part, coefficient: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        o = self._objective
+        bounds = {"dual_clip": o.dual_clip, "through_log_ratio": o.through_log_ratio}
+        return surrogate(logprobs, part.old_logprobs, coefficient, o.clip_low, o.clip_high, **bounds)  # type: ignore[arg-type]
+
+
+def exact_forward_kl(part: Part, logprobs_nV: torch.Tensor, rows: slice) -> dict[str, torch.Tensor]:
+    """`forward_kl`: KL(pi_old || pi_theta) over the whole vocabulary, [n], where the weights before are kept."""
+    return {} if part.old_hidden is None else {"forward_kl": exact(logprobs_nV, part.old_hidden.logprobs(rows))}
+
+
+def exact_reverse_kl(
+    part: Part, objective: ObjectiveConfig, logprobs_nV: torch.Tensor, rows: slice
+) -> dict[str, torch.Tensor]:
+    """`kl`: KL(pi || q) over the teacher's support, [n]."""
+    return {"kl": exact_kl(logprobs_nV, part, rows, objective)}
+
+
+def no_columns(_logprobs_nV: torch.Tensor, _rows: slice) -> dict[str, torch.Tensor]:
+    """The log-probs of the sampled tokens are enough."""
+    return {}
