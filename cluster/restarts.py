@@ -4,6 +4,7 @@ import time
 from collections import deque
 
 WINDOW_SECONDS = 3600.0
+RECENT_SECONDS = 60.0
 LONGEST_PAUSE_SECONDS = 30.0
 
 
@@ -21,9 +22,10 @@ class Restarts:
         return len(self._times) >= self._most
 
     def pause(self) -> float:
-        """Seconds to wait before the next: none before the first within the hour, then twice as long each time. A machine
-        that kills actors as fast as they start is not helped by starting them faster."""
-        return min(LONGEST_PAUSE_SECONDS, 0.5 * 2 ** len(self._times)) if self._times else 0.0
+        """Seconds to wait before the next: none, unless the last minute has seen others; then 1, 2, 4 … A machine that
+        kills actors as fast as they start is not helped by starting them faster."""
+        recent = sum(time.monotonic() - moment < RECENT_SECONDS for moment in self._times)
+        return min(LONGEST_PAUSE_SECONDS, 0.5 * 2**recent) if recent else 0.0
 
     def count(self) -> None:
         """One is made now."""

@@ -5,7 +5,7 @@ Rollout actors are light (no engine), so that a new one starts as fast as its im
     python -m tests.chaos_campaign CONFIG SCHEDULE RESULT [--pause SECONDS] [--hold]
 
 SCHEDULE is a JSON list of faults, RESULT gets one row for each that was done. --pause: what a rollout actor sleeps for
-each call, so that updates take as long as those of a real campaign. --hold: the campaign waits until it has recovered.
+each call, and the others a quarter of it, so that updates take as long as those of a real campaign. --hold: the campaign waits until it has recovered.
 """
 
 import argparse
@@ -89,6 +89,7 @@ class ChaosTeacher(TeacherActor):
         """As TeacherActor."""
         if hasattr(self, "_probe_logprob"):
             fails_if_asked("teacher.default")
+            time.sleep(float(os.environ[PAUSE]) / 4)
         return super().score(*arguments, **keywords)
 
 
@@ -98,6 +99,7 @@ class ChaosLearner(Learner):
     def update(self, *arguments: Any, **keywords: Any) -> Any:
         """As Learner."""
         fails_if_asked("learner")
+        time.sleep(float(os.environ[PAUSE]) / 4)
         return super().update(*arguments, **keywords)
 
 

@@ -51,6 +51,7 @@ def test_a_campaign_under_faults_ends_with_the_same_bits(tmp_path: Path) -> None
         tmp_path / "schedule.json",
         tmp_path / "result.json",
         "--hold",
+        "--pause=0.1",
     ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
