@@ -113,6 +113,7 @@ class Campaign:
                 "score": self._score,
                 "train": self._train,
                 "publish": self._publish,
+                **{fleet.role: fleet.watched for fleet in (self.rollout, self.learner, *self.teachers.fleets.values())},
             }.items()
         }
         try:

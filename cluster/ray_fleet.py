@@ -209,6 +209,13 @@ class Fleet:
             if self._failure:
                 raise self._failure
 
+    async def watched(self) -> None:
+        """Raises what every caller would be told, as soon as there is anything, also while nobody calls."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._failure)
+        if self._failure:
+            raise self._failure
+
     def inherit(self, lost: "Fleet") -> None:
         """Takes over the places of a fleet that is lost, before others can, and ends what is left of it."""
         for replica, before in zip(self.replicas, lost.replicas, strict=True):

@@ -90,6 +90,9 @@ class LocalFleet:
     async def stream(self, method: str, *arguments: Any, on_item: Any = None) -> list[Reference]:
         return [Reference(value) for value in await self._on(self.replicas[0], method, arguments, {})]
 
+    async def watched(self) -> None:
+        await asyncio.Event().wait()
+
     async def room(self, calls: int) -> Any:
         while all(replica.calls >= calls for replica in self.replicas):
             await asyncio.sleep(0.001)

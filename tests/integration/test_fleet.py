@@ -341,6 +341,8 @@ def test_a_fleet_of_one_that_hangs_and_is_not_replaced_is_lost() -> None:
     async def body(fleet: Fleet, events: list[tuple[str, dict[str, Any]]]) -> None:
         call = asyncio.create_task(fleet.call("process", 1000))
         with pytest.raises(LearnerLostError, match=r"worker-0 hangs: it has made no progress for 1\.5 s"):
+            await fleet.watched()
+        with pytest.raises(LearnerLostError, match="worker-0 hangs"):
             await call
         with pytest.raises(LearnerLostError, match="worker-0 hangs"):
             await fleet.call("process")

@@ -79,6 +79,9 @@ class FakeFleet:
         self.restarts = 0
         self.prepare: Any = None
 
+    async def watched(self) -> None:
+        await asyncio.Event().wait()
+
     async def room(self, calls: int) -> Any:
         return self.world.draw.choice(self.replicas)
 
