@@ -289,6 +289,8 @@ def _build(
     trust_remote_code: bool,
     more: dict[str, Any],
 ) -> Any:
+    import torch
+
     with importing_vllm():
         from actors.vllm_worker import BACKEND
 
@@ -308,6 +310,10 @@ def _build(
         "max_logprobs": max(support_size, 1),
         **more,
     }
+    if not torch.cuda.is_available():
+        # A prompt that is read in several steps draws in each; vLLM takes a draw back in a way that only the generators
+        # of GPUs know, and fails here. Whole prompts, then: also where keys and values are computed again.
+        options["enable_chunked_prefill"] = False
     return build_llm(options, config.engine, "rollout.engine")
 
 

@@ -59,6 +59,16 @@ def test_a_response_ends_with_its_stop_token_or_at_the_limit(engine: VllmEngine)
         assert len(response) == 8 or reason == "stop"
 
 
+def test_more_prompts_than_one_step_reads_change_no_sample(model: Any, engine: VllmEngine) -> None:
+    texts = [text * 6 for text in prompts(24)]
+    few = make(model, SAMPLING, support_size=30, max_num_batched_tokens=256)
+    few.load_weights(*publish(model, 0)).result(timeout=60)
+    found, expected = (e.generate(ask(texts), SAMPLING).result(timeout=60) for e in (few, engine))
+    few.close()
+    assert sum(map(len, texts)) > 3 * 256
+    assert responses(found) == responses(expected)
+
+
 def test_the_order_of_requests_changes_no_sample(engine: VllmEngine) -> None:
     texts = prompts(12)
     order = np.random.default_rng(1).permutation(12)
