@@ -152,7 +152,8 @@ class TeacherConfig:
     """What computes its log-probs: the model in the actor's process; a vLLM engine there, for models over several GPUs;
     or servers that run elsewhere (`urls`)."""
     tensor_parallel_size: int = number(1, minimum=1)
-    """With `vllm`: GPUs that one engine spreads the weights over."""
+    """GPUs that one actor spreads the weights over: by vLLM, or, with `transformers`, by the plan of the model's
+    architecture, a process for each."""
     engine: dict[str, Any] = field(default_factory=dict)
     """With `vllm`: any further option of vLLM's engine, for example `quantization: fp8`."""
     urls: list[str] = field(default_factory=list)

@@ -78,10 +78,22 @@ def load_tokenizer(model: str, trust_remote_code: bool, key: str) -> PreTrainedT
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
 
 
-def load_model(model: str, dtype: str, device: str, trust_remote_code: bool, key: str) -> PreTrainedModel:
+def tensor_parallel_plan(model: str, trust_remote_code: bool, key: str) -> dict[str, str]:
+    """How transformers cuts the layers of such a model into ranks. UserError: it does not say."""
+    text = load_config(model, trust_remote_code, key).get_text_config()
+    plan = dict(getattr(text, "base_model_tp_plan", None) or {})
+    if not plan:
+        expected = "a model that transformers has a tensor-parallel plan for, or backend: vllm"
+        raise UserError(key, f"a {text.model_type} model, with tensor_parallel_size above 1", expected)
+    return plan
+
+
+def load_model(
+    model: str, dtype: str, device: str, trust_remote_code: bool, key: str, *, ranks: int = 1
+) -> PreTrainedModel:
     """The causal language model in evaluation mode, with sdpa attention, on `device` ("cpu", "cuda:0").
 
-    dtype: "float32", "bfloat16" or "float16". Every weight comes from the files: a tensor that they lack is an error,
+    ranks: with several, of which this process is one (torch.distributed), each loads its part of the layers. dtype: "float32", "bfloat16" or "float16". Every weight comes from the files: a tensor that they lack is an error,
     never a random start. UserError: as find_model and check_weights, or the weights do not fit config.json.
     """
     import torch
@@ -93,6 +105,11 @@ def load_model(model: str, dtype: str, device: str, trust_remote_code: bool, key
     check_weights(path, key)
     logging.disable_progress_bar()
     verbosity = logging.get_verbosity()
+    split: dict[str, Any] = {}
+    if ranks > 1:
+        from transformers.distributed import DistributedConfig
+
+        split = {"distributed_config": DistributedConfig(tp_plan="auto", tp_size=ranks)}
     try:
         logging.set_verbosity_error()  # what it would print as a table, we say in one line
         with as_user_error(key, path, "a causal language model with sdpa attention"):
@@ -105,6 +122,7 @@ def load_model(model: str, dtype: str, device: str, trust_remote_code: bool, key
                 trust_remote_code=trust_remote_code,
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
+                **split,
             )
     finally:
         logging.set_verbosity(verbosity)

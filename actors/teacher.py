@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.distributed.tensor import DTensor
 
 from actors.attention import hidden_states, use_packed_attention
 from actors.batching import microbatches
@@ -30,9 +31,17 @@ class TeacherActor:
         self._config, self._name = config, key.rpartition(".")[2]
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         self._model: Any = load_model(
-            config.model, config.dtype, self._device, trust_remote_code=config.trust_remote_code, key=f"{key}.model"
+            config.model,
+            config.dtype,
+            self._device,
+            trust_remote_code=config.trust_remote_code,
+            key=f"{key}.model",
+            ranks=config.tensor_parallel_size,
         )
         self._body, self._weight, self._bias = response_head(self._model, f"{key}.model")
+        if isinstance(self._weight, DTensor):  # whole on every rank, where there are several
+            self._weight = self._weight.full_tensor()
+            self._bias = self._bias.full_tensor() if isinstance(self._bias, DTensor) else self._bias
         # Where sequences cannot lie end to end, each has a pass of its own.
         self._pass_tokens = config.microbatch_tokens if use_packed_attention(self._model) else 1
         if vocabulary is not None:

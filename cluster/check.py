@@ -13,6 +13,7 @@ from actors.models import (
     load_config,
     load_tokenizer,
     template_difference,
+    tensor_parallel_plan,
 )
 from actors.verifiers import make_verifier
 from cluster.config import CampaignConfig
@@ -71,6 +72,8 @@ def _teacher(config: CampaignConfig, name: str) -> str:
     if teacher.backend == "http":
         return f"{', '.join(teacher.urls)}, asked when the campaign starts" + (reading and f"; {reading}")
     check_weights(find_model(teacher.model, key, code=teacher.trust_remote_code), key)
+    if teacher.backend == "transformers" and teacher.tensor_parallel_size > 1:
+        tensor_parallel_plan(teacher.model, teacher.trust_remote_code, key)
     if reading:
         return reading
     tokenizers = (ours, load_tokenizer(teacher.model, teacher.trust_remote_code, key))

@@ -442,11 +442,13 @@ def _check_backend(key: str, teacher: TeacherConfig) -> None:
             raise UserError(
                 f"{key}.urls", url, "http://host:port/v1 (a key goes into the environment, api_key_variable)"
             )
+    if teacher.tensor_parallel_size > 1 and (teacher.backend == "http" or teacher.ema_decay is not None):
+        other = "ema_decay" if teacher.ema_decay is not None else "backend: http"
+        raise UserError(f"{key}.tensor_parallel_size", teacher.tensor_parallel_size, f"1 with {other}")
     for name, backend, given in (
         ("urls", "http", bool(teacher.urls)),
         ("api_key_variable", "http", teacher.api_key_variable is not None),
         ("engine", "vllm", bool(teacher.engine)),
-        ("tensor_parallel_size", "vllm", teacher.tensor_parallel_size > 1),
     ):
         if given and teacher.backend != backend:
             raise UserError(f"{key}.{name}", getattr(teacher, name), f"nothing, or backend: {backend}")

@@ -15,6 +15,7 @@ from actors.errors import CampaignError, LearnerLostError
 from actors.foreign_teacher import ForeignTeacher
 from actors.http_teacher import HttpTeacher
 from actors.rollout import RolloutActor
+from actors.sharded_teacher import ShardedTeacher
 from actors.teacher import TeacherActor
 from actors.vllm_teacher import VllmTeacher
 from cluster.campaign import Campaign
@@ -79,6 +80,12 @@ def _run_connected(config: CampaignConfig, records: RunRecords) -> tuple[dict[st
 
 TEACHER_ACTORS: dict[str, type] = {"transformers": TeacherActor, "vllm": VllmTeacher, "http": HttpTeacher}
 """By `teachers.<name>.backend`."""
+
+
+def teacher_actor(teacher: TeacherConfig) -> type:
+    """What runs this teacher."""
+    several = teacher.backend == "transformers" and teacher.tensor_parallel_size > 1
+    return ShardedTeacher if several else TEACHER_ACTORS[teacher.backend]
 
 
 async def _run(
@@ -216,7 +223,7 @@ def build_fleets(
     teachers = {
         f"teacher.{name}": fleet(
             f"teacher.{name}",
-            TEACHER_ACTORS[teacher.backend],
+            teacher_actor(teacher),
             teacher,
             f"teachers.{name}",
             vocabulary=inputs.vocabulary,
@@ -225,7 +232,7 @@ def build_fleets(
         else fleet(
             f"teacher.{name}",
             ForeignTeacher,
-            TEACHER_ACTORS[teacher.backend],
+            teacher_actor(teacher),
             teacher,
             f"teachers.{name}",
             replace(config.student, model=_local(config.student.model)),

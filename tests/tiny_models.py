@@ -44,6 +44,7 @@ def make_tiny_model(
     context: int = 256,
     dtype: torch.dtype = torch.float32,
     tokenizer: PreTrainedTokenizerFast | None = None,
+    heads_of_keys: int = 1,
 ) -> Path:
     """Writes config, safetensors, tokenizer and generation config to `path`, from a seed, and returns the path.
 
@@ -57,7 +58,7 @@ def make_tiny_model(
         "intermediate_size": 2 * hidden,
         "num_hidden_layers": layers,
         "num_attention_heads": hidden // 32,
-        "num_key_value_heads": 1,
+        "num_key_value_heads": heads_of_keys,
         "head_dim": 32,
         "max_position_embeddings": context,
         "tie_word_embeddings": tie,

@@ -290,7 +290,10 @@ def test_teachers_that_cannot_be_mixed_or_compared_are_refused(tmp_path: Path) -
         (["urls=[http://h:1/v1]"], "urls: found ['http://h:1/v1'], expected nothing, or backend: http"),
         (["backend=http", "signal=sampled", "urls=[http://me:key@h:1/v1]"], "urls: found http://me:key@h:1/v1"),
         (["engine={quantization: fp8}"], "engine: found"),
-        (["tensor_parallel_size=2"], "tensor_parallel_size: found 2, expected nothing, or backend: vllm"),
+        (
+            ["tensor_parallel_size=2", "ema_decay=0.9", "model=student"],
+            "tensor_parallel_size: found 2, expected 1 with ema_decay",
+        ),
         (["api_key_variable=KEY"], "api_key_variable: found KEY"),
     ],
 )

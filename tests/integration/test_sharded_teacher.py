@@ -1,0 +1,62 @@
+"""A teacher of two ranks says what one process says. The ranks are processes with gloo."""
+
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from transformers import GPT2Config
+
+from actors.config import SamplingConfig, TeacherConfig
+from actors.errors import UserError
+from actors.models import tensor_parallel_plan
+from actors.sharded_teacher import ShardedTeacher
+from actors.teacher import TeacherActor
+from actors.trajectory import Requests
+from tests.tiny_models import make_tiny_model
+from tests.unit.actors.test_teacher import written
+
+ROOT = Path(__file__).parents[2]
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(120)]
+
+
+def compare(path: str) -> None:
+    t, shape = written(), (TeacherConfig(path, dtype="float32", signal="topk", top_k=5), "teachers.wise")
+    alone, ranks = TeacherActor(*shape), ShardedTeacher(replace(shape[0], tensor_parallel_size=2), shape[1])
+    layers = ranks._teacher._model.model.layers
+    assert layers[0].self_attn.q_proj.weight.to_local().shape[0] == layers[0].self_attn.q_proj.weight.shape[0] / 2
+    for ids in (t.ids, t.ids[::-1], t.ids[2:3]):
+        ours, theirs = (teacher.score(ids, t)[1] for teacher in (ranks, alone))
+        np.testing.assert_allclose(ours.logprobs, theirs.logprobs, rtol=0, atol=1e-5)
+        np.testing.assert_allclose(ours.support_logprobs, theirs.support_logprobs, rtol=0, atol=1e-5)
+    ours, theirs = (x.generate(t.prompt_tokens, t.prompt_offsets, 8, [1], 0)[0] for x in (ranks, alone))
+    assert np.array_equal(ours, theirs)
+    asked = Requests(ids=t.ids, seeds=t.ids[:, 1] + 5, prompt_tokens=t.prompt_tokens, prompt_offsets=t.prompt_offsets)
+    ours, theirs = (x.sample(asked, 3, SamplingConfig(max_response_tokens=8), [1])[1] for x in (ranks, alone))
+    assert np.array_equal(ours.response_tokens, theirs.response_tokens)
+
+    print("they agree", flush=True)
+    [rank] = [child for child in psutil.Process().children() if "spawn_main" in " ".join(child.cmdline())]
+    rank.send_signal(signal.SIGKILL)
+    ranks.score(t.ids, t)
+
+
+def test_two_ranks_score_and_write_what_one_does_and_a_rank_that_is_lost_ends_the_actor(tmp_path: Path) -> None:
+    path = make_tiny_model(tmp_path / "m", heads_of_keys=2)
+    code = f"from {__name__} import compare; compare({str(path)!r})"  # a process is a rank of one group only
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100
+    )
+    assert "they agree" in done.stdout and done.returncode == 13, done.stderr[-3000:]
+
+
+def test_a_model_without_a_plan_is_refused(tmp_path: Path) -> None:
+    GPT2Config(n_layer=1).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"^teachers\.wise\.model: found a gpt2 model.* or backend: vllm"):
+        tensor_parallel_plan(str(tmp_path), False, "teachers.wise.model")
