@@ -138,7 +138,7 @@ class Campaign:
             async with self._learner_turn:  # an update that has begun is finished first
                 self._records.event("interrupted", step=self.state.step)
                 await self._checkpoints.save(self.state, self.learner)
-                await self._checkpoints.finish()
+                await self._checkpoints.settle()
         elif "train" not in names:
             raise RuntimeError(f"the stage {', '.join(sorted(names))} ended before the last update")
 
@@ -248,7 +248,7 @@ class Campaign:
             self._clock.utilisation.blocked("learner", True)
             await self._to_publish.put(published)
             self._clock.utilisation.blocked("learner", False)
-        await self._checkpoints.finish()
+        await self._checkpoints.settle()
         await self._all_published.wait()
 
     async def _publish(self) -> None:

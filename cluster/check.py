@@ -18,6 +18,7 @@ from actors.models import (
 from actors.verifiers import make_verifier
 from cluster.config import CampaignConfig
 from cluster.inputs import max_prompt_tokens, read_inputs
+from cluster.mirror import mirror_of
 from cluster.ray_cluster import check_cluster, connected, refuse_relative_output
 
 
@@ -42,6 +43,8 @@ def checks(config: CampaignConfig, *, offline: bool) -> Iterator[tuple[str, Call
     yield "prompts", (lambda: _prompts(config)) if here(student.model, *sources) else None
     if evaluation is not None:
         yield "verifier", lambda: _verifier(config)
+    if config.checkpoint.mirror is not None:
+        yield "mirror", None if offline else lambda: _mirror(config)
     yield "cluster", None if offline else lambda: _cluster(config)
 
 
@@ -50,6 +53,12 @@ def check_models(config: CampaignConfig) -> None:
     _student(config)
     for name in config.teachers:
         _teacher(config, name)
+
+
+def _mirror(config: CampaignConfig) -> str:
+    mirror = mirror_of(config)
+    steps = mirror.steps() if mirror else []
+    return f"{config.checkpoint.mirror}, " + (f"with step {steps[-1]}" if steps else "with no copy yet")
 
 
 def _student(config: CampaignConfig) -> str:

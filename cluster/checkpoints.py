@@ -3,6 +3,7 @@
     save     the learner copies its tensors, the state becomes JSON      the campaign waits
     write    both are written to a directory without a step's name       nobody waits
     commit   flushed to disk, given its name; older ones are removed     nobody waits
+    mirror   copied to `checkpoint.mirror`, where there is one           the end of the campaign, for the last
 
 The learner writes its part into the directory itself: it and the campaign must see the same file system. At most one
 checkpoint is under way; the end of the campaign, or an interrupt, waits for it.
@@ -14,6 +15,7 @@ from pathlib import Path
 
 from actors.errors import CheckpointError
 from cluster.config import CampaignConfig, CheckpointConfig
+from cluster.mirror import Mirror, mirror_of
 from cluster.ray_fleet import Fleet
 from cluster.records import RunRecords
 from cluster.state import STATE_FILE, CampaignState
@@ -40,7 +42,10 @@ class Checkpoints:
         self._directory = config.run_dir / "checkpoints"
         self._last_step, self._config = config.pipeline.updates, config.checkpoint
         self._records = records
+        self._mirror = mirror_of(config)
+        self._mirrored = -1
         self._task: asyncio.Task[None] | None = None
+        self._copying: asyncio.Task[None] | None = None
 
     async def save_if_due(self, state: CampaignState, learner: Fleet) -> None:
         """After an update: saves where the configuration says so, and raises what went wrong with the one before."""
@@ -70,12 +75,22 @@ class Checkpoints:
             self._task = None
             task.result()
 
+    async def settle(self) -> None:
+        """At the end of the campaign: waits for the checkpoint that is under way, and for its copy."""
+        await self.finish()
+        while self._copying is not None and not self._copying.done():
+            await asyncio.wait([self._copying])
+            self._mirror_newest()
+
     async def close(self) -> None:
         """At the end of the loop, whatever has ended it: a checkpoint that can still be completed is."""
         if self._task is not None:
             await asyncio.wait([self._task], timeout=CLOSE_SECONDS)
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
+        if self._copying is not None:
+            await asyncio.wait([self._copying], timeout=CLOSE_SECONDS)
+            self._copying.cancel()
 
     async def _write(
         self, step: int, content: str, state: CampaignState, learner: Fleet, copied: asyncio.Event
@@ -96,9 +111,28 @@ class Checkpoints:
                 raise
             self._records.event("checkpoint", step=step, path=str(target))
             keep = steps_to_keep(checkpoint_steps(self._directory), state, self._config)
-            await asyncio.to_thread(prune, self._directory, keep)
+            await asyncio.to_thread(prune, self._directory, {*keep, self._mirrored})
+            self._mirror_newest()
         except (OSError, CheckpointError) as error:
             raise CheckpointError(self._explain(step, error)) from error
+
+    def _mirror_newest(self) -> None:
+        """Begins to copy the newest checkpoint, unless it has been copied, or another still is."""
+        steps = checkpoint_steps(self._directory)
+        if self._mirror is None or not steps or steps[-1] <= self._mirrored:
+            return
+        if self._copying is None or self._copying.done():
+            self._mirrored = steps[-1]
+            self._copying = asyncio.create_task(self._copy(self._mirror, steps))
+
+    async def _copy(self, mirror: Mirror, steps: list[int]) -> None:
+        """A copy that fails is told; the campaign goes on, and tries again with the next checkpoint."""
+        try:
+            await asyncio.to_thread(mirror.push, steps[-1])
+            await asyncio.to_thread(mirror.prune, steps)
+            self._records.event("mirrored", step=steps[-1])
+        except Exception as error:  # each file system has its own
+            self._records.event("mirror_failed", f"{type(error).__name__}: {error}", step=steps[-1])
 
     def _explain(self, step: int, error: Exception) -> str:
         cause = f"{error.strerror} ({error.filename})" if isinstance(error, OSError) else str(error)

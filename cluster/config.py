@@ -91,6 +91,9 @@ class CheckpointConfig:
     """Older checkpoints are removed."""
     keep_best: int = number(1, minimum=0)
     """So many are kept besides: of those that were evaluated, the ones with the highest held-out accuracy."""
+    mirror: str | None = None
+    """URL of a directory (`s3://bucket/runs`, `gs://…`, whatever fsspec knows) to which every checkpoint is copied, with the
+    records, while training goes on; a campaign whose run directory is lost goes on from there."""
 
 
 @dataclass

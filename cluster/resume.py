@@ -9,6 +9,7 @@ from typing import Any
 
 from actors.errors import UserError
 from cluster.config import CampaignConfig, differences, load_config, may_change, write_config
+from cluster.mirror import KEY, Mirror, mirror_of
 from cluster.records import CONFIG_FILE, LEDGER_FILE, METRICS_FILE, RunRecords, read_jsonl
 from cluster.state import CampaignState, load_state
 
@@ -51,12 +52,24 @@ def claimed(config: CampaignConfig) -> Iterator[dict[str, Any]]:
             ) from error
         except OSError:
             pass  # a file system without locks
+        if mirror := mirror_of(config):
+            _bring_back(mirror, run_dir)
         changed = _changed(config)
         try:
             write_config(config, run_dir / CONFIG_FILE)
         except OSError as error:
             raise UserError("output_dir", f"{run_dir} ({error.strerror})", "a directory to write to") from error
         yield changed
+
+
+def _bring_back(mirror: Mirror, run_dir: Path) -> None:
+    """A campaign whose run directory is lost goes on from its mirror."""
+    try:
+        step = mirror.pull()
+    except OSError as error:
+        raise UserError(KEY, error, "copies that can be read") from error
+    if step is not None:
+        RunRecords(run_dir).event("brought_back", step=step)
 
 
 def take_up(config: CampaignConfig, records: RunRecords) -> tuple[CampaignState, Path | None]:
