@@ -253,7 +253,8 @@ def check_tokenizers_agree(
         raise UserError(
             key,
             f"a tokenizer in which {token!r} is {found}",
-            f"the student's tokenizer, in which it is token {id_} ({len(differing)} of {len(ours)} tokens differ)",
+            f"the student's tokenizer, in which it is token {id_} ({len(differing)} of {len(ours)} tokens differ), "
+            "or its own named in `tokenizer`",
         )
     for name in ("bos_token", "eos_token"):
         found, wanted = getattr(teacher_tok, name), getattr(student_tok, name)

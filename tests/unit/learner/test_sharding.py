@@ -58,7 +58,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 if find_spec("peft"):
-    SETTINGS = {"adapters": {"lora": LoraConfig(rank=3), "objective": FULL}, **SETTINGS}
+    SETTINGS = {
+        "adapters": {"lora": LoraConfig(rank=3), "objective": FULL},
+        "adapters alone": {"lora": LoraConfig(rank=3, publish="adapter"), "objective": FULL},
+        **SETTINGS,
+    }
 
 
 @dataclass
