@@ -314,8 +314,11 @@ def _no_mapping(schema: Any, content: Any) -> str:
 
 
 def _below(schema: Any, key: str) -> Any:
-    """The schema under a key; that of a mapping's values, or of a section that is null by default, under any name."""
-    node = schema._get_node(key)
+    """The schema under a key; that of a mapping's values, or of a section that is null by default, under any name. None
+    where there is no such key."""
+    if not OmegaConf.is_dict(schema):
+        return None
+    node = schema._get_node(key, validate_access=False)
     kind = node._metadata.ref_type if node is not None else schema._metadata.element_type
     return OmegaConf.structured(kind) if dataclasses.is_dataclass(kind) else node
 
