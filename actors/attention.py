@@ -19,6 +19,8 @@ from transformers.masking_utils import sdpa_mask
 
 NAME = "packed"
 """What models are told to use; transformers then calls `_attend` in each layer."""
+FLASH_HEAD = 256
+"""The largest heads that the kernel of GPUs takes."""
 KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 """Of transformers' kinds of layers, those in which nothing but the keys and values that are seen passes between tokens."""
 
@@ -46,6 +48,7 @@ def attend_uncompiled() -> None:
     AttentionInterface.register(NAME, torch.compiler.disable(_attend))
 
 
+@torch.no_grad()
 def use_packed_attention(model: PreTrainedModel) -> bool:
     """Tells the model's layers to attend within packed sequences; False, and nothing changed, where they cannot.
 
@@ -93,11 +96,11 @@ def _attend(
     **how: Any,
 ) -> tuple[torch.Tensor, None]:
     """query, key, value [1, h, T, d] -> [1, T, h, d]; without a packing [B, h, T, d], as transformers' sdpa."""
-    if packing is None:
+    if packing is None or how.get("position_bias") is not None:  # a bias is of the whole row: found by trying
         return _whole(module, query, key, value, attention_mask, **how), None
     if query.is_cuda:
         kind = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else query.dtype
-        if kind != torch.float32 and not how.get("dropout"):
+        if kind != torch.float32 and query.shape[-1] <= FLASH_HEAD and not how.get("dropout"):
             return _flash(query.to(kind), key.to(kind), value.to(kind), packing, **how), None
     sizes = [count * length for count, length in packing.runs]
     parts = []

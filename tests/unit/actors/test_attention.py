@@ -72,18 +72,22 @@ def test_one_sequence_and_padded_generation_are_as_before(model: PreTrainedModel
     assert torch.equal(found[0][1], found[1][1])
 
 
-@pytest.mark.parametrize("kind", ["convolutions", "attention of its own"])
+@pytest.mark.parametrize("kind", ["convolutions", "attention of its own", "a bias of positions"])
 def test_a_model_whose_sequences_would_mix_is_left_alone(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if kind == "convolutions":
         model = from_config(Lfm2Config(**TINY, **HEADS, layer_types=["conv", "full_attention"]))
     else:
         model = from_config(MistralConfig(**TINY, **HEADS))
-        plain = type(model.base_model.layers[0].self_attn).forward
-        monkeypatch.setattr(
-            type(model.base_model.layers[0].self_attn),
-            "forward",
-            lambda self, *positional, packing=None, **named: plain(self, *positional, **named),
-        )
+        layer = type(model.base_model.layers[0].self_attn)
+        plain = layer.forward
+
+        def forward(self: Any, packing: Any = None, **named: Any) -> Any:
+            if kind == "a bias of positions":
+                length = named["hidden_states"].shape[1]
+                named |= {"packing": packing, "position_bias": torch.zeros(1, 4, length, length)}
+            return plain(self, **named)
+
+        monkeypatch.setattr(layer, "forward", forward)
     before = model.config._attn_implementation
     assert not use_packed_attention(model)
     assert model.config._attn_implementation == before
