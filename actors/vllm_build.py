@@ -46,6 +46,9 @@ def build_llm(options: dict[str, Any], more: dict[str, Any], key: str) -> Any:
     with importing_vllm():
         from vllm import LLM
     options = {"skip_tokenizer_init": True, "disable_log_stats": True, **options}
+    if options["tensor_parallel_size"] > 1:
+        # In an actor with a placement group vLLM would ask Ray for more actors; the GPUs are this actor's own.
+        options["distributed_executor_backend"] = "mp"
     if not torch.cuda.is_available():
         options |= {"kv_cache_memory_bytes": CPU_KV_CACHE_BYTES, "enforce_eager": True}
         _skip_model_inspection(options["model"])

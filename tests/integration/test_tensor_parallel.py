@@ -1,16 +1,22 @@
 """A rollout engine over two ranks: weights reach its workers through shared memory."""
 
+import asyncio
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from actors.config import RolloutConfig, SamplingConfig
+from actors.rollout import RolloutActor
 from actors.trajectory import Requests, offsets_of
 from actors.vllm_engine import VllmEngine
 from actors.weights import pack
+from cluster.ray_actor import Resources
+from cluster.ray_fleet import Fleet
 from tests.tiny_models import make_tiny_model
 
 
@@ -47,3 +53,58 @@ def test_two_ranks_sample_from_the_published_weights(tmp_path: Path) -> None:
                     parameter.add_(0.02 * torch.randn_like(parameter))
     finally:
         engine.close()
+
+
+@pytest.mark.integration
+@pytest.mark.timeout(400)
+@pytest.mark.usefixtures("ray_session")
+def test_an_actor_whose_engine_process_dies_is_replaced_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    make_tiny_model(tmp_path / "model", context=2048)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    *buckets, manifest = pack(0, list(model.named_parameters()), "float32", 50_000)
+    sampling = SamplingConfig(max_response_tokens=1500)
+    config = RolloutConfig(
+        dtype="float32", tensor_parallel_size=2, engine={"max_num_seqs": 8, "kv_cache_memory_bytes": 64 << 20}
+    )
+    asked = Requests(
+        ids=np.array([(0, 0, 0)]),
+        seeds=np.arange(1),
+        prompt_tokens=np.arange(6, 11, dtype=np.int32),
+        prompt_offsets=offsets_of([5]),
+    )
+    events: list[tuple[str, str]] = []
+
+    async def prepare(handle: Any) -> None:
+        await handle.load_weights.remote(manifest, *buckets)
+
+    async def run() -> None:
+        fleet = Fleet(
+            "rollout",
+            RolloutActor,
+            (str(tmp_path / "model"), config, sampling, [], 0),
+            {},
+            replicas=1,
+            resources=Resources(0.1, 0.0, {"OMP_NUM_THREADS": "1"}),
+            max_restarts=3,
+            start_timeout_seconds=120,
+            hang_timeout_seconds=30.0,
+            on_event=lambda kind, **fields: events.append((kind, str(fields.get("cause", "")))),
+        )
+        fleet.prepare = prepare
+        try:
+            await fleet.start()
+            family = psutil.Process(fleet.replicas[0].process).children(recursive=True)
+            assert len(family) >= 2, "an engine of two ranks has a process for each"
+            call = asyncio.create_task(fleet.call("generate", asked))
+            await asyncio.sleep(0.5)
+            assert not call.done()
+            family[-1].kill()
+            await call
+            assert fleet.replicas[0].restarts == 1
+            _, left = psutil.wait_procs(family, timeout=10)
+            assert not left
+        finally:
+            fleet.close()
+
+    asyncio.run(run())
+    assert [kind for kind, _ in events] == ["actor_started", "actor_died", "actor_started", "actor_restarted"]
