@@ -15,7 +15,7 @@ from actors.errors import CampaignError, UserError
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs one command and exits with its status."""
-    parser = _parser()
+    parser = command_parser()
     options, others = parser.parse_known_args(arguments)
     # argparse takes no positional arguments after an option that stands among them.
     if [other for other in others if other.startswith("-") or not hasattr(options, "overrides")]:
@@ -39,7 +39,8 @@ def main(arguments: list[str] | None = None) -> None:
     sys.exit(status)
 
 
-def _parser() -> argparse.ArgumentParser:
+def command_parser() -> argparse.ArgumentParser:
+    """Every command and its arguments."""
     parser = argparse.ArgumentParser(prog="understudy", description="On-policy distillation of language models on Ray.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 

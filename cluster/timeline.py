@@ -22,6 +22,7 @@ TONES = {
     "resumed": "warn",
     "paused": "warn",
     "scaled": "warn",
+    "scaling_failed": "bad",
     "guard_warned": "warn",
     "guard_lowered_rate": "warn",
     "guard_rolled_back": "bad",
@@ -58,7 +59,7 @@ def lives(events: Sequence[dict[str, Any]], whole: float) -> dict[str, list[tupl
         if event["kind"] in ("actor_started", "actor_restarted") and actor:
             spans.setdefault(actor, [])
             since.setdefault(actor, now)
-        elif event["kind"] in FAULTS:
+        elif event["kind"] in (*FAULTS, "actor_ended"):
             end(actor, now)
         elif event["kind"] in (*BEGINNINGS, *ENDS):
             for open_actor in list(since):  # a campaign that begins again had been killed: its actors went with it
@@ -83,12 +84,14 @@ def _lanes(events: Sequence[dict[str, Any]], whole: float) -> str:
     spans = lives(events, whole)
     for actor, lived in list(spans.items())[:MAX_LANES]:
         bars = "".join(f'<b style="{place(a)};width:{max(100 * (b - a) / whole, 0.2):.2f}%"></b>' for a, b in lived)
-        deaths = "".join(
-            f'<i class="mark bad" style="{place(event["wall_seconds"])}" title="{_told(event)}"></i>'
+        marks = "".join(
+            f'<i class="mark {TONES[event["kind"]]}{" line" * (event["kind"] == "scaled")}" '
+            f'style="{place(event["wall_seconds"])}" title="{_told(event)}"></i>'
             for event in events
-            if event["kind"] in FAULTS and event.get("actor") == actor
+            if (event["kind"] in (*FAULTS, "scaling_failed") and event.get("actor") == actor)
+            or (event["kind"] == "scaled" and event.get("role") == actor.rpartition("-")[0])
         )
-        rows.append(f"<div><span>{escape(actor)}</span><div>{bars}{deaths}</div></div>")
+        rows.append(f"<div><span>{escape(actor)}</span><div>{bars}{marks}</div></div>")
     if len(spans) > MAX_LANES:
         rows.append(f"<div><span>… {len(spans) - MAX_LANES} more</span><div></div></div>")
     ends = "".join(f"<span>{seconds(whole * part / 4)}</span>" for part in range(5))
@@ -117,6 +120,10 @@ def _details(event: dict[str, Any]) -> str:
 
 def _told(event: dict[str, Any]) -> str:
     """One line for a mark's tooltip."""
+    if event["kind"] == "scaled":
+        return escape(
+            f"{seconds(event['wall_seconds'])}: {event['role']} scaled, {event['before']} to {event['after']} actors"
+        )
     fields = [f"{key} {value}" for key, value in event.items() if key in ("actor", "step", "cause") and value != ""]
     return escape(
         f"{seconds(event['wall_seconds'])}: {', '.join([event['kind'].replace('_', ' '), *fields])}", quote=True

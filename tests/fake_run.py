@@ -130,6 +130,10 @@ def _events(updates: int, faults: bool, finished: bool) -> list[dict]:
     if faults:
         events.append(event(middle, "actor_died", "ActorDiedError: SIGKILL <worker>", actor="rollout-1"))
         events.append(event(middle + 4, "actor_restarted", actor="rollout-1", restarts=1))
+        events.append(event(middle + 5, "scaled", role="rollout", before=2, after=3))
+        events.append(event(middle + 6, "actor_started", actor="rollout-2"))
+        events.append(event(middle + 8, "scaled", role="rollout", before=3, after=2))
+        events.append(event(middle + 8.5, "actor_ended", actor="rollout-2"))
     events.append(event(end - 0.5, "checkpoint", step=updates, path=f"/runs/checkpoints/step_{updates:08d}"))
     return [*events, event(end, "finished", step=updates)] if finished else events
 

@@ -327,6 +327,16 @@ def test_actors_live_until_they_die_or_the_campaign_ends():
     ]  # fmt: skip
     assert lives(events, 25) == {"a": [(1, 9), (11, 20)], "b": [(2, 5), (7, 9)]}
     assert lives(events[:3], 25) == {"a": [(1, 25)], "b": [(2, 25)]}
+    assert lives([*events[:3], event(6, "actor_ended", "b")], 25) == {"a": [(1, 25)], "b": [(2, 6)]}
+
+
+def test_faults_and_scaling_are_marked_on_the_lanes_of_the_actors_that_they_concern(run):
+    section = write_report([run], run / "page.html").read_text().split('<div class="lanes">')[1].split("<details")[0]
+    lanes = {lane.split("<")[0]: lane for lane in section.split("<div><span>")[1:]}
+    assert lanes["rollout-1"].count('class="mark bad"') == 1 and "actor died" in lanes["rollout-1"]
+    assert lanes["rollout-2"].count("<b ") == 1 and lanes["rollout-2"].count('class="mark warn line"') == 2
+    assert "rollout scaled, 2 to 3 actors" in lanes["rollout-0"] and "rollout scaled, 2 to 3" in lanes["campaign"]
+    assert "scaled" not in lanes["teacher.default-0"] and "mark" not in lanes["learner-0"]
 
 
 def test_what_a_guard_did_is_marked_and_what_it_undid_is_drawn_behind(run):

@@ -1,0 +1,73 @@
+"""Commands as they stand in README, documentation and examples: found, and taken apart."""
+
+import re
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PROGRAMS = ("understudy", "python", "make", "ray", "pip", "mkdocs", "docker", "kubectl", "sbatch", "git")
+"""Text in backticks, or an indented line, is a command where it begins with one of these and goes on."""
+PLACES = {
+    "CONFIG": "configs/quickstart.yaml",
+    "RUN_DIR": "RUN",
+    "~/understudy-runs/quickstart": "RUN",
+    "/tmp/walk/walk": "RUN",
+    "quickstart": "RUN",
+    "URL": "http://127.0.0.1:8265",
+    "…": "http://127.0.0.1:8265",
+    "N": "8",
+}
+"""Words that stand for something of the reader's; `RUN` stands for a run directory."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command of a page."""
+
+    page: str
+    text: str
+
+    @property
+    def words(self) -> list[str]:
+        """As a shell sees them, without a comment; names of the program are those that PATH would find."""
+        text = re.sub(r"\s*\[[A-Z_a-z=]+ …\]", "", self.text)  # what may be repeated
+        words = [PLACES.get(word, word) for word in shlex.split(text, comments=True)]
+        words = [re.sub(r"=[KN]$", "=1", word) for word in words]
+        if words[:3] == ["python", "-m", "cluster"]:
+            words[:3] = ["understudy"]
+        return [words[0].removeprefix(".venv/bin/"), *words[1:]]
+
+
+def pages() -> list[Path]:
+    """All that are read as documentation."""
+    found = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/*/*.md")]
+    return sorted(found)
+
+
+def commands() -> list[Command]:
+    """Every command of every page, each once."""
+    found = [
+        Command(str(page.relative_to(ROOT)), text) for page in pages() for text in commands_of(page.read_text("utf-8"))
+    ]
+    return list(dict.fromkeys(found))
+
+
+def commands_of(markdown: str) -> list[str]:
+    """All lines of blocks in a shell's language; elsewhere, and in backticks, what looks like a command."""
+    found = []
+    for language, block in re.findall(r"^```(\w*)\n(.*?)^```", markdown, re.S | re.M):
+        lines = block.replace("\\\n", " ").splitlines()
+        if language in ("sh", "bash", "console", "shell"):
+            found += [line.removeprefix("$ ") for line in lines if line.strip() and not line.startswith("#")]
+        else:
+            found += [line.strip().removeprefix("$ ") for line in lines if _looks_like_one(line.strip())]
+    rest = re.sub(r"^```.*?^```", "", markdown, flags=re.S | re.M)
+    found += [line.strip() for line in re.findall(r"^ {4}(.+)$", rest, re.M) if _looks_like_one(line.strip())]
+    found += [span for span in re.findall(r"`([^`\n]+)`", rest) if _looks_like_one(span)]
+    return found
+
+
+def _looks_like_one(text: str) -> bool:
+    program, _, others = text.removeprefix("$ ").removeprefix(".venv/bin/").partition(" ")
+    return program in PROGRAMS and bool(others)

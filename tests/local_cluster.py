@@ -1,0 +1,134 @@
+"""A Ray cluster of several nodes on this machine, token-protected, started with `ray start` as an operator would."""
+
+import contextlib
+import json
+import os
+import secrets
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+
+ROOT = Path(__file__).resolve().parents[1]
+BIN = Path(sys.executable).parent
+QUICK_TO_NOTICE = {
+    "health_check_initial_delay_ms": 0,
+    "health_check_period_ms": 500,
+    "health_check_timeout_ms": 1000,
+    "health_check_failure_threshold": 3,
+}
+"""A node that is gone is noticed in two seconds; Ray's own default is fifteen."""
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports of the loopback device that nobody listens on."""
+    sockets = [socket.socket() for _ in range(count)]
+    for s in sockets:
+        s.bind(("127.0.0.1", 0))
+    ports = [s.getsockname()[1] for s in sockets]
+    for s in sockets:
+        s.close()
+    return ports
+
+
+class LocalCluster:
+    """A head, and what nodes are added. Not stopped by `ray stop`, which would stop every Ray on the machine."""
+
+    def __init__(self, folder: Path, *, cpus: float = 2, resources: dict[str, float] | None = None):
+        """Starts the head and waits until its job server answers. folder: where its token is kept."""
+        token = folder / "token"
+        token.write_text(secrets.token_hex(32))
+        self.environment = {
+            **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
+            "PATH": f"{BIN}:{os.environ['PATH']}",
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(token),
+            "PYTHONUNBUFFERED": "1",
+        }
+        """Of a client of this cluster, and of its nodes."""
+        self._folder = folder
+        self._gcs, dashboard, client, self.metrics_port = free_ports(4)
+        self.address = f"http://127.0.0.1:{dashboard}"
+        """Of the job server."""
+        self.nodes: list[psutil.Process] = []
+        """`ray start --block` of each node, the head first."""
+        self._start(
+            *("--head", f"--port={self._gcs}", f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1"),
+            *(f"--ray-client-server-port={client}", f"--metrics-export-port={self.metrics_port}"),
+            f"--system-config={json.dumps(QUICK_TO_NOTICE)}",
+            cpus=cpus,
+            resources=resources,
+        )
+        deadline = time.monotonic() + 60
+        while self.run(BIN / "ray", "job", "list", "--address", self.address).returncode:
+            assert self.nodes[0].is_running() and time.monotonic() < deadline, "the head did not start"
+            time.sleep(1)
+
+    def add_node(self, *, cpus: float = 2, resources: dict[str, float] | None = None) -> None:
+        """Starts one more node; not two at a time, since nodes of one IP address wait for each other for ever."""
+        self._start(f"--address=127.0.0.1:{self._gcs}", cpus=cpus, resources=resources)
+
+    def run(self, *command: object, timeout: float = 250) -> subprocess.CompletedProcess[str]:
+        """Runs a command as this cluster's operator, from the repository's root."""
+        words = list(map(str, command))
+        return subprocess.run(words, cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=timeout)
+
+    def understudy(self, *arguments: object, timeout: float = 250) -> subprocess.CompletedProcess[str]:
+        """Likewise `understudy …`; again where the head answers, and the agent that starts jobs is not there yet."""
+        deadline = time.monotonic() + 120
+        while True:
+            done = self.run(sys.executable, "-m", "cluster", *arguments, timeout=timeout)
+            if "No available agent" not in done.stdout + done.stderr or time.monotonic() > deadline:
+                return done
+            time.sleep(2)
+
+    def hosts(self, actor: str) -> list[psutil.Process]:
+        """The nodes that have an actor of this class, by its name."""
+        return [
+            node
+            for node in self.nodes
+            if any(f"ray::{actor}" in " ".join(_command(one)) for one in node.children(recursive=True))
+        ]
+
+    def kill(self, node: psutil.Process) -> None:
+        """Takes a node away as a power cut does: all its processes at once, without a word."""
+        processes = [node, *node.children(recursive=True)]
+        for process in processes:
+            _kill(process)
+        psutil.wait_procs(processes, timeout=10)
+        self.nodes.remove(node)
+
+    def close(self) -> None:
+        """Ends every node."""
+        for node in reversed(list(self.nodes)):
+            self.kill(node)
+
+    def _start(self, *options: str, cpus: float, resources: dict[str, float] | None) -> None:
+        command = [
+            *(str(BIN / "ray"), "start", "--block", "--node-ip-address=127.0.0.1", "--disable-usage-stats"),
+            *(f"--num-cpus={cpus:g}", f"--resources={json.dumps(resources or {})}", "--object-store-memory=200000000"),
+            *("--dashboard-agent-listen-port=0", "--min-worker-port=0", "--max-worker-port=0", *options),
+        ]
+        said = self._folder / f"node-{len(self.nodes)}.log"
+        with said.open("w") as log:
+            process = psutil.Popen(command, env=self.environment, start_new_session=True, stdout=log, stderr=log)
+        self.nodes.append(process)
+        deadline = time.monotonic() + 60
+        while "Ray runtime started" not in said.read_text():
+            assert process.poll() is None and time.monotonic() < deadline, said.read_text()[-2000:]
+            time.sleep(0.2)
+
+
+def _command(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
+def _kill(process: psutil.Process) -> None:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process.kill()

@@ -1,0 +1,205 @@
+"""Every command of README, documentation and examples is one that this version has.
+
+What can be run here in a second is run (`status`, `tail`, `report` and `plan`, on a run that has ended); `run`, `check`,
+`submit` and `compare` are read by the command line's own parser, and their configuration is read (tests/unit/test_examples.py
+checks it); scripts read their own arguments, and then stop. What is left is in NOT_HERE.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cluster.cli import command_parser, main
+from cluster.config import load_config
+from tests.documented import ROOT, Command, commands, commands_of
+from tests.fake_run import make_fake_run
+
+COMMANDS = commands()
+NOT_HERE = {
+    ("export",): "sets a variable of the reader's shell",
+    ("pip", "install"): "changes the installation; what is installed is in pyproject.toml",
+    ("pip", "check"): "tells about the installation",
+    ("mkdocs", "serve"): "goes on for ever; the site is built by a test of its own",
+    ("ray", "status"): "asks a cluster",
+}
+"""First words -> why they are not looked into."""
+STEERING = ("pause", "resume", "stop", "scale")
+"""tests/integration/test_steering.py runs these on a campaign."""
+PARSED_BY_RAY = ("start", "job submit")
+"""tests/integration/test_job.py and tests/e2e/test_walk.py run these."""
+READ_ARGUMENTS = """
+import argparse, json, runpy, sys, traceback
+parse = argparse.ArgumentParser.parse_args
+def stop(*arguments, **keywords):
+    parse(*arguments, **keywords)
+    sys.exit(0)
+argparse.ArgumentParser.parse_args = stop
+sys.path.insert(0, "")
+wrong = {}
+for words in json.loads(sys.argv[1]):
+    sys.argv = words[words[0] == "-m":]
+    try:
+        (runpy.run_module if words[0] == "-m" else runpy.run_path)(sys.argv[0], run_name="__main__")
+        wrong[" ".join(words)] = "it reads no arguments, or none before it works"
+    except SystemExit as ended:
+        if ended.code:
+            wrong[" ".join(words)] = f"exit status {ended.code}"
+    except BaseException:
+        wrong[" ".join(words)] = traceback.format_exc()
+print(json.dumps(wrong))
+"""
+"""Runs scripts until they have read their arguments; in one process, since most of them import torch."""
+
+
+def refused(scripts: list[list[str]]) -> dict[str, str]:
+    """Words of those `python …` that refuse them -> why."""
+    command = [sys.executable, "-c", READ_ARGUMENTS, json.dumps(scripts)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of the quickstart that has finished, to all appearances."""
+    run = make_fake_run(tmp_path_factory.mktemp("documented") / "quickstart")
+    config = ROOT.joinpath("configs/quickstart.yaml").read_text().replace("~/understudy-runs", str(run.parent))
+    (run / "config.yaml").write_text(config)
+    return run
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda c: f"{c.page}: {c.text[:60]}")
+def test_the_command_is_one_that_this_version_has(
+    command: Command, run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    program, *words = [word.replace("RUN", str(run_dir)) if word == "RUN" else word for word in command.words]
+    if any(tuple([program, *words][: len(prefix)]) == prefix for prefix in NOT_HERE):
+        return
+    if program == "understudy":
+        return of_understudy(words, tmp_path, run_dir)
+    look = {"python": of_python, "make": of_make, "ray": of_ray}
+    assert program in look, f"{program}: neither looked into nor in NOT_HERE"
+    return look[program](words)
+
+
+def of_understudy(words: list[str], folder: Path, run_dir: Path) -> None:
+    if len(words) == 1:  # a command's name alone
+        assert words[0] in command_parser().format_help()
+        return
+    if words[0] in ("plan", "submit") and words[1].startswith("--"):  # what is to be added to `plan CONFIG`
+        words.insert(1, "configs/quickstart.yaml")
+    options, others = command_parser().parse_known_args(words)
+    assert not [other for other in others if other.startswith("-")]
+    if config := getattr(options, "config", None):
+        overrides = [*options.overrides, *others]
+        load_config(config, [override for override in overrides if ":" not in override.partition("=")[0]])
+    elif others:
+        raise AssertionError(f"unrecognized: {others}")
+    if words[0] in ("status", "tail", "report", "plan"):
+        extra = {"report": ["--output", str(folder / "page.html")], "plan": ["--run", str(run_dir)]}.get(words[0], [])
+        extra = [] if "--run" in words else extra
+        with pytest.raises(SystemExit) as ended:
+            main([*[word for word in words if word != "--watch"], *extra])
+        assert ended.value.code == 0
+    else:
+        assert words[0] in ("run", "check", "submit", "compare", *STEERING), f"{words[0]} is not looked into"
+
+
+def script(words: list[str]) -> Path:
+    """The file that `python …` runs, from the repository's root."""
+    if words[0] != "-m":
+        return ROOT / words[0]
+    path = ROOT / words[1].replace(".", "/")
+    return path / "__main__.py" if path.is_dir() else path.with_suffix(".py")
+
+
+def of_python(words: list[str]) -> None:
+    source = script(words)
+    if "<name>" in str(source):
+        assert list(ROOT.glob(str(source.relative_to(ROOT)).replace("<name>", "*")))
+    elif "argparse" not in source.read_text("utf-8"):  # those with arguments are looked into together
+        assert len(words) == 1 + (words[0] == "-m"), f"{source} reads no arguments"
+        compile(source.read_text("utf-8"), str(source), "exec")
+
+
+def with_arguments(found: list[Command]) -> list[list[str]]:
+    """Of these commands, what stands behind `python`, where that is a script that reads arguments."""
+    scripts = [command.words[1:] for command in found if command.words[0] == "python" and "<name>" not in command.text]
+    return [words for words in scripts if "argparse" in script(words).read_text("utf-8")]
+
+
+def test_scripts_take_the_arguments_that_pages_give_them() -> None:
+    scripts = with_arguments(COMMANDS)
+    wrong = ["-m", "benchmarks.pipeline", "stages", "--updatez", "30"]
+    assert len(scripts) > 5
+    assert refused([*scripts, wrong]) == {" ".join(wrong): "exit status 2"}
+
+
+def of_make(words: list[str]) -> None:
+    done = subprocess.run(["make", "--dry-run", *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def of_ray(words: list[str]) -> None:
+    from ray.scripts.scripts import cli
+
+    name = next((known for known in PARSED_BY_RAY if words[: len(known.split())] == known.split()), None)
+    assert name, f"ray {words[0]}: neither looked into nor in NOT_HERE"
+    command = cli
+    for part in name.split():
+        command = command.commands[part]
+    command.make_context(name, words[len(name.split()) :])
+
+
+def test_commands_are_found_in_every_form() -> None:
+    page = """
+```sh
+understudy check a.yaml   # a comment
+# only a comment
+ray start --head \\
+  --num-cpus=2
+```
+and `python -m benchmarks.head --x`, not `python` or `make_models.py`.
+
+    python benchmarks/sizes.py
+
+```
+plain text
+$ make demo
+```
+"""
+    assert [Command("p", text).words for text in commands_of(page)] == [
+        ["understudy", "check", "a.yaml"],
+        ["ray", "start", "--head", "--num-cpus=2"],
+        ["make", "demo"],
+        ["python", "benchmarks/sizes.py"],
+        ["python", "-m", "benchmarks.head", "--x"],
+    ]
+    assert len(COMMANDS) > 40
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "understudy runn configs/quickstart.yaml",
+        "understudy run configs/absent.yaml",
+        "understudy run configs/quickstart.yaml pipeline.updatez=3",
+        "understudy status RUN --wach",
+        "understudy report RUN --json",
+        "understudy plan configs/quickstart.yaml --gpuz 8",
+        "python benchmarks/absent.py",
+        "make demonstration",
+        "ray start --heat",
+        "ray stop",
+        "curl http://127.0.0.1:8265",
+    ],
+)
+def test_a_command_that_this_version_has_not_is_found_out(
+    text: str, run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises((Exception, SystemExit)):
+        test_the_command_is_one_that_this_version_has(Command("p", text), run_dir, tmp_path, monkeypatch)

@@ -1,0 +1,105 @@
+"""The walk of docs/walk.md, step by step: a campaign on a cluster of four nodes is watched, scaled, and loses a node.
+
+A test takes it, and `docs/make_walk.py`, which makes the page's pictures.
+"""
+
+import json
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from cluster.records import read_jsonl
+from tests.local_cluster import LocalCluster
+
+CAMPAIGN = (
+    "name=walk",
+    "pipeline.updates=200",
+    "pipeline.max_staleness=1",
+    "pipeline.prompts_per_update=16",
+    "evaluation.prompts.limit=64",
+    "evaluation.every_updates=40",
+    "rollout.resources={rollout: 1}",
+    "teachers.default.resources={teacher: 1}",
+    "learner.resources={learner: 1}",
+)
+"""What is changed of configs/quickstart.yaml: short updates, and which nodes each role may have."""
+PATIENCE_SECONDS = 150
+
+
+class Walk:
+    """One campaign on a cluster of its own; each step of the page is a method."""
+
+    def __init__(self, folder: Path):
+        """Starts the cluster: a head for learner and teacher, three nodes for one rollout actor each."""
+        self.folder, self.run = folder, folder / "walk"
+        self.cluster = LocalCluster(folder, cpus=2, resources={"learner": 1, "teacher": 1})
+        for _ in range(3):
+            self.cluster.add_node(cpus=1, resources={"rollout": 1})
+
+    def submit(self) -> subprocess.CompletedProcess[str]:
+        """As a job."""
+        where = ("--address", self.cluster.address)
+        return self.cluster.understudy(
+            "submit", "configs/quickstart.yaml", *where, f"output_dir={self.folder}", *CAMPAIGN
+        )
+
+    def until(self, what: str, condition: Callable[[], object]) -> None:
+        """Waits; AssertionError with the job's events where it does not come, or the campaign has ended before."""
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while not condition():
+            over = {"finished", "failed", "stopped"} & set(self.kinds()) or time.monotonic() > deadline
+            assert not over or condition(), f"{what} has not happened: {self.events()}"
+            time.sleep(0.5)
+
+    def events(self, kind: str = "") -> list[dict[str, Any]]:
+        """Of the campaign so far; of one kind."""
+        rows = read_jsonl(self.run / "events.jsonl")
+        return [row for row in rows if kind in ("", row["kind"])]
+
+    def kinds(self) -> list[str]:
+        """Of its events, in their order."""
+        return [event["kind"] for event in self.events()]
+
+    def status(self) -> dict[str, Any]:
+        """`understudy status RUN --json`."""
+        return json.loads(self.cluster.understudy("status", self.run, "--json").stdout)
+
+    def update(self) -> int:
+        """The last one that was taken."""
+        rows = read_jsonl(self.run / "metrics.jsonl")
+        return int(rows[-1]["step"]) if rows else 0
+
+    def wait_for_updates(self, more: int) -> None:
+        """Until so many more have been taken."""
+        wanted = self.update() + more
+        self.until(f"update {wanted}", lambda: self.update() >= wanted)
+
+    def scale(self) -> subprocess.CompletedProcess[str]:
+        """A second rollout actor, on a node of its own."""
+        return self.cluster.understudy("scale", self.run, "rollout=2")
+
+    def wait_for_actor(self, name: str) -> None:
+        """Until it works."""
+        self.until(name, lambda: name in [event["actor"] for event in self.events("actor_started")])
+
+    def kill_a_node(self) -> None:
+        """One that has a rollout actor; another node with room for it is idle."""
+        self.cluster.kill(self.cluster.hosts("RolloutActor")[0])
+
+    def wait_for_the_replacement(self) -> None:
+        """Until the lost actor works again, on the idle node. Paused meanwhile, so that updates are left for it."""
+        self.until("the loss", lambda: self.events("actor_died"))
+        self.wait_for_updates(2)
+        self.cluster.understudy("pause", self.run)
+        self.until("the replacement", lambda: self.events("actor_restarted"))
+        self.cluster.understudy("resume", self.run)
+
+    def wait_for_the_end(self) -> None:
+        """Until the campaign has finished, and its report is written."""
+        self.until("the end", lambda: self.events("finished") and (self.run / "report.html").exists())
+
+    def close(self) -> None:
+        """Ends the cluster."""
+        self.cluster.close()
