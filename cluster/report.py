@@ -244,6 +244,7 @@ def _before_after(run: Run) -> str:
         ("wall clock", _text(result["wall_seconds"], seconds)),
         ("faults", _text(result["faults"], "{:,}".format)),
     ]
+    took += _cost(result.get("cost") or {})
     ledger = result.get("ledger") or {}
     if ledger:
         took.append(("trajectories trained", f"{ledger['trained']:,}"))
@@ -253,6 +254,17 @@ def _before_after(run: Run) -> str:
         took.append(("under way", f"{still_open:,}"))
     tiles = "".join(f"<div><dd>{value}</dd><dt>{name}</dt></div>" for name, value in took)
     return f'<table class="result"><thead>{head}</thead><tbody>{"".join(lines)}</tbody></table><dl class="tiles">{tiles}</dl>'
+
+
+def _cost(cost: dict[str, Any]) -> list[tuple[str, str]]:
+    """Hours by role, of GPUs where there were any, else of processors."""
+    kind = "gpu_hours" if cost.get("tokens_per_gpu_hour") else "cpu_hours"
+    hours = {role: found for role, found in cost.get(kind, {}).items() if found}
+    name = "GPU hours" if kind == "gpu_hours" else "core hours"
+    tiles = [(f"{name}, {escape(role)}", f"{found:,.3g}") for role, found in hours.items()]
+    if cost.get("tokens_per_gpu_hour"):
+        tiles.append(("tokens sampled in a GPU hour", f"{cost['tokens_per_gpu_hour']:,.0f}"))
+    return tiles
 
 
 def _comparison(names: Sequence[str], runs: Sequence[Run]) -> str:

@@ -23,6 +23,7 @@ from cluster.check import check_models
 from cluster.checkpoints import what_is_good
 from cluster.config import CampaignConfig
 from cluster.control import obey
+from cluster.cost import cost_of
 from cluster.evaluate import Evaluator
 from cluster.inputs import Inputs, read_inputs
 from cluster.progress import Progress, in_words
@@ -154,7 +155,7 @@ async def _run(
             await learner.start(patient=True)
             on_event("learner_restored", step=state.step, checkpoint=str(checkpoint))
         records.event("finished" if complete else "stopped", step=state.step)
-        summary = summarise(config, state, records.wall_seconds)
+        summary = summarise(config, state, records.wall_seconds, needed)
         records.write_summary(summary)
         write_report([config.run_dir], config.run_dir / "report.html")
         return summary, complete
@@ -292,7 +293,9 @@ def build_evaluator(config: CampaignConfig, inputs: Inputs, teachers: dict[str, 
     )
 
 
-def summarise(config: CampaignConfig, state: CampaignState, wall_seconds: float) -> dict[str, Any]:
+def summarise(
+    config: CampaignConfig, state: CampaignState, wall_seconds: float, needed: dict[str, tuple[int, Resources]]
+) -> dict[str, Any]:
     """The contents of summary.json."""
     end = state.evaluations[max(state.evaluations)] if state.evaluations else {}
     replicas = {
@@ -317,6 +320,7 @@ def summarise(config: CampaignConfig, state: CampaignState, wall_seconds: float)
         "loop_seconds": state.loop_seconds,
         "wall_over_slowest_stage": state.loop_seconds / slowest if slowest else None,
         "utilisation": {"roles": by_role(state.actor_seconds), "actors": state.actor_seconds},
+        "cost": cost_of(state.actor_seconds, {role: one for role, (_, one) in needed.items()}, state.tokens_generated),
         "faults": state.faults,
         "ledger": state.ledger.counts(),
         "dropped_because": dict(state.ledger.dropped),

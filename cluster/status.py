@@ -94,7 +94,7 @@ def read_status(run_dir: Path, now: float | None = None) -> dict[str, Any]:
         **rates,
         "roles": live.get("roles", {}),
         "actors": live.get("actors", []),
-        "queues": live.get("queues", {}),
+        "queues": {key.removeprefix("queue_"): depth for key, depth in last.items() if key.startswith("queue_")},
         "policy_version": last.get("policy_version", 0),
         "ledger": live.get("ledger") or summary.get("ledger", {}),
         "metrics": {key: last[key] for key in METRICS if last.get(key) is not None},

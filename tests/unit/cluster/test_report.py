@@ -330,6 +330,23 @@ def test_actors_live_until_they_die_or_the_campaign_ends():
     assert lives([*events[:3], event(6, "actor_ended", "b")], 25) == {"a": [(1, 25)], "b": [(2, 6)]}
 
 
+@pytest.mark.parametrize("gpus", [0.0, 0.5])
+def test_what_it_has_cost_is_told_in_gpu_hours_where_there_were_gpus(run, gpus):
+    summary = json.loads((run / "summary.json").read_text())
+    hours = {"rollout": 8.0, "teacher.default": 0.25, "learner": 0.0}
+    summary["cost"] = {
+        "cpu_hours": hours,
+        "gpu_hours": {role: found * gpus for role, found in hours.items()},
+        "tokens_per_gpu_hour": 123456.7 if gpus else None,
+    }
+    (run / "summary.json").write_text(json.dumps(summary))
+    page = write_report([run], run / "page.html").read_text()
+    name, rollout, teacher = ("GPU hours", "4", "0.125") if gpus else ("core hours", "8", "0.25")
+    assert f"<dd>{rollout}</dd><dt>{name}, rollout</dt>" in page
+    assert f"<dd>{teacher}</dd><dt>{name}, teacher.default</dt>" in page and f"{name}, learner" not in page
+    assert ("<dd>123,457</dd><dt>tokens sampled in a GPU hour</dt>" in page) == bool(gpus)
+
+
 def test_faults_and_scaling_are_marked_on_the_lanes_of_the_actors_that_they_concern(run):
     section = write_report([run], run / "page.html").read_text().split('<div class="lanes">')[1].split("<details")[0]
     lanes = {lane.split("<")[0]: lane for lane in section.split("<div><span>")[1:]}

@@ -92,6 +92,15 @@ def test_a_campaign_without_any_update_has_a_screen(running: Path) -> None:
     assert "update 0/100" in shown(status)
 
 
+def test_what_waits_for_each_stage_is_that_of_the_newest_update(running: Path) -> None:
+    rows = [json.loads(line) for line in (running / "metrics.jsonl").read_text().splitlines()]
+    rows[-1] |= {"queue_sample": 3, "queue_sampling": 1234, "queue_score": 0, "queue_train": 7}
+    (running / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    status = read_status(running)
+    assert status["queues"] == {"sample": 3, "sampling": 1234, "score": 0, "train": 7}
+    assert "sampling 1,234" in shown(status)
+
+
 def test_news_are_shown_and_ordinary_events_are_not(running: Path) -> None:
     with (running / "events.jsonl").open("a") as file:
         for kind, cause in (("actor_died", "killed by the kernel"), ("checkpoint", "")):
