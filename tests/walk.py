@@ -4,8 +4,10 @@ A test takes it, and `docs/make_walk.py`, which makes the page's pictures.
 """
 
 import json
+import re
 import subprocess
 import time
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -75,6 +77,11 @@ class Walk:
         """Until so many more have been taken."""
         wanted = self.update() + more
         self.until(f"update {wanted}", lambda: self.update() >= wanted)
+
+    def scraped(self) -> set[str]:
+        """Names of the metrics that the head's node exports for Prometheus."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.cluster.metrics_port}/metrics", timeout=10) as answer:
+            return set(re.findall(r"^(ray_understudy_\w+)\{", answer.read().decode(), re.M))
 
     def scale(self) -> subprocess.CompletedProcess[str]:
         """A second rollout actor, on a node of its own."""

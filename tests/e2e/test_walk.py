@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.local_cluster import ROOT
 from tests.walk import Walk
 
 
@@ -42,6 +43,9 @@ def test_from_the_demo_to_a_report_of_a_campaign_that_was_scaled_and_lost_a_node
     [died] = walk.events("actor_died")
     assert "node" in died["cause"]
 
+    drawn = set(re.findall(r"ray_understudy_\w+", (ROOT / "deploy" / "grafana.json").read_text()))
+    assert drawn
+    walk.until(f"Prometheus: {drawn - walk.scraped()}", lambda: drawn <= walk.scraped())
     walk.wait_for_the_end()
     summary = json.loads((walk.run / "summary.json").read_text())
     assert (summary["updates"], summary["faults"]) == (200, 1)

@@ -12,7 +12,7 @@ import pytest
 import ray
 import yaml
 
-from cluster.cli import _parser
+from cluster.cli import command_parser
 from cluster.config import load_config
 from cluster.estimate import replicas_of
 from cluster.records import EVALUATION_KEYS, METRIC_KEYS
@@ -37,7 +37,7 @@ def test_the_launcher_file_is_what_rays_schema_asks_for() -> None:
 def test_a_rayjob_runs_a_campaign_whose_roles_land_on_the_groups_meant_for_them() -> None:
     python, *arguments = shlex.split(manifest("kuberay/rayjob.yaml")["spec"]["entrypoint"])
     assert [python, *arguments[:2]] == ["python", "-m", "cluster"]
-    options = _parser().parse_args(arguments[2:])
+    options = command_parser().parse_args(arguments[2:])
     config = load_config(ROOT / "configs" / "qwen3_8b_from_32b.yaml", options.overrides)
     wanted = {
         "rollout": config.rollout.resources,
