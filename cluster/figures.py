@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from html import escape
-from typing import Any
+from typing import Any, NamedTuple
 
 from cluster.charts import PALETTE_SIZE, Mark, Series, compact, line_chart, percent, stacked_bars
 
@@ -225,6 +225,55 @@ def small_figures(figures: Sequence[Figure], runs: Sequence[tuple[str, Rows]], p
         )
         drawn.append(_frame(_explained(figure, runs), chart, latest if len(runs) == 1 else ""))
     return "".join(drawn), "".join(steady)
+
+
+class Histogram(NamedTuple):
+    """A key of metrics.jsonl whose value is a list of counts."""
+
+    title: str
+    note: str
+    key: str
+    at: Callable[[int], float]
+    """Where the bar of a place in the list stands."""
+    unit: str
+
+
+HISTOGRAMS: dict[str, Histogram] = {
+    "The policy": Histogram(
+        "Log-ratios",
+        "log pi - log q of the last tenth’s tokens, in nats; what lies beyond is at the edge",
+        "log_ratio_histogram",
+        lambda place: (place - 8) / 2,  # learner/metrics.py, which is not imported here: it takes torch along
+        "nats",
+    ),
+    "The pipeline": Histogram(
+        "Staleness of trajectories",
+        "trained in the last tenth of the updates, by versions behind the learner",
+        "staleness_histogram",
+        float,
+        "versions behind",
+    ),
+}
+"""By the group that each stands in."""
+
+
+def histogram_figure(histogram: Histogram, name: str, rows: Rows) -> str:
+    """The counts of the last tenth of the updates, together. Nothing where there is but one bar."""
+    counted = [row[histogram.key] for row in rows if row.get(histogram.key)]
+    last = counted[-max(1, len(counted) // 10) :]
+    if not last or len(last[-1]) < 2:
+        return ""
+    sums = [float(sum(column)) for column in zip(*last, strict=True)]
+    chart = stacked_bars(
+        [histogram.unit],
+        [histogram.at(place) for place in range(len(sums))],
+        [[count] for count in sums],
+        label=histogram.title,
+        y_format=compact,
+        x_name=histogram.unit,
+    )
+    note = f"{escape(name)}: {histogram.note}" if name else histogram.note
+    return _frame(Figure(histogram.title, note, ()), chart, "")
 
 
 def busy_figure(name: str, rows: Rows) -> str:

@@ -19,7 +19,18 @@ import yaml
 
 from actors.errors import UserError
 from cluster.charts import PALETTE_SIZE, compact, percent
-from cluster.figures import BUSY, GROUPS, Past, busy_figure, hero_figures, seconds, small_figures, with_throughput
+from cluster.figures import (
+    BUSY,
+    GROUPS,
+    HISTOGRAMS,
+    Past,
+    busy_figure,
+    hero_figures,
+    histogram_figure,
+    seconds,
+    small_figures,
+    with_throughput,
+)
 from cluster.plan import Plan, Stage
 from cluster.records import (
     CONFIG_FILE,
@@ -136,6 +147,8 @@ def sections(runs: Sequence[Run]) -> dict[str, str]:
     groups, steady = [], []
     for title, figures in GROUPS.items():
         drawn, flat = small_figures(figures, curves, past)
+        if title in HISTOGRAMS:
+            drawn += "".join(histogram_figure(HISTOGRAMS[title], "" if one else name, rows) for name, rows in curves)
         if title == "The pipeline":
             drawn = "".join(busy_figure("" if one else name, rows) for name, rows in curves) + drawn
         steady.append(flat)

@@ -6,6 +6,7 @@ Shapes: N tokens of the update, n of a micro-batch or chunk, B trajectories, K s
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +22,8 @@ COMPARED = 64
 """At about so many tokens of a chunk, evenly spread, the most likely tokens are compared."""
 TOP = 8
 """Of so many most likely tokens the overlap is taken."""
+LOG_RATIO_BIN, LOG_RATIO_BINS = 0.5, 17
+"""The histogram of log-ratios: the bins' width in nats, and how many, around 0; the outermost have all that lies beyond."""
 AGREEMENT = ("top1_agreement", "top8_overlap", "student_support_mass", "teacher_support_mass")
 
 
@@ -80,7 +83,7 @@ class UpdateMetrics:
         for name, column in own.items():
             self._columns.setdefault(name, []).append(column.detach())
 
-    def means(self, groups: Mapping[str, np.ndarray], ranks: Ranks) -> dict[str, float]:
+    def means(self, groups: Mapping[str, np.ndarray], ranks: Ranks) -> dict[str, Any]:
         """The update's metrics, by their names in metrics.jsonl, over the tokens of all ranks. groups: prefix of a name
         -> [B] bool, which trajectories it is about."""
         assert self._loss is not None
@@ -99,6 +102,7 @@ class UpdateMetrics:
             **{name: _mean(kept[name]) for name in means},
             "log_ratio_p01": float(tails[0]),
             "log_ratio_p99": float(tails[1]),
+            "log_ratio_histogram": log_ratio_histogram(log_ratios),
             "ratio_mean": _mean(moved.exp()),
             "ratio_max": moved.max().exp().item() if tokens else 0.0,
             "importance_ess": effective_sample_size(moved, torch.ones_like(moved, dtype=torch.bool)).item(),
@@ -106,6 +110,13 @@ class UpdateMetrics:
             **{name: v / compared for name, v in zip(AGREEMENT, agreed, strict=True) if compared and v == v},
             **_by_group(kept["trajectory"], kept["reverse_kl"], groups),
         }
+
+
+def log_ratio_histogram(log_ratio_N: np.ndarray) -> list[int]:
+    """[LOG_RATIO_BINS] tokens whose log pi - log q, in nats, is nearest to 0.5 (i - 8)."""
+    last = LOG_RATIO_BINS // 2
+    places = np.clip(np.rint(log_ratio_N / LOG_RATIO_BIN), -last, last).astype(np.int64) + last
+    return np.bincount(places, minlength=LOG_RATIO_BINS).tolist()
 
 
 def _mean(values: Tensor, nothing: float = 0.0) -> float:

@@ -330,6 +330,22 @@ def test_actors_live_until_they_die_or_the_campaign_ends():
     assert lives([*events[:3], event(6, "actor_ended", "b")], 25) == {"a": [(1, 25)], "b": [(2, 6)]}
 
 
+def test_histograms_add_up_the_last_tenth_of_the_updates(run):
+    rows = read_jsonl(run / "metrics.jsonl")
+    for row in rows[1:]:
+        row["log_ratio_histogram"] = [0] * 8 + [row["step"], 2 * row["step"]] + [0] * 7
+        row["staleness_histogram"] = [row["step"], 1]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    last = [row["step"] for row in rows[1:]][-(len(rows) - 1) // 10 :]
+    assert 1 < len(last) < 10
+    page = page_of(run)
+    [ratios], [staleness] = page.all("g", data_label="nats"), page.all("g", data_label="versions behind")
+    assert page.all("svg", aria_label="Log-ratios") and page.all("svg", aria_label="Staleness of trajectories")
+    assert ratios["data-x"].split(";") == [f"{-4 + place / 2:g}" for place in range(17)]
+    assert ratios["data-y"].split(";") == ["0"] * 8 + [compact(sum(last)), compact(2 * sum(last))] + ["0"] * 7
+    assert staleness["data-y"].split(";") == [compact(sum(last)), compact(len(last))]
+
+
 @pytest.mark.parametrize("gpus", [0.0, 0.5])
 def test_what_it_has_cost_is_told_in_gpu_hours_where_there_were_gpus(run, gpus):
     summary = json.loads((run / "summary.json").read_text())

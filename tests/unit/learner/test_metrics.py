@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from actors.trajectory import Trajectories, select_scores
+from cluster.figures import HISTOGRAMS
 from cluster.guards import UPDATE_METRICS, metrics_of
 from cluster.records import METRIC_KEYS
 from learner.config import ObjectiveConfig
-from learner.metrics import groups_of, repetition, response_metrics
+from learner.metrics import LOG_RATIO_BINS, groups_of, repetition, response_metrics
 from tests.tiny_updates import make_learner, sampled, teacher_config
 
 
@@ -85,6 +86,7 @@ def test_an_update_has_the_same_metrics_in_one_pass_and_token_by_token(models: d
     )
     for timed in ("busy_seconds",):
         one.pop(timed), many.pop(timed)
+    assert np.abs(np.subtract(one.pop("log_ratio_histogram"), many.pop("log_ratio_histogram"))).sum() <= 2
     assert many == pytest.approx(one, rel=1e-3, abs=1e-5)
 
 
@@ -97,6 +99,9 @@ def test_what_is_measured_of_every_token_agrees_with_the_whole_distributions(mod
     assert metrics["reverse_kl"] == pytest.approx(own.mean(), abs=1e-5)
     assert metrics["entropy"] == pytest.approx(-(probabilities * student).sum(-1)[known].mean(), abs=1e-5)
     tails = np.quantile(own, [0.01, 0.99])
+    bars = [HISTOGRAMS["The policy"].at(place) for place in range(LOG_RATIO_BINS)]
+    nearest = np.abs(own[:, None] - bars).argmin(-1)
+    assert metrics["log_ratio_histogram"] == np.bincount(nearest, minlength=LOG_RATIO_BINS).tolist()
     assert [metrics["log_ratio_p01"], metrics["log_ratio_p99"]] == pytest.approx(tails.tolist(), abs=1e-4)
     assert (metrics["ratio_mean"], metrics["ratio_max"], metrics["importance_ess"]) == pytest.approx(
         (1, 1, 1), abs=1e-4
@@ -173,6 +178,7 @@ def test_responses_that_were_cut_or_given_up_did_not_stop_by_themselves(models: 
 def test_what_can_be_guarded_is_what_an_update_measures(models: dict) -> None:
     metrics = updated(models, "topk", objective=ObjectiveConfig(estimator="full"))[0]
     of_the_loop = {"truncated_fraction", "response_length_mean", "staleness_mean", "staleness_max"}
+    not_guarded = {"busy_seconds", "learning_rate", "log_ratio_histogram"}
     assert of_the_loop <= set(METRIC_KEYS)
-    assert set(metrics_of("topk", [], [])) == set(metrics) - {"busy_seconds", "learning_rate"} | of_the_loop
+    assert set(metrics_of("topk", [], [])) == set(metrics) - not_guarded | of_the_loop
     assert len(set(UPDATE_METRICS)) == len(UPDATE_METRICS)
