@@ -3,6 +3,7 @@
 python -m benchmarks.pipeline stages            wall clock over the slowest stage, synchronous over asynchronous
 python -m benchmarks.pipeline staleness         100,000 trajectories with random delays, actors killed meanwhile
 python -m benchmarks.pipeline many              processor time of the campaign process with 16 and 256 rollout actors
+python -m benchmarks.pipeline plans             what `understudy plan` predicts of other numbers of actors, and what they do
 """
 
 import argparse
@@ -16,6 +17,7 @@ from typing import Any
 import ray
 
 from benchmarks.simulated import Simulation, Times
+from cluster.plan import measured
 
 TAIL = math.log(10) / 2.326
 """Spread of a log-normal distribution whose 99th percentile is ten times its median."""
@@ -86,10 +88,30 @@ def many(updates: int) -> None:
         print(f"| {actors} | {made.cpu / made.trained * 1e6:.0f} |", flush=True)
 
 
+def plans(updates: int) -> None:
+    """Predicts from one run with two rollout and two teacher actors, and runs what it has predicted."""
+
+    def simulated(rollouts: int, teachers: int) -> Simulation:
+        return asyncio.run(Simulation(EVEN, updates, max_staleness=4, rollouts=rollouts, teachers=teachers).run())
+
+    first = simulated(2, 2)
+    summary = {"updates": updates, "busy": first.state.busy, "loop_seconds": first.wall}
+    counts = {"rollout": 2, "teacher": 2, "learner": 1}
+    plan = measured(summary, counts, dict.fromkeys(counts, 1.0), overlapped=True)
+    print(plan.sentence())
+    print("| rollout actors | teacher actors | predicted s/update | measured | predicted / measured |")
+    print("|---|---|---|---|---|")
+    for rollouts, teachers in ((2, 2), (4, 2), (2, 4), (4, 4), (8, 4)):
+        told = plan.scaled("rollout", rollouts).scaled("teacher", teachers).update_seconds
+        found = first if (rollouts, teachers) == (2, 2) else simulated(rollouts, teachers)
+        seconds = found.wall / updates
+        print(f"| {rollouts} | {teachers} | {told:.2f} | {seconds:.2f} | {told / seconds:.2f} |", flush=True)
+
+
 def main() -> None:
     """See the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["stages", "staleness", "many"])
+    parser.add_argument("what", choices=["stages", "staleness", "many", "plans"])
     parser.add_argument("--updates", type=int, default=40)
     parser.add_argument("--trajectories", type=int, default=100_000)
     parser.add_argument("--seed", type=int, default=0)
@@ -102,8 +124,10 @@ def main() -> None:
         stages(options.updates)
     elif options.what == "staleness":
         staleness(options.trajectories, options.seed)
-    else:
+    elif options.what == "many":
         many(options.updates)
+    else:
+        plans(options.updates)
 
 
 if __name__ == "__main__":

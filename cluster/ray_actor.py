@@ -61,6 +61,8 @@ class Replica:
     node: str = ""
     """Where its actor is: Ray's id of the node."""
     process: int = 0
+    version: int | None = None
+    """Of the weights that a rollout actor holds."""
 
     def began(self) -> None:
         """A call has been sent."""

@@ -178,7 +178,13 @@ def _live_status(state: CampaignState, progress: Progress, fleets: list[Fleet], 
     return {
         "roles": progress.roles,
         "actors": [
-            {"name": replica.name, "alive": replica.alive, "restarts": replica.restarts, "under_way": replica.under_way}
+            {
+                "name": replica.name,
+                "alive": replica.alive,
+                "restarts": replica.restarts,
+                "under_way": replica.under_way,
+                "version": replica.version,
+            }
             for fleet in fleets
             for replica in fleet.replicas
         ],

@@ -51,7 +51,9 @@ def _head(status: Mapping[str, Any]) -> RenderableType:
 
 
 def _roles(status: Mapping[str, Any]) -> RenderableType:
-    table = Table("role", "actors", "restarts", "doing", "busy", box=None, padding=(0, 3), header_style="dim")
+    table = Table(
+        "role", "actors", "restarts", "weights", "doing", "busy", box=None, padding=(0, 3), header_style="dim"
+    )
     actors = status["actors"]
     for role, doing in (status["roles"] or dict.fromkeys(status.get("utilisation", {}), "")).items():
         mine = [actor for actor in actors if actor["name"].split(".")[0].split("-")[0] == role]
@@ -59,7 +61,9 @@ def _roles(status: Mapping[str, Any]) -> RenderableType:
         there = Text(f"{alive}/{len(mine)}" if mine else "-", "red" if alive < len(mine) else "")
         busy = status.get("utilisation", {}).get(role)
         restarts = str(sum(actor["restarts"] for actor in mine)) if mine else "-"
-        table.add_row(role, there, restarts, doing, "-" if busy is None else f"{busy:.0%}")
+        versions = sorted({actor["version"] for actor in mine if actor.get("version") is not None})
+        weights = "-" if not versions else f"{versions[0]:,}" + (f" to {versions[-1]:,}" if versions[1:] else "")
+        table.add_row(role, there, restarts, weights, doing, "-" if busy is None else f"{busy:.0%}")
     rates = (
         f"{status['trajectories_per_second']:,.1f} trajectories/s, {status['tokens_per_second']:,.0f} tokens/s"
         if "tokens_per_second" in status

@@ -100,10 +100,13 @@ class Versions:
         start = time.perf_counter()
         self._chain = [*(self._chain if published.delta else []), published]
         self.newest = published
+        loading = [replica for replica in self._rollout.replicas if replica.alive]
         try:
             await self._rollout.call_each("load_weights", published.manifest, *published.buckets)
         except LostObjectError as error:
             raise LearnerLostError(f"{WITH_THE_LEARNER}: {error}") from error
+        for replica in loading:
+            replica.version = published.version
         published.seconds += time.perf_counter() - start
         if published.record:
             published.record["publish_seconds"] = published.seconds
@@ -115,6 +118,9 @@ class Versions:
             first = self._chain.index(given) + 1 if given in self._chain else 0
             given = self._chain[first]
             await handle.load_weights.remote(given.manifest, *given.buckets)
+        for replica in self._rollout.replicas:
+            if replica.handle is handle and given is not None:
+                replica.version = given.version
 
     def _prefetch(self, reference: Any) -> None:
         self._rollout.tell_nodes("prefetch", reference)

@@ -57,7 +57,8 @@ class LocalFleet:
         self._make = lambda: actor_class(*arguments, **keywords)
         self._on_event = on_event
         self.replicas = [
-            SimpleNamespace(name=f"{role}-{i}", alive=False, under_way=0, calls=0, restarts=0) for i in range(replicas)
+            SimpleNamespace(name=f"{role}-{i}", alive=False, under_way=0, calls=0, restarts=0, version=None)
+            for i in range(replicas)
         ]
 
     async def start(self) -> None:

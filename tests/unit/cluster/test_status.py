@@ -20,8 +20,8 @@ from tests.fake_run import make_fake_run
 LIVE = {
     "roles": {"rollout": "64 trajectories", "teacher": "idle", "learner": "update 26"},
     "actors": [
-        {"name": "rollout-0", "alive": True, "restarts": 0, "under_way": 64},
-        {"name": "rollout-1", "alive": False, "restarts": 2, "under_way": 0},
+        {"name": "rollout-0", "alive": True, "restarts": 0, "under_way": 64, "version": 41},
+        {"name": "rollout-1", "alive": False, "restarts": 2, "under_way": 0, "version": 39},
         {"name": "teacher.default-0", "alive": True, "restarts": 0, "under_way": 0},
         {"name": "learner-0", "alive": True, "restarts": 0, "under_way": 1},
     ],
@@ -55,7 +55,7 @@ def test_a_running_campaign_is_told_with_rates_and_what_limits_it(running: Path)
     text = shown(status)
     assert "running" in text and "update 25/100" in text and "left" in text
     rollout = next(line for line in text.splitlines() if line.strip().startswith("rollout"))
-    assert "1/2" in rollout and "64 trajectories" in rollout
+    assert "1/2" in rollout and "64 trajectories" in rollout and "39 to 41" in rollout
     teacher = next(line for line in text.splitlines() if line.strip().startswith("teacher"))
     assert "1/1" in teacher
 
