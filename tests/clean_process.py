@@ -6,6 +6,7 @@ of matrices.
 
 import multiprocessing
 import os
+import sys
 from collections.abc import Callable
 from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
@@ -23,6 +24,7 @@ def start(body: Callable[..., None], *arguments: Any, log: Path | None = None) -
     It ends with 0, with 1 after an exception, or with minus the signal that killed it.
     """
     with mock.patch.dict(os.environ, OMP_NUM_THREADS="1"):  # of the server, which is started but once
+        os.environ.pop("TORCH_COMPILE_DISABLE", None)  # vLLM's tests set it in the test's own process
         forkserver.ensure_running()
     process = CONTEXT.Process(target=_run, args=(body, arguments, log), daemon=True)
     process.start()
@@ -39,4 +41,5 @@ def _run(body: Callable[..., None], arguments: tuple, log: Path | None) -> None:
     except BaseException as error:
         print(repr(error), flush=True)
         os._exit(1)
+    sys.stdout.flush()
     os._exit(0)
