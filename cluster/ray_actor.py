@@ -22,6 +22,10 @@ SUPERVISION = "supervision"
 """The concurrency group, a thread of its own in the actor's process, that answers beside the work."""
 
 
+class DiedAtStartError(CampaignError):
+    """The process of a new actor ended before it could work, and did not say why."""
+
+
 @dataclass(frozen=True)
 class Resources:
     """What Ray reserves for one actor."""
@@ -215,7 +219,8 @@ def start_failure(name: str, error: RayActorError) -> Exception:
         where, _, rest = match[1].partition(": found ")
         found, _, expected = rest.partition(", expected ")
         return UserError(where, found, expected)
-    return CampaignError(f"{name} could not start: {last_line}")
+    kind = CampaignError if "raised in its creation task" in str(error) else DiedAtStartError
+    return kind(f"{name} could not start: {last_line}")
 
 
 def cause_of(error: RayActorError) -> str:

@@ -17,6 +17,7 @@ from ray.exceptions import RayActorError
 
 from actors.errors import ActorFaultError, CampaignError, LearnerLostError, StoreFullError, UserError
 from cluster.ray_actor import (
+    DiedAtStartError,
     Replica,
     Resources,
     cause_of,
@@ -37,6 +38,8 @@ OnEvent = Callable[..., None]
 """Called with the kind of event and its fields."""
 LOST = {"actor_died": "died", "actor_hung": "hangs", "actor_failed": "failed"}
 """How an actor can be lost, by kind of event: its process ended, it made no progress, it raised what none should."""
+STARTS = 3
+"""Processes that are tried for an actor at the start of a campaign."""
 ATTEMPTS = 2
 """Actors that a call may make fail, before it is the call that is at fault."""
 
@@ -85,7 +88,7 @@ class Fleet:
 
         patient: they may wait for room in the cluster as long as it takes.
         """
-        await asyncio.gather(*(self._start(replica, patient=patient) for replica in self.replicas))
+        await asyncio.gather(*(self._start_firmly(replica, patient) for replica in self.replicas))
 
     def resize(self, replicas: int) -> None:
         """Begins to start more actors, or to end some; those that end finish first what they have been given.
@@ -229,6 +232,17 @@ class Fleet:
         for replica in (*self.replicas, *self._leaving):
             replica.kill()
             replica.give_up_place()
+
+    async def _start_firmly(self, replica: Replica, patient: bool) -> None:
+        """Again where the process of a new actor dies without having raised anything: one of hundreds may."""
+        for attempt in range(STARTS):
+            try:
+                return await self._start(replica, patient=patient)
+            except DiedAtStartError as error:
+                replica.kill()
+                if attempt == STARTS - 1:
+                    raise
+                self._on_event("start_failed", actor=replica.name, cause=str(error))
 
     async def _start(self, replica: Replica, *, patient: bool = False) -> None:
         bundle = self._resources.bundle

@@ -34,6 +34,11 @@ class Worker:
             os._exit(3)
         if fault == "slow":
             time.sleep(100)
+        if fault == "all but second":
+            with open(Path(folder, "starts"), "a") as file:
+                print(os.getpid(), file=file)
+            if len(Path(folder, "starts").read_text().split()) != 2:
+                os._exit(3)
         if fault.startswith("only first"):
             with open(Path(folder, "starts"), "a") as file:
                 print(os.getpid(), file=file)
@@ -382,6 +387,16 @@ def test_an_actor_that_cannot_start_says_why(fault: str, error: type[Exception],
         assert "\n" not in str(caught.value)
 
     with_fleet(body, "", fault, start=False)
+
+
+def test_a_process_that_dies_at_the_start_is_tried_again(tmp_path: Path) -> None:
+    async def body(fleet: Fleet, events: list[tuple[str, dict[str, Any]]]) -> None:
+        (tmp_path / "starts").write_text("")
+        await fleet.start()
+        assert await fleet.call("process")
+        assert [kind for kind, _ in events] == ["start_failed", "actor_started"]
+
+    with_fleet(body, str(tmp_path), "all but second", start=False, max_restarts=None)
 
 
 def test_an_actor_that_takes_too_long_to_start_is_an_error() -> None:
