@@ -4,9 +4,11 @@ import contextlib
 import json
 import os
 import secrets
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -17,10 +19,11 @@ BIN = Path(sys.executable).parent
 QUICK_TO_NOTICE = {
     "health_check_initial_delay_ms": 0,
     "health_check_period_ms": 500,
-    "health_check_timeout_ms": 1000,
+    "health_check_timeout_ms": 10_000,
     "health_check_failure_threshold": 3,
 }
-"""A node that is gone is noticed in two seconds; Ray's own default is fifteen."""
+"""A node that is gone refuses to be called, which is noticed in two seconds (Ray's own default: fifteen); one that is only
+slow, on a machine with more processes than cores, is given its time."""
 
 
 def free_ports(count: int) -> list[int]:
@@ -50,6 +53,7 @@ class LocalCluster:
         }
         """Of a client of this cluster, and of its nodes."""
         self._folder = folder
+        self._scratch = Path(tempfile.mkdtemp(prefix="nodes-"))  # short: paths of sockets end after 107 characters
         self._gcs, dashboard, client, self.metrics_port = free_ports(4)
         self.address = f"http://127.0.0.1:{dashboard}"
         """Of the job server."""
@@ -68,8 +72,13 @@ class LocalCluster:
             time.sleep(1)
 
     def add_node(self, *, cpus: float = 2, resources: dict[str, float] | None = None) -> None:
-        """Starts one more node; not two at a time, since nodes of one IP address wait for each other for ever."""
-        self._start(f"--address=127.0.0.1:{self._gcs}", cpus=cpus, resources=resources)
+        """Starts one more node; not two at a time, since nodes of one IP address wait for each other for ever.
+
+        Its temporary directory is its own: nodes that share one unpack a job's working directory into the same place, each
+        removing it first, below the processes that another node has started there.
+        """
+        where = (f"--address=127.0.0.1:{self._gcs}", f"--temp-dir={self._scratch / str(len(self.nodes))}")
+        self._start(*where, cpus=cpus, resources=resources)
 
     def run(self, *command: object, timeout: float = 250) -> subprocess.CompletedProcess[str]:
         """Runs a command as this cluster's operator, from the repository's root."""
@@ -105,6 +114,7 @@ class LocalCluster:
         """Ends every node."""
         for node in reversed(list(self.nodes)):
             self.kill(node)
+        shutil.rmtree(self._scratch, ignore_errors=True)
 
     def _start(self, *options: str, cpus: float, resources: dict[str, float] | None) -> None:
         command = [
