@@ -19,6 +19,9 @@ import xxhash
 from actors.errors import WeightError
 from actors.weights import TensorEntry, WeightVersion, torch_dtype, verify, window
 
+Version = tuple[WeightVersion, Sequence[np.ndarray]]
+"""A manifest and its buckets."""
+
 BLOCK = 1 << 18
 """Elements that are coded together: few enough for the cache, enough to forget the header."""
 
@@ -262,21 +265,34 @@ class Receiver:
     def __init__(self, keep: bool):
         """keep: whether there will be deltas."""
         self._keep = keep
-        self._held: tuple[WeightVersion, Sequence[np.ndarray]] | None = None
+        self._held: list[Version] = []
+        """What each rank of the learner published."""
 
-    def whole(
-        self, manifest: WeightVersion | DeltaVersion, buckets: Sequence[np.ndarray]
-    ) -> tuple[WeightVersion, Sequence[np.ndarray]]:
-        """The version with all its buckets. WeightError: a delta that is damaged, or of a version that is not held."""
-        if isinstance(manifest, WeightVersion):
-            return manifest, buckets
-        if self._held is None:
-            raise WeightError(f"a delta from version {manifest.base_version}, and no version is held")
-        if self._held[0] == manifest.new:  # it comes a second time
-            return self._held
-        return apply_delta(manifest, buckets[0], *self._held)
+    def whole(self, *published: np.ndarray | WeightVersion | DeltaVersion) -> list[Version]:
+        """The version as each rank of the learner has it. published: of each rank its buckets and then its manifest.
 
-    def hold(self, manifest: WeightVersion, buckets: Sequence[np.ndarray]) -> None:
+        WeightError: a delta that is damaged, or of a version that is not held.
+        """
+        ranks: list[Version] = []
+        buckets: list[np.ndarray] = []
+        for part in published:
+            if isinstance(part, np.ndarray):
+                buckets.append(part)
+            else:
+                ranks.append(
+                    (part, buckets) if isinstance(part, WeightVersion) else self._changed(len(ranks), part, buckets)
+                )
+                buckets = []
+        return ranks
+
+    def _changed(self, rank: int, delta: DeltaVersion, buckets: list[np.ndarray]) -> Version:
+        if rank >= len(self._held):
+            raise WeightError(f"a delta from version {delta.base_version}, and no version is held")
+        if self._held[rank][0] == delta.new:  # it comes a second time
+            return self._held[rank]
+        return apply_delta(delta, buckets[0], *self._held[rank])
+
+    def hold(self, ranks: list[Version]) -> None:
         """This version has been loaded."""
         if self._keep:
-            self._held = manifest, buckets
+            self._held = ranks

@@ -16,7 +16,7 @@ from actors.models import load_tokenizer
 from actors.trajectory import FINISH_REASONS, Requests, RolloutCounts, Trajectories
 from actors.verifiers import make_verifier, rewards_of
 from actors.vllm_engine import VllmEngine
-from actors.weights import WeightVersion
+from actors.weights import WeightVersion, join
 
 
 @contextmanager
@@ -91,18 +91,18 @@ class RolloutActor:
     async def prefetch(self, bucket: np.ndarray) -> None:
         """Nothing: to call it, Ray has brought the bucket to this node, while the learner still fills the next one."""
 
-    async def load_weights(self, manifest: WeightVersion | DeltaVersion, *buckets: np.ndarray) -> float:
+    async def load_weights(self, *published: np.ndarray | WeightVersion | DeltaVersion) -> float:
         """Verifies and loads a weight version, or what changed since the one before; returns the seconds that the
-        engine stood still for it.
+        engine stood still for it. published: of each rank of the learner its buckets, and then their manifest.
 
         What needs no engine, the checksums and the decoding, is done while the engine goes on. WeightError: it is not
         whole, does not fit the model, or is a change of a version that is not here; the engine keeps what it has.
         """
-        weights = await asyncio.to_thread(self._receiver.whole, manifest, buckets)
-        loaded = await asyncio.to_thread(self._engine.load_weights, *weights)
+        ranks = await asyncio.to_thread(self._receiver.whole, *published)
+        loaded = await asyncio.to_thread(self._engine.load_weights, *join(ranks))
         with _ends_with_the_engine():
             stood_still = await asyncio.wrap_future(loaded)
-        self._receiver.hold(*weights)
+        self._receiver.hold(ranks)
         return stood_still
 
     async def abort(self, ids: np.ndarray | None = None) -> None:

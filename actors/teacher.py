@@ -10,13 +10,14 @@ from torch.distributed.tensor import DTensor
 from actors.attention import hidden_states, use_packed_attention
 from actors.batching import microbatches
 from actors.config import SamplingConfig, TeacherConfig
+from actors.delta import Receiver
 from actors.errors import CampaignError, WeightError
 from actors.logprobs import chunked_head, to_array, token_logprobs
 from actors.models import load_model, response_head
 from actors.progress import advance
 from actors.scoring import TeacherCounts, check_probe, probe, score_with
 from actors.trajectory import FINISH_REASONS, Requests, RolloutCounts, TeacherScores, Trajectories, offsets_of
-from actors.weights import WeightVersion, unpack, verify
+from actors.weights import WeightVersion, join, shapes, unpack, verify
 
 
 class TeacherActor:
@@ -69,13 +70,13 @@ class TeacherActor:
         return counts, scores
 
     @torch.no_grad()
-    def load_weights(self, manifest: WeightVersion, *buckets: np.ndarray) -> None:
+    def load_weights(self, *published: np.ndarray | WeightVersion) -> None:
         """Verifies and loads a weight version in place, where this teacher follows the student. WeightError: it is damaged,
-        or of another model."""
+        or of another model. published: of each rank of the learner its buckets, and then their manifest."""
+        manifest, buckets = join(Receiver(False).whole(*published))
         verify(manifest, buckets)
         parameters = dict(self._model.named_parameters())
-        named = {entry.name: entry.shape for entry in manifest.tensors}
-        if named != {name: tuple(parameter.shape) for name, parameter in parameters.items()}:
+        if shapes(manifest) != {name: tuple(parameter.shape) for name, parameter in parameters.items()}:
             raise WeightError(f"version {manifest.version} has other tensors than teacher {self._name}")
         for name, tensor in unpack(manifest, buckets):
             parameters[name].copy_(tensor)

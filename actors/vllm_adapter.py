@@ -15,7 +15,7 @@ import numpy as np
 
 from actors.config import LoraConfig
 from actors.errors import WeightError
-from actors.weights import WeightVersion, unpack
+from actors.weights import WeightVersion, shapes, unpack
 
 BEFORE, DOWN, UP = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
 """In the names of peft's files, which are those of a published adapter."""
@@ -63,7 +63,7 @@ def load_adapter(engine: Any, lora: LoraConfig, manifest: WeightVersion, buckets
 def check_adapter(manifest: WeightVersion, model: Mapping[str, tuple[int, ...]], rank: int) -> None:
     """WeightError unless the version is an adapter of this rank: for some layers of the model, by their names and shapes
     [O, I], one matrix [r, I] and one [O, r] each."""
-    found = {entry.name: entry.shape for entry in manifest.tensors}
+    found = shapes(manifest)
     expected: dict[str, tuple[int, ...]] = {}
     for name in found:
         layer = name.removeprefix(BEFORE).removesuffix(DOWN).removesuffix(UP)

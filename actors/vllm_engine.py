@@ -24,7 +24,7 @@ from actors.models import expected_tensors
 from actors.trajectory import FINISH_REASONS, Requests, Trajectories, offsets_of
 from actors.vllm_adapter import adapter_options, adapter_request, check_adapter, load_adapter
 from actors.vllm_build import build_llm, importing_vllm
-from actors.weights import WeightVersion, verify
+from actors.weights import WeightVersion, shapes, verify
 
 T = TypeVar("T")
 
@@ -158,7 +158,7 @@ class VllmEngine:
             check_adapter(manifest, self._tensors, self._adapter.rank)
             return
         expected = self._tensors
-        found = {entry.name: entry.shape for entry in manifest.tensors}
+        found = shapes(manifest)
         if found != expected:
             wrong = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
             name = wrong[0]

@@ -2,6 +2,9 @@
 
 A version is a few contiguous uint8 buckets and a manifest that says where each tensor lies in them. Buckets go through
 the object store once and are read in place: nothing here copies a tensor that a view can serve.
+
+Where several ranks hold a model in rows, each publishes its own: buckets and a manifest of the rows that it has. `join`
+makes one version of them, in which a tensor is several entries of one name, whose rows follow each other.
 """
 
 import warnings
@@ -12,7 +15,6 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 import torch
 import xxhash
-from torch.distributed.tensor import DTensor
 
 from actors.errors import WeightError
 from actors.progress import advance
@@ -23,7 +25,7 @@ ALIGNMENT_BYTES = 64
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """Where one tensor lies. Example: TensorEntry("model.norm.weight", "float32", (64,), 0, 128, 256, 0x1f2e…)."""
+    """Where one tensor, or the rows of it that one rank has, lies. Example: TensorEntry("model.norm.weight", "float32", (64,), 0, 128, 256, 0x1f2e…)."""
 
     name: str
     """Name in a Hugging Face checkpoint."""
@@ -62,6 +64,8 @@ def torch_dtype(name: str) -> torch.dtype:
 
 def as_tensor(buffer: np.ndarray, dtype: str, shape: tuple[int, ...], offset: int, nbytes: int) -> torch.Tensor:
     """A tensor that views `nbytes` bytes of a uint8 buffer from `offset` on; not to be written to."""
+    if not nbytes:  # a rank that has no rows of it
+        return torch.empty(shape, dtype=torch_dtype(dtype))
     with warnings.catch_warnings():
         # Arrays from the object store are read-only, which torch cannot express and warns about.
         warnings.filterwarnings("ignore", message=".*not writable.*")
@@ -100,7 +104,9 @@ def pack(
         for place in places:
             # One pass does the cast, the gather and, from a GPU, the transfer.
             view = as_tensor(bucket, dtype, place.shape, place.offset, place.nbytes)
-            view.copy_(gathered(tensors[place.name], dtype))
+            tensor = tensors[place.name]
+            view.copy_(tensor.whole() if isinstance(tensor, Deferred) else tensor.detach())
+            advance()
             data = bucket[place.offset : place.offset + place.nbytes]
             entries.append(replace(place, checksum=_checksum(data)))
         sizes.append(len(bucket))
@@ -118,17 +124,6 @@ class Deferred(Protocol):
 
     def whole(self) -> torch.Tensor:
         """The tensor."""
-
-
-def gathered(tensor: torch.Tensor | Deferred, dtype: str) -> torch.Tensor:
-    """The tensor itself, or, where ranks hold rows of it each, their rows in `dtype` put together: all ranks must ask."""
-    advance()
-    if isinstance(tensor, Deferred):
-        return tensor.whole()
-    if not isinstance(tensor, DTensor):
-        return tensor.detach()
-    rows: DTensor = tensor.detach().to(torch_dtype(dtype))  # type: ignore[assignment]
-    return rows.full_tensor()
 
 
 def pack_whole(
@@ -163,7 +158,40 @@ def verify(manifest: WeightVersion, buckets: Sequence[np.ndarray]) -> None:
             )
 
 
-def unpack(manifest: WeightVersion, buckets: Sequence[np.ndarray]) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor) for every tensor, as views of the buckets."""
+def join(ranks: "Sequence[tuple[WeightVersion, Sequence[np.ndarray]]]") -> tuple[WeightVersion, list[np.ndarray]]:
+    """One version of what each rank has published of it, all buckets in the order of the ranks. Copies nothing.
+
+    WeightError: the ranks have published different versions.
+    """
+    versions = sorted({manifest.version for manifest, _ in ranks})
+    if len(versions) != 1:
+        raise WeightError(f"the learner's ranks have published different versions: {versions}")
+    buckets = [bucket for _, own in ranks for bucket in own]
+    entries: list[TensorEntry] = []
+    sizes: list[int] = []
+    for manifest, _ in ranks:
+        entries += (replace(entry, bucket=entry.bucket + len(sizes)) for entry in manifest.tensors)
+        sizes += manifest.bucket_bytes
+    return WeightVersion(versions[0], tuple(entries), tuple(sizes)), buckets
+
+
+def shapes(manifest: WeightVersion) -> dict[str, tuple[int, ...]]:
+    """Tensor -> its shape, with the rows of all ranks."""
+    found: dict[str, tuple[int, ...]] = {}
     for entry in manifest.tensors:
-        yield entry.name, as_tensor(buckets[entry.bucket], entry.dtype, entry.shape, entry.offset, entry.nbytes)
+        before = found.get(entry.name)
+        if before is not None and before[1:] == entry.shape[1:]:
+            found[entry.name] = (before[0] + entry.shape[0], *entry.shape[1:])
+        else:
+            found[entry.name] = entry.shape
+    return found
+
+
+def unpack(manifest: WeightVersion, buckets: Sequence[np.ndarray]) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor) for every tensor: views of the buckets, but where ranks have its rows each, which are put together."""
+    entries: dict[str, list[TensorEntry]] = {}
+    for entry in manifest.tensors:
+        entries.setdefault(entry.name, []).append(entry)
+    for name, own in entries.items():
+        rows = [as_tensor(buckets[e.bucket], e.dtype, e.shape, e.offset, e.nbytes) for e in own if e.nbytes]
+        yield name, rows[0] if len(rows) == 1 else torch.cat(rows)

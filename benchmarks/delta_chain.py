@@ -49,7 +49,7 @@ def damaged(delta: Delta, draw: random.Random) -> Delta:
 
 def apply(receiver: Receiver, delta: Delta) -> None:
     """As a rollout actor does: all of it, or WeightError and nothing."""
-    receiver.hold(*receiver.whole(delta[0], [delta[1]]))
+    receiver.hold(receiver.whole(delta[1], delta[0]))
 
 
 def run(deltas: int, seed: int) -> Counter[str]:
@@ -61,8 +61,8 @@ def run(deltas: int, seed: int) -> Counter[str]:
     last: Version | None = None
 
     def catch_up() -> None:
-        whole, *others = chain
-        receiver.hold(*receiver.whole(*whole))
+        (manifest, buckets), *others = chain
+        receiver.hold(receiver.whole(*buckets, manifest))
         for delta in others:
             apply(receiver, delta)
 
@@ -85,7 +85,7 @@ def run(deltas: int, seed: int) -> Counter[str]:
                 counts["damage not noticed"] += 1
             elif event == "early" and len(chain) > 2:
                 receiver = Receiver(True)
-                receiver.hold(*receiver.whole(*chain[0]))
+                receiver.hold(receiver.whole(*chain[0][1], chain[0][0]))
                 apply(receiver, delta)
                 counts["wrong order not noticed"] += 1
             elif event == "killed before":
@@ -100,14 +100,14 @@ def run(deltas: int, seed: int) -> Counter[str]:
                     receiver = Receiver(True)
         except WeightError:
             counts["refused"] += 1
-            if receiver._held is not None:
-                counts["neither old nor new"] += digest(list(receiver._held[1])) not in known
+            for _, buckets in receiver._held:
+                counts["neither old nor new"] += digest(list(buckets)) not in known
             catch_up()
-        if receiver._held is None or receiver._held[0].version != number:
+        if not receiver._held or receiver._held[0][0].version != number:
             counts["caught up"] += 1
             catch_up()
-        assert receiver._held is not None
-        counts["neither old nor new"] += digest(list(receiver._held[1])) != digest(new[1])
+        [(_, held)] = receiver._held
+        counts["neither old nor new"] += digest(list(held)) != digest(new[1])
     return counts
 
 

@@ -69,10 +69,10 @@ class SleepingRollout:
     async def prefetch(self, bucket: np.ndarray) -> None:
         """As the real one."""
 
-    async def load_weights(self, manifest: WeightVersion, *buckets: np.ndarray) -> float:
+    async def load_weights(self, *published: np.ndarray | WeightVersion) -> float:
         """Sleeps."""
         await asyncio.sleep(self._times.load)
-        self._version = manifest.version
+        self._version = published[-1].version  # type: ignore[union-attr]
         return self._times.load
 
     async def generate(self, requests: Requests) -> tuple[RolloutCounts, Trajectories]:

@@ -8,7 +8,7 @@ from cluster.ray_fleet import Fleet
 from cluster.versions import WITH_THE_LEARNER
 
 Averages = dict[str, list[Any]]
-"""Teacher -> references of a weight version's buckets and, last, its manifest."""
+"""Teacher -> references of a weight version: of each rank of the learner its buckets, and then their manifest."""
 
 
 class Followers:
@@ -24,15 +24,15 @@ class Followers:
 
     async def publish(self) -> Averages:
         """Has the learner lay out its averages; the campaign owns the buckets."""
-        return {name: await self._learner.stream("publish_average", name) for name in self._fleets}
+        ranks = {name: await self._learner.stream("publish_average", name) for name in self._fleets}
+        return {name: [reference for own in published for reference in own] for name, published in ranks.items()}
 
     async def load(self, averages: Averages) -> None:
         """Has every actor of these teachers load its average; from here on it is what new actors get."""
         self._newest = averages
         for name, fleet in self._fleets.items():
-            *buckets, manifest = averages[name]
             try:
-                await fleet.call_each("load_weights", manifest, *buckets)
+                await fleet.call_each("load_weights", *averages[name])
             except LostObjectError as error:
                 raise LearnerLostError(f"{WITH_THE_LEARNER}: {error}") from error
 
@@ -42,5 +42,4 @@ class Followers:
         while given is not self._newest:
             given = self._newest
             if given:
-                *buckets, manifest = given[name]
-                await handle.load_weights.remote(manifest, *buckets)
+                await handle.load_weights.remote(*given[name])

@@ -191,8 +191,11 @@ class Fleet:
         for replica in {replica.node: replica for replica in self.replicas if replica.alive}.values():
             getattr(replica.handle, method).remote(*arguments)
 
-    async def stream(self, method: str, *arguments: Any, on_item: Callable[[Any], None] | None = None) -> list[Any]:
-        """Calls a generator method of the only replica: the references of all that it yields, in order.
+    async def stream(
+        self, method: str, *arguments: Any, on_item: Callable[[Any], None] | None = None
+    ) -> list[list[Any]]:
+        """Calls a generator method of the only replica: the references of all that it yields, in order; as the only one of
+        a list, since a learner of several ranks answers with as many.
 
         on_item: is called with each as it comes. An error within the method is raised as of any other call.
         """
@@ -200,7 +203,7 @@ class Fleet:
         handle = replica.handle
         self._began(replica, method)
         try:
-            return await streamed(handle, method, arguments, on_item)
+            return [await streamed(handle, method, arguments, on_item)]
         except RayActorError as error:
             self._lost(replica, handle, "actor_died", cause_of(error), error)
             raise

@@ -105,16 +105,13 @@ class LearnerGroup(Fleet):
         )
         return all(answers) if isinstance(answers[0], bool) else answers[0]
 
-    async def stream(self, method: str, *arguments: Any, on_item: Callable[[Any], None] | None = None) -> list[Any]:
-        """As of a single learner, on every rank: what the first one yields."""
-        first = self.replicas[0]
-        references, *_ = await self._together(
-            method,
-            lambda replica: streamed(
-                replica.handle, "stream", (method, *arguments), on_item if replica is first else None
-            ),
+    async def stream(
+        self, method: str, *arguments: Any, on_item: Callable[[Any], None] | None = None
+    ) -> list[list[Any]]:
+        """As of a single learner, on every rank: what each yields."""
+        return await self._together(
+            method, lambda replica: streamed(replica.handle, "stream", (method, *arguments), on_item)
         )
-        return references
 
     def inherit(self, lost: Fleet) -> None:
         """As Fleet."""

@@ -3,7 +3,7 @@
 The campaign process owns the objects (what the learner returns outlives it) and holds what a new actor needs: the last
 whole version, its *anchor*, and the deltas that came after it. Everything older is let go of, and Ray frees it.
 
-    learner    publish: bucket 0, bucket 1, ... manifest        each bucket travels while the next is filled
+    learner    each rank: bucket 0, bucket 1, ... manifest      each bucket travels while the next is filled
     node       one pull of each bucket, however many rollout actors it has
     actor      verify, decode a delta onto what it holds; then the engine stands still and is given the whole version
 """
@@ -25,10 +25,8 @@ class Published:
     """One weight version, with what is to be recorded of the update that made it."""
 
     version: int
-    manifest: Any
-    """Reference: a WeightVersion, or a DeltaVersion."""
-    buckets: list[Any]
-    """References."""
+    references: list[Any]
+    """Of each rank of the learner its buckets, and then their manifest: a WeightVersion, or a DeltaVersion."""
     nbytes: int
     """Of the buckets."""
     seconds: float
@@ -81,18 +79,17 @@ class Versions:
         start = time.perf_counter()
         anchored = 0 < len(self._chain) < self._config.anchor_every
         delta = self._config.encoding == "delta" and anchored
-        references = await self._learner.stream("publish", *([True] if delta else []), on_item=self._prefetch)
+        ranks = await self._learner.stream("publish", *([True] if delta else []), on_item=self._prefetch)
         try:
-            [manifest] = await fetched(references[-1:])
+            manifests = await fetched(references[-1] for references in ranks)
         except LostObjectError as error:
             raise LearnerLostError(f"{WITH_THE_LEARNER}: {error}") from error
         return Published(
-            manifest.version,
-            references[-1],
-            references[:-1],
-            manifest.nbytes,
+            manifests[0].version,
+            [reference for references in ranks for reference in references],
+            sum(manifest.nbytes for manifest in manifests),
             time.perf_counter() - start,
-            delta=hasattr(manifest, "base_version"),
+            delta=any(hasattr(manifest, "base_version") for manifest in manifests),
         )
 
     async def load(self, published: Published) -> None:
@@ -102,7 +99,7 @@ class Versions:
         self.newest = published
         loading = [replica for replica in self._rollout.replicas if replica.alive]
         try:
-            await self._rollout.call_each("load_weights", published.manifest, *published.buckets)
+            await self._rollout.call_each("load_weights", *published.references)
         except LostObjectError as error:
             raise LearnerLostError(f"{WITH_THE_LEARNER}: {error}") from error
         for replica in loading:
@@ -117,7 +114,7 @@ class Versions:
         while given is not self.newest:
             first = self._chain.index(given) + 1 if given in self._chain else 0
             given = self._chain[first]
-            await handle.load_weights.remote(given.manifest, *given.buckets)
+            await handle.load_weights.remote(*given.references)
         for replica in self._rollout.replicas:
             if replica.handle is handle and given is not None:
                 replica.version = given.version

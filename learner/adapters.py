@@ -7,7 +7,7 @@ Shapes: O, I rows and columns of a layer's weight, r rank.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from actors.config import LoraConfig
 from actors.errors import UserError
 from learner.saving import StoredTensors
-from learner.sharding import whole
+from learner.sharding import own_rows, whole
 
 ADAPTER = "default"
 """peft's name for the only one there is."""
@@ -40,6 +40,10 @@ class Merged:
     def shape(self) -> torch.Size:
         """O, I."""
         return self.weight_OI.shape
+
+    def rows(self) -> "Merged":
+        """The rows that this rank has; what they need of the others, `down_rI`, is gathered when they are asked for."""
+        return replace(self, weight_OI=own_rows(self.weight_OI)[0], up_Or=own_rows(self.up_Or)[0])
 
     @torch.no_grad()
     def whole(self) -> Tensor:

@@ -74,7 +74,7 @@ class Learner:
         self._total_updates = total_updates
         self._publish_dtype = publish_dtype
         self._ranks = ranks or Ranks()
-        self._publisher = Publisher(self._ranks, bucket_bytes, keep=keep_published)
+        self._publisher = Publisher(bucket_bytes, keep=keep_published)
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         lora = student.lora
         self._model = load_model(
@@ -179,10 +179,10 @@ class Learner:
         return metrics
 
     def publish(self, delta: bool = False) -> Iterator[np.ndarray | WeightVersion | DeltaVersion]:
-        """The weights as buckets in the rollout dtype, each when it is filled, then the manifest, by the first rank.
+        """This rank's rows of the weights as buckets in the rollout dtype, each when it is filled, then their manifest.
 
         delta: what changed since the version that was published before, as one bucket, unless that saves nothing. For
-        this the learner keeps a copy of what it published, where `keep_published` was given.
+        this each rank keeps a copy of what it published, where `keep_published` was given.
         """
         if publishes_adapter(self._student):
             named: Any = list(adapter_tensors(self._model).items())

@@ -28,7 +28,7 @@ from actors.delta import DeltaVersion, Receiver
 from actors.models import load_model, load_tokenizer
 from actors.trajectory import FINISH_REASONS, Requests, RolloutCounts, Trajectories, offsets_of
 from actors.verifiers import make_verifier, rewards_of
-from actors.weights import WeightVersion, unpack, verify
+from actors.weights import WeightVersion, join, unpack, verify
 from cluster.config import load_config
 from cluster.ray_cluster import role_resources
 from cluster.records import read_jsonl
@@ -155,10 +155,11 @@ class LightRollout:
             written = replace(written, rewards=rewards.astype(np.float32))
         return RolloutCounts(np.array(lengths), versions, truncated, 0.01), written
 
-    def load_weights(self, manifest: WeightVersion | DeltaVersion, *buckets: np.ndarray) -> float:
-        manifest, buckets = self._receiver.whole(manifest, buckets)
+    def load_weights(self, *published: np.ndarray | WeightVersion | DeltaVersion) -> float:
+        ranks = self._receiver.whole(*published)
+        manifest, buckets = join(ranks)
         verify(manifest, buckets)
-        self._receiver.hold(manifest, buckets)
+        self._receiver.hold(ranks)
         self._model.load_state_dict(dict(unpack(manifest, buckets)), strict=False)
         self._version = manifest.version
         return 0.0

@@ -234,7 +234,7 @@ def test_a_replica_that_dies_under_a_call_to_each_is_left_out_and_replaced() -> 
 def test_a_value_that_a_killed_actor_returned_can_still_be_read() -> None:
     async def body(fleet: Fleet, _: Any) -> None:
         process, (_, reference) = await fleet.call("process"), await fleet.call("pair", 3, returns=2)
-        streamed = await fleet.stream("parts", 2)
+        [streamed] = await fleet.stream("parts", 2)
         os.kill(process, signal.SIGKILL)
         assert await fleet.call("process") != process
         assert (await reference == 3).all()
@@ -245,7 +245,7 @@ def test_a_value_that_a_killed_actor_returned_can_still_be_read() -> None:
 
 def test_a_stream_gives_references_in_order() -> None:
     async def body(fleet: Fleet, _: Any) -> None:
-        references = await fleet.stream("parts", 6)
+        [references] = await fleet.stream("parts", 6)
         assert [int((await reference)[0]) for reference in references] == list(range(6))
 
     with_fleet(body)

@@ -229,7 +229,7 @@ def kill_a_rank(process: subprocess.Popen[str]) -> None:
 
 @pytest.mark.timeout(240)
 def test_a_learner_of_two_ranks_that_loses_one_trains_as_one_of_one(calm: Path, folder: Path) -> None:
-    process = start(folder, "name=ranks", "learner.replicas=2")
+    process = start(folder, "name=ranks", "learner.replicas=2", "weights.encoding=delta", "weights.anchor_every=3")
     wait_for_step(folder, "ranks", 2, process)
     kill_a_rank(process)
     finish(process, 0)
@@ -239,8 +239,12 @@ def test_a_learner_of_two_ranks_that_loses_one_trains_as_one_of_one(calm: Path, 
     rows = read_jsonl(ranks / "metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(UPDATES + 1))
     for mine, other in zip(rows, read_jsonl(calm / "metrics.jsonl"), strict=True):
-        for key, value in without_times(other).items():
+        expected = without_times(other)
+        assert mine.get("publish_bytes", 0) <= expected.pop("publish_bytes", 0)
+        for key, value in expected.items():
             assert mine[key] == (value if isinstance(value, list) else pytest.approx(value, rel=1e-3, abs=1e-4)), key
+    published = [row["publish_bytes"] for row in rows if "publish_bytes" in row]
+    assert min(published) < 0.8 * max(published), "each rank's rows as what has changed in them"
     last = Path("checkpoints", f"step_{UPDATES:08d}", "model.safetensors")
     ours, theirs = load_file(ranks / last), load_file(calm / last)
     assert ours.keys() == theirs.keys()

@@ -75,7 +75,7 @@ def test_an_actor_whose_engine_process_dies_is_replaced_and_leaves_nothing_behin
     events: list[tuple[str, str]] = []
 
     async def prepare(handle: Any) -> None:
-        await handle.load_weights.remote(manifest, *buckets)
+        await handle.load_weights.remote(*buckets, manifest)
 
     async def run() -> None:
         fleet = Fleet(

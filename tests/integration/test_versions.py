@@ -55,15 +55,15 @@ class Reader:
     def prefetch(self, bucket: np.ndarray) -> None:
         self.prefetched += bucket.nbytes > 0
 
-    def load_weights(self, manifest: WeightVersion | DeltaVersion, *buckets: np.ndarray) -> float:
-        whole = self.receiver.whole(manifest, buckets)
+    def load_weights(self, *published: np.ndarray | WeightVersion | DeltaVersion) -> float:
+        [whole] = self.receiver.whole(*published)
         verify(*whole)
-        self.receiver.hold(*whole)
-        self.versions.append(manifest.version)
+        self.receiver.hold([whole])
+        self.versions.append(whole[0].version)
         return 0.0
 
     def seen(self) -> tuple[list[int], int, int]:
-        return self.versions, self.prefetched, sum(entry.checksum for entry in self.receiver._held[0].tensors)  # type: ignore[index]
+        return self.versions, self.prefetched, sum(entry.checksum for entry in self.receiver._held[0][0].tensors)
 
 
 def fleets(elements: int, readers: int) -> tuple[Fleet, Fleet]:

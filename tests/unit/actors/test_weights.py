@@ -6,8 +6,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from actors.delta import Receiver, encode_delta
 from actors.errors import WeightError
-from actors.weights import WeightVersion, pack, unpack, verify
+from actors.weights import WeightVersion, join, pack, pack_whole, shapes, unpack, verify
 
 
 def tensors() -> list[tuple[str, torch.Tensor]]:
@@ -46,6 +47,74 @@ def test_unpacking_copies_nothing() -> None:
     manifest, buckets = packed("float32")
     for entry, (_, tensor) in zip(manifest.tensors, unpack(manifest, buckets), strict=True):
         assert tensor.data_ptr() == buckets[entry.bucket].ctypes.data + entry.offset
+
+
+Version = tuple[WeightVersion, list[np.ndarray]]
+
+
+def of_ranks(ranks: int, version: int = 3, step: float = 0.0) -> list[Version]:
+    """What each of so many ranks publishes, with rows as torch.chunk cuts them: some have none."""
+    cut = [[(name, (t + step).chunk(ranks)) for name, t in tensors()] for _ in range(ranks)]
+    rows = [
+        [(name, parts[rank] if rank < len(parts) else parts[0][:0]) for name, parts in cut[rank]]
+        for rank in range(ranks)
+    ]
+    return [pack_whole(version, own, "float32", 256) for own in rows]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 5, 11])
+def test_rows_of_several_ranks_are_one_version(ranks: int) -> None:
+    manifest, buckets = join(of_ranks(ranks))
+    verify(manifest, buckets)
+    assert shapes(manifest) == {name: tuple(tensor.shape) for name, tensor in tensors()}
+    found = dict(unpack(manifest, buckets))
+    assert list(found) == [name for name, _ in tensors()]
+    for name, tensor in tensors():
+        assert torch.equal(found[name], tensor)
+
+
+def test_rows_that_do_not_fit_together_have_another_shape_than_the_tensor() -> None:
+    (first, buckets), (second, others) = of_ranks(2)
+    narrow = pack_whole(3, [("a", torch.zeros(1, 4))], "float32", 256)
+    assert shapes(join([(first, buckets), (second, others)])[0])["a"] == (3, 5)
+    assert shapes(join([(first, buckets), narrow])[0])["a"] == (1, 4)
+    assert shapes(first)["a"] == (2, 5)
+
+
+def test_ranks_that_have_published_different_versions_are_refused() -> None:
+    with pytest.raises(WeightError, match=r"different versions: \[3, 4\]"):
+        join([of_ranks(2)[0], of_ranks(2, version=4)[1]])
+
+
+def test_a_bit_that_is_flipped_in_one_ranks_rows_is_found() -> None:
+    ranks = of_ranks(2)
+    entry = ranks[1][0].tensors[1]
+    ranks[1][1][entry.bucket][entry.offset] ^= 1
+    with pytest.raises(WeightError, match="version 3: big has checksum"):
+        verify(*join(ranks))
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_what_has_changed_is_told_by_each_rank_of_its_own_rows(ranks: int) -> None:
+    before, after = of_ranks(ranks), of_ranks(ranks, version=4, step=1e-6)
+    changes = [encode_delta(*old, *new) for old, new in zip(before, after, strict=True)]
+    receiver = Receiver(True)
+    receiver.hold(receiver.whole(*(part for manifest, buckets in before for part in (*buckets, manifest))))
+    manifest, buckets = join(receiver.whole(*(part for change, payload in changes for part in (payload, change))))
+    verify(manifest, buckets)
+    for name, tensor in unpack(manifest, buckets):
+        assert torch.equal(tensor, dict(tensors())[name] + 1e-6)
+
+
+def test_a_change_to_rows_that_are_not_held_is_refused() -> None:
+    before, after = of_ranks(2), of_ranks(2, version=4, step=1e-6)
+    changes = [encode_delta(*old, *new) for old, new in zip(before, after, strict=True)]
+    receiver = Receiver(True)
+    with pytest.raises(WeightError, match="from version 3, and no version is held"):
+        receiver.whole(changes[0][1], changes[0][0])
+    receiver.hold(before)
+    with pytest.raises(WeightError, match="does not fit version 3"):  # the other rank's
+        receiver.whole(changes[1][1], changes[1][0], changes[0][1], changes[0][0])
 
 
 def test_one_flipped_bit_names_the_tensor() -> None:

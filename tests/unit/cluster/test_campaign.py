@@ -109,7 +109,7 @@ class FakeRollout(FakeFleet):
         if method == "abort":
             return []
         assert method == "load_weights"
-        manifest, *buckets = arguments
+        *buckets, manifest = arguments
         assert [bucket.value for bucket in buckets] == ["bucket 0", "bucket 1"]
         await self.world.work("load_weights")
         for replica in self.replicas:
@@ -156,11 +156,11 @@ class FakeLearner(FakeFleet):
             os.kill(os.getpid(), signal.SIGINT)
         return dict.fromkeys(OF_THE_LEARNER, 0.0) | {"busy_seconds": 0.1}
 
-    async def stream(self, method: str, on_item: Any) -> list[Reference]:
+    async def stream(self, method: str, on_item: Any) -> list[list[Reference]]:
         assert method == "publish"
         await self.world.work("publish")
         manifest = SimpleNamespace(version=self.world.version, nbytes=10)
-        return [Reference("bucket 0"), Reference("bucket 1"), Reference(manifest)]
+        return [[Reference("bucket 0"), Reference("bucket 1"), Reference(manifest)]]
 
 
 class FakeEvaluator:

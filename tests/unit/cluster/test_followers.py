@@ -14,10 +14,15 @@ class Learner:
 
     count = 0
 
-    async def stream(self, method: str, name: str) -> list[str]:
+    async def stream(self, method: str, name: str) -> list[list[str]]:
         assert method == "publish_average"
         self.count += 1
-        return [f"{name} bucket {self.count}", f"{name} manifest {self.count}"]
+        return [[f"{name} {part} {self.count} of rank {rank}" for part in ("bucket", "manifest")] for rank in (0, 1)]
+
+
+def published(number: int) -> tuple[str, ...]:
+    """What an actor is given: of each rank its buckets, and then their manifest."""
+    return tuple(f"mean {part} {number} of rank {rank}" for rank in (0, 1) for part in ("bucket", "manifest"))
 
 
 class Teacher:
@@ -44,7 +49,7 @@ def test_every_version_is_given_to_the_teachers_that_follow_and_to_no_other() ->
         followers, fleets = make()
         for _ in range(2):
             await followers.load(await followers.publish())
-        assert fleets["mean"].loaded == [("mean manifest 1", "mean bucket 1"), ("mean manifest 2", "mean bucket 2")]
+        assert fleets["mean"].loaded == [published(1), published(2)]
         assert fleets["frozen"].loaded == [] and fleets["frozen"].prepare is None
 
     asyncio.run(scenario())
@@ -65,6 +70,6 @@ def test_a_new_actor_is_given_the_newest_average_also_when_that_changes_meanwhil
         assert given == []  # nothing has been published: its files are the average
         await followers.load(await followers.publish())
         await fleets["mean"].prepare(handle)
-        assert given == [("mean manifest 1", "mean bucket 1"), ("mean manifest 2", "mean bucket 2")]
+        assert given == [published(1), published(2)]
 
     asyncio.run(scenario())

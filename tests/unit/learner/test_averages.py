@@ -80,7 +80,7 @@ def test_a_teacher_that_was_given_an_average_scores_as_one_that_was_loaded_with_
     following = TeacherActor(teacher_config(models, "student", "full", dtype=dtype), vocabulary=90)
     before = following.score(written.ids, written)[1].logprobs
     *buckets, manifest = learner.publish_average("mean")
-    following.load_weights(manifest, *buckets)  # type: ignore[arg-type]
+    following.load_weights(*buckets, manifest)  # type: ignore[arg-type]
     now = {**models, "now": tmp_path / "saved"}
     loaded = TeacherActor(teacher_config(now, "now", "full", dtype=dtype), vocabulary=90)
     found, expected = (actor.score(written.ids, written)[1] for actor in (following, loaded))
@@ -95,7 +95,7 @@ def test_damaged_weights_and_those_of_another_model_are_refused(models: dict[str
     damaged = [bucket.copy() for bucket in buckets]  # type: ignore[union-attr]
     damaged[0][100] ^= 1
     with pytest.raises(WeightError, match="checksum"):
-        teacher.load_weights(manifest, *damaged)  # type: ignore[arg-type]
+        teacher.load_weights(*damaged, manifest)  # type: ignore[arg-type]
     wider = {"wider": make_tiny_model(tmp_path / "wider", hidden=64, layers=1)}
     with pytest.raises(WeightError, match="other tensors"):
-        TeacherActor(teacher_config(wider, "wider", "full")).load_weights(manifest, *buckets)  # type: ignore[arg-type]
+        TeacherActor(teacher_config(wider, "wider", "full")).load_weights(*buckets, manifest)  # type: ignore[arg-type]

@@ -20,6 +20,7 @@ from actors.config import LoraConfig
 from actors.delta import DeltaVersion, Receiver
 from actors.errors import NonFiniteLossError
 from actors.trajectory import TeacherScores, Trajectories
+from actors.weights import join, unpack, verify
 from learner.config import MismatchConfig, ObjectiveConfig, OptimizerConfig, TrustRegionConfig
 from learner.learner import Learner
 from learner.sharding import Ranks, own_rows, whole
@@ -89,11 +90,15 @@ class Material:
         return learner.update(written.ids, written, scores, domains=["odd", "even"] * 3)
 
 
+class Published(list):
+    """Buckets and manifest of one rank."""
+
+
 def state_of(learner: Learner) -> dict[str, Any]:
-    """On the first rank; every rank must ask."""
+    """Of one rank; every rank must ask."""
     gradients = [whole(p.grad).flatten() for p in learner._model.parameters() if p.grad is not None]
-    parts, average = list(learner.publish()), list(learner.publish_average("mean"))
-    return {"gradients": torch.cat(gradients).numpy(), "weights": parts, "average": average}
+    weights, average = Published(learner.publish()), Published(learner.publish_average("mean"))
+    return {"gradients": torch.cat(gradients).numpy(), "weights": weights, "average": average}
 
 
 def save(learner: Learner, folder: Path) -> None:
@@ -108,7 +113,7 @@ def trial(material: Material, ranks: Ranks | None) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name in SETTINGS:
         learner = material.learner(name, ranks, publish_dtype="bfloat16")
-        fresh = list(learner.publish())
+        fresh = Published(learner.publish())
         learner = material.learner(name, ranks)
         metrics = [material.update(learner, name) for _ in range(2)]
         found[name] = {"metrics": metrics, "fresh": fresh, **state_of(learner)}
@@ -134,12 +139,12 @@ def trial(material: Material, ranks: Ranks | None) -> dict[str, Any]:
 
 
 def changes(material: Material, ranks: Ranks | None) -> dict[str, list[Any]]:
-    """Two versions, the second as what changed and as a whole; nothing but on the first rank."""
+    """Two versions, the second as what changed and as a whole."""
     learner = material.learner("plain", ranks, publish_dtype="bfloat16", keep_published=True)
     learner._optimizer.param_groups[0]["lr"] = 1e-6
-    first = list(learner.publish())
+    first = Published(learner.publish())
     material.update(learner, "plain")
-    return {"first": first, "change": list(learner.publish(True)), "second": list(learner.publish())}
+    return {"first": first, "change": Published(learner.publish(True)), "second": Published(learner.publish())}
 
 
 def refused(material: Material, ranks: Ranks) -> dict[str, Any]:
@@ -148,11 +153,11 @@ def refused(material: Material, ranks: Ranks) -> dict[str, Any]:
     bad = written.behaviour_logprobs.copy()
     bad[: written.response_offsets[1]] = np.nan
     learner = material.learner("plain", ranks, microbatch_tokens=1)
-    before = list(learner.publish())
+    before = Published(learner.publish())
     with pytest.raises(NonFiniteLossError) as error:
         learner.update(written.ids, replace(written, behaviour_logprobs=bad), scores)
-    after = list(learner.publish())
-    return {"refusal": str(error.value), "unchanged": same_bytes(before, after)}
+    after = Published(learner.publish())
+    return {"refusal": str(error.value), "unchanged": before[-1] == after[-1]}  # checksums and all
 
 
 def run_rank(rank: int, size: int, material: Material) -> None:
@@ -186,18 +191,34 @@ def material(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.fixture(scope="module")
 def found(material: Material) -> dict[int, dict[str, Any]]:
-    """By the number of ranks: what the first of them found."""
+    """By the number of ranks: what the first of them found, and what all have published."""
     for size in SIZES:
         run_ranks(size, material, folder=material.folder)
-    several = {size: pickle.loads((material.folder / f"found-{size}-0").read_bytes()) for size in SIZES}
-    return {1: trial(material, None), **several}
+    files = {size: [material.folder / f"found-{size}-{rank}" for rank in range(size)] for size in SIZES}
+    several = {size: together([pickle.loads(file.read_bytes()) for file in files[size]]) for size in SIZES}
+    return {1: together([trial(material, None)]), **several}
 
 
-def same_bytes(ours: list[Any], theirs: list[Any]) -> bool:
-    """Of what two learners published: buckets and manifest."""
-    return len(ours) == len(theirs) and all(
-        np.array_equal(a, b) if isinstance(a, np.ndarray) else a == b for a, b in zip(ours, theirs, strict=True)
-    )
+def together(found: list[Any]) -> Any:
+    """What the first rank found, but of what was published that of every rank."""
+    if isinstance(found[0], dict):
+        return {key: together([own[key] for own in found]) for key in found[0]}
+    return found if isinstance(found[0], Published) else found[0]
+
+
+def tensors(ranks: list[Published], receiver: Receiver | None = None) -> dict[str, torch.Tensor]:
+    """What an engine is given of a version, by name; the receiver holds it afterwards."""
+    receiver = receiver or Receiver(False)
+    version = receiver.whole(*(part for own in ranks for part in own))
+    receiver.hold(version)
+    verify(*join(version))
+    return dict(unpack(*join(version)))
+
+
+def assert_same_bits(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    assert list(ours) == list(theirs)
+    for name in ours:
+        assert torch.equal(ours[name], theirs[name]), name
 
 
 def assert_equal(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
@@ -210,9 +231,10 @@ def assert_equal(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
         assert {key: mine[key] for key in expected} == pytest.approx(expected, rel=5e-6, abs=1e-6, nan_ok=True)
     np.testing.assert_allclose(ours["gradients"], theirs["gradients"], rtol=0, atol=1e-6)
     for kind in ("weights", "average"):
-        assert len(ours[kind]) == len(theirs[kind]) > 1
-        for a, b in zip(ours[kind][:-1], theirs[kind][:-1], strict=True):
-            np.testing.assert_allclose(a.view(np.float32), b.view(np.float32), rtol=0, atol=1e-6)
+        mine, other = tensors(ours[kind]), tensors(theirs[kind])
+        assert mine.keys() == other.keys() and len(mine) > 1
+        for tensor in mine:
+            np.testing.assert_allclose(mine[tensor], other[tensor], rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -232,33 +254,33 @@ def test_what_several_ranks_publish_is_what_one_publishes_to_the_bit(
     size: int, found: dict[int, dict[str, Any]]
 ) -> None:
     for name in SETTINGS:
-        assert same_bytes(found[size][name]["fresh"], found[1][name]["fresh"])
+        assert_same_bits(tensors(found[size][name]["fresh"]), tensors(found[1][name]["fresh"]))
 
 
 @pytest.mark.parametrize("size", (1, *SIZES))
 def test_what_several_ranks_say_has_changed_makes_the_next_version_of_the_one_before(
-    size: int, material: Material, found: dict[int, dict[str, Any]]
+    size: int, found: dict[int, dict[str, Any]]
 ) -> None:
-    *buckets, manifest = found[size]["delta"]["first"]
-    *payload, change = found[size]["delta"]["change"]
-    *expected, whole_manifest = found[size]["delta"]["second"]
-    assert isinstance(change, DeltaVersion) and change.nbytes < sum(bucket.nbytes for bucket in buckets)
+    first, change, second = (found[size]["delta"][what] for what in ("first", "change", "second"))
+    for before, after in zip(first, change, strict=True):
+        assert isinstance(after[-1], DeltaVersion) and after[-1].nbytes < before[-1].nbytes
     receiver = Receiver(True)
-    receiver.hold(*receiver.whole(manifest, buckets))
-    after, decoded = receiver.whole(change, payload)
-    assert after.tensors == whole_manifest.tensors and same_bytes(list(decoded), expected)
-    for rank in range(1, size):
-        other = pickle.loads((material.folder / f"found-{size}-{rank}").read_bytes())
-        assert other["delta"] == {"first": [], "change": [], "second": []}
+    tensors(first, receiver)
+    assert_same_bits(tensors(change, receiver), tensors(second))
+    assert_same_bits(tensors(change, receiver), tensors(second))  # a second time
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_the_first_rank_alone_publishes_and_each_holds_its_share(size: int, material: Material, found: dict) -> None:
-    others = [pickle.loads((material.folder / f"found-{size}-{rank}").read_bytes()) for rank in range(1, size)]
-    assert all(other[name]["fresh"] == [] for other in others for name in SETTINGS)
-    held = [found[size]["held"][0], *(other["held"][0] for other in others)]
+def test_each_rank_holds_and_publishes_its_share(size: int, material: Material, found: dict) -> None:
+    own = [pickle.loads((material.folder / f"found-{size}-{rank}").read_bytes()) for rank in range(size)]
+    held = [rank["held"][0] for rank in own]
     assert sum(held) == found[1]["held"][0]
     assert max(held) < 1.1 * sum(held) / size
+    for name in SETTINGS:
+        published = [sum(entry.nbytes for entry in rank[name]["fresh"][-1].tensors) for rank in own]
+        [whole] = found[1][name]["fresh"]
+        assert sum(published) == sum(entry.nbytes for entry in whole[-1].tensors)
+        assert max(published) < 1.2 * sum(published) / size
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -278,10 +300,9 @@ def test_a_checkpoint_goes_on_with_any_number_of_ranks(size: int, found: dict[in
 def test_a_checkpoint_of_several_ranks_is_a_whole_model_directory(material: Material, found: dict) -> None:
     model = AutoModelForCausalLM.from_pretrained(material.folder / "saved-2")
     weights = torch.cat([p.detach().flatten() for p in model.parameters()])
-    before = found[2]["taken back"]["weights"]
+    before = tensors(found[2]["taken back"]["weights"])
     assert weights.numel() == found[1]["held"][0] and weights.isfinite().all()
-    moved = np.abs(weights.numpy() - np.concatenate(before[:-1]).view(np.float32)).max()
-    assert moved == 0
+    assert torch.equal(weights, torch.cat([tensor.flatten() for tensor in before.values()]))
     for name in ("model.safetensors", "training/optimizer.safetensors", "training/averages.safetensors"):
         ours, theirs = (load_file(material.folder / f"saved-{size}" / name) for size in (2, 4))
         assert ours.keys() == theirs.keys()
