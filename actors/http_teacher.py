@@ -21,7 +21,7 @@ import numpy as np
 from actors.config import TeacherConfig
 from actors.errors import CampaignError, UserError
 from actors.progress import advance
-from actors.scoring import TeacherCounts, check_probe, probe, score_with
+from actors.scoring import ScoresApart, TeacherCounts, check_probe, probe, score_with
 from actors.trajectory import TeacherScores, Trajectories, offsets_of
 
 ATTEMPTS = 6
@@ -53,7 +53,7 @@ class _Refused(Exception):
     """The server has understood us, and will not: trying again would not help."""
 
 
-class HttpTeacher:
+class HttpTeacher(ScoresApart):
     """One client of the servers. Its self-test is that of every teacher, asked over the wire."""
 
     def __init__(self, config: TeacherConfig, key: str = "teacher", vocabulary: int | None = None):

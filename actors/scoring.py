@@ -3,12 +3,12 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from actors.errors import CampaignError
-from actors.trajectory import TeacherScores, Trajectories, offsets_of, select_trajectories
+from actors.trajectory import TeacherScores, Trajectories, apart, offsets_of, select_trajectories
 
 PLAUSIBLE = (-1000.0, 1e-3)
 """Nats. A log-prob outside is no teacher's opinion, but a sentinel such as -9999, or not a log-prob at all."""
@@ -23,6 +23,18 @@ class TeacherCounts(NamedTuple):
     """Tokens without a finite score; they are masked in training."""
     busy_seconds: float
     """Seconds that this took."""
+
+
+class ScoresApart:
+    """What every kind of teacher has besides its `score`."""
+
+    score: Callable[..., tuple[TeacherCounts, TeacherScores]]
+
+    def score_apart(self, *arguments: Any, **keywords: Any) -> tuple[Any, ...]:
+        """As `score`, in 2 + B values: counts, LightScores, and the LargeScores of each of the B trajectories."""
+        counts, scores = self.score(*arguments, **keywords)
+        light, large = apart(scores)
+        return counts, light, *large
 
 
 def score_with(

@@ -18,10 +18,11 @@ import torch.distributed as dist
 from actors.config import TeacherConfig
 from actors.errors import UserError
 from actors.models import tensor_parallel_plan
+from actors.scoring import ScoresApart
 from actors.teacher import TeacherActor
 
 
-class ShardedTeacher:
+class ShardedTeacher(ScoresApart):
     """`tensor_parallel_size` ranks on one node, which is all that a caller sees of one teacher."""
 
     def __init__(self, config: TeacherConfig, key: str = "teacher", vocabulary: int | None = None):

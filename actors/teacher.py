@@ -15,12 +15,12 @@ from actors.errors import CampaignError, WeightError
 from actors.logprobs import chunked_head, to_array, token_logprobs
 from actors.models import load_model, response_head
 from actors.progress import advance
-from actors.scoring import TeacherCounts, check_probe, probe, score_with
+from actors.scoring import ScoresApart, TeacherCounts, check_probe, probe, score_with
 from actors.trajectory import FINISH_REASONS, Requests, RolloutCounts, TeacherScores, Trajectories, offsets_of
 from actors.weights import WeightVersion, join, shapes, unpack, verify
 
 
-class TeacherActor:
+class TeacherActor(ScoresApart):
     """One Hugging Face model, frozen, or given the weights of each version where it follows the student."""
 
     def __init__(self, config: TeacherConfig, key: str = "teacher", vocabulary: int | None = None):

@@ -13,7 +13,7 @@ import numpy as np
 from actors.config import TeacherConfig
 from actors.errors import UserError
 from actors.models import load_config
-from actors.scoring import TeacherCounts, check_probe, probe, score_with
+from actors.scoring import ScoresApart, TeacherCounts, check_probe, probe, score_with
 from actors.trajectory import TeacherScores, Trajectories, offsets_of
 from actors.vllm_build import build_llm, importing_vllm
 
@@ -21,7 +21,7 @@ REPEATS = 0.02
 """Nats by which an answer may differ when asked again: batches are cut differently, and kernels follow their shape."""
 
 
-class VllmTeacher:
+class VllmTeacher(ScoresApart):
     """One frozen model in a vLLM engine of this process, or of one process for each GPU it is spread over."""
 
     def __init__(self, config: TeacherConfig, key: str = "teacher", vocabulary: int | None = None):

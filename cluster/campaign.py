@@ -46,7 +46,7 @@ from cluster.rollback import act
 from cluster.state import CampaignState
 from cluster.teachers import Teachers
 from cluster.versions import TRANSPORTS, Published, WeightTransport
-from cluster.work import Work, merge, singles
+from cluster.work import PerRank, Work, merge, shared_out, singles
 
 TEACHER_CALLS = 2
 """One that a teacher actor works on and one that it finds when it is done: what comes in meanwhile goes together."""
@@ -210,6 +210,7 @@ class Campaign:
             self.state.ledger.scored(work.numbers)
             for part in work.parts:
                 part.scores = scored.references
+                part.large = {name: scored.large[name] for name in part.names if scored.large}
                 self._to_train.put_nowait(part)
 
         await self._for_each(self._next_to_score, score, "teacher")
@@ -226,6 +227,7 @@ class Campaign:
                         work.ids,
                         *work.trajectories,
                         *work.scores,
+                        *self._large(work),
                         rate_scale=self.state.guards.rate_scale,
                         domains=self._prompts.domains_of(work.ids),
                     )
@@ -361,10 +363,10 @@ class Campaign:
         await asyncio.sleep(0)  # the call before begins, and is counted
         await self.teachers.room(TEACHER_CALLS)
         share = -(-self._to_score.qsize() // min(len(fleet.replicas) for fleet in self.teachers.fleets.values()))
-        tokens = self._tokens_of(works[0])
+        tokens = self._tokens_of(works[0]).sum()
         while len(works) < share and tokens < self._tokens_at_once:
             works.append((await self._to_score.get())[-1])
-            tokens += self._tokens_of(works[-1])
+            tokens += self._tokens_of(works[-1]).sum()
         return merge(works)
 
     async def _next_update(self) -> Work:
@@ -395,10 +397,15 @@ class Campaign:
             self.state.ledger.drop(numbers, reason)
             await self._slots.release(len(numbers), replace=True)
 
-    def _tokens_of(self, work: Work) -> int:
-        """Prompts and responses."""
-        prompts = work.ids[:, 1]
-        return int((self._prompts.offsets[prompts + 1] - self._prompts.offsets[prompts] + work.lengths).sum())
+    def _tokens_of(self, work: Work) -> np.ndarray:
+        """[B] prompt and response."""
+        return np.diff(self._prompts.offsets)[work.ids[:, 1]] + work.lengths
+
+    def _large(self, work: Work) -> list[PerRank]:
+        """What each rank of the learner alone is given; nothing where scores are whole."""
+        learner = self.config.learner
+        steps, ranks = learner.minibatches_per_update, learner.replicas
+        return [shared_out(work, self._tokens_of(work), steps, ranks)] if work.large else []
 
     async def _evaluate(self, version: int) -> dict[str, Any]:
         if self._evaluator is None:

@@ -20,6 +20,7 @@ from ray.util.placement_group import PlacementGroup, remove_placement_group
 from actors.errors import ActorFaultError, CampaignError, LostObjectError, StoreFullError
 from cluster.ray_actor import Replica, cause_of, create, invoke, place, streamed, whereabouts
 from cluster.ray_fleet import Fleet
+from cluster.work import PerRank
 from learner.learner import Learner
 from learner.sharding import Ranks
 
@@ -98,11 +99,18 @@ class LearnerGroup(Fleet):
         at: Replica | None = None,
         **keywords: Any,
     ) -> Any:
-        """Calls a method on every rank; the first one's answer, but where it is yes or no, whether all say yes."""
+        """Calls a method on every rank; the first one's answer, but where it is yes or no, whether all say yes.
+
+        For an argument that is PerRank each rank gets its own, as arguments of the call: Ray fetches them to its node,
+        and no others.
+        """
         assert returns == 1 and at is None
-        answers = await self._together(
-            method, lambda replica: invoke(replica.handle, "call", (method, *arguments), 1, keywords)
-        )
+
+        def one(replica: Replica) -> Coroutine[Any, Any, Any]:
+            own = _own_arguments(arguments, self.replicas.index(replica))
+            return invoke(replica.handle, "call", (method, *own), 1, keywords)
+
+        answers = await self._together(method, one)
         return all(answers) if isinstance(answers[0], bool) else answers[0]
 
     async def stream(
@@ -187,3 +195,7 @@ class LearnerGroup(Fleet):
             super()._lost(replica, handle, kind, cause, error)
             for other in self.replicas:
                 other.kill()
+
+
+def _own_arguments(arguments: tuple, rank: int) -> list[Any]:
+    return [own for given in arguments for own in (given.arguments[rank] if isinstance(given, PerRank) else [given])]

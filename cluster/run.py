@@ -121,7 +121,7 @@ async def _run(
         await asyncio.gather(*(fleet.start() for fleet in (learner, *fleets.values())))
         steering = asyncio.create_task(obey(config.run_dir, handlers(fleets, needed, gate, on_event)))
         teachers = {name: fleets[f"teacher.{name}"] for name in config.teachers}
-        panel = Teachers(teachers, inputs.lessons)
+        panel = Teachers(teachers, inputs.lessons, apart=config.scores_apart)
         await panel.compare_replicas()
         parts: dict[str, Any] = {
             "prompts": inputs.prompts,

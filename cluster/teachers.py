@@ -10,7 +10,7 @@ import numpy as np
 from actors.config import SamplingConfig, TeacherConfig
 from actors.errors import CampaignError, UserError
 from actors.prompts import PromptSet
-from actors.trajectory import Requests, RolloutCounts, offsets_of, ragged_rows
+from actors.trajectory import Requests, RolloutCounts, TrajectoryId, offsets_of, ragged_rows
 from cluster.pipeline import split_evenly
 from cluster.ray_fleet import Fleet
 
@@ -61,14 +61,17 @@ class Scored(NamedTuple):
     missing: int
     """Tokens without a finite score."""
     busy_seconds: float
+    large: dict[TrajectoryId, list[Any]]
+    """Of LargeScores, where they are apart: one for each teacher of a trajectory."""
 
 
 class Teachers:
     """All teachers' fleets, and the lessons for one set of prompts."""
 
-    def __init__(self, fleets: dict[str, Fleet], lessons: Lessons):
+    def __init__(self, fleets: dict[str, Fleet], lessons: Lessons, *, apart: bool = False):
+        """apart: what is more than one number a token is to come by trajectory, for ranks that need some of it only."""
         self.fleets = fleets
-        self._lessons = lessons
+        self._lessons, self._apart = lessons, apart
 
     async def score(self, ids: np.ndarray, trajectories: Sequence[Any], *, parts: int | None = None) -> Scored:
         """Has the trajectories with these ids [B, 3], held by the references, scored by their teachers.
@@ -82,10 +85,15 @@ class Teachers:
             for part in split_evenly(len(mine), parts or len(fleet.replicas)) if mine else []:
                 calls.append(self._call(name, ids[mine[part.start : part.stop]], trajectories))
         answers = await asyncio.gather(*calls)
+        large: dict[TrajectoryId, list[Any]] = {}
+        for _, _, own in answers:
+            for trajectory, reference in own.items():
+                large.setdefault(trajectory, []).append(reference)
         return Scored(
-            [reference for _, reference in answers],
-            sum(counts.missing for counts, _ in answers),
-            sum(counts.busy_seconds for counts, _ in answers),
+            [reference for _, reference, _ in answers],
+            sum(counts.missing for counts, _, _ in answers),
+            sum(counts.busy_seconds for counts, _, _ in answers),
+            large,
         )
 
     async def room(self, calls: int) -> None:
@@ -132,17 +140,21 @@ class Teachers:
         stop = self._lessons.stop_token_ids
         return await fleet.call("sample", asked, version, sampling, stop, told, returns=2, units=len(asked.ids))
 
-    async def _call(self, name: str, ids: np.ndarray, trajectories: Sequence[Any]) -> tuple[Any, Any]:
+    async def _call(
+        self, name: str, ids: np.ndarray, trajectories: Sequence[Any]
+    ) -> tuple[Any, Any, dict[TrajectoryId, Any]]:
+        """(counts, reference of the scores, of each trajectory the reference of what is apart from them)."""
         prompts = self._lessons.privileged.get(name)
-        return await self.fleets[name].call(
-            "score",
+        counts, scores, *large = await self.fleets[name].call(
+            "score_apart" if self._apart else "score",
             ids,
             *trajectories,
-            returns=2,
+            returns=2 + len(ids) * self._apart,
             units=len(ids),
             prompts=_prompts_of(prompts, ids[:, 1]) if prompts else None,
             log_weights=np.array([self._lessons.routes[prompt][name] for prompt in ids[:, 1]], np.float32),
         )
+        return counts, scores, dict(zip((TrajectoryId(*row) for row in ids.tolist()), large, strict=self._apart))
 
 
 def _prompts_of(prompts: PromptSet, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

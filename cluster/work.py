@@ -2,9 +2,13 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+
+from actors.trajectory import TrajectoryId
+from learner.batch import minibatch_rows
+from learner.sharding import owners
 
 
 @dataclass(eq=False)
@@ -19,6 +23,9 @@ class Work:
     """References of Trajectories that hold these ids, and perhaps others."""
     scores: list[Any] = field(default_factory=list)
     """References of TeacherScores, likewise."""
+    large: dict[TrajectoryId, list[Any]] = field(default_factory=dict)
+    """Where the learner has several ranks: of each trajectory the references of LargeScores, one for each teacher that
+    has scored it. Empty where scores are whole."""
     lengths: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     """[B] response tokens."""
     oldest_versions: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
@@ -32,6 +39,11 @@ class Work:
 
     def __len__(self) -> int:
         return len(self.numbers)
+
+    @property
+    def names(self) -> list[TrajectoryId]:
+        """[B] the ids, by each of which there may be something in `large`."""
+        return [TrajectoryId(*row) for row in self.ids.tolist()]
 
 
 def merge(works: Sequence[Work]) -> Work:
@@ -50,11 +62,13 @@ def merge(works: Sequence[Work]) -> Work:
 def gather(rows: Sequence[tuple[Work, int]]) -> Work:
     """Single trajectories, each the row of a scored work that holds it and perhaps others, in this order."""
     works = _each_once(work for work, _ in rows)
+    names = {work: work.names for work in works if work.large}
     return Work(
         numbers=[work.numbers[row] for work, row in rows],
         ids=np.array([work.ids[row] for work, row in rows], np.int64).reshape(-1, 3),
         trajectories=_each_once(reference for work in works for reference in work.trajectories),
         scores=_each_once(reference for work in works for reference in work.scores),
+        large={names[work][row]: work.large[names[work][row]] for work, row in rows if work in names},
         lengths=np.array([work.lengths[row] for work, row in rows]),
         oldest_versions=np.array([work.oldest_versions[row] for work, row in rows]),
         truncated=np.array([work.truncated[row] for work, row in rows]),
@@ -64,6 +78,25 @@ def gather(rows: Sequence[tuple[Work, int]]) -> Work:
 def singles(work: Work, replica: Any) -> list[Work]:
     """Each trajectory of a group by itself, all for the same actor."""
     return [Work([number], work.ids[row : row + 1], replica=replica) for row, number in enumerate(work.numbers)]
+
+
+class PerRank(NamedTuple):
+    """In a call to a learner of several ranks, arguments that each rank has of its own."""
+
+    arguments: list[list[Any]]
+    """By rank."""
+
+
+def shared_out(work: Work, costs_B: np.ndarray, minibatches: int, ranks: int) -> PerRank:
+    """The large scores of a work, each for the rank that trains on the trajectory: as the learner shares them out.
+
+    costs_B: tokens of prompt and response. minibatches: steps of one epoch.
+    """
+    owner = owners(costs_B, minibatch_rows(len(work), minibatches), ranks)
+    found: list[list[Any]] = [[] for _ in range(ranks)]
+    for name, rank in zip(work.names, owner.tolist(), strict=True):
+        found[rank] += work.large[name]
+    return PerRank(found)
 
 
 def _each_once(things: Iterable[Any]) -> list[Any]:

@@ -21,7 +21,7 @@ from actors.config import StudentConfig, TeacherConfig, publishes_adapter
 from actors.delta import DeltaVersion
 from actors.errors import NonFiniteLossError
 from actors.models import load_head, load_model, load_tokenizer, response_head
-from actors.trajectory import TeacherScores, Trajectories, TrajectoryId
+from actors.trajectory import LargeScores, TeacherScores, Trajectories, TrajectoryId
 from actors.weights import WeightVersion
 from learner.adapters import ADAPTER_FILE, adapter_tensors, add_adapters, merged_tensors
 from learner.averages import MovingAverages
@@ -131,14 +131,15 @@ class Learner:
     def update(
         self,
         ids: np.ndarray,
-        *batches: Trajectories | TeacherScores,
+        *batches: Trajectories | TeacherScores | LargeScores,
         rate_scale: float = 1.0,
         domains: Sequence[str | None] | None = None,
     ) -> dict[str, float]:
         """The optimiser steps of one update, on the trajectories with these ids [B, 3]; returns its metrics.
 
-        The batches hold the trajectories and their scores, in any order and perhaps with others. The update is a
-        function of `ids` and of what was written and scored. NonFiniteLossError: the step was not taken.
+        The batches hold the trajectories and their scores, in any order and perhaps with others; where scores are light,
+        each rank is given the large parts of its own trajectories. The update is a function of `ids` and of what was
+        written and scored. NonFiniteLossError: the step was not taken.
         rate_scale multiplies the schedule's learning rate; domains [B] of the prompts, to measure each.
         """
         start = time.perf_counter()
@@ -151,6 +152,7 @@ class Learner:
             masked_token_ids=self._masked_token_ids,
             heads=self._heads,
             share=self._share,
+            total=self._ranks.sum,
         )
         self._look_ahead(batch)
         rate = rate_scale * learning_rate(self.policy_version + 1, self._total_updates, self._config.optimizer)

@@ -72,15 +72,8 @@ class Ranks:
         assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
 
     def share(self, costs_B: np.ndarray, steps: Sequence[np.ndarray]) -> np.ndarray:
-        """[B] bool: the trajectories that are this rank's. costs_B: what each takes, in tokens; steps: the rows of each
-        optimiser step. Of every step each rank has about the same cost: longest first, to the rank with the least."""
-        owner = np.zeros(len(costs_B), np.int64)
-        for rows in steps if self.size > 1 else ():
-            load = np.zeros(self.size, np.int64)
-            for row in rows[np.argsort(-costs_B[rows], kind="stable")]:
-                owner[row] = load.argmin()
-                load[owner[row]] += costs_B[row]
-        return owner == self.rank
+        """[B] bool: the trajectories that are this rank's, as `owners` has them."""
+        return owners(costs_B, steps, self.size) == self.rank
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum over the ranks, of the same shape."""
@@ -110,6 +103,19 @@ class Ranks:
         parts = [torch.empty_like(padded) for _ in counts]
         dist.all_gather(parts, padded)
         return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)]).to(values.dtype)
+
+
+def owners(costs_B: np.ndarray, steps: Sequence[np.ndarray], ranks: int) -> np.ndarray:
+    """[B] the rank that trains on each trajectory. costs_B: what each takes, in tokens; steps: the rows of each optimiser
+    step. Of every step each rank has about the same cost: longest first, to the rank with the least. Whoever hands
+    the ranks what is theirs alone asks here, as they do."""
+    owner = np.zeros(len(costs_B), np.int64)
+    for rows in steps if ranks > 1 else ():
+        load = np.zeros(ranks, np.int64)
+        for row in rows[np.argsort(-costs_B[rows], kind="stable")]:
+            owner[row] = load.argmin()
+            load[owner[row]] += costs_B[row]
+    return owner
 
 
 def decoder_layers(model: PreTrainedModel) -> list[torch.nn.Module]:
