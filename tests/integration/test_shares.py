@@ -1,0 +1,89 @@
+"""A learner of two ranks in a real Ray, and a teacher whose answers are shared out between them."""
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+
+from actors.config import StudentConfig
+from actors.errors import CampaignError
+from actors.teacher import TeacherActor
+from actors.trajectory import LargeScores, LightScores, TrajectoryId
+from cluster.ray_actor import Resources, fetched
+from cluster.ray_fleet import Fleet
+from cluster.ray_learner import LearnerGroup
+from cluster.teachers import Lessons, Teachers
+from cluster.work import PerRank, Work, shared_out
+from learner.config import LearnerConfig, ObjectiveConfig, OptimizerConfig
+from learner.learner import Learner
+from tests.tiny_models import make_tiny_model
+from tests.tiny_updates import sampled, teacher_config
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(90), pytest.mark.usefixtures("ray_session")]
+
+LEARNER = LearnerConfig(
+    compute_dtype="float32",
+    objective=ObjectiveConfig(estimator="full"),
+    optimizer=OptimizerConfig(learning_rate=1e-3, warmup_updates=0),
+)
+HOW: dict[str, Any] = {"total_updates": 10, "temperature": 1.0, "publish_dtype": "float32", "bucket_bytes": 1 << 20}
+
+
+def fleet(kind: type[Fleet], role: str, actor: type, *arguments: Any, replicas: int = 1, **keywords: Any) -> Any:
+    return kind(
+        role,
+        actor,
+        arguments,
+        keywords,
+        replicas=replicas,
+        resources=Resources(0.1, 0.0),
+        max_restarts=None,
+        start_timeout_seconds=60.0,
+        on_event=lambda kind, **fields: None,
+    )
+
+
+def test_each_rank_is_given_what_the_teacher_said_of_its_own_trajectories_and_no_other_is_taken(tmp_path: Path) -> None:
+    models = {name: make_tiny_model(tmp_path / name, hidden=32, layers=1, seed=i) for i, name in enumerate(("student", "other"))}  # fmt: skip
+    written, whole = sampled(models, "other", "topk")
+    alone = Learner(StudentConfig(str(models["student"])), LEARNER, **HOW)
+    expected = alone.update(written.ids, written, whole)
+
+    async def body(teacher: Fleet, learner: LearnerGroup) -> None:
+        await asyncio.gather(teacher.start(), learner.start())
+        panel = Teachers({"teacher": teacher}, Lessons([{"teacher": 0.0}] * 3, {}), apart=True)
+        references = [ray.put(written)]
+        scored = await panel.score(written.ids, references)
+        [light] = await fetched(scored.references)
+        assert isinstance(light, LightScores) and light.support_logprobs.shape[1] == light.support_ids.shape[1] == 0
+        work = Work(list(range(6)), written.ids, references, scored.references, scored.large, written.lengths)
+        own = shared_out(work, np.diff(written.prompt_offsets) + written.lengths, 1, 2)
+        parts = [await fetched(given) for given in own.arguments]
+        assert all(isinstance(part, LargeScores) for given in parts for part in given)
+        names = [[part.id for part in given] for given in parts]
+        assert sorted(names[0] + names[1]) == [TrajectoryId(*row) for row in written.ids] and all(names)
+
+        metrics = await learner.call("update", written.ids, *references, *scored.references, own)
+        for key in ("loss", "grad_norm", "reverse_kl", "tokens_trained"):
+            assert metrics[key] == pytest.approx(expected[key], rel=1e-5), key
+        # Ranks take no more and no less than their own: what the other has is refused, by name.
+        with pytest.raises(
+            CampaignError, match=r"trajectory 0/\S+ what teacher says of it came to where it is not trained"
+        ):
+            await learner.call("update", written.ids, *references, *scored.references, PerRank(own.arguments[::-1]))
+
+    async def run() -> None:
+        told = teacher_config(models, "other", "topk")
+        teacher = fleet(Fleet, "teacher.teacher", TeacherActor, told, "teachers.teacher")
+        student = StudentConfig(str(models["student"]))
+        learner = fleet(LearnerGroup, "learner", Learner, student, LEARNER, replicas=2, **HOW)
+        try:
+            await body(teacher, learner)
+        finally:
+            teacher.close()
+            learner.close()
+
+    asyncio.run(run())
