@@ -209,8 +209,7 @@ class Campaign:
             self.state.busy["teacher"] += scored.busy_seconds
             self.state.ledger.scored(work.numbers)
             for part in work.parts:
-                part.scores = scored.references
-                part.large = {name: scored.large[name] for name in part.names if scored.large}
+                part.receive(scored.references, scored.large)
                 self._to_train.put_nowait(part)
 
         await self._for_each(self._next_to_score, score, "teacher")

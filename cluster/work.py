@@ -45,6 +45,11 @@ class Work:
         """[B] the ids, by each of which there may be something in `large`."""
         return [TrajectoryId(*row) for row in self.ids.tolist()]
 
+    def receive(self, scores: list[Any], large: dict[TrajectoryId, list[Any]]) -> None:
+        """It has been scored, perhaps with others: references of TeacherScores, and of LargeScores where they are apart."""
+        self.scores = scores
+        self.large = {name: large[name] for name in self.names if large}
+
 
 def merge(works: Sequence[Work]) -> Work:
     """One work of all, in the order of the ledger: what is computed from it does not depend on who was faster."""

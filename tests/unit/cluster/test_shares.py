@@ -101,7 +101,9 @@ def test_scores_are_apart_where_there_are_several_ranks_and_more_than_one_number
 
 def test_an_update_holds_what_is_large_of_its_own_trajectories_alone() -> None:
     names = [TrajectoryId(0, prompt, 0) for prompt in range(4)]
-    scored = Work([0, 1, 2, 3], np.array(names), large={name: [f"large {name}"] for name in names})
+    scored = Work([0, 1, 2, 3], np.array(names))
+    scored.receive(["scores"], {name: [f"large {name}"] for name in (*names, TrajectoryId(0, 9, 0))})
+    assert list(scored.large) == names  # of those that were scored with them nothing is kept
     scored.lengths = scored.oldest_versions = scored.truncated = np.array([5, 1, 4, 2])
     update = gather([(scored, 0), (scored, 2), (scored, 3)])
     assert update.large == {name: [f"large {name}"] for name in (names[0], names[2], names[3])}
