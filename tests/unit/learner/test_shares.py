@@ -17,10 +17,10 @@ from actors.trajectory import LargeScores, LightScores, TeacherScores, Trajector
 from learner.batch import minibatch_rows
 from learner.config import ObjectiveConfig
 from learner.learner import Learner
-from learner.sharding import Ranks, owners
+from learner.sharding import Ranks, own_rows, owners
 from tests.tiny_models import make_tiny_model
 from tests.tiny_updates import make_learner, sampled, teacher_config
-from tests.unit.learner.test_sharding import run_ranks, same_bytes
+from tests.unit.learner.test_sharding import run_ranks
 
 SIZES = (2, 4)
 """With four, one rank has no trajectory in any of the two steps."""
@@ -117,7 +117,7 @@ def run_rank(rank: int, size: int, material: Material) -> None:
         for kind, batches in given.items():
             learner = material.learner(case, ranks)
             metrics = [learner.update(material.written.ids, *batches, material.written) for _ in range(2)]
-            found[case, kind] = metrics, list(learner.publish())
+            found[case, kind] = metrics, [own_rows(p.detach())[0].numpy() for p in learner._model.parameters()]
     found["given"] = {case: [part.id for part in shares(material, case, size)[1][rank]] for case in CASES}
     (material.folder / f"found-{size}-{rank}").write_bytes(pickle.dumps(found))
     dist.destroy_process_group()
@@ -142,8 +142,8 @@ def test_an_update_from_shares_is_that_from_all_to_the_bit(case: str, size: int,
     for rank in found[size]:
         (metrics, weights), (expected, expected_weights) = rank[case, "shares"], rank[case, "whole"]
         np.testing.assert_equal(without_times(metrics), without_times(expected))
-        assert same_bytes(weights, expected_weights)
-    assert len(found[size][0][case, "shares"][1]) > 1  # the first one publishes
+        for mine, other in zip(weights, expected_weights, strict=True):
+            np.testing.assert_array_equal(mine.view(np.int32), other.view(np.int32))
 
 
 @pytest.mark.parametrize("size", SIZES)
