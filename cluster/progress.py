@@ -169,6 +169,7 @@ TOLD = {
     "actor_restarted": "{actor} is back (restart {restarts})",
     "actor_ended": "{actor} has ended",
     "learner_restored": "the learner is back, as it was after update {step} ({checkpoint})",
+    "short_of_resources": "it begins with one actor of each role, and takes more as there is room ({cause})",
     "waiting_for_resources": "{actor} waits: {cause}; the campaign goes on without it",
     "object_store_full": "{actor} waits: {cause}",
     "scaled": "{role}: {before} -> {after} actors",

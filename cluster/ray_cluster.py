@@ -4,8 +4,8 @@ import logging
 import os
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, suppress
+from typing import Any, NamedTuple
 
 import ray
 from ray._private import services
@@ -131,6 +131,34 @@ def check_cluster(config: CampaignConfig, private: bool) -> dict[str, tuple[int,
     needed = role_resources(config, there.get("GPU", 0.0), private=private)
     check_fits(needed, there, "the cluster")
     return needed
+
+
+class Room(NamedTuple):
+    """What a campaign may take of its cluster."""
+
+    needed: dict[str, tuple[int, Resources]]
+    """Role -> (replicas, what one needs)."""
+    begin: dict[str, int]
+    """Role -> replicas that there is room for at once."""
+    short: str = ""
+    """Why these are fewer, if they are."""
+
+
+def room_to_begin(config: CampaignConfig, private: bool) -> Room:
+    """A cluster that is not the campaign's own may be short of nodes: one was lost, or is on its way. Then one actor of
+    each role is enough to begin with, and all ranks of the learner. UserError where not even these fit."""
+    there = ray.cluster_resources()
+    needed = role_resources(config, there.get("GPU", 0.0), private=private)
+    try:
+        check_fits(needed, there, "the cluster")
+    except UserError as error:
+        least = {role: (count if role == "learner" else 1, one) for role, (count, one) in needed.items()}
+        if not private:
+            with suppress(UserError):
+                check_fits(least, there, "the cluster")
+                return Room(needed, {role: count for role, (count, _) in least.items()}, str(error))
+        raise
+    return Room(needed, {role: count for role, (count, _) in needed.items()})
 
 
 def check_scaled(needed: dict[str, tuple[int, Resources]], role: str, replicas: int) -> None:

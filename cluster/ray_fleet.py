@@ -358,7 +358,7 @@ class Fleet:
 
     async def _join(self, replica: Replica) -> None:
         try:
-            await self._start(replica, patient=True)
+            await self._start_firmly(replica, True)
         except (CampaignError, UserError) as error:
             if replica in self.replicas:
                 self.replicas.remove(replica)

@@ -28,7 +28,7 @@ from cluster.evaluate import Evaluator
 from cluster.inputs import Inputs, read_inputs
 from cluster.progress import Progress, in_words
 from cluster.ray_actor import Resources
-from cluster.ray_cluster import check_cluster, connected, refuse_relative_output
+from cluster.ray_cluster import connected, refuse_relative_output, room_to_begin
 from cluster.ray_fleet import Fleet
 from cluster.ray_learner import LearnerGroup
 from cluster.ray_metrics import Prometheus
@@ -103,9 +103,11 @@ async def _run(
         progress.note(in_words(kind, fields))
         state.faults += kind in FAULTS
 
-    needed = check_cluster(config, private)
+    needed, begin, short = room_to_begin(config, private)
     records.event("resumed" if checkpoint else "started", step=state.step, process=os.getpid())
-    fleets = build_fleets(config, inputs, needed, on_event)
+    if short:
+        on_event("short_of_resources", cause=short)
+    fleets = build_fleets(config, inputs, needed, begin, on_event)
     learner = build_learner(config, inputs, checkpoint, needed, on_event)
     exported = [Prometheus(config.name)] if config.tracking.prometheus else []
     trackers = Trackers(make_trackers(config, state.step + 1, exported), on_event)
@@ -119,6 +121,8 @@ async def _run(
     status = asyncio.create_task(keep_status(config.run_dir, live))
     try:
         await asyncio.gather(*(fleet.start() for fleet in (learner, *fleets.values())))
+        for role, fleet in fleets.items() if short else ():
+            fleet.resize(needed[role][0])
         steering = asyncio.create_task(obey(config.run_dir, handlers(fleets, needed, gate, on_event)))
         teachers = {name: fleets[f"teacher.{name}"] for name in config.teachers}
         panel = Teachers(teachers, inputs.lessons, apart=config.scores_apart)
@@ -194,18 +198,22 @@ def _live_status(state: CampaignState, progress: Progress, fleets: list[Fleet], 
 
 
 def build_fleets(
-    config: CampaignConfig, inputs: Inputs, needed: dict[str, tuple[int, Resources]], on_event: Callable[..., None]
+    config: CampaignConfig,
+    inputs: Inputs,
+    needed: dict[str, tuple[int, Resources]],
+    begin: dict[str, int],
+    on_event: Callable[..., None],
 ) -> dict[str, Fleet]:
-    """The fleets `rollout` and `teacher.<name>`, not started."""
+    """The fleets `rollout` and `teacher.<name>`, not started, with as many actors as are to begin."""
 
     def fleet(role: str, actor: type, *arguments: Any, **keywords: Any) -> Fleet:
-        replicas, resources = needed[role]
+        _, resources = needed[role]
         return Fleet(
             role,
             actor,
             arguments,
             keywords,
-            replicas=replicas,
+            replicas=begin[role],
             resources=resources,
             max_restarts=config.ray.max_restarts,
             start_timeout_seconds=config.ray.start_timeout_seconds,

@@ -44,7 +44,8 @@ def handlers(
     async def scale(wanted: Mapping[str, Any]) -> str:
         sizes = {role: _size(role, value, fleets) for role, value in wanted.items()}
         for role, replicas in sizes.items():
-            check_scaled(needed, role, replicas)
+            if replicas > needed[role][0]:
+                check_scaled(needed, role, replicas)
         told = []
         for role, replicas in sizes.items():
             before = len(fleets[role].replicas)

@@ -13,6 +13,7 @@ TONES = {
     "actor_started": "good",
     "actor_restarted": "good",
     **dict.fromkeys(FAULTS, "bad"),
+    "short_of_resources": "warn",
     "waiting_for_resources": "warn",
     "object_store_full": "warn",
     "lost_objects": "warn",

@@ -29,8 +29,8 @@ from actors.models import load_model, load_tokenizer
 from actors.trajectory import FINISH_REASONS, Requests, RolloutCounts, Trajectories, offsets_of
 from actors.verifiers import make_verifier, rewards_of
 from actors.weights import WeightVersion, join, unpack, verify
-from cluster.config import load_config
-from cluster.ray_cluster import role_resources
+from cluster.config import CampaignConfig, load_config
+from cluster.ray_cluster import Room, role_resources
 from cluster.records import read_jsonl
 from tests import clean_process
 from tests.tiny_models import make_tiny_model
@@ -88,8 +88,8 @@ class LocalFleet:
     async def call_each(self, method: str, *arguments: Any) -> list[Any]:
         return await asyncio.gather(*(self._on(replica, method, arguments, {}) for replica in self.replicas))
 
-    async def stream(self, method: str, *arguments: Any, on_item: Any = None) -> list[Reference]:
-        return [Reference(value) for value in await self._on(self.replicas[0], method, arguments, {})]
+    async def stream(self, method: str, *arguments: Any, on_item: Any = None) -> list[list[Reference]]:
+        return [[Reference(value) for value in await self._on(self.replicas[0], method, arguments, {})]]
 
     async def watched(self) -> None:
         await asyncio.Event().wait()
@@ -209,7 +209,13 @@ def without_ray() -> None:
     here: Any = cluster.run
     here.Fleet, here.RolloutActor = LocalFleet, LightRollout
     here.connected = lambda config: nullcontext(True)
-    here.check_cluster = lambda config, private: role_resources(config, 0.0, private=True)
+    here.room_to_begin = light_room
+
+
+def light_room(config: CampaignConfig, private: bool) -> Room:
+    """All that is asked for."""
+    needed = role_resources(config, 0.0, private=True)
+    return Room(needed, {role: count for role, (count, _) in needed.items()})
 
 
 def run_here(config_file: Path) -> None:

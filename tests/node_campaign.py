@@ -1,6 +1,8 @@
 """A campaign on a Ray cluster of two nodes, of which the one with the rollout actors is taken away and comes back.
 
-    python -m tests.node_campaign CONFIG RESULT
+    python -m tests.node_campaign CONFIG RESULT [--short]
+
+With --short the cluster has no room for the second rollout actor when the campaign begins; later another node comes.
 
 All that actors return lies in the object stores (nothing is small enough to travel with the answer), so that what the
 node had written is gone with it. RESULT gets the rows of the campaign's events.
@@ -8,6 +10,7 @@ node had written is gone with it. RESULT gets the rows of the campaign's events.
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -55,14 +58,33 @@ def disturb(nodes: Cluster, node: Any, run_dir: Path, flag: Path, campaign: subp
     add_node(nodes)
 
 
-def add_node(nodes: Cluster) -> Any:
-    """With room for two rollout actors."""
-    return nodes.add_node(num_cpus=1, resources={"roll": 2}, object_store_memory=100 << 20)
+def add_node(nodes: Cluster, actors: int = 2) -> Any:
+    """With room for so many rollout actors."""
+    return nodes.add_node(num_cpus=1, resources={"roll": actors}, object_store_memory=100 << 20)
+
+
+def extend(nodes: Cluster, run_dir: Path, campaign: subprocess.Popen) -> None:
+    """Brings a node to a campaign that has begun without it, and ends the campaign when the actor there has worked."""
+
+    def wait_for(updates: int) -> None:
+        while len(read_jsonl(run_dir / "metrics.jsonl")) < updates:
+            assert campaign.poll() is None, "the campaign has ended"
+            time.sleep(0.05)
+
+    def started() -> list[str]:
+        return [event["actor"] for event in read_jsonl(run_dir / "events.jsonl") if event["kind"] == "actor_started"]
+
+    wait_for(3)
+    add_node(nodes, 1)
+    while "rollout-1" not in started():
+        time.sleep(0.05)
+    wait_for(len(read_jsonl(run_dir / "metrics.jsonl")) + 3)
+    campaign.send_signal(signal.SIGINT)
 
 
 def main() -> None:
     """As the module says."""
-    config_file, result = map(Path, sys.argv[1:])
+    config_file, result = map(Path, sys.argv[1:3])
     flag = result.with_suffix(".flag")
     os.environ |= {
         **{FLAG: str(flag), "RAY_max_direct_call_object_size": "0", "OMP_NUM_THREADS": "1"},
@@ -74,10 +96,14 @@ def main() -> None:
     )
     run_dir = load_config(config_file).run_dir
     # A process of its own: both Ray's nodes and the campaign want the main thread.
+    first = add_node(nodes, 1 if "--short" in sys.argv else 2)
     campaign = subprocess.Popen([sys.executable, "-m", __spec__.name, config_file, "--address", nodes.address])
     try:
-        disturb(nodes, add_node(nodes), run_dir, flag, campaign)
-        assert campaign.wait(120) == 0
+        if "--short" in sys.argv:
+            extend(nodes, run_dir, campaign)
+        else:
+            disturb(nodes, first, run_dir, flag, campaign)
+        assert campaign.wait(120) == (130 if "--short" in sys.argv else 0)
     finally:
         campaign.kill()
         nodes.shutdown()
@@ -88,7 +114,8 @@ def run(config_file: Path, address: str) -> None:
     """The campaign, on this cluster."""
     here: Any = cluster.run
     here.RolloutActor = SlowOnce
-    cluster.run.run_campaign(load_config(config_file, [f"ray.address={address}"]))
+    _, complete = cluster.run.run_campaign(load_config(config_file, [f"ray.address={address}"]))
+    sys.exit(0 if complete else 130)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,24 +26,37 @@ def metrics(run_dir: Path) -> list[dict]:
     return [{key: value for key, value in row.items() if key != "tokens_generated"} for row in rows]
 
 
-@pytest.mark.integration
-@pytest.mark.timeout(300)
-def test_a_campaign_survives_the_loss_of_a_node_and_uses_the_one_that_joins(tmp_path: Path) -> None:
-    folder = make_folder(tmp_path)
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_folder(tmp_path_factory.mktemp("nodes"))
+
+
+def campaign(folder: Path, name: str, **changes: Any) -> Path:
+    """Learner and teacher at home, two rollout actors where there is room for them."""
     home = {"cpus_per_replica": 0.2, "resources": {"home": 1}}
     teacher = {"model": str(folder / "teacher"), "dtype": "float32", **home}
-    changes: dict = {"learner": home, "teachers": {"default": teacher}, "pipeline": {"updates": 6}}
-    changes |= {
-        "rollout": {"replicas": 2, "cpus_per_replica": 0.2, "resources": {"roll": 1}},
-        "evaluation": {"every_updates": 100},
-    }
-    calm, stormy = configuration(folder, "calm", **changes), configuration(folder, "stormy", **changes)
-    finish(light_campaign.start(calm), calm)
-    command = [sys.executable, "-m", "tests.node_campaign", stormy, tmp_path / "events.json"]
+    rollout = {"replicas": 2, "cpus_per_replica": 0.2, "resources": {"roll": 1}}
+    settings: dict = {"learner": home, "teachers": {"default": teacher}, "rollout": rollout}
+    return configuration(folder, name, **settings, evaluation={"every_updates": 100}, **changes)
+
+
+def on_nodes(config: Path, *how: str) -> tuple[str, list[dict[str, Any]]]:
+    """Runs it on a cluster (tests/node_campaign.py): what it says, and its events."""
+    result = config.with_suffix(".events")
+    command = [sys.executable, "-m", "tests.node_campaign", config, result, *how]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout, json.loads(result.read_text())
 
-    events = json.loads((tmp_path / "events.json").read_text())
+
+@pytest.mark.integration
+@pytest.mark.timeout(300)
+def test_a_campaign_survives_the_loss_of_a_node_and_uses_the_one_that_joins(folder: Path) -> None:
+    updates = {"pipeline": {"updates": 6}}
+    calm, stormy = campaign(folder, "calm", **updates), campaign(folder, "stormy", **updates)
+    finish(light_campaign.start(calm), calm)
+    said, events = on_nodes(stormy)
+
     told = [(event["kind"], event.get("actor")) for event in events]
     for actor in ("rollout-0", "rollout-1"):
         assert told.index(("actor_died", actor)) < told.index(("waiting_for_resources", actor))
@@ -52,5 +66,21 @@ def test_a_campaign_survives_the_loss_of_a_node_and_uses_the_one_that_joins(tmp_
     assert files(folder / "runs" / "stormy") == files(folder / "runs" / "calm")
     assert metrics(folder / "runs" / "stormy") == metrics(folder / "runs" / "calm")
     assert_ledger_adds_up(folder / "runs" / "stormy", 6, 8, 0)
-    assert "the cluster has no room for 0.2 CPU, 1 roll; the campaign goes on without it" in done.stdout
-    assert "trajectories were lost with the node that held them" in done.stdout
+    assert "the cluster has no room for 0.2 CPU, 1 roll; the campaign goes on without it" in said
+    assert "trajectories were lost with the node that held them" in said
+
+
+@pytest.mark.integration
+@pytest.mark.timeout(300)
+def test_a_campaign_begins_with_the_nodes_that_are_there_and_grows_when_others_come(folder: Path) -> None:
+    said, events = on_nodes(campaign(folder, "short", pipeline={"updates": 100_000, "max_staleness": 1}), "--short")
+    told = [(event["kind"], event.get("actor")) for event in events]
+    first, second = told.index(("loop_started", None)), told.index(("actor_started", "rollout-1"))
+    assert told.index(("short_of_resources", None)) < told.index(("actor_started", "rollout-0")) < first < second
+    assert "it begins with one actor of each role, and takes more as there is room (rollout.replicas: found 2" in said
+    ledger = json.loads((folder / "runs" / "short" / "summary.json").read_text())["ledger"]
+    assert ledger["trained"] > 0 and ledger["issued"] == sum(
+        count for state, count in ledger.items() if state != "issued"
+    )
+    lost = {"actor_died", "actor_hung", "actor_failed", "scaling_failed"}
+    assert not lost & {kind for kind, _ in told}

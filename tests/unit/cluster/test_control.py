@@ -117,6 +117,8 @@ def test_scaling_is_all_or_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(UserError, match=said):
             asyncio.run(orders["scale"](wanted))
     assert [len(fleet.replicas) for fleet in fleets.values()] == [3, 2] and len(events) == 2
+    monkeypatch.setattr(steering.check_scaled.__globals__["ray"], "cluster_resources", lambda: {"CPU": 3.0})
+    assert asyncio.run(orders["scale"]({"rollout": 2})) == "rollout: 3 -> 2", "also where a node has gone"
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 from actors.errors import UserError
+from cluster import ray_cluster
 from cluster.config import CampaignConfig, load_config
-from cluster.ray_cluster import check_fits, role_resources
+from cluster.ray_cluster import check_fits, role_resources, room_to_begin
 
 BASE = """
 name: here
@@ -47,6 +48,31 @@ def test_what_is_not_there_is_named(tmp_path: Path, there: dict[str, float], mes
         check_fits(role_resources(wanted, 0.0, private=False), there, "the cluster")
     assert str(caught.value).startswith(message)
     assert str(caught.value).endswith("of the cluster")
+
+
+def test_a_cluster_that_is_short_of_nodes_is_begun_with_and_a_private_one_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = config(tmp_path, "rollout.replicas=5", "learner.replicas=2", "teachers.default.replicas=3")
+
+    def there(cpus: float) -> None:
+        monkeypatch.setattr(ray_cluster.ray, "cluster_resources", lambda: {"CPU": cpus})
+
+    there(10)
+    room = room_to_begin(wanted, private=False)
+    assert (room.begin, room.short) == ({"rollout": 5, "teacher.default": 3, "learner": 2}, "")
+    there(9)
+    room = room_to_begin(wanted, private=False)
+    assert room.begin == {"rollout": 1, "teacher.default": 1, "learner": 2}
+    assert {role: count for role, (count, _) in room.needed.items()} == {
+        "rollout": 5, "teacher.default": 3, "learner": 2
+    }  # fmt: skip
+    assert room.short.startswith("rollout.replicas: found 10 CPUs asked")
+    with pytest.raises(UserError, match="found 10 CPUs asked"):
+        room_to_begin(wanted, private=True)
+    there(3)
+    with pytest.raises(UserError, match=r"found 10 CPUs asked .* the 3 CPUs"):
+        room_to_begin(wanted, private=False)
 
 
 def test_a_served_teacher_takes_no_gpu_and_one_of_vllm_takes_one_for_each_rank(tmp_path: Path) -> None:
