@@ -206,7 +206,7 @@ class OneTeacher(NamedTuple):
 def scores_by_teacher(ids: np.ndarray, batches: Sequence[TeacherScores]) -> tuple[np.ndarray, dict[str, OneTeacher]]:
     """([B + 1] offsets of the responses with these ids [B, 3], in this order; teacher -> its scores of them).
 
-    KeyError names an id that nobody has scored.
+    Where a teacher has scored an id in several batches, the last one counts. KeyError names an id that nobody has scored.
     """
     by_name: dict[str, list[TeacherScores]] = {}
     for batch in batches:

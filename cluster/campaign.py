@@ -86,6 +86,8 @@ class Campaign:
         self._awaited: Counter[int] = Counter()
         """Trajectories that were sampled and are not with the learner yet, by the version of their oldest token."""
         self._sampling, self._scored = Sampling(), Scored(config.pipeline.max_staleness)
+        self._turns = itertools.count()
+        """Of scoring: which of an id's scores are the last."""
         self._to_publish: asyncio.Queue[Published] = asyncio.Queue(maxsize=1)
         self._learner_turn = asyncio.Lock()
         self._started = asyncio.Event()
@@ -208,8 +210,9 @@ class Campaign:
             self.state.missing_scores += scored.missing
             self.state.busy["teacher"] += scored.busy_seconds
             self.state.ledger.scored(work.numbers)
+            turn = next(self._turns)
             for part in work.parts:
-                part.receive(scored.references, scored.large)
+                part.receive(scored.references, scored.large, turn)
                 self._to_train.put_nowait(part)
 
         await self._for_each(self._next_to_score, score, "teacher")

@@ -26,6 +26,8 @@ class Work:
     large: dict[TrajectoryId, list[Any]] = field(default_factory=dict)
     """Where the learner has several ranks: of each trajectory the references of LargeScores, one for each teacher that
     has scored it. Empty where scores are whole."""
+    turn: int = 0
+    """Scores that have come in a later turn replace earlier ones of the same id."""
     lengths: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     """[B] response tokens."""
     oldest_versions: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
@@ -45,9 +47,9 @@ class Work:
         """[B] the ids, by each of which there may be something in `large`."""
         return [TrajectoryId(*row) for row in self.ids.tolist()]
 
-    def receive(self, scores: list[Any], large: dict[TrajectoryId, list[Any]]) -> None:
+    def receive(self, scores: list[Any], large: dict[TrajectoryId, list[Any]], turn: int) -> None:
         """It has been scored, perhaps with others: references of TeacherScores, and of LargeScores where they are apart."""
-        self.scores = scores
+        self.scores, self.turn = scores, turn
         self.large = {name: large[name] for name in self.names if large}
 
 
@@ -65,8 +67,12 @@ def merge(works: Sequence[Work]) -> Work:
 
 
 def gather(rows: Sequence[tuple[Work, int]]) -> Work:
-    """Single trajectories, each the row of a scored work that holds it and perhaps others, in this order."""
-    works = _each_once(work for work, _ in rows)
+    """Single trajectories, each the row of a scored work that holds it and perhaps others, in this order.
+
+    Scores are in the order in which they came: of a trajectory that was lost and sampled again, the old ones may lie in
+    one object with those of another that was not, and the last ones count.
+    """
+    works = sorted(_each_once(work for work, _ in rows), key=lambda work: work.turn)
     names = {work: work.names for work in works if work.large}
     return Work(
         numbers=[work.numbers[row] for work, row in rows],

@@ -81,6 +81,13 @@ def test_scores_of_one_teacher_come_through_to_the_bit() -> None:
     np.testing.assert_array_equal(chosen.support_logprobs[1], one.support_logprobs[0])
 
 
+def test_of_what_a_teacher_has_said_twice_the_last_counts() -> None:
+    before = scores([(0, 1, 0), (0, 2, 0)], [[-1.0, -2.0], [-3.0]], "a", 1.0)
+    after = scores([(0, 1, 0)], [[-4.0, -5.0, -6.0]], "a", 1.0)
+    chosen = select_scores(np.array([(0, 1, 0), (0, 2, 0)]), [before, after])
+    assert chosen.logprobs.tolist() == [-4.0, -5.0, -6.0, -3.0] and chosen.response_offsets.tolist() == [0, 3, 4]
+
+
 def test_several_teachers_of_one_trajectory_are_their_mixture_in_probability_space() -> None:
     ids = [(0, 1, 0)]
     mixed = select_scores(

@@ -102,7 +102,7 @@ def test_scores_are_apart_where_there_are_several_ranks_and_more_than_one_number
 def test_an_update_holds_what_is_large_of_its_own_trajectories_alone() -> None:
     names = [TrajectoryId(0, prompt, 0) for prompt in range(4)]
     scored = Work([0, 1, 2, 3], np.array(names))
-    scored.receive(["scores"], {name: [f"large {name}"] for name in (*names, TrajectoryId(0, 9, 0))})
+    scored.receive(["scores"], {name: [f"large {name}"] for name in (*names, TrajectoryId(0, 9, 0))}, 0)
     assert list(scored.large) == names  # of those that were scored with them nothing is kept
     scored.lengths = scored.oldest_versions = scored.truncated = np.array([5, 1, 4, 2])
     update = gather([(scored, 0), (scored, 2), (scored, 3)])
@@ -114,3 +114,16 @@ def test_an_update_holds_what_is_large_of_its_own_trajectories_alone() -> None:
     del update.large[names[2]]
     with pytest.raises(KeyError, match="prompt=2"):
         shared_out(update, update.lengths, 1, 2)
+
+
+def test_scores_of_a_trajectory_that_was_lost_and_sampled_again_are_the_last() -> None:
+    lost, waiting, again = (Work([number], np.array([(0, number, 0)])) for number in (0, 1, 0))
+    for work in (lost, waiting, again):
+        work.lengths = work.oldest_versions = work.truncated = np.array([1])
+    for work in (lost, waiting):  # scored together
+        work.receive(["both, as they were"], {}, 3)
+    again.receive(["the one, as it is now"], {}, 4)
+    for rows in ([(again, 0), (waiting, 0)], [(waiting, 0), (again, 0)]):
+        update = gather(rows)
+        assert update.scores == ["both, as they were", "the one, as it is now"]
+        assert update.numbers == [work.numbers[0] for work, _ in rows]
