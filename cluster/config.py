@@ -25,12 +25,11 @@ from actors.config import (
     TeacherConfig,
     VerifierConfig,
     number,
-    publishes_adapter,
 )
 from actors.errors import UserError
-from cluster.guards import GuardConfig, check_guards, default_guards, metrics_of
+from cluster.contradictions import refuse
+from cluster.guards import GuardConfig, default_guards
 from learner.config import LearnerConfig
-from learner.contradictions import refuse_contradictions
 
 
 @dataclass
@@ -233,8 +232,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> CampaignConf
         _merge_check(f"override {override!r}", change)
         content = OmegaConf.merge(content, change)
     config = _to_object(str(file), content)
-    _check_ranges(config)
-    _check_whole(config)
+    _check_values(config)
+    refuse(config)
     config.output_dir = str(Path(config.output_dir).expanduser())
     return config
 
@@ -365,8 +364,11 @@ def _leaves(config: CampaignConfig) -> Iterator[tuple[str, Any]]:
     return ((key, value) for key, _, value in _nodes(config))
 
 
-def _check_ranges(config: CampaignConfig) -> None:
+def _check_values(config: CampaignConfig) -> None:
+    """Each by itself: ranges, and no secrets."""
     for key, limits, value in _nodes(config):
+        if isinstance(value, str) and re.search(r"://[^/@]*:[^/@]+@", value):
+            raise UserError(key, "a URL with a password", "one without: keys come from the environment")
         if not limits or value is None:
             continue
         rules = [
@@ -379,95 +381,6 @@ def _check_ranges(config: CampaignConfig) -> None:
         for limit, holds, sign in rules:
             if limit is not None and not holds(value, limit):
                 raise UserError(key, value, f"a number {sign} {limit:g}")
-
-
-def _check_whole(config: CampaignConfig) -> None:
-    """What no single key can be blamed for."""
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", config.name):
-        raise UserError("name", repr(config.name), "letters, digits, '.', '_' and '-': it names a directory")
-    for key, value in _leaves(config):
-        if isinstance(value, str) and re.search(r"://[^/@]*:[^/@]+@", value):
-            raise UserError(key, "a URL with a password", "one without: keys come from the environment")
-    if not config.teachers:
-        raise UserError("teachers", "none", "at least one, for example teachers.default.model")
-    if any(t.domains for t in config.teachers.values()) and config.prompts.domain_field is None:
-        raise UserError("prompts.domain_field", "null", "the field that teachers.<name>.domains speaks of")
-    refuse_contradictions(
-        config.learner.objective, config.teachers, config.student.model, config.pipeline.samples_per_prompt
-    )
-    teaching = [name for name in config.teachers if name != config.learner.objective.reference_teacher]
-    domains = {domain for teacher in config.teachers.values() for domain in teacher.domains}
-    metrics = metrics_of(next(iter(config.teachers.values())).signal, teaching if len(teaching) > 1 else (), domains)
-    check_guards(config.guards, metrics, config.checkpoint.every_updates * config.checkpoint.keep_last)
-    for name, teacher in config.teachers.items():
-        _check_backend(f"teachers.{name}", teacher)
-    following = [name for name, teacher in config.teachers.items() if teacher.ema_decay is not None]
-    if config.student.lora is not None and following:
-        raise UserError("student.lora", "adapters", f"null where teachers.{following[0]}.ema_decay is given")
-    if publishes_adapter(config.student) and config.weights.encoding == "delta":
-        raise UserError("weights.encoding", "delta", "dense where student.lora.publish is adapter: all of it changes")
-    lora = config.student.lora
-    if lora is not None and lora.publish == "adapter" and lora.rank > LARGEST_ADAPTER:
-        raise UserError("student.lora.rank", lora.rank, f"at most {LARGEST_ADAPTER}, or publish: merged")
-    gpus = config.learner.gpus_per_replica
-    if config.learner.replicas > 1 and gpus is not None and gpus not in (0.0, 1.0):
-        raise UserError("learner.gpus_per_replica", gpus, "1, or 0: each of several ranks has one GPU of its own")
-    if config.pipeline.oversample and not config.pipeline.max_staleness:
-        raise UserError(
-            "pipeline.oversample",
-            config.pipeline.oversample,
-            "0 where max_staleness is 0: who is slow is not repeatable",
-        )
-    if not config.rollout.recompute_kv and config.rollout.on_new_weights == "wait":
-        raise UserError("rollout.recompute_kv", "false", "true where on_new_weights is wait: nothing runs then")
-    for role, actors in _roles(config).items():
-        for name, amount in actors.resources.items():
-            if name in ("CPU", "GPU", "memory", "object_store_memory"):
-                raise UserError(f"{role}.resources", name, "a name of your own; cpus_per_replica and gpus_per_replica")
-            if not (math.isfinite(amount) and amount > 0):
-                raise UserError(f"{role}.resources.{name}", amount, "a number > 0")
-    if config.evaluation.prompts is not None and config.evaluation.prompts.reference_field is None:
-        raise UserError("evaluation.prompts.reference_field", "null", "the field with the reference answer")
-    if config.gives_rewards and config.evaluation.verifier.name == "math":
-        expected = "numeric, regex, or a function of your own: rollout actors cannot bound the time of math-verify"
-        raise UserError("evaluation.verifier.name", "math", expected)
-    if config.gives_rewards and config.prompts.reference_field is None:
-        raise UserError("prompts.reference_field", "null", "the field with the reference answer, for rewards")
-
-
-LARGEST_ADAPTER = 512
-"""The highest rank that vLLM takes."""
-BACKEND_SIGNALS = {"vllm": ("sampled", "topk", "full"), "http": ("sampled", "topk")}
-"""What a backend can send, where it cannot send everything."""
-
-
-def _check_backend(key: str, teacher: TeacherConfig) -> None:
-    """What a teacher's backend cannot do, or has no use for."""
-    signals = BACKEND_SIGNALS.get(teacher.backend)
-    if signals and teacher.signal not in signals:
-        raise UserError(f"{key}.signal", teacher.signal, f"{' or '.join(signals)} from the backend {teacher.backend}")
-    if teacher.backend == "http" and not teacher.urls:
-        raise UserError(f"{key}.urls", "none", "at least one server for the backend http")
-    for url in teacher.urls:
-        if not re.fullmatch(r"https?://[^/@\s]+(/\S*)?", url):
-            raise UserError(
-                f"{key}.urls", url, "http://host:port/v1 (a key goes into the environment, api_key_variable)"
-            )
-    if teacher.tensor_parallel_size > 1 and (teacher.backend == "http" or teacher.ema_decay is not None):
-        other = "ema_decay" if teacher.ema_decay is not None else "backend: http"
-        raise UserError(f"{key}.tensor_parallel_size", teacher.tensor_parallel_size, f"1 with {other}")
-    for name, backend, given in (
-        ("urls", "http", bool(teacher.urls)),
-        ("api_key_variable", "http", teacher.api_key_variable is not None),
-        ("engine", "vllm", bool(teacher.engine)),
-    ):
-        if given and teacher.backend != backend:
-            raise UserError(f"{key}.{name}", getattr(teacher, name), f"nothing, or backend: {backend}")
-
-
-def _roles(config: CampaignConfig) -> dict[str, RolloutConfig | TeacherConfig | LearnerConfig]:
-    teachers = {f"teachers.{name}": teacher for name, teacher in config.teachers.items()}
-    return {"rollout": config.rollout, **teachers, "learner": config.learner}
 
 
 def _one_line(error: BaseException) -> str:
