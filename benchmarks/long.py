@@ -1,0 +1,106 @@
+"""What one long trajectory takes in the learner's memory: an update of a single one, of 4,096 to 32,768 tokens.
+
+    python -m benchmarks.long [--hidden 512] [--layers 4] [--vocabulary 16384] [--tokens 4096 16384 32768]
+
+Random weights, one rank, one thread, bfloat16 with gradient checkpointing; each length in a process of its own. The
+highest resident memory of an update above that before it, less what a short update takes, beside the formula of
+docs/scaling.md: 4 t H L for the inputs of layers, 60 t H for the layer that is computed again, 12 c V for a chunk of the
+head. Prints a table.
+"""
+
+import argparse
+import multiprocessing
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.ranks import reset_highest, resident
+
+CHUNK = 1024
+"""Tokens of a head chunk."""
+SHORT = 64
+"""Tokens of the update that says what does not grow with the trajectory."""
+
+
+def measure(model: Path, tokens: int, answers: Any) -> None:
+    """In this process; answers with (bytes above what was resident before, seconds)."""
+    import torch
+
+    from actors.trajectory import TeacherScores, Trajectories, offsets_of
+    from tests.tiny_updates import make_learner
+
+    torch.set_num_threads(1)
+    draw = np.random.default_rng(0)
+    written = Trajectories(
+        ids=np.array([(0, 0, 0)]),
+        prompt_tokens=draw.integers(6, 40, 16).astype(np.int32),
+        prompt_offsets=offsets_of([16]),
+        response_tokens=draw.integers(6, 40, tokens - 16).astype(np.int32),
+        response_offsets=offsets_of([tokens - 16]),
+        behaviour_logprobs=np.full(tokens - 16, -9.0, np.float32),
+        policy_versions=np.zeros(tokens - 16, np.int32),
+        finish_reasons=np.zeros(1, np.uint8),
+    )
+    scores = TeacherScores(
+        ids=written.ids,
+        response_offsets=written.response_offsets,
+        logprobs=np.full(tokens - 16, -9.5, np.float32),
+        teacher="t",
+        log_weights=np.zeros(1, np.float32),
+        support_ids=np.zeros((tokens - 16, 0), np.int32),
+        support_logprobs=np.zeros((tokens - 16, 0), np.float32),
+    )
+    learner = make_learner(
+        {"student": model},
+        compute_dtype="bfloat16",
+        gradient_checkpointing=True,
+        microbatch_tokens=tokens,
+        head_chunk_tokens=CHUNK,
+    )
+    learner._optimizer.param_groups[0]["lr"] = 0.0
+    before, start = reset_highest(), time.perf_counter()
+    learner.update(written.ids, written, scores)
+    answers.put((resident("VmHWM") - before, time.perf_counter() - start))
+
+
+def main() -> None:
+    """Prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in (("hidden", 512), ("layers", 4), ("vocabulary", 16384)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 16384, 32768])
+    options = parser.parse_args()
+    from tests.tiny_models import make_tiny_model
+
+    # Else malloc keeps what was freed, and what is resident says little about what is needed.
+    os.environ |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    context = multiprocessing.get_context("spawn")
+    found: dict[int, tuple[int, float]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        model = make_tiny_model(
+            Path(folder, "model"),
+            hidden=options.hidden,
+            layers=options.layers,
+            vocab_extra=options.vocabulary,
+            context=max(options.tokens),
+        )
+        for tokens in (SHORT, *options.tokens):
+            answers = context.Queue()
+            process = context.Process(target=measure, args=(model, tokens, answers))
+            process.start()
+            found[tokens] = answers.get(timeout=1800)
+            process.join()
+    print("| tokens | MiB above a short update | formula | seconds |\n|---|---|---|---|")
+    for tokens in options.tokens:
+        extra = (found[tokens][0] - found[SHORT][0]) / (1 << 20)
+        head = 12 * (min(tokens, CHUNK) - SHORT) * options.vocabulary
+        formula = (tokens * options.hidden * (4 * options.layers + 60) + head) / (1 << 20)
+        print(f"| {tokens:,} | {extra:.0f} | {formula:.0f} | {found[tokens][1]:.0f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
