@@ -32,6 +32,8 @@ class LoraConfig:
     """Ends of the names of the layers that have one, for example `q_proj`. Empty: every linear layer but the output."""
     rank_stabilised: bool = False
     """Multiply by alpha / sqrt(rank) instead (rsLoRA, arXiv 2312.03732)."""
+    dora: bool = False
+    """Train the length of each row of a weight by itself, beside the adapter that turns it (DoRA, arXiv 2402.09353)."""
     publish: Literal["merged", "adapter"] = "merged"
     """What engines are given: the weights with the adapter added to them, with which they sample at full speed; or the
     adapter alone, which is small, and is computed beside the model's own weights (vLLM's LoRA)."""

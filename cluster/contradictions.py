@@ -58,6 +58,8 @@ def _student(config: "CampaignConfig") -> None:
     lora = config.student.lora
     if lora is not None and lora.publish == "adapter" and lora.rank > LARGEST_ADAPTER:
         raise UserError("student.lora.rank", lora.rank, f"at most {LARGEST_ADAPTER}, or publish: merged")
+    if lora is not None and lora.publish == "adapter" and lora.dora:
+        raise UserError("student.lora.dora", "true", "false with publish: adapter, since vLLM has no such adapters")
     gpus = config.learner.gpus_per_replica
     if config.learner.replicas > 1 and gpus is not None and gpus not in (0.0, 1.0):
         raise UserError("learner.gpus_per_replica", gpus, "1, or 0: each of several ranks has one GPU of its own")

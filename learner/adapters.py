@@ -3,6 +3,7 @@ the model's own weights stay as they are.
 
 What is published and what a checkpoint's model holds is the sum, merged one layer at a time: engines know nothing of
 adapters. Beside it a checkpoint has the adapter alone, `adapter/`, as `PeftModel.from_pretrained` reads it.
+With DoRA (arXiv 2402.09353, eq. 5) the sum's rows are given lengths that are trained too.
 Shapes: O, I rows and columns of a layer's weight, r rank.
 """
 
@@ -35,6 +36,8 @@ class Merged:
     down_rI: Tensor
     up_Or: Tensor
     scale: float
+    lengths_O: Tensor | None = None
+    """With DoRA: of the rows of the sum."""
 
     @property
     def shape(self) -> torch.Size:
@@ -43,12 +46,16 @@ class Merged:
 
     def rows(self) -> "Merged":
         """The rows that this rank has; what they need of the others, `down_rI`, is gathered when they are asked for."""
-        return replace(self, weight_OI=own_rows(self.weight_OI)[0], up_Or=own_rows(self.up_Or)[0])
+        lengths = None if self.lengths_O is None else own_rows(self.lengths_O)[0]
+        return replace(self, weight_OI=own_rows(self.weight_OI)[0], up_Or=own_rows(self.up_Or)[0], lengths_O=lengths)
 
     @torch.no_grad()
     def whole(self) -> Tensor:
         """[O, I] float32; with several ranks, all must ask."""
-        return whole(self.weight_OI).float().addmm(whole(self.up_Or), whole(self.down_rI), alpha=self.scale)
+        sum_OI = whole(self.weight_OI).float().addmm(whole(self.up_Or), whole(self.down_rI), alpha=self.scale)
+        if self.lengths_O is None:
+            return sum_OI
+        return sum_OI * (whole(self.lengths_O) / torch.linalg.norm(sum_OI, dim=1))[:, None]
 
 
 def add_adapters(model: PreTrainedModel, lora: LoraConfig, stored: Path | None) -> Any:
@@ -63,6 +70,7 @@ def add_adapters(model: PreTrainedModel, lora: LoraConfig, stored: Path | None) 
         lora_alpha=lora.alpha,
         target_modules=lora.target_modules or "all-linear",
         use_rslora=lora.rank_stabilised,
+        use_dora=lora.dora,
         task_type="CAUSAL_LM",
         base_model_name_or_path=model.name_or_path,
     )
@@ -78,6 +86,10 @@ def add_adapters(model: PreTrainedModel, lora: LoraConfig, stored: Path | None) 
         parameter.requires_grad_("lora_" in name)
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    for layer in model.modules() if lora.dora else ():
+        if lengths := getattr(layer, "lora_magnitude_vector", None):
+            # In float32: peft has rounded them to the weight's dtype.
+            lengths[ADAPTER].weight.data = torch.linalg.norm(layer.base_layer.weight.detach().float(), dim=1)
     if stored is not None:
         file = StoredTensors(stored / ADAPTER_FILE)
         for name, tensor in adapter_tensors(model).items():
@@ -114,4 +126,6 @@ def merged_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor | Merge
         else:
             beside = modules[layer]
             down, up = (beside.lora_A[ADAPTER].weight, beside.lora_B[ADAPTER].weight)
-            yield f"{layer}.weight", Merged(parameter.detach(), down.detach(), up.detach(), beside.scaling[ADAPTER])
+            scale, lengths = beside.scaling[ADAPTER], beside.lora_magnitude_vector
+            rows = lengths[ADAPTER].weight.detach() if lengths else None
+            yield f"{layer}.weight", Merged(parameter.detach(), down.detach(), up.detach(), scale, rows)

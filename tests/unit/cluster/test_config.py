@@ -242,6 +242,7 @@ CONTRADICTIONS: dict[str, tuple[str, ...]] = {
     "teachers.other.tokenizer: found t": ("teachers.other.model=o", "teachers.other.tokenizer=t",
                                             "teachers.default.signal=sampled"),
     "student.lora.rank: found 513": ("student.lora={rank: 513, publish: adapter}",),
+    "student.lora.dora: found true": ("student.lora={dora: true, publish: adapter}",),
     "weights.encoding: found delta": ("student.lora={publish: adapter}", "weights.encoding=delta"),
     "teachers.default.model: found teacher": ("teachers.default.ema_decay=0.9",),
     "teachers.default.ema_decay: found 1": ("teachers.default.ema_decay=1",),

@@ -43,15 +43,21 @@ def trained(models: dict[str, Path], updates: int = 2, **changes: Any) -> Learne
     return learner
 
 
-def test_new_adapters_add_nothing(models: dict[str, Path]) -> None:
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_new_adapters_add_nothing(models: dict[str, Path], dtype: str, dora: bool) -> None:
     before = published(make_learner(models))
-    with_adapters = published(trained(models, updates=0))
+    with_adapters = published(trained(models, updates=0, lora=replace(LORA, dora=dora), compute_dtype=dtype))
     assert list(before) == list(with_adapters)
-    assert all(torch.equal(before[name], with_adapters[name]) for name in before)
+    for name, tensor in before.items():
+        assert torch.equal(tensor.to(getattr(torch, dtype)).float(), with_adapters[name]), name
 
 
-def test_what_is_published_computes_what_the_learner_computes_with_adapters(models: dict[str, Path]) -> None:
-    learner = trained(models)
+@pytest.mark.parametrize("changes", [{}, {"rank_stabilised": True}, {"dora": True}])
+def test_what_is_published_computes_what_the_learner_computes_with_adapters(
+    models: dict[str, Path], changes: dict[str, bool]
+) -> None:
+    learner = trained(models, lora=replace(LORA, **changes))
     plain = load_model(str(models["student"]), "float32", "cpu", False, "a")
     untrained = dict(plain.named_parameters())["model.layers.0.mlp.up_proj.weight"].detach().clone()
     plain.load_state_dict(published(learner), strict=False)
@@ -82,11 +88,24 @@ def test_a_step_lowers_the_divergence_and_is_taken_back_beyond_the_limit(models:
     assert held.update(written.ids, written, scores)["step_scale"] < 1
 
 
+def test_with_dora_the_lengths_of_rows_are_trained_by_themselves(models: dict[str, Path]) -> None:
+    learner = trained(models, lora=replace(LORA, dora=True))
+    before, after = published(make_learner(models)), published(learner)
+    lengths = {n: p for n, p in learner._model.named_parameters() if "lora_magnitude_vector" in n}
+    assert lengths and all(p.requires_grad and p.dtype == torch.float32 for p in lengths.values())
+    for name, length in lengths.items():
+        weight = name.replace("lora_magnitude_vector.default.", "")
+        torch.testing.assert_close(after[weight].square().sum(1).sqrt(), length.detach(), rtol=1e-5, atol=0)
+        assert (length - before[weight].norm(dim=1)).abs().max() > 1e-5
+
+
+@pytest.mark.parametrize("dora", [False, True])
 def test_a_checkpoint_is_the_merged_model_and_the_adapter_and_goes_on_to_the_bit(
-    models: dict[str, Path], tmp_path: Path
+    models: dict[str, Path], tmp_path: Path, dora: bool
 ) -> None:
     written, scores = sampled(models, "other")
-    learner = trained(models)
+    lora = replace(LORA, dora=dora)
+    learner = trained(models, lora=lora)
     folder = save(learner, tmp_path / "saved")
     merged = published(learner)
     found = load_file(folder / "model.safetensors")
@@ -99,7 +118,7 @@ def test_a_checkpoint_is_the_merged_model_and_the_adapter_and_goes_on_to_the_bit
         torch.testing.assert_close(theirs(tokens).logits, learner._model(tokens).logits, rtol=0, atol=1e-6)
     assert json.loads((folder / "adapter" / "adapter_config.json").read_text())["r"] == 4
 
-    restored = trained(models, updates=0, checkpoint=folder)
+    restored = trained(models, updates=0, checkpoint=folder, lora=lora)
     for one in (learner, restored):
         one.update(written.ids, written, scores)
     ours, others = published(learner), published(restored)

@@ -61,6 +61,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 if find_spec("peft"):
     SETTINGS = {
         "adapters": {"lora": LoraConfig(rank=3), "objective": FULL},
+        "adapters with lengths": {"lora": LoraConfig(rank=3, dora=True), "objective": FULL},
         "adapters alone": {"lora": LoraConfig(rank=3, publish="adapter"), "objective": FULL},
         **SETTINGS,
     }
