@@ -1,5 +1,6 @@
 """A teacher of two ranks says what one process says. The ranks are processes with gloo."""
 
+import asyncio
 import os
 import signal
 import subprocess
@@ -18,6 +19,8 @@ from actors.models import tensor_parallel_plan
 from actors.sharded_teacher import ShardedTeacher
 from actors.teacher import TeacherActor
 from actors.trajectory import Requests
+from cluster.ray_actor import Resources
+from cluster.ray_fleet import Fleet
 from tests.tiny_models import make_tiny_model
 from tests.unit.actors.test_teacher import written
 
@@ -54,6 +57,32 @@ def test_two_ranks_score_and_write_what_one_does_and_a_rank_that_is_lost_ends_th
         [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100
     )
     assert "they agree" in done.stdout and done.returncode == 13, done.stderr[-3000:]
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_an_actor_that_has_lost_a_rank_is_replaced_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    path, t, events = make_tiny_model(tmp_path / "m", heads_of_keys=2), written(), []
+    config = TeacherConfig(str(path), dtype="float32", signal="sampled", tensor_parallel_size=2)
+
+    async def run() -> None:
+        fleet = Fleet(
+            "teacher.wise", ShardedTeacher, (config, "teachers.wise"), {}, replicas=1, resources=Resources(0.1, 0.0),
+            max_restarts=3, start_timeout_seconds=60, on_event=lambda kind, **_: events.append(kind),
+        )  # fmt: skip
+        try:
+            await fleet.start()
+            _, before = await fleet.call("score", t.ids, t, returns=2)
+            family = psutil.Process(fleet.replicas[0].process).children(recursive=True)
+            [rank] = [child for child in family if "spawn_main" in " ".join(child.cmdline())]
+            rank.kill()
+            _, after = await fleet.call("score", t.ids, t, returns=2)
+            assert np.array_equal((await before).logprobs, (await after).logprobs)
+            assert not psutil.wait_procs(family, timeout=10)[1]
+        finally:
+            fleet.close()
+
+    asyncio.run(run())
+    assert events == ["actor_started", "actor_died", "actor_started", "actor_restarted"]
 
 
 def test_a_model_without_a_plan_is_refused(tmp_path: Path) -> None:
