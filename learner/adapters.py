@@ -86,7 +86,8 @@ def add_adapters(model: PreTrainedModel, lora: LoraConfig, stored: Path | None) 
         parameter.requires_grad_("lora_" in name)
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    for layer in model.modules() if lora.dora else ():
+    modules: list[Any] = list(model.modules()) if lora.dora else []
+    for layer in modules:
         if lengths := getattr(layer, "lora_magnitude_vector", None):
             # In float32: peft has rounded them to the weight's dtype.
             lengths[ADAPTER].weight.data = torch.linalg.norm(layer.base_layer.weight.detach().float(), dim=1)
