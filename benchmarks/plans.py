@@ -36,11 +36,8 @@ def main() -> None:
     parser.add_argument("--updates", type=int, default=60)
     options = parser.parse_args()
     prompts = load_config(options.config).pipeline.prompts_per_update
-    still = [
-        f"pipeline.updates={options.updates}",
-        "evaluation.every_updates=100000",
-        "checkpoint.every_updates=100000",
-    ]
+    updates, last = f"pipeline.updates={options.updates}", "every_updates=100000"
+    still = [updates, f"evaluation.{last}", f"checkpoint.{last}", "evaluation.prompts.limit=16"]
     variants = {
         "as measured": [],
         "overlapped": ["pipeline.max_staleness=1"],
