@@ -32,12 +32,13 @@ import numpy as np
 
 from actors.errors import AbortedError, LostObjectError
 from actors.prompts import PromptSet, position_to_id, requests
+from cluster.account import Account
 from cluster.checkpoints import Checkpoints
 from cluster.config import CampaignConfig
 from cluster.evaluate import Evaluator
 from cluster.followers import Followers
 from cluster.guards import judge
-from cluster.measure import LoopClock, record_of_update
+from cluster.measure import record_of_update
 from cluster.pipeline import Sampling, Scored, Slots, split_evenly, too_stale
 from cluster.progress import Progress
 from cluster.ray_fleet import Fleet
@@ -72,8 +73,7 @@ class Campaign:
         """gate: while it is not set, nothing new is issued; what is under way is finished and trained."""
         self.config, self.state = config, state
         self.rollout, self.teachers, self.learner = rollout, teachers, learner
-        self._prompts, self._evaluator = prompts, evaluator
-        self._records, self._progress, self._gate = records, progress, gate
+        self._prompts, self._records, self._gate = prompts, records, gate
         self._checkpoints = Checkpoints(config, records)
         self._synchronous = config.pipeline.max_staleness == 0
         self._update_size = config.trajectories_per_update
@@ -91,14 +91,22 @@ class Campaign:
         self._to_publish: asyncio.Queue[Published] = asyncio.Queue(maxsize=1)
         self._learner_turn = asyncio.Lock()
         self._started = asyncio.Event()
-        self._clock = LoopClock(state)
         self._calls_at_once = 0
         self._spare_slots = int(config.pipeline.oversample * self._update_size)
         self._tokens_at_once = min(teacher.microbatch_tokens for teacher in config.teachers.values())
         self._all_published = asyncio.Event()
         self._versions: WeightTransport = TRANSPORTS[config.weights.transport](learner, rollout, config.weights)
         self._followers = Followers(config, teachers.fleets, learner)
-        self._doing = {"rollout": "idle", "teacher": "idle", "learner": "idle"}
+        self._account = Account(
+            config,
+            state,
+            evaluator=evaluator,
+            rollout=rollout,
+            versions=self._versions,
+            records=records,
+            progress=progress,
+        )
+        self._clock = self._account.clock
 
     async def run(self) -> bool:
         """True when the campaign is complete, False when SIGINT or SIGTERM ended it, with a checkpoint written."""
@@ -222,7 +230,7 @@ class Campaign:
         while self.state.step < self.config.pipeline.updates:
             work = await self._next_update()
             async with self._learner_turn:
-                self._say("learner", f"update {self.state.step + 1}")
+                self._account.doing("learner", f"update {self.state.step + 1}")
                 try:
                     metrics = await self.learner.call(
                         "update",
@@ -245,10 +253,10 @@ class Campaign:
                 published.record = self._record(work, metrics, published)
                 self.state.pending.append(published.record)
                 self.state.guards, findings = judge(self.config.guards, self.state.guards, published.record)
-                act(findings, self.state.guards.rate_scale, self.config, self._tell)
+                act(findings, self.state.guards.rate_scale, self.config, self._account.tell)
                 await self._cut()
                 await self._checkpoints.save_if_due(self.state, self.learner)
-                self._say("learner", "idle")
+                self._account.doing("learner", "idle")
             self._clock.utilisation.blocked("learner", True)
             await self._to_publish.put(published)
             self._clock.utilisation.blocked("learner", False)
@@ -271,7 +279,7 @@ class Campaign:
             await self._versions.load(published)
             await self._followers.load(published.averages)
             await self._slots.lend(min(self._spare_slots, self._sampling.stragglers(published.version)))
-            await self._conclude(published.record)
+            await self._account.conclude(published.record)
             await self._slots.release(published.trained)
             if published.version == self.config.pipeline.updates:
                 self._all_published.set()
@@ -288,8 +296,7 @@ class Campaign:
 
     def _sample_again(self, work: Work, error: LostObjectError) -> None:
         """What was written or scored went with the node that held it: the same numbers and seeds are sampled again."""
-        self._records.event("lost_objects", str(error), trajectories=len(work), step=self.state.step)
-        self._progress.note(f"{len(work)} trajectories were lost with the node that held them; they are sampled again")
+        self._account.lost(len(work), error)
         self.state.ledger.reopen(work.numbers)
         self._have_sampled(sorted(work.numbers))
 
@@ -301,28 +308,7 @@ class Campaign:
         self._calls_at_once = seats + seats // 8 + 1  # a few more, so that a seat that falls free is taken at once
         await self._versions.load(await self._versions.publish())
         await self._followers.load(await self._followers.publish())
-        if self.state.step == 0 and self._evaluator is not None and not self.state.start:
-            record = await self._evaluate(0)
-            if self.config.evaluation.teacher:
-                record["eval/accuracy_teacher"] = await self._evaluator.teacher()
-            self.state.start = record
-            self._records.metrics({"step": 0, "policy_version": 0, **record})
-            self._progress.update({"step": 0, "policy_version": 0, **record}, dict(self._doing))
-        for record in list(self.state.pending):
-            if record["step"] > self._records.last_step:
-                await self._conclude(record)
-
-    async def _conclude(self, record: dict[str, Any]) -> None:
-        """Evaluates the version that an update has made, where that is due, and writes the update's line."""
-        step = record["step"]
-        due = step == self.config.pipeline.updates or step % self.config.evaluation.every_updates == 0
-        newest = self._versions.newest
-        if due and newest is not None and newest.version == step:  # else killed before, and it is gone
-            record |= await self._evaluate(step)
-        self._clock.count()
-        self._records.metrics(record)
-        self.state.pending = [other for other in self.state.pending if other["step"] > step]
-        self._progress.update(record, dict(self._doing))
+        await self._account.begin()
 
     async def _for_each(
         self, get: Callable[[], Awaitable[Work]], act: Callable[[Work], Awaitable[None]], role: str
@@ -333,10 +319,10 @@ class Campaign:
         async def one(work: Work) -> None:
             nonlocal under_way
             under_way += len(work)
-            self._say(role, f"{under_way} trajectories")
+            self._account.doing(role, f"{under_way} trajectories")
             await act(work)
             under_way -= len(work)
-            self._say(role, f"{under_way} trajectories" if under_way else "idle")
+            self._account.doing(role, f"{under_way} trajectories" if under_way else "idle")
 
         try:
             async with asyncio.TaskGroup() as group:
@@ -408,30 +394,6 @@ class Campaign:
         learner = self.config.learner
         steps, ranks = learner.minibatches_per_update, learner.replicas
         return [shared_out(work, self._tokens_of(work), steps, ranks)] if work.large else []
-
-    async def _evaluate(self, version: int) -> dict[str, Any]:
-        if self._evaluator is None:
-            return {}
-        while True:
-            try:
-                metrics, rows, busy = await self._evaluator.student(self.rollout)
-                break
-            except LostObjectError as error:
-                self._records.event("lost_objects", str(error), evaluation=version)
-        if self._started.is_set():
-            for role, seconds in busy.items():
-                self.state.busy[role] += seconds
-        self._records.keep_trajectories(version, [{**row, "step": version} for row in rows])
-        self.state.evaluations[version] = metrics
-        return dict(metrics)
-
-    def _tell(self, kind: str, **fields: Any) -> None:
-        self._records.event(kind, **fields)
-        self._progress.note(f"{kind.replace('_', ' ')}: {fields['cause']}")
-
-    def _say(self, role: str, what: str) -> None:
-        self._doing[role] = what
-        self._progress.doing(self._doing)
 
     def _id(self, number: int) -> tuple[int, int, int]:
         cursor, sample = divmod(number, self.config.pipeline.samples_per_prompt)

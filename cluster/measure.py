@@ -28,6 +28,11 @@ class LoopClock:
             fleet.utilisation = self.utilisation
         self._counted = time.perf_counter()
 
+    @property
+    def started(self) -> bool:
+        """Whether it counts."""
+        return self._counted is not None
+
     def count(self) -> None:
         """Brings the state up to now; nothing before the start."""
         if self._counted is not None:
@@ -38,7 +43,7 @@ class LoopClock:
 
     def write_trace(self, run_dir: Path) -> None:
         """Of this run of the campaign, from its start."""
-        if self._counted is not None:
+        if self.started:
             self.utilisation.write_trace(run_dir / TRACE_FILE)
 
 
