@@ -1,6 +1,6 @@
 """Campaigns under faults: every role killed, stopped and made to fail, idle and at work; how soon each has recovered.
 
-    python -m benchmarks.chaos [--every 10] [--rounds 1] [--seed 0] [--pause 1.0]
+    python -m benchmarks.chaos [--every 10] [--rounds 1] [--seed 0] [--pause 1.0] [--faults N]
 
 Two campaigns one after the other, of the same length, with real Ray, fleets, learner and teachers, and light rollout
 actors that sleep `--pause` seconds for each update (tests/chaos_campaign.py): one that nothing disturbs, one with a
@@ -68,11 +68,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--pause", type=float, default=1.0)
+    parser.add_argument("--faults", type=int, help="only the first so many")
     options = parser.parse_args()
     faults: list[Fault] = []
     for number in range(options.rounds):
         first = faults[-1].after + options.every if faults else options.every // 2
         faults += [replace(fault) for fault in schedule(options.seed + number, first, options.every)]
+    faults = faults[: options.faults]
     updates = faults[-1].after + options.every // 2
     with tempfile.TemporaryDirectory() as temporary:
         folder = make_folder(Path(temporary))

@@ -62,7 +62,7 @@ def from_run(config: CampaignConfig, run_dir: Path) -> Plan:
     try:
         plan = measured(
             summary,
-            replicas_of(ran),
+            summary["actors"]["mean"] if "actors" in summary else replicas_of(ran),
             gpus_of(ran),
             overlapped=ran.pipeline.max_staleness > 0,
             publish_seconds=mean_of(metrics, "publish_seconds"),

@@ -22,7 +22,8 @@ class Stage:
     """`rollout`, `teacher` or `learner`."""
     work_seconds: float
     """Seconds that one actor alone would need for one update."""
-    replicas: int = 1
+    replicas: float = 1
+    """A mean, where it has changed."""
     gpus_per_replica: float = 1.0
     scalable: bool = True
     """Whether more actors share the work."""
@@ -62,7 +63,7 @@ class Plan:
         """The stage that takes longest."""
         return max(self.stages, key=lambda stage: stage.seconds)
 
-    def scaled(self, role: str, replicas: int) -> "Plan":
+    def scaled(self, role: str, replicas: float) -> "Plan":
         """The same with another number of actors of one role."""
         stages = tuple(replace(s, replicas=replicas) if s.role == role else s for s in self.stages)
         return replace(self, stages=stages)
@@ -81,7 +82,7 @@ class Plan:
         if self.gain(best.role) < 0.005:
             role = f"{stage.role}-bound"
             return f"{role}: more actors of one role alone would not make it faster"
-        number = best.replicas + 1
+        number = round(best.replicas) + 1
         ordinal = ORDINALS[number] if number < len(ORDINALS) else f"{number}th"
         article = "an" if ordinal.startswith(("e", "8", "11th", "18th")) else "a"
         return f"{stage.role}-bound: {article} {ordinal} {best.role} actor would give +{self.gain(best.role):.0%}"
@@ -89,7 +90,7 @@ class Plan:
 
 def measured(
     summary: Mapping[str, Any],
-    replicas: Mapping[str, int],
+    replicas: Mapping[str, float],
     gpus: Mapping[str, float],
     *,
     overlapped: bool,
@@ -153,10 +154,10 @@ def table(plans: Sequence[tuple[str, Plan]]) -> list[list[str]]:
             gain = f"+{plan.gain(stage.role):.0%}" if stage.scalable else "-"
             taken = f"{stage.replicas * stage.gpus_per_replica:g}"
             rows.append(
-                [name, stage.role, str(stage.replicas), taken, f"{stage.seconds:.3g}", f"{use[stage.role]:.0%}", gain]
+                [name, stage.role, f"{stage.replicas:g}", taken, f"{stage.seconds:.3g}", f"{use[stage.role]:.0%}", gain]
             )
             name = ""
-        actors = str(sum(stage.replicas for stage in plan.stages))
+        actors = f"{sum(stage.replicas for stage in plan.stages):g}"
         rows.append(["", "together", actors, f"{plan.gpus:g}", f"{plan.update_seconds:.3g}", "", ""])
     return rows
 

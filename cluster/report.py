@@ -308,6 +308,7 @@ class Pace(NamedTuple):
     shares: dict[str, float]
     """Share of the loop's time that one actor of each role works; empty where nothing was measured."""
     replicas: dict[str, int]
+    """At the end."""
     loop_seconds: float
     over_slowest: float
     """The loop's time over that of its slowest stage."""
@@ -322,7 +323,9 @@ def pace(run: Run) -> Pace:
         "teacher": sum(teacher.get("replicas", 1) for teacher in teachers) or 1,
         "learner": run.setting("learner.replicas", 1),
     }
-    each = {role: (result["busy"].get(role) or 0.0) / replicas[role] for role in BUSY}
+    counted = result.get("actors") or {"mean": replicas, "end": replicas}
+    replicas = counted["end"]
+    each = {role: (result["busy"].get(role) or 0.0) / (counted["mean"][role] or 1) for role in BUSY}
     slowest = max(each.values())
     walls = [row["wall_seconds"] for row in run.metrics if row.get("wall_seconds") is not None]
     loop = result.get("loop_seconds") or (result.get("wall_over_slowest_stage") or 0) * slowest

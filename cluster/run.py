@@ -42,7 +42,7 @@ from cluster.status import keep_status
 from cluster.steering import handlers
 from cluster.teachers import Teachers
 from cluster.trackers import Trackers, make_trackers
-from cluster.utilisation import by_role
+from cluster.utilisation import by_role, mean_actors, role_of
 from learner.learner import Learner
 
 OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
@@ -312,12 +312,11 @@ def summarise(
 ) -> dict[str, Any]:
     """The contents of summary.json."""
     end = state.evaluations[max(state.evaluations)] if state.evaluations else {}
-    replicas = {
-        "rollout": config.rollout.replicas,
-        "teacher": sum(teacher.replicas for teacher in config.teachers.values()),
-        "learner": config.learner.replicas,
-    }
-    slowest = max(state.busy[role] / replicas[role] for role in replicas)
+    at_the_end: dict[str, int] = {}
+    for role, (count, _) in needed.items():
+        at_the_end[role_of(role)] = at_the_end.get(role_of(role), 0) + count
+    mean = at_the_end | mean_actors(state.actor_seconds, state.loop_seconds)
+    slowest = max((state.busy[role] / mean[role] for role in mean if mean[role]), default=0.0)
     return {
         "accuracy_start": state.start.get("eval/accuracy"),
         "accuracy_end": end.get("eval/accuracy"),
@@ -331,6 +330,7 @@ def summarise(
         "tokens_generated": state.tokens_generated,
         "wall_seconds": wall_seconds,
         "busy": state.busy,
+        "actors": {"mean": mean, "end": at_the_end},
         "loop_seconds": state.loop_seconds,
         "wall_over_slowest_stage": state.loop_seconds / slowest if slowest else None,
         "utilisation": {"roles": by_role(state.actor_seconds), "actors": state.actor_seconds},

@@ -1,6 +1,7 @@
 """`understudy status` and `understudy tail` for eyes: one screen of a campaign, and trajectories in colour."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -9,7 +10,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from cluster.progress import duration
+from cluster.progress import TOLD, duration, in_words
 
 TONES = {
     "running": "green",
@@ -118,6 +119,9 @@ def _figures(status: Mapping[str, Any]) -> RenderableType:
 
 
 def _told(event: Mapping[str, Any]) -> str:
+    if event["kind"] in TOLD:
+        with suppress(KeyError):  # a run of another version may have told less
+            return in_words(event["kind"], event)
     hidden = ("time", "wall_seconds", "kind", "cause", "traceback")
     fields = [f"{name}={value}" for name, value in event.items() if name not in hidden]
     return " ".join([event["kind"].replace("_", " "), *fields, event.get("cause", "")]).strip()

@@ -9,6 +9,7 @@ import json
 import os
 import socket
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from cluster.records import (
     read_summary,
     write_atomically,
 )
+from cluster.utilisation import role_of
 
 STATUS_FILE = "status.json"
 EVERY_SECONDS = 2.0
@@ -75,7 +77,7 @@ def read_status(run_dir: Path, now: float | None = None) -> dict[str, Any]:
     now = time.time() if now is None else now
     last, recent = (rows[-1] if rows else {}), rows[-RECENT_UPDATES:]
     state = _state(events, live, now)
-    rates = _rates(config, recent)
+    rates = _rates(config, recent, replicas_of(config) | _sizes(live))
     evaluated = [row for row in read_jsonl(run_dir / METRICS_FILE) if row.get("eval/accuracy") is not None]
     left = config.pipeline.updates - last.get("step", 0)
     seconds = rates.pop("seconds_per_update", None)
@@ -145,7 +147,12 @@ def _state(events: list[dict[str, Any]], live: Mapping[str, Any], now: float) ->
     return str(live.get("state", "running")) if kind == "loop_started" else "starting"
 
 
-def _rates(config: CampaignConfig, recent: list[dict[str, Any]]) -> dict[str, Any]:
+def _sizes(live: Mapping[str, Any]) -> dict[str, int]:
+    """Role -> its actors, with those that are away; nothing where no process has told."""
+    return dict(Counter(role_of(actor["name"]) for actor in live.get("actors", [])))
+
+
+def _rates(config: CampaignConfig, recent: list[dict[str, Any]], replicas: dict[str, int]) -> dict[str, Any]:
     """Rates, shares of time and the bottleneck over some updates; {} where there are fewer than two."""
     if len(recent) < 2:
         return {}
@@ -153,7 +160,6 @@ def _rates(config: CampaignConfig, recent: list[dict[str, Any]]) -> dict[str, An
     if seconds <= 0:
         return {}
     tokens = (recent[-1]["tokens_generated"] - recent[0]["tokens_generated"]) / (len(recent) - 1)
-    replicas = replicas_of(config)
     work = {role: mean_of(recent[1:], f"busy_{role}") for role in replicas}
     stages = tuple(Stage(role, work[role], replicas[role], scalable=role != "learner") for role in replicas)
     return {

@@ -188,11 +188,26 @@ def add_up(*parts: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, flo
     return total
 
 
+def mean_actors(actors: Mapping[str, Mapping[str, float]], loop_seconds: float) -> dict[str, float]:
+    """Role -> how many actors there were on average over the loop: fleets grow, shrink, and lose some for a while."""
+    present: dict[str, float] = {}
+    for actor, states in actors.items():
+        seconds = sum(states.values()) - states["away"]
+        role = role_of(actor)
+        present[role] = present.get(role, 0.0) + seconds
+    return {role: seconds / loop_seconds for role, seconds in present.items()} if loop_seconds else {}
+
+
+def role_of(actor: str) -> str:
+    """`teacher.maths-0` -> `teacher`: the teachers are one role, whatever their names."""
+    return actor.partition("-")[0].partition(".")[0]
+
+
 def by_role(actors: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
-    """Role -> state -> seconds of its mean actor. The teachers are one role, whatever their names."""
+    """Role -> state -> seconds of its mean actor."""
     found: dict[str, list[Mapping[str, float]]] = {}
     for actor, states in actors.items():
-        found.setdefault(actor.partition("-")[0].partition(".")[0], []).append(states)
+        found.setdefault(role_of(actor), []).append(states)
     return {
         role: {state: sum(own[state] for own in several) / len(several) for state in STATES}
         for role, several in found.items()

@@ -177,6 +177,18 @@ def test_the_trajectories_of_the_last_step_are_shown_first(run):
     assert [found["data-verdict"] for found in page.all("button") if "data-verdict" in found] == ["", "right", "wrong"]
 
 
+def test_of_a_run_that_was_scaled_the_mean_is_measured_and_the_last_size_is_advised_on(tmp_path):
+    path = make_fake_run(tmp_path / "run")
+    summary = json.loads((path / "summary.json").read_text())
+    before = pace(load_run(path))
+    counted = {"rollout": 3.0, "teacher": 1.0, "learner": 1.0}
+    summary["actors"] = {"mean": counted, "end": {"rollout": 4, "teacher": 1, "learner": 1}}
+    (path / "summary.json").write_text(json.dumps(summary))
+    run = load_run(path)
+    assert pace(run).shares["rollout"] == pytest.approx(before.shares["rollout"] * 2 / 3)
+    assert pace(run).replicas == {"rollout": 4, "teacher": 1, "learner": 1}
+
+
 def test_the_bottleneck_is_the_busiest_role_for_each_actor(tmp_path):
     run = load_run(make_fake_run(tmp_path / "run"))  # two rollout actors: 0.8 s an update between them, of 0.5 s
     told = pace(run)

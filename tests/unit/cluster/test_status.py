@@ -101,6 +101,15 @@ def test_what_waits_for_each_stage_is_that_of_the_newest_update(running: Path) -
     assert "sampling 1,234" in shown(status)
 
 
+def test_what_limits_a_campaign_that_was_scaled_is_judged_by_the_actors_that_it_has(running: Path) -> None:
+    more = [{"name": f"rollout-{i}", "alive": True, "restarts": 0, "under_way": 0, "version": 1} for i in (2, 3)]
+    two = read_status(running)
+    write_status(running, {**LIVE, "actors": [*LIVE["actors"], *more]})
+    four = read_status(running)
+    assert four["utilisation"]["rollout"] == pytest.approx(two["utilisation"]["rollout"] / 2, abs=1e-3)
+    assert "a third rollout actor" in two["bottleneck"] and "a third rollout actor" not in four["bottleneck"]
+
+
 def test_news_are_shown_and_ordinary_events_are_not(running: Path) -> None:
     with (running / "events.jsonl").open("a") as file:
         for kind, cause in (("actor_died", "killed by the kernel"), ("checkpoint", "")):
@@ -108,6 +117,10 @@ def test_news_are_shown_and_ordinary_events_are_not(running: Path) -> None:
     status = read_status(running)
     assert [event["kind"] for event in status["news"]][-1] == "actor_died"
     assert "killed by the kernel" in shown(status)
+    with (running / "events.jsonl").open("a") as file:
+        event = {"kind": "scaled", "role": "rollout", "before": 1, "after": 2}
+        file.write(json.dumps({"time": 0, "wall_seconds": 31, **event}) + "\n")
+    assert "rollout: 1 -> 2 actors" in shown(read_status(running))
     assert status["checkpoints"]["step"] == 9
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.utilisation import STATES, Utilisation, add_up, by_role
+from cluster.utilisation import STATES, Utilisation, add_up, by_role, mean_actors
 
 
 class Clock:
@@ -147,3 +147,14 @@ def test_runs_of_one_campaign_are_added_up_and_roles_are_means() -> None:
     assert total["teacher.a-0"] == states(busy=2, waiting=4)
     assert by_role(total) == {"teacher": states(busy=2, waiting=2), "rollout": states(busy=2, loading=2)}
     assert first["teacher.a-0"]["busy"] == 1, "the parts stay as they were"
+
+
+def test_actors_that_come_late_or_are_away_count_for_the_time_that_they_are_there() -> None:
+    seconds = {
+        "rollout-0": states(busy=6, waiting=4),
+        "rollout-1": states(busy=1, blocked=1, away=3),
+        "teacher.a-0": states(loading=1, waiting=9),
+        "teacher.b-0": states(waiting=5),
+    }
+    assert mean_actors(seconds, 10.0) == {"rollout": 1.2, "teacher": 1.5}
+    assert mean_actors(seconds, 0.0) == {}
