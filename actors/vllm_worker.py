@@ -4,6 +4,7 @@ vLLM finds the class through its registry (`weight_transfer_config={"backend": "
 processes import this module because it is named as `worker_extension_cls`.
 """
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,7 +64,7 @@ class HostWeightTransferEngine(WeightTransferEngine[HostInitInfo, HostUpdateInfo
     def receive_weights(self, update_info: HostUpdateInfo) -> None:
         """Copies every tensor into the model."""
         manifest: WeightVersion = update_info.manifest
-        buckets = update_info.buckets or [np.memmap(path, np.uint8, "r") for path in update_info.paths]
+        buckets = update_info.buckets or [_mapped(path) for path in update_info.paths]
         self.model.load_weights(  # type: ignore[operator]
             unpack(manifest, buckets)
         )
@@ -79,6 +80,11 @@ class HostWeightTransferEngine(WeightTransferEngine[HostInitInfo, HostUpdateInfo
 
     def shutdown(self) -> None:
         """Nothing to release."""
+
+
+def _mapped(path: str) -> np.ndarray:
+    """A file as a bucket, which is empty where a rank of the learner has no rows of anything in it."""
+    return np.memmap(path, np.uint8, "r") if os.path.getsize(path) else np.empty(0, np.uint8)
 
 
 class WorkerExtension:
