@@ -50,7 +50,7 @@ def test_from_the_demo_to_a_report_of_a_campaign_that_was_scaled_and_lost_a_node
     summary = json.loads((walk.run / "summary.json").read_text())
     assert (summary["updates"], summary["faults"]) == (200, 1)
     assert summary["actors"]["end"] == {"rollout": 2, "teacher": 1, "learner": 1}
-    assert 1 < summary["actors"]["mean"]["rollout"] < 2 and summary["actors"]["mean"]["learner"] > 0.99
+    assert 1 < summary["actors"]["mean"]["rollout"] < 2 and summary["actors"]["mean"]["learner"] > 0.95
     assert summary["ledger"]["trained"] == 200 * 16
     assert summary["ledger"]["trained"] + summary["ledger"]["dropped"] == summary["ledger"]["issued"]
 
