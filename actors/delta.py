@@ -17,10 +17,7 @@ import numpy as np
 import xxhash
 
 from actors.errors import WeightError
-from actors.weights import TensorEntry, WeightVersion, torch_dtype, verify, window
-
-Version = tuple[WeightVersion, Sequence[np.ndarray]]
-"""A manifest and its buckets."""
+from actors.weights import TensorEntry, Version, WeightVersion, torch_dtype, verify, window
 
 BLOCK = 1 << 18
 """Elements that are coded together: few enough for the cache, enough to forget the header."""

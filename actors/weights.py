@@ -57,6 +57,10 @@ class WeightVersion:
         return sum(self.bucket_bytes)
 
 
+Version = tuple[WeightVersion, Sequence[np.ndarray]]
+"""A manifest and its buckets."""
+
+
 def torch_dtype(name: str) -> torch.dtype:
     """`"bfloat16"` -> `torch.bfloat16`."""
     return getattr(torch, name)
@@ -158,7 +162,7 @@ def verify(manifest: WeightVersion, buckets: Sequence[np.ndarray]) -> None:
             )
 
 
-def join(ranks: "Sequence[tuple[WeightVersion, Sequence[np.ndarray]]]") -> tuple[WeightVersion, list[np.ndarray]]:
+def join(ranks: Sequence[Version]) -> tuple[WeightVersion, list[np.ndarray]]:
     """One version of what each rank has published of it, all buckets in the order of the ranks. Copies nothing.
 
     WeightError: the ranks have published different versions.

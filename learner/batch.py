@@ -141,9 +141,11 @@ class UpdateBatch:
         teaching, referring = _of_reference(complete, objective.reference_teacher)
         own = select_scores(ids[mine], teaching)
         own_reference = select_scores(ids[mine], referring) if referring else own
-        teaching_all, referring_all = _of_reference(map(without_large, scored), objective.reference_teacher)
-        scores = select_scores(ids, teaching_all)
-        reference = select_scores(ids, referring_all) if referring else scores
+        scores, reference = own, own_reference
+        if places is not None:  # one number a token, of the other ranks' trajectories too
+            teaching_all, referring_all = _of_reference(map(without_large, scored), objective.reference_teacher)
+            scores = select_scores(ids, teaching_all)
+            reference = select_scores(ids, referring_all) if referring else scores
 
         def tensor(values: np.ndarray) -> Tensor:
             return torch.from_numpy(np.ascontiguousarray(values)).to(device)

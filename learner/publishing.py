@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from actors.delta import DeltaVersion, encode_delta
-from actors.weights import WeightVersion, pack, pack_whole
+from actors.weights import Version, WeightVersion, pack, pack_whole
 from learner.adapters import Merged
 from learner.sharding import own_rows
 
@@ -26,11 +26,11 @@ class Publisher:
     def __init__(self, bucket_bytes: int, *, keep: bool):
         """keep: holds on to what `whole_or_delta` published, so that a delta can be taken."""
         self._bucket_bytes, self._keep = bucket_bytes, keep
-        self._published: tuple[WeightVersion, list[np.ndarray]] | None = None
+        self._published: Version | None = None
 
     def whole(self, version: int, named: Named, dtype: str) -> Iterator[np.ndarray | WeightVersion]:
         """Buckets, each when it is filled, then the manifest."""
-        yield from pack(version, _rows(named), dtype, self._bucket_bytes)
+        return pack(version, _rows(named), dtype, self._bucket_bytes)
 
     def whole_or_delta(
         self, version: int, named: Named, dtype: str, *, delta: bool
