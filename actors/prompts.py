@@ -61,6 +61,10 @@ class PromptSet:
         """Token ids of one prompt, [length] int32."""
         return self.tokens[self.offsets[prompt] : self.offsets[prompt + 1]]
 
+    def lengths_of(self, prompts: np.ndarray) -> np.ndarray:
+        """[B] prompts -> [B] tokens of each; looks at no others, of which there may be millions."""
+        return self.offsets[prompts + 1] - self.offsets[prompts]
+
 
 def load_prompts(
     config: PromptsConfig,

@@ -387,7 +387,7 @@ class Campaign:
 
     def _tokens_of(self, work: Work) -> np.ndarray:
         """[B] prompt and response."""
-        return np.diff(self._prompts.offsets)[work.ids[:, 1]] + work.lengths
+        return self._prompts.lengths_of(work.ids[:, 1]) + work.lengths
 
     def _large(self, work: Work) -> list[PerRank]:
         """What each rank of the learner alone is given; nothing where scores are whole."""

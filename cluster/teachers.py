@@ -159,4 +159,4 @@ class Teachers:
 
 def _prompts_of(prompts: PromptSet, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Tokens [P] and offsets [B + 1] of the prompts with these numbers."""
-    return ragged_rows(prompts.tokens, prompts.offsets, rows), offsets_of(np.diff(prompts.offsets)[rows])
+    return ragged_rows(prompts.tokens, prompts.offsets, rows), offsets_of(prompts.lengths_of(rows))
