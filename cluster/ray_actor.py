@@ -11,7 +11,14 @@ from typing import Any
 
 import psutil
 import ray
-from ray.exceptions import ObjectLostError, ObjectStoreFullError, OutOfDiskError, RayActorError, RayTaskError
+from ray.exceptions import (
+    ActorUnavailableError,
+    ObjectLostError,
+    ObjectStoreFullError,
+    OutOfDiskError,
+    RayActorError,
+    RayTaskError,
+)
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
@@ -224,7 +231,13 @@ def start_failure(name: str, error: RayActorError) -> Exception:
 
 
 def cause_of(error: RayActorError) -> str:
-    """Why an actor has died, in one line."""
+    """Why an actor has died, in one line.
+
+    Of a node that is gone callers hear first that connections broke; that it has died Ray says up to 15 seconds later.
+    """
+    if isinstance(error, ActorUnavailableError):
+        reason = re.search(r"RPC error: (.*?) rpc_code", str(error))
+        return f"it cannot be reached any more, as when its node is gone ({reason[1] if reason else error})"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     telling = [line for line in lines if line.startswith("The actor is dead because")] or lines
     return telling[-1].partition(" Some common causes")[0]
