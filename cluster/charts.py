@@ -184,6 +184,22 @@ def percent(value: float) -> str:
     return f"{100 * value:.{3 if 0.1 <= size < 0.9995 else 2 if size < 0.1 else 4}g}%"
 
 
+def seconds(value: float) -> str:
+    """45 ms, 1.25 s, 3.2 min, 5.1 h."""
+    for limit, unit in ((3600, "h"), (60, "min")):
+        if abs(value) >= limit:
+            return f"{value / limit:.3g} {unit}"
+    return f"{value * 1000:.3g} ms" if 0 < abs(value) < 0.1 else f"{value:.3g} s"
+
+
+def byte_count(value: float) -> str:
+    """512 B, 447 kB, 16.4 GB."""
+    for limit, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if value >= limit:
+            return f"{value / limit:.3g} {unit}"
+    return f"{value:.0f} B"
+
+
 def _axes(
     series: Sequence[Series],
     references: Sequence[tuple[str, float]],

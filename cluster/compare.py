@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 
 from actors.errors import CampaignError, UserError
 from cluster.config import CampaignConfig, load_config
-from cluster.records import read_jsonl
-from cluster.report import Run, load_run, write_page
+from cluster.recorded import Run, load_run
+from cluster.records import METRICS_FILE, read_jsonl
+from cluster.report import write_page
 
 WITHOUT_TEACHERS_COST = {
     "learner.objective.reward_weight": 0.0,
@@ -135,7 +136,7 @@ class Reached(NamedTuple):
 
 def reached(run_dir: Path, accuracy: float) -> Reached | None:
     """By the evaluations there are; None: it never did."""
-    rows = [row for row in read_jsonl(run_dir / "metrics.jsonl") if "eval/accuracy" in row]
+    rows = [row for row in read_jsonl(run_dir / METRICS_FILE) if "eval/accuracy" in row]
     for row in rows:
         if row["eval/accuracy"] >= accuracy:
             return Reached(row["step"], row.get("tokens_generated", 0), row["wall_seconds"] - rows[0]["wall_seconds"])

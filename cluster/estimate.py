@@ -119,9 +119,7 @@ def from_data_sheet(config: CampaignConfig, gpu_name: str, load: Load) -> tuple[
         "teacher": teacher_seconds(load, largest, gpu, max(gpus["teacher"], 1)),
         "learner": learner_seconds(load, student, gpu, replicas["learner"], config.learner.gradient_checkpointing),
     }
-    stages = tuple(
-        Stage(role, seconds[role], replicas[role], gpus[role], scalable=role != "learner") for role in seconds
-    )
+    stages = tuple(Stage(role, seconds[role], replicas[role], gpus[role]) for role in seconds)
     teacher_memory = teacher_bytes(largest, largest_config.microbatch_tokens, largest_config.head_chunk_tokens)
     sequences = cached_sequences(load, student, gpu, max(gpus["rollout"], 1))
     memory = [

@@ -5,7 +5,18 @@ from dataclasses import dataclass, replace
 from html import escape
 from typing import Any, NamedTuple
 
-from cluster.charts import PALETTE_SIZE, Mark, Series, compact, line_chart, percent, stacked_bars
+from cluster.charts import (
+    PALETTE_SIZE,
+    Mark,
+    Series,
+    byte_count,
+    compact,
+    line_chart,
+    percent,
+    seconds,
+    stacked_bars,
+)
+from cluster.recorded import BUSY, tokens_so_far
 
 Rows = Sequence[dict[str, Any]]
 """The lines of one run's metrics.jsonl."""
@@ -21,22 +32,6 @@ class Figure:
     """(key of metrics.jsonl, what the line is called)."""
     form: Callable[[float], str] = compact
     limits: tuple[float | None, float | None] = (None, None)
-
-
-def seconds(value: float) -> str:
-    """45 ms, 1.25 s, 3.2 min, 5.1 h."""
-    for limit, unit in ((3600, "h"), (60, "min")):
-        if abs(value) >= limit:
-            return f"{value / limit:.3g} {unit}"
-    return f"{value * 1000:.3g} ms" if 0 < abs(value) < 0.1 else f"{value:.3g} s"
-
-
-def byte_count(value: float) -> str:
-    """512 B, 447 kB, 16.4 GB."""
-    for limit, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if value >= limit:
-            return f"{value / limit:.3g} {unit}"
-    return f"{value:.0f} B"
 
 
 ACCURACY = Figure(
@@ -108,8 +103,6 @@ GROUPS: dict[str, tuple[Figure, ...]] = {
         Figure("Weight version", "bytes that travel", (("publish_bytes", "size"),), byte_count),
     ),
 }
-
-BUSY = {"rollout": "busy_rollout", "teacher": "busy_teacher", "learner": "busy_learner"}
 
 
 def read_series(figure: Figure, runs: Sequence[tuple[str, Rows]], across: str = "step") -> list[Series]:
@@ -293,21 +286,6 @@ def busy_figure(name: str, rows: Rows) -> str:
     return _frame(Figure("Busy seconds", note, ()), chart, keys)
 
 
-def with_throughput(rows: Rows) -> list[dict[str, Any]]:
-    """The rows, with `tokens_per_second` over the time since the line before."""
-    result: list[dict[str, Any]] = []
-    before: tuple[float, float] | None = None
-    for row in rows:
-        wall, tokens = row.get("wall_seconds"), _place(row, "tokens_generated")
-        now = None if wall is None or tokens is None else (wall, tokens)
-        rate = None
-        if now and before and now[0] > before[0] and now[1] >= before[1]:
-            rate = (now[1] - before[1]) / (now[0] - before[0])
-        result.append({**row, "tokens_per_second": rate} if row["step"] else row)
-        before = now
-    return result
-
-
 def _explained(figure: Figure, runs: Sequence[tuple[str, Rows]]) -> Figure:
     """With words for its lines: where there are several runs, colours tell those."""
     if len(runs) == 1 or len(figure.keys) == 1:
@@ -322,8 +300,8 @@ def _frame(figure: Figure, chart: str, latest: str) -> str:
 
 
 def _place(row: dict[str, Any], across: str) -> float | None:
-    """Where a row stands on the x axis; the untrained student stands at 0 tokens."""
-    return row.get(across, 0 if across == "tokens_generated" and row["step"] == 0 else None)
+    """Where a row stands on the x axis."""
+    return tokens_so_far(row) if across == "tokens_generated" else row.get(across)
 
 
 def _constant(values: Sequence[float]) -> bool:

@@ -25,8 +25,11 @@ class Stage:
     replicas: float = 1
     """A mean, where it has changed."""
     gpus_per_replica: float = 1.0
-    scalable: bool = True
-    """Whether more actors share the work."""
+
+    @property
+    def scalable(self) -> bool:
+        """Whether another actor would share the work: a learner's ranks are decided by its size."""
+        return self.role != "learner"
 
     @property
     def seconds(self) -> float:
@@ -110,7 +113,6 @@ def measured(
             summary["busy"][role] / updates + (publish_seconds if role == "learner" else 0.0),
             replicas=count,
             gpus_per_replica=gpus[role],
-            scalable=role != "learner",
         )
         for role, count in replicas.items()
     )

@@ -161,7 +161,7 @@ def _rates(config: CampaignConfig, recent: list[dict[str, Any]], replicas: dict[
         return {}
     tokens = (recent[-1]["tokens_generated"] - recent[0]["tokens_generated"]) / (len(recent) - 1)
     work = {role: mean_of(recent[1:], f"busy_{role}") for role in replicas}
-    stages = tuple(Stage(role, work[role], replicas[role], scalable=role != "learner") for role in replicas)
+    stages = tuple(Stage(role, work[role], replicas[role]) for role in replicas)
     return {
         "seconds_per_update": seconds,
         "updates_per_hour": round(3600 / seconds, 1),

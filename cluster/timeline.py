@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from cluster.figures import seconds
+from cluster.charts import seconds
 from cluster.records import FAULTS
 
 BEGINNINGS, ENDS = ("started", "resumed"), ("finished", "stopped", "failed")

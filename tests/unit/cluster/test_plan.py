@@ -30,7 +30,7 @@ QUICKSTART = ROOT / "configs" / "quickstart.yaml"
 
 
 def plan(rollout: float, teacher: float, learner: float, *, overlapped: bool, overhead: float = 1.0) -> Plan:
-    stages = (Stage("rollout", rollout), Stage("teacher", teacher), Stage("learner", learner, scalable=False))
+    stages = (Stage("rollout", rollout), Stage("teacher", teacher), Stage("learner", learner))
     return Plan(stages, overlapped, overhead)
 
 

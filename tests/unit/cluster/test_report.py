@@ -11,10 +11,11 @@ import pytest
 
 from actors.errors import UserError
 from cluster.charts import Axis, Series, compact, line_chart, percent, thinned
-from cluster.figures import BUSY, GROUPS, HERO, with_throughput
+from cluster.figures import GROUPS, HERO
 from cluster.guards import metrics_of
+from cluster.recorded import BUSY, load_run, pace, with_throughput
 from cluster.records import EVALUATION_KEYS, METRIC_KEYS, SUMMARY_KEYS, TRAJECTORY_KEYS, read_jsonl, read_summary
-from cluster.report import load_run, pace, write_report
+from cluster.report import write_report
 from cluster.samples import LEVELS, shade
 from cluster.timeline import lives
 from tests.fake_run import make_fake_run
