@@ -3,7 +3,7 @@
 Shapes: B trajectories and N response tokens of the update; b, n of a micro-batch, T its longest response; K support.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,22 +11,9 @@ import torch
 from torch import Tensor
 
 from actors.batching import Microbatch, microbatches
-from actors.logprobs import from_array
-from actors.trajectory import (
-    LargeScores,
-    TeacherScores,
-    Trajectories,
-    ragged_rows,
-    rejoined,
-    scores_by_teacher,
-    select_scores,
-    select_trajectories,
-    without_large,
-)
+from actors.trajectory import Trajectories, ragged_rows, select_trajectories
 from learner.config import ObjectiveConfig
-from learner.divergences import extrapolated_teacher
-from learner.estimators import reward_cost
-from learner.hidden import Head, HiddenStates
+from learner.hidden import HiddenStates
 from learner.objective import token_weights
 
 LARGE = ("support_ids", "support_logprobs", "reference_logprobs")
@@ -112,88 +99,6 @@ class UpdateBatch:
     """[N] int64: where several ranks share the update, the place of each token among those of this rank's trajectories,
     of which alone a rank keeps what is large: LARGE. None where all are."""
 
-    @classmethod
-    def build(
-        cls,
-        ids: np.ndarray,
-        batches: Sequence[Trajectories | TeacherScores | LargeScores],
-        policy_version: int,
-        objective: ObjectiveConfig,
-        device: str,
-        *,
-        masked_token_ids: Sequence[int],
-        heads: Mapping[str, Head],
-        share: Callable[[Trajectories], np.ndarray] | None = None,
-        total: Callable[[Tensor], Tensor] = lambda values: values,
-    ) -> "UpdateBatch":
-        """Joins trajectories and scores by id, in the order of `ids` [B, 3]; `heads` are those of the teachers by name.
-
-        share: says [B] bool which of the trajectories this rank trains on; all of them by default. Where the scores are
-        light, the batches hold LargeScores of these alone. total: the sum over the ranks.
-        """
-        written = select_trajectories(ids, [b for b in batches if isinstance(b, Trajectories)])
-        mine = np.ones(len(ids), bool) if share is None else share(written)
-        own_tokens = np.repeat(mine, written.lengths)
-        places = None if mine.all() else torch.from_numpy(np.cumsum(own_tokens) - 1).to(device)
-
-        scored = [b for b in batches if isinstance(b, TeacherScores)]
-        complete = rejoined(ids[mine], scored, [b for b in batches if isinstance(b, LargeScores)])
-        teaching, referring = _of_reference(complete, objective.reference_teacher)
-        own = select_scores(ids[mine], teaching)
-        own_reference = select_scores(ids[mine], referring) if referring else own
-        scores, reference = own, own_reference
-        if places is not None:  # one number a token, of the other ranks' trajectories too
-            teaching_all, referring_all = _of_reference(map(without_large, scored), objective.reference_teacher)
-            scores = select_scores(ids, teaching_all)
-            reference = select_scores(ids, referring_all) if referring else scores
-
-        def tensor(values: np.ndarray) -> Tensor:
-            return torch.from_numpy(np.ascontiguousarray(values)).to(device)
-
-        unknown = np.zeros(len(own_tokens), np.int32)  # what other ranks' supports say, these alone know
-        unknown[own_tokens] = ~np.isfinite(own.support_logprobs).all(-1)
-        unknown[own_tokens] |= ~np.isfinite(own_reference.support_logprobs).all(-1)
-        mask = np.isfinite(scores.logprobs) & np.isfinite(reference.logprobs)
-        mask &= ~np.isin(written.response_tokens, list(masked_token_ids)) & (total(tensor(unknown)).cpu().numpy() == 0)
-
-        def where_known(values: np.ndarray) -> Tensor:
-            known = mask if values.ndim == 1 else mask[own_tokens, None]
-            return tensor(np.where(known, values, np.float32(0)))
-
-        strength = objective.extrapolation if referring else 1.0  # 1 is the teacher itself
-        teacher = extrapolated_teacher(where_known(scores.logprobs), where_known(reference.logprobs), strength)
-        # Responses that the teacher has written: what sampled them is the teacher.
-        behaviour = teacher if objective.estimator == "sft" else tensor(written.behaviour_logprobs)
-
-        made = cls(
-            written,
-            {
-                "tokens": tensor(written.response_tokens.astype(np.int64)),
-                "behaviour_logprobs": behaviour,
-                "teacher_logprobs": teacher,
-                "mask": tensor(mask),
-                "weights": tensor(np.zeros(len(mask), np.float32)),
-                "coefficient": tensor(np.zeros(len(mask), np.float32)),
-                "reward_cost": tensor(np.zeros(len(mask), np.float32)),
-                "old_logprobs": behaviour,
-                "importance": tensor(np.ones(len(mask), np.float32)),
-                "on_policy": tensor(written.policy_versions == policy_version),
-                "support_ids": tensor(own.support_ids.astype(np.int64)),
-                "support_logprobs": where_known(own.support_logprobs),
-                "reference_logprobs": where_known(own_reference.support_logprobs[:, : None if referring else 0]),
-            },
-            device,
-            hidden_states(ids[mine], teaching, heads, device, own_tokens) if heads else [],
-            hidden_states(ids[mine], referring, heads, device, own_tokens) if heads and referring else [],
-            mine=mine,
-            own=places,
-        )
-        if written.rewards.size:
-            whole = made.whole()
-            costs = reward_cost(tensor(written.rewards), whole.padded(whole.mask), made.groups())
-            made.tensors["reward_cost"] = whole.flat(costs)
-        return made
-
     def weigh(self, rows: np.ndarray, objective: ObjectiveConfig) -> None:
         """Sets the weights of the tokens of these rows, which make one step; all others get 0."""
         lengths = torch.from_numpy(self.trajectories.lengths).to(self.device)
@@ -258,39 +163,3 @@ class UpdateBatch:
 def minibatch_rows(trajectories: int, count: int) -> list[np.ndarray]:
     """Rows of the update in `count` parts, taken in turn so that each has its share of every group's neighbours."""
     return [np.arange(start, trajectories, count) for start in range(min(count, trajectories))]
-
-
-def _of_reference(
-    scores: Iterable[TeacherScores], reference_teacher: str | None
-) -> tuple[list[TeacherScores], list[TeacherScores]]:
-    """(of the other teachers, of the reference teacher)."""
-    listed = list(scores)
-    return (
-        [batch for batch in listed if batch.teacher != reference_teacher],
-        [batch for batch in listed if batch.teacher == reference_teacher],
-    )
-
-
-def hidden_states(
-    ids: np.ndarray, scores: Sequence[TeacherScores], heads: Mapping[str, Head], device: str, own_tokens: np.ndarray
-) -> list[HiddenStates]:
-    """What the teachers with these heads sent of the trajectories with these ids [M, 3], whose tokens are these of the
-    update: own_tokens [N] bool.
-
-    A state that is not finite becomes zero: its token, whose score is missing, is masked.
-    """
-    _, teachers = scores_by_teacher(ids, scores)
-    out = []
-    for name, own in teachers.items():
-        places = np.full(len(own_tokens), -1, np.int64)
-        places[np.flatnonzero(own_tokens)[own.places]] = np.arange(len(own.places))
-        states = from_array(own.hidden).to(device)
-        out.append(
-            HiddenStates(
-                torch.where(states.isfinite(), states, torch.zeros_like(states)),
-                heads[name],
-                torch.from_numpy(places).to(device),
-                torch.from_numpy(own.log_weights).to(device),
-            )
-        )
-    return out

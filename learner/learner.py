@@ -31,6 +31,7 @@ from learner.compiling import compile_layers
 from learner.config import LearnerConfig
 from learner.forward import Forward, exact_forward_kl, exact_reverse_kl, no_columns
 from learner.hidden import Head
+from learner.joining import joined
 from learner.metrics import UpdateMetrics, groups_of, response_metrics
 from learner.objective import effective_sample_size
 from learner.offload import OffloadedAdamW
@@ -143,7 +144,7 @@ class Learner:
         rate_scale multiplies the schedule's learning rate; domains [B] of the prompts, to measure each.
         """
         start = time.perf_counter()
-        batch = UpdateBatch.build(
+        batch = joined(
             ids,
             batches,
             self.policy_version,
