@@ -19,7 +19,7 @@ from actors.verifiers import make_verifier
 from cluster.config import CampaignConfig
 from cluster.inputs import max_prompt_tokens, read_inputs
 from cluster.mirror import mirror_of
-from cluster.ray_cluster import check_cluster, connected, refuse_relative_output
+from cluster.ray_cluster import connected, refuse_relative_output, room_to_begin
 
 
 def checks(config: CampaignConfig, *, offline: bool) -> Iterator[tuple[str, Callable[[], str] | None]]:
@@ -112,5 +112,7 @@ def _verifier(config: CampaignConfig) -> str:
 def _cluster(config: CampaignConfig) -> str:
     refuse_relative_output(config)
     with connected(config) as private:
-        needed = check_cluster(config, private)
+        needed, _, short = room_to_begin(config, private)
+    if short:
+        raise short
     return ", ".join(f"{role} {n} x ({r.cpus:g} CPUs, {r.gpus:g} GPUs)" for role, (n, r) in needed.items())

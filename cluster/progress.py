@@ -4,6 +4,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from rich.box import SIMPLE
@@ -179,10 +180,13 @@ TOLD = {
 
 
 def in_words(kind: str, fields: Mapping[str, Any]) -> str:
-    """One line for an event."""
+    """One line for an event; `fields` may be those of its line in events.jsonl."""
     if kind in TOLD:
-        return TOLD[kind].format(**fields)
-    return " ".join([kind.replace("_", " "), *(f"{name}={value}" for name, value in fields.items())])
+        with suppress(KeyError):  # a run of another version may have told less
+            return TOLD[kind].format(**fields)
+    hidden = ("time", "wall_seconds", "kind", "cause", "traceback")
+    told = [f"{name}={value}" for name, value in fields.items() if name not in hidden]
+    return " ".join([kind.replace("_", " "), *told, str(fields.get("cause", ""))]).strip()
 
 
 def duration(seconds: float) -> str:

@@ -125,14 +125,6 @@ def check_fits(needed: dict[str, tuple[int, Resources]], there: dict[str, float]
             )
 
 
-def check_cluster(config: CampaignConfig, private: bool) -> dict[str, tuple[int, Resources]]:
-    """What each role gets on the connected cluster. UserError where it does not fit."""
-    there = ray.cluster_resources()
-    needed = role_resources(config, there.get("GPU", 0.0), private=private)
-    check_fits(needed, there, "the cluster")
-    return needed
-
-
 class Room(NamedTuple):
     """What a campaign may take of its cluster."""
 
@@ -140,7 +132,7 @@ class Room(NamedTuple):
     """Role -> (replicas, what one needs)."""
     begin: dict[str, int]
     """Role -> replicas that there is room for at once."""
-    short: str = ""
+    short: UserError | None = None
     """Why these are fewer, if they are."""
 
 
@@ -156,7 +148,7 @@ def room_to_begin(config: CampaignConfig, private: bool) -> Room:
         if not private:
             with suppress(UserError):
                 check_fits(least, there, "the cluster")
-                return Room(needed, {role: count for role, (count, _) in least.items()}, str(error))
+                return Room(needed, {role: count for role, (count, _) in least.items()}, error)
         raise
     return Room(needed, {role: count for role, (count, _) in needed.items()})
 

@@ -106,7 +106,7 @@ async def _run(
     needed, begin, short = room_to_begin(config, private)
     records.event("resumed" if checkpoint else "started", step=state.step, process=os.getpid())
     if short:
-        on_event("short_of_resources", cause=short)
+        on_event("short_of_resources", cause=str(short))
     fleets = build_fleets(config, inputs, needed, begin, on_event)
     learner = build_learner(config, inputs, checkpoint, needed, on_event)
     exported = [Prometheus(config.name)] if config.tracking.prometheus else []

@@ -1,7 +1,6 @@
 """`understudy status` and `understudy tail` for eyes: one screen of a campaign, and trajectories in colour."""
 
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -10,7 +9,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from cluster.progress import TOLD, duration, in_words
+from cluster.progress import duration, in_words
 
 TONES = {
     "running": "green",
@@ -28,7 +27,7 @@ def status_screen(status: Mapping[str, Any]) -> RenderableType:
     """One screen of what `read_status` returned."""
     parts = [_head(status), _roles(status), _figures(status)]
     if status["news"]:
-        lines = [f"{duration(event['wall_seconds']):>8}  {_told(event)}" for event in status["news"]]
+        lines = [f"{duration(event['wall_seconds']):>8}  {in_words(event['kind'], event)}" for event in status["news"]]
         parts.append(Panel(Text("\n".join(lines)), title="news", title_align="left"))
     return Group(*parts)
 
@@ -116,15 +115,6 @@ def _figures(status: Mapping[str, Any]) -> RenderableType:
         if text:
             table.add_row(Text(name, "dim"), text)
     return table
-
-
-def _told(event: Mapping[str, Any]) -> str:
-    if event["kind"] in TOLD:
-        with suppress(KeyError):  # a run of another version may have told less
-            return in_words(event["kind"], event)
-    hidden = ("time", "wall_seconds", "kind", "cause", "traceback")
-    fields = [f"{name}={value}" for name, value in event.items() if name not in hidden]
-    return " ".join([event["kind"].replace("_", " "), *fields, event.get("cause", "")]).strip()
 
 
 def trajectory_text(row: Mapping[str, Any]) -> RenderableType:
