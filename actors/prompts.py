@@ -157,7 +157,7 @@ def requests(prompt_set: PromptSet, ids: np.ndarray, campaign_seed: int, *, judg
         ids=ids,
         seeds=np.array([sample_seed(campaign_seed, *row) for row in ids.tolist()], np.int64),
         prompt_tokens=ragged_rows(prompt_set.tokens, prompt_set.offsets, rows),
-        prompt_offsets=offsets_of(np.diff(prompt_set.offsets)[rows]),
+        prompt_offsets=offsets_of(prompt_set.lengths_of(rows)),
         references=tuple(prompt_set.references[row] for row in rows) if judged else (),
     )
 

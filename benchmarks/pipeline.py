@@ -117,7 +117,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     ray.init(
-        address="local", include_dashboard=False, num_cpus=64, log_to_driver=False, logging_level=logging.ERROR,
+        address="local", include_dashboard=False, num_cpus=2, log_to_driver=False, logging_level=logging.ERROR,
         object_store_memory=1 << 30,
     )  # fmt: skip
     if options.what == "stages":
