@@ -96,15 +96,36 @@ def lay_out(shapes: Iterable[tuple[str, tuple[int, ...]]], dtype: str, bucket_by
     return buckets
 
 
+class Buffer:
+    """Memory that buckets are filled in, one after the other: the pages of new memory cost as much as filling them does."""
+
+    def __init__(self) -> None:
+        self._bytes = np.empty(0, np.uint8)
+
+    def of(self, size: int) -> np.ndarray:
+        """[size] uint8, the same memory at each call. Pinned where there is a GPU, which copies into it much faster."""
+        if size > len(self._bytes):
+            self._bytes = torch.empty(size, dtype=torch.uint8, pin_memory=torch.cuda.is_available()).numpy()
+        return self._bytes[:size]
+
+
 def pack(
-    version: int, named_tensors: "Sequence[tuple[str, torch.Tensor | Deferred]]", dtype: str, bucket_bytes: int
+    version: int,
+    named_tensors: "Sequence[tuple[str, torch.Tensor | Deferred]]",
+    dtype: str,
+    bucket_bytes: int,
+    buffer: Buffer | None = None,
 ) -> Iterator[np.ndarray | WeightVersion]:
-    """Yields the buckets ([bytes] uint8), cast to `dtype`, each as soon as it is filled; then the manifest."""
+    """Yields the buckets ([bytes] uint8), cast to `dtype`, each as soon as it is filled; then the manifest.
+
+    buffer: where all buckets are filled; whoever takes one has copied it before the next is asked for, as Ray does.
+    """
     tensors = dict(named_tensors)
     entries: list[TensorEntry] = []
     sizes: list[int] = []
     for places in lay_out([(name, tuple(t.shape)) for name, t in named_tensors], dtype, bucket_bytes):
-        bucket = np.empty(places[-1].offset + places[-1].nbytes, np.uint8)
+        size = places[-1].offset + places[-1].nbytes
+        bucket = buffer.of(size) if buffer else np.empty(size, np.uint8)
         for place in places:
             # One pass does the cast, the gather and, from a GPU, the transfer.
             view = as_tensor(bucket, dtype, place.shape, place.offset, place.nbytes)

@@ -20,11 +20,12 @@ import ray
 import torch
 
 from actors.delta import Receiver
-from actors.weights import WeightVersion, join, pack, verify
+from actors.weights import WeightVersion, join, verify
 from cluster.config import WeightsConfig
 from cluster.ray_actor import Resources
 from cluster.ray_fleet import Fleet
 from cluster.versions import Versions
+from learner.publishing import Publisher
 
 BUCKET_BYTES = 64 << 20
 
@@ -34,6 +35,7 @@ class Writer:
 
     def __init__(self, mebibytes: int):
         self._version = 0
+        self._publisher = Publisher(BUCKET_BYTES, keep=False)
         self._weights = {f"layer.{i}": torch.randn(4 << 19).bfloat16() for i in range(mebibytes // 4)}
 
     def status(self) -> None:
@@ -42,7 +44,7 @@ class Writer:
     def publish(self, delta: bool = False) -> Iterator[Any]:
         """As the learner."""
         self._version += 1
-        yield from pack(self._version, list(self._weights.items()), "bfloat16", BUCKET_BYTES)
+        yield from self._publisher.whole(self._version, list(self._weights.items()), "bfloat16")
 
     def pickled(self) -> bytes:
         """All weights in one object."""

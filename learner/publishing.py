@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from actors.delta import DeltaVersion, encode_delta
-from actors.weights import Version, WeightVersion, pack, pack_whole
+from actors.weights import Buffer, Version, WeightVersion, pack, pack_whole
 from learner.adapters import Merged
 from learner.sharding import own_rows
 
@@ -27,10 +27,11 @@ class Publisher:
         """keep: holds on to what `whole_or_delta` published, so that a delta can be taken."""
         self._bucket_bytes, self._keep = bucket_bytes, keep
         self._published: Version | None = None
+        self._buffer = Buffer()
 
     def whole(self, version: int, named: Named, dtype: str) -> Iterator[np.ndarray | WeightVersion]:
-        """Buckets, each when it is filled, then the manifest."""
-        return pack(version, _rows(named), dtype, self._bucket_bytes)
+        """Buckets, each when it is filled, to be copied before the next is asked for; then the manifest."""
+        return pack(version, _rows(named), dtype, self._bucket_bytes, self._buffer)
 
     def whole_or_delta(
         self, version: int, named: Named, dtype: str, *, delta: bool

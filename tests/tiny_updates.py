@@ -1,7 +1,9 @@
 """A learner and one update's worth of trajectories, small enough for milliseconds."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -68,6 +70,11 @@ def sampled(
     return written, TeacherActor(teacher_config(models, teacher, signal, **changes)).score(blank.ids, written)[1]
 
 
+def received(published: Iterator[Any]) -> list[Any]:
+    """What comes out of Ray of what a learner publishes: each bucket is copied before the next is asked for."""
+    return [part.copy() if isinstance(part, np.ndarray) else part for part in published]
+
+
 def weights_of(learner: Learner) -> torch.Tensor:
-    *buckets, _ = learner.publish()
+    *buckets, _ = received(learner.publish())
     return torch.from_numpy(np.concatenate(buckets)).view(torch.float32)

@@ -18,7 +18,7 @@ from learner.config import ObjectiveConfig
 from tests import clean_process
 from tests.tiny_engine import OPTIONS, SAMPLING, ask, change, difference, publish
 from tests.tiny_models import make_tiny_model
-from tests.tiny_updates import make_learner, sampled
+from tests.tiny_updates import make_learner, received, sampled
 
 pytestmark = pytest.mark.integration
 
@@ -218,7 +218,7 @@ def learn_with_experts(models: dict[str, Path]) -> None:
     engine = VllmEngine(str(models["student"]), config, SAMPLING, stop_token_ids=[2])
     for _ in range(2):  # the first version replaces random weights, the second one that was packed
         learner.update(written.ids, written, scores)
-        *buckets, manifest = learner.publish()
+        *buckets, manifest = received(learner.publish())
         engine.load_weights(manifest, buckets).result(timeout=60)  # type: ignore[arg-type]
         answers = engine.generate(ask([[7, 8, 9], [20, 21, 22, 23]]), SAMPLING).result(timeout=60)
         assert difference(learner._model, answers) < 1e-4

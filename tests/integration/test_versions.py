@@ -10,12 +10,13 @@ import pytest
 import ray
 import torch
 
-from actors.delta import DeltaVersion, Receiver, encode_delta
-from actors.weights import WeightVersion, pack_whole, verify
+from actors.delta import DeltaVersion, Receiver
+from actors.weights import WeightVersion, verify
 from cluster.config import WeightsConfig
 from cluster.ray_actor import Resources
 from cluster.ray_fleet import Fleet
 from cluster.versions import Versions
+from learner.publishing import Publisher
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("ray_session")]
 
@@ -23,25 +24,17 @@ pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("ray_session")]
 class Writer:
     """The learner's part of publishing, with weights that move a little each time."""
 
-    def __init__(self, elements: int):
-        self.version = -1
+    def __init__(self, elements: int, keep: bool):
+        self.version, self.publisher = -1, Publisher(300_000, keep=keep)
         self.weights = torch.from_numpy(np.random.default_rng(0).normal(0, 1, elements).astype(np.float32))
-        self.last: Any = None
 
     def status(self) -> None: ...
 
     def publish(self, delta: bool = False) -> Iterator[Any]:
         self.version += 1
         self.weights[self.version :: 50] *= 1.1
-        new = pack_whole(self.version, [("a", self.weights), ("b", self.weights + 1)], "bfloat16", 300_000)
-        last, self.last = self.last, new
-        if delta:
-            change, payload = encode_delta(*last, *new)
-            yield payload
-            yield change
-        else:
-            for part in (*new[1], new[0]):  # noqa: UP028
-                yield part
+        named = [("a", self.weights), ("b", self.weights + 1)]
+        yield from self.publisher.whole_or_delta(self.version, named, "bfloat16", delta=delta)
 
 
 class Reader:
@@ -66,19 +59,19 @@ class Reader:
         return self.versions, self.prefetched, sum(entry.checksum for entry in self.receiver._held[0][0].tensors)
 
 
-def fleets(elements: int, readers: int) -> tuple[Fleet, Fleet]:
+def fleets(elements: int, readers: int, keep: bool) -> tuple[Fleet, Fleet]:
     def fleet(role: str, actor: type, *arguments: Any, replicas: int = 1) -> Fleet:
         return Fleet(
             role, actor, arguments, {}, replicas=replicas, resources=Resources(0.5, 0), max_restarts=3,
             start_timeout_seconds=60.0, on_event=lambda kind, **fields: None,
         )  # fmt: skip
 
-    return fleet("learner", Writer, elements), fleet("rollout", Reader, replicas=readers)
+    return fleet("learner", Writer, elements, keep), fleet("rollout", Reader, replicas=readers)
 
 
 def with_versions(config: WeightsConfig, elements: int, readers: int, body: Callable[[Any], Any]) -> None:
     async def run() -> None:
-        learner, rollout = fleets(elements, readers)
+        learner, rollout = fleets(elements, readers, config.encoding == "delta")
         try:
             await asyncio.gather(learner.start(), rollout.start())
             made = SimpleNamespace(learner=learner, rollout=rollout, versions=Versions(learner, rollout, config))

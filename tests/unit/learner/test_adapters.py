@@ -17,14 +17,14 @@ from actors.models import load_model
 from actors.weights import unpack
 from learner.config import ObjectiveConfig, TrustRegionConfig
 from learner.learner import Learner
-from tests.tiny_updates import make_learner, sampled
+from tests.tiny_updates import make_learner, received, sampled
 
 peft = pytest.importorskip("peft")
 LORA = LoraConfig(rank=4, alpha=8.0)
 
 
 def published(learner: Learner) -> dict[str, torch.Tensor]:
-    *buckets, manifest = learner.publish()
+    *buckets, manifest = received(learner.publish())
     return {name: tensor.clone() for name, tensor in unpack(manifest, buckets)}  # type: ignore[arg-type]
 
 

@@ -12,7 +12,7 @@ from actors.errors import WeightError
 from actors.teacher import TeacherActor
 from learner.learner import Learner
 from tests.tiny_models import make_tiny_model
-from tests.tiny_updates import make_learner, sampled, teacher_config, weights_of
+from tests.tiny_updates import make_learner, received, sampled, teacher_config, weights_of
 
 DECAY = 0.7
 
@@ -22,7 +22,7 @@ def follower(models: dict[str, Path], **changes: object) -> dict:
 
 
 def average_of(learner: Learner) -> torch.Tensor:
-    *buckets, _ = learner.publish_average("mean")
+    *buckets, _ = received(learner.publish_average("mean"))
     return torch.from_numpy(np.concatenate(buckets)).view(torch.float32)  # type: ignore[arg-type]
 
 
@@ -79,7 +79,7 @@ def test_a_teacher_that_was_given_an_average_scores_as_one_that_was_loaded_with_
         time.sleep(0.001)
     following = TeacherActor(teacher_config(models, "student", "full", dtype=dtype), vocabulary=90)
     before = following.score(written.ids, written)[1].logprobs
-    *buckets, manifest = learner.publish_average("mean")
+    *buckets, manifest = received(learner.publish_average("mean"))
     following.load_weights(*buckets, manifest)  # type: ignore[arg-type]
     now = {**models, "now": tmp_path / "saved"}
     loaded = TeacherActor(teacher_config(now, "now", "full", dtype=dtype), vocabulary=90)
@@ -90,7 +90,7 @@ def test_a_teacher_that_was_given_an_average_scores_as_one_that_was_loaded_with_
 
 
 def test_damaged_weights_and_those_of_another_model_are_refused(models: dict[str, Path], tmp_path: Path) -> None:
-    *buckets, manifest = make_learner(models, teachers=follower(models)).publish_average("mean")
+    *buckets, manifest = received(make_learner(models, teachers=follower(models)).publish_average("mean"))
     teacher = TeacherActor(teacher_config(models, "student", "full"))
     damaged = [bucket.copy() for bucket in buckets]  # type: ignore[union-attr]
     damaged[0][100] ^= 1

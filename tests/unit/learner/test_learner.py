@@ -15,7 +15,7 @@ from actors.weights import WeightVersion, unpack
 from learner.config import ObjectiveConfig, OptimizerConfig
 from learner.learner import Learner
 from tests.tiny_models import make_tiny_model
-from tests.tiny_updates import make_learner, sampled, weights_of
+from tests.tiny_updates import make_learner, received, sampled, weights_of
 
 
 def test_an_update_does_not_depend_on_how_its_trajectories_travelled(models: dict[str, Path]) -> None:
@@ -75,7 +75,7 @@ def test_what_is_published_loads_into_a_fresh_model(models: dict[str, Path]) -> 
     written, scores = sampled(models, "other")
     learner = make_learner(models)
     learner.update(written.ids, written, scores)
-    *buckets, manifest = learner.publish()
+    *buckets, manifest = received(learner.publish())
     assert isinstance(manifest, WeightVersion) and manifest.version == 1
     fresh = AutoModelForCausalLM.from_pretrained(models["student"], dtype=torch.float32)
     state = dict(unpack(manifest, buckets))  # type: ignore[arg-type]

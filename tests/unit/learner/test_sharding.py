@@ -26,7 +26,7 @@ from learner.learner import Learner
 from learner.sharding import Ranks, own_rows, whole
 from tests import clean_process
 from tests.tiny_models import make_tiny_model
-from tests.tiny_updates import make_learner, sampled, teacher_config
+from tests.tiny_updates import make_learner, received, sampled, teacher_config
 
 SIZES = (2, 4)
 STEADY = OptimizerConfig(learning_rate=1e-3, warmup_updates=0, epsilon=1e-5)
@@ -98,7 +98,7 @@ class Published(list):
 def state_of(learner: Learner) -> dict[str, Any]:
     """Of one rank; every rank must ask."""
     gradients = [whole(p.grad).flatten() for p in learner._model.parameters() if p.grad is not None]
-    weights, average = Published(learner.publish()), Published(learner.publish_average("mean"))
+    weights, average = Published(received(learner.publish())), Published(received(learner.publish_average("mean")))
     return {"gradients": torch.cat(gradients).numpy(), "weights": weights, "average": average}
 
 
@@ -114,7 +114,7 @@ def trial(material: Material, ranks: Ranks | None) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name in SETTINGS:
         learner = material.learner(name, ranks, publish_dtype="bfloat16")
-        fresh = Published(learner.publish())
+        fresh = Published(received(learner.publish()))
         learner = material.learner(name, ranks)
         metrics = [material.update(learner, name) for _ in range(2)]
         found[name] = {"metrics": metrics, "fresh": fresh, **state_of(learner)}
@@ -143,9 +143,13 @@ def changes(material: Material, ranks: Ranks | None) -> dict[str, list[Any]]:
     """Two versions, the second as what changed and as a whole."""
     learner = material.learner("plain", ranks, publish_dtype="bfloat16", keep_published=True)
     learner._optimizer.param_groups[0]["lr"] = 1e-6
-    first = Published(learner.publish())
+    first = Published(received(learner.publish()))
     material.update(learner, "plain")
-    return {"first": first, "change": Published(learner.publish(True)), "second": Published(learner.publish())}
+    return {
+        "first": first,
+        "change": Published(received(learner.publish(True))),
+        "second": Published(received(learner.publish())),
+    }
 
 
 def refused(material: Material, ranks: Ranks) -> dict[str, Any]:
@@ -154,10 +158,10 @@ def refused(material: Material, ranks: Ranks) -> dict[str, Any]:
     bad = written.behaviour_logprobs.copy()
     bad[: written.response_offsets[1]] = np.nan
     learner = material.learner("plain", ranks, microbatch_tokens=1)
-    before = Published(learner.publish())
+    before = Published(received(learner.publish()))
     with pytest.raises(NonFiniteLossError) as error:
         learner.update(written.ids, replace(written, behaviour_logprobs=bad), scores)
-    after = Published(learner.publish())
+    after = Published(received(learner.publish()))
     return {"refusal": str(error.value), "unchanged": before[-1] == after[-1]}  # checksums and all
 
 
