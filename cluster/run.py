@@ -5,19 +5,10 @@ import contextlib
 import errno
 import os
 import traceback
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from actors.config import TeacherConfig, publishes_adapter
 from actors.errors import CampaignError, LearnerLostError
-from actors.foreign_teacher import ForeignTeacher
-from actors.http_teacher import HttpTeacher
-from actors.rollout import RolloutActor
-from actors.sharded_teacher import ShardedTeacher
-from actors.teacher import TeacherActor
-from actors.vllm_teacher import VllmTeacher
 from cluster.campaign import Campaign
 from cluster.check import check_models
 from cluster.checkpoints import what_is_good
@@ -25,14 +16,14 @@ from cluster.config import CampaignConfig
 from cluster.control import obey
 from cluster.cost import cost_of
 from cluster.evaluate import Evaluator
+from cluster.fleets import build_fleets, build_learner
 from cluster.inputs import Inputs, read_inputs
 from cluster.progress import Progress, in_words
 from cluster.ray_actor import Resources
 from cluster.ray_cluster import connected, refuse_relative_output, room_to_begin
 from cluster.ray_fleet import Fleet
-from cluster.ray_learner import LearnerGroup
 from cluster.ray_metrics import Prometheus
-from cluster.records import FAULTS, RunRecords, read_summary
+from cluster.records import FAULTS, REPORT_FILE, RunRecords, read_summary
 from cluster.report import write_report
 from cluster.restarts import Restarts
 from cluster.resume import claimed, take_up
@@ -43,7 +34,6 @@ from cluster.steering import handlers
 from cluster.teachers import Teachers
 from cluster.trackers import Trackers, make_trackers
 from cluster.utilisation import by_role, mean_actors, role_of
-from learner.learner import Learner
 
 OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
@@ -67,9 +57,13 @@ def _run_connected(config: CampaignConfig, records: RunRecords) -> tuple[dict[st
     inputs = read_inputs(config)
     state, checkpoint = take_up(config, records)
     progress = Progress(config.pipeline.updates)
+
+    async def run(private: bool) -> tuple[dict[str, Any], bool]:
+        return await Running(config, state, checkpoint, inputs, records, progress, private).to_the_end()
+
     try:
         with connected(config) as private:
-            return asyncio.run(_run(config, state, checkpoint, inputs, records, progress, private))
+            return asyncio.run(run(private))
     except OSError as error:
         if error.errno not in OF_THE_DISK:
             raise
@@ -79,216 +73,127 @@ def _run_connected(config: CampaignConfig, records: RunRecords) -> tuple[dict[st
         progress.close()
 
 
-TEACHER_ACTORS: dict[str, type] = {"transformers": TeacherActor, "vllm": VllmTeacher, "http": HttpTeacher}
-"""By `teachers.<name>.backend`."""
+class Running:
+    """A campaign in this process: its actors, what watches them, and the loop, begun anew where the learner is lost."""
 
+    def __init__(
+        self,
+        config: CampaignConfig,
+        state: CampaignState,
+        checkpoint: Path | None,
+        inputs: Inputs,
+        records: RunRecords,
+        progress: Progress,
+        private: bool,
+    ):
+        """checkpoint: where the learner begins, None for a campaign that is new. private: the cluster is this process's."""
+        self.config, self.state, self.inputs, self.records, self.progress = config, state, inputs, records, progress
+        self.needed, begin, self.short = room_to_begin(config, private)
+        records.event("resumed" if checkpoint else "started", step=state.step, process=os.getpid())
+        if self.short:
+            self.on_event("short_of_resources", cause=str(self.short))
+        self.fleets = build_fleets(config, inputs, self.needed, begin, self.on_event)
+        self.learner = build_learner(config, inputs, checkpoint, self.needed, self.on_event)
+        exported = [Prometheus(config.name)] if config.tracking.prometheus else []
+        self.trackers = Trackers(make_trackers(config, state.step + 1, exported), self.on_event)
+        records.on_metrics = self.trackers.log
+        self.gate = asyncio.Event()
+        self.gate.set()
 
-def teacher_actor(teacher: TeacherConfig) -> type:
-    """What runs this teacher."""
-    several = teacher.backend == "transformers" and teacher.tensor_parallel_size > 1
-    return ShardedTeacher if several else TEACHER_ACTORS[teacher.backend]
+    def on_event(self, kind: str, **fields: Any) -> None:
+        """Writes it down, says it, and counts it where it is a fault."""
+        self.records.event(kind, **fields)
+        self.progress.note(in_words(kind, fields))
+        self.state.faults += kind in FAULTS
 
+    async def to_the_end(self) -> tuple[dict[str, Any], bool]:
+        """Summary, and whether the campaign is complete. However it ends, no actor is left."""
+        watching = [asyncio.create_task(keep_status(self.config.run_dir, self._live_status))]
+        try:
+            await self._start()
+            orders = handlers(self.fleets, self.needed, self.gate, self.on_event)
+            watching.append(asyncio.create_task(obey(self.config.run_dir, orders)))
+            complete = await self._train()
+            self.records.event("finished" if complete else "stopped", step=self.state.step)
+            summary = summarise(self.config, self.state, self.records.wall_seconds, self.needed)
+            self.records.write_summary(summary)
+            write_report([self.config.run_dir], self.config.run_dir / REPORT_FILE)
+            return summary, complete
+        except BaseException as error:
+            details = "".join(traceback.format_exception(error))
+            cause = f"{type(error).__name__}: {error}"
+            with contextlib.suppress(OSError):  # a disk that is full is told by what filled it first
+                self.records.event("failed", cause=cause, step=self.state.step, traceback=details)
+            raise
+        finally:
+            for task in watching:
+                task.cancel()
+            self.trackers.close()
+            for fleet in (self.learner, *self.fleets.values()):
+                fleet.close()
 
-async def _run(
-    config: CampaignConfig,
-    state: CampaignState,
-    checkpoint: Path | None,
-    inputs: Inputs,
-    records: RunRecords,
-    progress: Progress,
-    private: bool,
-) -> tuple[dict[str, Any], bool]:
-    def on_event(kind: str, **fields: Any) -> None:
-        records.event(kind, **fields)
-        progress.note(in_words(kind, fields))
-        state.faults += kind in FAULTS
+    async def _start(self) -> None:
+        await asyncio.gather(*(fleet.start() for fleet in (self.learner, *self.fleets.values())))
+        if self.short:
+            for role, fleet in self.fleets.items():
+                fleet.resize(self.needed[role][0])
 
-    needed, begin, short = room_to_begin(config, private)
-    records.event("resumed" if checkpoint else "started", step=state.step, process=os.getpid())
-    if short:
-        on_event("short_of_resources", cause=str(short))
-    fleets = build_fleets(config, inputs, needed, begin, on_event)
-    learner = build_learner(config, inputs, checkpoint, needed, on_event)
-    exported = [Prometheus(config.name)] if config.tracking.prometheus else []
-    trackers = Trackers(make_trackers(config, state.step + 1, exported), on_event)
-    records.on_metrics = trackers.log
-    gate, steering = asyncio.Event(), None
-    gate.set()
-
-    def live() -> dict[str, Any]:
-        return _live_status(state, progress, [*fleets.values(), learner], paused=not gate.is_set())
-
-    status = asyncio.create_task(keep_status(config.run_dir, live))
-    try:
-        await asyncio.gather(*(fleet.start() for fleet in (learner, *fleets.values())))
-        for role, fleet in fleets.items() if short else ():
-            fleet.resize(needed[role][0])
-        steering = asyncio.create_task(obey(config.run_dir, handlers(fleets, needed, gate, on_event)))
-        teachers = {name: fleets[f"teacher.{name}"] for name in config.teachers}
-        panel = Teachers(teachers, inputs.lessons, apart=config.scores_apart)
+    async def _train(self) -> bool:
+        """The loop, and again from a checkpoint when the learner was lost or a guard wants it; whether it is complete."""
+        teachers = {name: self.fleets[f"teacher.{name}"] for name in self.config.teachers}
+        panel = Teachers(teachers, self.inputs.lessons, apart=self.config.scores_apart)
         await panel.compare_replicas()
         parts: dict[str, Any] = {
-            "prompts": inputs.prompts,
-            "evaluator": build_evaluator(config, inputs, teachers),
-            "rollout": fleets["rollout"],
+            "prompts": self.inputs.prompts,
+            "evaluator": build_evaluator(self.config, self.inputs, teachers),
+            "rollout": self.fleets["rollout"],
             "teachers": panel,
-            "records": records,
-            "progress": progress,
-            "gate": gate,
+            "records": self.records,
+            "progress": self.progress,
+            "gate": self.gate,
         }
-        budget = Restarts(config.ray.max_restarts)
+        most, budget = self.config.ray.max_restarts, Restarts(self.config.ray.max_restarts)
         while True:
             try:
-                complete = await Campaign(config, state, learner=learner, **parts).run()
-                break
+                return await Campaign(self.config, self.state, learner=self.learner, **parts).run()
             except LearnerLostError as error:
                 if budget.spent():
-                    most = config.ray.max_restarts
-                    raise CampaignError(
-                        f"{error}; it was replaced {most} times within an hour (ray.max_restarts)"
-                    ) from error
+                    replaced = f"it was replaced {most} times within an hour (ray.max_restarts)"
+                    raise CampaignError(f"{error}; {replaced}") from error
                 await asyncio.sleep(budget.pause())
                 budget.count()
-                faults = state.faults
-                state, checkpoint = take_up(config, records)
-                state.faults = faults
+                faults = self.state.faults
+                self.state, checkpoint = take_up(self.config, self.records)
+                self.state.faults = faults
             except RollBack as wanted:
-                state, checkpoint = roll_back(config, state, wanted.finding, records, on_event)
-            lost, learner = learner, build_learner(config, inputs, checkpoint, needed, on_event)
-            learner.inherit(lost)
-            await learner.start(patient=True)
-            on_event("learner_restored", step=state.step, checkpoint=str(checkpoint))
-        records.event("finished" if complete else "stopped", step=state.step)
-        summary = summarise(config, state, records.wall_seconds, needed)
-        records.write_summary(summary)
-        write_report([config.run_dir], config.run_dir / "report.html")
-        return summary, complete
-    except BaseException as error:
-        details = "".join(traceback.format_exception(error))
-        with contextlib.suppress(OSError):  # a disk that is full is told by what filled it first
-            records.event("failed", cause=f"{type(error).__name__}: {error}", step=state.step, traceback=details)
-        raise
-    finally:
-        status.cancel()
-        if steering is not None:
-            steering.cancel()
-        trackers.close()
-        for fleet in (learner, *fleets.values()):
-            fleet.close()
+                self.state, checkpoint = roll_back(self.config, self.state, wanted.finding, self.records, self.on_event)
+            await self._replace_learner(checkpoint)
 
+    async def _replace_learner(self, checkpoint: Path | None) -> None:
+        lost = self.learner
+        self.learner = build_learner(self.config, self.inputs, checkpoint, self.needed, self.on_event)
+        self.learner.inherit(lost)
+        await self.learner.start(patient=True)
+        self.on_event("learner_restored", step=self.state.step, checkpoint=str(checkpoint))
 
-def _live_status(state: CampaignState, progress: Progress, fleets: list[Fleet], *, paused: bool) -> dict[str, Any]:
-    """What only this process knows: see cluster/status.py."""
-    return {
-        "roles": progress.roles,
-        "actors": [
-            {
-                "name": replica.name,
-                "alive": replica.alive,
-                "restarts": replica.restarts,
-                "under_way": replica.under_way,
-                "version": replica.version,
-            }
-            for fleet in fleets
-            for replica in fleet.replicas
-        ],
-        "ledger": state.ledger.counts(),
-        "state": "paused" if paused else "running",
-    }
-
-
-def build_fleets(
-    config: CampaignConfig,
-    inputs: Inputs,
-    needed: dict[str, tuple[int, Resources]],
-    begin: dict[str, int],
-    on_event: Callable[..., None],
-) -> dict[str, Fleet]:
-    """The fleets `rollout` and `teacher.<name>`, not started, with as many actors as are to begin."""
-
-    def fleet(role: str, actor: type, *arguments: Any, **keywords: Any) -> Fleet:
-        _, resources = needed[role]
-        return Fleet(
-            role,
-            actor,
-            arguments,
-            keywords,
-            replicas=begin[role],
-            resources=resources,
-            max_restarts=config.ray.max_restarts,
-            start_timeout_seconds=config.ray.start_timeout_seconds,
-            hang_timeout_seconds=config.ray.hang_timeout_seconds,
-            on_event=on_event,
-        )
-
-    rollout = fleet(
-        "rollout",
-        RolloutActor,
-        _local(config.student.model),
-        config.rollout,
-        config.sampling,
-        inputs.stop_token_ids,
-        config.seed,
-        support_size=config.student_support_size,
-        keep_weights=config.weights.encoding == "delta",
-        verifier=config.evaluation.verifier if config.gives_rewards else None,
-        adapter=config.student.lora if publishes_adapter(config.student) else None,
-        trust_remote_code=config.student.trust_remote_code,
-    )
-    teachers = {
-        f"teacher.{name}": fleet(
-            f"teacher.{name}",
-            teacher_actor(teacher),
-            teacher,
-            f"teachers.{name}",
-            vocabulary=inputs.vocabulary,
-        )
-        if teacher.tokenizer is None
-        else fleet(
-            f"teacher.{name}",
-            ForeignTeacher,
-            teacher_actor(teacher),
-            teacher,
-            f"teachers.{name}",
-            replace(config.student, model=_local(config.student.model)),
-            config.prompts.chat,
-        )
-        for name, teacher in _with_local_models(config.teachers).items()
-    }
-    return {"rollout": rollout, **teachers}
-
-
-def build_learner(
-    config: CampaignConfig,
-    inputs: Inputs,
-    checkpoint: Path | None,
-    needed: dict[str, tuple[int, Resources]],
-    on_event: Callable[..., None],
-) -> Fleet:
-    """The learner, not started; with a checkpoint, as it was then. It is not replaced in place: its state is."""
-    replicas, resources = needed["learner"]
-    kind = LearnerGroup if replicas > 1 else Fleet
-    return kind(
-        "learner",
-        Learner,
-        (replace(config.student, model=_local(config.student.model)), config.learner),
-        {
-            "total_updates": config.pipeline.updates,
-            "temperature": config.sampling.temperature,
-            "publish_dtype": config.rollout.dtype,
-            "bucket_bytes": config.weights.bucket_mebibytes << 20,
-            "keep_published": config.weights.encoding == "delta",
-            "checkpoint": str(checkpoint.resolve()) if checkpoint else None,
-            "teachers": _with_local_models(config.teachers),
-            "masked_role_token_ids": inputs.masked_role_token_ids,
-        },
-        replicas=replicas,
-        resources=resources,
-        max_restarts=None,
-        start_timeout_seconds=config.ray.start_timeout_seconds,
-        hang_timeout_seconds=config.ray.hang_timeout_seconds,
-        on_event=on_event,
-    )
+    def _live_status(self) -> dict[str, Any]:
+        """What only this process knows: see cluster/status.py."""
+        return {
+            "roles": self.progress.roles,
+            "actors": [
+                {
+                    "name": replica.name,
+                    "alive": replica.alive,
+                    "restarts": replica.restarts,
+                    "under_way": replica.under_way,
+                    "version": replica.version,
+                }
+                for fleet in (*self.fleets.values(), self.learner)
+                for replica in fleet.replicas
+            ],
+            "ledger": self.state.ledger.counts(),
+            "state": "running" if self.gate.is_set() else "paused",
+        }
 
 
 def build_evaluator(config: CampaignConfig, inputs: Inputs, teachers: dict[str, Fleet]) -> Evaluator | None:
@@ -339,19 +244,3 @@ def summarise(
         "ledger": state.ledger.counts(),
         "dropped_because": dict(state.ledger.dropped),
     }
-
-
-def _with_local_models(teachers: dict[str, TeacherConfig]) -> dict[str, TeacherConfig]:
-    return {
-        name: replace(
-            teacher,
-            model=teacher.model if teacher.backend == "http" else _local(teacher.model),
-            tokenizer=None if teacher.tokenizer is None else _local(teacher.tokenizer),
-        )
-        for name, teacher in teachers.items()
-    }
-
-
-def _local(model: str) -> str:
-    """Absolute where it is a path: actors may have another working directory."""
-    return str(Path(model).resolve()) if Path(model).exists() else model

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 import yaml
 
+import cluster.fleets
 import cluster.run
 from actors.delta import DeltaVersion, Receiver
 from actors.models import load_model, load_tokenizer
@@ -206,8 +207,9 @@ def configuration(folder: Path, name: str, **changes: Any) -> Path:
 def without_ray() -> None:
     """From now on campaigns of this process are light; it is fit for nothing else afterwards."""
     torch.set_num_threads(1)
+    actors: Any = cluster.fleets
+    actors.Fleet, actors.RolloutActor = LocalFleet, LightRollout
     here: Any = cluster.run
-    here.Fleet, here.RolloutActor = LocalFleet, LightRollout
     here.connected = lambda config: nullcontext(True)
     here.room_to_begin = light_room
 

@@ -19,6 +19,7 @@ from typing import Any
 
 from ray.cluster_utils import Cluster
 
+import cluster.fleets
 import cluster.run
 from cluster.config import load_config
 from cluster.records import read_jsonl
@@ -112,7 +113,7 @@ def main() -> None:
 
 def run(config_file: Path, address: str) -> None:
     """The campaign, on this cluster."""
-    here: Any = cluster.run
+    here: Any = cluster.fleets
     here.RolloutActor = SlowOnce
     _, complete = cluster.run.run_campaign(load_config(config_file, [f"ray.address={address}"]))
     sys.exit(0 if complete else 130)
