@@ -23,24 +23,20 @@ one rollout actor, which has its prompt in the prefix cache; teachers take what 
 
 import asyncio
 import gc
-import itertools
 import signal
-from collections import Counter, deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from typing import Any
 
-import numpy as np
-
 from actors.errors import AbortedError, LostObjectError
-from actors.prompts import PromptSet, position_to_id, requests
+from actors.prompts import PromptSet, requests
 from cluster.account import Account
+from cluster.backlog import Backlog
 from cluster.checkpoints import Checkpoints
 from cluster.config import CampaignConfig
 from cluster.evaluate import Evaluator
 from cluster.followers import Followers
 from cluster.guards import judge
 from cluster.measure import record_of_update
-from cluster.pipeline import Sampling, Scored, Slots, split_evenly, too_stale
 from cluster.progress import Progress
 from cluster.ray_fleet import Fleet
 from cluster.records import RunRecords
@@ -48,10 +44,7 @@ from cluster.rollback import act
 from cluster.state import CampaignState
 from cluster.teachers import Teachers
 from cluster.versions import TRANSPORTS, Published, WeightTransport
-from cluster.work import PerRank, Work, merge, shared_out, singles
-
-TEACHER_CALLS = 2
-"""One that a teacher actor works on and one that it finds when it is done: what comes in meanwhile goes together."""
+from cluster.work import PerRank, Work, shared_out
 
 
 class Campaign:
@@ -78,23 +71,11 @@ class Campaign:
         self._checkpoints = Checkpoints(config, records)
         self._synchronous = config.pipeline.max_staleness == 0
         self._update_size = config.trajectories_per_update
-        remaining = (config.pipeline.updates - state.step) * self._update_size
-        self._slots = Slots(self._update_size, config.pipeline.max_staleness, remaining)
-        self._to_sample: asyncio.Queue[Work] = asyncio.Queue()
-        self._group: deque[Work] = deque()
-        self._to_score: asyncio.PriorityQueue[tuple[int, int, Work]] = asyncio.PriorityQueue()
-        self._to_train: asyncio.Queue[Work] = asyncio.Queue()
-        self._awaited: Counter[int] = Counter()
-        """Trajectories that were sampled and are not with the learner yet, by the version of their oldest token."""
-        self._sampling, self._scored = Sampling(), Scored(config.pipeline.max_staleness)
-        self._turns = itertools.count()
-        """Of scoring: which of an id's scores are the last."""
+        self._backlog = Backlog(config, state, prompts, rollout, teachers)
         self._to_publish: asyncio.Queue[Published] = asyncio.Queue(maxsize=1)
         self._learner_turn = asyncio.Lock()
         self._started = asyncio.Event()
-        self._calls_at_once = 0
         self._spare_slots = int(config.pipeline.oversample * self._update_size)
-        self._tokens_at_once = min(teacher.microbatch_tokens for teacher in config.teachers.values())
         self._all_published = asyncio.Event()
         self._versions: WeightTransport = TRANSPORTS[config.weights.transport](learner, rollout, config.weights)
         self._followers = Followers(config, teachers.fleets, learner)
@@ -165,24 +146,24 @@ class Campaign:
         """
         samples = self.config.pipeline.samples_per_prompt
         wanted = self._update_size if self._synchronous else samples
-        open_before = self.state.ledger.open_numbers()
+        slots = self._backlog.slots
         await self._started.wait()
         while True:
             if self._gate is not None:
                 await self._gate.wait()
-            self._clock.utilisation.blocked("rollout", not self._slots.has_room(wanted))
-            count = await self._slots.acquire(wanted)
+            self._clock.utilisation.blocked("rollout", not slots.has_room(wanted))
+            count = await slots.acquire(wanted)
             self._clock.utilisation.blocked("rollout", False)
-            numbers, open_before = open_before[:count], open_before[count:]
-            self._have_sampled([*numbers, *self.state.ledger.issue(count - len(numbers))])
+            self._backlog.issue(count)
 
     async def _sample(self) -> None:
         """Consumes works, produces sampled ones. Waits for a rollout actor; unblocked by the actors' answers."""
+        sampling = self._backlog.sampling
 
         async def sample(work: Work) -> None:
             asked = requests(self._prompts, work.ids, self.config.seed, judged=self.config.gives_rewards)
-            self._sampling.begin(work, self._versions.version)
-            units = self._sampling.expected_tokens(len(asked.prompt_tokens), len(work))
+            sampling.begin(work, self._versions.version)
+            units = sampling.expected_tokens(len(asked.prompt_tokens), len(work))
             try:
                 if self.config.learner.objective.estimator == "sft":
                     counts, reference = await self.teachers.sample(asked, self._versions.version, self.config.sampling)
@@ -192,18 +173,14 @@ class Campaign:
                     )
             except AbortedError:
                 return  # it was cut, as the ledger knows
-            if not self._sampling.end(work):
+            if not sampling.end(work):
                 return
-            work.trajectories, work.lengths = [reference], counts.lengths
-            work.oldest_versions, work.truncated = counts.oldest_versions, counts.truncated
             self.state.tokens_generated += int(counts.lengths.sum())
             self.state.busy["rollout"] += counts.busy_seconds
-            self._sampling.count(work)
-            self.state.ledger.sampled(work.numbers)
-            self._awaited.update(work.oldest_versions.tolist())
-            self._to_score.put_nowait((int(work.oldest_versions.min()), work.numbers[0], work))
+            work.trajectories = [reference]
+            self._backlog.sampled(work, counts)
 
-        await self._for_each(self._next_to_sample, sample, "rollout")
+        await self._for_each(self._backlog.next_to_sample, sample, "rollout")
 
     async def _score(self) -> None:
         """Consumes sampled works, produces scored ones. Waits for a teacher actor; unblocked by the actors' answers.
@@ -216,22 +193,18 @@ class Campaign:
             try:
                 scored = await self.teachers.score(work.ids, work.trajectories, parts=None if self._synchronous else 1)
             except LostObjectError as error:
-                self._awaited.subtract(version for part in work.parts for version in part.oldest_versions.tolist())
-                return self._sample_again(work, error)
+                self._account.lost(len(work), error)
+                return self._backlog.lost_before_scored(work)
             self.state.missing_scores += scored.missing
             self.state.busy["teacher"] += scored.busy_seconds
-            self.state.ledger.scored(work.numbers)
-            turn = next(self._turns)
-            for part in work.parts:
-                part.receive(scored.references, scored.large, turn)
-                self._to_train.put_nowait(part)
+            self._backlog.scored(work, scored)
 
-        await self._for_each(self._next_to_score, score, "teacher")
+        await self._for_each(self._backlog.next_to_score, score, "teacher")
 
     async def _train(self) -> None:
         """Consumes scored works, produces weight versions. Waits for a whole update; unblocked by score."""
         while self.state.step < self.config.pipeline.updates:
-            work = await self._next_update()
+            work = await self._backlog.next_update()
             async with self._learner_turn:
                 self._account.doing("learner", f"update {self.state.step + 1}")
                 try:
@@ -245,7 +218,8 @@ class Campaign:
                         domains=self._prompts.domains_of(work.ids),
                     )
                 except LostObjectError as error:
-                    self._sample_again(work, error)
+                    self._account.lost(len(work), error)
+                    self._backlog.lost(work)
                     continue
                 self.state.ledger.train(work.numbers, self.state.step + 1)
                 self.state.step += 1
@@ -257,7 +231,7 @@ class Campaign:
                 self.state.pending.append(published.record)
                 self.state.guards, findings = judge(self.config.guards, self.state.guards, published.record)
                 act(findings, self.state.guards.rate_scale, self.config, self._account.tell)
-                await self._cut()
+                await self._backlog.cut()
                 await self._checkpoints.save_if_due(self.state, self.learner)
                 self._account.doing("learner", "idle")
             self._clock.utilisation.blocked("learner", True)
@@ -281,34 +255,19 @@ class Campaign:
             published = await self._to_publish.get()
             await self._versions.load(published)
             await self._followers.load(published.averages)
-            await self._slots.lend(min(self._spare_slots, self._sampling.stragglers(published.version)))
+            await self._backlog.slots.lend(min(self._spare_slots, self._backlog.sampling.stragglers(published.version)))
             await self._account.conclude(published.record)
-            await self._slots.release(published.trained)
+            await self._backlog.slots.release(published.trained)
             if published.version == self.config.pipeline.updates:
                 self._all_published.set()
 
     # ---------------------------------------------------------------------------------------------------- their parts
 
-    def _have_sampled(self, numbers: Sequence[int]) -> None:
-        """Makes works of issued trajectories, given in the order of the ledger: groups, or each rollout actor's part."""
-        samples = self.config.pipeline.samples_per_prompt
-        groups = [list(group) for _, group in itertools.groupby(numbers, lambda number: number // samples)]
-        for part in split_evenly(len(groups), len(self.rollout.replicas) if self._synchronous else len(groups)):
-            mine = [number for group in groups[part.start : part.stop] for number in group]
-            self._to_sample.put_nowait(Work(mine, np.array([self._id(number) for number in mine], np.int64)))
-
-    def _sample_again(self, work: Work, error: LostObjectError) -> None:
-        """What was written or scored went with the node that held it: the same numbers and seeds are sampled again."""
-        self._account.lost(len(work), error)
-        self.state.ledger.reopen(work.numbers)
-        self._have_sampled(sorted(work.numbers))
-
     async def _start(self) -> None:
         """Gives every rollout actor the learner's weights, and measures the untrained student and the teacher."""
         self.rollout.prepare = self._versions.give
         await self.rollout.call_each("abort")  # what an earlier loop of this process left under way
-        seats = (await self.rollout.call("status"))["seats"]
-        self._calls_at_once = seats + seats // 8 + 1  # a few more, so that a seat that falls free is taken at once
+        self._backlog.seats = (await self.rollout.call("status"))["seats"]
         await self._versions.load(await self._versions.publish())
         await self._followers.load(await self._followers.publish())
         await self._account.begin()
@@ -334,86 +293,14 @@ class Campaign:
         except ExceptionGroup as errors:
             raise errors.exceptions[0] from None
 
-    async def _next_to_sample(self) -> Work:
-        """A trajectory of the oldest group, all of which go to one actor; of a synchronous update, a part."""
-        if not self._group:
-            work = await self._to_sample.get()
-            if self._synchronous:
-                return work
-            await asyncio.sleep(0)  # the calls for the last group begin, and are counted
-            self._group.extend(singles(work, await self.rollout.room(self._calls_at_once)))
-        return self._group.popleft()
-
-    async def _next_to_score(self) -> Work:
-        """What a teacher actor is given next: the oldest, up to its share and the tokens of one forward pass."""
-        works = [(await self._to_score.get())[-1]]
-        if self._synchronous:
-            while sum(map(len, works)) < self._update_size:
-                works.append((await self._to_score.get())[-1])
-            return merge(works)
-        await asyncio.sleep(0)  # the call before begins, and is counted
-        await self.teachers.room(TEACHER_CALLS)
-        share = -(-self._to_score.qsize() // min(len(fleet.replicas) for fleet in self.teachers.fleets.values()))
-        tokens = self._tokens_of(works[0]).sum()
-        while len(works) < share and tokens < self._tokens_at_once:
-            works.append((await self._to_score.get())[-1])
-            tokens += self._tokens_of(works[-1]).sum()
-        return merge(works)
-
-    async def _next_update(self) -> Work:
-        """Scored trajectories for one update, oldest first; those that are too stale are dropped and replaced.
-
-        Waits for scores of those that this update would make too stale: they are written, and come soon.
-        """
-        await self._drop(self._scored.age(self.state.step), "stale")
-        while len(self._scored) < self._update_size or self._lost_by_a_step():
-            work = await self._to_train.get()
-            self._awaited.subtract(work.oldest_versions.tolist())
-            await self._drop(self._scored.add(work, self.state.step), "stale")
-        return self._scored.take(self._update_size)
-
-    def _lost_by_a_step(self) -> bool:
-        bound = self.config.pipeline.max_staleness
-        return any(count and too_stale(version, self.state.step + 1, bound) for version, count in self._awaited.items())
-
-    async def _cut(self) -> None:
-        """Has rollout actors give up what is so slow that it could not be trained any more."""
-        late = self._sampling.cut(self.state.step, self.config.pipeline.max_staleness)
-        for work in late:
-            await self.rollout.tell(work.replica, "abort", work.ids)
-        await self._drop([number for work in late for number in work.numbers], "cut")
-
-    async def _drop(self, numbers: list[int], reason: str) -> None:
-        if numbers:
-            self.state.ledger.drop(numbers, reason)
-            await self._slots.release(len(numbers), replace=True)
-
-    def _tokens_of(self, work: Work) -> np.ndarray:
-        """[B] prompt and response."""
-        return self._prompts.lengths_of(work.ids[:, 1]) + work.lengths
-
     def _large(self, work: Work) -> list[PerRank]:
         """What each rank of the learner alone is given; nothing where scores are whole."""
         learner = self.config.learner
         steps, ranks = learner.minibatches_per_update, learner.replicas
-        return [shared_out(work, self._tokens_of(work), steps, ranks)] if work.large else []
-
-    def _id(self, number: int) -> tuple[int, int, int]:
-        cursor, sample = divmod(number, self.config.pipeline.samples_per_prompt)
-        epoch, prompt = position_to_id(cursor, self.config.seed, len(self._prompts), self.config.prompts.shuffle)
-        return epoch, prompt, sample
-
-    def _queues(self) -> dict[str, int]:
-        """Trajectories that wait for each stage, and those that rollout actors have."""
-        return {
-            "sample": self._to_sample.qsize() * self.config.pipeline.samples_per_prompt + len(self._group),
-            "sampling": len(self._sampling),
-            "score": self._to_score.qsize(),
-            "train": len(self._scored),
-        }
+        return [shared_out(work, self._backlog.tokens_of(work), steps, ranks)] if work.large else []
 
     def _record(self, work: Work, metrics: dict[str, float], published: Published) -> dict[str, Any]:
-        queues = self._queues()
+        queues = self._backlog.depths()
         self._clock.utilisation.queues(queues)
         return record_of_update(
             self.state,
