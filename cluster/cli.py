@@ -8,9 +8,12 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from actors.errors import CampaignError, UserError
+from cluster.records import REPORT_FILE
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -49,33 +52,32 @@ def command_parser() -> argparse.ArgumentParser:
         sub.set_defaults(command=function)
         return sub
 
-    for name, function, text in (
-        ("run", _run, "run a campaign, or take one up where it stopped"),
-        ("check", _check, "check everything that can be known before a campaign starts"),
-        ("submit", _submit, "run a campaign as a job on a Ray cluster"),
-    ):
+    _add_commands_of_a_configuration(command)
+    _add_commands_of_a_run(command)
+    return parser
+
+
+Command = Callable[[str, object, str], argparse.ArgumentParser]
+"""(name, function, what it does) -> its parser."""
+
+
+def _add_commands_of_a_configuration(command: Command) -> None:
+    def configured(name: str, function: object, text: str, example: str, **how: Any) -> argparse.ArgumentParser:
         sub = command(name, function, text)
-        sub.add_argument("config", help="YAML file", nargs="?" if name == "run" else None)
-        sub.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. rollout.replicas=2")
-        if name == "run":
-            sub.add_argument(
-                "--resume", type=Path, metavar="RUN_DIR", help="go on with this run; no CONFIG, only key=value"
-            )
-        if name == "check":
-            sub.add_argument(
-                "--offline", action="store_true", help="ask no cluster, and skip what is not on this machine"
-            )
-        if name == "submit":
-            sub.add_argument(
-                "--address", help="job server of the cluster (default: $RAY_API_SERVER_ADDRESS, else local)"
-            )
-            sub.add_argument(
-                "--env", action="append", default=[], metavar="NAME[=value]", help="set in the job; repeats"
-            )
-            sub.add_argument("--follow", action="store_true", help="show the job's output until it ends")
-    plan = command("plan", _plan, "predict throughput and say how many actors of each role to start")
-    plan.add_argument("config", help="YAML file")
-    plan.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. rollout.replicas=2")
+        sub.add_argument("config", help="YAML file", **how)
+        sub.add_argument("overrides", nargs="*", metavar="key=value", help=example)
+        return sub
+
+    example = "e.g. rollout.replicas=2"
+    run = configured("run", _run, "run a campaign, or take one up where it stopped", example, nargs="?")
+    run.add_argument("--resume", type=Path, metavar="RUN_DIR", help="go on with this run; no CONFIG, only key=value")
+    check = configured("check", _check, "check everything that can be known before a campaign starts", example)
+    check.add_argument("--offline", action="store_true", help="ask no cluster, and skip what is not on this machine")
+    submit = configured("submit", _submit, "run a campaign as a job on a Ray cluster", example)
+    submit.add_argument("--address", help="job server of the cluster (default: $RAY_API_SERVER_ADDRESS, else local)")
+    submit.add_argument("--env", action="append", default=[], metavar="NAME[=value]", help="set in the job; repeats")
+    submit.add_argument("--follow", action="store_true", help="show the job's output until it ends")
+    plan = configured("plan", _plan, "predict throughput and say how many actors of each role to start", example)
     plan.add_argument("--gpus", type=float, help="recommend numbers of actors for so many GPUs")
     source = plan.add_mutually_exclusive_group()
     source.add_argument("--run", type=Path, metavar="RUN_DIR", help="as fast as this run (default: the campaign's own)")
@@ -83,8 +85,21 @@ def command_parser() -> argparse.ArgumentParser:
     source.add_argument("--gpu", metavar="NAME", help="from data sheets, e.g. H100; nothing is run")
     plan.add_argument("--prompt-tokens", type=float, default=256.0, help="with --gpu: mean of a prompt")
     plan.add_argument("--response-tokens", type=float, help="with --gpu: mean (default: half of max_response_tokens)")
-    status = command("status", _status, "show what a campaign is doing")
-    status.add_argument("run", metavar="RUN", help="run directory, or the name of one in ~/understudy-runs")
+    text = "run one task under several methods and seeds, and say which wins where"
+    versus = configured("compare", _compare, text, "rl:key=value is for that method alone")
+    versus.add_argument("--methods", default="opd,rl,sft", help="some of opd, rl, sft (default all)")
+    versus.add_argument("--seeds", default="0,1,2", help="default 0,1,2")
+    versus.add_argument("--target", type=float, default=0.95, help="share of the teacher's accuracy (default 0.95)")
+    versus.add_argument("--output", type=Path, help="page to write (default: <output_dir>/<name>-comparison.html)")
+
+
+def _add_commands_of_a_run(command: Command) -> None:
+    def of_a_run(name: str, function: object, text: str) -> argparse.ArgumentParser:
+        sub = command(name, function, text)
+        sub.add_argument("run", metavar="RUN", help="run directory, or the name of one in ~/understudy-runs")
+        return sub
+
+    status = of_a_run("status", _status, "show what a campaign is doing")
     status.add_argument("--watch", action="store_true", help="show it anew every two seconds")
     status.add_argument("--json", action="store_true", help="as one JSON object")
     for name, text in (
@@ -93,26 +108,16 @@ def command_parser() -> argparse.ArgumentParser:
         ("stop", "end a campaign with a checkpoint, as Ctrl-C does; running it again goes on"),
         ("scale", "change how many actors a running campaign has"),
     ):
-        sub = command(name, _steer, text)
+        sub = of_a_run(name, _steer, text)
         sub.set_defaults(order=name)
-        sub.add_argument("run", metavar="RUN", help="run directory, or the name of one in ~/understudy-runs")
         if name == "scale":
             sub.add_argument("sizes", nargs="+", metavar="role=N", help="e.g. rollout=8 teacher.default=2")
-    tail = command("tail", _tail, "read trajectories, coloured by how far student and teacher disagree")
-    tail.add_argument("run", metavar="RUN", help="run directory, or the name of one in ~/understudy-runs")
+    tail = of_a_run("tail", _tail, "read trajectories, coloured by how far student and teacher disagree")
     tail.add_argument("--rows", type=int, default=8, metavar="N", help="of each evaluation (default 8)")
     tail.add_argument("--follow", action="store_true", help="go on as more are written, until the campaign ends")
-    versus = command("compare", _compare, "run one task under several methods and seeds, and say which wins where")
-    versus.add_argument("config", help="YAML file")
-    versus.add_argument("overrides", nargs="*", metavar="key=value", help="rl:key=value is for that method alone")
-    versus.add_argument("--methods", default="opd,rl,sft", help="some of opd, rl, sft (default all)")
-    versus.add_argument("--seeds", default="0,1,2", help="default 0,1,2")
-    versus.add_argument("--target", type=float, default=0.95, help="share of the teacher's accuracy (default 0.95)")
-    versus.add_argument("--output", type=Path, help="page to write (default: <output_dir>/<name>-comparison.html)")
     report = command("report", _report, "write a self-contained HTML page about one or more runs")
     report.add_argument("run_dirs", nargs="+", metavar="RUN_DIR", type=Path)
     report.add_argument("--output", type=Path, help="file to write (default: report.html in the first run directory)")
-    return parser
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -132,7 +137,7 @@ def _run(options: argparse.Namespace) -> int:
 
     summary, complete = run_campaign(config)
     print(summary_table(summary))
-    print(f"report: {(config.run_dir / 'report.html').resolve()}")
+    print(f"report: {(config.run_dir / REPORT_FILE).resolve()}")
     if not complete:
         print("interrupted: a checkpoint is written; the same command goes on from it", file=sys.stderr)
     return 0 if complete else 130
@@ -278,6 +283,6 @@ def _compare(options: argparse.Namespace) -> int:
 def _report(options: argparse.Namespace) -> int:
     from cluster.report import write_report
 
-    output = options.output or options.run_dirs[0] / "report.html"
+    output = options.output or options.run_dirs[0] / REPORT_FILE
     print(f"report: {write_report(options.run_dirs, output).resolve()}")
     return 0

@@ -39,11 +39,7 @@ from learner.optimizer import build_optimizer, learning_rate, load_optimizer_ten
 from learner.publishing import Publisher
 from learner.saving import BackgroundWrite, StoredTensors, copies, model_tensors, write_tensors
 from learner.sharding import Ranks, whole
-from learner.signals import (
-    coefficients,
-    importance_of,
-    needs_whole_update,
-)
+from learner.signals import coefficients, importance_of, needs_whole_update
 from learner.trust_region import adapted_beta, backed_off, k3
 
 
@@ -77,7 +73,35 @@ class Learner:
         self._ranks = ranks or Ranks()
         self._publisher = Publisher(bucket_bytes, keep=keep_published)
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
-        lora = student.lora
+        self._masked_token_ids = [*config.objective.masked_token_ids, *masked_role_token_ids]
+        self._busy_seconds = 0.0
+        self._write = BackgroundWrite()
+        body = self._load_model(checkpoint)
+        head: Any = self._model.get_output_embeddings()
+        self._vocabulary = len(head.weight)
+        self._optimizer = build_optimizer(self._model, config.optimizer, offload=config.offload_optimizer)
+        teachers = teachers or {}
+        self._forward = Forward(
+            body,
+            head.weight,
+            head.bias,
+            config,
+            self._device,
+            temperature=temperature,
+            named_by_student=any(teacher.signal == "student_topk" for teacher in teachers.values()),
+        )
+        sending = {name: teacher for name, teacher in teachers.items() if teacher.signal == "hidden"}
+        self._heads = {name: self._head_of(teacher, f"teachers.{name}.model") for name, teacher in sending.items()}
+        following = {name: t.ema_decay for name, t in teachers.items() if t.ema_decay is not None}
+        self._averages = MovingAverages(self._model, following)
+        self._average_dtypes = {name: teachers[name].dtype for name in following}
+        self.policy_version, self._beta = 0, config.objective.trust_region.beta
+        if checkpoint:
+            self._take_up(Path(checkpoint, "training"))
+
+    def _load_model(self, checkpoint: str | None) -> torch.nn.Module:
+        """Sets the model, with an adapter and in this rank's rows where that is so; returns its body, short of the head."""
+        student, config, lora = self._student, self._config, self._student.lora
         self._model = load_model(
             student.model if lora or checkpoint is None else checkpoint,
             config.compute_dtype if lora else "float32",  # what is not trained needs no more digits
@@ -94,40 +118,20 @@ class Learner:
         if config.compile:
             compile_layers(self._model)
         self._ranks.shard(self._model, self._device, getattr(torch, config.compute_dtype))
-        head: Any = self._model.get_output_embeddings()
-        self._vocabulary = len(head.weight)
         if config.gradient_checkpointing:
             self._model.gradient_checkpointing_enable({"use_reentrant": False})
             self._model.train()
-        self._optimizer = build_optimizer(self._model, config.optimizer, offload=config.offload_optimizer)
-        self._masked_token_ids = [*config.objective.masked_token_ids, *masked_role_token_ids]
-        self._forward = Forward(
-            body,
-            head.weight,
-            head.bias,
-            config,
-            self._device,
-            temperature=temperature,
-            named_by_student=any(teacher.signal == "student_topk" for teacher in (teachers or {}).values()),
-        )
-        sending = {name: teacher for name, teacher in (teachers or {}).items() if teacher.signal == "hidden"}
-        self._heads = {name: self._head_of(teacher, f"teachers.{name}.model") for name, teacher in sending.items()}
-        following = {name: t.ema_decay for name, t in (teachers or {}).items() if t.ema_decay is not None}
-        self._averages = MovingAverages(self._model, following)
-        self._average_dtypes = {name: (teachers or {})[name].dtype for name in following}
-        self._busy_seconds = 0.0
-        self._write = BackgroundWrite()
-        self.policy_version = 0
-        self._beta = config.objective.trust_region.beta
-        if checkpoint:
-            training = Path(checkpoint, "training")
-            state = read_json(training / "learner.json")
-            self.policy_version, self._beta = state["policy_version"], state["beta"]
-            moments = StoredTensors(training / "optimizer.safetensors")
-            if len(moments):
-                load_optimizer_tensors(self._model, self._optimizer, moments.like)
-            if following:
-                self._averages.load(StoredTensors(training / "averages.safetensors").like)
+        return body
+
+    def _take_up(self, training: Path) -> None:
+        """What a checkpoint has besides the weights."""
+        state = read_json(training / "learner.json")
+        self.policy_version, self._beta = state["policy_version"], state["beta"]
+        moments = StoredTensors(training / "optimizer.safetensors")
+        if len(moments):
+            load_optimizer_tensors(self._model, self._optimizer, moments.like)
+        if self._average_dtypes:
+            self._averages.load(StoredTensors(training / "averages.safetensors").like)
 
     def update(
         self,

@@ -5,7 +5,6 @@ import os
 import random
 import re
 import signal
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,23 +24,13 @@ from cluster.config import CampaignConfig, PipelineConfig
 from cluster.records import RunRecords, read_jsonl
 from cluster.state import CampaignState, load_state
 from cluster.teachers import Lessons, Teachers
+from tests.light_campaign import Reference
 
 SIZE, DEADLINE = 6, 20.0
 OF_THE_LEARNER = (
     *("tokens_trained", "loss", "reverse_kl", "forward_kl_old", "entropy", "clip_fraction", "ratio_mean", "ratio_max"),
     *("importance_ess", "grad_norm", "learning_rate", "engine_logprob_abs_diff"),
 )
-
-
-class Reference:
-    """Stands for an object reference: awaitable, and compared by identity."""
-
-    def __init__(self, value: Any):
-        self.value = value
-
-    def __await__(self) -> Iterator[Any]:
-        yield from asyncio.sleep(0).__await__()
-        return self.value
 
 
 class World:

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 
-from actors.config import StudentConfig
 from actors.errors import WeightError
 from actors.teacher import TeacherActor
 from learner.learner import Learner
@@ -49,16 +48,7 @@ def test_a_restored_learner_has_the_same_average_to_the_bit_and_goes_on_with_it(
     learner.save(str(tmp_path / "saved"))
     while not learner.saved():
         time.sleep(0.001)
-    restored = Learner(
-        StudentConfig(str(models["student"])),
-        learner._config,
-        total_updates=10,
-        temperature=1.0,
-        publish_dtype="float32",
-        bucket_bytes=1 << 20,
-        checkpoint=str(tmp_path / "saved"),
-        teachers=follower(models),
-    )
+    restored = make_learner(models, checkpoint=tmp_path / "saved", teachers=follower(models))
     assert torch.equal(average_of(restored), average_of(learner))
     for one in (learner, restored):
         one.update(written.ids, written, scores)

@@ -13,7 +13,6 @@ from actors.errors import NonFiniteLossError
 from actors.trajectory import offsets_of, select_scores, select_trajectories
 from actors.weights import WeightVersion, unpack
 from learner.config import ObjectiveConfig, OptimizerConfig
-from learner.learner import Learner
 from tests.tiny_models import make_tiny_model
 from tests.tiny_updates import make_learner, received, sampled, weights_of
 
@@ -54,15 +53,7 @@ def test_a_saved_learner_goes_on_to_the_same_bits(models: dict[str, Path], tmp_p
     learner.save(str(tmp_path / "saved"))
     while not learner.saved():
         time.sleep(0.001)
-    restored = Learner(
-        learner._student,
-        learner._config,
-        total_updates=10,
-        temperature=1.0,
-        publish_dtype="float32",
-        bucket_bytes=1 << 20,
-        checkpoint=str(tmp_path / "saved"),
-    )
+    restored = make_learner(models, checkpoint=tmp_path / "saved")
     assert restored.policy_version == 1
     first, second = (one.update(written.ids, written, scores) for one in (learner, restored))
     assert torch.equal(weights_of(learner), weights_of(restored))
