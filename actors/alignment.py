@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from actors.errors import UserError
-from actors.models import end_token_id
+from actors.tokenizer import end_token_id
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

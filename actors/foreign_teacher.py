@@ -12,8 +12,9 @@ import numpy as np
 
 from actors.alignment import make_reader, shares
 from actors.config import StudentConfig, TeacherConfig
-from actors.models import context_length, find_model, load_config, load_tokenizer, stop_token_ids
+from actors.models import context_length, find_model, load_config
 from actors.scoring import TeacherCounts
+from actors.tokenizer import load_tokenizer, stop_token_ids
 from actors.trajectory import FINISH_REASONS, TeacherScores, Trajectories, offsets_of, ragged_rows, select_trajectories
 
 UNBOUNDED = 1 << 31

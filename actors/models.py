@@ -1,4 +1,4 @@
-"""Hugging Face model directories: found, loaded, and compared, with every fault of theirs as one line.
+"""Hugging Face model directories: found and loaded, with every fault of theirs as one line.
 
 A hub name is resolved to a directory once; from there on all is local. torch and transformers are imported when a
 function needs them. `key` is always the configuration key that named the model, for example "student.model".
@@ -7,7 +7,6 @@ Shapes: V vocabulary size of the model, H hidden size.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import warnings
 from collections.abc import Iterator
@@ -19,13 +18,11 @@ from actors.errors import UserError
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
 CONTEXT_NAMES = ("max_position_embeddings", "max_seq_len")
 MODEL_DIRECTORY = "a Hugging Face model directory (config.json, safetensors, tokenizer)"
-BLOCK_BYTES, BLOCKS = 1 << 16, 64
 
 
 def looks_local(name: str) -> bool:
@@ -65,17 +62,6 @@ def load_config(model: str, trust_remote_code: bool, key: str) -> PreTrainedConf
     own_code = ", or trust_remote_code: true to run the code it names" if b"auto_map" in file.read_bytes() else ""
     with as_user_error(key, file, f"a configuration that transformers can read{own_code}"):
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-
-
-def load_tokenizer(model: str, trust_remote_code: bool, key: str) -> PreTrainedTokenizerBase:
-    """The model's tokenizer. UserError: as find_model, or there are no tokenizer files, or they cannot be read."""
-    from transformers import AutoTokenizer
-
-    path = find_model(model, key, weights=False, code=trust_remote_code)
-    if not any((path / name).is_file() for name in TOKENIZER_FILES):
-        raise UserError(key, f"{path} without a tokenizer", "tokenizer.json beside config.json")
-    with as_user_error(key, path, "a tokenizer that transformers can read"):
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
 
 
 def tensor_parallel_plan(model: str, trust_remote_code: bool, key: str) -> dict[str, str]:
@@ -190,39 +176,6 @@ def check_weights(model_dir: Path | str, key: str) -> None:
             pass
 
 
-def stop_token_ids(model_dir: Path | str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens that end a response, ascending: the tokenizer's eos, and those of generation_config.json where it is."""
-    found = {tokenizer.eos_token_id}
-    file = Path(model_dir) / "generation_config.json"
-    if file.is_file():
-        eos = json.loads(file.read_text("utf-8")).get("eos_token_id")
-        found.update(eos if isinstance(eos, list) else [eos])
-    return sorted(found - {None})
-
-
-def end_token_id(tokenizer: PreTrainedTokenizerBase, chat: bool) -> int | None:
-    """The token that ends an answer: in a chat the special one that the template writes after it, else the tokenizer's eos."""
-    if not chat or not tokenizer.chat_template:
-        return tokenizer.eos_token_id
-    messages = [{"role": role, "content": "…"} for role in ("user", "assistant")]
-    after = str(tokenizer.apply_chat_template(messages, tokenize=False)).rpartition("…")[2]
-    special = {id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special}
-    written = tokenizer(after, add_special_tokens=False)["input_ids"]
-    return next((token for token in written if token in special), tokenizer.eos_token_id)
-
-
-def template_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Added tokens that the chat template writes around a question and its answer, ascending; none without a template."""
-    if not tokenizer.chat_template:
-        return []
-    messages = [{"role": role, "content": "…"} for role in ("user", "assistant")]
-    written = tokenizer.apply_chat_template(messages, tokenize=False)
-    opened = tokenizer.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True)
-    content, *around = tokenizer(["…", written, opened], add_special_tokens=False)["input_ids"]
-    added = set(tokenizer.get_added_vocab().values()) - set(content)
-    return sorted({token for row in around for token in row} & added)
-
-
 def context_length(config: PreTrainedConfig) -> int:
     """Tokens that the model can read, prompt and response together. UserError: the configuration does not say."""
     text = config.get_text_config()
@@ -230,72 +183,6 @@ def context_length(config: PreTrainedConfig) -> int:
         if isinstance(getattr(text, name, None), int):
             return getattr(text, name)
     raise UserError(f"config.json of a {config.model_type} model", "no context length", " or ".join(CONTEXT_NAMES))
-
-
-def check_tokenizers_agree(
-    student_tok: PreTrainedTokenizerBase,
-    teacher_tok: PreTrainedTokenizerBase,
-    student_config: PreTrainedConfig,
-    teacher_config: PreTrainedConfig,
-    key: str,
-) -> None:
-    """UserError, on the teacher's `key`, unless the teacher can score the student's own token ids.
-
-    Every token of the student's tokenizer has the same id in the teacher's; both end a text with the same token; and
-    both models have a row for each of these ids. Not compared: padding, further tokens of the teacher, and how far the
-    models' vocabularies are padded (151936 and 152064, say).
-    """
-    ours, theirs = student_tok.get_vocab(), teacher_tok.get_vocab()
-    differing = [(id_, token) for token, id_ in ours.items() if theirs.get(token) != id_]
-    if differing:
-        id_, token = min(differing)
-        found = f"token {theirs[token]}" if token in theirs else "not in the vocabulary"
-        raise UserError(
-            key,
-            f"a tokenizer in which {token!r} is {found}",
-            f"the student's tokenizer, in which it is token {id_} ({len(differing)} of {len(ours)} tokens differ), "
-            "or its own named in `tokenizer`",
-        )
-    for name in ("bos_token", "eos_token"):
-        found, wanted = getattr(teacher_tok, name), getattr(student_tok, name)
-        if found != wanted:
-            raise UserError(key, f"a tokenizer whose {name} is {found!r}", f"the student's, {wanted!r}")
-    for whose, config in (("student", student_config), ("teacher", teacher_config)):
-        size = config.get_text_config().vocab_size
-        if max(ours.values()) >= size:
-            expected = f"at least {max(ours.values()) + 1}, as the tokenizer has"
-            raise UserError(key, f"a {whose} model with a vocabulary of {size} tokens", expected)
-
-
-def template_difference(student_tok: PreTrainedTokenizerBase, teacher_tok: PreTrainedTokenizerBase) -> str | None:
-    """A remark, not an error, where the teacher's chat template writes a question differently: it reads the student's."""
-    if not student_tok.chat_template or not teacher_tok.chat_template:
-        return None
-    ours, theirs = (
-        tok.apply_chat_template([{"role": "user", "content": "…"}], tokenize=False, add_generation_prompt=True)
-        for tok in (student_tok, teacher_tok)
-    )
-    return None if ours == theirs else f"the teacher's own chat template writes {theirs!r}, the student's {ours!r}"
-
-
-def fingerprint(model_dir: Path | str) -> str:
-    """32 hexadecimal digits that change with the model: its configuration, weights or tokenizer. Not with its place.
-
-    Of a file up to 4 MiB every byte counts; of a larger one its size and 64 blocks of 64 KiB spread over it.
-    """
-    path = Path(model_dir)
-    digest = hashlib.blake2b(digest_size=16)
-    for name in sorted({p.name for pattern in (*SMALL_FILES, "*.safetensors") for p in path.glob(pattern)}):
-        size = (path / name).stat().st_size
-        digest.update(f"{name} {size}\n".encode())
-        with open(path / name, "rb") as file:
-            if size <= BLOCK_BYTES * BLOCKS:
-                digest.update(file.read())
-                continue
-            for block in range(BLOCKS):
-                file.seek((size - BLOCK_BYTES) * block // (BLOCKS - 1))
-                digest.update(file.read(BLOCK_BYTES))
-    return digest.hexdigest()
 
 
 def response_head(model: PreTrainedModel, key: str) -> tuple[torch.nn.Module, torch.Tensor, torch.Tensor | None]:

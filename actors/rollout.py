@@ -12,7 +12,7 @@ import numpy as np
 from actors.config import LoraConfig, RolloutConfig, SamplingConfig, VerifierConfig
 from actors.delta import DeltaVersion, Receiver
 from actors.errors import EngineError
-from actors.models import load_tokenizer
+from actors.tokenizer import load_tokenizer
 from actors.trajectory import FINISH_REASONS, Requests, RolloutCounts, Trajectories
 from actors.verifiers import make_verifier, rewards_of
 from actors.vllm_engine import VllmEngine

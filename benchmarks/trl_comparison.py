@@ -80,9 +80,9 @@ def write_trajectories(setting: Setting, file: Path) -> None:
     import torch
 
     from actors.config import PromptsConfig, TeacherConfig
-    from actors.models import load_tokenizer
     from actors.prompts import load_prompts
     from actors.teacher import TeacherActor
+    from actors.tokenizer import load_tokenizer
     from actors.trajectory import offsets_of
 
     torch.manual_seed(0)

@@ -6,15 +6,8 @@ from pathlib import Path
 
 from actors.alignment import make_reader
 from actors.errors import UserError
-from actors.models import (
-    check_tokenizers_agree,
-    check_weights,
-    find_model,
-    load_config,
-    load_tokenizer,
-    template_difference,
-    tensor_parallel_plan,
-)
+from actors.models import check_weights, find_model, load_config, tensor_parallel_plan
+from actors.tokenizer import check_tokenizers_agree, load_tokenizer, template_difference
 from actors.verifiers import make_verifier
 from cluster.config import CampaignConfig
 from cluster.inputs import max_prompt_tokens, read_inputs

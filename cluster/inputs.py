@@ -5,15 +5,9 @@ from typing import Any
 
 from actors.config import PromptsConfig
 from actors.errors import UserError
-from actors.models import (
-    context_length,
-    find_model,
-    load_config,
-    load_tokenizer,
-    stop_token_ids,
-    template_token_ids,
-)
+from actors.models import context_length, find_model, load_config
 from actors.prompts import PromptSet, load_prompts
+from actors.tokenizer import load_tokenizer, stop_token_ids, template_token_ids
 from actors.verifiers import Verifier, make_verifier
 from cluster.config import CampaignConfig
 from cluster.teachers import Lessons, routes

@@ -20,7 +20,8 @@ from actors.batching import Microbatch
 from actors.config import StudentConfig, TeacherConfig, publishes_adapter
 from actors.delta import DeltaVersion
 from actors.errors import NonFiniteLossError
-from actors.models import load_head, load_model, load_tokenizer, response_head
+from actors.models import load_head, load_model, response_head
+from actors.tokenizer import load_tokenizer
 from actors.trajectory import LargeScores, TeacherScores, Trajectories, TrajectoryId
 from actors.weights import WeightVersion
 from learner.adapters import ADAPTER_FILE, adapter_tensors, add_adapters, merged_tensors

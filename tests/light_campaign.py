@@ -26,7 +26,8 @@ import yaml
 import cluster.fleets
 import cluster.run
 from actors.delta import DeltaVersion, Receiver
-from actors.models import load_model, load_tokenizer
+from actors.models import load_model
+from actors.tokenizer import load_tokenizer
 from actors.trajectory import FINISH_REASONS, Requests, RolloutCounts, Trajectories, offsets_of
 from actors.verifiers import make_verifier, rewards_of
 from actors.weights import WeightVersion, join, unpack, verify

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 from actors.config import PromptsConfig
 from actors.errors import UserError
-from actors.models import load_tokenizer
 from actors.prompts import load_prompts
+from actors.tokenizer import load_tokenizer
 from cluster.config import as_dictionary, load_config
 from tests.tiny_models import make_tiny_model
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from actors.errors import UserError
-from actors.models import load_model, load_tokenizer
+from actors.models import load_model
+from actors.tokenizer import load_tokenizer
 from cluster.config import load_config
 from tests.light_campaign import configuration, finish, make_folder, start
 from tests.tiny_models import make_tiny_model

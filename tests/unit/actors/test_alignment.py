@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from actors.alignment import Reader, Spelling, make_reader, shared_groups, shares, spelling_of, valid_prefix
 from actors.errors import UserError
-from actors.models import end_token_id
+from actors.tokenizer import end_token_id
 from tests.tiny_tokenizers import CORPUS, TOKENIZERS
 
 NAMES = [*TOKENIZERS, "demo"]
