@@ -175,6 +175,12 @@ class CampaignConfig:
         return objective.estimator == "reward" or objective.reward_weight > 0
 
     @property
+    def replicas(self) -> dict[str, int]:
+        """Role -> actors; all teachers are one role here."""
+        teachers = sum(teacher.replicas for teacher in self.teachers.values())
+        return {"rollout": self.rollout.replicas, "teacher": teachers, "learner": self.learner.replicas}
+
+    @property
     def trajectories_per_update(self) -> int:
         """Trajectories that one update trains on."""
         return self.pipeline.prompts_per_update * self.pipeline.samples_per_prompt

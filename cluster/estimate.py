@@ -27,15 +27,6 @@ from cluster.records import CONFIG_FILE, METRICS_FILE, read_jsonl, read_summary
 CALIBRATION_UPDATES = 4
 
 
-def replicas_of(config: CampaignConfig) -> dict[str, int]:
-    """Role -> actors; all teachers are one role here."""
-    return {
-        "rollout": config.rollout.replicas,
-        "teacher": sum(teacher.replicas for teacher in config.teachers.values()),
-        "learner": config.learner.replicas,
-    }
-
-
 def gpus_of(config: CampaignConfig) -> dict[str, float]:
     """Role -> GPUs of one actor, on a cluster where each actor has its own; of teachers the largest."""
 
@@ -62,18 +53,15 @@ def from_run(config: CampaignConfig, run_dir: Path) -> Plan:
     try:
         plan = measured(
             summary,
-            summary["actors"]["mean"] if "actors" in summary else replicas_of(ran),
+            summary["actors"]["mean"] if "actors" in summary else ran.replicas,
             gpus_of(ran),
             overlapped=ran.pipeline.max_staleness > 0,
             publish_seconds=mean_of(metrics, "publish_seconds"),
         )
     except ValueError as error:
         raise UserError("--run", f"{run_dir} ({error})", "a run that has taken updates") from error
-    share, replicas, gpus = (
-        config.trajectories_per_update / ran.trajectories_per_update,
-        replicas_of(config),
-        gpus_of(config),
-    )
+    share = config.trajectories_per_update / ran.trajectories_per_update
+    replicas, gpus = config.replicas, gpus_of(config)
     stages = tuple(
         replace(s, work_seconds=s.work_seconds * share, replicas=replicas[s.role], gpus_per_replica=gpus[s.role])
         for s in plan.stages
@@ -104,7 +92,7 @@ def from_data_sheet(config: CampaignConfig, gpu_name: str, load: Load) -> tuple[
     """
     if gpu_name not in GPUS:
         raise UserError("--gpu", gpu_name, "a GPU that is known", list(GPUS))
-    gpu, gpus, replicas = GPUS[gpu_name], gpus_of(config), replicas_of(config)
+    gpu, gpus, replicas = GPUS[gpu_name], gpus_of(config), config.replicas
     student = model_size(config.student.model, config.student.trust_remote_code, "student.model")
     teachers = {
         name: model_size(teacher.model, teacher.trust_remote_code, f"teachers.{name}.model")

@@ -17,6 +17,8 @@ LEDGER_FILE = "ledger.jsonl"
 UNDONE_FILE = "undone.jsonl"
 CONFIG_FILE, REPORT_FILE, TRAJECTORIES_DIRECTORY = "config.yaml", "report.html", "trajectories"
 
+BEGINNINGS, ENDS = ("started", "resumed"), ("finished", "stopped", "failed")
+"""Events of a campaign's process. One that was killed has left no end."""
 FAULTS = ("actor_died", "actor_hung", "actor_failed")
 """Events that each say that an actor was lost: its process ended, it made no progress, it raised what none should."""
 METRIC_KEYS = (

@@ -16,10 +16,11 @@ from typing import Any
 
 from actors.errors import UserError
 from cluster.config import CampaignConfig, load_config
-from cluster.estimate import replicas_of
 from cluster.plan import Plan, Stage, mean_of
 from cluster.records import (
+    BEGINNINGS,
     CONFIG_FILE,
+    ENDS,
     EVENTS_FILE,
     FAULTS,
     METRICS_FILE,
@@ -72,13 +73,14 @@ def read_status(run_dir: Path, now: float | None = None) -> dict[str, Any]:
     it has not written for LOST_AFTER_SECONDS, though nothing says that it ended.
     """
     config = load_config(run_dir / CONFIG_FILE)
-    rows = [row for row in read_jsonl(run_dir / METRICS_FILE) if row["step"] > 0]
+    metrics = read_jsonl(run_dir / METRICS_FILE)
+    rows = [row for row in metrics if row["step"] > 0]
+    evaluated = [row for row in metrics if row.get("eval/accuracy") is not None]
     events, summary, live = read_jsonl(run_dir / EVENTS_FILE), read_summary(run_dir), _live(run_dir)
     now = time.time() if now is None else now
     last, recent = (rows[-1] if rows else {}), rows[-RECENT_UPDATES:]
     state = _state(events, live, now)
-    rates = _rates(config, recent, replicas_of(config) | _sizes(live))
-    evaluated = [row for row in read_jsonl(run_dir / METRICS_FILE) if row.get("eval/accuracy") is not None]
+    rates = _rates(config, recent, config.replicas | _sizes(live))
     left = config.pipeline.updates - last.get("step", 0)
     seconds = rates.pop("seconds_per_update", None)
     return {
@@ -138,9 +140,9 @@ def _live(run_dir: Path) -> dict[str, Any]:
 
 
 def _state(events: list[dict[str, Any]], live: Mapping[str, Any], now: float) -> str:
-    telling = ("started", "resumed", "loop_started", "finished", "stopped", "failed")
+    telling = (*BEGINNINGS, "loop_started", *ENDS)
     kind = next((event["kind"] for event in reversed(events) if event["kind"] in telling), "")
-    if kind in ("finished", "stopped", "failed"):
+    if kind in ENDS:
         return str(kind)
     if not live or now - live["time"] > LOST_AFTER_SECONDS:
         return "lost"

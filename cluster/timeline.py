@@ -5,9 +5,8 @@ from html import escape
 from typing import Any
 
 from cluster.charts import seconds
-from cluster.records import FAULTS
+from cluster.records import BEGINNINGS, ENDS, FAULTS
 
-BEGINNINGS, ENDS = ("started", "resumed"), ("finished", "stopped", "failed")
 TONES = {
     "finished": "good",
     "actor_started": "good",

@@ -14,7 +14,6 @@ import yaml
 
 from cluster.cli import command_parser
 from cluster.config import load_config
-from cluster.estimate import replicas_of
 from cluster.records import EVALUATION_KEYS, METRIC_KEYS
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -51,7 +50,7 @@ def test_a_rayjob_runs_a_campaign_whose_roles_land_on_the_groups_meant_for_them(
         }
         assert offered.keys() == wanted.keys()
         assert all(offered[role].keys() == wanted[role].keys() for role in wanted)
-        actors = replicas_of(config)
+        actors = config.replicas
         for group in cluster["workerGroupSpecs"]:
             role = group["groupName"]
             gpus = int(group["template"]["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"])
