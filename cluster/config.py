@@ -186,30 +186,6 @@ class CampaignConfig:
         return self.pipeline.prompts_per_update * self.pipeline.samples_per_prompt
 
 
-RESUMABLE_KEYS = (
-    "name",
-    "output_dir",
-    "rollout.replicas",
-    "rollout.cpus_per_replica",
-    "rollout.gpus_per_replica",
-    "teachers.*.replicas",
-    "teachers.*.cpus_per_replica",
-    "teachers.*.gpus_per_replica",
-    "learner.cpus_per_replica",
-    "learner.gpus_per_replica",
-    "*.resources",
-    "pipeline.updates",
-    "evaluation.*",
-    "weights.*",
-    "checkpoint.*",
-    "guards.*",
-    "tracking.*",
-    "ray.*",
-)
-"""Keys that may change when a campaign is taken up again; `*` stands for any name. The number of updates may change
-where the learning rate does not depend on it."""
-
-
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> CampaignConfig:
     """YAML file + `key=value` -> configuration. UserError for anything that the schema or a range refuses."""
     file = Path(path)
@@ -262,14 +238,6 @@ def differences(before: CampaignConfig, after: CampaignConfig) -> list[tuple[str
     return [
         (key, old.get(key), new.get(key)) for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)
     ]
-
-
-def may_change(key: str, config: CampaignConfig) -> bool:
-    """Whether a campaign may go on with another value of this key (see RESUMABLE_KEYS)."""
-    if key == "pipeline.updates" and config.learner.optimizer.schedule != "constant":
-        return False
-    patterns = (re.escape(pattern).replace(r"\*", "[^ ]+") for pattern in RESUMABLE_KEYS)
-    return any(re.fullmatch(pattern, key) for pattern in patterns)
 
 
 def _schema() -> Any:

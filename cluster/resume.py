@@ -2,19 +2,42 @@
 
 import fcntl
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from actors.errors import UserError
-from cluster.config import CampaignConfig, differences, load_config, may_change, write_config
+from cluster.config import CampaignConfig, differences, load_config, write_config
 from cluster.mirror import KEY, Mirror, mirror_of
 from cluster.records import CONFIG_FILE, LEDGER_FILE, METRICS_FILE, RunRecords, read_jsonl
 from cluster.state import CampaignState, load_state
 
 WHERE = ("name", "output_dir")
 """Keys that say where the run directory is; with `--resume` it is where it was found."""
+RESUMABLE_KEYS = (
+    "name",
+    "output_dir",
+    "rollout.replicas",
+    "rollout.cpus_per_replica",
+    "rollout.gpus_per_replica",
+    "teachers.*.replicas",
+    "teachers.*.cpus_per_replica",
+    "teachers.*.gpus_per_replica",
+    "learner.cpus_per_replica",
+    "learner.gpus_per_replica",
+    "*.resources",
+    "pipeline.updates",
+    "evaluation.*",
+    "weights.*",
+    "checkpoint.*",
+    "guards.*",
+    "tracking.*",
+    "ray.*",
+)
+"""Keys that may change when a campaign is taken up again; `*` stands for any name. The number of updates may change
+where the learning rate does not depend on it."""
 
 
 def config_of(run_dir: Path, overrides: Sequence[str]) -> CampaignConfig:
@@ -107,3 +130,11 @@ def _changed(config: CampaignConfig) -> dict[str, Any]:
             "the same configuration to go on with, or another name",
         )
     return {key: [old, new] for key, old, new in found if key not in WHERE}
+
+
+def may_change(key: str, config: CampaignConfig) -> bool:
+    """Whether a campaign may go on with another value of this key (see RESUMABLE_KEYS)."""
+    if key == "pipeline.updates" and config.learner.optimizer.schedule != "constant":
+        return False
+    patterns = (re.escape(pattern).replace(r"\*", "[^ ]+") for pattern in RESUMABLE_KEYS)
+    return any(re.fullmatch(pattern, key) for pattern in patterns)

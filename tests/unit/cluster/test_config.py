@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from actors.errors import UserError
-from cluster.config import RESUMABLE_KEYS, _leaves, differences, load_config, may_change, write_config
+from cluster.config import _leaves, differences, load_config, write_config
+from cluster.resume import RESUMABLE_KEYS, may_change
 
 ROOT = Path(__file__).resolve().parents[3]
 GOOD = """

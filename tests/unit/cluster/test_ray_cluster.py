@@ -1,11 +1,12 @@
 """What each role asks of a cluster, and whether that is there. Pure: no cluster is asked."""
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
 from actors.errors import UserError
-from cluster import ray_cluster
+from cluster import check, ray_cluster
 from cluster.config import CampaignConfig, load_config
 from cluster.ray_cluster import check_fits, role_resources, room_to_begin
 
@@ -70,6 +71,9 @@ def test_a_cluster_that_is_short_of_nodes_is_begun_with_and_a_private_one_is_not
     assert str(room.short).startswith("rollout.replicas: found 10 CPUs asked")
     with pytest.raises(UserError, match="found 10 CPUs asked"):
         room_to_begin(wanted, private=True)
+    monkeypatch.setattr(check, "connected", lambda config: nullcontext(False))
+    with pytest.raises(UserError, match="found 10 CPUs asked"):  # what `run` would begin with, `check` refuses
+        dict(check.checks(wanted, offline=False))["cluster"]()
     there(3)
     with pytest.raises(UserError, match=r"found 10 CPUs asked .* the 3 CPUs"):
         room_to_begin(wanted, private=False)
