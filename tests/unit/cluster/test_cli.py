@@ -96,7 +96,13 @@ def test_help_is_fast_and_loads_neither_torch_nor_ray() -> None:
         "import sys\nfrom cluster.cli import main\ntry:\n    main(sys.argv[1:])\nexcept SystemExit:\n"
         "    print([m for m in ('torch', 'ray', 'vllm', 'transformers', 'numpy') if m in sys.modules])"
     )
-    for arguments in (["--help"], ["run", "--help"], ["check", "absent.yaml"], ["run", "absent.yaml"]):
+    for arguments in (
+        ["--help"],
+        ["run", "--help"],
+        ["check", "absent.yaml"],
+        ["run", "absent.yaml"],
+        ["status", "absent"],
+    ):
         done = subprocess.run(
             [sys.executable, "-c", program, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=30
         )
