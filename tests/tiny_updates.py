@@ -48,23 +48,33 @@ def teacher_config(models: dict[str, Path], model: str, signal: str, **changes: 
     return TeacherConfig(str(models[model]), signal=signal, **{"dtype": "float32", "top_k": 8} | changes)  # type: ignore[arg-type]
 
 
+def random_trajectories(
+    rng: np.random.Generator,
+    ids: list[tuple[int, int, int]],
+    before: np.ndarray,
+    after: np.ndarray,
+    tokens: tuple[int, int] = (6, 40),
+) -> Trajectories:
+    """Prompts of `before` and responses of `after` tokens each, all certain, of the first policy version."""
+    return Trajectories(
+        ids=np.array(ids),
+        prompt_tokens=rng.integers(*tokens, before.sum()).astype(np.int32),
+        prompt_offsets=offsets_of(before),
+        response_tokens=rng.integers(*tokens, after.sum()).astype(np.int32),
+        response_offsets=offsets_of(after),
+        behaviour_logprobs=np.zeros(after.sum(), np.float32),
+        policy_versions=np.zeros(after.sum(), np.int32),
+        finish_reasons=np.zeros(len(ids), np.uint8),
+    )
+
+
 def sampled(
     models: dict[str, Path], teacher: str, signal: str = "full", **changes: object
 ) -> tuple[Trajectories, TeacherScores]:
     """Six trajectories, two a prompt, with the log-probs and the top 8 that the student itself gives at its tokens."""
     rng = np.random.default_rng(0)
     lengths, prompts = rng.integers(3, 9, 6), np.full(6, 4)
-    blank = Trajectories(
-        ids=np.array([(0, i // 2, i % 2) for i in range(6)]),
-        prompt_tokens=rng.integers(6, 40, prompts.sum()).astype(np.int32),
-        prompt_offsets=offsets_of(prompts),
-        response_tokens=rng.integers(6, 40, lengths.sum()).astype(np.int32),
-        response_offsets=offsets_of(lengths),
-        behaviour_logprobs=np.zeros(lengths.sum(), np.float32),
-        policy_versions=np.zeros(lengths.sum(), np.int32),
-        finish_reasons=np.zeros(6, np.uint8),
-    )
-
+    blank = random_trajectories(rng, [(0, i // 2, i % 2) for i in range(6)], prompts, lengths)
     own = TeacherActor(teacher_config(models, "student", "topk")).score(blank.ids, blank)[1]
     written = replace(blank, behaviour_logprobs=own.logprobs, support_ids=own.support_ids)
     return written, TeacherActor(teacher_config(models, teacher, signal, **changes)).score(blank.ids, written)[1]

@@ -7,6 +7,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from actors.scoring import probe
 from actors.teacher import TeacherActor
 from actors.trajectory import Trajectories, offsets_of
 from actors.vllm_teacher import VllmTeacher
+from tests.tiny_updates import random_trajectories
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(240)]
 os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")  # read when torch is first used; actors have it from the start
@@ -32,17 +34,8 @@ VOCABULARY = 74
 def written(count: int = 12) -> Trajectories:
     draw = np.random.default_rng(3)
     before, after = draw.integers(1, 9, count), draw.integers(1, 20, count)
-    return Trajectories(
-        ids=np.array([(0, i, 0) for i in range(count)]),
-        prompt_tokens=draw.integers(3, 30, before.sum()).astype(np.int32),
-        prompt_offsets=offsets_of(before),
-        response_tokens=draw.integers(3, 30, after.sum()).astype(np.int32),
-        response_offsets=offsets_of(after),
-        behaviour_logprobs=np.zeros(after.sum(), np.float32),
-        policy_versions=np.zeros(after.sum(), np.int32),
-        finish_reasons=np.zeros(count, np.uint8),
-        support_ids=np.empty((int(after.sum()), 0), np.int32),
-    )
+    found = random_trajectories(draw, [(0, i, 0) for i in range(count)], before, after, tokens=(3, 30))
+    return replace(found, support_ids=np.empty((int(after.sum()), 0), np.int32))
 
 
 def config(signal: str, **changes: Any) -> TeacherConfig:

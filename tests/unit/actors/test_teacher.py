@@ -14,6 +14,7 @@ from actors.errors import CampaignError
 from actors.teacher import TeacherActor
 from actors.trajectory import FINISH_REASONS, Requests, Trajectories, offsets_of
 from tests.tiny_models import make_tiny_model
+from tests.tiny_updates import random_trajectories
 
 
 @pytest.fixture(scope="module")
@@ -24,16 +25,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def written(count: int = 9, first: int = 0) -> Trajectories:
     rng = np.random.default_rng(first)
     before, after = rng.integers(2, 9, count), rng.integers(1, 15, count)
-    return Trajectories(
-        ids=np.array([(0, first + i, 0) for i in range(count)]),
-        prompt_tokens=rng.integers(6, 40, before.sum()).astype(np.int32),
-        prompt_offsets=offsets_of(before),
-        response_tokens=rng.integers(6, 40, after.sum()).astype(np.int32),
-        response_offsets=offsets_of(after),
-        behaviour_logprobs=np.zeros(after.sum(), np.float32),
-        policy_versions=np.zeros(after.sum(), np.int32),
-        finish_reasons=np.zeros(count, np.uint8),
-    )
+    return random_trajectories(rng, [(0, first + i, 0) for i in range(count)], before, after)
 
 
 def plain(path: Path, t: Trajectories, prompts: tuple[np.ndarray, np.ndarray] | None = None) -> torch.Tensor:
