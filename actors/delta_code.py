@@ -1,0 +1,468 @@
+"""The code of what changed in one tensor: kernels that numba compiles to vector instructions.
+
+A tensor is coded in blocks. A block is a header of two uint32 (bytes that follow it, changed elements) and two lists of
+numbers, one of each for every changed element: how many unchanged ones lie before it, and how far it moved in the order
+of the numbers of its dtype, where down 1, up 1, down 2, up 2 are 0, 1, 2, 3. Where nothing changed nothing follows; the
+new elements follow as they are where that is no longer than their code.
+
+A list is a byte `order`, and planes: the lowest bit of every number, then the next, `order` of them. What lies above is
+coded in levels: a plane of those that are not 0; these go on, less 1. From the level `unary` on, a plane of their lowest
+bits follows, and they go on halved. So a list is Golomb-Rice code, in which an outlier goes over into Exp-Golomb code.
+In a plane the first bit is the lowest of its byte, and each plane begins with a byte.
+
+numba does not check indices. What is read from a code is checked here before it is used as a length.
+"""
+
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.core.caching import FunctionCache
+from numba.core.codegen import get_host_cpu_features
+from numba.extending import intrinsic
+
+BLOCK = 1 << 16
+"""Elements that are coded together: few enough for the cache, and for positions of 16 bits."""
+HEADER = 8
+"""Bytes of the header of a block."""
+
+_GAPS, _STEPS = np.int64(4), np.int64(1)
+"""`unary` of both lists, by measured sizes: gaps are nearly geometric, steps have heavy tails."""
+_LEVELS = 40
+"""More than numbers of 32 bits can have."""
+
+_ZERO: Any = np.int64(0)
+"""A plain 0 would be a type of its own, and cost a compilation of its own wherever it is passed on."""
+
+_LANES = 32
+"""Elements of a vector. Arrays of numbers have room for one behind the last, since vectors are read and written whole."""
+_NATIVE = {16} if "+avx512vbmi2" in get_host_cpu_features() else set()
+"""Bits of elements that the processor moves together by a mask; others go one by one, without a branch. (LLVM 20 has a
+substitute for `vector.compress` that is wrong where a vector is too long for the processor.)"""
+_WORD = ir.IntType(_LANES)
+
+
+class _Cache(FunctionCache):
+    """What numba has compiled, on disk for other processes. A disk that fails costs seconds, and not the campaign."""
+
+    def load_overload(self, *arguments: Any) -> Any:
+        try:
+            return super().load_overload(*arguments)
+        except Exception:
+            return None
+
+    def save_overload(self, *arguments: Any) -> None:
+        with suppress(Exception):
+            super().save_overload(*arguments)
+
+
+_kernel = njit(nogil=True)
+
+
+def _cached_kernel(function: Callable[..., Any]) -> Any:
+    kernel = _kernel(function)
+    with suppress(RuntimeError):  # there is no directory that can be written to
+        kernel._cache = _Cache(function)
+    return kernel
+
+
+# Vector instructions: each on _LANES elements of an array from an index on, and on a word of as many bits, one for each.
+
+
+def _built(emit: Callable[..., Any]) -> Callable[..., Any]:
+    """What numba calls to build an instruction: `emit`, given one pointer for each array and the index after it."""
+
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        operands, rest = [], iter(zip(signature.args, arguments, strict=True))
+        for kind, value in rest:
+            if isinstance(kind, types.Array):
+                operands.append(builder.gep(context.make_array(kind)(context, builder, value).data, [next(rest)[1]]))
+            else:
+                operands.append(value)
+        result = emit(builder, *operands)
+        return context.get_dummy_value() if result is None else result
+
+    return build
+
+
+def _vector(place: Any) -> ir.VectorType:
+    return ir.VectorType(place.type.pointee, _LANES)
+
+
+def _read(builder: Any, place: Any, kind: Any) -> Any:
+    return builder.load(builder.bitcast(place, kind.as_pointer()), align=1)
+
+
+def _write(builder: Any, value: Any, place: Any) -> None:
+    builder.store(value, builder.bitcast(place, value.type.as_pointer()), align=1)
+
+
+def _splat(builder: Any, value: Any) -> Any:
+    first = builder.insert_element(ir.Constant(ir.VectorType(value.type, _LANES), None), value, _WORD(0))
+    return builder.shuffle_vector(first, first, ir.Constant(ir.VectorType(_WORD, _LANES), None))
+
+
+def _masked(builder: Any, name: str, operand: Any, bits: Any, otherwise: Any) -> Any:
+    """LLVM's `name` of an operand, a mask and a vector."""
+    operands = [operand, builder.bitcast(bits, ir.VectorType(ir.IntType(1), _LANES)), otherwise]
+    signature = ir.FunctionType(otherwise.type, [each.type for each in operands])
+    name = f"llvm.{name}.v{_LANES}i{otherwise.type.element.width}"
+    return builder.call(cgutils.get_or_insert_function(builder.module, signature, name), operands)
+
+
+def _bit(builder: Any, bits: Any, lane: int) -> Any:
+    return builder.and_(builder.lshr(bits, _WORD(lane)), _WORD(1))
+
+
+def _write_some(builder: Any, values: Any, bits: Any, to: Any) -> None:
+    if values.type.element.width in _NATIVE:
+        undefined = ir.Constant(values.type, ir.Undefined)
+        _write(builder, _masked(builder, "experimental.vector.compress", values, bits, undefined), to)
+        return
+    for lane in range(_LANES):
+        builder.store(builder.extract_element(values, _WORD(lane)), to)
+        to = builder.gep(to, [_bit(builder, bits, lane)])
+
+
+@intrinsic
+def _nonzero(_: Any, values: Any, at: Any, mask: Any) -> Any:
+    """A word whose bit i says whether values[at + i] & mask is not 0."""
+
+    def emit(builder: Any, place: Any, mask: Any) -> Any:
+        found = builder.and_(_read(builder, place, _vector(place)), _splat(builder, mask))
+        return builder.bitcast(builder.icmp_unsigned("!=", found, ir.Constant(found.type, None)), _WORD)
+
+    return types.uint32(values, types.intp, values.dtype), _built(emit)
+
+
+@intrinsic
+def _compress(_: Any, source: Any, at: Any, bits: Any, target: Any, to: Any) -> Any:
+    """Writes source[at + i] for each bit i that is set to target[to:], and then anything."""
+
+    def emit(builder: Any, place: Any, bits: Any, to: Any) -> None:
+        _write_some(builder, _read(builder, place, _vector(place)), bits, to)
+
+    return types.void(source, types.intp, types.uint32, target, types.intp), _built(emit)
+
+
+@intrinsic
+def _positions(_: Any, first: Any, bits: Any, target: Any, to: Any) -> Any:
+    """Writes first + i for each bit i that is set to target[to:], and then anything."""
+
+    def emit(builder: Any, first: Any, bits: Any, to: Any) -> None:
+        lanes = ir.Constant(_vector(to), list(range(_LANES)))
+        _write_some(builder, builder.add(_splat(builder, builder.trunc(first, lanes.type.element)), lanes), bits, to)
+
+    return types.void(types.intp, types.uint32, target, types.intp), _built(emit)
+
+
+@intrinsic
+def _expand(_: Any, source: Any, at: Any, bits: Any, target: Any, to: Any) -> Any:
+    """Writes to target[to + i] the next of source[at:] if bit i is set, else 1. Reads up to _LANES elements."""
+
+    def emit(builder: Any, place: Any, bits: Any, to: Any) -> None:
+        vector = _vector(to)
+        if vector.element.width in _NATIVE:
+            values = _masked(builder, "masked.expandload", place, bits, ir.Constant(vector, [1] * _LANES))
+            _write(builder, values, to)
+            return
+        place = builder.gep(place, [builder.ctpop(bits)])
+        for lane in reversed(range(_LANES)):
+            bit = _bit(builder, bits, lane)
+            place = builder.gep(place, [builder.neg(bit)])
+            value = builder.select(builder.trunc(bit, ir.IntType(1)), builder.load(place), vector.element(1))
+            builder.store(value, builder.gep(to, [_WORD(lane)]))
+
+    return types.void(source, types.intp, types.uint32, target, types.intp), _built(emit)
+
+
+@intrinsic
+def _add(_: Any, values: Any, at: Any, bits: Any, amount: Any) -> Any:
+    """Adds `amount` to values[at + i] for each bit i that is set."""
+
+    def emit(builder: Any, place: Any, bits: Any, amount: Any) -> None:
+        mask = builder.bitcast(bits, ir.VectorType(ir.IntType(1), _LANES))
+        more = builder.select(mask, _splat(builder, amount), ir.Constant(_vector(place), None))
+        _write(builder, builder.add(_read(builder, place, more.type), more), place)
+
+    return types.void(values, types.intp, types.uint32, values.dtype), _built(emit)
+
+
+@intrinsic
+def _ones(_: Any, bits: Any) -> Any:
+    """How many bits are set."""
+    return types.intp(types.uint32), _built(lambda builder, bits: builder.zext(builder.ctpop(bits), ir.IntType(64)))
+
+
+@intrinsic
+def _store(_: Any, word: Any, out: Any, at: Any) -> Any:
+    """Writes four bytes, the lowest first."""
+    return types.void(types.uint32, out, types.intp), _built(_write)
+
+
+@intrinsic
+def _load(_: Any, code: Any, at: Any) -> Any:
+    """Reads four bytes, the lowest first."""
+    return types.uint32(code, types.intp), _built(lambda builder, place: _read(builder, place, _WORD))
+
+
+# Planes. n bits are in ceil(n / 8) bytes, of which writing may touch three more.
+
+
+@_kernel
+def _bytes(bits: int) -> int:
+    return (bits + 7) >> 3
+
+
+@_kernel
+def _write_plane(values: np.ndarray, n: int, bit: int, out: np.ndarray, at: int) -> int:
+    """Of each number, whether it has `bit`, 1 or 2 or 4..."""
+    for i in range(0, n, _LANES):
+        _store(_nonzero(values, i, bit), out, at + (i >> 3))
+    return at + _bytes(n)
+
+
+@_kernel
+def _word(code: np.ndarray, at: int, i: int, n: int) -> np.uint32:
+    """Bits i to i + 31 of the plane of n bits that begins at `at`; reads nothing behind it."""
+    at, left = at + (i >> 3), n - i
+    if left >= _LANES:
+        return _load(code, at)
+    word = np.uint32(0)
+    for byte in range(_bytes(left)):
+        word |= np.uint32(code[at + byte]) << np.uint32(8 * byte)
+    return np.uint32(word & np.uint32((1 << left) - 1))
+
+
+@_kernel
+def _add_plane(code: np.ndarray, at: int, n: int, bit: int, values: np.ndarray) -> int:
+    for i in range(0, n, _LANES):
+        _add(values, i, _word(code, at, i, n), bit)
+    return at + _bytes(n)
+
+
+# Lists of numbers. Levels deal with what lies above the order, plus 1: going on is to be more than 1.
+
+
+@_kernel
+def _order(values: np.ndarray, n: int) -> int:
+    """The lowest order at which at most 64% of a sample go on: its list is within 2% of the shortest."""
+    order, more, seen = -1, 1, 1
+    while 25 * more > 16 * seen:
+        order, more, seen = order + 1, 0, 0
+        for i in range(0, n, 8 * _LANES):
+            more += _ones(_nonzero(values, i, ~values.dtype.type((1 << order) - 1)))
+            seen += min(_LANES, n - i)
+    return order
+
+
+@_kernel
+def _write_numbers(values: np.ndarray, n: int, unary: int, out: np.ndarray, at: int, end: int) -> int:
+    """Where the list ends, or `end` if it may not fit. Overwrites the values; zeros must follow them."""
+    word = values.dtype.type
+    order = _order(values, n)
+    if at + 1 + order * _bytes(n) + 4 > end:
+        return end
+    out[at] = order
+    at += 1
+    for bit in range(order):
+        at = _write_plane(values, n, word(1 << bit), out, at)
+    for i in range(n):
+        values[i] = (values[i] >> word(order)) + word(1)
+    level = 0
+    while n:
+        if at + 2 * _bytes(n) + 4 > end:
+            return end
+        kept = _ZERO
+        for i in range(0, n, _LANES):
+            bits = _nonzero(values, i, ~word(1))
+            _store(bits, out, at + (i >> 3))
+            _compress(values, i, bits, values, kept)
+            kept += _ones(bits)
+        at += _bytes(n)
+        n = kept
+        values[n : n + _LANES] = 0
+        if level < unary:
+            for i in range(n):
+                values[i] -= word(1)
+        else:
+            at = _write_plane(values, n, word(1), out, at)
+            for i in range(n):
+                values[i] >>= word(1)
+        level += 1
+    return at
+
+
+@_kernel
+def _read_numbers(code: np.ndarray, at: int, end: int, n: int, unary: int, values: np.ndarray) -> int:
+    """Where the list of n numbers ends, or -1 if that is behind `end`."""
+    word = values.dtype.type
+    if not 0 <= at < end or code[at] > 8 * values.itemsize:
+        return -1
+    order, planes = np.int64(code[at]), at + 1
+    at = planes + order * _bytes(n)
+    counts, starts, level = np.empty(_LEVELS, np.int64), np.empty(_LEVELS, np.int64), 0
+    kept = n
+    while kept:
+        counts[level], starts[level] = kept, at
+        at += _bytes(kept)
+        if at > end or level == _LEVELS - 1:
+            return -1
+        kept = 0
+        for i in range(0, counts[level], _LANES):
+            kept += _ones(_word(code, starts[level], i, counts[level]))
+        if level >= unary:
+            at += _bytes(kept)
+        level += 1
+    if at > end:
+        return -1
+    while level:
+        level -= 1
+        here, start = counts[level], starts[level]
+        if level < unary:
+            for i in range(kept):
+                values[i] += word(1)
+        else:
+            for i in range(kept):
+                values[i] <<= word(1)
+            _add_plane(code, start + _bytes(here), kept, word(1), values)
+        for i in range((here - 1) // _LANES * _LANES, -1, -_LANES):  # backwards, since each goes to the right
+            bits = _word(code, start, i, here)
+            kept -= _ones(bits)
+            _expand(values, kept, bits, values, i)
+        kept = here
+    for i in range(n):
+        values[i] = (values[i] - word(1)) << word(order)
+    for bit in range(order):
+        planes = _add_plane(code, planes, n, word(1 << bit), values)
+    return at
+
+
+# Blocks and tensors.
+
+
+@_kernel
+def _ordered(bits: int, top: int) -> int:
+    """Bit patterns of floats <-> integers in the order of the numbers (-0.0 just below 0.0); its own inverse."""
+    return bits ^ ((bits >> top) & ((1 << top) - 1))
+
+
+@_kernel
+def _write_block(
+    old: np.ndarray, new: np.ndarray, gaps: np.ndarray, steps: np.ndarray, out: np.ndarray, at: int
+) -> int:
+    """Where the block ends, at most HEADER + new.nbytes behind `at`."""
+    n, top, signed = len(old), 8 * old.itemsize - 1, steps.view(old.dtype)
+    for i in range(n):
+        signed[i] = _ordered(new[i], top) - _ordered(old[i], top)
+    steps[n : n + _LANES] = 0
+    count = _ZERO
+    for i in range(0, n, _LANES):
+        bits = _nonzero(steps, i, ~steps.dtype.type(0))
+        _positions(i, bits, gaps, count)
+        _compress(steps, i, bits, steps, count)
+        count += _ones(bits)
+    last = -1
+    for i in range(count):
+        position = _ZERO + gaps[i]
+        gaps[i] = position - last - 1
+        last = position
+    for i in range(count):
+        signed[i] = ((signed[i] << 1) ^ (signed[i] >> top)) - 1
+    gaps[count : count + _LANES] = 0
+    steps[count : count + _LANES] = 0
+    start, full = at + HEADER, at + HEADER + new.nbytes
+    end = start
+    if count:
+        end = _write_numbers(gaps, count, _GAPS, out, start, full)
+        end = _write_numbers(steps, count, _STEPS, out, end, full)
+    if end == full:
+        out[start:full] = new.view(np.uint8)
+    _store(np.uint32(end - start), out, at)
+    _store(np.uint32(count), out, at + 4)
+    return end
+
+
+@_kernel
+def _read_block(
+    code: np.ndarray, at: int, old: np.ndarray, new: np.ndarray, gaps: np.ndarray, steps: np.ndarray
+) -> int:
+    """Where the block ends, or -1 if it is damaged."""
+    n, top, start = len(old), 8 * old.itemsize - 1, at + HEADER
+    if start > len(code):
+        return -1
+    end, count = start + _ZERO + _load(code, at), _ZERO + _load(code, at + 4)
+    if end > len(code) or count > n:
+        return -1
+    if end - start == new.nbytes:
+        new.view(np.uint8)[:] = code[start:end]
+        return end
+    at = start
+    if count:
+        at = _read_numbers(code, at, end, count, _GAPS, gaps)
+        at = _read_numbers(code, at, end, count, _STEPS, steps)
+    reach = count
+    for i in range(count):
+        reach += gaps[i]
+    if at != end or reach > n:
+        return -1
+    new[:] = 0
+    place = np.uint64(0)
+    for i in range(count):
+        place += gaps[i]
+        new[place] = steps[i] + 1
+        place += np.uint64(1)
+    for i in range(n):
+        step = ((new[i] >> 1) & ((1 << top) - 1)) ^ -(new[i] & 1)
+        new[i] = _ordered(old[i], top) + step
+    for i in range(n):
+        new[i] = _ordered(new[i], top)
+    return end
+
+
+@_cached_kernel
+def _write_tensor(old: np.ndarray, new: np.ndarray, gaps: np.ndarray, steps: np.ndarray, out: np.ndarray) -> int:
+    at = _ZERO
+    for start in range(0, len(old), BLOCK):
+        at = _write_block(old[start : start + BLOCK], new[start : start + BLOCK], gaps, steps, out, at)
+    return at
+
+
+@_cached_kernel
+def _read_tensor(code: np.ndarray, old: np.ndarray, new: np.ndarray, gaps: np.ndarray, steps: np.ndarray) -> bool:
+    at = _ZERO
+    for start in range(0, len(old), BLOCK):
+        at = _read_block(code, at, old[start : start + BLOCK], new[start : start + BLOCK], gaps, steps)
+        if at < 0:
+            return False
+    return at == len(code)
+
+
+def _fixed(array: np.ndarray) -> np.ndarray:
+    """A view that cannot be written to, as those of the object store: numba compiles for either kind."""
+    view = array.view()
+    view.setflags(write=False)
+    return view
+
+
+def _scratch(old: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    room = min(len(old), BLOCK) + _LANES
+    return np.empty(room, np.uint16), np.empty(room, f"u{old.itemsize}")
+
+
+def encode(old: np.ndarray, new: np.ndarray, out: np.ndarray) -> int:
+    """Writes the code of `new` to `out`; returns how many bytes that are.
+
+    old, new: [elements] int16 or int32, bit patterns of floats.
+    out: [bytes] uint8, room for the new elements and HEADER bytes for every BLOCK of them, begun or full.
+    """
+    return _write_tensor(_fixed(old), _fixed(new), *_scratch(old), out)
+
+
+def decode(code: np.ndarray, old: np.ndarray, new: np.ndarray) -> bool:
+    """Writes the new elements to `new`, which has the shape of `old`. False: this is no code of so many elements."""
+    return _read_tensor(_fixed(code), _fixed(old), new, *_scratch(old))
