@@ -380,7 +380,7 @@ def test_damage_stays_within_the_arrays() -> None:
     """numba checks no index: what lies around the arrays is not written to, and does not count."""
     rng = np.random.default_rng(3)
     refused = read = 0
-    for trial in range(600):
+    for trial in range(4000):
         words = WORDS[["bfloat16", "float32"][trial % 2]]
         size = int(rng.choice([1, 31, 33, 200, 1000]))
         old = rng.integers(0, 60_000, size).astype(words)
@@ -400,7 +400,7 @@ def test_damage_stays_within_the_arrays() -> None:
             assert all((room[:64] == fill).all() and (room[-64:] == fill).all() for room in rooms)
         assert outcomes[0] == outcomes[1]
         read, refused = read + outcomes[0][0], refused + (not outcomes[0][0])
-    assert read > 30 and refused > 300
+    assert read > 200 and refused > 2000
 
 
 @pytest.mark.parametrize("share", [0.004, 0.02, 0.1, 0.25, 0.5, 0.9])
