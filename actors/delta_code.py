@@ -356,13 +356,14 @@ def _write_block(
     old: np.ndarray, new: np.ndarray, gaps: np.ndarray, steps: np.ndarray, out: np.ndarray, at: int
 ) -> int:
     """Where the block ends, at most HEADER + new.nbytes behind `at`."""
-    n, top, signed = len(old), 8 * old.itemsize - 1, steps.view(old.dtype)
+    n, top, word = len(old), 8 * old.itemsize - 1, steps.dtype.type
     for i in range(n):
-        signed[i] = _ordered(new[i], top) - _ordered(old[i], top)
+        step = _ordered(new[i], top) - _ordered(old[i], top)
+        steps[i] = word(step << 1) ^ word(-((step >> top) & 1))
     steps[n : n + _LANES] = 0
     count = _ZERO
     for i in range(0, n, _LANES):
-        bits = _nonzero(steps, i, ~steps.dtype.type(0))
+        bits = _nonzero(steps, i, ~word(0))
         _positions(i, bits, gaps, count)
         _compress(steps, i, bits, steps, count)
         count += _ones(bits)
@@ -372,7 +373,7 @@ def _write_block(
         gaps[i] = position - last - 1
         last = position
     for i in range(count):
-        signed[i] = ((signed[i] << 1) ^ (signed[i] >> top)) - 1
+        steps[i] -= word(1)
     gaps[count : count + _LANES] = 0
     steps[count : count + _LANES] = 0
     start, full = at + HEADER, at + HEADER + new.nbytes
