@@ -21,8 +21,8 @@ import numpy as np
 from actors.config import TeacherConfig
 from actors.errors import CampaignError, UserError
 from actors.progress import advance
-from actors.scoring import ScoresApart, TeacherCounts, check_probe, probe, score_with
-from actors.trajectory import TeacherScores, Trajectories, offsets_of
+from actors.scoring import Scorer, probe
+from actors.trajectory import Trajectories, offsets_of
 
 ATTEMPTS = 6
 """Of one request, over all servers; waits between them grow from FIRST_WAIT_SECONDS to a minute."""
@@ -53,7 +53,7 @@ class _Refused(Exception):
     """The server has understood us, and will not: trying again would not help."""
 
 
-class HttpTeacher(ScoresApart):
+class HttpTeacher(Scorer):
     """One client of the servers. Its self-test is that of every teacher, asked over the wire."""
 
     def __init__(self, config: TeacherConfig, key: str = "teacher", vocabulary: int | None = None):
@@ -71,24 +71,9 @@ class HttpTeacher(ScoresApart):
             if not secret:
                 raise UserError(f"{key}.api_key_variable", f"{config.api_key_variable}, which is not set", "a variable")
             self._headers = {"Authorization": f"Bearer {secret}"}
-        self._busy_seconds = 0.0
         self._echo = False
         self._find_dialect()
-        written = probe(vocabulary or 1024)
-        first, second = (self.score(written.ids, written)[1].logprobs for _ in range(2))
-        self._probe_logprob = check_probe(key, first, second, vocabulary or 1024, repeats=REPEATS)
-
-    def score(
-        self,
-        ids: np.ndarray,
-        *batches: Trajectories,
-        prompts: tuple[np.ndarray, np.ndarray] | None = None,
-        log_weights: np.ndarray | None = None,
-    ) -> tuple[TeacherCounts, TeacherScores]:
-        """As TeacherActor.score. CampaignError: all servers have failed ATTEMPTS times."""
-        counts, scores = score_with(self._forward, self._name, self._vocabulary, ids, batches, prompts, log_weights)
-        self._busy_seconds += counts.busy_seconds
-        return counts, scores
+        self._self_test(key, vocabulary or 1024, REPEATS)
 
     def generate(
         self,
@@ -115,10 +100,6 @@ class HttpTeacher(ScoresApart):
         rows = [np.array([_token_id(t) for t in _choice(a)["logprobs"]["tokens"]], np.int32) for a in answers]
         return np.concatenate(rows), offsets_of(map(len, rows))
 
-    def status(self) -> dict[str, float]:
-        """Busy seconds so far, and the mean log-prob of the self-test's probe."""
-        return {"busy_seconds": self._busy_seconds, "probe_logprob": self._probe_logprob}
-
     def _find_dialect(self) -> None:
         text = probe(self._vocabulary).response_tokens[:4].tolist()
         problems = []
@@ -142,6 +123,7 @@ class HttpTeacher(ScoresApart):
         return {"prompt": text, "max_tokens": 1, "temperature": 0, "prompt_logprobs": count}
 
     def _forward(self, trajectories: Trajectories) -> dict[str, np.ndarray]:
+        """As Scorer. CampaignError: all servers have failed ATTEMPTS times."""
         texts = [
             np.concatenate(pair).tolist()
             for pair in zip(

@@ -1,7 +1,7 @@
 """What all teachers do alike, whatever computes their log-probs: from trajectories to scores, and the self-test. Pure."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -12,8 +12,6 @@ from actors.trajectory import TeacherScores, Trajectories, apart, offsets_of, se
 
 PLAUSIBLE = (-1000.0, 1e-3)
 """Nats. A log-prob outside is no teacher's opinion, but a sentinel such as -9999, or not a log-prob at all."""
-Forward = Callable[[Trajectories], dict[str, np.ndarray]]
-"""The fields of TeacherScores that have one row for each response token: `logprobs` [N] and those of the signal."""
 
 
 class TeacherCounts(NamedTuple):
@@ -37,39 +35,66 @@ class ScoresApart:
         return counts, light, *large
 
 
-def score_with(
-    forward: Forward,
-    name: str,
-    vocabulary: int,
-    ids: np.ndarray,
-    batches: Sequence[Trajectories],
-    prompts: tuple[np.ndarray, np.ndarray] | None,
-    log_weights: np.ndarray | None,
-) -> tuple[TeacherCounts, TeacherScores]:
-    """The scores of the trajectories with these ids [B, 3], in this order, under the teacher of this name.
+class Scorer(ScoresApart):
+    """A teacher that asks a model itself. What it does in another way than the others is `_forward`."""
 
-    prompts: what the teacher reads in place of the student's prompts, tokens [P] and offsets [B + 1]. log_weights: [B]
-    its shares in a mixture, passed on. vocabulary: the teacher's rows; a token beyond them has no score. A token whose
-    score, or part of its support, is missing, not finite or implausible has the score NaN, and is counted.
-    """
-    start = time.perf_counter()
-    trajectories = select_trajectories(ids, batches)
-    if prompts is not None:
-        trajectories = replace(trajectories, prompt_tokens=prompts[0], prompt_offsets=prompts[1])
-    fields = forward(trajectories)
-    known = trajectories.response_tokens < vocabulary  # further rows are the student's padding
-    known &= (fields["logprobs"] > PLAUSIBLE[0]) & (fields["logprobs"] <= PLAUSIBLE[1])
-    support = fields["support_logprobs"]
-    known &= (np.isfinite(support) & (support <= PLAUSIBLE[1])).all(-1)
-    fields["logprobs"][~known] = np.nan
-    scores = TeacherScores(
-        ids=trajectories.ids,
-        response_offsets=trajectories.response_offsets,
-        teacher=name,
-        log_weights=np.zeros(len(ids), np.float32) if log_weights is None else log_weights,
-        **fields,
-    )
-    return TeacherCounts(int(np.isnan(scores.logprobs).sum()), time.perf_counter() - start), scores
+    _name: str
+    """In the configuration."""
+    _vocabulary: int
+    """Rows of its output layer, of those that the student has: a token beyond them has no score."""
+    _busy_seconds = 0.0
+    _probe_logprob: float
+
+    def _forward(self, trajectories: Trajectories) -> dict[str, np.ndarray]:
+        """The fields of TeacherScores that have one row for each response token: what `signal` asks for, else empty."""
+        raise NotImplementedError
+
+    def score(
+        self,
+        ids: np.ndarray,
+        *batches: Trajectories,
+        prompts: tuple[np.ndarray, np.ndarray] | None = None,
+        log_weights: np.ndarray | None = None,
+    ) -> tuple[TeacherCounts, TeacherScores]:
+        """Scores the trajectories with these ids [B, 3], in this order.
+
+        prompts: what this teacher reads in place of the student's prompts, tokens [P] and offsets [B + 1], where it
+        has privileged information; the response is scored token by token all the same. log_weights: [B] its shares in
+        a mixture, passed on. A token whose score, or part of its support, is missing, not finite or implausible has the
+        score NaN, and is counted. The result depends on `ids` and on what was written, not on how the trajectories were
+        cut into batches on the way.
+        """
+        start = time.perf_counter()
+        trajectories = select_trajectories(ids, batches)
+        if prompts is not None:
+            trajectories = replace(trajectories, prompt_tokens=prompts[0], prompt_offsets=prompts[1])
+        fields = self._forward(trajectories)
+        known = trajectories.response_tokens < self._vocabulary  # further rows are the student's padding
+        known &= (fields["logprobs"] > PLAUSIBLE[0]) & (fields["logprobs"] <= PLAUSIBLE[1])
+        support = fields["support_logprobs"]
+        known &= (np.isfinite(support) & (support <= PLAUSIBLE[1])).all(-1)
+        fields["logprobs"][~known] = np.nan
+        scores = TeacherScores(
+            ids=trajectories.ids,
+            response_offsets=trajectories.response_offsets,
+            teacher=self._name,
+            log_weights=np.zeros(len(ids), np.float32) if log_weights is None else log_weights,
+            **fields,
+        )
+        seconds = time.perf_counter() - start
+        self._busy_seconds += seconds
+        return TeacherCounts(int(np.isnan(scores.logprobs).sum()), seconds), scores
+
+    def status(self) -> dict[str, float]:
+        """Busy seconds so far, and the mean log-prob of the self-test's probe, by which replicas are compared."""
+        return {"busy_seconds": self._busy_seconds, "probe_logprob": self._probe_logprob}
+
+    def _self_test(self, key: str, vocabulary: int, repeats: float = 0.0) -> np.ndarray:
+        """Scores a probe twice; returns the scores. CampaignError: as check_probe."""
+        written = probe(vocabulary)
+        first, second = (self.score(written.ids, written)[1].logprobs for _ in range(2))
+        self._probe_logprob = check_probe(key, first, second, vocabulary, repeats=repeats)
+        return first
 
 
 def probe(vocabulary: int) -> Trajectories:

@@ -15,12 +15,12 @@ from actors.errors import CampaignError, WeightError
 from actors.logprobs import chunked_head, to_array, token_logprobs
 from actors.models import load_model, response_head
 from actors.progress import advance
-from actors.scoring import ScoresApart, TeacherCounts, check_probe, probe, score_with
-from actors.trajectory import FINISH_REASONS, Requests, RolloutCounts, TeacherScores, Trajectories, offsets_of
+from actors.scoring import Scorer, probe
+from actors.trajectory import FINISH_REASONS, Requests, RolloutCounts, Trajectories, offsets_of
 from actors.weights import WeightVersion, join, shapes, unpack, verify
 
 
-class TeacherActor(ScoresApart):
+class TeacherActor(Scorer):
     """One Hugging Face model, frozen, or given the weights of each version where it follows the student."""
 
     def __init__(self, config: TeacherConfig, key: str = "teacher", vocabulary: int | None = None):
@@ -48,26 +48,8 @@ class TeacherActor(ScoresApart):
         if vocabulary is not None:
             self._weight = self._weight[:vocabulary]
             self._bias = None if self._bias is None else self._bias[:vocabulary]
-        self._busy_seconds = 0.0
-        self._probe_logprob = self._self_test(key)
-
-    def score(
-        self,
-        ids: np.ndarray,
-        *batches: Trajectories,
-        prompts: tuple[np.ndarray, np.ndarray] | None = None,
-        log_weights: np.ndarray | None = None,
-    ) -> tuple[TeacherCounts, TeacherScores]:
-        """Scores the trajectories with these ids [B, 3], in this order.
-
-        prompts: what this teacher reads in place of the student's prompts, tokens [P] and offsets [B + 1], where it
-        has privileged information; the response is scored token by token all the same. log_weights: [B] its shares in
-        a mixture, passed on. A forward pass takes `microbatch_tokens` tokens, the head `head_chunk_tokens` at a time. The result depends on
-        `ids` and on what was written, not on how the trajectories were cut into batches on the way.
-        """
-        counts, scores = score_with(self._forward, self._name, len(self._weight), ids, batches, prompts, log_weights)
-        self._busy_seconds += counts.busy_seconds
-        return counts, scores
+        self._vocabulary = len(self._weight)
+        self._compare(self._self_test(key, self._vocabulary), key)
 
     @torch.no_grad()
     def load_weights(self, *published: np.ndarray | WeightVersion) -> None:
@@ -83,7 +65,7 @@ class TeacherActor(ScoresApart):
 
     @torch.inference_mode()
     def _forward(self, trajectories: Trajectories) -> dict[str, np.ndarray]:
-        """The fields of TeacherScores that have one row for each response token: what `signal` asks for, else empty."""
+        """A forward pass takes `microbatch_tokens` tokens, the head `head_chunk_tokens` at a time."""
         signal, total = self._config.signal, len(trajectories.response_tokens)
         vocabulary, hidden_size = self._weight.shape
         named = torch.from_numpy(trajectories.support_ids.astype(np.int64)).to(self._device)
@@ -126,22 +108,16 @@ class TeacherActor(ScoresApart):
                 fields["hidden"][batch.tokens] = to_array(states)
         return fields
 
-    def _self_test(self, key: str) -> float:
-        """Mean log-prob of a probe text, after a check that scores can be trusted; replicas are compared by it.
-
-        CampaignError: as check_probe, or not what a plain forward pass of the model gives.
-        """
-        written = probe(len(self._weight))
-        first, second = (self.score(written.ids, written)[1].logprobs for _ in range(2))
-        mean = check_probe(key, first, second, len(self._weight))
+    def _compare(self, scored: np.ndarray, key: str) -> None:
+        """CampaignError: the scores of the probe are not what a plain forward pass of the model gives."""
+        written = probe(self._vocabulary)
         text = np.concatenate([written.prompt_tokens, written.response_tokens]).astype(np.int64)
         with torch.inference_mode():
             tokens = torch.from_numpy(text).to(self._device)[None]
-            logits = self._model(tokens, use_cache=False).logits[0, :-1, : len(self._weight)].float()
+            logits = self._model(tokens, use_cache=False).logits[0, :-1, : self._vocabulary].float()
             plain = token_logprobs(torch.log_softmax(logits, -1), tokens[0, 1:]).cpu().numpy()
-        if np.abs(first - plain).max() > (1e-3 if self._config.dtype == "float32" else 0.2):
+        if np.abs(scored - plain).max() > (1e-3 if self._config.dtype == "float32" else 0.2):
             raise CampaignError(f"{key} fails its self-test: scores differ from a plain forward pass")
-        return mean
 
     def generate(
         self,
@@ -217,10 +193,6 @@ class TeacherActor(ScoresApart):
         seconds = time.perf_counter() - start
         versions = np.full(len(requests.ids), policy_version, np.int32)
         return RolloutCounts(np.diff(offsets), versions, ~stopped, seconds), written
-
-    def status(self) -> dict[str, float]:
-        """Busy seconds so far, and the mean log-prob of the self-test's probe."""
-        return {"busy_seconds": self._busy_seconds, "probe_logprob": self._probe_logprob}
 
 
 def _counted(_tokens: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:

@@ -13,15 +13,15 @@ import numpy as np
 from actors.config import TeacherConfig
 from actors.errors import UserError
 from actors.models import load_config
-from actors.scoring import ScoresApart, TeacherCounts, check_probe, probe, score_with
-from actors.trajectory import TeacherScores, Trajectories, offsets_of
+from actors.scoring import Scorer
+from actors.trajectory import Trajectories, offsets_of
 from actors.vllm_build import build_llm, importing_vllm
 
 REPEATS = 0.02
 """Nats by which an answer may differ when asked again: batches are cut differently, and kernels follow their shape."""
 
 
-class VllmTeacher(ScoresApart):
+class VllmTeacher(Scorer):
     """One frozen model in a vLLM engine of this process, or of one process for each GPU it is spread over."""
 
     def __init__(self, config: TeacherConfig, key: str = "teacher", vocabulary: int | None = None):
@@ -45,24 +45,10 @@ class VllmTeacher(ScoresApart):
         }
         keep_tensors()
         self._llm = build_llm(options, config.engine, f"teachers.{self._name}.engine")
-        self._busy_seconds = 0.0
-        written = probe(self._vocabulary)
-        first, second = (self.score(written.ids, written)[1].logprobs for _ in range(2))
-        self._probe_logprob = check_probe(key, first, second, self._vocabulary, repeats=REPEATS)
-
-    def score(
-        self,
-        ids: np.ndarray,
-        *batches: Trajectories,
-        prompts: tuple[np.ndarray, np.ndarray] | None = None,
-        log_weights: np.ndarray | None = None,
-    ) -> tuple[TeacherCounts, TeacherScores]:
-        """As TeacherActor.score. UserError: a trajectory is longer than the engine's context."""
-        counts, scores = score_with(self._forward, self._name, self._vocabulary, ids, batches, prompts, log_weights)
-        self._busy_seconds += counts.busy_seconds
-        return counts, scores
+        self._self_test(key, self._vocabulary, REPEATS)
 
     def _forward(self, trajectories: Trajectories) -> dict[str, np.ndarray]:
+        """As Scorer. UserError: a trajectory is longer than the engine's context."""
         from vllm import SamplingParams
 
         # A token that the engine has no row for would end it; its score is masked afterwards.
@@ -115,10 +101,6 @@ class VllmTeacher(ScoresApart):
         answers = self._llm.generate(prompts, params, use_tqdm=False)
         rows = [np.asarray(answer.outputs[0].token_ids, np.int32) for answer in answers]
         return np.concatenate(rows), offsets_of(map(len, rows))
-
-    def status(self) -> dict[str, float]:
-        """Busy seconds so far, and the mean log-prob of the self-test's probe."""
-        return {"busy_seconds": self._busy_seconds, "probe_logprob": self._probe_logprob}
 
 
 def keep_tensors() -> None:

@@ -3,7 +3,18 @@
 import numpy as np
 import pytest
 
-from actors.scoring import probe, score_with
+from actors.scoring import Scorer, probe
+from actors.trajectory import Trajectories
+
+
+class Teacher(Scorer):
+    """Says always the same."""
+
+    def __init__(self, fields: dict[str, np.ndarray]):
+        self._name, self._vocabulary, self._fields = "wise", 40, fields
+
+    def _forward(self, trajectories: Trajectories) -> dict[str, np.ndarray]:
+        return self._fields
 
 
 @pytest.mark.parametrize(
@@ -17,16 +28,13 @@ def test_a_score_that_cannot_be_true_masks_its_token_and_is_counted(where: str, 
     written = probe(40)
     count = len(written.response_tokens)
 
-    def forward(_trajectories: object) -> dict[str, np.ndarray]:
-        fields = {
-            "logprobs": np.full(count, -2.0, np.float32),
-            "support_ids": np.zeros((count, 3), np.int32),
-            "support_logprobs": np.full((count, 3), -3.0, np.float32),
-        }
-        fields[where].reshape(count, -1)[5, -1] = wrong
-        return fields
-
-    counts, scores = score_with(forward, "wise", 40, written.ids, [written], None, None)
+    fields = {
+        "logprobs": np.full(count, -2.0, np.float32),
+        "support_ids": np.zeros((count, 3), np.int32),
+        "support_logprobs": np.full((count, 3), -3.0, np.float32),
+    }
+    fields[where].reshape(count, -1)[5, -1] = wrong
+    counts, scores = Teacher(fields).score(written.ids, written)
     assert counts.missing == 1
     assert np.flatnonzero(np.isnan(scores.logprobs)).tolist() == [5]
 
@@ -37,5 +45,5 @@ def test_scores_at_the_edge_of_what_can_be_true_are_kept() -> None:
     edges = np.linspace(-999, 0, count, dtype=np.float32)
     fields = {"logprobs": edges, "support_logprobs": np.zeros((count, 0), np.float32),
               "support_ids": np.zeros((count, 0), np.int32)}  # fmt: skip
-    counts, scores = score_with(lambda _: fields, "wise", 40, written.ids, [written], None, None)
+    counts, scores = Teacher(fields).score(written.ids, written)
     assert counts.missing == 0 and np.array_equal(scores.logprobs, edges)
