@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from actors.answering import Answering
 from actors.config import LoraConfig, RolloutConfig, SamplingConfig, VerifierConfig
 from actors.delta import DeltaVersion, Receiver
 from actors.errors import EngineError
@@ -29,7 +30,7 @@ def _ends_with_the_engine() -> Iterator[None]:
         os._exit(13)
 
 
-class RolloutActor:
+class RolloutActor(Answering):
     """One vLLM engine. Methods are coroutines, so that calls overlap and the engine batches them together."""
 
     def __init__(
@@ -47,6 +48,7 @@ class RolloutActor:
     ):
         """keep_weights: a copy of the weights stays on the host, which deltas are applied to. verifier: of the rewards that
         are given to responses whose requests come with a reference. adapter: what is published are adapters like it."""
+        super().__init__()
         self._sampling = sampling
         self._reported_seconds = 0.0
         self._receiver = Receiver(keep_weights)
@@ -108,6 +110,8 @@ class RolloutActor:
     async def abort(self, ids: np.ndarray | None = None) -> None:
         """Gives up what is being generated, or of it these ids [B, 3]; the calls that asked for it end in AbortedError."""
         await asyncio.wrap_future(self._engine.abort(ids))
+        if ids is None:
+            self.forget()
 
     async def status(self) -> dict[str, float | int | None]:
         """Version of the weights, tokens sampled and busy seconds: what tells a working actor from a hung one; and how

@@ -80,12 +80,15 @@ def staleness(trajectories: int, seed: int) -> None:
 
 def many(updates: int) -> None:
     """The same load on 16 and 256 rollout actors, which live in four processes."""
-    print("| rollout actors | microseconds of the campaign process for each trajectory |\n|---|---|")
-    for actors in (16, 256, 16, 256):
-        times = Times(response=0.5, score=0.0001, update=0.01, load=0.001)
-        made = Simulation(times, updates, 1024, 8, 1, rollouts=actors, teachers=4, seats=2048 // actors, processes=4)
-        asyncio.run(made.run())
-        print(f"| {actors} | {made.cpu / made.trained * 1e6:.0f} |", flush=True)
+    print("| responses | rollout actors | microseconds of the campaign process for each trajectory |\n|---|---|---|")
+    for name, spread in (("equally long", 0.0), ("log-normal tail", TAIL)):
+        for actors in (16, 256, 16, 256):
+            times = Times(response=0.5, spread=spread, score=0.0001, update=0.01, load=0.001)
+            made = Simulation(
+                times, updates, 1024, 8, 1, rollouts=actors, teachers=4, seats=2048 // actors, processes=4
+            )
+            asyncio.run(made.run())
+            print(f"| {name} | {actors} | {made.cpu / made.trained * 1e6:.0f} |", flush=True)
 
 
 def plans(updates: int) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from actors.answering import Answering
 from actors.config import PromptsConfig, StudentConfig, TeacherConfig
 from actors.prompts import PromptSet
 from actors.rollout import RolloutCounts
@@ -53,10 +54,11 @@ class Times:
         return self.response * float(np.exp(self.spread * draw.standard_normal()))
 
 
-class SleepingRollout:
+class SleepingRollout(Answering):
     """In the place of actors.rollout.RolloutActor."""
 
     def __init__(self, times: Times, seats: int):
+        super().__init__()
         self._times, self._seats, self._free, self._version = times, seats, asyncio.Semaphore(seats), -1
 
     async def status(self) -> dict[str, int]:

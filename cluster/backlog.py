@@ -52,7 +52,7 @@ class Backlog:
         self._awaited: Counter[int] = Counter()
         """Trajectories that were sampled and are not with the learner yet, by the version of their oldest token."""
         self._turns = itertools.count()
-        """Of scoring: which of an id's scores are the last."""
+        """Of sampling and scoring: which of an id's trajectories and scores are the last."""
         self._tokens_at_once = min(teacher.microbatch_tokens for teacher in config.teachers.values())
 
     # ------------------------------------------------------------------------------------------------- what comes in
@@ -64,6 +64,7 @@ class Backlog:
 
     def sampled(self, work: Work, counts: RolloutCounts) -> None:
         """A rollout actor has answered."""
+        work.sampled_in = next(self._turns)
         work.lengths, work.oldest_versions, work.truncated = counts.lengths, counts.oldest_versions, counts.truncated
         self.sampling.count(work)
         self._state.ledger.sampled(work.numbers)

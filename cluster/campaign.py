@@ -168,9 +168,7 @@ class Campaign:
                 if self.config.learner.objective.estimator == "sft":
                     counts, reference = await self.teachers.sample(asked, self._versions.version, self.config.sampling)
                 else:
-                    counts, reference = await self.rollout.call(
-                        "generate", asked, returns=2, units=units, at=work.replica
-                    )
+                    counts, reference = await self.rollout.ask(asked, units=units, at=work.replica)
             except AbortedError:
                 return  # it was cut, as the ledger knows
             if not sampling.end(work):

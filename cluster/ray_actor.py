@@ -72,6 +72,8 @@ class Replica:
     node: str = ""
     """Where its actor is: Ray's id of the node."""
     process: int = 0
+    mailbox: Any = None
+    """Of its actor, once it has been asked for anything (ray_mailbox.py)."""
     version: int | None = None
     """Of the weights that a rollout actor holds."""
 

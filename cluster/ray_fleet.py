@@ -11,11 +11,13 @@ import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from ray.exceptions import RayActorError
 
 from actors.errors import ActorFaultError, CampaignError, LearnerLostError, StoreFullError, UserError
+from actors.trajectory import Requests, RolloutCounts
 from cluster.ray_actor import (
     DiedAtStartError,
     Replica,
@@ -31,6 +33,7 @@ from cluster.ray_actor import (
     streamed,
     whereabouts,
 )
+from cluster.ray_mailbox import Mailbox
 from cluster.restarts import Restarts
 from cluster.utilisation import Utilisation
 
@@ -122,7 +125,22 @@ class Fleet:
         With `returns` of 2 or more, the result is the first value and the references of the others, not fetched.
         ActorFaultError: it has made several actors fail. LostObjectError: what it was to be given is gone.
         """
-        failures, full_since = 0, 0.0
+
+        async def do(replica: Replica) -> Any:
+            handle = replica.handle
+            return await self._patiently(replica, lambda: invoke(handle, method, arguments, returns, keywords))
+
+        return await self._on_one(method, units, at, do)
+
+    async def ask(self, requests: Requests, *, units: int = 1, at: Replica | None = None) -> tuple[RolloutCounts, Any]:
+        """As a call of `generate` with two returns, together with others: the reference may hold more than these."""
+        return await self._on_one("generate", units, at, lambda replica: self._mailbox(replica).ask(requests))
+
+    async def _on_one(
+        self, method: str, units: int, at: Replica | None, do: Callable[[Replica], Awaitable[Any]]
+    ) -> Any:
+        """What `do` makes of the least busy replica, or of `at`; of another one as often as actors are lost under it."""
+        failures = 0
         while True:
             replica = at if at is not None and at.alive else await self._least_busy()
             handle = replica.handle
@@ -130,7 +148,7 @@ class Fleet:
             replica.calls += 1
             self._began(replica, method)
             try:
-                return await invoke(handle, method, arguments, returns, keywords)
+                return await do(replica)
             except RayActorError as error:
                 self._lost(replica, handle, "actor_died", cause_of(error), error)
             except ActorFaultError as error:
@@ -138,11 +156,6 @@ class Fleet:
                 if failures == ATTEMPTS:
                     raise
                 self._lost(replica, handle, "actor_failed", str(error), error)
-            except StoreFullError as error:
-                full_since = full_since or self._say_full(replica, error)
-                if time.monotonic() - full_since > self._hang_timeout:
-                    raise
-                await asyncio.sleep(1.0)
             finally:
                 self._ended(replica, method)
                 replica.under_way -= units
@@ -279,6 +292,23 @@ class Fleet:
         self._on_event("actor_started", actor=replica.name)
         self._in_background(self._watch(replica))
         await self._notify()
+
+    async def _patiently(self, replica: Replica, do: Callable[[], Awaitable[Any]]) -> Any:
+        """Again while the object store is full, which is waited for as long as for an actor that hangs."""
+        full_since = 0.0
+        while True:
+            try:
+                return await do()
+            except StoreFullError as error:
+                full_since = full_since or self._say_full(replica, error)
+                if time.monotonic() - full_since > self._hang_timeout:
+                    raise
+                await asyncio.sleep(1.0)
+
+    def _mailbox(self, replica: Replica) -> Mailbox:
+        if replica.mailbox is None or replica.mailbox.handle is not replica.handle:
+            replica.mailbox = Mailbox(replica.handle, replica.name, partial(self._patiently, replica))
+        return replica.mailbox
 
     async def _least_busy(self) -> Replica:
         async with self._changed:

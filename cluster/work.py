@@ -26,8 +26,10 @@ class Work:
     large: dict[TrajectoryId, list[Any]] = field(default_factory=dict)
     """Where the learner has several ranks: of each trajectory the references of LargeScores, one for each teacher that
     has scored it. Empty where scores are whole."""
-    turn: int = 0
-    """Scores that have come in a later turn replace earlier ones of the same id."""
+    sampled_in: int = 0
+    """The turn in which it was sampled: of an id that was sampled again, the last trajectory counts."""
+    scored_in: int = 0
+    """The turn in which it was scored, likewise."""
     lengths: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     """[B] response tokens."""
     oldest_versions: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
@@ -49,7 +51,7 @@ class Work:
 
     def receive(self, scores: list[Any], large: dict[TrajectoryId, list[Any]], turn: int) -> None:
         """It has been scored, perhaps with others: references of TeacherScores, and of LargeScores where they are apart."""
-        self.scores, self.turn = scores, turn
+        self.scores, self.scored_in = scores, turn
         self.large = {name: large[name] for name in self.names if large}
 
 
@@ -60,7 +62,7 @@ def merge(works: Sequence[Work]) -> Work:
     return Work(
         numbers=numbers[order].tolist(),
         ids=np.concatenate([work.ids for work in works])[order],
-        trajectories=_each_once(reference for work in works for reference in work.trajectories),
+        trajectories=_trajectories(works),
         lengths=np.concatenate([work.lengths for work in works])[order],
         parts=works,
     )
@@ -70,14 +72,14 @@ def gather(rows: Sequence[tuple[Work, int]]) -> Work:
     """Single trajectories, each the row of a scored work that holds it and perhaps others, in this order.
 
     Scores are in the order in which they came: of a trajectory that was lost and sampled again, the old ones may lie in
-    one object with those of another that was not, and the last ones count.
+    one object with those of another that was not, and the last ones count. So it is with trajectories.
     """
-    works = sorted(_each_once(work for work, _ in rows), key=lambda work: work.turn)
+    works = sorted(_each_once(work for work, _ in rows), key=lambda work: work.scored_in)
     names = {work: work.names for work in works if work.large}
     return Work(
         numbers=[work.numbers[row] for work, row in rows],
         ids=np.array([work.ids[row] for work, row in rows], np.int64).reshape(-1, 3),
-        trajectories=_each_once(reference for work in works for reference in work.trajectories),
+        trajectories=_trajectories(works),
         scores=_each_once(reference for work in works for reference in work.scores),
         large={names[work][row]: work.large[names[work][row]] for work, row in rows if work in names},
         lengths=np.array([work.lengths[row] for work, row in rows]),
@@ -108,6 +110,12 @@ def shared_out(work: Work, costs_B: np.ndarray, minibatches: int, ranks: int) ->
     for name, rank in zip(work.names, owner.tolist(), strict=True):
         found[rank] += work.large[name]
     return PerRank(found)
+
+
+def _trajectories(works: Iterable[Work]) -> list[Any]:
+    """References, in the order in which they came."""
+    in_order = sorted(works, key=lambda work: work.sampled_in)
+    return _each_once(reference for work in in_order for reference in work.trajectories)
 
 
 def _each_once(things: Iterable[Any]) -> list[Any]:

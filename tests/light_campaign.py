@@ -25,6 +25,7 @@ import yaml
 
 import cluster.fleets
 import cluster.run
+from actors.answering import joined
 from actors.delta import DeltaVersion, Receiver
 from actors.models import load_model
 from actors.tokenizer import load_tokenizer
@@ -87,6 +88,9 @@ class LocalFleet:
             replica.calls -= 1
         return result if returns == 1 else (result[0], *map(Reference, result[1:]))
 
+    async def ask(self, requests: Requests, *, units: int, at: Any) -> Any:
+        return await self.call("generate", requests, returns=2, units=units, at=at)
+
     async def call_each(self, method: str, *arguments: Any) -> list[Any]:
         return await asyncio.gather(*(self._on(replica, method, arguments, {}) for replica in self.replicas))
 
@@ -122,7 +126,16 @@ class LightRollout:
         self._judge = verifier and (load_tokenizer(model, False, "m"), make_verifier(verifier))
         self._model = load_model(model, "float32", "cpu", False, "student.model")
         self._receiver = Receiver(keep_weights)
+        self._answers: list[tuple[int, tuple[RolloutCounts, Trajectories]]] = []
         self._stop, self._length, self._version = set(stop_token_ids), sampling.max_response_tokens, -1
+
+    def post(self, box: str, asked: list[tuple[int, Requests]]) -> None:
+        """As actors.answering.Answering, of which this is an own one, since its methods are no coroutines."""
+        self._answers += [(number, self.generate(requests)) for number, requests in asked]
+
+    def take(self, box: str, again: bool) -> tuple[list[tuple[int, RolloutCounts]], Trajectories | None]:
+        answers, self._answers = self._answers, []
+        return [(number, counts) for number, (counts, _) in answers], joined([written for _, (_, written) in answers])
 
     @torch.no_grad()
     def generate(self, requests: Requests, greedy: bool = False) -> tuple[RolloutCounts, Trajectories]:

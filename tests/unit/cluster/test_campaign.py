@@ -18,7 +18,7 @@ from actors.errors import AbortedError, CampaignError, LostObjectError, UserErro
 from actors.prompts import PromptSet
 from actors.rollout import RolloutCounts
 from actors.scoring import TeacherCounts
-from actors.trajectory import TrajectoryId
+from actors.trajectory import TrajectoryId, offsets_of
 from cluster.campaign import Campaign
 from cluster.config import CampaignConfig, PipelineConfig
 from cluster.records import RunRecords, read_jsonl
@@ -41,6 +41,8 @@ class World:
         self.fail_at, self.error = fail_at, error
         self.version = 0
         self.trained: list[list[tuple[int, int, int]]] = []
+        self.written: dict[tuple, int] = {}
+        """Of each id the version that last wrote it."""
         self.staleness: list[int] = []
         self.under_way = self.most_under_way = 0
         self.interrupt_at: int | None = None
@@ -76,12 +78,20 @@ class FakeFleet:
 
 
 class FakeRollout(FakeFleet):
+    """Answers that are ready at about the same time come in one object, as from a real one."""
+
     seats = 100
 
-    async def call(self, method: str, requests: Any = None, *, returns: int = 1, units: int = 1, at: Any = None) -> Any:
-        if method == "status":
-            return {"seats": self.seats}
-        assert (method, returns) == ("generate", 2) and units >= len(requests.ids)
+    def __init__(self, world: World, replicas: int):
+        super().__init__(world, replicas)
+        self._ready: list[tuple[dict[tuple, int], Any]] = []
+
+    async def call(self, method: str) -> Any:
+        assert method == "status"
+        return {"seats": self.seats}
+
+    async def ask(self, requests: Any, *, units: int, at: Any = None) -> Any:
+        assert units >= len(requests.ids)
         replica = at or self.world.draw.choice(self.replicas)
         units = len(requests.ids)
         self.world.under_way += units
@@ -89,10 +99,24 @@ class FakeRollout(FakeFleet):
         version = replica.version
         await self.world.work("generate")
         self.world.under_way -= units
-        ids = [tuple(row) for row in requests.ids.tolist()]
+        written = {tuple(row): version for row in requests.ids.tolist()}
+        self.world.written |= written
         versions = np.full(units, version, np.int32)
-        counts = RolloutCounts(np.full(units, 3), versions, np.zeros(units, bool), 0.1)
-        return counts, Reference(("trajectories", dict.fromkeys(ids, version)))
+        return RolloutCounts(np.full(units, 3), versions, np.zeros(units, bool), 0.1), await self._sent(written)
+
+    async def _sent(self, written: dict[tuple, int]) -> Reference:
+        loop = asyncio.get_running_loop()
+        if not self._ready:
+            loop.call_later(self.world.draw.random() * self.world.delay, self._send)
+        self._ready.append((written, loop.create_future()))
+        return await self._ready[-1][1]
+
+    def _send(self) -> None:
+        ready, self._ready = self._ready, []
+        reference = Reference(("trajectories", {row: v for written, _ in ready for row, v in written.items()}))
+        for _, future in ready:
+            if not future.done():
+                future.set_result(reference)
 
     async def call_each(self, method: str, *arguments: Reference) -> list[Any]:
         if method == "abort":
@@ -138,6 +162,7 @@ class FakeLearner(FakeFleet):
         }
         scored = {k for kind, rows in (b.value for b in batches) if kind == "scores" for k in rows}
         assert scored >= set(trained), "trained on what has no score"
+        assert {row: versions[row] for row in trained} == {row: self.world.written[row] for row in trained}
         self.world.staleness += [self.world.version - versions[row] for row in trained]
         self.world.trained.append(trained)
         self.world.version += 1
@@ -199,12 +224,13 @@ def campaign(
     teachers: int = 1,
     evaluator: Any = None,
     rollout: Any = None,
+    prompt_lengths: Any = (1,) * 11,
 ) -> Campaign:
     state, _ = load_state(config)
     world.version = state.step
     prompts = PromptSet(
-        tokens=np.zeros(11, np.int32),
-        offsets=np.arange(12),
+        tokens=np.zeros(sum(prompt_lengths), np.int32),
+        offsets=offsets_of(prompt_lengths),
         references=[None] * 11,
         domains=[None] * 11,
         texts=[""] * 11,
@@ -228,7 +254,7 @@ def run(made: Campaign) -> bool:
 
 
 def all_ids(made: Campaign, numbers: Any) -> list[tuple[int, int, int]]:
-    return [made._id(number) for number in numbers]
+    return [made._backlog._id(number) for number in numbers]
 
 
 @pytest.mark.parametrize(("rollouts", "teachers", "seed"), [(1, 1, 0), (2, 1, 1), (3, 2, 2), (9, 4, 3)])
@@ -305,11 +331,11 @@ def test_what_has_become_too_stale_is_dropped_with_the_reason_and_replaced(tmp_p
     class Straggler(FakeRollout):
         """The first work of all takes until two more updates have been taken without it."""
 
-        async def call(self, method: str, requests: Any = None, **keywords: Any) -> Any:
-            straggles = method == "generate" and not hasattr(self, "first")
+        async def ask(self, requests: Any, **keywords: Any) -> Any:
+            straggles = not hasattr(self, "first")
             if straggles:
                 self.first = True
-            answer = await super().call(method, requests, **keywords)
+            answer = await super().ask(requests, **keywords)
             while straggles and self.world.version < 2:
                 await asyncio.sleep(0.001)
             return answer
@@ -349,7 +375,7 @@ class Slow(FakeRollout):
         super().__init__(world, replicas)
         self.calls, self.given_up, self.under_way = 0, 0, {}
 
-    async def call(self, method: str, requests: Any = None, **keywords: Any) -> Any:
+    async def ask(self, requests: Any, **keywords: Any) -> Any:
         self.calls += 1
         if self.calls % 9 == 0:
             gone = asyncio.Event()
@@ -358,7 +384,7 @@ class Slow(FakeRollout):
                 await asyncio.wait_for(gone.wait(), 0.5)
                 self.given_up += 1
                 raise AbortedError("aborted")
-        return await super().call(method, requests, **keywords)
+        return await super().ask(requests, **keywords)
 
     async def tell(self, replica: Any, method: str, ids: np.ndarray) -> None:
         given_to, gone = self.under_way[ids.tobytes()]

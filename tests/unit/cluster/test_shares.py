@@ -1,6 +1,5 @@
 """What teachers send of each trajectory by itself, on its way to the rank of the learner that trains on it."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +7,9 @@ import numpy as np
 import pytest
 
 from actors.scoring import TeacherCounts
-from actors.trajectory import RolloutCounts, TrajectoryId, offsets_of
+from actors.trajectory import RolloutCounts, TrajectoryId
 from cluster.teachers import Lessons, Teachers
-from cluster.work import PerRank, Work, gather, shared_out
+from cluster.work import PerRank, Work, gather, merge, shared_out
 from learner.batch import minibatch_rows
 from learner.sharding import owners
 from tests.unit.cluster.test_campaign import (
@@ -35,11 +34,8 @@ def response_length(name: TrajectoryId) -> int:
 
 
 class UnevenRollout(FakeRollout):
-    async def call(self, method: str, requests: Any = None, **how: Any) -> Any:
-        answer = await super().call(method, requests, **how)
-        if method != "generate":
-            return answer
-        counts, reference = answer
+    async def ask(self, requests: Any, **how: Any) -> Any:
+        counts, reference = await super().ask(requests, **how)
         lengths = np.array([response_length(TrajectoryId(*row)) for row in requests.ids.tolist()])
         return RolloutCounts(lengths, *counts[1:]), reference
 
@@ -75,8 +71,7 @@ def test_each_rank_is_given_all_that_teachers_said_of_its_trajectories_alone(
     config, world = configuration(tmp_path, updates=12, bound=bound, samples=samples), World(bound=bound, delay=0.01)
     config.learner.replicas, config.learner.minibatches_per_update = RANKS, STEPS
     world.losing = {"score": 0.2, "update": 0.3}
-    made = campaign(config, world, rollout=UnevenRollout(world, 2))
-    made._prompts = replace(made._prompts, tokens=np.zeros(PROMPTS.sum(), np.int32), offsets=offsets_of(PROMPTS))
+    made = campaign(config, world, rollout=UnevenRollout(world, 2), prompt_lengths=PROMPTS)
     fleets: Any = {name: ApartTeacher(world, 2) for name in "ab"}
     for name, fleet in fleets.items():
         fleet.name = name
@@ -127,3 +122,15 @@ def test_scores_of_a_trajectory_that_was_lost_and_sampled_again_are_the_last() -
         update = gather(rows)
         assert update.scores == ["both, as they were", "the one, as it is now"]
         assert update.numbers == [work.numbers[0] for work, _ in rows]
+
+
+def test_a_trajectory_that_was_lost_and_sampled_again_is_the_last() -> None:
+    lost, waiting, again = (Work([number], np.array([(0, number, 0)])) for number in (0, 1, 0))
+    for turn, work in enumerate((lost, waiting, again)):
+        work.lengths = work.oldest_versions = work.truncated = np.array([1])
+        work.trajectories, work.sampled_in = ["both, as they were" if turn < 2 else "the one, as it is now"], turn
+    again.receive(["scores"], {}, 3)
+    waiting.receive(["scores"], {}, 4)  # of what was written together one was lost, and the other scored late
+    for rows in ([(again, 0), (waiting, 0)], [(waiting, 0), (again, 0)]):
+        assert gather(rows).trajectories == ["both, as they were", "the one, as it is now"]
+        assert merge([work for work, _ in rows]).trajectories == ["both, as they were", "the one, as it is now"]

@@ -1,0 +1,165 @@
+"""Requests that share calls, with a real Ray and actors that hold no model: who is answered with what, and when."""
+
+import asyncio
+import os
+import signal
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from ray.exceptions import OutOfDiskError
+
+from actors.answering import Answering
+from actors.errors import AbortedError, ActorFaultError
+from actors.trajectory import Requests, RolloutCounts, Trajectories
+from cluster.ray_actor import Resources
+from cluster.ray_fleet import Fleet
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(60), pytest.mark.usefixtures("ray_session")]
+ABORTED, DEFECT = 1001, 1002
+
+
+class Writer(Answering):
+    """A rollout actor without a model: the seed of a request says after how many milliseconds it is answered."""
+
+    def __init__(self, folder: str):
+        super().__init__()
+        self.folder, self.seen = Path(folder), {"process": os.getpid(), "posts": 0, "takes": 0, "generated": 0}
+
+    async def status(self) -> dict[str, int]:
+        return self.seen
+
+    async def post(self, box: str, asked: list[tuple[int, Requests]]) -> None:
+        self.seen["posts"] += 1
+        await super().post(box, asked)
+
+    async def take(self, box: str, again: bool) -> Any:
+        self.seen["takes"] += 1
+        taken = await super().take(box, again)
+        if (full := self.folder / "full").exists():
+            full.unlink()
+            raise OutOfDiskError("no room for what was taken")
+        return taken
+
+    async def generate(self, requests: Requests) -> tuple[RolloutCounts, Trajectories]:
+        self.seen["generated"] += 1
+        await asyncio.sleep(requests.seeds[0] / 1000)
+        sample = int(requests.ids[0, 2])
+        if sample == ABORTED:
+            raise AbortedError("aborted")
+        if sample == DEFECT:
+            raise ZeroDivisionError("a defect")
+        counts = RolloutCounts(np.array([sample + 1]), np.array([0]), np.array([False]), 0.0)
+        return counts, Trajectories(
+            ids=requests.ids,
+            prompt_tokens=requests.prompt_tokens,
+            prompt_offsets=requests.prompt_offsets,
+            response_tokens=np.full(sample + 1, sample, np.int32),
+            response_offsets=np.array([0, sample + 1]),
+            behaviour_logprobs=np.zeros(sample + 1, np.float32),
+            policy_versions=np.zeros(sample + 1, np.int32),
+            finish_reasons=np.zeros(1, np.uint8),
+        )
+
+
+def request(sample: int, milliseconds: int = 0) -> Requests:
+    ids, tokens = np.array([[0, 0, sample]]), np.array([5, 6], np.int32)
+    return Requests(ids=ids, seeds=np.array([milliseconds]), prompt_tokens=tokens, prompt_offsets=np.array([0, 2]))
+
+
+def with_fleet(folder: Path, replicas: int, body: Callable[[Fleet, list[str]], Awaitable[None]]) -> None:
+    async def run() -> None:
+        events: list[str] = []
+        fleet = Fleet(
+            "rollout", Writer, (str(folder),), {}, replicas=replicas, resources=Resources(0.1, 0.0), max_restarts=2,
+            start_timeout_seconds=30.0, on_event=lambda kind, **_: events.append(kind),
+        )  # fmt: skip
+        try:
+            async with asyncio.timeout(40):
+                await fleet.start()
+                await body(fleet, events)
+        finally:
+            fleet.close()
+
+    asyncio.run(run())
+
+
+async def written(answer: tuple[RolloutCounts, Any], sample: int) -> Trajectories:
+    """What the reference holds, where the answer is that to this sample."""
+    counts, reference = answer
+    assert counts.lengths.tolist() == [sample + 1]
+    found = await reference
+    [row] = np.flatnonzero(found.ids[:, 2] == sample)
+    start, end = found.response_offsets[row : row + 2]
+    assert (found.response_tokens[start:end] == sample).all() and end - start == sample + 1
+    return found
+
+
+def test_what_is_asked_together_goes_in_one_call_and_what_is_ready_together_comes_in_one(tmp_path: Path) -> None:
+    async def body(fleet: Fleet, _: Any) -> None:
+        order: list[int] = []
+
+        async def ask(sample: int, milliseconds: int) -> tuple[RolloutCounts, Any]:
+            answer = await fleet.ask(request(sample, milliseconds))
+            order.append(sample)
+            return answer
+
+        answers = await asyncio.gather(*(ask(sample, 1500 if sample == 0 else 300) for sample in range(9)))
+        [seen] = await fleet.call_each("status")
+        assert (seen["posts"], seen["generated"]) == (1, 9) and seen["takes"] <= 4
+        assert order[-1] == 0 and sorted(order) == list(range(9)), "none waits for a slower one"
+        found = [await written(answer, sample) for sample, answer in enumerate(answers)]
+        assert found[0].ids.shape == (1, 3)
+        assert max(len(one.ids) for one in found) > 2 and len({answer[1] for answer in answers}) == seen["takes"]
+        assert [replica.calls for replica in fleet.replicas] == [0]
+        await written(await fleet.ask(request(3)), 3)
+
+    with_fleet(tmp_path, 1, body)
+
+
+def test_an_error_is_that_of_one_request_and_an_answer_that_nobody_wants_is_in_nobodys_way(tmp_path: Path) -> None:
+    async def body(fleet: Fleet, events: list[str]) -> None:
+        given_up = asyncio.create_task(fleet.ask(request(1, 100)))
+        aborted = asyncio.create_task(fleet.ask(request(ABORTED, 150)))
+        fine = asyncio.create_task(fleet.ask(request(2, 300)))
+        await asyncio.sleep(0.05)
+        given_up.cancel()
+        with pytest.raises(AbortedError):
+            await aborted
+        await written(await fine, 2)
+        assert events == ["actor_started"]
+        with pytest.raises(ActorFaultError, match="generate failed: ZeroDivisionError: a defect"):
+            await fleet.ask(request(DEFECT))
+        assert events.count("actor_failed") == 1
+        await written(await fleet.ask(request(3)), 3)
+
+    with_fleet(tmp_path, 1, body)
+
+
+def test_what_an_actor_that_dies_was_asked_another_answers(tmp_path: Path) -> None:
+    async def body(fleet: Fleet, events: list[str]) -> None:
+        first = fleet.replicas[0]
+        asked = [asyncio.create_task(fleet.ask(request(i, 0 if i < 2 else 800), at=first)) for i in range(6)]
+        await asyncio.gather(*asked[:2])
+        os.kill(first.process, signal.SIGKILL)
+        for sample, answer in enumerate(await asyncio.gather(*asked)):
+            await written(answer, sample)
+        assert events.count("actor_died") == 1
+        await written(await fleet.ask(request(7), at=first), 7)
+
+    with_fleet(tmp_path, 2, body)
+
+
+def test_answers_for_which_there_was_no_room_are_sent_again_and_not_made_again(tmp_path: Path) -> None:
+    async def body(fleet: Fleet, events: list[str]) -> None:
+        (tmp_path / "full").touch()
+        asked = [asyncio.create_task(fleet.ask(request(i, 100 if i < 3 else 400))) for i in range(5)]
+        for sample, answer in enumerate(await asyncio.gather(*asked)):
+            await written(answer, sample)
+        [seen] = await fleet.call_each("status")
+        assert seen["generated"] == 5 and not (tmp_path / "full").exists()
+        assert events == ["actor_started", "object_store_full"]
+
+    with_fleet(tmp_path, 1, body)
