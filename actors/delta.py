@@ -78,7 +78,7 @@ def encode_delta(
     from actors.delta_code import BLOCK, HEADER, encode
 
     sizes = [new.nbytes for new in new_manifest.tensors]
-    payload, end = np.empty(sum(sizes) + HEADER * (1 + max(sizes, default=0) // BLOCK), np.uint8), 0
+    payload, end = np.empty(sum(sizes) + HEADER * (1 + max(sizes, default=0) // BLOCK) + 4, np.uint8), 0
     entries = []
     for base, new in zip(base_manifest.tensors, new_manifest.tensors, strict=True):
         advance()

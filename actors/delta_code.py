@@ -2,8 +2,9 @@
 
 A tensor is coded in blocks. A block is a header of two uint32 (bytes that follow it, changed elements) and two lists of
 numbers, one of each for every changed element: how many unchanged ones lie before it, and how far it moved in the order
-of the numbers of its dtype, where down 1, up 1, down 2, up 2 are 0, 1, 2, 3. Where nothing changed nothing follows; the
-new elements follow as they are where that is no longer than their code.
+of the numbers of its dtype, where down 1, up 1, down 2, up 2 are 0, 1, 2, 3. Where more than two fifths changed, a plane
+says which, in place of the first list. Where nothing changed nothing follows; the new elements follow as they are where
+that is no longer than their code.
 
 A list is a byte `order`, and planes: the lowest bit of every number, then the next, `order` of them. What lies above is
 coded in levels: a plane of those that are not 0; these go on, less 1. From the level `unary` on, a plane of their lowest
@@ -245,6 +246,23 @@ def _add_plane(code: np.ndarray, at: int, n: int, bit: int, values: np.ndarray) 
     return at + _bytes(n)
 
 
+@_kernel
+def _set_bits(code: np.ndarray, at: int, n: int) -> int:
+    found = _ZERO
+    for i in range(0, n, _LANES):
+        found += _ones(_word(code, at, i, n))
+    return found
+
+
+@_kernel
+def _spread(code: np.ndarray, at: int, n: int, values: np.ndarray, kept: int) -> None:
+    """The `kept` values go to where the plane's bits are set, 1 to the others; backwards, since none goes to the left."""
+    for i in range((n - 1) // _LANES * _LANES, -1, -_LANES):
+        bits = _word(code, at, i, n)
+        kept -= _ones(bits)
+        _expand(values, kept, bits, values, i)
+
+
 # Lists of numbers. Levels deal with what lies above the order, plus 1: going on is to be more than 1.
 
 
@@ -312,9 +330,7 @@ def _read_numbers(code: np.ndarray, at: int, end: int, n: int, unary: int, value
         at += _bytes(kept)
         if at > end or level == _LEVELS - 1:
             return -1
-        kept = 0
-        for i in range(0, counts[level], _LANES):
-            kept += _ones(_word(code, starts[level], i, counts[level]))
+        kept = _set_bits(code, starts[level], kept)
         if level >= unary:
             at += _bytes(kept)
         level += 1
@@ -330,10 +346,7 @@ def _read_numbers(code: np.ndarray, at: int, end: int, n: int, unary: int, value
             for i in range(kept):
                 values[i] <<= word(1)
             _add_plane(code, start + _bytes(here), kept, word(1), values)
-        for i in range((here - 1) // _LANES * _LANES, -1, -_LANES):  # backwards, since each goes to the right
-            bits = _word(code, start, i, here)
-            kept -= _ones(bits)
-            _expand(values, kept, bits, values, i)
+        _spread(code, start, here, values, kept)
         kept = here
     for i in range(n):
         values[i] = (values[i] - word(1)) << word(order)
@@ -352,6 +365,12 @@ def _ordered(bits: int, top: int) -> int:
 
 
 @_kernel
+def _many(count: int, n: int) -> bool:
+    """Whether a plane of n bits says in less time, and as few bytes, which `count` elements changed."""
+    return 5 * count > 2 * n
+
+
+@_kernel
 def _write_block(
     old: np.ndarray, new: np.ndarray, gaps: np.ndarray, steps: np.ndarray, out: np.ndarray, at: int
 ) -> int:
@@ -361,9 +380,10 @@ def _write_block(
         step = _ordered(new[i], top) - _ordered(old[i], top)
         steps[i] = word(step << 1) ^ word(-((step >> top) & 1))
     steps[n : n + _LANES] = 0
-    count = _ZERO
+    start, full, count = at + HEADER, at + HEADER + new.nbytes, _ZERO
     for i in range(0, n, _LANES):
         bits = _nonzero(steps, i, ~word(0))
+        _store(bits, out, start + (i >> 3))
         _positions(i, bits, gaps, count)
         _compress(steps, i, bits, steps, count)
         count += _ones(bits)
@@ -376,16 +396,34 @@ def _write_block(
         steps[i] -= word(1)
     gaps[count : count + _LANES] = 0
     steps[count : count + _LANES] = 0
-    start, full = at + HEADER, at + HEADER + new.nbytes
     end = start
     if count:
-        end = _write_numbers(gaps, count, _GAPS, out, start, full)
+        if _many(count, n):
+            end += _bytes(n)
+        else:
+            end = _write_numbers(gaps, count, _GAPS, out, start, full)
         end = _write_numbers(steps, count, _STEPS, out, end, full)
     if end == full:
         out[start:full] = new.view(np.uint8)
     _store(np.uint32(end - start), out, at)
     _store(np.uint32(count), out, at + 4)
     return end
+
+
+@_kernel
+def _scatter(gaps: np.ndarray, steps: np.ndarray, count: int, moves: np.ndarray) -> bool:
+    """moves = the steps, plus 1, at their places, 0 elsewhere; or False, if there are not as many places."""
+    reach, place = count, np.uint64(0)
+    for i in range(count):
+        reach += gaps[i]
+    if reach > len(moves):
+        return False
+    moves[:] = 0
+    for i in range(count):
+        place += gaps[i]
+        moves[place] = steps[i] + 1
+        place += np.uint64(1)
+    return True
 
 
 @_kernel
@@ -402,27 +440,29 @@ def _read_block(
     if end - start == new.nbytes:
         new.view(np.uint8)[:] = code[start:end]
         return end
-    at = start
-    if count:
-        at = _read_numbers(code, at, end, count, _GAPS, gaps)
+    if _many(count, n):
+        at = start + _bytes(n)
+        if at > end or _set_bits(code, start, n) != count:
+            return -1
         at = _read_numbers(code, at, end, count, _STEPS, steps)
-    reach = count
-    for i in range(count):
-        reach += gaps[i]
-    if at != end or reach > n:
-        return -1
-    new[:] = 0
-    place = np.uint64(0)
-    for i in range(count):
-        place += gaps[i]
-        new[place] = steps[i] + 1
-        place += np.uint64(1)
+        for i in range(count):
+            steps[i] += 2
+        _spread(code, start, n, steps, count)
+        for i in range(n):
+            new[i] = steps[i] - 1
+    else:
+        at = start
+        if count:
+            at = _read_numbers(code, at, end, count, _GAPS, gaps)
+            at = _read_numbers(code, at, end, count, _STEPS, steps)
+        if at != end or not _scatter(gaps, steps, count, new):
+            return -1
     for i in range(n):
         step = ((new[i] >> 1) & ((1 << top) - 1)) ^ -(new[i] & 1)
         new[i] = _ordered(old[i], top) + step
     for i in range(n):
         new[i] = _ordered(new[i], top)
-    return end
+    return end if at == end else -1
 
 
 @_cached_kernel
@@ -459,7 +499,7 @@ def encode(old: np.ndarray, new: np.ndarray, out: np.ndarray) -> int:
     """Writes the code of `new` to `out`; returns how many bytes that are.
 
     old, new: [elements] int16 or int32, bit patterns of floats.
-    out: [bytes] uint8, room for the new elements and HEADER bytes for every BLOCK of them, begun or full.
+    out: [bytes] uint8, room for the new elements, HEADER bytes for every BLOCK of them, begun or full, and 4.
     """
     return _write_tensor(_fixed(old), _fixed(new), *_scratch(old), out)
 
