@@ -75,10 +75,9 @@ def encode_delta(
     """(manifest, payload [bytes] uint8). A tensor whose code is not below `max_share` of its bytes travels dense."""
     if _layout(base_manifest) != _layout(new_manifest):
         raise WeightError(f"versions {base_manifest.version} and {new_manifest.version} are laid out differently")
-    from actors.delta_code import BLOCK, HEADER, encode
+    from actors.delta_code import encode, room
 
-    sizes = [new.nbytes for new in new_manifest.tensors]
-    payload, end = np.empty(sum(sizes) + HEADER * (1 + max(sizes, default=0) // BLOCK) + 4, np.uint8), 0
+    payload, end = np.empty(sum(room(new.nbytes) for new in new_manifest.tensors), np.uint8), 0
     entries = []
     for base, new in zip(base_manifest.tensors, new_manifest.tensors, strict=True):
         advance()

@@ -28,7 +28,7 @@ from numba.extending import intrinsic
 
 BLOCK = 1 << 16
 """Elements that are coded together: few enough for the cache, and for positions of 16 bits."""
-HEADER = 8
+_HEADER = 8
 """Bytes of the header of a block."""
 
 _GAPS, _STEPS = np.int64(4), np.int64(1)
@@ -374,13 +374,13 @@ def _many(count: int, n: int) -> bool:
 def _write_block(
     old: np.ndarray, new: np.ndarray, gaps: np.ndarray, steps: np.ndarray, out: np.ndarray, at: int
 ) -> int:
-    """Where the block ends, at most HEADER + new.nbytes behind `at`."""
+    """Where the block ends, at most _HEADER + new.nbytes behind `at`."""
     n, top, word = len(old), 8 * old.itemsize - 1, steps.dtype.type
     for i in range(n):
         step = _ordered(new[i], top) - _ordered(old[i], top)
         steps[i] = word(step << 1) ^ word(-((step >> top) & 1))
     steps[n : n + _LANES] = 0
-    start, full, count = at + HEADER, at + HEADER + new.nbytes, _ZERO
+    start, full, count = at + _HEADER, at + _HEADER + new.nbytes, _ZERO
     for i in range(0, n, _LANES):
         bits = _nonzero(steps, i, ~word(0))
         _store(bits, out, start + (i >> 3))
@@ -431,7 +431,7 @@ def _read_block(
     code: np.ndarray, at: int, old: np.ndarray, new: np.ndarray, gaps: np.ndarray, steps: np.ndarray
 ) -> int:
     """Where the block ends, or -1 if it is damaged."""
-    n, top, start = len(old), 8 * old.itemsize - 1, at + HEADER
+    n, top, start = len(old), 8 * old.itemsize - 1, at + _HEADER
     if start > len(code):
         return -1
     end, count = start + _ZERO + _load(code, at), _ZERO + _load(code, at + 4)
@@ -495,15 +495,22 @@ def _scratch(old: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.empty(room, np.uint16), np.empty(room, f"u{old.itemsize}")
 
 
+def room(nbytes: int) -> int:
+    """Bytes that `encode` may write to for a tensor of so many."""
+    return nbytes + _HEADER * (1 + nbytes // BLOCK) + 4
+
+
 def encode(old: np.ndarray, new: np.ndarray, out: np.ndarray) -> int:
     """Writes the code of `new` to `out`; returns how many bytes that are.
 
     old, new: [elements] int16 or int32, bit patterns of floats.
-    out: [bytes] uint8, room for the new elements, HEADER bytes for every BLOCK of them, begun or full, and 4.
+    out: [bytes] uint8, `room` for them.
     """
+    assert old.shape == new.shape and len(out) >= room(new.nbytes)
     return _write_tensor(_fixed(old), _fixed(new), *_scratch(old), out)
 
 
 def decode(code: np.ndarray, old: np.ndarray, new: np.ndarray) -> bool:
     """Writes the new elements to `new`, which has the shape of `old`. False: this is no code of so many elements."""
+    assert old.shape == new.shape
     return _read_tensor(_fixed(code), _fixed(old), new, *_scratch(old))
