@@ -114,7 +114,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lr", type=float, nargs="+", default=list(TARGETS))
     parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=int, default=40)
     arguments = parser.parse_args()
     count = sum(int(np.prod(shape)) for shape in shapes().values())
     print(f"{count / 1e6:.1f}M parameters, bf16, AdamW steps {arguments.steps - MEASURED + 1}-{arguments.steps}\n")

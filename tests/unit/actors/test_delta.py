@@ -1,3 +1,5 @@
+import ctypes
+import mmap
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
@@ -307,7 +309,7 @@ def test_a_bit_flip_is_refused_or_harmless_behind_the_checksum(
             continue
         assert manifest == after[0] and same(buckets, after[1])
         harmless += 1
-    assert harmless < len(payload)
+    assert 0 < harmless < len(payload)
 
 
 @settings(max_examples=300, deadline=None)
@@ -366,6 +368,7 @@ LIST = b"\x00\x01\x00"
         header(7, 1) + b"\x10" + b"\xff" * 6,
         header(60, 40) + b"\x00" + b"\xff" * 59,  # numbers that do not end
         header(60, 1) + b"\x00" + b"\xff" * 59,
+        header(21, 1) + b"\x11" + bytes(20),  # even where all its planes are there
         header(7, 1) + b"\x06" + b"\xff" * 6,  # a list that ends behind its block
         header(8, 1) + b"\x00\x00" + LIST + bytes(3),  # and one before
         header(10, 1) + b"\x06\xff\xff\xff\xff\xff\xff\x00\x00\x00",  # a place behind the last
@@ -381,6 +384,31 @@ LIST = b"\x00\x01\x00"
 def test_absurd_blocks_are_refused(code: bytes) -> None:
     old = np.zeros(40, np.int16)
     assert not decode(np.frombuffer(code, np.uint8), old, old.copy())
+
+
+def test_a_number_without_an_end_is_refused() -> None:
+    old = np.zeros(BLOCK, np.int16)
+    code = header(2 * BLOCK - 1, 1) + b"\x00" + b"\xff" * (2 * BLOCK - 2)
+    assert not decode(np.frombuffer(code, np.uint8), old, old.copy())
+
+
+def test_nothing_behind_a_code_is_read() -> None:
+    """The page behind it is not mapped."""
+    rng = np.random.default_rng(5)
+    pages = mmap.mmap(-1, 2 * mmap.PAGESIZE)
+    place = ctypes.addressof(ctypes.c_char.from_buffer(pages))
+    mprotect = ctypes.CDLL(None, use_errno=True).mprotect
+    mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    assert mprotect(place + mmap.PAGESIZE, mmap.PAGESIZE, 0) == 0
+    old = weights(900, rng)
+    for _ in range(1000):
+        code = code_of(old, drift(old, rng.choice([0.02, 0.3, 1]), rng, 3)).copy()
+        code[rng.integers(len(code), size=2)] = rng.integers(256, size=2)
+        code[:4] = np.frombuffer((len(code) - 8).to_bytes(4, "little"), np.uint8)
+        at_the_end = np.frombuffer(pages, np.uint8, len(code), mmap.PAGESIZE - len(code))
+        at_the_end[:] = code
+        decode(at_the_end, old.view(np.int16), old.view(np.int16).copy())
+    assert mprotect(place + mmap.PAGESIZE, mmap.PAGESIZE, mmap.PROT_READ | mmap.PROT_WRITE) == 0
 
 
 def test_the_shortest_blocks_are_read() -> None:
