@@ -171,12 +171,15 @@ def _expand(_: Any, source: Any, at: Any, bits: Any, target: Any, to: Any) -> An
             values = _masked(builder, "masked.expandload", place, bits, ir.Constant(vector, [1] * _LANES))
             _write(builder, values, to)
             return
-        place = builder.gep(place, [builder.ctpop(bits)])
-        for lane in reversed(range(_LANES)):
-            bit = _bit(builder, bits, lane)
-            place = builder.gep(place, [builder.neg(bit)])
-            value = builder.select(builder.trunc(bit, ir.IntType(1)), builder.load(place), vector.element(1))
-            builder.store(value, builder.gep(to, [_WORD(lane)]))
+        place, one = builder.gep(place, [builder.ctpop(bits)]), vector.element(1)
+        for lane in reversed(range(_LANES)):  # backwards, since source and target may be one
+            less = builder.neg(_bit(builder, bits, lane))
+            place = builder.gep(place, [less])
+            chosen = builder.and_(
+                builder.sub(builder.load(place), one),
+                builder.trunc(less, vector.element) if vector.element.width < _LANES else less,
+            )
+            builder.store(builder.add(chosen, one), builder.gep(to, [_WORD(lane)]))
 
     return types.void(source, types.intp, types.uint32, target, types.intp), _built(emit)
 
@@ -455,7 +458,7 @@ def _read_block(
         if count:
             at = _read_numbers(code, at, end, count, _GAPS, gaps)
             at = _read_numbers(code, at, end, count, _STEPS, steps)
-        if at != end or not _scatter(gaps, steps, count, new):
+        if not _scatter(gaps, steps, count, new):
             return -1
     for i in range(n):
         step = ((new[i] >> 1) & ((1 << top) - 1)) ^ -(new[i] & 1)
