@@ -337,8 +337,6 @@ def _read_numbers(code: np.ndarray, at: int, end: int, n: int, unary: int, value
         if level >= unary:
             at += _bytes(kept)
         level += 1
-    if at > end:
-        return -1
     while level:
         level -= 1
         here, start = counts[level], starts[level]
@@ -438,12 +436,12 @@ def _read_block(
     if start > len(code):
         return -1
     end, count = start + _ZERO + _load(code, at), _ZERO + _load(code, at + 4)
-    if end > len(code) or count > n:
+    if end > len(code):
         return -1
     if end - start == new.nbytes:
         new.view(np.uint8)[:] = code[start:end]
         return end
-    if _many(count, n):
+    if _many(count, n):  # so it is if there are more than n
         at = start + _bytes(n)
         if at > end or _set_bits(code, start, n) != count:
             return -1

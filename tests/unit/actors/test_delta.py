@@ -414,7 +414,9 @@ def test_nothing_behind_a_code_is_read() -> None:
 def test_the_shortest_blocks_are_read() -> None:
     old = np.arange(40, dtype=np.int16)
     new = old.copy()
-    for code, place, value in ((header(0, 0), 0, 0), (header(5, 1) + LIST + b"\x00\x00", 1, 0)):
+    padded = b"\x00\xfe" + b"\x00\xfe"  # bits behind the end of a plane, which mean nothing
+    codes = ((header(0, 0), 0, 0), (header(5, 1) + LIST + b"\x00\x00", 1, 0), (header(4, 1) + padded, 0, -(1 << 15)))
+    for code, place, value in codes:
         assert decode(np.frombuffer(code, np.uint8), old, new)
         assert new[place] == value and np.array_equal(np.delete(new, place), np.delete(old, place))
     plane = header(9, 20) + b"\xff\xff\x0f\x00\x00" + b"\x00" + bytes(3)
