@@ -57,9 +57,10 @@ class Times:
 class SleepingRollout(Answering):
     """In the place of actors.rollout.RolloutActor."""
 
-    def __init__(self, times: Times, seats: int):
+    def __init__(self, times: Times, seats: int, sharing: int):
+        """sharing: how many actors this process stands for, each with as many seats."""
         super().__init__()
-        self._times, self._seats, self._free, self._version = times, seats, asyncio.Semaphore(seats), -1
+        self._times, self._seats, self._free, self._version = times, seats, asyncio.Semaphore(seats * sharing), -1
 
     async def status(self) -> dict[str, int]:
         """As the real one."""
@@ -238,7 +239,8 @@ class Simulation:
             made.processes = min(self.processes or replicas, replicas)
             return made
 
-        rollout = fleet("rollout", SleepingRollout, self.times, self.seats, replicas=self.rollouts)
+        sharing = self.rollouts // min(self.processes or self.rollouts, self.rollouts)
+        rollout = fleet("rollout", SleepingRollout, self.times, self.seats, sharing, replicas=self.rollouts)
         teacher = fleet("teacher.default", SleepingTeacher, self.times, replicas=self.teachers)
         learner = fleet("learner", SleepingLearner, self.times, self.max_staleness, replicas=1)
         with tempfile.TemporaryDirectory() as folder:
