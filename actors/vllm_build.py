@@ -2,8 +2,8 @@
 
 import gc
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from actors.errors import UserError
@@ -52,6 +52,7 @@ def build_llm(options: dict[str, Any], more: dict[str, Any], key: str) -> Any:
     if not torch.cuda.is_available():
         options |= {"kv_cache_memory_bytes": CPU_KV_CACHE_BYTES, "enforce_eager": True}
         _skip_model_inspection(options["model"])
+        _look_into_dictionaries_alone()
     gc.disable()
     try:
         llm: Any = LLM(**options | more)
@@ -71,6 +72,23 @@ def _counted(step: Callable[[], Any]) -> Callable[[], Any]:
         return step()
 
     return counted
+
+
+def _look_into_dictionaries_alone() -> None:
+    """vLLM's CPU kernels are put in place wherever modules hold others, in the `vars` of all that they hold.
+
+    Where numba was loaded before, as it is by a delta, that meets llvmlite's library, which answers to any name, `__dict__`
+    too, with a function. The names are private to vLLM: without them, nothing is changed.
+    """
+    with suppress(ImportError):
+        from vllm.triton_utils import dispatcher
+
+        dispatcher.vars = _dictionary  # type: ignore[attr-defined]
+
+
+def _dictionary(value: Any) -> Mapping[str, Any]:
+    found = vars(value)
+    return found if isinstance(found, Mapping) else {}
 
 
 def _skip_model_inspection(model: str) -> None:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import llvmlite.binding  # noqa: F401  as in a process that has applied a delta: vLLM starts there, too
 import numpy as np
 import torch
 
