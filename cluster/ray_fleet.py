@@ -160,8 +160,7 @@ class Fleet:
                 self._ended(replica, method)
                 replica.under_way -= units
                 replica.calls -= 1
-                async with self._changed:
-                    self._changed.notify_all()
+                await self._notify()
 
     async def call_each(self, method: str, *arguments: Any) -> list[Any]:
         """Calls a method of every living replica; one that is lost meanwhile is replaced and left out of the answers."""
