@@ -5,7 +5,7 @@
 """
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 
 class UserError(Exception):
@@ -18,15 +18,20 @@ class UserError(Exception):
         hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""
         super().__init__(" ".join(f"{where}: found {found}, expected {expected}{hint}".split()))
 
+    def to_json(self) -> dict[str, str]:
+        """As JSON has it, for files and for processes that share no memory; `from_json` is the inverse."""
+        return {"where": self.where, "found": str(self.found), "expected": self.expected, "message": str(self)}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, str]) -> "UserError":
+        """The error that `to_json` described, with the same message."""
+        error = cls(content["where"], content["found"], content["expected"])
+        error.args = (content["message"],)  # with the hint that `choices` gave
+        return error
+
     def __reduce__(self) -> tuple:
-        # Exceptions are pickled by their arguments when they cross from an actor; ours are not those of __init__.
-        return _restore_user_error, (self.where, str(self.found), self.expected, str(self))
-
-
-def _restore_user_error(where: str, found: str, expected: str, message: str) -> UserError:
-    error = UserError(where, found, expected)
-    error.args = (message,)
-    return error
+        # Pickle would call __init__ with `args`, which holds the message alone.
+        return UserError.from_json, (self.to_json(),)
 
 
 class CampaignError(Exception):

@@ -17,7 +17,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from cluster.records import read_jsonl
+from cluster.records.writer import read_jsonl
 from tests.chaos_campaign import Fault, schedule
 from tests.light_campaign import assert_ledger_adds_up, configuration, fingerprint, make_folder
 

@@ -16,8 +16,8 @@ from functools import partial
 import numpy as np
 import torch
 
-from actors.delta import apply_delta, encode_delta
-from actors.weights import WeightVersion, pack
+from actors.weights.buckets import WeightVersion, pack
+from actors.weights.delta import apply_delta, encode_delta
 
 MEASURED = 3
 TARGETS = {1e-6: 0.02, 1e-5: 0.08, 5e-5: 0.18, 1e-4: 0.25}

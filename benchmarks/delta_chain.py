@@ -17,9 +17,9 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from actors.delta import DeltaVersion, Receiver, encode_delta
 from actors.errors import WeightError
-from actors.weights import WeightVersion, pack_whole
+from actors.weights.buckets import WeightVersion, pack_whole
+from actors.weights.delta import DeltaVersion, Receiver, encode_delta
 
 ANCHOR_EVERY = 20
 Version = tuple[WeightVersion, list[np.ndarray]]

@@ -19,7 +19,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from actors.logprobs import chunked_head, token_logprobs
+from actors.forward.logprobs import chunked_head, token_logprobs
 
 Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 

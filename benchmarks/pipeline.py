@@ -17,7 +17,7 @@ from typing import Any
 import ray
 
 from benchmarks.simulated import Simulation, Times
-from cluster.plan import measured
+from cluster.planning.throughput import measured
 
 TAIL = math.log(10) / 2.326
 """Spread of a log-normal distribution whose 99th percentile is ten times its median."""

@@ -14,8 +14,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from cluster.config import load_config
-from cluster.estimate import from_run
+from cluster.commands.plan import from_run
+from cluster.config_file import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -2,7 +2,7 @@
 
     python -m benchmarks.publish [--mebibytes 512] [--readers 4] [--rounds 5]
 
-`versions` is what a campaign does (cluster/versions.py): buckets are laid out with checksums, streamed into the object
+`versions` is what a campaign does (cluster/loop/weight_sync.py): buckets are laid out with checksums, streamed into the object
 store, read there in place, and verified by every reader. `pickled state_dict` is what is simplest: pickle.dumps, one
 object, pickle.loads in every reader, no check. Engines are left out of both. Best of several rounds, in turn.
 """
@@ -19,13 +19,13 @@ import numpy as np
 import ray
 import torch
 
-from actors.delta import Receiver
-from actors.weights import WeightVersion, join, verify
+from actors.weights.buckets import WeightVersion, join, verify
+from actors.weights.delta import Receiver
 from cluster.config import WeightsConfig
-from cluster.ray_actor import Resources
-from cluster.ray_fleet import Fleet
-from cluster.versions import Versions
-from learner.publishing import Publisher
+from cluster.fleet.ray_actor import Resources
+from cluster.fleet.ray_fleet import Fleet
+from cluster.loop.weight_sync import Versions
+from learner.student.publishing import Publisher
 
 BUCKET_BYTES = 64 << 20
 

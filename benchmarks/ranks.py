@@ -38,7 +38,7 @@ def measure(rank: int, size: int, model: Path, folder: Path, answers: Any) -> No
     import torch.distributed as dist
 
     from learner.learner import Learner
-    from learner.sharding import Ranks
+    from learner.student.sharding import Ranks
     from tests.tiny_updates import make_learner, sampled
 
     torch.set_num_threads(1)

@@ -16,20 +16,20 @@ from typing import Any
 
 import numpy as np
 
-from actors.answering import Answering
 from actors.config import PromptsConfig, StudentConfig, TeacherConfig
-from actors.prompts import PromptSet
-from actors.rollout import RolloutCounts
-from actors.scoring import TeacherCounts
+from actors.data.prompts import PromptSet
+from actors.rollout.actor import RolloutCounts
+from actors.rollout.batched_calls import Answering
+from actors.teacher.base import TeacherCounts
 from actors.trajectory import Requests, TeacherScores, Trajectories, offsets_of
-from actors.weights import WeightVersion
-from cluster.campaign import Campaign
+from actors.weights.buckets import WeightVersion
 from cluster.config import CampaignConfig, CheckpointConfig, EvaluationConfig, PipelineConfig
-from cluster.ray_actor import Resources
-from cluster.ray_fleet import Fleet
-from cluster.records import FAULTS, METRIC_KEYS, RunRecords
-from cluster.state import CampaignState
-from cluster.teachers import Lessons, Teachers
+from cluster.fleet.ray_actor import Resources
+from cluster.fleet.ray_fleet import Fleet
+from cluster.loop.campaign import Campaign
+from cluster.loop.teachers import Lessons, Teachers
+from cluster.records.writer import FAULTS, METRIC_KEYS, RunRecords
+from cluster.state.campaign_state import CampaignState
 
 PROMPTS, TOKENS = 1000, 8
 """Prompts, and tokens of each prompt and response."""

@@ -11,7 +11,7 @@ def main() -> None:
     files = {
         path: path.read_text("utf-8")
         for floor in ("actors", "learner", "cluster")
-        for path in (ROOT / floor).glob("*.py")
+        for path in (ROOT / floor).rglob("*.py")
     }
     functions, handlers, arguments, annotated, fields = [], 0, 0, 0, 0
     for path, text in files.items():
@@ -26,7 +26,10 @@ def main() -> None:
                 fields += sum(isinstance(item, ast.AnnAssign) for item in node.body)
     lines = {path: text.count("\n") for path, text in files.items()}
     total = sum(lines.values())
-    by_floor = {f: sum(n for p, n in lines.items() if p.parent.name == f) for f in ("actors", "learner", "cluster")}
+    by_floor = {
+        f: sum(n for p, n in lines.items() if p.relative_to(ROOT).parts[0] == f)
+        for f in ("actors", "learner", "cluster")
+    }
     print(f"lines {total}: " + ", ".join(f"{floor} {count}" for floor, count in by_floor.items()))
     print(
         "largest files: "

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from actors.vllm_build import importing_vllm
-from actors.vllm_teacher import flat_rows, keep_tensors
+from actors.teacher.vllm_teacher import flat_rows, keep_tensors
+from actors.vllm_startup import importing_vllm
 
 
 def best(run: Callable[[], Any], rounds: int) -> float:

@@ -80,9 +80,9 @@ def write_trajectories(setting: Setting, file: Path) -> None:
     import torch
 
     from actors.config import PromptsConfig, TeacherConfig
-    from actors.prompts import load_prompts
-    from actors.teacher import TeacherActor
-    from actors.tokenizer import load_tokenizer
+    from actors.data.prompts import load_prompts
+    from actors.data.tokenizer import load_tokenizer
+    from actors.teacher.local import TeacherActor
     from actors.trajectory import offsets_of
 
     torch.manual_seed(0)
@@ -121,7 +121,7 @@ def our_updates(setting: Setting) -> dict[str, Any]:
     import torch
 
     from actors.config import StudentConfig, TeacherConfig
-    from actors.teacher import TeacherActor
+    from actors.teacher.local import TeacherActor
     from actors.trajectory import Trajectories
     from learner.config import LearnerConfig, ObjectiveConfig, OptimizerConfig
     from learner.learner import Learner

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from actors.errors import CampaignError, UserError
-from cluster.records import REPORT_FILE
+from cluster.records.writer import REPORT_FILE
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -121,10 +121,10 @@ def _add_commands_of_a_run(command: Command) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from cluster.config import load_config
+    from cluster.config_file import load_config
 
     if options.resume:
-        from cluster.resume import config_of
+        from cluster.state.resume import config_of
 
         config = config_of(options.resume, [*filter(None, [options.config]), *options.overrides])
     elif options.config:
@@ -132,7 +132,7 @@ def _run(options: argparse.Namespace) -> int:
     else:
         raise UserError("run", "nothing to run", "CONFIG, a YAML file, or --resume RUN_DIR")
     # Imported late: `--help` and mistakes in the configuration are answered without torch and Ray.
-    from cluster.progress import summary_table
+    from cluster.console.progress import summary_table
     from cluster.run import run_campaign
 
     summary, complete = run_campaign(config)
@@ -144,11 +144,11 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _check(options: argparse.Namespace) -> int:
-    from cluster.config import load_config
+    from cluster.config_file import load_config
 
     config = load_config(options.config, options.overrides)
     print(f"configuration: ok ({options.config})")
-    from cluster.check import checks
+    from cluster.preflight import checks
 
     for name, check in checks(config, offline=options.offline):
         if check is None:
@@ -161,7 +161,7 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def _submit(options: argparse.Namespace) -> int:
-    from cluster.ray_jobs import follow, submit
+    from cluster.fleet.ray_jobs import follow, submit
 
     client, job = submit(options.config, options.overrides, address=options.address, environment=options.env)
     address = client.get_address()
@@ -171,13 +171,13 @@ def _submit(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from cluster.config import load_config
+    from cluster.config_file import load_config
 
     config = load_config(options.config, options.overrides)
-    from cluster.estimate import from_calibration, from_data_sheet, from_run
-    from cluster.hardware import Load
-    from cluster.plan import for_gpus, table
-    from cluster.progress import print_table
+    from cluster.commands.plan import from_calibration, from_data_sheet, from_run
+    from cluster.console.progress import print_table
+    from cluster.planning.datasheet import Load
+    from cluster.planning.throughput import for_gpus, table
 
     trajectories = config.trajectories_per_update
     if options.gpu:
@@ -185,7 +185,10 @@ def _plan(options: argparse.Namespace) -> int:
         plan, memory = from_data_sheet(config, options.gpu, Load(trajectories, options.prompt_tokens, length))
         print_table(memory)
     else:
-        plan = from_calibration(config) if options.calibrate else from_run(config, options.run or config.run_dir)
+        from cluster.run import run_campaign
+
+        run_dir = options.run or config.run_dir
+        plan = from_calibration(config, run_campaign) if options.calibrate else from_run(config, run_dir)
     plans = [("as configured", plan)]
     if options.gpus is not None:
         try:
@@ -202,8 +205,8 @@ def _status(options: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.live import Live
 
-    from cluster.screen import status_screen
-    from cluster.status import EVERY_SECONDS, find_run, read_status
+    from cluster.console.screen import status_screen
+    from cluster.console.status import EVERY_SECONDS, find_run, read_status
 
     run_dir = find_run(options.run)
     if options.json:
@@ -222,8 +225,8 @@ def _status(options: argparse.Namespace) -> int:
 
 
 def _steer(options: argparse.Namespace) -> int:
-    from cluster.control import send
-    from cluster.status import find_run, read_status
+    from cluster.console.control import send
+    from cluster.console.status import find_run, read_status
 
     run_dir = find_run(options.run)
     state = read_status(run_dir)["state"]
@@ -242,9 +245,9 @@ def _steer(options: argparse.Namespace) -> int:
 def _tail(options: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from cluster.records import read_jsonl, trajectory_files
-    from cluster.screen import trajectory_text
-    from cluster.status import EVERY_SECONDS, find_run, read_status
+    from cluster.console.screen import trajectory_text
+    from cluster.console.status import EVERY_SECONDS, find_run, read_status
+    from cluster.records.writer import read_jsonl, trajectory_files
 
     run_dir, console, shown = find_run(options.run), Console(highlight=False), -1
     while True:
@@ -260,7 +263,7 @@ def _tail(options: argparse.Namespace) -> int:
 
 
 def _compare(options: argparse.Namespace) -> int:
-    from cluster.compare import compare, table, trials, write_comparison
+    from cluster.commands.compare import compare, table, trials, write_comparison
 
     try:
         seeds = [int(seed) for seed in options.seeds.split(",")]
@@ -281,7 +284,7 @@ def _compare(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from cluster.report import write_report
+    from cluster.report.page import write_report
 
     output = options.output or options.run_dirs[0] / REPORT_FILE
     print(f"report: {write_report(options.run_dirs, output).resolve()}")

@@ -4,13 +4,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from actors.config import PromptsConfig
+from actors.data.models import context_length, find_model, load_config
+from actors.data.prompts import PromptSet, load_prompts
+from actors.data.tokenizer import load_tokenizer, stop_token_ids, template_token_ids
+from actors.data.verifiers import Verifier, make_verifier
 from actors.errors import UserError
-from actors.models import context_length, find_model, load_config
-from actors.prompts import PromptSet, load_prompts
-from actors.tokenizer import load_tokenizer, stop_token_ids, template_token_ids
-from actors.verifiers import Verifier, make_verifier
 from cluster.config import CampaignConfig
-from cluster.teachers import Lessons, routes
+from cluster.loop.teachers import Lessons, routes
 
 
 @dataclass

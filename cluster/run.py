@@ -9,31 +9,31 @@ from pathlib import Path
 from typing import Any
 
 from actors.errors import CampaignError, LearnerLostError
-from cluster.campaign import Campaign
-from cluster.check import check_models
-from cluster.checkpoints import what_is_good
 from cluster.config import CampaignConfig
-from cluster.control import obey
-from cluster.cost import cost_of
-from cluster.evaluate import Evaluator
-from cluster.fleets import build_fleets, build_learner
+from cluster.console.control import obey
+from cluster.console.progress import Progress, in_words
+from cluster.console.status import keep_status
+from cluster.console.steering import handlers
+from cluster.fleet.ray_actor import Resources
+from cluster.fleet.ray_cluster import connected, refuse_relative_output, room_to_begin
+from cluster.fleet.ray_fleet import Fleet
+from cluster.fleet.restarts import Restarts
 from cluster.inputs import Inputs, read_inputs
-from cluster.progress import Progress, in_words
-from cluster.ray_actor import Resources
-from cluster.ray_cluster import connected, refuse_relative_output, room_to_begin
-from cluster.ray_fleet import Fleet
-from cluster.ray_metrics import Prometheus
-from cluster.records import FAULTS, REPORT_FILE, RunRecords, read_summary
-from cluster.report import write_report
-from cluster.restarts import Restarts
-from cluster.resume import claimed, take_up
-from cluster.rollback import RollBack, roll_back
-from cluster.state import CampaignState, load_state
-from cluster.status import keep_status
-from cluster.steering import handlers
-from cluster.teachers import Teachers
-from cluster.trackers import Trackers, make_trackers
-from cluster.utilisation import by_role, mean_actors, role_of
+from cluster.loop.campaign import Campaign
+from cluster.loop.evaluation import Evaluator
+from cluster.loop.teachers import Teachers
+from cluster.preflight import check_models
+from cluster.records.cost import cost_of
+from cluster.records.utilisation import by_role, mean_actors, role_of
+from cluster.records.writer import FAULTS, REPORT_FILE, RunRecords, read_summary
+from cluster.report.page import write_report
+from cluster.roles import build_fleets, build_learner
+from cluster.state.campaign_state import CampaignState, load_state
+from cluster.state.checkpoints import what_is_good
+from cluster.state.resume import claimed, take_up
+from cluster.state.rollback import RollBack, roll_back
+from cluster.tracking.ray_prometheus import Prometheus
+from cluster.tracking.trackers import Trackers, make_trackers
 
 OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
@@ -177,7 +177,7 @@ class Running:
         self.on_event("learner_restored", step=self.state.step, checkpoint=str(checkpoint))
 
     def _live_status(self) -> dict[str, Any]:
-        """What only this process knows: see cluster/status.py."""
+        """What only this process knows: see cluster/console/status.py."""
         return {
             "roles": self.progress.roles,
             "actors": [

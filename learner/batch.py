@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from actors.batching import Microbatch, microbatches
+from actors.forward.packing import Microbatch, microbatches
 from actors.trajectory import Trajectories, ragged_rows, select_trajectories
 from learner.config import ObjectiveConfig
-from learner.hidden import HiddenStates
-from learner.objective import token_weights
+from learner.hidden_states import HiddenStates
+from learner.objective.surrogate import token_weights
 
 LARGE = ("support_ids", "support_logprobs", "reference_logprobs")
 """Of what is kept of each token, that which is not a single number."""

@@ -8,17 +8,13 @@ from functools import partial
 
 import torch
 
-from actors.attention import hidden_states
-from actors.batching import Microbatch
-from actors.logprobs import chunked_head, entropy, token_logprobs
-from actors.progress import advance
+from actors.forward.logprobs import chunked_head, entropy, token_logprobs
+from actors.forward.packed_attention import hidden_states
+from actors.forward.packing import Microbatch
+from actors.heartbeat import advance
 from learner.batch import Part
 from learner.config import LearnerConfig, ObjectiveConfig
-from learner.hidden import HiddenStates
-from learner.metrics import UpdateMetrics, agreement
-from learner.objective import surrogate
-from learner.sharding import whole
-from learner.signals import (
+from learner.costs import (
     coefficients,
     exact_kl,
     full_cost,
@@ -26,8 +22,12 @@ from learner.signals import (
     needs_distribution,
     needs_whole_update,
 )
-from learner.trust_region import ESTIMATORS as TRUST_REGION
-from learner.trust_region import exact, k3
+from learner.hidden_states import HiddenStates
+from learner.metrics import UpdateMetrics, agreement
+from learner.objective.surrogate import surrogate
+from learner.objective.trust_region import ESTIMATORS as TRUST_REGION
+from learner.objective.trust_region import exact, k3
+from learner.student.sharding import whole
 
 Columns = Callable[[torch.Tensor, slice], dict[str, torch.Tensor]]
 """(log-probs [n, V] of some tokens of a part, which) -> tensors [n, ...] by name."""

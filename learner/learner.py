@@ -15,33 +15,33 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 
-from actors.attention import use_packed_attention
-from actors.batching import Microbatch
 from actors.config import StudentConfig, TeacherConfig, publishes_adapter
-from actors.delta import DeltaVersion
+from actors.data.models import load_head, load_model, response_head
+from actors.data.tokenizer import load_tokenizer
 from actors.errors import NonFiniteLossError
-from actors.models import load_head, load_model, response_head
-from actors.tokenizer import load_tokenizer
+from actors.forward.packed_attention import use_packed_attention
+from actors.forward.packing import Microbatch
 from actors.trajectory import LargeScores, TeacherScores, Trajectories, TrajectoryId
-from actors.weights import WeightVersion
-from learner.adapters import ADAPTER_FILE, adapter_tensors, add_adapters, merged_tensors
-from learner.averages import MovingAverages
+from actors.weights.buckets import WeightVersion
+from actors.weights.delta import DeltaVersion
 from learner.batch import NO_TOKENS, UpdateBatch, minibatch_rows
-from learner.checkpoint import flush, read_json, write_json
-from learner.compiling import compile_layers
+from learner.collate import joined
 from learner.config import LearnerConfig
+from learner.costs import coefficients, importance_of, needs_whole_update
 from learner.forward import Forward, exact_forward_kl, exact_reverse_kl, no_columns
-from learner.hidden import Head
-from learner.joining import joined
+from learner.hidden_states import Head
 from learner.metrics import UpdateMetrics, groups_of, response_metrics
-from learner.objective import effective_sample_size
-from learner.offload import OffloadedAdamW
-from learner.optimizer import build_optimizer, learning_rate, load_optimizer_tensors, optimizer_tensors
-from learner.publishing import Publisher
-from learner.saving import BackgroundWrite, StoredTensors, copies, model_tensors, write_tensors
-from learner.sharding import Ranks, whole
-from learner.signals import coefficients, importance_of, needs_whole_update
-from learner.trust_region import adapted_beta, backed_off, k3
+from learner.objective.surrogate import effective_sample_size
+from learner.objective.trust_region import adapted_beta, backed_off, k3
+from learner.student.averages import MovingAverages
+from learner.student.checkpoint import flush, read_json, write_json
+from learner.student.compiling import compile_layers
+from learner.student.lora import ADAPTER_FILE, adapter_tensors, add_adapters, merged_tensors
+from learner.student.offload import OffloadedAdamW
+from learner.student.optimizer import build_optimizer, learning_rate, load_optimizer_tensors, optimizer_tensors
+from learner.student.publishing import Publisher
+from learner.student.sharding import Ranks, whole
+from learner.student.tensor_files import BackgroundWrite, StoredTensors, copies, model_tensors, write_tensors
 
 
 class Learner:
@@ -204,7 +204,7 @@ class Learner:
         yield from self._publisher.whole(self.policy_version, averages, dtype)
 
     def save(self, directory: str) -> None:
-        """Copies the state as it is now, which a thread then writes to `directory` (learner/checkpoint.py).
+        """Copies the state as it is now, which a thread then writes to `directory` (learner/student/checkpoint.py).
 
         Each rank its own rows, all into the same files: they must see the same file system.
         """

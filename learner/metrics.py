@@ -14,9 +14,9 @@ from torch import Tensor
 
 from actors.trajectory import FINISH_REASONS, TeacherScores, Trajectories
 from learner.batch import Part
-from learner.hidden import mixture_logprobs
-from learner.objective import effective_sample_size
-from learner.sharding import Ranks
+from learner.hidden_states import mixture_logprobs
+from learner.objective.surrogate import effective_sample_size
+from learner.student.sharding import Ranks
 
 COMPARED = 64
 """At about so many tokens of a chunk, evenly spread, the most likely tokens are compared."""

@@ -23,14 +23,14 @@ from typing import Any
 
 import psutil
 
-import cluster.fleets
+import cluster.roles
 import cluster.run
-from actors.progress import advance
-from actors.teacher import TeacherActor
-from cluster.config import load_config
-from cluster.ray_actor import Replica
-from cluster.ray_fleet import Fleet
-from cluster.records import read_jsonl
+from actors.heartbeat import advance
+from actors.teacher.local import TeacherActor
+from cluster.config_file import load_config
+from cluster.fleet.ray_actor import Replica
+from cluster.fleet.ray_fleet import Fleet
+from cluster.records.writer import read_jsonl
 from learner.learner import Learner
 from tests.light_campaign import LightRollout
 

@@ -23,18 +23,19 @@ import numpy as np
 import torch
 import yaml
 
-import cluster.fleets
+import cluster.roles
 import cluster.run
-from actors.answering import joined
-from actors.delta import DeltaVersion, Receiver
-from actors.models import load_model
-from actors.tokenizer import load_tokenizer
+from actors.data.models import load_model
+from actors.data.tokenizer import load_tokenizer
+from actors.data.verifiers import make_verifier, rewards_of
+from actors.rollout.batched_calls import joined
 from actors.trajectory import FINISH_REASONS, Requests, RolloutCounts, Trajectories, offsets_of
-from actors.verifiers import make_verifier, rewards_of
-from actors.weights import WeightVersion, join, unpack, verify
-from cluster.config import CampaignConfig, load_config
-from cluster.ray_cluster import Room, role_resources
-from cluster.records import read_jsonl
+from actors.weights.buckets import WeightVersion, join, unpack, verify
+from actors.weights.delta import DeltaVersion, Receiver
+from cluster.config import CampaignConfig
+from cluster.config_file import load_config
+from cluster.fleet.ray_cluster import Room, role_resources
+from cluster.records.writer import read_jsonl
 from tests import clean_process
 from tests.tiny_models import make_tiny_model
 

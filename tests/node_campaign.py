@@ -19,10 +19,10 @@ from typing import Any
 
 from ray.cluster_utils import Cluster
 
-import cluster.fleets
+import cluster.roles
 import cluster.run
-from cluster.config import load_config
-from cluster.records import read_jsonl
+from cluster.config_file import load_config
+from cluster.records.writer import read_jsonl
 from tests.light_campaign import LightRollout
 
 FLAG = "NODE_FLAG"

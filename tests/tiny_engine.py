@@ -8,7 +8,7 @@ import torch
 
 from actors.config import SamplingConfig
 from actors.trajectory import Requests, Trajectories, offsets_of
-from actors.weights import WeightVersion, pack_whole
+from actors.weights.buckets import WeightVersion, pack_whole
 
 SAMPLING = SamplingConfig(max_response_tokens=16)
 OPTIONS = {"max_num_seqs": 16, "kv_cache_memory_bytes": 64 << 20}

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 
 from actors.config import LoraConfig, StudentConfig, TeacherConfig
-from actors.teacher import TeacherActor
+from actors.teacher.local import TeacherActor
 from actors.trajectory import TeacherScores, Trajectories, offsets_of
 from learner.config import LearnerConfig, OptimizerConfig
 from learner.learner import Learner
-from learner.sharding import Ranks
+from learner.student.sharding import Ranks
 
 
 def make_learner(

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cluster.records import read_jsonl
+from cluster.records.writer import read_jsonl
 from tests.local_cluster import LocalCluster
 
 CAMPAIGN = (

@@ -157,9 +157,9 @@ def measure_teacher(options: argparse.Namespace, model: Path) -> Result:
     """Scoring over prefill."""
     import torch
 
-    from actors.attention import hidden_states
     from actors.config import TeacherConfig
-    from actors.teacher import TeacherActor
+    from actors.forward.packed_attention import hidden_states
+    from actors.teacher.local import TeacherActor
     from benchmarks.gpu.shapes import make_work
 
     written, _ = make_work(options.shape, options.tokens, options.length, options.prompt)
@@ -183,8 +183,8 @@ def measure_publish(options: argparse.Namespace, model: Path) -> Result:
     import numpy as np
     import torch
 
-    from actors.models import load_model
-    from actors.weights import unpack, verify
+    from actors.data.models import load_model
+    from actors.weights.buckets import unpack, verify
 
     learner = learner_of(options, model)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -216,7 +216,7 @@ def measure_head(options: argparse.Namespace, model: Path) -> Result:
     """Forward and backward pass of the mean log-prob of given tokens."""
     import torch
 
-    from actors.logprobs import chunked_head, token_logprobs
+    from actors.forward.logprobs import chunked_head, token_logprobs
     from benchmarks.gpu.shapes import SHAPES
 
     size, device = SHAPES[options.shape], "cuda" if torch.cuda.is_available() else "cpu"

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from actors.config import LoraConfig, RolloutConfig, SamplingConfig
+from actors.data.models import load_model
 from actors.errors import WeightError
-from actors.models import load_model
-from actors.vllm_engine import VllmEngine
-from actors.weights import WeightVersion, pack_whole, unpack
-from learner.adapters import adapter_tensors, add_adapters, merged_tensors
+from actors.rollout.vllm_engine import VllmEngine
+from actors.weights.buckets import WeightVersion, pack_whole, unpack
+from learner.student.lora import adapter_tensors, add_adapters, merged_tensors
 from tests.tiny_engine import OPTIONS, SAMPLING, ask, difference
 from tests.tiny_models import make_tiny_model
 

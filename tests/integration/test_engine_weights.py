@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from actors.config import RolloutConfig, SamplingConfig
 from actors.errors import AbortedError, WeightError
-from actors.vllm_engine import VllmEngine
-from actors.weights import WeightVersion
+from actors.rollout.vllm_engine import VllmEngine
+from actors.weights.buckets import WeightVersion
 from learner.config import ObjectiveConfig
 from tests import clean_process
 from tests.tiny_engine import OPTIONS, SAMPLING, ask, change, difference, publish

@@ -13,10 +13,10 @@ import pytest
 from ray.exceptions import OutOfDiskError
 
 from actors.errors import ActorFaultError, CampaignError, LearnerLostError, StoreFullError, UserError
-from actors.progress import advance
-from cluster.ray_actor import Resources
-from cluster.ray_fleet import Fleet
-from cluster.restarts import Restarts
+from actors.heartbeat import advance
+from cluster.fleet.ray_actor import Resources
+from cluster.fleet.ray_fleet import Fleet
+from cluster.fleet.restarts import Restarts
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(60), pytest.mark.usefixtures("ray_session")]
 
@@ -357,7 +357,7 @@ def test_a_fleet_of_one_that_hangs_and_is_not_replaced_is_lost() -> None:
 
 def test_restarts_are_counted_within_the_hour(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
-    monkeypatch.setattr("cluster.restarts.time.monotonic", lambda: now)
+    monkeypatch.setattr("cluster.fleet.restarts.time.monotonic", lambda: now)
     budget = Restarts(3)
     pauses = []
     for moment in (0.0, 10.0, 20.0):

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from ray.exceptions import OutOfDiskError
 
-from actors.answering import Answering
 from actors.errors import AbortedError, ActorFaultError
+from actors.rollout.batched_calls import Answering
 from actors.trajectory import Requests, RolloutCounts, Trajectories
-from cluster.ray_actor import Resources
-from cluster.ray_fleet import Fleet
+from cluster.fleet.ray_actor import Resources
+from cluster.fleet.ray_fleet import Fleet
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(60), pytest.mark.usefixtures("ray_session")]
 ABORTED, DEFECT = 1001, 1002

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from cluster.records import read_jsonl
+from cluster.records.writer import read_jsonl
 from tests import light_campaign
 from tests.light_campaign import assert_ledger_adds_up, configuration, fingerprint, finish, make_folder, without_times
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.report import write_report
+from cluster.report.page import write_report
 from tests.browser import BROWSER, browser
 from tests.fake_run import make_fake_run
 

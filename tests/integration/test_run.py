@@ -16,9 +16,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from actors.models import load_model
-from cluster.config import load_config
-from cluster.records import EVALUATION_KEYS, METRIC_KEYS, SUMMARY_KEYS, TRAJECTORY_KEYS, read_jsonl
+from actors.data.models import load_model
+from cluster.config_file import load_config
+from cluster.records.writer import EVALUATION_KEYS, METRIC_KEYS, SUMMARY_KEYS, TRAJECTORY_KEYS, read_jsonl
 from tests.tiny_models import make_tiny_model
 from tests.tiny_tokenizers import byte_level
 

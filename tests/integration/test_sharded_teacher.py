@@ -14,13 +14,13 @@ import pytest
 from transformers import GPT2Config
 
 from actors.config import SamplingConfig, TeacherConfig
+from actors.data.models import tensor_parallel_plan
 from actors.errors import UserError
-from actors.models import tensor_parallel_plan
-from actors.sharded_teacher import ShardedTeacher
-from actors.teacher import TeacherActor
+from actors.teacher.local import TeacherActor
+from actors.teacher.tensor_parallel import ShardedTeacher
 from actors.trajectory import Requests
-from cluster.ray_actor import Resources
-from cluster.ray_fleet import Fleet
+from cluster.fleet.ray_actor import Resources
+from cluster.fleet.ray_fleet import Fleet
 from tests.tiny_models import make_tiny_model
 from tests.unit.actors.test_teacher import written
 

@@ -10,13 +10,13 @@ import ray
 
 from actors.config import StudentConfig
 from actors.errors import CampaignError
-from actors.teacher import TeacherActor
+from actors.teacher.local import TeacherActor
 from actors.trajectory import LargeScores, LightScores, TrajectoryId
-from cluster.ray_actor import Resources, fetched
-from cluster.ray_fleet import Fleet
-from cluster.ray_learner import LearnerGroup
-from cluster.teachers import Lessons, Teachers
-from cluster.work import PerRank, Work, shared_out
+from cluster.fleet.ray_actor import PerRank, Resources, fetched
+from cluster.fleet.ray_fleet import Fleet
+from cluster.fleet.ray_learner import LearnerGroup
+from cluster.loop.teachers import Lessons, Teachers
+from cluster.loop.work import Work, shared_out
 from learner.config import LearnerConfig, ObjectiveConfig, OptimizerConfig
 from learner.learner import Learner
 from tests.tiny_models import make_tiny_model

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.records import read_jsonl
+from cluster.records.writer import read_jsonl
 from tests.light_campaign import configuration, make_folder
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -17,11 +17,11 @@ import pytest
 
 from actors.config import TeacherConfig
 from actors.errors import UserError
-from actors.http_teacher import HttpTeacher
-from actors.scoring import probe
-from actors.teacher import TeacherActor
+from actors.teacher.base import probe
+from actors.teacher.http import HttpTeacher
+from actors.teacher.local import TeacherActor
+from actors.teacher.vllm_teacher import VllmTeacher
 from actors.trajectory import Trajectories, offsets_of
-from actors.vllm_teacher import VllmTeacher
 from tests.tiny_updates import random_trajectories
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(240)]

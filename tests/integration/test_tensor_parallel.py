@@ -11,12 +11,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from actors.config import RolloutConfig, SamplingConfig
-from actors.rollout import RolloutActor
+from actors.rollout.actor import RolloutActor
+from actors.rollout.vllm_engine import VllmEngine
 from actors.trajectory import Requests, offsets_of
-from actors.vllm_engine import VllmEngine
-from actors.weights import WeightVersion, join, pack, pack_whole
-from cluster.ray_actor import Resources
-from cluster.ray_fleet import Fleet
+from actors.weights.buckets import WeightVersion, join, pack, pack_whole
+from cluster.fleet.ray_actor import Resources
+from cluster.fleet.ray_fleet import Fleet
 from tests.tiny_models import make_tiny_model
 
 

@@ -10,13 +10,13 @@ import pytest
 import ray
 import torch
 
-from actors.delta import DeltaVersion, Receiver
-from actors.weights import WeightVersion, verify
+from actors.weights.buckets import WeightVersion, verify
+from actors.weights.delta import DeltaVersion, Receiver
 from cluster.config import WeightsConfig
-from cluster.ray_actor import Resources
-from cluster.ray_fleet import Fleet
-from cluster.versions import Versions
-from learner.publishing import Publisher
+from cluster.fleet.ray_actor import Resources
+from cluster.fleet.ray_fleet import Fleet
+from cluster.loop.weight_sync import Versions
+from learner.student.publishing import Publisher
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("ray_session")]
 

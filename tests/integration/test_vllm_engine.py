@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM
 
 from actors.config import RolloutConfig, SamplingConfig
 from actors.errors import CampaignError, UserError
+from actors.rollout.vllm_engine import VllmEngine
 from actors.trajectory import FINISH_REASONS, Requests, Trajectories, offsets_of
-from actors.vllm_engine import VllmEngine
 from tests.tiny_engine import OPTIONS, ask, difference, publish
 from tests.tiny_models import make_tiny_model
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster.check import checks
-from cluster.config import load_config
+from cluster.config_file import load_config
+from cluster.preflight import checks
 from examples.carries.make_prompts import LEAST, carries
 from examples.two_domains.make_models import running
 

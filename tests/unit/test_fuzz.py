@@ -16,10 +16,10 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from actors.config import PromptsConfig
+from actors.data.prompts import load_prompts
+from actors.data.tokenizer import load_tokenizer
 from actors.errors import UserError
-from actors.prompts import load_prompts
-from actors.tokenizer import load_tokenizer
-from cluster.config import as_dictionary, load_config
+from cluster.config_file import as_dictionary, load_config
 from tests.tiny_models import make_tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]

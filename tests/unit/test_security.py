@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from actors.data.models import load_model
+from actors.data.tokenizer import load_tokenizer
 from actors.errors import UserError
-from actors.models import load_model
-from actors.tokenizer import load_tokenizer
-from cluster.config import load_config
+from cluster.config_file import load_config
 from tests.light_campaign import configuration, finish, make_folder, start
 from tests.tiny_models import make_tiny_model
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from actors.config import TeacherConfig
-from actors.teacher import TeacherActor
+from actors.teacher.local import TeacherActor
 from actors.trajectory import TeacherScores, Trajectories, offsets_of
 from tests.tiny_models import make_tiny_model
 

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from actors.alignment import Reader, Spelling, make_reader, shared_groups, shares, spelling_of, valid_prefix
+from actors.data.tokenizer import end_token_id
 from actors.errors import UserError
-from actors.tokenizer import end_token_id
+from actors.teacher.alignment import Reader, Spelling, make_reader, shared_groups, shares, spelling_of, valid_prefix
 from tests.tiny_tokenizers import CORPUS, TOKENIZERS
 
 NAMES = [*TOKENIZERS, "demo"]

@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Lfm2Config, MistralConfig, PreTrainedModel
 
-from actors import attention
-from actors.attention import Packing, hidden_states, use_packed_attention
+from actors.forward import packed_attention as attention
+from actors.forward.packed_attention import Packing, hidden_states, use_packed_attention
 from tests.tiny_models import make_tiny_model
 
 LENGTHS = np.array([3, 3, 5, 9, 9, 9, 1])

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actors.batching import Microbatch, group_by_budget, microbatches
+from actors.forward.packing import Microbatch, group_by_budget, microbatches
 from actors.trajectory import offsets_of
 
 

@@ -11,11 +11,11 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from actors import delta as codec
-from actors.delta import DeltaEntry, DeltaVersion, apply_delta, encode_delta
-from actors.delta_code import _HEADER, BLOCK, _fixed, _read_tensor, _write_tensor, decode, room
 from actors.errors import WeightError
-from actors.weights import TensorEntry, WeightVersion
+from actors.weights import delta as codec
+from actors.weights.buckets import TensorEntry, WeightVersion
+from actors.weights.delta import DeltaEntry, DeltaVersion, apply_delta, encode_delta
+from actors.weights.delta_codec import _HEADER, BLOCK, _fixed, _read_tensor, _write_tensor, decode, room
 
 WORDS: dict[str, Any] = {"bfloat16": np.uint16, "float16": np.uint16, "float32": np.uint32}
 SPECIAL = {

@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from actors.config import StudentConfig, TeacherConfig
 from actors.errors import UserError
-from actors.foreign_teacher import ForeignTeacher
-from actors.teacher import TeacherActor
+from actors.teacher.cross_tokenizer import ForeignTeacher
+from actors.teacher.local import TeacherActor
 from actors.trajectory import FINISH_REASONS, Trajectories, offsets_of
 from tests.tiny_models import make_tiny_model
 from tests.tiny_tokenizers import byte_level, sentencepiece

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from aiohttp import web
 
-import actors.http_teacher as http
+import actors.teacher.http as http
 from actors.config import TeacherConfig
 from actors.errors import CampaignError, UserError
-from actors.http_teacher import HttpTeacher
+from actors.teacher.http import HttpTeacher
 from actors.trajectory import Trajectories, offsets_of
 
 Fault = Callable[[dict[str, Any]], web.StreamResponse | None]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from actors.logprobs import chunked_head, entropy, token_logprobs
+from actors.forward.logprobs import chunked_head, entropy, token_logprobs
 
 
 @pytest.mark.parametrize("chunk_tokens", [1, 3, 7, 100])

@@ -20,8 +20,7 @@ from transformers import (
     T5Config,
 )
 
-from actors.errors import UserError
-from actors.models import (
+from actors.data.models import (
     check_weights,
     context_length,
     find_model,
@@ -31,7 +30,8 @@ from actors.models import (
     looks_local,
     response_head,
 )
-from actors.tokenizer import check_tokenizers_agree, load_tokenizer, stop_token_ids, template_difference
+from actors.data.tokenizer import check_tokenizers_agree, load_tokenizer, stop_token_ids, template_difference
+from actors.errors import UserError
 from tests.tiny_models import CHARACTERS, make_tiny_model, make_tiny_tokenizer
 
 KEY = "student.model"

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 
 from actors.config import PromptsConfig
+from actors.data.prompts import load_prompts, position_to_id, prompt_order, requests, sample_seed
 from actors.errors import UserError
-from actors.prompts import load_prompts, position_to_id, prompt_order, requests, sample_seed
 from tests.tiny_models import make_tiny_tokenizer
 
 GOLDEN_ORDER = [7, 5, 4, 0, 3, 6, 2, 1]

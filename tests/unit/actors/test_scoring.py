@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from actors.scoring import Scorer, probe
+from actors.teacher.base import Scorer, probe
 from actors.trajectory import Trajectories
 
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from actors.config import SamplingConfig, TeacherConfig
 from actors.errors import CampaignError
-from actors.teacher import TeacherActor
+from actors.teacher.local import TeacherActor
 from actors.trajectory import FINISH_REASONS, Requests, Trajectories, offsets_of
 from tests.tiny_models import make_tiny_model
 from tests.tiny_updates import random_trajectories

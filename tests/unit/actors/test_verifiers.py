@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from actors.config import VerifierConfig
+from actors.data.verifiers import last_number, make_verifier
 from actors.errors import UserError
-from actors.verifiers import last_number, make_verifier
 
 
 def verify(name, response, reference, pattern=None):

@@ -6,9 +6,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actors.delta import Receiver, encode_delta
 from actors.errors import WeightError
-from actors.weights import WeightVersion, join, pack, pack_whole, shapes, unpack, verify
+from actors.weights.buckets import WeightVersion, join, pack, pack_whole, shapes, unpack, verify
+from actors.weights.delta import Receiver, encode_delta
 
 
 def tensors() -> list[tuple[str, torch.Tensor]]:

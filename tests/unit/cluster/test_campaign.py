@@ -14,16 +14,16 @@ import numpy as np
 import pytest
 
 from actors.config import PromptsConfig, StudentConfig, TeacherConfig
+from actors.data.prompts import PromptSet
 from actors.errors import AbortedError, CampaignError, LostObjectError, UserError
-from actors.prompts import PromptSet
-from actors.rollout import RolloutCounts
-from actors.scoring import TeacherCounts
+from actors.rollout.actor import RolloutCounts
+from actors.teacher.base import TeacherCounts
 from actors.trajectory import TrajectoryId, offsets_of
-from cluster.campaign import Campaign
 from cluster.config import CampaignConfig, PipelineConfig
-from cluster.records import RunRecords, read_jsonl
-from cluster.state import CampaignState, load_state
-from cluster.teachers import Lessons, Teachers
+from cluster.loop.campaign import Campaign
+from cluster.loop.teachers import Lessons, Teachers
+from cluster.records.writer import RunRecords, read_jsonl
+from cluster.state.campaign_state import CampaignState, load_state
 from tests.light_campaign import Reference
 
 SIZE, DEADLINE = 6, 20.0

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from actors.errors import CheckpointError, LearnerLostError
-from cluster.checkpoints import Checkpoints, steps_to_keep
 from cluster.config import CampaignConfig, CheckpointConfig
-from cluster.records import RunRecords, read_jsonl
-from cluster.state import CampaignState, load_state
-from learner.checkpoint import checkpoint_steps
+from cluster.records.writer import RunRecords, read_jsonl
+from cluster.state.campaign_state import CampaignState, load_state
+from cluster.state.checkpoints import Checkpoints, steps_to_keep
+from learner.student.checkpoint import checkpoint_steps
 
 
 class SlowLearner:

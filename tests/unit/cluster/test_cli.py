@@ -12,7 +12,7 @@ import pytest
 
 from actors.errors import CampaignError, UserError
 from cluster import cli
-from cluster.config import load_config
+from cluster.config_file import load_config
 from cluster.inputs import read_inputs
 from tests.tiny_models import CHARACTERS, make_tiny_model, make_tiny_tokenizer
 
@@ -268,8 +268,8 @@ def test_a_report_of_what_is_no_run_is_refused(work: Here) -> None:
 
 
 def test_a_finished_campaign_is_not_run_again_and_another_is_refused(work: Here) -> None:
-    from cluster.config import load_config
-    from cluster.resume import claimed
+    from cluster.config_file import load_config
+    from cluster.state.resume import claimed
 
     config = load_config(work / "campaign.yaml", ["output_dir=runs"])
     with claimed(config):
@@ -286,8 +286,8 @@ def test_what_there_is_to_run_is_said_once(work: Here) -> None:
     line = one_line(work.run("run", "--resume", "runs/absent"))
     assert "a run directory: one with config.yaml" in line
     assert "CONFIG, a YAML file, or --resume RUN_DIR" in one_line(work.run("run"))
-    from cluster.config import load_config
-    from cluster.resume import claimed, config_of
+    from cluster.config_file import load_config
+    from cluster.state.resume import claimed, config_of
 
     config = load_config(work / "campaign.yaml", ["output_dir=runs"])
     with claimed(config):

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from cluster.cli import command_parser, main
-from cluster.config import load_config
+from cluster.config_file import load_config
 from tests.documented import ROOT, Command, commands, commands_of
 from tests.fake_run import make_fake_run
 

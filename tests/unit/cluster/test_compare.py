@@ -7,8 +7,8 @@ import pytest
 
 from actors.errors import UserError
 from cluster import cli
-from cluster.compare import mean_run, reached, table, trials
-from cluster.records import read_jsonl
+from cluster.commands.compare import mean_run, reached, table, trials
+from cluster.records.writer import read_jsonl
 from tests import clean_process, light_campaign
 from tests.fake_run import make_fake_run
 from tests.light_campaign import configuration, make_folder

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from actors.errors import UserError
-from cluster.config import _leaves, differences, load_config, write_config
-from cluster.resume import RESUMABLE_KEYS, may_change
+from cluster.config_file import _leaves, differences, load_config, write_config
+from cluster.state.resume import RESUMABLE_KEYS, may_change
 
 ROOT = Path(__file__).resolve().parents[3]
 GOOD = """

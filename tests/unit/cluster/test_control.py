@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 
 from actors.errors import CampaignError, UserError
-from cluster import cli, control, steering
-from cluster.ray_actor import Resources
-from cluster.records import RunRecords
-from cluster.status import write_status
+from cluster import cli
+from cluster.console import control, steering
+from cluster.console.status import write_status
+from cluster.fleet.ray_actor import Resources
+from cluster.records.writer import RunRecords
 from tests.fake_run import make_fake_run
 
 

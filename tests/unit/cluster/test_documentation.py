@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from cluster.config import load_config
+from cluster.config_file import load_config
 from cluster.guards import metrics_of
-from cluster.records import EVALUATION_KEYS, METRIC_KEYS
+from cluster.records.writer import EVALUATION_KEYS, METRIC_KEYS
 
 ROOT = Path(__file__).resolve().parents[3]
 

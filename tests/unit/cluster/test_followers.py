@@ -6,7 +6,7 @@ from typing import Any
 
 from actors.config import StudentConfig, TeacherConfig
 from cluster.config import CampaignConfig
-from cluster.followers import Followers
+from cluster.loop.followers import Followers
 
 
 class Learner:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from cluster.ledger import Ledger, ranges
+from cluster.state.ledger import Ledger, ranges
 
 OPEN = ("waiting", "sampled", "scored")
 FOLLOWS = {"sampled": ("waiting",), "scored": ("sampled",), "train": ("scored",), "drop": OPEN}

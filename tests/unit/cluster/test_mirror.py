@@ -8,8 +8,8 @@ import fsspec
 import pytest
 
 from actors.errors import UserError
-from cluster.mirror import COMPLETE, Mirror
-from cluster.records import read_jsonl
+from cluster.records.writer import read_jsonl
+from cluster.state.mirror import COMPLETE, Mirror
 from tests.light_campaign import configuration, fingerprint, finish, make_folder, start
 
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.pipeline import Sampling, Scored, Slots, split_evenly, too_stale
-from cluster.work import Work
+from cluster.loop.slots import Sampling, Scored, Slots, split_evenly, too_stale
+from cluster.loop.work import Work
 
 
 async def is_blocked(waiting: asyncio.Task) -> bool:

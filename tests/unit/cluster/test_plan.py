@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from actors.errors import UserError
 from cluster.cli import main
-from cluster.config import load_config
-from cluster.estimate import from_data_sheet, from_run, model_size
-from cluster.hardware import (
+from cluster.commands.plan import from_data_sheet, from_run, model_size
+from cluster.config_file import load_config
+from cluster.planning.datasheet import (
     GPUS,
     Gpu,
     Load,
@@ -22,7 +22,7 @@ from cluster.hardware import (
     rollout_seconds,
     teacher_seconds,
 )
-from cluster.plan import Plan, Stage, for_gpus, measured, table
+from cluster.planning.throughput import Plan, Stage, for_gpus, measured, table
 from tests.fake_run import make_fake_run
 
 ROOT = Path(__file__).resolve().parents[3]

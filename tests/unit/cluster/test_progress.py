@@ -2,7 +2,7 @@ import io
 
 from rich.console import Console
 
-from cluster.progress import Progress, summary_table
+from cluster.console.progress import Progress, summary_table
 
 
 class Clock:

@@ -3,7 +3,7 @@
 import pytest
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError
 
-from cluster.ray_actor import cause_of
+from cluster.fleet.ray_actor import cause_of
 
 BROKEN = "The actor is temporarily unavailable: RpcError: RPC error: {} rpc_code: 14"
 

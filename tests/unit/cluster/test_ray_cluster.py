@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 
 from actors.errors import UserError
-from cluster import check, ray_cluster
-from cluster.config import CampaignConfig, load_config
-from cluster.ray_cluster import check_fits, role_resources, room_to_begin
+from cluster import preflight as check
+from cluster.config import CampaignConfig
+from cluster.config_file import load_config
+from cluster.fleet import ray_cluster
+from cluster.fleet.ray_cluster import check_fits, role_resources, room_to_begin
 
 BASE = """
 name: here

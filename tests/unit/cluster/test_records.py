@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from cluster.records import (
+from cluster.records.writer import (
     EVALUATION_KEYS,
     METRIC_KEYS,
     SUMMARY_KEYS,

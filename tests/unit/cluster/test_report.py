@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 
 from actors.errors import UserError
-from cluster.charts import Axis, Series, compact, line_chart, percent, thinned
-from cluster.figures import GROUPS, HERO
 from cluster.guards import metrics_of
-from cluster.recorded import BUSY, load_run, pace, with_throughput
-from cluster.records import EVALUATION_KEYS, METRIC_KEYS, SUMMARY_KEYS, TRAJECTORY_KEYS, read_jsonl, read_summary
-from cluster.report import write_report
-from cluster.samples import LEVELS, shade
-from cluster.timeline import lives
+from cluster.records.reader import BUSY, load_run, pace, with_throughput
+from cluster.records.writer import EVALUATION_KEYS, METRIC_KEYS, SUMMARY_KEYS, TRAJECTORY_KEYS, read_jsonl, read_summary
+from cluster.report.charts import Axis, Series, compact, line_chart, percent, thinned
+from cluster.report.figures import GROUPS, HERO
+from cluster.report.page import write_report
+from cluster.report.samples import LEVELS, shade
+from cluster.report.timeline import lives
 from tests.fake_run import make_fake_run
 
 VOID = {"meta", "link", "br", "line", "path", "circle", "rect", "polygon", "g"}

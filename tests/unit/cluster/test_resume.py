@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from actors.errors import UserError
-from cluster.config import load_config
-from cluster.records import RunRecords, read_jsonl
-from cluster.resume import take_up
+from cluster.config_file import load_config
+from cluster.records.writer import RunRecords, read_jsonl
+from cluster.state.resume import take_up
 from tests.light_campaign import (
     assert_ledger_adds_up,
     configuration,

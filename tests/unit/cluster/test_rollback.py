@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 
 from actors.errors import GuardError
-from cluster.campaign import Campaign
 from cluster.config import CampaignConfig
 from cluster.guards import GuardConfig
-from cluster.records import RunRecords, read_jsonl
-from cluster.resume import fit_records, take_up
-from cluster.rollback import RollBack, roll_back
-from cluster.state import CampaignState, load_state
-from learner.checkpoint import checkpoint_steps
+from cluster.loop.campaign import Campaign
+from cluster.records.writer import RunRecords, read_jsonl
+from cluster.state.campaign_state import CampaignState, load_state
+from cluster.state.resume import fit_records, take_up
+from cluster.state.rollback import RollBack, roll_back
+from learner.student.checkpoint import checkpoint_steps
 from tests.unit.cluster.test_campaign import SIZE, FakeLearner, World, campaign, configuration, run
 
 UPDATES, COLLAPSE = 12, 6

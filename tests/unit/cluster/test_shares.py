@@ -6,12 +6,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from actors.scoring import TeacherCounts
+from actors.teacher.base import TeacherCounts
 from actors.trajectory import RolloutCounts, TrajectoryId
-from cluster.teachers import Lessons, Teachers
-from cluster.work import PerRank, Work, gather, merge, shared_out
+from cluster.fleet.ray_actor import PerRank
+from cluster.loop.teachers import Lessons, Teachers
+from cluster.loop.work import Work, gather, merge, shared_out
 from learner.batch import minibatch_rows
-from learner.sharding import owners
+from learner.student.sharding import owners
 from tests.unit.cluster.test_campaign import (
     SIZE,
     FakeLearner,

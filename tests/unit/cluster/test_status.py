@@ -12,9 +12,9 @@ from rich.console import Console
 
 from actors.errors import UserError
 from cluster.cli import main
-from cluster.records import read_jsonl, trajectory_files
-from cluster.screen import status_screen, trajectory_text
-from cluster.status import LOST_AFTER_SECONDS, find_run, keep_status, read_status, write_status
+from cluster.console.screen import status_screen, trajectory_text
+from cluster.console.status import LOST_AFTER_SECONDS, find_run, keep_status, read_status, write_status
+from cluster.records.writer import read_jsonl, trajectory_files
 from tests.fake_run import make_fake_run
 
 LIVE = {

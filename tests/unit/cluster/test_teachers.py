@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from actors.config import TeacherConfig
+from actors.data.prompts import PromptSet
 from actors.errors import CampaignError, UserError
-from actors.prompts import PromptSet
-from actors.scoring import TeacherCounts
+from actors.teacher.base import TeacherCounts
 from actors.trajectory import offsets_of
-from cluster.teachers import Lessons, Teachers, route, routes
+from cluster.loop.teachers import Lessons, Teachers, route, routes
 
 TEACHERS = {
     "maths": TeacherConfig("m", domains=["maths", "physics"], weight=3.0),

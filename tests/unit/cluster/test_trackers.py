@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 
 from actors.errors import UserError
-from cluster.config import CampaignConfig, load_config
-from cluster.records import METRIC_KEYS, RunRecords
-from cluster.trackers import TensorBoard, Trackers, make_trackers
+from cluster.config import CampaignConfig
+from cluster.config_file import load_config
+from cluster.records.writer import METRIC_KEYS, RunRecords
+from cluster.tracking.trackers import TensorBoard, Trackers, make_trackers
 
 
 def config(tmp_path: Path, *overrides: str) -> CampaignConfig:
@@ -91,7 +92,7 @@ def test_nothing_is_made_that_is_not_asked_for(tmp_path: Path) -> None:
 
 
 def test_a_tracker_whose_package_is_missing_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cluster.trackers.find_spec", lambda name: None)
+    monkeypatch.setattr("cluster.tracking.trackers.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"tracking.wandb_project: found p, but no package wandb, expected pip install"):
         make_trackers(config(tmp_path, "tracking.wandb_project=p"), 1)
 
@@ -100,8 +101,8 @@ def test_a_server_that_refuses_us_is_one_line(tmp_path: Path, monkeypatch: pytes
     def refuse(uri: str, config: CampaignConfig) -> None:
         raise ConnectionError("no route")
 
-    monkeypatch.setattr("cluster.trackers.find_spec", lambda name: object())
-    monkeypatch.setattr("cluster.trackers.MLflow", refuse)
+    monkeypatch.setattr("cluster.tracking.trackers.find_spec", lambda name: object())
+    monkeypatch.setattr("cluster.tracking.trackers.MLflow", refuse)
     with pytest.raises(UserError, match=r"tracking.mlflow_uri: found http://nowhere \(ConnectionError: no route\)"):
         make_trackers(config(tmp_path, "tracking.mlflow_uri=http://nowhere"), 1)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.utilisation import STATES, Utilisation, add_up, by_role, mean_actors
+from cluster.records.utilisation import STATES, Utilisation, add_up, by_role, mean_actors
 
 
 class Clock:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from learner.divergences import (
+from learner.objective.divergences import (
     bounded_cost,
     expected_cost,
     forward_kl,
@@ -18,8 +18,8 @@ from learner.divergences import (
     reverse_kl,
     with_tail,
 )
-from learner.estimators import coefficient, position_weights
-from learner.objective import log_importance_weights
+from learner.objective.estimators import coefficient, position_weights
+from learner.objective.surrogate import log_importance_weights
 from tests.oracles import enumeration
 from tests.oracles.enumeration import World
 

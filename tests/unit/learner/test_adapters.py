@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from actors.config import LoraConfig
+from actors.data.models import load_model
 from actors.errors import UserError
-from actors.models import load_model
-from actors.weights import unpack
+from actors.weights.buckets import unpack
 from learner.config import ObjectiveConfig, TrustRegionConfig
 from learner.learner import Learner
 from tests.tiny_updates import make_learner, received, sampled

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from actors.errors import WeightError
-from actors.teacher import TeacherActor
+from actors.teacher.local import TeacherActor
 from learner.learner import Learner
 from tests.tiny_models import make_tiny_model
 from tests.tiny_updates import make_learner, received, sampled, teacher_config, weights_of

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from actors.errors import UserError
-from learner.checkpoint import (
+from learner.student.checkpoint import (
     checkpoint_steps,
     commit,
     discard,

@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from learner.divergences import extrapolated_teacher
-from learner.estimators import (
+from learner.objective.divergences import extrapolated_teacher
+from learner.objective.estimators import (
     ESTIMATORS,
     NEEDS,
     coefficient,
@@ -18,7 +18,7 @@ from learner.estimators import (
     position_weights,
     reward_cost,
 )
-from learner.objective import log_importance_weights, surrogate
+from learner.objective.surrogate import log_importance_weights, surrogate
 from tests.oracles import enumeration
 from tests.unit.learner.bias_variance import Case, estimates_of_pairs, make_case, support_kl
 

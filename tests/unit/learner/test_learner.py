@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from actors.errors import NonFiniteLossError
 from actors.trajectory import offsets_of, select_scores, select_trajectories
-from actors.weights import WeightVersion, unpack
+from actors.weights.buckets import WeightVersion, unpack
 from learner.config import ObjectiveConfig, OptimizerConfig
 from tests.tiny_models import make_tiny_model
 from tests.tiny_updates import make_learner, received, sampled, weights_of

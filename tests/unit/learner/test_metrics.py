@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from actors.trajectory import Trajectories, select_scores
-from cluster.figures import HISTOGRAMS
 from cluster.guards import UPDATE_METRICS, metrics_of
-from cluster.records import METRIC_KEYS
+from cluster.records.writer import METRIC_KEYS
+from cluster.report.figures import HISTOGRAMS
 from learner.config import ObjectiveConfig
 from learner.metrics import LOG_RATIO_BINS, groups_of, repetition, response_metrics
 from tests.tiny_updates import make_learner, sampled, teacher_config

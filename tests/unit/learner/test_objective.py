@@ -7,15 +7,15 @@ import torch
 from torch import Tensor
 
 from learner.config import ObjectiveConfig
-from learner.estimators import ESTIMATORS, NEEDS
-from learner.objective import (
+from learner.costs import needs_distribution
+from learner.objective.estimators import ESTIMATORS, NEEDS
+from learner.objective.surrogate import (
     corrected_weights,
     effective_sample_size,
     log_importance_weights,
     surrogate,
     token_weights,
 )
-from learner.signals import needs_distribution
 from tests.unit.learner.bias_variance import make_case
 from tests.unit.learner.test_estimators import close
 

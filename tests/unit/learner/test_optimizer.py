@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from learner.config import OptimizerConfig
-from learner.optimizer import build_optimizer, learning_rate, load_optimizer_tensors, optimizer_tensors
+from learner.student.optimizer import build_optimizer, learning_rate, load_optimizer_tensors, optimizer_tensors
 
 
 def test_the_rate_warms_up_and_then_follows_its_schedule() -> None:

@@ -14,9 +14,9 @@ from safetensors.torch import load, load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3MoeConfig
 
 from actors.errors import CheckpointError
-from learner.checkpoint import checkpoint_steps, commit, new_directory, prune, read_json, step_directory
 from learner.learner import Learner
-from learner.saving import DTYPES, copies, model_tensors, write_tensors
+from learner.student.checkpoint import checkpoint_steps, commit, new_directory, prune, read_json, step_directory
+from learner.student.tensor_files import DTYPES, copies, model_tensors, write_tensors
 from tests import clean_process
 from tests.tiny_models import make_tiny_model
 from tests.tiny_updates import make_learner, sampled, weights_of

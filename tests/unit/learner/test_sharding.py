@@ -17,13 +17,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from actors.config import LoraConfig
-from actors.delta import DeltaVersion, Receiver
 from actors.errors import NonFiniteLossError
 from actors.trajectory import TeacherScores, Trajectories
-from actors.weights import join, unpack, verify
+from actors.weights.buckets import join, unpack, verify
+from actors.weights.delta import DeltaVersion, Receiver
 from learner.config import MismatchConfig, ObjectiveConfig, OptimizerConfig, TrustRegionConfig
 from learner.learner import Learner
-from learner.sharding import Ranks, own_rows, whole
+from learner.student.sharding import Ranks, own_rows, whole
 from tests import clean_process
 from tests.tiny_models import make_tiny_model
 from tests.tiny_updates import make_learner, received, sampled, teacher_config

@@ -12,12 +12,12 @@ import torch.distributed as dist
 
 from actors.config import TeacherConfig
 from actors.errors import CampaignError
-from actors.teacher import TeacherActor
+from actors.teacher.local import TeacherActor
 from actors.trajectory import LargeScores, LightScores, TeacherScores, Trajectories, TrajectoryId, apart
 from learner.batch import minibatch_rows
 from learner.config import ObjectiveConfig
 from learner.learner import Learner
-from learner.sharding import Ranks, own_rows, owners
+from learner.student.sharding import Ranks, own_rows, owners
 from tests.tiny_models import make_tiny_model
 from tests.tiny_updates import make_learner, sampled, teacher_config
 from tests.unit.learner.test_sharding import run_ranks

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from actors.config import StudentConfig
-from actors.models import load_head, load_model
-from actors.teacher import TeacherActor
+from actors.data.models import load_head, load_model
+from actors.teacher.local import TeacherActor
 from actors.trajectory import TeacherScores, Trajectories
 from learner.config import LearnerConfig, MismatchConfig, ObjectiveConfig, OptimizerConfig, TrustRegionConfig
-from learner.divergences import extrapolated_teacher, renormalised, reverse_kl, with_tail
 from learner.learner import Learner
+from learner.objective.divergences import extrapolated_teacher, renormalised, reverse_kl, with_tail
 from tests.tiny_models import make_tiny_model
 from tests.tiny_updates import make_learner, sampled, teacher_config
 

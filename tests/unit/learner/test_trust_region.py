@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from learner.trust_region import ESTIMATORS, adapted_beta, backed_off, exact, k1, k3
+from learner.objective.trust_region import ESTIMATORS, adapted_beta, backed_off, exact, k1, k3
 
 
 def distributions(seed: int) -> tuple[torch.Tensor, torch.Tensor]:

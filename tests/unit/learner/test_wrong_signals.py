@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from learner.divergences import forward_kl, renormalised, reverse_kl, with_tail
-from learner.estimators import coefficient
-from learner.objective import surrogate, token_weights
+from learner.objective.divergences import forward_kl, renormalised, reverse_kl, with_tail
+from learner.objective.estimators import coefficient
+from learner.objective.surrogate import surrogate, token_weights
 from tests.unit.learner.bias_variance import make_case
 from tests.unit.learner.test_estimators import close, expected_gradient
 

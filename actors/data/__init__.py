@@ -1,0 +1,1 @@
+"""Prompts, verifiers, models and tokenizers: what the roles read from files."""

@@ -1,0 +1,108 @@
+"""The tokenizer of a model: loaded, asked what ends a response and what its chat template writes, and compared with another.
+
+`key` is always the configuration key that named the model, for example "student.model".
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from actors.data.models import as_user_error, find_model
+from actors.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
+
+
+def load_tokenizer(model: str, trust_remote_code: bool, key: str) -> PreTrainedTokenizerBase:
+    """The model's tokenizer. UserError: as find_model, or there are no tokenizer files, or they cannot be read."""
+    from transformers import AutoTokenizer
+
+    path = find_model(model, key, weights=False, code=trust_remote_code)
+    if not any((path / name).is_file() for name in TOKENIZER_FILES):
+        raise UserError(key, f"{path} without a tokenizer", "tokenizer.json beside config.json")
+    with as_user_error(key, path, "a tokenizer that transformers can read"):
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+
+
+def stop_token_ids(model_dir: Path | str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens that end a response, ascending: the tokenizer's eos, and those of generation_config.json where it is."""
+    found = {tokenizer.eos_token_id}
+    file = Path(model_dir) / "generation_config.json"
+    if file.is_file():
+        eos = json.loads(file.read_text("utf-8")).get("eos_token_id")
+        found.update(eos if isinstance(eos, list) else [eos])
+    return sorted(found - {None})
+
+
+def end_token_id(tokenizer: PreTrainedTokenizerBase, chat: bool) -> int | None:
+    """The token that ends an answer: in a chat the special one that the template writes after it, else the tokenizer's eos."""
+    if not chat or not tokenizer.chat_template:
+        return tokenizer.eos_token_id
+    messages = [{"role": role, "content": "…"} for role in ("user", "assistant")]
+    after = str(tokenizer.apply_chat_template(messages, tokenize=False)).rpartition("…")[2]
+    special = {id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special}
+    written = tokenizer(after, add_special_tokens=False)["input_ids"]
+    return next((token for token in written if token in special), tokenizer.eos_token_id)
+
+
+def template_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Added tokens that the chat template writes around a question and its answer, ascending; none without a template."""
+    if not tokenizer.chat_template:
+        return []
+    messages = [{"role": role, "content": "…"} for role in ("user", "assistant")]
+    written = tokenizer.apply_chat_template(messages, tokenize=False)
+    opened = tokenizer.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True)
+    content, *around = tokenizer(["…", written, opened], add_special_tokens=False)["input_ids"]
+    added = set(tokenizer.get_added_vocab().values()) - set(content)
+    return sorted({token for row in around for token in row} & added)
+
+
+def check_tokenizers_agree(
+    student_tok: PreTrainedTokenizerBase,
+    teacher_tok: PreTrainedTokenizerBase,
+    student_config: PreTrainedConfig,
+    teacher_config: PreTrainedConfig,
+    key: str,
+) -> None:
+    """UserError, on the teacher's `key`, unless the teacher can score the student's own token ids.
+
+    Every token of the student's tokenizer has the same id in the teacher's; both end a text with the same token; and
+    both models have a row for each of these ids. Not compared: padding, further tokens of the teacher, and how far the
+    models' vocabularies are padded (151936 and 152064, say).
+    """
+    ours, theirs = student_tok.get_vocab(), teacher_tok.get_vocab()
+    differing = [(id_, token) for token, id_ in ours.items() if theirs.get(token) != id_]
+    if differing:
+        id_, token = min(differing)
+        found = f"token {theirs[token]}" if token in theirs else "not in the vocabulary"
+        raise UserError(
+            key,
+            f"a tokenizer in which {token!r} is {found}",
+            f"the student's tokenizer, in which it is token {id_} ({len(differing)} of {len(ours)} tokens differ), "
+            "or its own named in `tokenizer`",
+        )
+    for name in ("bos_token", "eos_token"):
+        found, wanted = getattr(teacher_tok, name), getattr(student_tok, name)
+        if found != wanted:
+            raise UserError(key, f"a tokenizer whose {name} is {found!r}", f"the student's, {wanted!r}")
+    for whose, config in (("student", student_config), ("teacher", teacher_config)):
+        size = config.get_text_config().vocab_size
+        if max(ours.values()) >= size:
+            expected = f"at least {max(ours.values()) + 1}, as the tokenizer has"
+            raise UserError(key, f"a {whose} model with a vocabulary of {size} tokens", expected)
+
+
+def template_difference(student_tok: PreTrainedTokenizerBase, teacher_tok: PreTrainedTokenizerBase) -> str | None:
+    """A remark, not an error, where the teacher's chat template writes a question differently: it reads the student's."""
+    if not student_tok.chat_template or not teacher_tok.chat_template:
+        return None
+    ours, theirs = (
+        tok.apply_chat_template([{"role": "user", "content": "…"}], tokenize=False, add_generation_prompt=True)
+        for tok in (student_tok, teacher_tok)
+    )
+    return None if ours == theirs else f"the teacher's own chat template writes {theirs!r}, the student's {ours!r}"

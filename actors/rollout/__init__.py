@@ -1,0 +1,1 @@
+"""The rollout actor, and the engine that samples for it."""

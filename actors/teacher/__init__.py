@@ -1,0 +1,1 @@
+"""Teacher actors: one module for each backend, and what all backends share."""

@@ -1,0 +1,1 @@
+"""Weight versions in transit: buckets with checksums, and lossless deltas between versions."""

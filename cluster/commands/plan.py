@@ -1,0 +1,159 @@
+"""`understudy plan`: the stages of a campaign, from a run that was measured, a short one made for it, or data sheets."""
+
+import dataclasses
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from actors.data.models import load_config as load_model_config
+from actors.errors import UserError
+from cluster.config import CampaignConfig
+from cluster.config_file import load_config
+from cluster.fleet.ray_cluster import teacher_gpus
+from cluster.planning.datasheet import (
+    GPUS,
+    Gpu,
+    Load,
+    ModelSize,
+    cached_sequences,
+    learner_bytes,
+    learner_seconds,
+    rollout_seconds,
+    teacher_bytes,
+    teacher_seconds,
+)
+from cluster.planning.throughput import Plan, Stage, mean_of, measured
+from cluster.records.writer import CONFIG_FILE, METRICS_FILE, read_jsonl, read_summary
+
+CALIBRATION_UPDATES = 4
+
+
+def gpus_of(config: CampaignConfig) -> dict[str, float]:
+    """Role -> GPUs of one actor, on a cluster where each actor has its own; of teachers the largest."""
+
+    def of(explicit: float | None, default: float) -> float:
+        return default if explicit is None else explicit
+
+    return {
+        "rollout": of(config.rollout.gpus_per_replica, config.rollout.tensor_parallel_size),
+        "teacher": max(of(teacher.gpus_per_replica, teacher_gpus(teacher)) for teacher in config.teachers.values()),
+        "learner": of(config.learner.gpus_per_replica, 1.0),
+    }
+
+
+def from_run(config: CampaignConfig, run_dir: Path) -> Plan:
+    """The plan of `config`, as fast as the run was: its work for one update, in proportion to the trajectories.
+
+    UserError: the run has not ended, or has measured nothing.
+    """
+    summary = read_summary(run_dir)
+    if not summary:
+        raise UserError("--run", run_dir, "the directory of a run that has ended (with a summary.json)")
+    ran = load_config(run_dir / CONFIG_FILE)
+    metrics = [row for row in read_jsonl(run_dir / METRICS_FILE) if row["step"] > 0]
+    try:
+        plan = measured(
+            summary,
+            summary["actors"]["mean"] if "actors" in summary else ran.replicas,
+            gpus_of(ran),
+            overlapped=ran.pipeline.max_staleness > 0,
+            publish_seconds=mean_of(metrics, "publish_seconds"),
+        )
+    except ValueError as error:
+        raise UserError("--run", f"{run_dir} ({error})", "a run that has taken updates") from error
+    share = config.trajectories_per_update / ran.trajectories_per_update
+    replicas, gpus = config.replicas, gpus_of(config)
+    stages = tuple(
+        replace(s, work_seconds=s.work_seconds * share, replicas=replicas[s.role], gpus_per_replica=gpus[s.role])
+        for s in plan.stages
+    )
+    return replace(plan, stages=stages, overlapped=config.pipeline.max_staleness > 0)
+
+
+def from_calibration(config: CampaignConfig, run: Callable[[CampaignConfig], Any]) -> Plan:
+    """The plan, measured by a run of some updates here and now, in a directory that is removed again.
+
+    run: runs a campaign to its end (`cluster.run.run_campaign`).
+    """
+    with tempfile.TemporaryDirectory(prefix="understudy-plan-") as folder:
+        short = dataclasses.replace(
+            config,
+            name="calibration",
+            output_dir=folder,
+            pipeline=replace(config.pipeline, updates=CALIBRATION_UPDATES),
+            evaluation=replace(config.evaluation, prompts=None),
+        )
+        run(short)
+        return from_run(config, short.run_dir)
+
+
+def from_data_sheet(config: CampaignConfig, gpu_name: str, load: Load) -> tuple[Plan, list[list[str]]]:
+    """The plan on GPUs of this name, and rows of memory for each role: [role, what, GiB of one GPU, of what it has].
+
+    UserError: a GPU that is not known, or a model whose configuration cannot be read.
+    """
+    if gpu_name not in GPUS:
+        raise UserError("--gpu", gpu_name, "a GPU that is known", list(GPUS))
+    gpu, gpus, replicas = GPUS[gpu_name], gpus_of(config), config.replicas
+    student = model_size(config.student.model, config.student.trust_remote_code, "student.model")
+    teachers = {
+        name: model_size(teacher.model, teacher.trust_remote_code, f"teachers.{name}.model")
+        for name, teacher in config.teachers.items()
+    }
+    largest, largest_config = max(
+        ((teachers[name], config.teachers[name]) for name in teachers), key=lambda pair: pair[0].parameters
+    )
+    concurrency = int(config.rollout.engine.get("max_num_seqs", 256))
+    seconds = {
+        "rollout": rollout_seconds(load, student, gpu, max(gpus["rollout"], 1), concurrency),
+        "teacher": teacher_seconds(load, largest, gpu, max(gpus["teacher"], 1)),
+        "learner": learner_seconds(load, student, gpu, replicas["learner"], config.learner.gradient_checkpointing),
+    }
+    stages = tuple(Stage(role, seconds[role], replicas[role], gpus[role]) for role in seconds)
+    teacher_memory = teacher_bytes(largest, largest_config.microbatch_tokens, largest_config.head_chunk_tokens)
+    sequences = cached_sequences(load, student, gpu, max(gpus["rollout"], 1))
+    memory = [
+        ["role", "of one GPU", "GiB", "of"],
+        _memory(f"weights; the rest holds {sequences:,.0f} sequences", (2 * student.parameters,), "rollout", gpus, gpu),
+        _memory("weights; activations", teacher_memory, "teacher", gpus, gpu),
+        _memory(
+            "weights, gradients, moments; to compute with",
+            learner_bytes(student, replicas["learner"]),
+            "learner",
+            gpus,
+            gpu,
+        ),
+    ]
+    return Plan(stages, config.pipeline.max_staleness > 0), memory
+
+
+def _memory(what: str, sizes: tuple[float, ...], role: str, gpus: dict[str, float], gpu: Gpu) -> list[str]:
+    each = [size / max(gpus[role], 1) for size in sizes]
+    fits = "" if sum(each) <= 0.95 * gpu.memory else ", does not fit"
+    return [role, what, " + ".join(f"{size / 2**30:.1f}" for size in each), f"{gpu.memory / 2**30:.0f}{fits}"]
+
+
+def model_size(model: str, trust_remote_code: bool, key: str) -> ModelSize:
+    """From config.json alone: no weight is read. Experts of which a token meets k of E count k / E of their parameters."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    config = load_model_config(model, trust_remote_code, key)
+    with torch.device("meta"):
+        network = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    sizes = {name: parameter.numel() for name, parameter in network.named_parameters()}
+    total, experts = sum(sizes.values()), sum(size for name, size in sizes.items() if ".experts." in name)
+    text = config.get_text_config()
+    count = getattr(text, "num_experts", None) or getattr(text, "num_local_experts", None) or 1
+    idle = experts * (1 - getattr(text, "num_experts_per_tok", count) / count)
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return ModelSize(
+        parameters=total,
+        active_parameters=total - idle,
+        cache_bytes_per_token=2.0 * 2 * text.num_hidden_layers * heads * width,
+        vocabulary=text.vocab_size,
+        hidden=text.hidden_size,
+    )

@@ -1,0 +1,1 @@
+"""What people see of a running campaign, and how they steer it."""

@@ -1,0 +1,1 @@
+"""Ray: actors, fleets of them, clusters and jobs."""

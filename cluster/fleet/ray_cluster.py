@@ -1,0 +1,164 @@
+"""Joining or starting a Ray cluster, and whether the campaign fits into it."""
+
+import logging
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, NamedTuple
+
+import ray
+from ray._private import services
+
+from actors.config import TeacherConfig
+from actors.errors import UserError
+from cluster.config import CampaignConfig
+from cluster.fleet.ray_actor import Resources
+
+CPU_THREADS = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+"""Without these, actors that share cores spin on each other's: 25 to 60 times slower."""
+
+LOOPBACK = "127.0.0.1"
+TOKEN_SETTINGS = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+"""With one of these the user has decided how clusters are protected; without, a private one gets a token of its own."""
+
+
+def in_job() -> bool:
+    """Whether this process is the entrypoint of a submitted Ray job."""
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+
+
+@contextmanager
+def connected(config: CampaignConfig) -> Iterator[bool]:
+    """Within the block, this process is connected to the campaign's cluster. True: a private one, which ends with it."""
+    address = config.ray.address or os.environ.get("RAY_ADDRESS") or "local"
+    private = address == "local"
+    options: dict = {}
+    if private:
+        # Workers inherit the environment: set before they start, it costs them nothing.
+        os.environ.update({name: os.environ.get(name, value) for name, value in CPU_THREADS.items()})
+        if not any(name in os.environ for name in TOKEN_SETTINGS):
+            os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # Ray would leave one in the home directory
+        options = {"include_dashboard": False, "_node_ip_address": LOOPBACK}
+        if config.ray.object_store_mebibytes:
+            options["object_store_memory"] = config.ray.object_store_mebibytes << 20
+    try:
+        with _loopback_as_it_is():
+            ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, **options)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise UserError("ray.address", f"{address} ({first_line})", "the address of a running Ray cluster") from error
+    try:
+        yield private
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def _loopback_as_it_is() -> Iterator[None]:
+    """Within the block, Ray does not replace 127.0.0.1 by the machine's address, with which every service of a private
+    cluster would listen on all interfaces. No public setting of Ray 2.60 does it; a test looks at what listens."""
+    resolve = services.resolve_ip_for_localhost
+    services.resolve_ip_for_localhost = lambda host: host
+    try:
+        yield
+    finally:
+        services.resolve_ip_for_localhost = resolve
+
+
+def teacher_gpus(teacher: TeacherConfig) -> float:
+    """GPUs of one actor, where the configuration leaves it open and each actor has its own."""
+    return 0.0 if teacher.backend == "http" else float(teacher.tensor_parallel_size)
+
+
+def role_resources(config: CampaignConfig, cluster_gpus: float, *, private: bool) -> dict[str, tuple[int, Resources]]:
+    """Role -> (replicas, what one needs). Roles are `rollout`, `teacher.<name>` and `learner`.
+
+    A null number of GPUs becomes 1 (for a rollout actor its tensor-parallel size) where the cluster has GPUs; where
+    it has a single one, all roles share it; where it has none, 0.
+    """
+    wanted: dict[str, tuple[Any, float]] = {
+        "rollout": (config.rollout, float(config.rollout.tensor_parallel_size)),
+        **{f"teacher.{name}": (teacher, teacher_gpus(teacher)) for name, teacher in config.teachers.items()},
+        "learner": (config.learner, 1.0),
+    }
+    ranks = config.learner.replicas  # several never share a GPU: a collective wants one for each
+    actors = sum(role.replicas for role, _ in wanted.values())
+
+    def gpus(explicit: float | None, default: float) -> float:
+        if explicit is not None:
+            return explicit
+        if cluster_gpus == 0:
+            return 0.0
+        return default if cluster_gpus > 1 or default == 0 or ranks > 1 else int(100 / actors) / 100
+
+    environment = {} if private or cluster_gpus else dict(CPU_THREADS)
+    return {
+        name: (
+            role.replicas,
+            Resources(role.cpus_per_replica, gpus(role.gpus_per_replica, default), environment, role.resources),
+        )
+        for name, (role, default) in wanted.items()
+    }
+
+
+def check_fits(needed: dict[str, tuple[int, Resources]], there: dict[str, float], where: str) -> None:
+    """UserError where the actors do not fit, naming the role that asks for most, what is asked and what is there.
+
+    there: what Ray says that the cluster has, `CPU`, `GPU` and whatever else its nodes were started with.
+    """
+    kinds = {name: name for _, resources in needed.values() for name in resources.custom}
+    for kind, unit in {"CPU": "CPUs", "GPU": "GPUs", **kinds}.items():
+        one = {
+            name: {"CPU": resources.cpus, "GPU": resources.gpus, **resources.custom}.get(kind, 0)
+            for name, (_, resources) in needed.items()
+        }
+        asked = {name: needed[name][0] * amount for name, amount in one.items()}
+        if sum(asked.values()) > there.get(kind, 0.0) + 1e-9:
+            largest = max(asked, key=lambda name: asked[name])
+            key = "teachers" + largest.removeprefix("teacher") if largest.startswith("teacher.") else largest
+            parts = ", ".join(f"{name} {needed[name][0]} x {one[name]:g}" for name in asked)
+            raise UserError(
+                f"{key}.replicas",
+                f"{sum(asked.values()):g} {unit} asked ({parts})",
+                f"at most the {there.get(kind, 0.0):g} {unit} of {where}",
+            )
+
+
+class Room(NamedTuple):
+    """What a campaign may take of its cluster."""
+
+    needed: dict[str, tuple[int, Resources]]
+    """Role -> (replicas, what one needs)."""
+    begin: dict[str, int]
+    """Role -> replicas that there is room for at once."""
+    short: UserError | None = None
+    """Why these are fewer, if they are."""
+
+
+def room_to_begin(config: CampaignConfig, private: bool) -> Room:
+    """A cluster that is not the campaign's own may be short of nodes: one was lost, or is on its way. Then one actor of
+    each role is enough to begin with, and all ranks of the learner. UserError where not even these fit."""
+    there = ray.cluster_resources()
+    needed = role_resources(config, there.get("GPU", 0.0), private=private)
+    try:
+        check_fits(needed, there, "the cluster")
+    except UserError as error:
+        least = {role: (count if role == "learner" else 1, one) for role, (count, one) in needed.items()}
+        if not private:
+            with suppress(UserError):
+                check_fits(least, there, "the cluster")
+                return Room(needed, {role: count for role, (count, _) in least.items()}, error)
+        raise
+    return Room(needed, {role: count for role, (count, _) in needed.items()})
+
+
+def check_scaled(needed: dict[str, tuple[int, Resources]], role: str, replicas: int) -> None:
+    """UserError where the connected cluster does not hold the campaign with so many actors of this role."""
+    check_fits({**needed, role: (replicas, needed[role][1])}, ray.cluster_resources(), "the cluster")
+
+
+def refuse_relative_output(config: CampaignConfig) -> None:
+    """A job's working directory is a temporary copy: what is written there is lost with the job."""
+    if in_job() and not os.path.isabs(config.output_dir):
+        raise UserError("output_dir", config.output_dir, "an absolute path: inside a job a relative one would be lost")

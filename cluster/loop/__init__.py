@@ -1,0 +1,1 @@
+"""The campaign loop: its stages, the queues between them, and what it reports."""

@@ -1,0 +1,127 @@
+"""Evaluation on held-out prompts, by the same rollout and teacher actors that train.
+
+Every prompt is answered twice: greedily, and once as in training. The seeds are those of the first evaluation each
+time, so that curves differ by the weights alone. Here the campaign process reads tokens: they become text for verifiers.
+"""
+
+import asyncio
+from typing import Any
+
+import numpy as np
+
+from actors.data.prompts import PromptSet, requests
+from actors.data.verifiers import Verifier, rewards_of
+from actors.trajectory import (
+    EVALUATION_EPOCH,
+    FINISH_REASONS,
+    TeacherScores,
+    Trajectories,
+    TrajectoryId,
+    select_scores,
+    select_trajectories,
+)
+from cluster.fleet.ray_actor import fetched
+from cluster.fleet.ray_fleet import Fleet
+from cluster.loop.slots import split_evenly
+from cluster.loop.teachers import Teachers
+
+GREEDY, SAMPLED = 0, 1
+"""The sample number tells how an evaluation's trajectory was drawn."""
+
+
+class Evaluator:
+    """Held-out prompts and what counts as right."""
+
+    def __init__(
+        self,
+        prompts: PromptSet,
+        tokenizer: Any,
+        verifier: Verifier,
+        teachers: Teachers,
+        *,
+        seed: int,
+        max_response_tokens: int,
+        stop_token_ids: list[int],
+        keep_trajectories: int,
+    ):
+        self._prompts, self._tokenizer, self._verifier, self._teachers = prompts, tokenizer, verifier, teachers
+        self._seed, self._max_tokens, self._stop = seed, max_response_tokens, stop_token_ids
+        self._keep = keep_trajectories
+
+    async def student(self, rollout: Fleet) -> tuple[dict[str, float], list[dict[str, Any]], dict[str, float]]:
+        """Metrics `eval/...` of the weights that the rollout actors hold, sampled trajectories for reading, and the
+        seconds that each role worked for it.
+
+        `eval/reverse_kl` is the mean over the sampled tokens of log pi - log q: a Monte-Carlo estimate, in nats.
+        """
+        (greedy, greedy_seconds), (sampled, sampled_seconds) = await asyncio.gather(
+            self._sample(rollout, GREEDY), self._sample(rollout, SAMPLED)
+        )
+        ids = self._ids(SAMPLED)
+        scored = await self._teachers.score(ids, sampled)
+        scores = select_scores(ids, await fetched(scored.references))
+        written = select_trajectories(ids, await fetched(sampled))
+        best = select_trajectories(self._ids(GREEDY), await fetched(greedy))
+        rewards = self._rewards(written.response_tokens, written.response_offsets)
+        log_ratios = written.behaviour_logprobs - scores.logprobs
+        metrics = {
+            "eval/accuracy": float(np.mean(self._rewards(best.response_tokens, best.response_offsets))),
+            "eval/accuracy_sampled": float(np.mean(rewards)),
+            "eval/reverse_kl": float(np.nanmean(log_ratios)),
+            "eval/response_length_mean": float(written.lengths.mean()),
+        }
+        busy = {
+            "rollout": greedy_seconds + sampled_seconds,
+            "teacher": scored.busy_seconds,
+        }
+        return metrics, self._rows(written, scores, rewards), busy
+
+    async def teacher(self) -> float:
+        """The teachers' own greedy accuracy."""
+        return float(np.mean(self._rewards(*await self._teachers.write(self._prompts, self._max_tokens, self._stop))))
+
+    def _ids(self, sample: int) -> np.ndarray:
+        return np.array([(EVALUATION_EPOCH, prompt, sample) for prompt in range(len(self._prompts))], np.int64)
+
+    async def _sample(self, rollout: Fleet, sample: int) -> tuple[list[Any], float]:
+        """References of the trajectories, by part, and the engines' seconds."""
+        ids = self._ids(sample)
+        answers = await asyncio.gather(
+            *(
+                rollout.call(
+                    "generate",
+                    requests(self._prompts, ids[list(part)], self._seed),
+                    sample == GREEDY,
+                    returns=2,
+                    units=len(part) * self._max_tokens,
+                )
+                for part in split_evenly(len(ids), len(rollout.replicas))
+            )
+        )
+        return [reference for _, reference in answers], sum(counts.busy_seconds for counts, _ in answers)
+
+    def _rewards(self, tokens: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+        """[M] rewards of the responses to all held-out prompts."""
+        return rewards_of(self._tokenizer, self._verifier, tokens, offsets, self._prompts.references)
+
+    def _rows(self, written: Trajectories, scores: TeacherScores, rewards: np.ndarray) -> list[dict[str, Any]]:
+        rows = []
+        for row in range(min(self._keep, len(written))):
+            span = slice(*written.response_offsets[row : row + 2])
+            tokens = written.response_tokens[span].tolist()
+            prompt = int(written.ids[row, 1])
+            rows.append(
+                {
+                    "id": str(TrajectoryId(*written.ids[row].tolist())),
+                    "prompt": self._prompts.texts[prompt],
+                    "response": self._tokenizer.decode(tokens, skip_special_tokens=True),
+                    "tokens": [self._tokenizer.decode([token]) for token in tokens],
+                    "student_logprobs": written.behaviour_logprobs[span].tolist(),
+                    "teacher_logprobs": scores.logprobs[span].tolist(),
+                    "policy_versions": written.policy_versions[span].tolist(),
+                    "finish_reason": FINISH_REASONS[written.finish_reasons[row]],
+                    "reference": self._prompts.references[prompt],
+                    "reward": float(rewards[row]),
+                }
+            )
+        return rows

@@ -1,0 +1,1 @@
+"""Estimates of throughput and memory before a campaign starts."""

@@ -1,0 +1,111 @@
+"""Everything that can be known of a campaign before it starts, in a few seconds."""
+
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+from actors.data.models import check_weights, find_model, load_config, tensor_parallel_plan
+from actors.data.tokenizer import check_tokenizers_agree, load_tokenizer, template_difference
+from actors.data.verifiers import make_verifier
+from actors.errors import UserError
+from actors.teacher.alignment import make_reader
+from cluster.config import CampaignConfig
+from cluster.fleet.ray_cluster import connected, refuse_relative_output, room_to_begin
+from cluster.inputs import max_prompt_tokens, read_inputs
+from cluster.state.mirror import mirror_of
+
+
+def checks(config: CampaignConfig, *, offline: bool) -> Iterator[tuple[str, Callable[[], str] | None]]:
+    """(what is checked, the check); a check returns what it found, or raises UserError. None: not to be known here.
+
+    Offline, only what lies on this machine is looked at: hub names and paths that are not here are left for the
+    cluster to find, and no cluster is asked.
+    """
+
+    def here(*paths: str) -> bool:
+        return not offline or all(Path(path).exists() for path in paths)
+
+    student = config.student
+    yield "student", (lambda: _student(config)) if here(student.model) else None
+    for name, teacher in config.teachers.items():
+        known = here(student.model) if teacher.backend == "http" else here(student.model, teacher.model)
+        check = (lambda name=name: _teacher(config, name)) if known else None
+        yield f"teacher {name}", check
+    evaluation = config.evaluation.prompts
+    sources = [config.prompts.path, *([evaluation.path] if evaluation else [])]
+    yield "prompts", (lambda: _prompts(config)) if here(student.model, *sources) else None
+    if evaluation is not None:
+        yield "verifier", lambda: _verifier(config)
+    if config.checkpoint.mirror is not None:
+        yield "mirror", None if offline else lambda: _mirror(config)
+    yield "cluster", None if offline else lambda: _cluster(config)
+
+
+def check_models(config: CampaignConfig) -> None:
+    """The student's and the teachers' files are whole, and their tokenizers agree; else UserError."""
+    _student(config)
+    for name in config.teachers:
+        _teacher(config, name)
+
+
+def _mirror(config: CampaignConfig) -> str:
+    mirror = mirror_of(config)
+    steps = mirror.steps() if mirror else []
+    return f"{config.checkpoint.mirror}, " + (f"with step {steps[-1]}" if steps else "with no copy yet")
+
+
+def _student(config: CampaignConfig) -> str:
+    student = config.student
+    if student.lora is not None and find_spec("peft") is None:
+        raise UserError("student.lora", "no library peft", "pip install peft accelerate")
+    check_weights(find_model(student.model, "student.model", code=student.trust_remote_code), "student.model")
+    tokenizer = load_tokenizer(student.model, student.trust_remote_code, "student.model")
+    return f"{len(tokenizer)} tokens, prompts of at most {max_prompt_tokens(config)}"
+
+
+def _teacher(config: CampaignConfig, name: str) -> str:
+    student, teacher, key = config.student, config.teachers[name], f"teachers.{name}.model"
+    ours = load_tokenizer(student.model, student.trust_remote_code, "student.model")
+    reading = ""
+    if teacher.tokenizer is not None:
+        theirs = load_tokenizer(teacher.tokenizer, teacher.trust_remote_code, f"teachers.{name}.tokenizer")
+        make_reader(ours, theirs, f"teachers.{name}.tokenizer", config.prompts.chat)
+        reading = f"a tokenizer of its own with {len(theirs)} tokens"
+    if teacher.backend == "http":
+        return f"{', '.join(teacher.urls)}, asked when the campaign starts" + (reading and f"; {reading}")
+    check_weights(find_model(teacher.model, key, code=teacher.trust_remote_code), key)
+    if teacher.backend == "transformers" and teacher.tensor_parallel_size > 1:
+        tensor_parallel_plan(teacher.model, teacher.trust_remote_code, key)
+    if reading:
+        return reading
+    tokenizers = (ours, load_tokenizer(teacher.model, teacher.trust_remote_code, key))
+    configs = (
+        load_config(student.model, student.trust_remote_code, "student.model"),
+        load_config(teacher.model, teacher.trust_remote_code, key),
+    )
+    check_tokenizers_agree(*tokenizers, *configs, key)
+    vocabulary = min(c.get_text_config().vocab_size for c in configs)
+    if "topk" in teacher.signal and teacher.top_k > vocabulary:
+        raise UserError(f"teachers.{name}.top_k", teacher.top_k, f"at most {vocabulary}, the vocabulary of the models")
+    remark = template_difference(*tokenizers)
+    return "the student's tokenizer" + (f"; note: {remark}" if remark else "")
+
+
+def _prompts(config: CampaignConfig) -> str:
+    inputs = read_inputs(config)
+    held_out = f", {len(inputs.held_out)} held out" if inputs.held_out else ""
+    return f"{len(inputs.prompts)} prompts{held_out}; first: {inputs.prompts.texts[0][:80]!r}"
+
+
+def _verifier(config: CampaignConfig) -> str:
+    make_verifier(config.evaluation.verifier, "evaluation.verifier")
+    return config.evaluation.verifier.name
+
+
+def _cluster(config: CampaignConfig) -> str:
+    refuse_relative_output(config)
+    with connected(config) as private:
+        needed, _, short = room_to_begin(config, private)
+    if short:
+        raise short
+    return ", ".join(f"{role} {n} x ({r.cpus:g} CPUs, {r.gpus:g} GPUs)" for role, (n, r) in needed.items())

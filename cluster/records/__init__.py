@@ -1,0 +1,1 @@
+"""The files of a run directory: written, read back, sent to trackers."""

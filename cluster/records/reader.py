@@ -1,0 +1,152 @@
+"""A run as its records tell it, whether it has ended, still goes on, or has crashed: figures, settings, and its pace."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from actors.errors import UserError
+from cluster.records.writer import (
+    CONFIG_FILE,
+    EVENTS_FILE,
+    FAULTS,
+    METRICS_FILE,
+    UNDONE_FILE,
+    read_jsonl,
+    read_summary,
+    trajectory_files,
+)
+
+BUSY = {"rollout": "busy_rollout", "teacher": "busy_teacher", "learner": "busy_learner"}
+"""Role -> the metric of the seconds that its actors worked."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is on disk of one run."""
+
+    path: Path
+    name: str
+    metrics: list[dict[str, Any]]
+    undone: list[dict[str, Any]]
+    events: list[dict[str, Any]]
+    summary: dict[str, Any]
+    config_text: str
+    config: dict[str, Any]
+    trajectories: dict[int, Path]
+
+    def first(self, key: str) -> Any:
+        """The earliest value of a metric that there is."""
+        return next((row[key] for row in self.metrics if row.get(key) is not None), None)
+
+    def last(self, key: str) -> Any:
+        """The newest value of a metric that there is."""
+        return next((row[key] for row in reversed(self.metrics) if row.get(key) is not None), None)
+
+    @property
+    def result(self) -> dict[str, Any]:
+        """summary.json; for a campaign without one, as much of it as the metrics tell."""
+        told = {
+            "accuracy_start": self.first("eval/accuracy"),
+            "accuracy_end": self.last("eval/accuracy"),
+            "accuracy_sampled_start": self.first("eval/accuracy_sampled"),
+            "accuracy_sampled_end": self.last("eval/accuracy_sampled"),
+            "accuracy_teacher": self.first("eval/accuracy_teacher"),
+            "reverse_kl_start": self.first("eval/reverse_kl"),
+            "reverse_kl_end": self.last("eval/reverse_kl"),
+            "updates": self.last("step"),
+            "tokens_generated": self.last("tokens_generated"),
+            "wall_seconds": self.last("wall_seconds"),
+            "faults": sum(event["kind"] in FAULTS for event in self.events),
+            "busy": {role: sum(row.get(key) or 0 for row in self.metrics) for role, key in BUSY.items()},
+        }
+        return {**told, **{key: value for key, value in self.summary.items() if value is not None}}
+
+    def setting(self, key: str, default: Any = None) -> Any:
+        """One value of the configuration, by its full key."""
+        node: Any = self.config
+        for part in key.split("."):
+            node = node.get(part) if isinstance(node, dict) else None
+        return default if node is None else node
+
+
+def load_run(path: Path) -> Run:
+    """Reads a run directory. Only metrics.jsonl must be there."""
+    if not (path / METRICS_FILE).is_file():
+        found = f"no {METRICS_FILE} in it" if path.is_dir() else "a file" if path.exists() else "nothing"
+        raise UserError(str(path), found, "the run directory of a campaign that has begun, <output_dir>/<name>")
+    try:
+        config_file = path / CONFIG_FILE
+        config_text = config_file.read_text("utf-8") if config_file.exists() else ""
+        metrics, events = with_throughput(read_jsonl(path / METRICS_FILE)), read_jsonl(path / EVENTS_FILE)
+        undone = read_jsonl(path / UNDONE_FILE)
+        summary = read_summary(path)
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise UserError(str(path), str(error), "the files that a campaign wrote") from error
+    config = _parsed(config_text)
+    name = str(config.get("name") or path.resolve().name)
+    return Run(path, name, metrics, undone, events, summary, config_text, config, trajectory_files(path))
+
+
+def _parsed(text: str) -> dict[str, Any]:
+    """The configuration as a dictionary; {} where it is torn: the text is shown all the same."""
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def with_throughput(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows, with `tokens_per_second` over the time since the line before."""
+    result: list[dict[str, Any]] = []
+    before: tuple[float, float] | None = None
+    for row in rows:
+        wall, tokens = row.get("wall_seconds"), tokens_so_far(row)
+        now = None if wall is None or tokens is None else (wall, tokens)
+        rate = None
+        if now and before and now[0] > before[0] and now[1] >= before[1]:
+            rate = (now[1] - before[1]) / (now[0] - before[0])
+        result.append({**row, "tokens_per_second": rate} if row["step"] else row)
+        before = now
+    return result
+
+
+def tokens_so_far(row: dict[str, Any]) -> float | None:
+    """`tokens_generated` of a line; the untrained student stands at 0."""
+    return row.get("tokens_generated", 0 if row["step"] == 0 else None)
+
+
+class Pace(NamedTuple):
+    """How the loop's time was spent."""
+
+    shares: dict[str, float]
+    """Share of the loop's time that one actor of each role works; empty where nothing was measured."""
+    replicas: dict[str, int]
+    """At the end."""
+    loop_seconds: float
+    over_slowest: float
+    """The loop's time over that of its slowest stage."""
+
+
+def pace(run: Run) -> Pace:
+    """From the summary; without one, from the metrics: the loop's time is then that between the first and last line."""
+    result = run.result
+    teachers = [t for t in run.setting("teachers", {}).values() if isinstance(t, dict)]
+    replicas = {
+        "rollout": run.setting("rollout.replicas", 1),
+        "teacher": sum(teacher.get("replicas", 1) for teacher in teachers) or 1,
+        "learner": run.setting("learner.replicas", 1),
+    }
+    counted = result.get("actors") or {"mean": replicas, "end": replicas}
+    replicas = counted["end"]
+    each = {role: (result["busy"].get(role) or 0.0) / (counted["mean"][role] or 1) for role in BUSY}
+    slowest = max(each.values())
+    walls = [row["wall_seconds"] for row in run.metrics if row.get("wall_seconds") is not None]
+    loop = result.get("loop_seconds") or (result.get("wall_over_slowest_stage") or 0) * slowest
+    loop = loop or (walls[-1] - walls[0] if walls else 0.0)
+    if not slowest or not loop:
+        return Pace({}, replicas, loop, 0.0)
+    return Pace({role: value / loop for role, value in each.items()}, replicas, loop, loop / slowest)

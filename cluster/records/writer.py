@@ -1,0 +1,274 @@
+"""What a campaign writes down, and how it is read back: metrics, events, sample trajectories, the summary.
+
+One process writes (the campaign), any number read, at any moment: lines are whole or at the very end of the file,
+other files appear by renaming. NaN and infinity, which JSON does not have, are written as null. Standard library only.
+"""
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+METRICS_FILE, EVENTS_FILE, SUMMARY_FILE = "metrics.jsonl", "events.jsonl", "summary.json"
+LEDGER_FILE = "ledger.jsonl"
+UNDONE_FILE = "undone.jsonl"
+CONFIG_FILE, REPORT_FILE, TRAJECTORIES_DIRECTORY = "config.yaml", "report.html", "trajectories"
+
+BEGINNINGS, ENDS = ("started", "resumed"), ("finished", "stopped", "failed")
+"""Events of a campaign's process. One that was killed has left no end."""
+FAULTS = ("actor_died", "actor_hung", "actor_failed")
+"""Events that each say that an actor was lost: its process ended, it made no progress, it raised what none should."""
+METRIC_KEYS = (
+    "step",
+    "policy_version",
+    "wall_seconds",
+    "trajectories",
+    "tokens_generated",
+    "tokens_trained",
+    "loss",
+    "reverse_kl",
+    "forward_kl_old",
+    "entropy",
+    "clip_fraction",
+    "ratio_mean",
+    "ratio_max",
+    "importance_ess",
+    "grad_norm",
+    "learning_rate",
+    "staleness_mean",
+    "staleness_max",
+    "staleness_histogram",
+    "dropped",
+    "dropped_share",
+    "truncated_fraction",
+    "response_length_mean",
+    "engine_logprob_abs_diff",
+    "busy_rollout",
+    "busy_teacher",
+    "busy_learner",
+    "publish_seconds",
+    "publish_bytes",
+)
+"""Every learner step's line of metrics.jsonl has these. `trajectories`, `tokens_generated` and `dropped` are totals of
+the campaign so far, so that a curve can be drawn against them; everything else is of the step alone."""
+
+EVALUATION_KEYS = ("eval/accuracy", "eval/accuracy_sampled", "eval/reverse_kl", "eval/response_length_mean")
+"""Lines of evaluation steps have these besides. Step 0, the untrained student, has them and `step`, `policy_version`,
+`wall_seconds` alone; `eval/accuracy_teacher` stands there too where the teacher was measured."""
+
+STEP_ZERO_KEYS = ("step", "policy_version", "wall_seconds")
+
+SUMMARY_KEYS = (
+    "accuracy_start",
+    "accuracy_end",
+    "accuracy_teacher",
+    "reverse_kl_start",
+    "reverse_kl_end",
+    "updates",
+    "tokens_generated",
+    "wall_seconds",
+    "busy",
+    "wall_over_slowest_stage",
+    "utilisation",
+    "faults",
+    "ledger",
+)
+"""summary.json has these; `busy` is seconds for each role, `ledger` the number of trajectories in each state."""
+
+TRAJECTORY_KEYS = (
+    "id",
+    "step",
+    "prompt",
+    "response",
+    "tokens",
+    "student_logprobs",
+    "teacher_logprobs",
+    "policy_versions",
+    "finish_reason",
+    "reference",
+    "reward",
+)
+"""Every line of trajectories/step_*.jsonl has these; the lists have one entry for each token of the response."""
+
+
+class RunRecords:
+    """The writer of one run directory. To go on after a crash, make it anew and call `truncate_after`."""
+
+    def __init__(self, run_dir: Path, *, max_files: int = 24, max_rows: int = 64):
+        """At most `max_files` files of trajectories are kept, of at most `max_rows` trajectories each."""
+        self.run_dir, self.max_files, self.max_rows = Path(run_dir), max_files, max_rows
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        for name in (METRICS_FILE, EVENTS_FILE, LEDGER_FILE):
+            _cut_torn_line(self.run_dir / name)
+        steps, events = (read_jsonl(self.run_dir / name) for name in (METRICS_FILE, EVENTS_FILE))
+        self._wall_before = max((float(row["wall_seconds"]) for row in [*steps, *events]), default=0.0)
+        self.last_step = max((row["step"] for row in steps), default=-1)
+        """Step of the last line of metrics.jsonl, -1 where there is none."""
+        self.on_metrics: Callable[[Mapping[str, Any]], None] | None = None
+        """Called with each line of metrics.jsonl after it is written."""
+        self._started = time.monotonic()
+
+    @property
+    def wall_seconds(self) -> float:
+        """Seconds that the campaign has run; after a restart it goes on from the last line, downtime not counted."""
+        return round(self._wall_before + time.monotonic() - self._started, 3)
+
+    def metrics(self, record: Mapping[str, Any]) -> None:
+        """Appends the line of one step. Steps ascend; `wall_seconds` is put in where it is missing."""
+        row = {**record, "wall_seconds": record.get("wall_seconds", self.wall_seconds)}
+        _demand_keys(METRICS_FILE, row, METRIC_KEYS if row.get("step") else STEP_ZERO_KEYS)
+        if row["step"] <= self.last_step:
+            raise ValueError(f"{METRICS_FILE}: step {row['step']} after step {self.last_step}; truncate_after first")
+        _append(self.run_dir / METRICS_FILE, row)
+        self.last_step = row["step"]
+        if self.on_metrics is not None:
+            self.on_metrics(row)
+
+    def event(self, kind: str, cause: str = "", **fields: Any) -> None:
+        """Appends what happened: a kind such as `actor_died`, why, and anything that says where (role, actor, step)."""
+        row = {"time": round(time.time(), 3), "wall_seconds": self.wall_seconds, "kind": kind, "cause": cause}
+        _append(self.run_dir / EVENTS_FILE, {**fields, **row})
+
+    def closed(self, row: Mapping[str, Any]) -> None:
+        """Appends what became of some trajectories (cluster/state/ledger.py) to ledger.jsonl."""
+        _append(self.run_dir / LEDGER_FILE, row)
+
+    def keep_closed(self, as_known: Callable[[dict[str, Any]], dict[str, Any] | None]) -> list[dict[str, Any]]:
+        """Has the rows of ledger.jsonl as a checkpoint knows them, without those that it does not know; returns them."""
+        path = self.run_dir / LEDGER_FILE
+        rows = [known for row in read_jsonl(path) if (known := as_known(row)) is not None]
+        write_atomically(path, "".join(_to_json(row) + "\n" for row in rows))
+        return rows
+
+    def keep_trajectories(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Writes the first `max_rows` of `rows` (TRAJECTORY_KEYS) for reading, and thins the files out to `max_files`."""
+        directory = self.run_dir / TRAJECTORIES_DIRECTORY
+        directory.mkdir(exist_ok=True)
+        lines = []
+        for row, _ in zip(rows, range(self.max_rows), strict=False):
+            _demand_keys(TRAJECTORIES_DIRECTORY, row, TRAJECTORY_KEYS)
+            lines.append(_to_json(row, digits=5) + "\n")
+        write_atomically(directory / f"step_{step:08d}.jsonl", "".join(lines))
+        files = trajectory_files(self.run_dir)
+        while len(files) > max(self.max_files, 1):
+            files.pop(_most_crowded(list(files))).unlink()
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        """Replaces summary.json, as a whole or not at all."""
+        _demand_keys(SUMMARY_FILE, summary, SUMMARY_KEYS)
+        write_atomically(self.run_dir / SUMMARY_FILE, _to_json(summary, indent=2) + "\n")
+
+    def flush(self) -> None:
+        """Has the lines that were written so far on disk, also if the machine were to stop now."""
+        for name in (METRICS_FILE, EVENTS_FILE, LEDGER_FILE):
+            if (path := self.run_dir / name).exists():
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+
+    def set_aside_after(self, step: int, more: Iterable[Mapping[str, Any]]) -> None:
+        """Moves the lines of updates after `step` from metrics.jsonl to undone.jsonl, with those of `more` that are not
+        written yet: a campaign that is rolled back goes on from `step`."""
+        written = [row for row in read_jsonl(self.run_dir / METRICS_FILE) if row["step"] > step]
+        for row in (*written, *(row for row in more if row["step"] > max(step, self.last_step))):
+            _append(self.run_dir / UNDONE_FILE, row)
+        self.truncate_after(step)
+
+    def truncate_after(self, step: int) -> None:
+        """Forgets what was recorded of steps after `step`, and the summary: the campaign goes on from there.
+
+        Events stay: they happened. -1 forgets the evaluation of the untrained student too.
+        """
+        rows = [row for row in read_jsonl(self.run_dir / METRICS_FILE) if row["step"] <= step]
+        write_atomically(self.run_dir / METRICS_FILE, "".join(_to_json(row) + "\n" for row in rows))
+        for kept, path in trajectory_files(self.run_dir).items():
+            if kept > step:
+                path.unlink()
+        (self.run_dir / SUMMARY_FILE).unlink(missing_ok=True)
+        self.last_step = max((row["step"] for row in rows), default=-1)
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file, one a line; [] where there is no file. A last line that is still being written is left out."""
+    try:
+        lines = Path(path).read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return []
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            if number == len(lines):  # no newline after it: torn by a crash, or caught while being written
+                break
+            raise ValueError(f"{path}, line {number}: {error}") from error
+    return rows
+
+
+def read_summary(run_dir: Path) -> dict[str, Any]:
+    """summary.json, or {} for a campaign that has not ended."""
+    try:
+        return json.loads((Path(run_dir) / SUMMARY_FILE).read_text("utf-8"))
+    except FileNotFoundError:
+        return {}
+
+
+def trajectory_files(run_dir: Path) -> dict[int, Path]:
+    """step -> file of the trajectories that were kept, in ascending order."""
+    files = sorted((Path(run_dir) / TRAJECTORIES_DIRECTORY).glob("step_*.jsonl"))
+    return {int(path.stem.removeprefix("step_")): path for path in files}
+
+
+def _demand_keys(where: str, row: Mapping[str, Any], keys: Iterable[str]) -> None:
+    if missing := [key for key in keys if key not in row]:
+        raise ValueError(f"{where}: a record without {', '.join(missing)}")
+
+
+def _most_crowded(steps: list[int]) -> int:
+    """The step whose loss leaves the smallest gap; neither the first, where it all began, nor the last."""
+    inner = range(1, len(steps) - 1)
+    return steps[min(inner, key=lambda i: steps[i + 1] - steps[i - 1], default=0)]
+
+
+def _finite(value: Any, digits: int | None) -> Any:
+    """`value` as JSON has it: NaN and infinity become null, numpy and torch scalars and arrays become Python's."""
+    if isinstance(value, float):
+        return (round(value, digits) if digits else value) if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item, digits) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item, digits) for item in value]
+    return _finite(value.tolist(), digits) if hasattr(value, "tolist") else value
+
+
+def _to_json(row: Mapping[str, Any], *, digits: int | None = None, indent: int | None = None) -> str:
+    """One JSON text; TypeError for a value that JSON does not have."""
+    return json.dumps(_finite(row, digits), ensure_ascii=False, allow_nan=False, indent=indent)
+
+
+def _append(path: Path, row: Mapping[str, Any]) -> None:
+    line = _to_json(row).encode(errors="backslashreplace") + b"\n"  # half a surrogate pair becomes JSON's own escape
+    with path.open("ab") as file:  # written and flushed at once: a reader sees the line whole, or torn at the very end
+        file.write(line)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replaces a file's content, on disk as a whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("wb") as file:
+        file.write(text.encode(errors="backslashreplace"))
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _cut_torn_line(path: Path) -> None:
+    """Removes what a crash left behind the last newline, so that the next line starts at a line's start."""
+    if path.exists():
+        content = path.read_bytes()
+        if not content.endswith(b"\n"):
+            os.truncate(path, content.rfind(b"\n") + 1)

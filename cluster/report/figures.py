@@ -1,0 +1,308 @@
+"""Which curves a report shows, and how they are read from the lines of metrics.jsonl."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from html import escape
+from typing import Any, NamedTuple
+
+from cluster.records.reader import BUSY, tokens_so_far
+from cluster.report.charts import (
+    PALETTE_SIZE,
+    Mark,
+    Series,
+    byte_count,
+    compact,
+    line_chart,
+    percent,
+    seconds,
+    stacked_bars,
+)
+
+Rows = Sequence[dict[str, Any]]
+"""The lines of one run's metrics.jsonl."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One chart of the page. Several keys share it: the first is drawn solid, the second dashed."""
+
+    title: str
+    note: str
+    keys: tuple[tuple[str, str], ...]
+    """(key of metrics.jsonl, what the line is called)."""
+    form: Callable[[float], str] = compact
+    limits: tuple[float | None, float | None] = (None, None)
+
+
+ACCURACY = Figure(
+    "Accuracy on held-out prompts",
+    "share judged right by the verifier",
+    (("eval/accuracy", "greedy"), ("eval/accuracy_sampled", "sampled")),
+    percent,
+    (0, 1),
+)
+REVERSE_KL = Figure(
+    "Reverse KL to the teacher",
+    "nats per token, on the student’s own text",
+    (("eval/reverse_kl", "held-out"), ("reverse_kl", "training")),
+    limits=(0, None),
+)
+HERO = (ACCURACY, REVERSE_KL)
+ACROSS = {"updates": "step", "tokens": "tokens_generated", "time": "wall_seconds"}
+"""What the two curves above can be drawn against."""
+
+GROUPS: dict[str, tuple[Figure, ...]] = {
+    "The policy": (
+        Figure("Entropy", "nats per token of the student’s distribution", (("entropy", "entropy"),), limits=(0, None)),
+        Figure(
+            "Response length",
+            "tokens, mean of the update and of held-out prompts",
+            (("response_length_mean", "train"), ("eval/response_length_mean", "held-out")),
+        ),
+        Figure("Truncated", "responses cut at the length limit", (("truncated_fraction", "truncated"),), percent),
+        Figure("Reward", "mean over the update’s responses", (("reward_mean", "reward"),)),
+        Figure("Repetition", "4-grams that a response has said before", (("repetition", "repetition"),), percent),
+        Figure(
+            "Agreement with the teacher",
+            "tokens where both hold the same most likely; overlap of the 8 most likely",
+            (("top1_agreement", "most likely"), ("top8_overlap", "8 most likely")),
+            percent,
+        ),
+        Figure(
+            "Mass on the support",
+            "what each gives to the tokens of the support",
+            (("student_support_mass", "student"), ("teacher_support_mass", "teacher")),
+            percent,
+        ),
+        Figure(
+            "Log-ratio’s tails",
+            "log pi - log q at the sampled tokens, in nats: 1st and 99th percentile",
+            (("log_ratio_p99", "99%"), ("log_ratio_p01", "1%")),
+        ),
+    ),
+    "The step": (
+        Figure("Loss", "as minimised; its estimator is in the configuration", (("loss", "loss"),)),
+        Figure("Gradient norm", "before clipping", (("grad_norm", "norm"),)),
+        Figure("Learning rate", "warm-up and schedule", (("learning_rate", "rate"),), limits=(0, None)),
+        Figure("Ratio", "new to old probability of a token", (("ratio_mean", "mean"), ("ratio_max", "max"))),
+        Figure("Clipped", "tokens whose ratio left the clip range", (("clip_fraction", "clipped"),), percent),
+        Figure("Forward KL", "old policy to new, nats per token", (("forward_kl_old", "KL"),)),
+        Figure("Importance ESS", "effective share of the sample, 1 on-policy", (("importance_ess", "ESS"),)),
+        Figure(
+            "Engine against learner",
+            "mean difference of a token’s log-prob, in nats",
+            (("engine_logprob_abs_diff", "difference"),),
+        ),
+    ),
+    "The pipeline": (
+        Figure("Staleness", "versions behind the learner", (("staleness_mean", "mean"), ("staleness_max", "max"))),
+        Figure("Dropped", "trajectories never trained on, in all", (("dropped", "dropped"),)),
+        Figure("Throughput", "training tokens per second, evaluations included", (("tokens_per_second", "tokens/s"),)),
+        Figure("Trained", "tokens that an update learns from", (("tokens_trained", "tokens"),)),
+        Figure("Publishing", "from learner to every rollout actor", (("publish_seconds", "time"),), seconds),
+        Figure("Weight version", "bytes that travel", (("publish_bytes", "size"),), byte_count),
+    ),
+}
+
+
+def read_series(figure: Figure, runs: Sequence[tuple[str, Rows]], across: str = "step") -> list[Series]:
+    """A line for each run and key. Colour tells the run, dashes the key."""
+    series = []
+    for run, (name, rows) in enumerate(runs):
+        for number, (key, label) in enumerate(figure.keys):
+            held_out = key.startswith("eval/")
+            there = [row for row in rows if key in row and _place(row, across) is not None]
+            points = [(_place(row, across), row[key]) for row in there]
+            series.append(
+                Series(
+                    label if len(runs) == 1 else name if len(figure.keys) == 1 else f"{name}, {label}",
+                    [float(place) for place, _ in points if place is not None],
+                    [value for _, value in points],
+                    colour=run % PALETTE_SIZE,
+                    dashed=number > 0 and held_out,
+                    faint=number > 0,
+                    dots=held_out and len(points) <= 60,
+                    low=[row[f"{key}:low"] for row in there if f"{key}:low" in row],
+                    high=[row[f"{key}:high"] for row in there if f"{key}:high" in row],
+                )
+            )
+    return [one for one in series if one.values]
+
+
+GUARD_EVENTS = {
+    "guard_warned": ("warned", "warn"),
+    "guard_lowered_rate": ("rate lowered", "warn"),
+    "guard_rolled_back": ("rolled back", "bad"),
+    "guard_stopped": ("stopped", "bad"),
+}
+
+
+@dataclass(frozen=True)
+class Past:
+    """What guards did in a run: their events, and the metrics of the updates that they undid. Empty for several runs."""
+
+    events: Sequence[dict[str, Any]] = ()
+    undone: Rows = ()
+
+    def marks(self, figure: Figure, across: str = "step") -> list[Mark]:
+        """Where to mark a figure: every action, but a warning only where its metric is drawn."""
+        keys = [key for key, _ in figure.keys]
+        return [
+            Mark(float(event[across]), *GUARD_EVENTS[event["kind"]], f"{event.get('guard')}: {event.get('cause')}")
+            for event in self.events
+            if event["kind"] in GUARD_EVENTS and event.get(across) is not None
+            if event["kind"] != "guard_warned" or event.get("metric") in keys
+        ]
+
+    def series(self, figure: Figure) -> list[Series]:
+        """The lines that the updates had before they were undone; each roll back begins a new one."""
+        parts: list[list[dict[str, Any]]] = []
+        for row in self.undone:
+            if not parts or row["step"] <= parts[-1][-1]["step"]:
+                parts.append([])
+            parts[-1].append(row)
+        return [one for part in parts for one in read_series(figure, [("", part)])]
+
+
+def hero_figures(runs: Sequence[tuple[str, Rows]], teachers: Iterable[float], past: Past) -> str:
+    """Accuracy and reverse KL, each against updates, tokens and time; the page shows one of the three."""
+    parts = []
+    for figure in HERO:
+        if not read_series(figure, runs):
+            continue
+        references = [("teacher", accuracy) for accuracy in teachers] if figure is ACCURACY else []
+        charts = []
+        for name, key in ACROSS.items():
+            chart = line_chart(
+                read_series(figure, runs, key),
+                label=f"{figure.title} against {name}",
+                y_format=figure.form,
+                y_limits=figure.limits,
+                references=references,
+                marks=past.marks(figure, key),
+                undone=past.series(figure) if key == "step" else (),
+                x_name={"updates": "update", "tokens": "tokens", "time": "at"}[name],
+                x_format=seconds if key == "wall_seconds" else compact,
+                size=(500, 250),
+                end_labels=len(runs) == 1,
+            )
+            hidden = "" if name == "updates" else " hidden"
+            charts.append(f'<div data-across="{name}"{hidden}>{chart}</div>')
+        parts.append(_frame(_explained(figure, runs), "".join(charts), ""))
+    return "".join(parts)
+
+
+def small_figures(figures: Sequence[Figure], runs: Sequence[tuple[str, Rows]], past: Past) -> tuple[str, str]:
+    """(charts, list of what never changed): a flat line is told in a word instead of drawn."""
+    drawn, steady = [], []
+    for figure in figures:
+        series = read_series(figure, runs)
+        if not series:
+            continue
+        if all(_constant(one.values) for one in series) and len({figure.form(one.values[0]) for one in series}) == 1:
+            steady.append(f"<div><dt>{figure.title}</dt><dd>{escape(figure.form(series[0].values[-1]))}</dd></div>")
+            continue
+        chart = line_chart(
+            series,
+            label=figure.title,
+            y_format=figure.form,
+            y_limits=figure.limits,
+            marks=past.marks(figure),
+            undone=past.series(figure),
+        )
+        latest = "".join(
+            f'<span class="key {one.look}">{escape(one.label)} <b>{escape(figure.form(one.values[-1]))}</b></span>'
+            if len(series) > 1
+            else f"<b>{escape(figure.form(one.values[-1]))}</b>"
+            for one in series
+        )
+        drawn.append(_frame(_explained(figure, runs), chart, latest if len(runs) == 1 else ""))
+    return "".join(drawn), "".join(steady)
+
+
+class Histogram(NamedTuple):
+    """A key of metrics.jsonl whose value is a list of counts."""
+
+    title: str
+    note: str
+    key: str
+    at: Callable[[int], float]
+    """Where the bar of a place in the list stands."""
+    unit: str
+
+
+HISTOGRAMS: dict[str, Histogram] = {
+    "The policy": Histogram(
+        "Log-ratios",
+        "log pi - log q of the last tenth’s tokens, in nats; what lies beyond is at the edge",
+        "log_ratio_histogram",
+        lambda place: (place - 8) / 2,  # learner/metrics.py, which is not imported here: it takes torch along
+        "nats",
+    ),
+    "The pipeline": Histogram(
+        "Staleness of trajectories",
+        "trained in the last tenth of the updates, by versions behind the learner",
+        "staleness_histogram",
+        float,
+        "versions behind",
+    ),
+}
+"""By the group that each stands in."""
+
+
+def histogram_figure(histogram: Histogram, name: str, rows: Rows) -> str:
+    """The counts of the last tenth of the updates, together. Nothing where there is but one bar."""
+    counted = [row[histogram.key] for row in rows if row.get(histogram.key)]
+    last = counted[-max(1, len(counted) // 10) :]
+    if not last or len(last[-1]) < 2:
+        return ""
+    sums = [float(sum(column)) for column in zip(*last, strict=True)]
+    chart = stacked_bars(
+        [histogram.unit],
+        [histogram.at(place) for place in range(len(sums))],
+        [[count] for count in sums],
+        label=histogram.title,
+        y_format=compact,
+        x_name=histogram.unit,
+    )
+    note = f"{escape(name)}: {histogram.note}" if name else histogram.note
+    return _frame(Figure(histogram.title, note, ()), chart, "")
+
+
+def busy_figure(name: str, rows: Rows) -> str:
+    """Seconds that the actors of each role worked for each update, stacked."""
+    rows = [row for row in rows if all(row.get(key) is not None for key in BUSY.values())]
+    if not rows:
+        return ""
+    chart = stacked_bars(
+        list(BUSY),
+        [row["step"] for row in rows],
+        [[row[key] for key in BUSY.values()] for row in rows],
+        label="Busy seconds of each role, by update",
+        y_format=seconds,
+    )
+    note = f"{escape(name) or 'all actors'}, by update, evaluations included"
+    keys = "".join(f'<span class="key r{i}">{role}</span>' for i, role in enumerate(BUSY))
+    return _frame(Figure("Busy seconds", note, ()), chart, keys)
+
+
+def _explained(figure: Figure, runs: Sequence[tuple[str, Rows]]) -> Figure:
+    """With words for its lines: where there are several runs, colours tell those."""
+    if len(runs) == 1 or len(figure.keys) == 1:
+        return figure
+    look = "dashed" if figure.keys[1][0].startswith("eval/") else "faint"
+    return replace(figure, note=f"{figure.note}; {look}: {figure.keys[1][1]}")
+
+
+def _frame(figure: Figure, chart: str, latest: str) -> str:
+    head = f"<figcaption><h3>{figure.title}</h3><p>{figure.note}</p><div class=latest>{latest}</div></figcaption>"
+    return f"<figure>{head}{chart}</figure>"
+
+
+def _place(row: dict[str, Any], across: str) -> float | None:
+    """Where a row stands on the x axis."""
+    return tokens_so_far(row) if across == "tokens_generated" else row.get(across)
+
+
+def _constant(values: Sequence[float]) -> bool:
+    return max(values) - min(values) <= 1e-4 * max(map(abs, values))

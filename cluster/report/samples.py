@@ -1,0 +1,125 @@
+"""The sample trajectories of a report: text whose tokens are coloured by log pi - log q, with filters. Pure."""
+
+from bisect import bisect
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from cluster.records.writer import read_jsonl
+
+LEVELS = (0.1, 0.25, 0.5, 1.0, 2.0, 4.0)
+"""Bounds, in nats, of the shades on either side of white."""
+MAX_STEPS = 7
+"""Steps that are shown of one run: the first, the last, and some between."""
+MAX_ROWS = 16
+MAX_ROW_TOKENS = 400
+"""A longer response is cut here."""
+PAGE_TOKENS = 9000
+"""All that is shown together, which bounds the size of the page."""
+
+
+def samples(runs: Sequence[tuple[str, dict[int, Path]]]) -> str:
+    """The section: controls, legend, and the trajectories of (name, step -> file). Those of the last step are shown."""
+    shown = {(run, step): path for run, (_, files) in enumerate(runs) for step, path in _spread(files).items()}
+    if not shown:
+        return "<p class=none>No trajectories were kept.</p>"
+    articles, kept, budget = [], 0, PAGE_TOKENS // len(shown)
+    last = {run: max(step for r, step in shown if r == run) for run, _ in shown}
+    first_run = min(last)
+    for (run, step), path in shown.items():
+        rows = read_jsonl(path)
+        kept = max(kept, len(rows))
+        hidden = (run, step) != (first_run, last[first_run])
+        articles += [_article(run, step, row, hidden) for row in _within(rows, budget)]
+    run_buttons = [(str(run), name) for run, (name, files) in enumerate(runs) if files]
+    controls = _choice("run", run_buttons, str(first_run)) if len(run_buttons) > 1 else ""
+    steps = sorted({step for _, step in shown})
+    labels = [(str(step), f"{step}" if step else "0, untrained") for step in steps]
+    controls += _choice("step", labels, str(last[first_run]), "update")
+    controls += _choice("verdict", [("", "all"), ("right", "right"), ("wrong", "wrong")], "")
+    return f'<div class="controls">{controls}<output></output></div>{_legend()}<div class="samples">{"".join(articles)}</div>'
+
+
+def shade(student: float | None, teacher: float | None) -> str:
+    """The class of a token: p1 to p6 where the student is surer, n1 to n6 where the teacher is, x without a score."""
+    if student is None or teacher is None:
+        return "x"
+    level = bisect(LEVELS, abs(student - teacher))
+    return f"{'p' if student > teacher else 'n'}{level}" if level else ""
+
+
+def _article(run: int, step: int, row: dict[str, Any], hidden: bool) -> str:
+    student, teacher, tokens = row["student_logprobs"], row["teacher_logprobs"], row["tokens"][:MAX_ROW_TOKENS]
+    reward = row.get("reward")
+    verdict = "unjudged" if reward is None else "right" if reward >= 1 else "wrong"
+    pairs = [(s, t) for s, t in zip(student, teacher, strict=True) if s is not None and t is not None]
+    facts = [f"{len(row['tokens']):,} tokens", escape(str(row["finish_reason"]))]
+    if pairs:
+        mean = sum(s - t for s, t in pairs) / len(pairs)
+        facts.append(f"{mean:.3f} nats per token".replace("-", "−"))
+    if reward not in (None, 0, 1):
+        facts.append(f"reward {reward:g}")
+    if row.get("reference") is not None:
+        facts.append(f"expected <code>{escape(str(row['reference']))}</code>")
+    marks = "".join(_token(token, shade(s, t)) for token, s, t in zip(tokens, student, teacher, strict=False))
+    more = len(row["tokens"]) - len(tokens)
+    text = "".join((marks, f"<span class=more>… {more:,} more tokens</span>" if more else ""))
+    data = f'data-run="{run}" data-step="{step}" data-verdict="{verdict}"'
+    values = f'data-s="{_thousandths(student[: len(tokens)])}" data-t="{_thousandths(teacher[: len(tokens)])}"'
+    head = f'<header><span class="verdict">{verdict}</span> {" <i></i> ".join(facts)}</header>'
+    prompt = f"<p class=prompt>{escape(str(row['prompt']))}</p>"
+    return f"<article {data}{' hidden' * hidden}>{head}{prompt}<p class=tokens {values}>{text}</p></article>"
+
+
+def _token(token: str, look: str) -> str:
+    """One token. What cannot be seen is made visible: a line's end, a token without text."""
+    text = escape(token).replace("\n", "⏎\n").replace("\t", "⇥\t") or "∅"
+    return f"<i class={look}>{text}</i>" if look else f"<i>{text}</i>"
+
+
+def _thousandths(logprobs: Sequence[float | None]) -> str:
+    return " ".join("x" if value is None else f"{1000 * value:.0f}" for value in logprobs)
+
+
+def _spread(files: dict[int, Path]) -> dict[int, Path]:
+    """At most MAX_STEPS of the steps, the first and the last among them."""
+    steps = sorted(files)
+    count = min(len(steps), MAX_STEPS)
+    wanted = {steps[round(i * (len(steps) - 1) / max(count - 1, 1))] for i in range(count)}
+    return {step: files[step] for step in sorted(wanted)}
+
+
+def _within(rows: Sequence[dict[str, Any]], budget: int) -> list[dict[str, Any]]:
+    """The first rows that fit, and two at least."""
+    fitting: list[dict[str, Any]] = []
+    for row in rows[:MAX_ROWS]:
+        budget -= min(len(row["tokens"]), MAX_ROW_TOKENS)
+        if budget < 0 and len(fitting) >= 2:
+            break
+        fitting.append(row)
+    return fitting
+
+
+def _choice(name: str, options: Sequence[tuple[str, str]], chosen: str, title: str = "") -> str:
+    """Buttons of which one is pressed."""
+    buttons = "".join(
+        f'<button data-{name}="{value}" aria-pressed="{"true" if value == chosen else "false"}">{escape(label)}</button>'
+        for value, label in options
+    )
+    return f'<div class="choice" data-choice="{name}">{f"<span>{title}</span>" if title else ""}{buttons}</div>'
+
+
+def _legend() -> str:
+    """The scale of colours, with its bounds in nats."""
+    count = len(LEVELS)
+    cells = [*(f"n{level}" for level in range(count, 0, -1)), "n0", *(f"p{level}" for level in range(1, count + 1))]
+    bounds = [*(f"−{bound:g}" for bound in reversed(LEVELS)), *(f"{bound:g}" for bound in LEVELS)]
+    shades = "".join(
+        f"<span><i class={cell}></i>{f'<b>{bounds[i]}</b>' if i < len(bounds) else ''}</span>"
+        for i, cell in enumerate(cells)
+    )
+    return (
+        f'<div class="scale"><span>teacher surer</span><div>{shades}</div><span>student surer</span>'
+        "<p>Each token is coloured by log π − log q, in nats: student minus teacher. Red is what distillation takes back.</p></div>"
+    )

@@ -1,0 +1,182 @@
+"""What came of a run, or of several, in words and tables of HTML: how it ended, what was learnt, what it took, what
+limited it. Whatever a model, a user or an error wrote is escaped. Pure.
+"""
+
+import time
+from collections.abc import Sequence
+from html import escape
+from typing import Any
+
+from cluster.planning.throughput import Plan, Stage
+from cluster.records.reader import Run, pace
+from cluster.report.charts import PALETTE_SIZE, compact, percent, seconds
+
+DASH = "–"
+STATES = {
+    "started": ("not finished", "warn"),
+    "resumed": ("not finished", "warn"),
+    "interrupted": ("interrupted", "warn"),
+    "stopped": ("interrupted", "warn"),
+    "failed": ("failed", "bad"),
+    "finished": ("finished", "good"),
+}
+"""Events that tell how a run stands -> what is said of it, and the colour."""
+
+
+def headline(runs: Sequence[Run]) -> str:
+    """What happened, in a sentence."""
+    if len(runs) > 1:
+        ends = [run.result["accuracy_end"] for run in runs if run.result["accuracy_end"] is not None]
+        span = f"{percent(min(ends))} to {percent(max(ends))}" if ends else "not measured"
+        return f"Held-out accuracy after training, over {len(runs)} campaigns: <b>{span}</b>."
+    result = runs[0].result
+    before, after, teacher = (result[f"accuracy_{when}"] for when in ("start", "end", "teacher"))
+    if before is None or after is None:
+        kl = result["reverse_kl_end"]
+        return f"The reverse KL to the teacher is <b>{compact(kl)}</b>." if kl is not None else "A campaign has begun."
+    sentence = f"The student answers <b>{after:.1%}</b> of held-out prompts right"
+    if result["updates"]:
+        sentence += f", {'up' if after >= before else 'down'} from {before:.1%}"
+    return sentence + (f"; its teacher answers {teacher:.1%}." if teacher is not None else ".")
+
+
+def state(run: Run) -> str:
+    """Whether it has ended, and how."""
+    last = next((event for event in reversed(run.events) if event["kind"] in STATES), None)
+    word, tone = STATES[last["kind"]] if last else ("not finished", "warn")
+    updates = run.setting("pipeline.updates")
+    if word == "not finished" and updates:
+        word = f"update {run.last('step')} of {escape(str(updates))}"
+    cause = f' title="{escape(str(last["cause"]), quote=True)}"' if last and last.get("cause") else ""
+    return f'<span class="state {tone}"{cause}>{word}</span>'
+
+
+def meta(run: Run) -> str:
+    """Which models, when it began, which seed."""
+    teachers = run.setting("teachers", {})
+    names = [str(teacher.get("model", name)) for name, teacher in teachers.items() if isinstance(teacher, dict)]
+    parts = []
+    if student := run.setting("student.model"):
+        parts.append(f"<code>{escape(str(student))}</code> from <code>{escape(', '.join(names) or DASH)}</code>")
+    if run.events:
+        parts.append(time.strftime("%-d %B %Y, %H:%M", time.localtime(run.events[0]["time"])))
+    if (seed := run.setting("seed")) is not None:
+        parts.append(f"seed {escape(str(seed))}")
+    return " <i></i> ".join(f"<span>{part}</span>" for part in parts)
+
+
+def before_after(run: Run) -> str:
+    """Student before, student after, teacher; and what it took."""
+    result = run.result
+    rows = [
+        ("Student, before", "before", "accuracy_start", "accuracy_sampled_start", "reverse_kl_start"),
+        ("Student, after", "after", "accuracy_end", "accuracy_sampled_end", "reverse_kl_end"),
+        ("Teacher", "teacher", "accuracy_teacher", "accuracy_sampled_teacher", None),
+    ]
+    lines = []
+    for name, look, accuracy, sampled, kl in rows:
+        share = result.get(accuracy)
+        bar = (
+            f'<span class="gauge {look}"><span style="width:{100 * share:.1f}%"></span></span>'
+            if share is not None
+            else ""
+        )
+        cells = [
+            _cell(share, "{:.1%}".format),
+            _cell(result.get(sampled), "{:.1%}".format),
+            _cell(result.get(kl) if kl else 0, compact),
+        ]
+        lines.append(f'<tr class="{look}"><th>{name}</th><td class="bar">{bar}</td>{"".join(cells)}</tr>')
+    head = "<tr><th>Held-out prompts</th><td></td><th>Accuracy</th><th>Sampled</th><th>Reverse KL</th></tr>"
+    table = f'<table class="result"><thead>{head}</thead><tbody>{"".join(lines)}</tbody></table>'
+    return f'{table}<dl class="tiles">{_tiles(result)}</dl>'
+
+
+def _tiles(result: dict[str, Any]) -> str:
+    """What it took, a number a tile."""
+    took = [
+        ("updates", _text(result["updates"], "{:,}".format)),
+        ("tokens sampled", _text(result["tokens_generated"], "{:,}".format)),
+        ("wall clock", _text(result["wall_seconds"], seconds)),
+        ("faults", _text(result["faults"], "{:,}".format)),
+    ]
+    took += _cost(result.get("cost") or {})
+    ledger = result.get("ledger") or {}
+    if ledger:
+        took.append(("trajectories trained", f"{ledger['trained']:,}"))
+    for reason, count in (result.get("dropped_because") or {}).items():
+        took.append((f"dropped: {escape(reason)}", f"{count:,}"))
+    if still_open := ledger.get("issued", 0) - ledger.get("trained", 0) - ledger.get("dropped", 0):
+        took.append(("under way", f"{still_open:,}"))
+    return "".join(f"<div><dd>{value}</dd><dt>{name}</dt></div>" for name, value in took)
+
+
+def _cost(cost: dict[str, Any]) -> list[tuple[str, str]]:
+    """Hours by role, of GPUs where there were any, else of processors."""
+    kind = "gpu_hours" if cost.get("tokens_per_gpu_hour") else "cpu_hours"
+    hours = {role: found for role, found in cost.get(kind, {}).items() if found}
+    name = "GPU hours" if kind == "gpu_hours" else "core hours"
+    tiles = [(f"{name}, {escape(role)}", f"{found:,.3g}") for role, found in hours.items()]
+    if cost.get("tokens_per_gpu_hour"):
+        tiles.append(("tokens sampled in a GPU hour", f"{cost['tokens_per_gpu_hour']:,.0f}"))
+    return tiles
+
+
+def comparison(names: Sequence[str], runs: Sequence[Run]) -> str:
+    """The same for several runs, a line each."""
+    columns = (
+        ("before", "accuracy_start", "{:.1%}".format),
+        ("after", "accuracy_end", "{:.1%}".format),
+        ("teacher", "accuracy_teacher", "{:.1%}".format),
+        ("KL before", "reverse_kl_start", compact),
+        ("KL after", "reverse_kl_end", compact),
+        ("updates", "updates", "{:,}".format),
+        ("tokens", "tokens_generated", "{:,}".format),
+        ("wall clock", "wall_seconds", seconds),
+    )
+    head = "".join(f"<th>{name}</th>" for name, _, _ in columns)
+    lines = [
+        f'<tr><th><span class="key c{i % PALETTE_SIZE}"></span>{escape(name)} {state(run)}</th>'
+        + "".join(_cell(run.result.get(key), form) for _, key, form in columns)
+        + "</tr>"
+        for i, (name, run) in enumerate(zip(names, runs, strict=True))
+    ]
+    return f'<div class="wide"><table class="result many"><thead><tr><th>Campaign</th>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+
+
+def bottleneck(run: Run, name: str) -> str:
+    """Which stage sets the pace, in a sentence and three bars."""
+    shares, replicas, loop, ratio = pace(run)
+    if not shares:
+        return ""
+    slowest = max(shares, key=lambda role: shares[role])
+    count = replicas[slowest]
+    stages = [Stage(role, shares[role] * replicas[role], replicas[role]) for role in shares]
+    verdict = Plan(tuple(stages), overlapped=run.setting("pipeline.max_staleness", 0) > 0).sentence()
+    if name:
+        sentence = f"<b>{escape(name)}: {verdict}.</b> The loop’s {seconds(loop)} are {ratio:.2f} times those of its slowest stage."
+    else:
+        sentence = (
+            f"<b>{verdict.capitalize()}.</b> The {slowest} is the slowest stage: "
+            f"{f'each of its {count} actors' if count > 1 else 'it'} works {percent(shares[slowest])} of the loop’s {seconds(loop)}. "
+            f"The loop takes {ratio:.2f} times as long as that stage alone; 1 would mean that it never waits."
+        )
+        if run.setting("pipeline.max_staleness") == 0:
+            sentence += " With <code>pipeline.max_staleness: 0</code> the stages take turns, and their times add up."
+    return f'<div class="bottleneck"><p>{sentence}</p><dl>{_bars(shares)}</dl></div>'
+
+
+def _bars(shares: dict[str, float]) -> str:
+    return "".join(
+        f'<div><dt>{role}</dt><dd><span class="gauge"><span class="r{i}" style="width:{min(100 * share, 100):.1f}%"></span></span>'
+        f"<span>{percent(share)}</span></dd></div>"
+        for i, (role, share) in enumerate(shares.items())
+    )
+
+
+def _text(value: Any, form: Any) -> str:
+    return DASH if value is None else escape(form(value))
+
+
+def _cell(value: Any, form: Any) -> str:
+    return f"<td>{_text(value, form)}</td>"

@@ -1,0 +1,130 @@
+"""When actors lived and died, and what else happened: the events of a run as lanes over its wall clock. Pure."""
+
+from collections.abc import Sequence
+from html import escape
+from typing import Any
+
+from cluster.records.writer import BEGINNINGS, ENDS, FAULTS
+from cluster.report.charts import seconds
+
+TONES = {
+    "finished": "good",
+    "actor_started": "good",
+    "actor_restarted": "good",
+    **dict.fromkeys(FAULTS, "bad"),
+    "short_of_resources": "warn",
+    "waiting_for_resources": "warn",
+    "object_store_full": "warn",
+    "lost_objects": "warn",
+    "failed": "bad",
+    "interrupted": "warn",
+    "stopped": "warn",
+    "resumed": "warn",
+    "paused": "warn",
+    "scaled": "warn",
+    "scaling_failed": "bad",
+    "guard_warned": "warn",
+    "guard_lowered_rate": "warn",
+    "guard_rolled_back": "bad",
+    "guard_stopped": "bad",
+}
+"""Every other kind, such as `checkpoint`, is told without a colour."""
+MAX_LINES = 120
+"""Of the ordinary events only the newest are listed; those that are not ordinary are all listed."""
+MAX_LANES = 40
+
+
+def timeline(name: str, events: Sequence[dict[str, Any]], wall_seconds: float) -> str:
+    """Lanes and list of one run's events; `name` is the run's, where there are several."""
+    title = f"<h3>{escape(name)}</h3>" if name else ""
+    if not events:
+        return f"{title}<p class=none>No events were recorded.</p>"
+    events = sorted(events, key=lambda event: event["wall_seconds"])
+    whole = max(wall_seconds, events[-1]["wall_seconds"]) or 1.0
+    return title + _lanes(events, whole) + _listing(events, opened=not name)
+
+
+def lives(events: Sequence[dict[str, Any]], whole: float) -> dict[str, list[tuple[float, float]]]:
+    """Actor -> the spans of wall-clock seconds during which it was there."""
+    spans: dict[str, list[tuple[float, float]]] = {}
+    since: dict[str, float] = {}
+    before = 0.0
+
+    def end(actor: str, at: float) -> None:
+        if actor in since:
+            spans[actor].append((since.pop(actor), at))
+
+    for event in events:
+        now, actor = event["wall_seconds"], str(event.get("actor", ""))
+        if event["kind"] in ("actor_started", "actor_restarted") and actor:
+            spans.setdefault(actor, [])
+            since.setdefault(actor, now)
+        elif event["kind"] in (*FAULTS, "actor_ended"):
+            end(actor, now)
+        elif event["kind"] in (*BEGINNINGS, *ENDS):
+            for open_actor in list(since):  # a campaign that begins again had been killed: its actors went with it
+                end(open_actor, before if event["kind"] in BEGINNINGS else now)
+        before = now
+    for actor in list(since):
+        end(actor, whole)
+    return spans
+
+
+def _lanes(events: Sequence[dict[str, Any]], whole: float) -> str:
+    def place(at: float) -> str:
+        return f"left:{100 * at / whole:.2f}%"
+
+    rows = []
+    campaign = "".join(
+        f'<i class="mark {TONES.get(event["kind"], "")}" style="{place(event["wall_seconds"])}" title="{_told(event)}"></i>'
+        for event in events
+        if not event["kind"].startswith("actor_")
+    )
+    rows.append(f"<div><span>campaign</span><div>{campaign}</div></div>")
+    spans = lives(events, whole)
+    for actor, lived in list(spans.items())[:MAX_LANES]:
+        bars = "".join(f'<b style="{place(a)};width:{max(100 * (b - a) / whole, 0.2):.2f}%"></b>' for a, b in lived)
+        marks = "".join(
+            f'<i class="mark {TONES[event["kind"]]}{" line" * (event["kind"] == "scaled")}" '
+            f'style="{place(event["wall_seconds"])}" title="{_told(event)}"></i>'
+            for event in events
+            if (event["kind"] in (*FAULTS, "scaling_failed") and event.get("actor") == actor)
+            or (event["kind"] == "scaled" and event.get("role") == actor.rpartition("-")[0])
+        )
+        rows.append(f"<div><span>{escape(actor)}</span><div>{bars}{marks}</div></div>")
+    if len(spans) > MAX_LANES:
+        rows.append(f"<div><span>… {len(spans) - MAX_LANES} more</span><div></div></div>")
+    ends = "".join(f"<span>{seconds(whole * part / 4)}</span>" for part in range(5))
+    return f'<div class="lanes">{"".join(rows)}<div class="clock"><span></span><div>{ends}</div></div></div>'
+
+
+def _listing(events: Sequence[dict[str, Any]], opened: bool) -> str:
+    ordinary = [event for event in events if TONES.get(event["kind"], "good") == "good"]
+    left_out = {id(event) for event in ordinary[: max(len(ordinary) - MAX_LINES, 0)]}
+    rows = [
+        f'<tr><td>{seconds(event["wall_seconds"])}</td><td><span class="kind {TONES.get(event["kind"], "")}">'
+        f"{escape(event['kind'].replace('_', ' '))}</span></td><td>{_details(event)}</td></tr>"
+        for event in events
+        if id(event) not in left_out
+    ]
+    note = f"<p class=none>{len(left_out):,} earlier ones are in events.jsonl.</p>" if left_out else ""
+    state = " open" if opened and len(rows) <= 14 else ""
+    return f'<details{state}><summary>{len(events):,} events</summary>{note}<table class="events">{"".join(rows)}</table></details>'
+
+
+def _details(event: dict[str, Any]) -> str:
+    fields = {key: value for key, value in event.items() if key not in ("time", "wall_seconds", "kind", "cause")}
+    told = " ".join(f"<span>{escape(key)} <code>{escape(str(value))}</code></span>" for key, value in fields.items())
+    return told + (f"<p>{escape(str(event['cause']))}</p>" if event.get("cause") else "")
+
+
+def _told(event: dict[str, Any]) -> str:
+    """One line for a mark's tooltip."""
+    if event["kind"] == "scaled":
+        return escape(
+            f"{seconds(event['wall_seconds'])}: {event['role']} scaled, {event['before']} to {event['after']} actors"
+        )
+    fields = [f"{key} {value}" for key, value in event.items() if key in ("actor", "step", "cause") and value != ""]
+    return escape(
+        f"{seconds(event['wall_seconds'])}: {', '.join([event['kind'].replace('_', ' '), *fields])}", quote=True
+    )

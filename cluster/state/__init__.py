@@ -1,0 +1,1 @@
+"""What a campaign must not lose: ledger, checkpoints, resume and rollback."""

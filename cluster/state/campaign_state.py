@@ -1,0 +1,105 @@
+"""What a campaign knows besides its weights: it goes into every checkpoint, and comes out of the newest."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cluster.config import CampaignConfig
+from cluster.guards import GuardState
+from cluster.records.writer import write_atomically
+from cluster.state.ledger import Ledger
+from learner.student.checkpoint import latest_checkpoint, read_json
+
+ROLES = ("rollout", "teacher", "learner")
+STATE_FILE = Path("training", "campaign.json")
+
+
+@dataclass
+class CampaignState:
+    """Counts and cursors; a checkpoint has them all, so that a campaign goes on where it stood."""
+
+    step: int = 0
+    """Updates taken."""
+    ledger: Ledger = field(default_factory=Ledger)
+    tokens_generated: int = 0
+    """Response tokens sampled for training."""
+    busy: dict[str, float] = field(default_factory=lambda: dict.fromkeys(ROLES, 0.0))
+    """Seconds that the actors of each role have worked, summed over the role's actors."""
+    start: dict[str, Any] = field(default_factory=dict)
+    """The evaluation of the untrained student, and the teacher's accuracy."""
+    pending: list[dict[str, Any]] = field(default_factory=list)
+    """Metrics of updates whose weights are not loaded yet: a campaign that was killed before it had written them down
+    does it when it goes on."""
+    evaluations: dict[int, dict[str, float]] = field(default_factory=dict)
+    """Step -> metrics of that evaluation."""
+    missing_scores: int = 0
+    """Tokens without a finite teacher score, which were masked."""
+    loop_seconds: float = 0.0
+    """Wall-clock seconds of the loop: from the first trajectory issued, without start-up."""
+    guards: GuardState = field(default_factory=GuardState)
+    actor_seconds: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Where these seconds went: actor -> state -> seconds (cluster/records/utilisation.py)."""
+    faults: int = 0
+    """Actors that died, over all runs of the campaign."""
+    _busy_before: dict[str, float] = field(default_factory=lambda: dict.fromkeys(ROLES, 0.0))
+
+    def busy_since_last_step(self) -> dict[str, float]:
+        """Seconds of work of each role since this was last asked."""
+        since = {role: self.busy[role] - self._busy_before[role] for role in ROLES}
+        self._busy_before = dict(self.busy)
+        return since
+
+    def to_json(self) -> dict[str, Any]:
+        """For `training/campaign.json`."""
+        return {
+            "step": self.step,
+            "ledger": self.ledger.to_json(),
+            "tokens_generated": self.tokens_generated,
+            "busy": self.busy,
+            "start": self.start,
+            "pending": self.pending,
+            "evaluations": self.evaluations,
+            "missing_scores": self.missing_scores,
+            "loop_seconds": self.loop_seconds,
+            "guards": self.guards.to_json(),
+            "actor_seconds": self.actor_seconds,
+            "faults": self.faults,
+        }
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> "CampaignState":
+        """The inverse of `to_json`."""
+        return cls(
+            step=content["step"],
+            ledger=Ledger.from_json(content["ledger"]),
+            tokens_generated=content["tokens_generated"],
+            busy=dict(content["busy"]),
+            start=content["start"],
+            pending=content["pending"],
+            evaluations={int(step): metrics for step, metrics in content["evaluations"].items()},
+            missing_scores=content["missing_scores"],
+            loop_seconds=content["loop_seconds"],
+            guards=GuardState.from_json(content.get("guards", {})),
+            actor_seconds=content.get("actor_seconds", {}),
+            faults=content["faults"],
+            _busy_before=dict(content["busy"]),
+        )
+
+
+def load_state(config: CampaignConfig) -> tuple[CampaignState, Path | None]:
+    """State of the newest checkpoint of the run directory and where that is; a new state where there is none."""
+    checkpoint = latest_checkpoint(config.run_dir / "checkpoints")
+    if checkpoint is None:
+        return CampaignState(), None
+    return read_state(checkpoint), checkpoint
+
+
+def read_state(checkpoint: Path) -> CampaignState:
+    """The state that is in a checkpoint."""
+    return CampaignState.from_json(read_json(checkpoint / STATE_FILE))
+
+
+def write_state(state: CampaignState, path: Path) -> None:
+    """Replaces the state in a checkpoint, as a whole or not at all."""
+    write_atomically(path, json.dumps(state.to_json()))

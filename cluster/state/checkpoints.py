@@ -1,0 +1,154 @@
+"""Checkpoints of a campaign, written while it goes on: the learner's tensors and the campaign's state, of the same step.
+
+    save     the learner copies its tensors, the state becomes JSON      the campaign waits
+    write    both are written to a directory without a step's name       nobody waits
+    commit   flushed to disk, given its name; older ones are removed     nobody waits
+    mirror   copied to `checkpoint.mirror`, where there is one           the end of the campaign, for the last
+
+The learner writes its part into the directory itself: it and the campaign must see the same file system. At most one
+checkpoint is under way; the end of the campaign, or an interrupt, waits for it.
+"""
+
+import asyncio
+import json
+from pathlib import Path
+
+from actors.errors import CheckpointError
+from cluster.config import CampaignConfig, CheckpointConfig
+from cluster.fleet.ray_fleet import Fleet
+from cluster.records.writer import RunRecords
+from cluster.state.campaign_state import STATE_FILE, CampaignState
+from cluster.state.mirror import Mirror, mirror_of
+from learner.student.checkpoint import (
+    checkpoint_steps,
+    commit,
+    discard,
+    latest_checkpoint,
+    new_directory,
+    prune,
+    step_directory,
+)
+
+POLL_SECONDS = 0.05
+"""Between two questions to the learner whether it has written its part."""
+CLOSE_SECONDS = 60.0
+"""How long a campaign that fails waits for the checkpoint that is under way."""
+
+
+class Checkpoints:
+    """The writer of one campaign's checkpoints."""
+
+    def __init__(self, config: CampaignConfig, records: RunRecords):
+        self._directory = config.run_dir / "checkpoints"
+        self._last_step, self._config = config.pipeline.updates, config.checkpoint
+        self._records = records
+        self._mirror = mirror_of(config)
+        self._mirrored = -1
+        self._task: asyncio.Task[None] | None = None
+        self._copying: asyncio.Task[None] | None = None
+
+    async def save_if_due(self, state: CampaignState, learner: Fleet) -> None:
+        """After an update: saves where the configuration says so, and raises what went wrong with the one before."""
+        if self._task is not None and self._task.done():
+            await self.finish()
+        if state.step == self._last_step or state.step % self._config.every_updates == 0:
+            await self.save(state, learner)
+
+    async def save(self, state: CampaignState, learner: Fleet) -> None:
+        """Begins the checkpoint of this step, unless there is one; returns when training may go on. Waits for the one
+        before. CheckpointError: one cannot be written; those before it are as they were."""
+        await self.finish()
+        if state.step == 0 or state.step in checkpoint_steps(self._directory):
+            return
+        copied = asyncio.Event()
+        content = json.dumps(state.to_json())
+        self._task = asyncio.create_task(self._write(state.step, content, state, learner, copied))
+        self._task.add_done_callback(lambda _: copied.set())
+        await copied.wait()
+        if self._task.done():
+            await self.finish()
+
+    async def finish(self) -> None:
+        """Waits for the checkpoint that is under way, and raises what went wrong with it."""
+        if (task := self._task) is not None:
+            await asyncio.wait([task])  # several may wait; none takes it along when it is cancelled
+            self._task = None
+            task.result()
+
+    async def settle(self) -> None:
+        """At the end of the campaign: waits for the checkpoint that is under way, and for its copy."""
+        await self.finish()
+        while self._copying is not None and not self._copying.done():
+            await asyncio.wait([self._copying])
+            self._mirror_newest()
+
+    async def close(self) -> None:
+        """At the end of the loop, whatever has ended it: a checkpoint that can still be completed is."""
+        if self._task is not None:
+            await asyncio.wait([self._task], timeout=CLOSE_SECONDS)
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        if self._copying is not None:
+            await asyncio.wait([self._copying], timeout=CLOSE_SECONDS)
+            self._copying.cancel()
+
+    async def _write(
+        self, step: int, content: str, state: CampaignState, learner: Fleet, copied: asyncio.Event
+    ) -> None:
+        target = step_directory(self._directory, step)
+        try:
+            partial = await asyncio.to_thread(new_directory, target)
+            try:
+                await learner.call("save", str(partial))
+                copied.set()
+                while not await learner.call("saved"):
+                    await asyncio.sleep(POLL_SECONDS)
+                (partial / STATE_FILE).write_text(content, "utf-8")
+                await asyncio.to_thread(self._records.flush)  # what the state takes for granted
+                await asyncio.to_thread(commit, partial, target)
+            except BaseException:
+                discard(partial)
+                raise
+            self._records.event("checkpoint", step=step, path=str(target))
+            keep = steps_to_keep(checkpoint_steps(self._directory), state, self._config)
+            await asyncio.to_thread(prune, self._directory, {*keep, self._mirrored})
+            self._mirror_newest()
+        except (OSError, CheckpointError) as error:
+            raise CheckpointError(self._explain(step, error)) from error
+
+    def _mirror_newest(self) -> None:
+        """Begins to copy the newest checkpoint, unless it has been copied, or another still is."""
+        steps = checkpoint_steps(self._directory)
+        if self._mirror is None or not steps or steps[-1] <= self._mirrored:
+            return
+        if self._copying is None or self._copying.done():
+            self._mirrored = steps[-1]
+            self._copying = asyncio.create_task(self._copy(self._mirror, steps))
+
+    async def _copy(self, mirror: Mirror, steps: list[int]) -> None:
+        """A copy that fails is told; the campaign goes on, and tries again with the next checkpoint."""
+        try:
+            await asyncio.to_thread(mirror.push, steps[-1])
+            await asyncio.to_thread(mirror.prune, steps)
+            self._records.event("mirrored", step=steps[-1])
+        except Exception as error:  # each file system has its own
+            self._records.event("mirror_failed", f"{type(error).__name__}: {error}", step=steps[-1])
+
+    def _explain(self, step: int, error: Exception) -> str:
+        cause = f"{error.strerror} ({error.filename})" if isinstance(error, OSError) else str(error)
+        return f"the checkpoint of step {step} could not be written: {cause}; {what_is_good(self._directory)}"
+
+
+def what_is_good(checkpoints: Path) -> str:
+    """What is left of a campaign that could not write, and how to go on with it."""
+    good = latest_checkpoint(checkpoints)
+    return f"{good} is good: make room, and run the same command again" if good else "there is no checkpoint before it"
+
+
+def steps_to_keep(steps: list[int], state: CampaignState, config: CheckpointConfig) -> set[int]:
+    """Of the steps with a checkpoint (ascending): the last ones, those whose held-out accuracy was best (the earlier
+    where it is equal), and those that are still to be evaluated."""
+    accuracy = {step: metrics["eval/accuracy"] for step, metrics in state.evaluations.items()}
+    evaluated = [step for step in steps if step in accuracy]
+    best = sorted(evaluated, key=lambda step: (-accuracy[step], step))[: config.keep_best]
+    return {*steps[-config.keep_last :], *best, *(record["step"] for record in state.pending)}

@@ -1,0 +1,132 @@
+"""A copy of a run's checkpoints and records elsewhere: any file system that fsspec knows, by its URL.
+
+    <mirror>/<name>/step_00000100/...       the checkpoint, and in records/ what the run directory had written down by then
+    <mirror>/<name>/step_00000100/COMPLETE  comes last, with the size of every file: without it the copy does not count
+
+A run directory without a checkpoint is filled from the newest copy before the campaign goes on: after the loss of the
+disk it goes on elsewhere, from the same command.
+"""
+
+import json
+import shutil
+from collections.abc import Collection
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import fsspec
+
+from actors.errors import UserError
+from cluster.config import CampaignConfig
+from cluster.records.writer import (
+    CONFIG_FILE,
+    EVENTS_FILE,
+    LEDGER_FILE,
+    METRICS_FILE,
+    TRAJECTORIES_DIRECTORY,
+    UNDONE_FILE,
+)
+from learner.student.checkpoint import STEP_NAME, checkpoint_steps, commit, discard, new_directory, step_directory
+
+COMPLETE = "COMPLETE"
+RECORDS = "records"
+KEPT = (CONFIG_FILE, METRICS_FILE, EVENTS_FILE, LEDGER_FILE, UNDONE_FILE)
+KEY = "checkpoint.mirror"
+
+
+class Mirror:
+    """The copies of one campaign. Errors are whatever the file system raises, most of them OSError."""
+
+    def __init__(self, url: str, run_dir: Path):
+        """UserError: fsspec does not know the URL, or lacks the library for it, or it cannot be read."""
+        try:
+            self._fs, root = fsspec.core.url_to_fs(url)
+            self._root = PurePosixPath(root, run_dir.name)
+            self.steps()
+        except Exception as error:  # each file system has its own
+            raise UserError(
+                KEY, f"{url} ({type(error).__name__}: {error})", "a URL that fsspec can write to"
+            ) from error
+        self._run_dir = run_dir
+
+    def steps(self) -> list[int]:
+        """Steps of the complete copies, oldest first."""
+        self._fs.invalidate_cache()
+        if not self._fs.exists(str(self._root)):
+            return []
+        names = [PurePosixPath(path).name for path in self._fs.ls(str(self._root), detail=False)]
+        found = [int(match[1]) for name in names if (match := STEP_NAME.fullmatch(name))]
+        return sorted(step for step in found if self._fs.exists(str(self._of(step) / COMPLETE)))
+
+    def push(self, step: int) -> None:
+        """Copies the checkpoint of this step, and the records as they are now; replaces an unfinished copy."""
+        checkpoint, target = step_directory(self._run_dir / "checkpoints", step), self._of(step)
+        if self._fs.exists(str(target)):
+            self._fs.rm(str(target), recursive=True)
+        files = {str(path.relative_to(checkpoint)): path for path in checkpoint.rglob("*") if path.is_file()}
+        records = [self._run_dir / name for name in KEPT]
+        records += (self._run_dir / TRAJECTORIES_DIRECTORY).glob("*.jsonl")
+        files |= {f"{RECORDS}/{path.relative_to(self._run_dir)}": path for path in records if path.is_file()}
+        sizes = {}
+        for name, path in files.items():
+            self._fs.makedirs(str((target / name).parent), exist_ok=True)
+            self._fs.put_file(str(path), str(target / name))
+            sizes[name] = self._fs.size(str(target / name))
+        self._fs.pipe_file(str(target / COMPLETE), json.dumps(sizes).encode())
+
+    def prune(self, keep: Collection[int]) -> None:
+        """Removes the copies of all other steps."""
+        for step in self.steps():
+            if step not in keep:
+                self._fs.rm_file(str(self._of(step) / COMPLETE))  # first: what is left of it does not count
+                self._fs.rm(str(self._of(step)), recursive=True)
+
+    def pull(self) -> int | None:
+        """Fills the run directory from the newest copy, if it has no checkpoint of its own; the step that it has now.
+
+        UserError: the copy is damaged.
+        """
+        steps, checkpoints = self.steps(), self._run_dir / "checkpoints"
+        if not steps or checkpoint_steps(checkpoints):
+            return None
+        source = self._of(steps[-1])
+        sizes: dict[str, int] = json.loads(self._fs.cat_file(str(source / COMPLETE)))
+        target = step_directory(checkpoints, steps[-1])
+        partial = new_directory(target)
+        try:
+            for name, size in sizes.items():
+                self._fetch(source / name, partial / _within(name), size)
+            if (partial / RECORDS).exists():
+                shutil.copytree(partial / RECORDS, self._run_dir, dirs_exist_ok=True)
+                shutil.rmtree(partial / RECORDS)
+            commit(partial, target)
+        except BaseException:
+            discard(partial)
+            raise
+        return steps[-1]
+
+    def _fetch(self, source: PurePosixPath, target: Path, size: int) -> None:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        found: Any = "nothing"
+        if self._fs.exists(str(source)):
+            self._fs.get_file(str(source), str(target))
+            found = target.stat().st_size
+        if found != size:
+            raise UserError(
+                KEY, f"{source} with {found} bytes", f"{size} bytes; remove this copy to use the one before"
+            )
+
+    def _of(self, step: int) -> PurePosixPath:
+        return self._root / f"step_{step:08d}"
+
+
+def mirror_of(config: CampaignConfig) -> Mirror | None:
+    """The campaign's, where it has one."""
+    return Mirror(config.checkpoint.mirror, config.run_dir) if config.checkpoint.mirror else None
+
+
+def _within(name: str) -> Path:
+    """A file's name in a copy as a relative path. UserError: it leads elsewhere."""
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts:
+        raise UserError(KEY, f"a copy with a file {name!r}", "names within the checkpoint")
+    return Path(path)

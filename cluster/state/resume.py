@@ -1,0 +1,141 @@
+"""Going on with a run directory: that it is ours alone, of the same campaign, and what was recorded fits the checkpoint."""
+
+import fcntl
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from actors.errors import UserError
+from cluster.config import CampaignConfig
+from cluster.config_file import differences, load_config, write_config
+from cluster.records.writer import CONFIG_FILE, LEDGER_FILE, METRICS_FILE, RunRecords, read_jsonl
+from cluster.state.campaign_state import CampaignState, load_state
+from cluster.state.mirror import KEY, Mirror, mirror_of
+
+WHERE = ("name", "output_dir")
+"""Keys that say where the run directory is; with `--resume` it is where it was found."""
+RESUMABLE_KEYS = (
+    "name",
+    "output_dir",
+    "rollout.replicas",
+    "rollout.cpus_per_replica",
+    "rollout.gpus_per_replica",
+    "teachers.*.replicas",
+    "teachers.*.cpus_per_replica",
+    "teachers.*.gpus_per_replica",
+    "learner.cpus_per_replica",
+    "learner.gpus_per_replica",
+    "*.resources",
+    "pipeline.updates",
+    "evaluation.*",
+    "weights.*",
+    "checkpoint.*",
+    "guards.*",
+    "tracking.*",
+    "ray.*",
+)
+"""Keys that may change when a campaign is taken up again; `*` stands for any name. The number of updates may change
+where the learning rate does not depend on it."""
+
+
+def config_of(run_dir: Path, overrides: Sequence[str]) -> CampaignConfig:
+    """The configuration that a run directory was made with, changed by `key=value`; the directory may have moved."""
+    run_dir = Path(os.path.abspath(run_dir))
+    if not (run_dir / CONFIG_FILE).is_file():
+        raise UserError("--resume", run_dir, f"a run directory: one with {CONFIG_FILE}")
+    for override in overrides:
+        if override.partition("=")[0] in WHERE:
+            raise UserError("override", repr(override), "none of name and output_dir: the run directory says them")
+    config = load_config(run_dir / CONFIG_FILE, overrides)
+    config.output_dir, config.name = str(run_dir.parent), run_dir.name
+    return config
+
+
+@contextmanager
+def claimed(config: CampaignConfig) -> Iterator[dict[str, Any]]:
+    """Makes the run directory; within the block no other process runs a campaign in it. Gives what has changed in the
+    configuration since it was last run: key -> [before, after].
+
+    UserError: it cannot be written to, another process has it, or the campaign in it is another one.
+    """
+    run_dir = config.run_dir
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock = (run_dir / ".lock").open("a")
+    except OSError as error:
+        raise UserError("output_dir", f"{config.output_dir} ({error.strerror})", "a directory to write to") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                str(run_dir), "a campaign that another process is running", "another name, or that it ends first"
+            ) from error
+        except OSError:
+            pass  # a file system without locks
+        if mirror := mirror_of(config):
+            _bring_back(mirror, run_dir)
+        changed = _changed(config)
+        try:
+            write_config(config, run_dir / CONFIG_FILE)
+        except OSError as error:
+            raise UserError("output_dir", f"{run_dir} ({error.strerror})", "a directory to write to") from error
+        yield changed
+
+
+def _bring_back(mirror: Mirror, run_dir: Path) -> None:
+    """A campaign whose run directory is lost goes on from its mirror."""
+    try:
+        step = mirror.pull()
+    except OSError as error:
+        raise UserError(KEY, error, "copies that can be read") from error
+    if step is not None:
+        RunRecords(run_dir).event("brought_back", step=step)
+
+
+def take_up(config: CampaignConfig, records: RunRecords) -> tuple[CampaignState, Path | None]:
+    """The state of the newest checkpoint (a new one where there is none) and where that is; whatever the records say
+    of later steps is forgotten. UserError: the ledger's file is not the one that the checkpoint was written with."""
+    state, checkpoint = load_state(config)
+    fit_records(config, records, state)
+    return state, checkpoint
+
+
+def fit_records(config: CampaignConfig, records: RunRecords, state: CampaignState) -> None:
+    """Cuts the records back to what a state knows, and completes the state by what they know better."""
+    records.truncate_after(state.step if state.step or state.start else -1)
+    for row in read_jsonl(config.run_dir / METRICS_FILE):  # later than the checkpoint of their step
+        if row["step"] and "eval/accuracy" in row:
+            state.evaluations[row["step"]] = {key: row[key] for key in row if key.startswith("eval/")}
+    try:
+        state.ledger.check_rows(records.keep_closed(state.ledger.as_known))
+    except ValueError as error:
+        raise UserError(
+            str(config.run_dir / LEDGER_FILE), error, "the file as the campaign left it, together with its checkpoints"
+        ) from error
+    state.ledger.on_close = records.closed
+
+
+def _changed(config: CampaignConfig) -> dict[str, Any]:
+    written = config.run_dir / CONFIG_FILE
+    if not written.exists():
+        return {}
+    found = differences(load_config(written), config)
+    if refused := [difference for difference in found if not may_change(difference[0], config)]:
+        raise UserError(
+            str(config.run_dir),
+            "a campaign with " + ", ".join(f"{key}={old} where this one has {new}" for key, old, new in refused),
+            "the same configuration to go on with, or another name",
+        )
+    return {key: [old, new] for key, old, new in found if key not in WHERE}
+
+
+def may_change(key: str, config: CampaignConfig) -> bool:
+    """Whether a campaign may go on with another value of this key (see RESUMABLE_KEYS)."""
+    if key == "pipeline.updates" and config.learner.optimizer.schedule != "constant":
+        return False
+    patterns = (re.escape(pattern).replace(r"\*", "[^ ]+") for pattern in RESUMABLE_KEYS)
+    return any(re.fullmatch(pattern, key) for pattern in patterns)

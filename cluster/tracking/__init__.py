@@ -1,0 +1,1 @@
+"""Copies of the metrics elsewhere: TensorBoard, Weights & Biases, MLflow, Prometheus."""

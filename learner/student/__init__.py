@@ -1,0 +1,1 @@
+"""The student's weights: sharded, adapted, optimised, published, saved."""
