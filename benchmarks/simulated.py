@@ -55,7 +55,7 @@ class Times:
 
 
 class SleepingRollout(Answering):
-    """In the place of actors.rollout.RolloutActor."""
+    """In the place of actors.rollout.actor.RolloutActor."""
 
     def __init__(self, times: Times, seats: int, sharing: int):
         """sharing: how many actors this process stands for, each with as many seats."""
@@ -109,7 +109,7 @@ class SleepingRollout(Answering):
 
 
 class SleepingTeacher:
-    """In the place of actors.teacher.TeacherActor."""
+    """In the place of actors.teacher.local.TeacherActor."""
 
     def __init__(self, times: Times):
         self._times, self._turn = times, asyncio.Lock()

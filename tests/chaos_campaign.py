@@ -217,7 +217,7 @@ def main() -> None:
     config = load_config(options.config)
     faults = [Fault(**row) for row in json.loads(options.schedule.read_text())]
     chaos = Chaos(config.run_dir, faults, flags, patience=config.ray.hang_timeout_seconds * 3 + 60, hold=options.hold)
-    here: Any = cluster.fleets
+    here: Any = cluster.roles
     here.Fleet, here.RolloutActor, here.Learner = shaken(chaos), ChaosRollout, ChaosLearner
     here.TEACHER_ACTORS = {"transformers": ChaosTeacher}
     began = time.monotonic()

@@ -131,7 +131,7 @@ class LightRollout:
         self._stop, self._length, self._version = set(stop_token_ids), sampling.max_response_tokens, -1
 
     def post(self, box: str, asked: list[tuple[int, Requests]]) -> None:
-        """As actors.answering.Answering, of which this is an own one, since its methods are no coroutines."""
+        """As actors.rollout.batched_calls.Answering, of which this is an own one, since its methods are no coroutines."""
         self._answers += [(number, self.generate(requests)) for number, requests in asked]
 
     def take(self, box: str, again: bool) -> tuple[list[tuple[int, RolloutCounts]], Trajectories | None]:
@@ -222,7 +222,7 @@ def configuration(folder: Path, name: str, **changes: Any) -> Path:
 def without_ray() -> None:
     """From now on campaigns of this process are light; it is fit for nothing else afterwards."""
     torch.set_num_threads(1)
-    actors: Any = cluster.fleets
+    actors: Any = cluster.roles
     actors.Fleet, actors.RolloutActor = LocalFleet, LightRollout
     here: Any = cluster.run
     here.connected = lambda config: nullcontext(True)

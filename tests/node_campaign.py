@@ -113,7 +113,7 @@ def main() -> None:
 
 def run(config_file: Path, address: str) -> None:
     """The campaign, on this cluster."""
-    here: Any = cluster.fleets
+    here: Any = cluster.roles
     here.RolloutActor = SlowOnce
     _, complete = cluster.run.run_campaign(load_config(config_file, [f"ray.address={address}"]))
     sys.exit(0 if complete else 130)

@@ -57,7 +57,7 @@ def edit_json(path, **changes):
 
 
 def test_importing_the_module_loads_neither_torch_nor_transformers():
-    code = "import sys, actors.models; sys.exit(bool({'torch', 'transformers'} & sys.modules.keys()))"
+    code = "import sys, actors.data.models; sys.exit(bool({'torch', 'transformers'} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[3]).returncode == 0
 
 
