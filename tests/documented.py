@@ -71,3 +71,13 @@ def commands_of(markdown: str) -> list[str]:
 def _looks_like_one(text: str) -> bool:
     program, _, others = text.removeprefix("$ ").removeprefix(".venv/bin/").partition(" ")
     return program in PROGRAMS and bool(others)
+
+
+def python_examples(page: str, section: str | None = None) -> list[str]:
+    """The blocks in Python of a page (a path below the root), in order; of one section (a heading `## ...`) if given."""
+    text = (ROOT / page).read_text("utf-8")
+    if section is not None:
+        found = re.search(rf"^## {re.escape(section)}\n(.*?)(?=^## |\Z)", text, re.S | re.M)
+        assert found, f"{page} has no section {section!r}"
+        text = found[1]
+    return re.findall(r"^```python\n(.*?)^```", text, re.S | re.M)
