@@ -1,6 +1,6 @@
 """Prints the sizes that we keep in view. A large number is a question to ask in review, not a failure.
 
-    python benchmarks/sizes.py
+python benchmarks/sizes.py
 """
 
 import ast
@@ -54,7 +54,9 @@ def measure(sources: Mapping[str, str]) -> Sizes:
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 # Two functions of one name (methods of two classes) keep their line number apart.
-                name = f"{path}:{node.name}" if f"{path}:{node.name}" not in sizes.functions else f"{path}:{node.lineno}"
+                name = (
+                    f"{path}:{node.name}" if f"{path}:{node.name}" not in sizes.functions else f"{path}:{node.lineno}"
+                )
                 sizes.functions[name] = (node.end_lineno or 0) - node.lineno + 1
                 given = [a for a in node.args.args + node.args.kwonlyargs if a.arg not in ("self", "cls")]
                 sizes.arguments += len(given)
