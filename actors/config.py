@@ -108,8 +108,10 @@ class SamplingConfig:
 
 @dataclass
 class RolloutConfig:
-    """Rollout actors: vLLM engines that sample trajectories."""
+    """Rollout actors: inference engines that sample trajectories."""
 
+    backend: str = "vllm"
+    """The engine: `vllm`, or `package.module:Class` of your own (docs/extending.md)."""
     replicas: int = number(1, minimum=1)
     """How many rollout actors."""
     gpus_per_replica: float | None = number(None, minimum=0)
@@ -130,7 +132,8 @@ class RolloutConfig:
     """Compute the cached keys and values of such responses again with the new weights. False: keep those of the old,
     which is cheaper; the recorded log-probs are those of the distribution that was sampled from either way."""
     engine: dict[str, Any] = field(default_factory=dict)
-    """Any further option of vLLM's engine, passed on as it is, for example `max_num_seqs: 256`."""
+    """Further options of the engine, passed on unchanged. With `vllm`: any option of its `LLM` class, for example
+    `max_num_seqs: 256`."""
 
 
 @dataclass

@@ -1,18 +1,19 @@
-"""How far this process has come with its work: what tells an actor that works from one that hangs.
+"""Counts the small steps that this process takes, so that its supervisor can tell work from a hang.
 
-A role counts at every small step (an engine's step, a micro-batch, an answer from a server), whatever its calls take as
-a whole. Whoever supervises it asks for the count, beside the work.
+A role calls `beat` at every small step (a step of the engine, a micro-batch, an answer from a server), however long its
+calls take. The supervisor reads `count` in a thread beside the work: where calls are open and the count stands still,
+the actor hangs.
 """
 
-_steps = 0
+_count = 0
 
 
-def advance() -> None:
-    """One more small step has been taken."""
-    global _steps
-    _steps += 1
+def beat() -> None:
+    """Counts one more small step."""
+    global _count
+    _count += 1
 
 
-def steps() -> int:
-    """Taken so far by this process."""
-    return _steps
+def count() -> int:
+    """Number of steps that this process has taken."""
+    return _count

@@ -7,7 +7,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from actors.errors import UserError
-from actors.heartbeat import advance
+from actors.heartbeat import beat
 
 CPU_KV_CACHE_BYTES = 256 << 20
 """Without a size of its own, vLLM would take 92% of the machine's memory for each engine."""
@@ -68,7 +68,7 @@ def _counted(step: Callable[[], Any]) -> Callable[[], Any]:
     """An engine's step that tells that it was taken."""
 
     def counted() -> Any:
-        advance()
+        beat()
         return step()
 
     return counted

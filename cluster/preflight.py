@@ -8,6 +8,7 @@ from actors.data.models import check_weights, find_model, load_config, tensor_pa
 from actors.data.tokenizer import check_tokenizers_agree, load_tokenizer, template_difference
 from actors.data.verifiers import make_verifier
 from actors.errors import UserError
+from actors.rollout.engine import engine_class
 from actors.teacher.alignment import make_reader
 from cluster.config import CampaignConfig
 from cluster.fleet.ray_cluster import connected, refuse_relative_output, room_to_begin
@@ -31,6 +32,8 @@ def checks(config: CampaignConfig, *, offline: bool) -> Iterator[tuple[str, Call
         known = here(student.model) if teacher.backend == "http" else here(student.model, teacher.model)
         check = (lambda name=name: _teacher(config, name)) if known else None
         yield f"teacher {name}", check
+    if config.rollout.backend != "vllm":
+        yield "engine", lambda: _engine(config)
     evaluation = config.evaluation.prompts
     sources = [config.prompts.path, *([evaluation.path] if evaluation else [])]
     yield "prompts", (lambda: _prompts(config)) if here(student.model, *sources) else None
@@ -42,7 +45,8 @@ def checks(config: CampaignConfig, *, offline: bool) -> Iterator[tuple[str, Call
 
 
 def check_models(config: CampaignConfig) -> None:
-    """The student's and the teachers' files are whole, and their tokenizers agree; else UserError."""
+    """UserError unless all model files are complete, the tokenizers agree, and the engine's class can be imported."""
+    _engine(config)
     _student(config)
     for name in config.teachers:
         _teacher(config, name)
@@ -52,6 +56,11 @@ def _mirror(config: CampaignConfig) -> str:
     mirror = mirror_of(config)
     steps = mirror.steps() if mirror else []
     return f"{config.checkpoint.mirror}, " + (f"with step {steps[-1]}" if steps else "with no copy yet")
+
+
+def _engine(config: CampaignConfig) -> str:
+    engine_class(config.rollout.backend)
+    return config.rollout.backend
 
 
 def _student(config: CampaignConfig) -> str:

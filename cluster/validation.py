@@ -5,6 +5,7 @@ import re
 
 from actors.config import RolloutConfig, TeacherConfig, publishes_adapter
 from actors.errors import UserError
+from actors.import_path import is_import_path
 from cluster.config import CampaignConfig
 from cluster.guards import check_guards, metrics_of
 from learner.config import LearnerConfig
@@ -63,7 +64,10 @@ def _student(config: CampaignConfig) -> None:
 
 
 def _pipeline(config: CampaignConfig) -> None:
-    """What is under way when weights change."""
+    """The engine, and what is under way when weights change."""
+    backend = config.rollout.backend
+    if backend != "vllm" and not is_import_path(backend):
+        raise UserError("rollout.backend", repr(backend), "vllm, or package.module:Class of your own", ["vllm"])
     if config.pipeline.oversample and not config.pipeline.max_staleness:
         raise UserError(
             "pipeline.oversample",

@@ -11,7 +11,7 @@ import torch
 from actors.forward.logprobs import chunked_head, entropy, token_logprobs
 from actors.forward.packed_attention import hidden_states
 from actors.forward.packing import Microbatch
-from actors.heartbeat import advance
+from actors.heartbeat import beat
 from learner.batch import Part
 from learner.config import LearnerConfig, ObjectiveConfig
 from learner.costs import (
@@ -84,7 +84,7 @@ class Forward:
         def sampled(logprobs_nV: torch.Tensor, rows: slice) -> dict[str, torch.Tensor]:
             return {"logprobs": token_logprobs(logprobs_nV, part.tokens[rows])} | reduce(logprobs_nV, rows)
 
-        advance()
+        beat()
         with torch.autocast(self._device, torch.bfloat16, enabled=self._half):
             hidden = hidden_states(self._body, microbatch.input_ids, microbatch.lengths, self._device)
             hidden = hidden[torch.from_numpy(microbatch.positions).to(self._device)]

@@ -25,7 +25,7 @@ import psutil
 
 import cluster.roles
 import cluster.run
-from actors.heartbeat import advance
+from actors.heartbeat import beat
 from actors.teacher.local import TeacherActor
 from cluster.config_file import load_config
 from cluster.fleet.ray_actor import Replica
@@ -79,7 +79,7 @@ class ChaosRollout(LightRollout):
         time.sleep(float(os.environ[PAUSE]))
         while Path(os.environ[FLAGS], HOLD).exists():
             time.sleep(0.05)
-            advance()
+            beat()
         return super().generate(*arguments, **keywords)
 
 

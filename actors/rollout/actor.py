@@ -14,7 +14,7 @@ from actors.data.tokenizer import load_tokenizer
 from actors.data.verifiers import make_verifier, rewards_of
 from actors.errors import EngineError
 from actors.rollout.batched_calls import Answering
-from actors.rollout.vllm_engine import VllmEngine
+from actors.rollout.engine import make_engine
 from actors.trajectory import FINISH_REASONS, Requests, RolloutCounts, Trajectories
 from actors.weights.buckets import WeightVersion, join
 from actors.weights.delta import DeltaVersion, Receiver
@@ -56,7 +56,7 @@ class RolloutActor(Answering):
             load_tokenizer(model, trust_remote_code, "student.model"),
             make_verifier(verifier, "evaluation.verifier"),
         )
-        self._engine = VllmEngine(
+        self._engine = make_engine(
             model,
             config,
             sampling,

@@ -21,8 +21,9 @@ import numpy as np
 from actors.config import LoraConfig, RolloutConfig, SamplingConfig
 from actors.data.models import expected_tensors
 from actors.errors import AbortedError, EngineError, WeightError
+from actors.rollout.engine import Response, trajectories_of
 from actors.rollout.vllm_lora import adapter_options, adapter_request, check_adapter, load_adapter
-from actors.trajectory import FINISH_REASONS, Requests, Trajectories, offsets_of
+from actors.trajectory import Requests
 from actors.vllm_startup import build_llm, importing_vllm
 from actors.weights.buckets import WeightVersion, shapes, verify
 
@@ -56,7 +57,8 @@ class _Call:
         self._completions[place] = completion
         self._missing -= 1
         if self._missing == 0:
-            self.future.set_result(_trajectories(self._requests, self._completions, self._support_size))
+            responses = [_response(completion, self._support_size) for completion in self._completions]
+            self.future.set_result(trajectories_of(self._requests, responses))
 
     def fail(self, error: BaseException | None) -> None:
         if error is not None and not self.future.done():
@@ -317,28 +319,12 @@ def _build(
     return build_llm(options, config.engine, "rollout.engine")
 
 
-def _trajectories(requests: Requests, completions: Sequence[Any], support_size: int) -> Trajectories:
-    """vLLM's completions, one for each request and in their order, as flat arrays."""
-    lengths = [len(completion.token_ids) for completion in completions]
-    versions = np.empty(sum(lengths), np.int32)
-    start = 0
-    for completion, length in zip(completions, lengths, strict=True):
-        for span in completion.weight_versions:
-            versions[start + span.start : start + span.end] = int(span.version)
-        start += length
-    return Trajectories(
-        ids=requests.ids,
-        prompt_tokens=requests.prompt_tokens,
-        prompt_offsets=requests.prompt_offsets,
-        response_tokens=np.concatenate([np.asarray(c.token_ids, np.int32) for c in completions]),
-        response_offsets=offsets_of(lengths),
-        # At each position the sampled token comes first, then the most likely ones that were asked for.
-        behaviour_logprobs=np.concatenate(
-            [np.asarray(c.logprobs.logprobs, np.float32)[:: support_size + 1] for c in completions]
-        ),
-        policy_versions=versions,
-        finish_reasons=np.array([FINISH_REASONS.index(c.finish_reason) for c in completions], np.uint8),
-        support_ids=np.concatenate(
-            [np.asarray(c.logprobs.token_ids, np.int32).reshape(-1, support_size + 1)[:, 1:] for c in completions]
-        ),
-    )
+def _response(completion: Any, support_size: int) -> Response:
+    """vLLM's completion as a response. A version is a span of tokens there; here each token has its own."""
+    versions = np.empty(len(completion.token_ids), np.int32)
+    for span in completion.weight_versions:
+        versions[span.start : span.end] = int(span.version)
+    # At each position vLLM lists the sampled token first, then the most likely ones that were asked for.
+    logprobs = np.asarray(completion.logprobs.logprobs, np.float32)[:: support_size + 1]
+    listed = np.asarray(completion.logprobs.token_ids, np.int32).reshape(-1, support_size + 1)
+    return Response(completion.token_ids, logprobs, versions, completion.finish_reason, listed[:, 1:])

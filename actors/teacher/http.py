@@ -20,7 +20,7 @@ import numpy as np
 
 from actors.config import TeacherConfig
 from actors.errors import CampaignError, UserError
-from actors.heartbeat import advance
+from actors.heartbeat import beat
 from actors.teacher.base import Scorer, probe
 from actors.trajectory import Trajectories, offsets_of
 
@@ -196,7 +196,7 @@ class HttpTeacher(Scorer):
             now = time.monotonic()
             server = min(self._servers, key=lambda s: (s.closed_until > now, s.under_way))
             server.under_way += 1
-            advance()
+            beat()
             try:
                 answer = await _post(session, f"{server.url}/completions", body)
                 server.failures = 0

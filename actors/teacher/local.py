@@ -13,7 +13,7 @@ from actors.errors import CampaignError, WeightError
 from actors.forward.logprobs import chunked_head, to_array, token_logprobs
 from actors.forward.packed_attention import hidden_states, use_packed_attention
 from actors.forward.packing import microbatches
-from actors.heartbeat import advance
+from actors.heartbeat import beat
 from actors.teacher.base import Scorer, probe
 from actors.trajectory import FINISH_REASONS, Requests, RolloutCounts, Trajectories, offsets_of
 from actors.weights.buckets import WeightVersion, join, shapes, unpack, verify
@@ -97,7 +97,7 @@ class TeacherActor(Scorer):
             trajectories.response_offsets,
             self._pass_tokens,
         ):
-            advance()
+            beat()
             places = torch.from_numpy(batch.tokens).to(self._device)
             states = hidden_states(self._body, batch.input_ids, batch.lengths, self._device)
             states = states[torch.from_numpy(batch.positions).to(self._device)]
@@ -197,5 +197,5 @@ class TeacherActor(Scorer):
 
 def _counted(_tokens: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
     """A logits processor that changes nothing, and tells that a token is being written."""
-    advance()
+    beat()
     return scores

@@ -17,7 +17,7 @@ import torch
 import xxhash
 
 from actors.errors import WeightError
-from actors.heartbeat import advance
+from actors.heartbeat import beat
 
 ALIGNMENT_BYTES = 64
 """Tensors start at multiples of this, so that views are aligned for vector loads."""
@@ -131,7 +131,7 @@ def pack(
             view = as_tensor(bucket, dtype, place.shape, place.offset, place.nbytes)
             tensor = tensors[place.name]
             view.copy_(tensor.whole() if isinstance(tensor, Deferred) else tensor.detach())
-            advance()
+            beat()
             data = bucket[place.offset : place.offset + place.nbytes]
             entries.append(replace(place, checksum=_checksum(data)))
         sizes.append(len(bucket))
@@ -175,7 +175,7 @@ def verify(manifest: WeightVersion, buckets: Sequence[np.ndarray]) -> None:
     if sizes != manifest.bucket_bytes:
         raise WeightError(f"version {manifest.version}: buckets of {sizes} bytes, expected {manifest.bucket_bytes}")
     for entry in manifest.tensors:
-        advance()
+        beat()
         found = _checksum(window(entry, buckets))
         if found != entry.checksum:
             raise WeightError(

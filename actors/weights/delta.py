@@ -12,7 +12,7 @@ import numpy as np
 import xxhash
 
 from actors.errors import WeightError
-from actors.heartbeat import advance
+from actors.heartbeat import beat
 from actors.weights.buckets import TensorEntry, Version, WeightVersion, torch_dtype, verify, window
 
 
@@ -80,7 +80,7 @@ def encode_delta(
     payload, end = np.empty(sum(room(new.nbytes) for new in new_manifest.tensors), np.uint8), 0
     entries = []
     for base, new in zip(base_manifest.tensors, new_manifest.tensors, strict=True):
-        advance()
+        beat()
         coding, nbytes, dtype = "dense", new.nbytes, _integers(new)
         if base.checksum == new.checksum:
             coding, nbytes = "same", 0
@@ -109,7 +109,7 @@ def apply_delta(
     verify(base_manifest, base_buckets)
     buckets, end = [np.zeros(size, np.uint8) for size in base_manifest.bucket_bytes], 0
     for place, entry in zip(delta.new.tensors, delta.entries, strict=True):
-        advance()
+        beat()
         code, end = payload[end : end + entry.nbytes], end + entry.nbytes
         if not _decoded(entry, code, place, window(place, base_buckets), window(place, buckets)):
             raise WeightError(f"delta: {place.name} is damaged: {entry.nbytes} bytes, {entry.coding}")

@@ -23,7 +23,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from actors.errors import ActorFaultError, CampaignError, LostObjectError, StoreFullError, UserError
-from actors.heartbeat import steps
+from actors.heartbeat import count
 
 SUPERVISION = "supervision"
 """The concurrency group, a thread of its own in the actor's process, that answers beside the work."""
@@ -261,7 +261,7 @@ def _whereabouts(_actor: Any) -> tuple[str, int]:
 
 
 def _steps(_actor: Any) -> int:
-    return steps()
+    return count()
 
 
 def _kill_tree(process: int) -> None:

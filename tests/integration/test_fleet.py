@@ -13,7 +13,7 @@ import pytest
 from ray.exceptions import OutOfDiskError
 
 from actors.errors import ActorFaultError, CampaignError, LearnerLostError, StoreFullError, UserError
-from actors.heartbeat import advance
+from actors.heartbeat import beat
 from cluster.fleet.ray_actor import Resources
 from cluster.fleet.ray_fleet import Fleet
 from cluster.fleet.restarts import Restarts
@@ -78,7 +78,7 @@ class Worker:
     def slow(self, steps: int) -> int:
         for _ in range(steps):
             time.sleep(0.3)
-            advance()
+            beat()
         return os.getpid()
 
     def fails_the_first(self, folder: str, times: int, error: type[Exception]) -> int:

@@ -1,0 +1,35 @@
+"""Imports what the configuration names by its import path, `package.module:name`. Standard library only."""
+
+import importlib
+import re
+from typing import Any
+
+from actors.errors import UserError
+
+_FORM = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
+
+
+def is_import_path(text: str) -> bool:
+    """Whether `text` has the form `package.module:name`. Imports nothing."""
+    return _FORM.fullmatch(text) is not None
+
+
+def import_object(path: str, key: str, kind: str) -> Any:
+    """Imports the object at `path`, `package.module:name`. It has to be callable: a function or a class.
+
+    key: the configuration key that names it. kind: what it should be, for the message, for example "a class".
+    UserError: another form, a module that cannot be imported (with the error that it raised), or no such object in it.
+    """
+    if not is_import_path(path):
+        raise UserError(key, repr(path), f"the import path of {kind}, package.module:name")
+    module_name, _, name = path.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:  # a user's module may raise anything when it is imported
+        reason = " ".join(str(error).strip().splitlines()[:2])[:200]
+        raise UserError(key, f"{path} ({type(error).__name__}: {reason})", "a module that can be imported") from error
+    found = getattr(module, name, None)
+    if not callable(found):
+        others = [f"{module_name}:{other}" for other, value in vars(module).items() if callable(value)]
+        raise UserError(key, path, f"{kind} in {getattr(module, '__file__', module_name)}", others)
+    return found

@@ -1,0 +1,166 @@
+"""The interface of an inference engine, as the rollout actor uses it, and the lookup of an engine by its name.
+
+`rollout.backend` chooses the engine: `vllm` (actors/rollout/vllm_engine.py), or `package.module:Class` of your own.
+"""
+
+from collections.abc import Sequence
+from concurrent.futures import Future
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from actors.config import LoraConfig, RolloutConfig, SamplingConfig
+from actors.errors import UserError
+from actors.import_path import import_object
+from actors.trajectory import FINISH_REASONS, Requests, Trajectories, offsets_of
+from actors.weights.buckets import WeightVersion
+
+BUILT_IN = {"vllm": "actors.rollout.vllm_engine:VllmEngine"}
+"""Import paths by `rollout.backend`."""
+METHODS = ("generate", "load_weights", "abort", "close")
+ATTRIBUTES = ("version", "seats", "busy_seconds", "tokens_sampled")
+
+
+class Engine(Protocol):
+    """Samples trajectories with the weights that it was given last.
+
+    Threads: the rollout actor calls the methods from its event loop's thread and from helper threads, so calls may
+    overlap. `generate`, `load_weights` and `abort` must return at once, with a `concurrent.futures.Future`; an engine
+    does its work in a thread of its own (a `ThreadPoolExecutor` with one worker is enough). Attributes are read from
+    other threads while the engine works.
+
+    Progress: an engine calls `actors.heartbeat.beat()` at least every few seconds of its work, for example at every
+    decoding step. An actor that works for `ray.hang_timeout_seconds` without a beat is taken for hung and replaced.
+
+    Errors: an exception in a future fails that call. EngineError means that the engine cannot go on: the actor's process
+    ends, and a new actor with a new engine replaces it.
+    """
+
+    version: int | None
+    """Version of the loaded weights; None before the first `load_weights`."""
+    seats: int
+    """Responses that the engine writes at the same time. The campaign keeps about this many under way at each actor."""
+    busy_seconds: float
+    """Seconds of work since the engine was built. Only grows; the report's busy time is its increase."""
+    tokens_sampled: int
+    """Response tokens since the engine was built. Only grows."""
+
+    def __init__(
+        self,
+        model: str,
+        config: RolloutConfig,
+        sampling: SamplingConfig,
+        *,
+        stop_token_ids: Sequence[int],
+        support_size: int,
+        seed: int,
+        trust_remote_code: bool,
+        adapter: LoraConfig | None,
+    ):
+        """Builds the engine. Its weights do not matter: `load_weights` comes before the first `generate`.
+
+        model: a Hugging Face model directory or hub name, for the architecture and the tokenizer.
+        config: the section `rollout`. `config.engine` holds the engine's own options, `config.dtype` the dtype of the
+            weights that will be loaded, `config.on_new_weights` and `config.recompute_kv` what a load does to
+            responses that are being written.
+        sampling: the section `sampling`.
+        stop_token_ids: tokens that end a response, in addition to `sampling.stop_token_ids`.
+        support_size: K, how many of the most likely tokens `generate` records at each position; 0 for most teachers.
+        seed: the campaign's seed. Each request has a seed of its own.
+        adapter: versions hold only LoRA matrices, of this kind, for the model whose weights are those of its files.
+        UserError: an option that the engine does not know or does not support.
+        """
+
+    def generate(self, requests: Requests, sampling: SamplingConfig, *, greedy: bool = False) -> Future:
+        """Samples one response for each of the B requests. Result: Trajectories, in the order of the requests.
+
+        A response ends with a stop token, which is part of it (finish reason "stop"), or after
+        `sampling.max_response_tokens` tokens ("length"). greedy: take the most likely token, for evaluations.
+
+        Each token is recorded with its log-prob under the distribution that it was drawn from, i.e. after temperature,
+        top-k and top-p: log pi_old(y_t | c_t). The learner divides by these probabilities, so they have to be exact to
+        rounding; and with the version of the weights that computed it. A request's sample depends on its seed, not on
+        the other requests of the call. `trajectories_of` puts responses together.
+
+        Errors of the future: AbortedError after `abort`; WeightError before the first `load_weights`; EngineError.
+        """
+
+    def load_weights(self, manifest: WeightVersion, buckets: Sequence[np.ndarray]) -> Future:
+        """Replaces all weights by those of a version. Result: the seconds for which no token was sampled.
+
+        The checksums have been verified. `actors.weights.buckets.unpack(manifest, buckets)` yields (name, tensor) with
+        the names of a Hugging Face checkpoint, in `config.dtype`. The tensors are views of shared memory that other
+        actors read, too: copy them, never write to them, and keep none after the future is done.
+
+        After it, `version` is `manifest.version`, and no cached keys and values of the old weights are used for new
+        requests. A token is never computed with a mixture of two versions.
+
+        Errors of the future: WeightError where names or shapes are not the model's; the engine then keeps what it has.
+        """
+
+    def abort(self, ids: np.ndarray | None = None) -> Future:
+        """Gives up the requests with these ids [B, 3], or all. Their calls end with AbortedError. Result: None.
+
+        The campaign aborts responses that would be too stale to train on, and everything before it begins anew. An
+        engine that cannot abort may return a future that is done: the responses are then discarded later.
+        """
+
+    def close(self) -> None:
+        """Ends the engine's threads and frees its memory. What is still being generated is lost."""
+
+
+class Response(NamedTuple):
+    """One response of n tokens, as an engine has sampled it."""
+
+    tokens: ArrayLike
+    """[n], the stop token included."""
+    logprobs: ArrayLike
+    """[n] log-prob of each token under the distribution that it was drawn from."""
+    versions: ArrayLike
+    """[n] version of the weights that sampled each token."""
+    finish_reason: str
+    """One of FINISH_REASONS."""
+    support_ids: np.ndarray | None = None
+    """[n, K] the most likely tokens at each position, most likely first; None where K is 0."""
+
+
+def trajectories_of(requests: Requests, responses: Sequence[Response]) -> Trajectories:
+    """Puts the responses to B requests together, in the order of the requests: one flat array for each field, [N]."""
+    tokens = [np.asarray(one.tokens, np.int32) for one in responses]
+    supports = [one.support_ids for one in responses if one.support_ids is not None]
+    offsets = offsets_of(map(len, tokens))
+    return Trajectories(
+        ids=requests.ids,
+        prompt_tokens=requests.prompt_tokens,
+        prompt_offsets=requests.prompt_offsets,
+        response_tokens=np.concatenate(tokens),
+        response_offsets=offsets,
+        behaviour_logprobs=np.concatenate([np.asarray(one.logprobs, np.float32) for one in responses]),
+        policy_versions=np.concatenate([np.asarray(one.versions, np.int32) for one in responses]),
+        finish_reasons=np.array([FINISH_REASONS.index(one.finish_reason) for one in responses], np.uint8),
+        support_ids=np.concatenate(supports) if supports else np.zeros((offsets[-1], 0), np.int32),
+    )
+
+
+def engine_class(backend: str) -> type[Engine]:
+    """The class that `rollout.backend` names. UserError: it cannot be imported, or a method of `Engine` is missing."""
+    found = import_object(BUILT_IN.get(backend, backend), "rollout.backend", "a class")
+    missing = [name for name in METHODS if not callable(getattr(found, name, None))]
+    if not isinstance(found, type) or missing:
+        expected = f"a class with the methods {', '.join(METHODS)} (docs/extending.md)"
+        raise UserError("rollout.backend", f"{backend} without {', '.join(missing) or 'being a class'}", expected)
+    return found
+
+
+def make_engine(model: str, config: RolloutConfig, sampling: SamplingConfig, **options: Any) -> Engine:
+    """Builds the engine that `config.backend` names. The options are those of `Engine.__init__`.
+
+    UserError: see `engine_class`; or what was built lacks an attribute of `Engine`.
+    """
+    engine = engine_class(config.backend)(model, config, sampling, **options)
+    missing = [name for name in ATTRIBUTES if not hasattr(engine, name)]
+    if missing:
+        expected = f"an engine with the attributes {', '.join(ATTRIBUTES)} (docs/extending.md)"
+        raise UserError("rollout.backend", f"{config.backend} without {', '.join(missing)}", expected)
+    return engine
