@@ -7,13 +7,19 @@ BIN := $(VENV)/bin
 PLATFORM ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 STAMP := $(VENV)/.installed-$(PLATFORM)
 
-.PHONY: demo test lint setup models clean
+# Two tests at a time, the tests of one file in one process.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+.PHONY: demo test test-all lint setup models clean
 
 demo: setup
 	$(BIN)/python -m cluster run configs/quickstart.yaml
 
 test: setup lint
-	$(BIN)/python -m pytest
+	$(PYTEST)
+
+test-all: setup lint  ## `make test` with more random examples, and the tests that are marked as nightly
+	HYPOTHESIS_PROFILE=nightly $(PYTEST) -m ""
 
 lint: setup
 	$(BIN)/ruff format --check .

@@ -1,9 +1,19 @@
-"""What holds for all tests."""
+"""Settings of every test: how many random examples, one thread per process, and no traces in the environment."""
 
 import os
 from collections.abc import Iterator
 
+# Before torch is imported. Tests run two at a time on two cores, and their tensors are too small for a second thread.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
+from hypothesis import HealthCheck, settings
+
+# No deadlines: how long an example takes depends on what else the machine does.
+COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("ci", max_examples=50, derandomize=True, **COMMON)
+settings.register_profile("nightly", max_examples=300, **COMMON)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -1,6 +1,8 @@
-"""Mutated configurations and prompt files: whatever comes in, it is read, or refused in one line, soon, and nothing is written.
+"""Mutated configurations and prompt files: each is read, or refused in one line, and nothing is written.
 
-FUZZ_EXAMPLES=20000 pytest tests/unit/test_fuzz.py      a long run; the test suite takes a short one
+    FUZZ_EXAMPLES=20000 pytest tests/unit/test_fuzz.py
+
+tries 20,000 examples instead of the profile's 50 (`make test`) or 300 (`make test-all`).
 """
 
 import copy
@@ -23,9 +25,9 @@ from cluster.config_file import as_dictionary, load_config
 from tests.tiny_models import make_tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
-EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "150"))
-fuzzed = settings(max_examples=EXAMPLES, deadline=5000, suppress_health_check=list(HealthCheck))
-WHOLE = as_dictionary(load_config(ROOT / "configs" / "quickstart.yaml"))
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", settings.default.max_examples))
+fuzzed = settings(max_examples=EXAMPLES, suppress_health_check=list(HealthCheck))
+QUICKSTART = as_dictionary(load_config(ROOT / "configs" / "quickstart.yaml"))
 NASTY = st.sampled_from(
     [
         *(
@@ -70,19 +72,19 @@ VALUES = st.one_of(
 
 
 def places(node: Any, path: tuple = ()) -> Iterator[tuple]:
-    """Every node's path."""
+    """The path of every node."""
     yield path
     for key, value in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
         yield from places(value, (*path, key))
 
 
-PLACES = [path for path in places(WHOLE) if path]
+PLACES = [path for path in places(QUICKSTART) if path]
 
 
 @st.composite
 def configurations(draw: st.DrawFn) -> str:
-    """The quickstart, every key written out, with some nodes replaced, renamed, removed or moved; perhaps as broken text."""
-    content = copy.deepcopy(WHOLE)
+    """The quickstart with every key written out, some nodes replaced, renamed, removed or moved, and perhaps broken text."""
+    content = copy.deepcopy(QUICKSTART)
     for _ in range(draw(st.integers(1, 3))):
         *above, last = draw(st.sampled_from(PLACES))
         node: Any = content
