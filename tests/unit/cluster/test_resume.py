@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,11 @@ from tests.light_campaign import (
     make_folder,
     run_with_kills,
     start,
+    without_times,
 )
 
+EARLIER_RELEASE = Path(__file__).parents[2] / "data" / "run_of_0_1"
+"""A run directory that was written by release 0.1, see its README."""
 OF_BYTES = ("metrics.jsonl", "campaign.json")
 """Files that say, among other things, how many bytes travelled."""
 
@@ -90,3 +94,23 @@ def test_a_ledger_that_is_not_the_checkpoints_is_refused(folder: Path) -> None:
         path.write_text(content)
         with pytest.raises(UserError, match=r"ledger.jsonl: found .* expected the file as the campaign left it"):
             take_up(load_config(config), RunRecords(path.parent))
+
+
+def test_a_run_directory_of_an_earlier_release_ends_as_if_that_release_had_run_it_to_the_end(folder: Path) -> None:
+    shutil.copytree(EARLIER_RELEASE / "stopped", folder / "runs" / "stopped")
+    shutil.rmtree(folder / "teacher")  # models made today may have other random weights
+    shutil.copytree(EARLIER_RELEASE / "teacher", folder / "teacher")
+    run_dir = folder / "runs" / "stopped"
+    config = folder / "stopped.yaml"
+    config.write_text((run_dir / "config.yaml").read_text().replace("FOLDER", str(folder)))
+    (run_dir / "config.yaml").write_text(config.read_text())
+    finish(start(config), config)
+    kinds = [row["kind"] for row in read_jsonl(run_dir / "events.jsonl")]
+    assert kinds.count("started") == kinds.count("resumed") == 1 and kinds[-1] == "finished"
+    assert read_jsonl(run_dir / "ledger.jsonl") == read_jsonl(EARLIER_RELEASE / "uninterrupted" / "ledger.jsonl")
+    then = without_times(read_jsonl(EARLIER_RELEASE / "uninterrupted" / "metrics.jsonl"))
+    now = without_times(read_jsonl(run_dir / "metrics.jsonl"))
+    assert [row["step"] for row in now] == list(range(9))
+    for expected, found in zip(then, now, strict=True):
+        for key in expected:  # another processor rounds otherwise; today's rows may have more keys
+            assert found[key] == pytest.approx(expected[key], rel=1e-4, abs=1e-6), key
