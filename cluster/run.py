@@ -17,7 +17,7 @@ from cluster.console.steering import handlers
 from cluster.fleet.ray_actor import Resources
 from cluster.fleet.ray_cluster import connected, refuse_relative_output, room_to_begin
 from cluster.fleet.ray_fleet import Fleet
-from cluster.fleet.restarts import Restarts
+from cluster.fleet.supervision import Restarts
 from cluster.inputs import Inputs, read_inputs
 from cluster.loop.campaign import Campaign
 from cluster.loop.evaluation import Evaluator

@@ -1,4 +1,7 @@
-"""One actor in a process of its own: what it reserves, how it is called, which of its errors are whose, and its end."""
+"""One Ray actor: its reserved place, its creation, calls to it, the errors that come back, and its end.
+
+Errors cross from the actor's process as exceptions of our own (actors/errors.py); other modules see no error of Ray.
+"""
 
 import asyncio
 import os
@@ -26,63 +29,71 @@ from actors.errors import ActorFaultError, CampaignError, LostObjectError, Store
 from actors.heartbeat import count
 
 SUPERVISION = "supervision"
-"""The concurrency group, a thread of its own in the actor's process, that answers beside the work."""
+"""A concurrency group: one thread in the actor's process that answers the watch while the actor works."""
+
+
+class ActorLostError(CampaignError):
+    """The actor's process has died, or cannot be reached; the message is the cause, in one line."""
 
 
 class DiedAtStartError(CampaignError):
-    """The process of a new actor ended before it could work, and did not say why."""
+    """The process of a new actor ended before it could work, without an error that says why."""
 
 
 class PerRank(NamedTuple):
-    """In a call to a learner of several ranks, arguments that each rank has of its own."""
+    """Arguments of a call to a learner of several ranks that differ from rank to rank.
+
+    Example: call("update", ids, PerRank([[a, b], [c]])) runs update(ids, a, b) on rank 0 and update(ids, c) on rank 1.
+    """
 
     arguments: list[list[Any]]
-    """By rank."""
+    """[ranks] each rank's arguments."""
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What Ray reserves for one actor."""
+    """The resources that Ray reserves for one actor."""
 
     cpus: float
     gpus: float
     environment: dict[str, str] = field(default_factory=dict)
     """Environment variables of the actor's process."""
     custom: dict[str, float] = field(default_factory=dict)
-    """Resources that the cluster's operator has named."""
+    """Custom resources of the cluster, by the operator's names."""
 
     @property
     def bundle(self) -> dict[str, float]:
-        """As a bundle of a placement group; empty where nothing is reserved."""
+        """The resources as a bundle of a placement group; empty where nothing is reserved."""
         amounts = {"CPU": self.cpus, "GPU": self.gpus, **self.custom}
         return {name: amount for name, amount in amounts.items() if amount}
 
 
 @dataclass(eq=False)
 class Replica:
-    """One place in a fleet; the actor in it may change."""
+    """One place in a fleet. The actor in it may change; the name and the reserved place stay."""
 
     name: str
     handle: Any = None
     placement: PlacementGroup | None = None
-    """What is reserved for it: its successors inherit the place."""
+    """The reservation, which the next actor in this place takes over."""
     under_way: int = 0
-    """Units of work that it has been given and not answered."""
+    """Units (tokens or trajectories) of the unanswered calls; actors are balanced by it."""
     calls: int = 0
-    """Calls, likewise."""
+    """Unanswered calls that count in `under_way`."""
     busy: int = 0
-    """Calls of any kind that have not been answered, whatever they count for."""
+    """Unanswered calls of any kind, also those to every actor (`call_each`)."""
     busy_since: float = 0.0
-    """When the first of these began, or the last one was answered."""
+    """When the first of these began, or the last answer came; seconds of time.monotonic()."""
     restarts: int = 0
     alive: bool = False
+    """Whether it takes work."""
     node: str = ""
-    """Where its actor is: Ray's id of the node."""
+    """Ray's id of the actor's node."""
     process: int = 0
     mailbox: Any = None
-    """Of its actor, once it has been asked for anything (ray_mailbox.py)."""
+    """The Mailbox of its actor (ray_mailbox.py), from the first `ask` on."""
     version: int | None = None
-    """Of the weights that a rollout actor holds."""
+    """The weight version that a rollout actor holds."""
 
     def began(self) -> None:
         """A call has been sent."""
@@ -103,7 +114,7 @@ class Replica:
         self.alive = False
 
     def give_up_place(self) -> None:
-        """What was reserved is others' to use."""
+        """Gives the reservation back to the cluster."""
         if self.placement is not None:
             remove_placement_group(self.placement)
             self.placement = None
@@ -115,8 +126,11 @@ async def place(
     bundles: list[dict[str, float]],
     on_wait: Callable[[], None],
 ) -> PlacementGroup | None:
-    """A placement group with what is needed, waiting for it as long as it takes: the one that is held, unless a node
-    that it was on has gone. None: nothing is to be reserved. on_wait: is called once, where the cluster has not enough."""
+    """A placement group with these bundles; waits without limit until the cluster has room.
+
+    held, nodes: the group that is held already and the nodes that it is on; it is kept unless one of them is gone.
+    on_wait: called once, if there is no room after 5 seconds. Returns None where no bundle reserves anything.
+    """
     if not any(bundles):
         return None
     if held is not None and not await asyncio.to_thread(_live, nodes):
@@ -124,13 +138,13 @@ async def place(
         held = None
     if held is None:
         held = placement_group(bundles, strategy="PACK")
-    start, told = time.monotonic(), False
+    start, reported = time.monotonic(), False
     try:
         while not held.wait(0):
             await asyncio.sleep(0.02 if time.monotonic() - start < 1 else 0.5)
-            if not told and time.monotonic() - start > 5:
+            if not reported and time.monotonic() - start > 5:
                 on_wait()
-                told = True
+                reported = True
     except BaseException:
         remove_placement_group(held)
         raise
@@ -145,8 +159,12 @@ def create(
     placement: PlacementGroup | None,
     bundle: int = 0,
 ) -> Any:
-    """The handle of a new actor of this class, in its own process and in its place."""
-    actor: Any = ray.remote(concurrency_groups={SUPERVISION: 1})(actor_class).options(  # type: ignore[call-overload]
+    """Creates an actor in a process of its own, and returns its handle at once; see `wait_until_built`.
+
+    bundle: the number of the actor's bundle in the placement group.
+    """
+    keeping = _keeping_its_error(actor_class)
+    actor: Any = ray.remote(concurrency_groups={SUPERVISION: 1})(keeping).options(  # type: ignore[call-overload]
         num_cpus=resources.cpus,
         num_gpus=resources.gpus,
         resources=resources.custom,
@@ -158,18 +176,36 @@ def create(
     return actor.remote(*arguments, **keywords)
 
 
+async def wait_until_built(handle: Any, name: str) -> None:
+    """Waits for the end of a new actor's constructor.
+
+    UserError: the constructor raised it. CampaignError: it raised something else. DiedAtStartError: its process ended.
+    """
+    try:
+        with errors_of("the constructor"):
+            await handle.__ray_call__.remote(_raise_kept_error)
+    except ActorLostError as error:
+        raise DiedAtStartError(f"{name} could not start: {error}") from error
+    except CampaignError as error:
+        raise CampaignError(f"{name} could not start: {error}") from error
+
+
 async def whereabouts(handle: Any) -> tuple[str, int]:
-    """Node and process of an actor."""
+    """An actor's node (Ray's id) and process number."""
     return await handle.__ray_call__.remote(_whereabouts)
 
 
 async def steps_of(handle: Any) -> int:
-    """How many small steps the actor has taken, whatever it is doing (actors/heartbeat.py)."""
-    return await handle.__ray_call__.options(concurrency_group=SUPERVISION).remote(_steps)
+    """The number of small steps that the actor has taken (actors/heartbeat.py); answers also while it works.
+
+    ActorLostError: the actor has died.
+    """
+    with errors_of("the watch"):
+        return await handle.__ray_call__.options(concurrency_group=SUPERVISION).remote(_steps)
 
 
 def end_processes(replica: Replica) -> None:
-    """Ends the actor's process and all below it on its node, also those that are stopped and would not hear of it."""
+    """Kills the actor's process and its children, on the actor's node. It works on stopped processes too."""
     task: Any = ray.remote(_kill_tree).options(
         num_cpus=0, max_retries=0, scheduling_strategy=NodeAffinitySchedulingStrategy(replica.node, soft=False)
     )
@@ -179,7 +215,10 @@ def end_processes(replica: Replica) -> None:
 async def invoke(
     handle: Any, method: str, arguments: tuple, returns: int, keywords: dict[str, Any] | None = None
 ) -> Any:
-    """Calls a method of one actor: its value, or the first of its values and the references of the others."""
+    """Calls a method of one actor and waits for it: its value, or its first value and references of the others.
+
+    returns: values that the method returns. Errors: see `errors_of`.
+    """
     with errors_of(method):
         if returns == 1:
             return await getattr(handle, method).remote(*arguments, **(keywords or {}))
@@ -190,7 +229,10 @@ async def invoke(
 async def streamed(
     handle: Any, method: str, arguments: tuple, on_item: Callable[[Any], None] | None = None
 ) -> list[Any]:
-    """Calls a generator method of one actor: the references of all that it yields."""
+    """Calls a generator method of one actor and waits for its end: the references of all that it yields, in order.
+
+    on_item: called with each reference as it comes. Errors: see `errors_of`.
+    """
     with errors_of(method):
         yielded = getattr(handle, method).options(num_returns="streaming").remote(*arguments)
         references = []
@@ -198,51 +240,44 @@ async def streamed(
             references.append(reference)
             if on_item is not None:
                 on_item(reference)
-        await yielded.completed()  # what broke off a stream is not raised before
+        await yielded.completed()  # raises the error that broke off the stream; the iteration just ends
         return references
 
 
 async def fetched(references: Iterable[Any]) -> list[Any]:
-    """The values of references. LostObjectError: one of them is gone."""
+    """The values of object references. LostObjectError: one of them is gone."""
     with errors_of("reading"):
         return await asyncio.gather(*references)
 
 
 @contextmanager
 def errors_of(what: str) -> Iterator[None]:
-    """Our own errors say all that is to say; others keep the actor's traceback as their cause.
+    """Turns Ray's errors within the block into ours. `what` names the call in messages.
 
-    LostObjectError, StoreFullError: no fault of the actor. ActorFaultError: what no actor should raise.
+    UserError, CampaignError: raised in the actor, and raised here as they were. ActorLostError: the actor has died.
+    LostObjectError, StoreFullError: not the actor's fault. ActorFaultError: the actor raised anything else; Ray's error
+    with the actor's traceback is its cause.
     """
     try:
         yield
+    except RayActorError as error:
+        raise ActorLostError(cause_of(error)) from error
     except (RayTaskError, ObjectLostError, ObjectStoreFullError, OutOfDiskError) as error:
         cause = error.cause if isinstance(error, RayTaskError) else error
-        told = f"{what} failed: {type(cause).__name__}: {str(cause).strip().splitlines()[0] if str(cause) else ''}"
+        message = f"{what} failed: {type(cause).__name__}: {str(cause).strip().splitlines()[0] if str(cause) else ''}"
         if isinstance(cause, (UserError, CampaignError)):
             raise cause from None
         if isinstance(cause, ObjectLostError):
-            raise LostObjectError(told) from error
+            raise LostObjectError(message) from error
         if isinstance(cause, (ObjectStoreFullError, OutOfDiskError)):
-            raise StoreFullError(told) from error
-        raise ActorFaultError(told) from error
-
-
-def start_failure(name: str, error: RayActorError) -> Exception:
-    """Why an actor could not start: UserError where the input is at fault."""
-    last_line = cause_of(error)
-    if match := re.search(r"actors\.errors\.UserError: (.*)", str(error)):
-        where, _, rest = match[1].partition(": found ")
-        found, _, expected = rest.partition(", expected ")
-        return UserError(where, found, expected)
-    kind = CampaignError if "raised in its creation task" in str(error) else DiedAtStartError
-    return kind(f"{name} could not start: {last_line}")
+            raise StoreFullError(message) from error
+        raise ActorFaultError(message) from error
 
 
 def cause_of(error: RayActorError) -> str:
     """Why an actor has died, in one line.
 
-    Of a node that is gone callers hear first that connections broke; that it has died Ray says up to 15 seconds later.
+    A lost node first shows as connection errors; Ray reports its death up to 15 seconds later.
     """
     if isinstance(error, ActorUnavailableError):
         reason = re.search(r"RPC error: (.*?) rpc_code", str(error))
@@ -250,6 +285,29 @@ def cause_of(error: RayActorError) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     telling = [line for line in lines if line.startswith("The actor is dead because")] or lines
     return telling[-1].partition(" Some common causes")[0]
+
+
+def _keeping_its_error(actor_class: type) -> type:
+    """The class with a constructor that keeps an error instead of raising it; `wait_until_built` raises it.
+
+    An error in the constructor of a Ray actor reaches callers only as text, as part of "the actor died". An error in
+    a call arrives as the exception that it was.
+    """
+
+    def build(self: Any, *arguments: Any, **keywords: Any) -> None:
+        self.error_of_constructor = None
+        try:
+            actor_class.__init__(self, *arguments, **keywords)  # type: ignore[misc]
+        except Exception as error:
+            self.error_of_constructor = error
+
+    names = {"__init__": build, "__module__": actor_class.__module__, "__doc__": actor_class.__doc__}
+    return type(actor_class.__name__, (actor_class,), names)
+
+
+def _raise_kept_error(actor: Any) -> None:
+    if actor.error_of_constructor is not None:
+        raise actor.error_of_constructor
 
 
 def _live(nodes: Iterable[str]) -> bool:

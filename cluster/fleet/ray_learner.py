@@ -1,8 +1,8 @@
-"""A learner of several ranks, which the campaign sees as one actor.
+"""A learner of several ranks, one actor each, that the campaign calls as if it were one actor.
 
-start    one placement group; rank 0 says where it listens, the others come there; each builds its share
-call     goes to all ranks at once, since each has a part in it; the first rank's answer is the answer
-loss     of one rank is the loss of the learner: the others cannot go on without its rows, and end
+start    one placement group for all; rank 0 listens on a port, the others connect to it; each builds its shard
+call     goes to all ranks at once, since they compute together; the first rank's answer counts
+loss     losing one rank loses the learner: the others need its rows, and are ended
 """
 
 import asyncio
@@ -14,22 +14,33 @@ from typing import Any
 import ray
 import torch
 import torch.distributed as dist
-from ray.exceptions import RayActorError
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from actors.errors import ActorFaultError, CampaignError, LostObjectError, StoreFullError
-from cluster.fleet.ray_actor import PerRank, Replica, cause_of, create, invoke, place, streamed, whereabouts
+from cluster.fleet.ray_actor import (
+    ActorLostError,
+    PerRank,
+    Replica,
+    create,
+    invoke,
+    place,
+    streamed,
+    wait_until_built,
+    whereabouts,
+)
 from cluster.fleet.ray_fleet import Fleet
+from cluster.fleet.supervision import Supervisor
 from learner.learner import Learner
 from learner.student.sharding import Ranks
 
 LOOPBACK = "127.0.0.1"
 GRACE_SECONDS = 15.0
-"""When one rank has failed, so long the others may take to say what they know of it: first come those that it left waiting."""
+"""After the first error of a rank, the time for the others to report theirs: ranks that wait for a dead one fail first,
+and their errors do not name the cause."""
 
 
 class LearnerRank:
-    """One rank, in a process of its own; a learner once it has been built."""
+    """One rank in a process of its own. It holds a Learner once `build` has returned."""
 
     def __init__(self, rank: int, size: int):
         self._rank, self._size = rank, size
@@ -37,11 +48,11 @@ class LearnerRank:
         self._learner: Any = None
 
     def node(self) -> str:
-        """The address of the machine that it is on."""
+        """The IP address of this machine."""
         return ray.util.get_node_ip_address()
 
     def listen(self, host: str) -> int:
-        """Of the first rank: the port at `host`, and nowhere else, where it waits for the others."""
+        """Rank 0 only: listens at `host`, on no other interface, for the other ranks; returns the port."""
         listening = socket.create_server((host, 0))
         port = listening.getsockname()[1]
         self._store = dist.TCPStore(
@@ -50,7 +61,10 @@ class LearnerRank:
         return port
 
     def build(self, host: str, port: int, arguments: tuple, keywords: dict[str, Any]) -> None:
-        """Meets the others, and makes the learner of which this is a rank."""
+        """Connects to the other ranks and builds this rank's Learner; returns when all have connected.
+
+        host, port: where rank 0 listens. arguments, keywords: of Learner.
+        """
         if host == LOOPBACK:
             os.environ["GLOO_SOCKET_IFNAME"] = "lo"
         store = self._store or dist.TCPStore(host, port, is_master=False)
@@ -58,21 +72,21 @@ class LearnerRank:
         self._learner = Learner(*arguments, **keywords, ranks=ranks)
 
     def call(self, method: str, *arguments: Any, **keywords: Any) -> Any:
-        """A method of the learner."""
+        """Calls a method of the learner."""
         return getattr(self._learner, method)(*arguments, **keywords)
 
     def stream(self, method: str, *arguments: Any) -> Any:
-        """A generator method of the learner."""
+        """Calls a generator method of the learner."""
         yield from getattr(self._learner, method)(*arguments)
 
 
 class LearnerGroup(Fleet):
-    """All ranks of one learner. Like the fleet of a single learner it is not replaced in place: its state is."""
+    """All ranks of one learner. A lost rank is not replaced: the campaign starts a new learner from a checkpoint."""
 
     _placement: PlacementGroup | None = None
 
     async def start(self, *, patient: bool = False) -> None:
-        """Starts all ranks. UserError where the input is why they cannot work."""
+        """Starts all ranks and waits until every one has built its shard. Arguments and errors: see Supervisor.start."""
         try:
             async with asyncio.timeout(None if patient else self._start_timeout):
                 await self._find_room()
@@ -85,7 +99,7 @@ class LearnerGroup(Fleet):
             ) from error
         for replica in self.replicas:
             replica.alive = True
-            self._tell("ended", replica, "away")
+            self._record("ended", replica, "away")
             self._on_event("actor_started", actor=replica.name)
             self._in_background(self._watch(replica))
 
@@ -98,10 +112,11 @@ class LearnerGroup(Fleet):
         at: Replica | None = None,
         **keywords: Any,
     ) -> Any:
-        """Calls a method on every rank; the first one's answer, but where it is yes or no, whether all say yes.
+        """Calls a method on every rank and waits for all; gives the first rank's answer.
 
-        For an argument that is PerRank each rank gets its own, as arguments of the call: Ray fetches them to its node,
-        and no others.
+        Where the answers are booleans it gives whether all are true. A PerRank among the arguments is replaced, on
+        each rank, by that rank's own arguments: Ray transfers to each node only what its ranks were given. `returns`
+        and `at` are not supported. LearnerLostError: a rank is lost. Other errors are those of Fleet.call.
         """
         assert returns == 1 and at is None
 
@@ -115,13 +130,13 @@ class LearnerGroup(Fleet):
     async def stream(
         self, method: str, *arguments: Any, on_item: Callable[[Any], None] | None = None
     ) -> list[list[Any]]:
-        """As of a single learner, on every rank: what each yields."""
+        """Calls a generator method on every rank; one list of references for each. See Fleet.stream."""
         return await self._together(
             method, lambda replica: streamed(replica.handle, "stream", (method, *arguments), on_item)
         )
 
-    def inherit(self, lost: Fleet) -> None:
-        """As Fleet."""
+    def inherit(self, lost: Supervisor) -> None:
+        """Takes over the placement group of a lost group; see Supervisor.inherit."""
         assert isinstance(lost, LearnerGroup)
         self._placement, lost._placement = lost._placement, None
         super().inherit(lost)
@@ -147,6 +162,7 @@ class LearnerGroup(Fleet):
     async def _start_all(self) -> None:
         for rank, replica in enumerate(self.replicas):
             replica.handle = create(LearnerRank, (rank, len(self.replicas)), {}, self._resources, self._placement, rank)
+            await wait_until_built(replica.handle, replica.name)
             replica.node, replica.process = await whereabouts(replica.handle)
         nodes = await self._together("node", lambda replica: invoke(replica.handle, "node", (), 1))
         host = LOOPBACK if len(set(nodes)) == 1 else nodes[0]
@@ -155,7 +171,10 @@ class LearnerGroup(Fleet):
         await self._together("the start", lambda replica: invoke(replica.handle, "build", arguments, 1))
 
     async def _together(self, what: str, one: Callable[[Replica], Coroutine[Any, Any, Any]]) -> list[Any]:
-        """What each rank answers. LearnerLostError: one of them is lost; else the first error that one has raised."""
+        """Runs `one` for every rank at once; gives the answers by rank.
+
+        LearnerLostError: a rank is lost. Otherwise, the first error that a rank has raised.
+        """
         if self._failure:
             raise self._failure
         handles = [replica.handle for replica in self.replicas]
@@ -178,20 +197,23 @@ class LearnerGroup(Fleet):
                 self._ended(replica, what)
 
     def _end_if_lost(self, handles: list[Any], errors: list[BaseException | None]) -> None:
-        """Where a rank has died, or could not take part, the others wait for it in vain."""
+        """Ends the group if a rank has died or could not take part: the others would wait for it for ever.
+
+        A dead rank is reported in preference to a failed one, which may have failed because of it.
+        """
         for replica, handle, error in zip(self.replicas, handles, errors, strict=False):
-            if isinstance(error, RayActorError):
-                self._lost(replica, handle, "actor_died", cause_of(error), error)
+            if isinstance(error, ActorLostError):
+                self._lost(replica, handle, "actor_died", error)
         for replica, handle, error in zip(self.replicas, handles, errors, strict=False):
             if isinstance(error, (ActorFaultError, LostObjectError, StoreFullError)):
-                self._lost(replica, handle, "actor_failed", str(error), error)
+                self._lost(replica, handle, "actor_failed", error)
         if self._failure:
             raise self._failure
 
-    def _lost(self, replica: Replica, handle: Any, kind: str, cause: str, error: BaseException | None = None) -> None:
+    def _lost(self, replica: Replica, handle: Any, kind: str, cause: Exception | str) -> None:
         if replica.handle is handle and not self._failure:
-            replica.alive = True  # one that dies while the others start is told like any other
-            super()._lost(replica, handle, kind, cause, error)
+            replica.alive = True  # a rank that dies while the others still start is reported like any other
+            super()._lost(replica, handle, kind, cause)
             for other in self.replicas:
                 other.kill()
 

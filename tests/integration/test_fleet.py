@@ -16,7 +16,7 @@ from actors.errors import ActorFaultError, CampaignError, LearnerLostError, Stor
 from actors.heartbeat import beat
 from cluster.fleet.ray_actor import Resources
 from cluster.fleet.ray_fleet import Fleet
-from cluster.fleet.restarts import Restarts
+from cluster.fleet.supervision import Restarts
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(60), pytest.mark.usefixtures("ray_session")]
 
@@ -28,6 +28,10 @@ class Worker:
         self.weights = 0
         if fault == "user":
             raise UserError("student.model", "nothing", "a model", ["model"])
+        if fault == "user's words":
+            raise UserError("a: found b, expected c", "d: found e, expected f", "g", ["d: found e, expected g"])
+        if fault == "campaign":
+            raise CampaignError("the disk is full")
         if fault == "defect":
             raise ZeroDivisionError("a defect")
         if fault == "exit":
@@ -357,7 +361,7 @@ def test_a_fleet_of_one_that_hangs_and_is_not_replaced_is_lost() -> None:
 
 def test_restarts_are_counted_within_the_hour(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
-    monkeypatch.setattr("cluster.fleet.restarts.time.monotonic", lambda: now)
+    monkeypatch.setattr("cluster.fleet.supervision.time.monotonic", lambda: now)
     budget = Restarts(3)
     pauses = []
     for moment in (0.0, 10.0, 20.0):
@@ -376,6 +380,7 @@ def test_restarts_are_counted_within_the_hour(monkeypatch: pytest.MonkeyPatch) -
     ("fault", "error", "line"),
     [
         ("user", UserError, "student.model: found nothing, expected a model"),
+        ("campaign", CampaignError, "^worker-0 could not start: the disk is full$"),
         ("defect", CampaignError, "worker-0 could not start: .*ZeroDivisionError: a defect"),
         ("exit", CampaignError, "worker-0 could not start: "),
     ],
@@ -387,6 +392,20 @@ def test_an_actor_that_cannot_start_says_why(fault: str, error: type[Exception],
         assert "\n" not in str(caught.value)
 
     with_fleet(body, "", fault, start=False)
+
+
+def test_an_error_in_a_constructor_arrives_with_all_its_fields() -> None:
+    """Its message cannot be taken apart again: the words between its fields are among them."""
+
+    async def body(fleet: Fleet, _: Any) -> None:
+        with pytest.raises(UserError) as caught:
+            await fleet.start()
+        error = caught.value
+        assert (error.where, error.found) == ("a: found b, expected c", "d: found e, expected f")
+        assert error.expected == "g"
+        assert "did you mean 'd: found e, expected g'?" in str(error)
+
+    with_fleet(body, "", "user's words", start=False)
 
 
 def test_a_process_that_dies_at_the_start_is_tried_again(tmp_path: Path) -> None:

@@ -1,0 +1,334 @@
+"""Starts the actors of one role, watches them, and replaces those that are lost.
+
+    start     reserve a place -> create the actor -> wait for its constructor -> `prepare` it -> it gets work
+    watch     ask it every few seconds how many steps it has taken; silence, or work without steps, is a hang
+    lost      it died, hangs or failed: end it, report the event, and start another in its place
+    resize    more or fewer actors while the others work on
+
+An actor that may not be replaced (the learner, whose state would be lost with it) makes its fleet fail for good: every
+waiting and every later call raises LearnerLostError.
+"""
+
+import asyncio
+import time
+from collections import defaultdict, deque
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any
+
+from actors.errors import CampaignError, LearnerLostError, UserError
+from cluster.fleet.ray_actor import (
+    ActorLostError,
+    DiedAtStartError,
+    Replica,
+    Resources,
+    create,
+    end_processes,
+    errors_of,
+    place,
+    steps_of,
+    wait_until_built,
+    whereabouts,
+)
+from cluster.records.utilisation import Utilisation
+
+OnEvent = Callable[..., None]
+"""Called with the kind of event and its fields."""
+LOST = {"actor_died": "died", "actor_hung": "hangs", "actor_failed": "failed"}
+"""Kind of event -> what happened to the actor: its process ended, it made no progress, or it raised an unknown error."""
+STARTS = 3
+"""Processes that are tried for an actor at the start of a campaign."""
+
+WINDOW_SECONDS = 3600.0
+RECENT_SECONDS = 60.0
+LONGEST_PAUSE_SECONDS = 30.0
+
+
+class Restarts:
+    """The restart budget of one actor: at most `most` restarts within an hour, with growing pauses between them.
+
+    The window is an hour, not the campaign: a campaign of two weeks has many single faults, a permanent fault shows
+    many times in an hour.
+    """
+
+    def __init__(self, most: int):
+        self._most = most
+        self._times: deque[float] = deque()
+
+    def spent(self) -> bool:
+        """Whether the budget of the last hour is used up."""
+        while self._times and time.monotonic() - self._times[0] > WINDOW_SECONDS:
+            self._times.popleft()
+        return len(self._times) >= self._most
+
+    def pause(self) -> float:
+        """Seconds to wait before the next restart: 0 after a quiet minute, else 1, 2, 4 ... up to 30.
+
+        A machine that kills actors as fast as they start is not helped by starting them faster.
+        """
+        recent = sum(time.monotonic() - moment < RECENT_SECONDS for moment in self._times)
+        return min(LONGEST_PAUSE_SECONDS, 0.5 * 2**recent) if recent else 0.0
+
+    def count(self) -> None:
+        """Records a restart that happens now."""
+        self._times.append(time.monotonic())
+
+
+class Supervisor:
+    """The actors of one role and their lives; `Fleet` (ray_fleet.py) adds the calls."""
+
+    def __init__(
+        self,
+        role: str,
+        actor_class: type,
+        arguments: tuple,
+        keywords: dict[str, Any],
+        *,
+        replicas: int,
+        resources: Resources,
+        max_restarts: int | None,
+        start_timeout_seconds: float,
+        hang_timeout_seconds: float = 300.0,
+        on_event: OnEvent,
+    ):
+        """Describes the actors; `start` creates them.
+
+        max_restarts: restarts of one replica within an hour. None: a lost actor is not replaced, and every call raises
+        LearnerLostError. hang_timeout_seconds: the longest silence, or work without progress, before an actor is ended.
+        """
+        self.role = role
+        self.restarts = 0
+        self.replicas = [Replica(f"{role}-{i}") for i in range(replicas)]
+        self._named = replicas
+        """Names that were given; a name is not used again."""
+        self._leaving: list[Replica] = []
+        self._actor_class, self._arguments, self._keywords = actor_class, arguments, keywords
+        self._resources, self._max_restarts = resources, max_restarts
+        self._start_timeout, self._hang_timeout = start_timeout_seconds, hang_timeout_seconds
+        self._on_event = on_event
+        self._changed = asyncio.Condition()
+        """Notified when a replica may have become free, alive or lost."""
+        self._failure: Exception | None = None
+        """Why the fleet cannot go on; raised for every caller."""
+        self._tasks: set[asyncio.Task] = set()
+        self._starting: dict[Replica, asyncio.Task] = {}
+        self._budgets: defaultdict[Replica, Restarts] = defaultdict(lambda: Restarts(max_restarts or 0))
+        self.prepare: Callable[[Any], Awaitable[None]] | None = None
+        """Called with each new actor's handle before it gets work: gives it the current weights."""
+        self.utilisation: Utilisation | None = None
+        """Records when calls begin and end."""
+
+    async def start(self, *, patient: bool = False) -> None:
+        """Starts every replica and waits until all can work.
+
+        patient: wait without limit for free resources in the cluster. UserError: an actor's constructor raised it.
+        CampaignError: an actor could not start, or not in time.
+        """
+        await asyncio.gather(*(self._start_firmly(replica, patient) for replica in self.replicas))
+
+    def resize(self, replicas: int) -> None:
+        """Begins to start actors, or to end some, until there are `replicas`. Returns at once.
+
+        An actor that is to end finishes its calls first. One that cannot start is reported as the event
+        `scaling_failed`, and the fleet goes on without it.
+        """
+        for _ in range(replicas - len(self.replicas)):
+            replica = Replica(f"{self.role}-{self._named}")
+            self._named += 1
+            self.replicas.append(replica)
+            self._starting[replica] = self._in_background(self._join(replica))
+        # Those that have not started go first, then those with the least work.
+        by_load = sorted(self.replicas, key=lambda replica: (replica.alive, replica.under_way))
+        for replica in by_load[: len(self.replicas) - replicas]:
+            self.replicas.remove(replica)
+            self._leaving.append(replica)
+            replica.alive = False  # it gets no more work
+            self._in_background(self._leave(replica))
+
+    async def watched(self) -> None:
+        """Raises the fleet's fatal error as soon as it occurs, also while nobody calls."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._failure)
+        if self._failure:
+            raise self._failure
+
+    def inherit(self, lost: "Supervisor") -> None:
+        """Takes over the reserved places of a fleet that is lost, so that nobody else gets them, and ends its actors."""
+        for replica, before in zip(self.replicas, lost.replicas, strict=True):
+            replica.placement, replica.node, before.placement = before.placement, before.node, None
+        lost.close()
+
+    def close(self) -> None:
+        """Ends all actors at once."""
+        for task in self._tasks:
+            task.cancel()
+        for replica in (*self.replicas, *self._leaving):
+            replica.kill()
+            replica.give_up_place()
+
+    # ------------------------------------------------------------------------------------------------------- starting
+
+    async def _start_firmly(self, replica: Replica, patient: bool) -> None:
+        """Starts a replica, again where its process ends without an error: of hundreds of new processes one may."""
+        for attempt in range(STARTS):
+            try:
+                return await self._start(replica, patient=patient)
+            except DiedAtStartError as error:
+                replica.kill()
+                if attempt == STARTS - 1:
+                    raise
+                self._on_event("start_failed", actor=replica.name, cause=str(error))
+
+    async def _start(self, replica: Replica, *, patient: bool = False) -> None:
+        bundle = self._resources.bundle
+
+        def waits() -> None:
+            needs = ", ".join(f"{amount:g} {name}" for name, amount in bundle.items())
+            self._on_event("waiting_for_resources", actor=replica.name, cause=f"the cluster has no room for {needs}")
+
+        try:
+            async with asyncio.timeout(None if patient else self._start_timeout):
+                replica.placement = await place(replica.placement, [replica.node], [bundle], waits)
+            async with asyncio.timeout(self._start_timeout):
+                await self._create(replica)
+        except TimeoutError as error:
+            raise CampaignError(
+                f"{replica.name} did not start within {self._start_timeout:g} s (ray.start_timeout_seconds)"
+            ) from error
+        if replica not in self.replicas:  # the fleet has shrunk meanwhile
+            return
+        replica.alive = True
+        self._record("ended", replica, "away")
+        self._on_event("actor_started", actor=replica.name)
+        self._in_background(self._watch(replica))
+        await self._notify()
+
+    async def _create(self, replica: Replica) -> None:
+        """Creates the actor in its place, and waits until it is ready for work."""
+        replica.handle = create(self._actor_class, self._arguments, self._keywords, self._resources, replica.placement)
+        await wait_until_built(replica.handle, replica.name)
+        try:
+            with errors_of("the start"):
+                await replica.handle.status.remote()
+                replica.node, replica.process = await whereabouts(replica.handle)
+                if self.prepare is not None:
+                    await self.prepare(replica.handle)
+        except ActorLostError as error:
+            raise DiedAtStartError(f"{replica.name} could not start: {error}") from error
+
+    async def _join(self, replica: Replica) -> None:
+        try:
+            await self._start_firmly(replica, True)
+        except (CampaignError, UserError) as error:
+            if replica in self.replicas:
+                self.replicas.remove(replica)
+            replica.kill()
+            replica.give_up_place()
+            self._on_event("scaling_failed", actor=replica.name, cause=str(error))
+
+    async def _leave(self, replica: Replica) -> None:
+        if starting := self._starting.get(replica):
+            starting.cancel()
+        async with self._changed:
+            await self._changed.wait_for(lambda: not replica.calls)
+        replica.kill()
+        replica.give_up_place()
+        self._leaving.remove(replica)
+        self._record("began", replica, "away")
+        self._on_event("actor_ended", actor=replica.name)
+
+    # ------------------------------------------------------------------------------------------- watching, and losing
+
+    async def _watch(self, replica: Replica) -> None:
+        """Notices an actor that dies while nobody calls it, does not answer, or makes no progress with its calls."""
+        handle, steps, since = replica.handle, -1, time.monotonic()
+        while replica.handle is handle:
+            await asyncio.sleep(min(self._hang_timeout / 4, 10.0))
+            try:
+                async with asyncio.timeout(self._hang_timeout):
+                    now = await steps_of(handle)
+            except TimeoutError:
+                self._hangs(replica, handle, f"it has not answered for {self._hang_timeout:g} s")
+            except ActorLostError as error:
+                self._lost(replica, handle, "actor_died", error)
+                return
+            else:
+                if now != steps or not replica.busy:
+                    steps, since = now, time.monotonic()
+                elif time.monotonic() - max(since, replica.busy_since) > self._hang_timeout:
+                    self._hangs(replica, handle, f"it has made no progress for {self._hang_timeout:g} s")
+
+    def _hangs(self, replica: Replica, handle: Any, cause: str) -> None:
+        if replica.handle is handle:
+            end_processes(replica)  # a stopped process does not react to Ray's kill
+            self._lost(replica, handle, "actor_hung", f"{cause} (ray.hang_timeout_seconds)")
+            replica.kill()  # also one that was to leave, which `_lost` leaves alone
+
+    def _lost(self, replica: Replica, handle: Any, kind: str, cause: Exception | str) -> None:
+        """Reports the loss and begins to replace the actor; where it may not be replaced, the fleet fails.
+
+        handle: the actor that was lost. kind: a key of LOST. cause: the error that showed the loss, or a sentence.
+        """
+        if replica.handle is not handle or not replica.alive:
+            return  # several calls notice the same loss: the first has handled it
+        replica.kill()
+        self._record("began", replica, "away")
+        self._on_event(kind, actor=replica.name, cause=str(cause))
+        if self._max_restarts is None:
+            failure = LearnerLostError(f"{replica.name} {LOST[kind]}: {cause}")
+            failure.__cause__ = cause if isinstance(cause, Exception) else None
+            self._fail(failure)
+        else:
+            self._starting[replica] = self._in_background(self._replace(replica, str(cause)))
+
+    async def _replace(self, replica: Replica, cause: str) -> None:
+        """Starts an actor in the lost one's place, again within the restart budget; a spent budget fails the fleet."""
+        budget = self._budgets[replica]
+        try:
+            while not replica.alive and replica in self.replicas:
+                if budget.spent():
+                    raise CampaignError(
+                        f"{replica.name} was lost {self._max_restarts or 0} times within an hour and once more "
+                        f"(ray.max_restarts), the last time because: {cause}; see events.jsonl for the others, and run "
+                        "the same command again to go on from the last checkpoint"
+                    )
+                await asyncio.sleep(budget.pause())
+                budget.count()
+                replica.restarts += 1
+                self.restarts += 1
+                try:
+                    await self._start(replica, patient=True)
+                except CampaignError as error:
+                    replica.kill()
+                    cause = str(error)
+                    self._on_event("actor_died", actor=replica.name, cause=cause)
+            self._on_event("actor_restarted", actor=replica.name, restarts=replica.restarts)
+        except Exception as error:  # also an unknown one: callers that wait for an actor must hear of it
+            self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        self._failure = error
+        self._in_background(self._notify())
+
+    # ---------------------------------------------------------------------------------------------------- bookkeeping
+
+    async def _notify(self) -> None:
+        async with self._changed:
+            self._changed.notify_all()
+
+    def _in_background(self, work: Coroutine[Any, Any, None]) -> asyncio.Task:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)  # asyncio itself holds only a weak reference
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    def _began(self, replica: Replica, method: str) -> None:
+        replica.began()
+        self._record("began", replica, method)
+
+    def _ended(self, replica: Replica, method: str, *answer: Any) -> None:
+        replica.ended()
+        self._record("ended", replica, method, *answer)
+
+    def _record(self, what: str, replica: Replica, method: str, *answer: Any) -> None:
+        if self.utilisation is not None:
+            getattr(self.utilisation, what)(replica.name, self.role, method, *answer)
