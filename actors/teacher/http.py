@@ -1,22 +1,25 @@
 """A teacher that is served elsewhere: any OpenAI-compatible server that returns the log-probs of a prompt's tokens.
 
-The trajectory is sent as the prompt of `/completions`, as token ids. Two dialects are known, and which one a server
-speaks is found out at the start: vLLM's `prompt_logprobs`, and `echo` with `logprobs` and token ids for tokens (vLLM,
-SGLang and others). What a server leaves out is a missing score, never a number.
+Prompt and response are sent together as the prompt of `/completions`, as token ids. Two dialects are known, and the
+constructor finds out which one the servers speak: vLLM's `prompt_logprobs`, and `echo` with `logprobs` and token ids in
+place of tokens (vLLM, SGLang and others). A log-prob that a server leaves out is a missing score, never a number.
 
-Requests that fail are tried again, elsewhere where there are several servers. A server that fails again and again is
-left alone for a while (a circuit breaker), and the others take its work.
+A request that fails is retried, on another server where there are several. A server that fails again and again is left
+alone for a while (a circuit breaker), and the others take its work.
+
+No method is a coroutine: Ray would run such a class in an event loop, where the constructor could not wait for answers.
 """
 
-import asyncio
 import os
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any
 
-import aiohttp
 import numpy as np
+import openai
 
 from actors.config import TeacherConfig
 from actors.errors import CampaignError, UserError
@@ -25,19 +28,20 @@ from actors.teacher.base import Scorer, probe
 from actors.trajectory import Trajectories, offsets_of
 
 ATTEMPTS = 6
-"""Of one request, over all servers; waits between them grow from FIRST_WAIT_SECONDS to a minute."""
+"""Attempts at one request, over all servers. The waits between them grow from FIRST_WAIT_SECONDS to a minute."""
 FIRST_WAIT_SECONDS = 0.5
 FAILURES_TO_OPEN = 3
 """Failures in a row after which a server is left alone."""
 OPEN_SECONDS = 30.0
 REPEATS = 0.05
-"""Nats by which an answer may differ when asked again: a server's batches are those of all its clients."""
+"""Nats by which an answer may differ when asked again: the server batches our requests with those of other clients."""
 TRANSIENT = {408, 409, 425, 429, 500, 502, 503, 504}
 
 
 @dataclass
 class _Server:
     url: str
+    client: openai.OpenAI
     under_way: int = 0
     failures: int = 0
     """In a row."""
@@ -49,28 +53,27 @@ class _Server:
             self.closed_until = time.monotonic() + OPEN_SECONDS
 
 
-class _Refused(Exception):
-    """The server has understood us, and will not: trying again would not help."""
-
-
 class HttpTeacher(Scorer):
-    """One client of the servers. Its self-test is that of every teacher, asked over the wire."""
+    """A client of one or several servers of the same model."""
 
     def __init__(self, config: TeacherConfig, key: str = "teacher", vocabulary: int | None = None):
-        """Asks the servers a probe; `key` is the configuration key that errors name.
+        """Finds the servers' dialect and runs the self-test over the wire. `key` is the configuration key for errors.
 
         vocabulary: rows of the student's output layer. UserError: no server answers, none returns log-probs of prompts,
-        or the key's environment variable is not set.
+        or the environment variable with the servers' key is not set.
         """
         self._config, self._key, self._name = config, key, key.rpartition(".")[2]
         self._vocabulary = vocabulary or 2**31 - 1
-        self._servers = [_Server(url.rstrip("/")) for url in config.urls]
-        self._headers = {}
+        # Omit: the client would send the user's own OPENAI_API_KEY to the servers.
+        self._headers: dict[str, Any] = {"Authorization": openai.Omit()}
         if config.api_key_variable is not None:
             secret = os.environ.get(config.api_key_variable)
             if not secret:
                 raise UserError(f"{key}.api_key_variable", f"{config.api_key_variable}, which is not set", "a variable")
             self._headers = {"Authorization": f"Bearer {secret}"}
+        self._servers = [_Server(url.rstrip("/"), _client(url, config.timeout_seconds)) for url in config.urls]
+        self._choosing = Lock()
+        self._threads = ThreadPoolExecutor(config.requests_per_url * len(config.urls))
         self._echo = False
         self._find_dialect()
         self._self_test(key, vocabulary or 1024, REPEATS)
@@ -84,28 +87,21 @@ class HttpTeacher(Scorer):
         pad_token_id: int,
     ) -> tuple[np.ndarray, np.ndarray]:
         """The teacher's own greedy responses to B prompts: (tokens [N], offsets [B + 1])."""
-        bodies = [
-            {
-                "prompt": row.tolist(),
-                "max_tokens": max_response_tokens,
-                "temperature": 0,
-                "logprobs": 0,
-                "stop_token_ids": stop_token_ids,
-                "return_tokens_as_token_ids": True,
-                "skip_special_tokens": False,
-            }
+        more = {"stop_token_ids": stop_token_ids, "return_tokens_as_token_ids": True, "skip_special_tokens": False}
+        answers = self._ask_all(
+            {"prompt": row.tolist(), "max_tokens": max_response_tokens, "logprobs": 0, "extra_body": more}
             for row in np.split(prompt_tokens, prompt_offsets[1:-1])
-        ]
-        answers = asyncio.run(self._ask_all(bodies))
+        )
         rows = [np.array([_token_id(t) for t in _choice(a)["logprobs"]["tokens"]], np.int32) for a in answers]
         return np.concatenate(rows), offsets_of(map(len, rows))
 
     def _find_dialect(self) -> None:
+        """Sets `_echo` to the first dialect whose answer to a short text has log-probs; UserError if none has."""
         text = probe(self._vocabulary).response_tokens[:4].tolist()
         problems = []
         for self._echo in (False, True):
             try:
-                [answer] = asyncio.run(self._ask_all([self._body(text)]))
+                [answer] = self._ask_all([self._scoring_request(text)])
                 if np.isfinite(self._read(answer, text, 1)[0][:, 0]).all():
                     return
                 problems.append("no log-probs of prompts in its answer")
@@ -114,16 +110,18 @@ class HttpTeacher(Scorer):
         expected = "servers that answer and return log-probs of prompts"
         raise UserError(f"{self._key}.urls", f"{', '.join(self._config.urls)} ({problems[0]})", expected)
 
-    def _body(self, text: list[int]) -> dict[str, Any]:
+    def _scoring_request(self, text: list[int]) -> dict[str, Any]:
         count = self._config.top_k if self._config.signal == "topk" else 0
-        if self._echo:
-            # One is the least that all servers understand as `with log-probs`.
-            return {"prompt": text, "max_tokens": 1, "temperature": 0, "echo": True, "logprobs": max(count, 1),
-                    "return_tokens_as_token_ids": True}  # fmt: skip
-        return {"prompt": text, "max_tokens": 1, "temperature": 0, "prompt_logprobs": count}
+        # The one new token is thrown away; not every server accepts max_tokens=0.
+        request: dict[str, Any] = {"prompt": text, "max_tokens": 1}
+        if not self._echo:
+            return {**request, "extra_body": {"prompt_logprobs": count}}
+        # Some servers read `logprobs: 0` as no log-probs at all.
+        more = {"return_tokens_as_token_ids": True}
+        return {**request, "echo": True, "logprobs": max(count, 1), "extra_body": more}
 
     def _forward(self, trajectories: Trajectories) -> dict[str, np.ndarray]:
-        """As Scorer. CampaignError: all servers have failed ATTEMPTS times."""
+        """See Scorer. CampaignError: a server refuses, or none answers within ATTEMPTS attempts."""
         texts = [
             np.concatenate(pair).tolist()
             for pair in zip(
@@ -134,7 +132,7 @@ class HttpTeacher(Scorer):
                 strict=True,
             )
         ]
-        answers = asyncio.run(self._ask_all([self._body(text) for text in texts]))
+        answers = self._ask_all(self._scoring_request(text) for text in texts)
         read = [
             self._read(answer, text, int(length))
             for answer, text, length in zip(answers, texts, trajectories.lengths, strict=True)
@@ -149,24 +147,13 @@ class HttpTeacher(Scorer):
         }
 
     def _read(self, answer: dict[str, Any], text: Sequence[int], length: int) -> tuple[np.ndarray, np.ndarray]:
-        """Log-probs and ids, [length, 1 + K] each: of the last `length` tokens of the text, and of the likeliest there.
+        """(log-probs, token ids), [length, 1 + K] each, for the last `length` tokens of the text.
 
-        NaN: what the server has left out.
+        Column 0 is the token of the text, the others are the K likeliest tokens there. NaN: the server left it out.
         """
         count = self._config.top_k if self._config.signal == "topk" else 0
         logprobs, ids = np.full((length, 1 + count), np.nan, np.float32), np.zeros((length, 1 + count), np.int32)
-        choice = _choice(answer)
-        if self._echo:
-            found = choice.get("logprobs") or {}
-            alike = list(zip(found.get("tokens") or [], found.get("token_logprobs") or [], strict=False))
-            tops = found.get("top_logprobs") or [None] * len(alike)
-            places = [
-                {_token_id(token): value, **{_token_id(t): v for t, v in (top or {}).items()}}
-                for (token, value), top in zip(alike, tops, strict=False)
-            ]
-        else:
-            listed = choice.get("prompt_logprobs") or answer.get("prompt_logprobs") or []
-            places = [{int(t): entry["logprob"] for t, entry in (place or {}).items()} for place in listed]
+        places = _echoed(_choice(answer)) if self._echo else _prompt_logprobs(answer)
         for row, place in enumerate(range(len(text) - length, min(len(text), len(places)))):
             here = {token: value for token, value in places[place].items() if value is not None}
             likeliest = sorted(here.items(), key=lambda pair: -pair[1])[:count]
@@ -175,56 +162,76 @@ class HttpTeacher(Scorer):
                 ids[row, column], logprobs[row, column] = token, value
         return logprobs, ids
 
-    async def _ask_all(self, bodies: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        """One answer for each body, in their order."""
-        limit = asyncio.Semaphore(self._config.requests_per_url * len(self._servers))
-        timeout = aiohttp.ClientTimeout(total=self._config.timeout_seconds)
-        async with aiohttp.ClientSession(headers=self._headers, timeout=timeout) as session:
+    def _ask_all(self, requests: Any) -> list[dict[str, Any]]:
+        """One answer for each request, in their order; up to `requests_per_url` are under way at each server."""
+        return list(self._threads.map(self._ask, requests))
 
-            async def one(body: dict[str, Any]) -> dict[str, Any]:
-                async with limit:
-                    return await self._ask(session, {"model": self._config.model, **body})
-
-            return await asyncio.gather(*(one(body) for body in bodies))
-
-    async def _ask(self, session: aiohttp.ClientSession, body: dict[str, Any]) -> dict[str, Any]:
+    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        """The answer to one request, after up to ATTEMPTS attempts. CampaignError: a refusal, or no answer."""
         problem = ""
         for attempt in range(ATTEMPTS):
             if attempt:
-                await asyncio.sleep(min(60.0, FIRST_WAIT_SECONDS * 2 ** (attempt - 1)))
-            # Those that are left alone come last: where all are, one must be asked all the same.
-            now = time.monotonic()
-            server = min(self._servers, key=lambda s: (s.closed_until > now, s.under_way))
-            server.under_way += 1
+                time.sleep(min(60.0, FIRST_WAIT_SECONDS * 2 ** (attempt - 1)))
+            with self._choosing:
+                # Servers that are left alone come last: where all are, one must be asked all the same.
+                now = time.monotonic()
+                server = min(self._servers, key=lambda s: (s.closed_until > now, s.under_way))
+                server.under_way += 1
             beat()
             try:
-                answer = await _post(session, f"{server.url}/completions", body)
+                answer = self._post(server, request)
                 server.failures = 0
                 return answer
-            except _Refused as error:
-                raise CampaignError(f"{self._key}: {server.url} refuses: {error}") from error
-            except (aiohttp.ClientError, TimeoutError, ValueError, OSError) as error:
-                server.failed()
-                problem = f"{server.url}: {type(error).__name__} {error}".strip()
+            except openai.APIStatusError as error:
+                if error.status_code not in TRANSIENT:
+                    refusal = f"status {error.status_code}, {error.response.text[:200]}"
+                    raise CampaignError(f"{self._key}: {server.url} refuses: {refusal}") from error
+                problem = f"{server.url}: status {error.status_code}"
+            except (openai.APIConnectionError, ValueError) as error:
+                problem = f"{server.url}: {type(error).__name__} {error.__cause__ or error}".strip()
             finally:
-                server.under_way -= 1
+                with self._choosing:
+                    server.under_way -= 1
+            server.failed()
         raise CampaignError(f"{self._key}: no server answers after {ATTEMPTS} attempts; the last: {problem}")
 
-
-async def _post(session: aiohttp.ClientSession, url: str, body: dict[str, Any]) -> dict[str, Any]:
-    async with session.post(url, json=body) as answer:
-        if answer.status in TRANSIENT:
-            raise aiohttp.ClientError(f"status {answer.status}")
-        if answer.status != 200:
-            raise _Refused(f"status {answer.status}, {(await answer.text())[:200]}")
-        content = await answer.json()
+    def _post(self, server: _Server, request: dict[str, Any]) -> dict[str, Any]:
+        # The raw answer: the client's own types would make an object of every log-prob.
+        create = server.client.completions.with_raw_response.create
+        answer = create(model=self._config.model, temperature=0, extra_headers=self._headers, **request)
+        content = answer.http_response.json()
         if not isinstance(content, dict) or not content.get("choices"):
             raise ValueError("an answer without choices")
         return content
 
 
+def _client(url: str, timeout_seconds: float) -> openai.OpenAI:
+    """A client that takes nothing from the environment, where keys and names for OpenAI's own service may be set."""
+    connection = openai.DefaultHttpxClient(trust_env=False)
+    client = openai.OpenAI(base_url=url, api_key="none", timeout=timeout_seconds, max_retries=0, http_client=connection)
+    client.organization = client.project = None
+    return client
+
+
 def _choice(answer: dict[str, Any]) -> dict[str, Any]:
     return answer["choices"][0]
+
+
+def _prompt_logprobs(answer: dict[str, Any]) -> list[dict[int, float | None]]:
+    """For each token of the text: token id -> log-prob, from vLLM's `prompt_logprobs`."""
+    listed = _choice(answer).get("prompt_logprobs") or answer.get("prompt_logprobs") or []
+    return [{int(t): entry["logprob"] for t, entry in (place or {}).items()} for place in listed]
+
+
+def _echoed(choice: dict[str, Any]) -> list[dict[int, float | None]]:
+    """For each token of the text: token id -> log-prob, from the `logprobs` of an echoed prompt."""
+    found = choice.get("logprobs") or {}
+    own = list(zip(found.get("tokens") or [], found.get("token_logprobs") or [], strict=False))
+    tops = found.get("top_logprobs") or [None] * len(own)
+    return [
+        {_token_id(token): value, **{_token_id(t): v for t, v in (top or {}).items()}}
+        for (token, value), top in zip(own, tops, strict=False)
+    ]
 
 
 def _token_id(token: str) -> int:

@@ -1,6 +1,7 @@
 """A served teacher whose servers fail in every way there is; the log-probs are made up, a function of the tokens."""
 
 import asyncio
+import inspect
 import itertools
 import threading
 from collections.abc import Callable, Iterator
@@ -30,12 +31,14 @@ class Server:
     def __init__(self, dialect: str = "vllm", fault: Fault = lambda body: None, key: str = ""):
         self.dialect, self.fault, self.key = dialect, fault, key
         self.bodies: list[dict[str, Any]] = []
+        self.headers: list[dict[str, str]] = []
         self.seconds = 0.0
 
     async def complete(self, request: web.Request) -> web.StreamResponse:
         await asyncio.sleep(self.seconds)
         body = await request.json()
         self.bodies.append(body)
+        self.headers.append({name.lower(): value for name, value in request.headers.items()})
         if self.key and request.headers.get("Authorization") != f"Bearer {self.key}":
             return web.json_response({"error": "no"}, status=401)
         answer = self.fault(body)
@@ -233,3 +236,35 @@ def test_a_server_that_does_not_answer_in_time_is_a_failure(monkeypatch: pytest.
         server.seconds = 1.0
         with pytest.raises(CampaignError, match=r"no server answers after 2 attempts; the last: .*TimeoutError"):
             wise.score(written().ids, written())
+
+
+def test_nothing_that_the_environment_holds_for_other_servers_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("OPENAI_API_KEY", "OPENAI_ADMIN_KEY", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID"):
+        monkeypatch.setenv(name, "of another server")
+    monkeypatch.setenv("OPENAI_CUSTOM_HEADERS", "Authorization: of another server")
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    server = Server()
+    with serving(server) as urls:
+        assert np.isfinite(teacher(urls).score(written().ids, written())[1].logprobs).all()
+    assert server.headers and "of another server" not in str(server.headers)
+
+
+def test_an_answer_that_breaks_off_is_a_failure_and_the_request_is_tried_again() -> None:
+    server = Server()
+    with serving(server) as urls:
+        wise = teacher(urls)
+        seen: list[str] = []
+
+        def cut(body: dict[str, Any]) -> web.StreamResponse | None:
+            seen.append(str(body["prompt"]))
+            broken = web.Response(body=b'{"choices": [{"prompt_logp', content_type="application/json")
+            broken.headers["Content-Length"] = "4000"
+            return broken if seen.count(seen[-1]) == 1 else None
+
+        server.fault = cut
+        np.testing.assert_allclose(wise.score(written().ids, written())[1].logprobs, EXPECTED, rtol=1e-6)
+    assert len(seen) == 4
+
+
+def test_no_method_is_a_coroutine_since_ray_would_run_the_constructor_in_an_event_loop() -> None:
+    assert not [name for name in dir(HttpTeacher) if inspect.iscoroutinefunction(getattr(HttpTeacher, name))]
