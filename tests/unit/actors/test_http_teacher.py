@@ -259,6 +259,7 @@ def test_an_answer_that_breaks_off_is_a_failure_and_the_request_is_tried_again()
             seen.append(str(body["prompt"]))
             broken = web.Response(body=b'{"choices": [{"prompt_logp', content_type="application/json")
             broken.headers["Content-Length"] = "4000"
+            broken.force_close()
             return broken if seen.count(seen[-1]) == 1 else None
 
         server.fault = cut
