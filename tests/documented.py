@@ -13,12 +13,14 @@ PLACES = {
     "RUN_DIR": "RUN",
     "~/understudy-runs/quickstart": "RUN",
     "/tmp/walk/walk": "RUN",
+    "runs/mine": "RUN",
+    "mine.yaml": "MINE",
     "quickstart": "RUN",
     "URL": "http://127.0.0.1:8265",
     "…": "http://127.0.0.1:8265",
     "N": "8",
 }
-"""Words that stand for something of the reader's; `RUN` stands for a run directory."""
+"""Words that stand for something of the reader's. `RUN` stands for a run directory, `MINE` for the YAML of the README."""
 
 
 @dataclass(frozen=True)
@@ -74,10 +76,15 @@ def _looks_like_one(text: str) -> bool:
 
 
 def python_examples(page: str, section: str | None = None) -> list[str]:
-    """The blocks in Python of a page (a path below the root), in order; of one section (a heading `## ...`) if given."""
+    """`examples_in("python", page, section)`."""
+    return examples_in("python", page, section)
+
+
+def examples_in(language: str, page: str, section: str | None = None) -> list[str]:
+    """The blocks in this language of a page (a path below the root), in order; of one section (`## ...`) if given."""
     text = (ROOT / page).read_text("utf-8")
     if section is not None:
         found = re.search(rf"^## {re.escape(section)}\n(.*?)(?=^## |\Z)", text, re.S | re.M)
         assert found, f"{page} has no section {section!r}"
         text = found[1]
-    return re.findall(r"^```python\n(.*?)^```", text, re.S | re.M)
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.S | re.M)

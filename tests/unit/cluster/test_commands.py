@@ -1,8 +1,8 @@
 """Every command of README, documentation and examples is one that this version has.
 
-What can be run here in a second is run (`status`, `tail`, `report` and `plan`, on a run that has ended); `run`, `check`,
-`submit` and `compare` are read by the command line's own parser, and their configuration is read (tests/unit/test_examples.py
-checks it); scripts read their own arguments, and then stop. What is left is in NOT_HERE.
+Commands that take a second are run: `status`, `tail`, `report` and `plan` on a finished run, `check` with `--offline`.
+For `run`, `submit` and `compare` the arguments are parsed and the configuration is loaded (the tests in STEERING's and
+PARSED_BY_RAY's docstrings, and tests/e2e, run them). Scripts parse their arguments, then stop. NOT_HERE lists the rest.
 """
 
 import json
@@ -14,7 +14,7 @@ import pytest
 
 from cluster.cli import command_parser, main
 from cluster.config_file import load_config
-from tests.documented import ROOT, Command, commands, commands_of
+from tests.documented import ROOT, Command, commands, commands_of, examples_in
 from tests.fake_run import make_fake_run
 
 COMMANDS = commands()
@@ -68,6 +68,8 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = make_fake_run(tmp_path_factory.mktemp("documented") / "quickstart")
     config = ROOT.joinpath("configs/quickstart.yaml").read_text().replace("~/understudy-runs", str(run.parent))
     (run / "config.yaml").write_text(config)
+    [mine] = examples_in("yaml", "README.md")
+    (run.parent / "mine.yaml").write_text(mine)
     return run
 
 
@@ -76,7 +78,9 @@ def test_the_command_is_one_that_this_version_has(
     command: Command, run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(ROOT)
-    program, *words = [word.replace("RUN", str(run_dir)) if word == "RUN" else word for word in command.words]
+    program, *words = [
+        {"RUN": str(run_dir), "MINE": str(run_dir.parent / "mine.yaml")}.get(word, word) for word in command.words
+    ]
     if any(tuple([program, *words][: len(prefix)]) == prefix for prefix in NOT_HERE):
         return
     if program == "understudy":
@@ -99,14 +103,17 @@ def of_understudy(words: list[str], folder: Path, run_dir: Path) -> None:
         load_config(config, [override for override in overrides if ":" not in override.partition("=")[0]])
     elif others:
         raise AssertionError(f"unrecognized: {others}")
-    if words[0] in ("status", "tail", "report", "plan"):
-        extra = {"report": ["--output", str(folder / "page.html")], "plan": ["--run", str(run_dir)]}.get(words[0], [])
-        extra = [] if "--run" in words else extra
+    if words[0] in ("status", "tail", "report", "plan", "check"):
+        extra = {
+            "report": ["--output", str(folder / "page.html")],
+            "plan": [] if "--run" in words else ["--run", str(run_dir)],
+            "check": ["--offline"],
+        }.get(words[0], [])
         with pytest.raises(SystemExit) as ended:
             main([*[word for word in words if word != "--watch"], *extra])
         assert ended.value.code == 0
     else:
-        assert words[0] in ("run", "check", "submit", "compare", *STEERING), f"{words[0]} is not looked into"
+        assert words[0] in ("run", "submit", "compare", *STEERING), f"{words[0]} is not looked into"
 
 
 def script(words: list[str]) -> Path:
