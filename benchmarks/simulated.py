@@ -28,7 +28,8 @@ from cluster.fleet.ray_actor import Resources
 from cluster.fleet.ray_fleet import Fleet
 from cluster.loop.campaign import Campaign
 from cluster.loop.teachers import Lessons, Teachers
-from cluster.records.writer import FAULTS, METRIC_KEYS, RunRecords
+from cluster.records.event_table import FAULTS
+from cluster.records.writer import METRIC_KEYS, RunRecords
 from cluster.state.campaign_state import CampaignState
 
 PROMPTS, TOKENS = 1000, 8

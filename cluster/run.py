@@ -11,7 +11,7 @@ from typing import Any
 from actors.errors import CampaignError, LearnerLostError
 from cluster.config import CampaignConfig
 from cluster.console.control import obey
-from cluster.console.progress import Progress, in_words
+from cluster.console.progress import Progress
 from cluster.console.status import keep_status
 from cluster.console.steering import handlers
 from cluster.fleet.ray_actor import Resources
@@ -24,8 +24,9 @@ from cluster.loop.evaluation import Evaluator
 from cluster.loop.teachers import Teachers
 from cluster.preflight import check_models
 from cluster.records.cost import cost_of
+from cluster.records.event_table import FAULTS, describe
 from cluster.records.utilisation import by_role, mean_actors, role_of
-from cluster.records.writer import FAULTS, REPORT_FILE, RunRecords, read_summary
+from cluster.records.writer import REPORT_FILE, RunRecords, read_summary
 from cluster.report.page import write_report
 from cluster.roles import build_fleets, build_learner
 from cluster.state.campaign_state import CampaignState, load_state
@@ -103,7 +104,7 @@ class Running:
     def on_event(self, kind: str, **fields: Any) -> None:
         """Writes it down, says it, and counts it where it is a fault."""
         self.records.event(kind, **fields)
-        self.progress.note(in_words(kind, fields))
+        self.progress.note(describe(kind, fields))
         self.state.faults += kind in FAULTS
 
     async def to_the_end(self) -> tuple[dict[str, Any], bool]:

@@ -4,7 +4,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from typing import Any
 
 from rich.box import SIMPLE
@@ -160,33 +159,6 @@ def summary_table(summary: Mapping[str, Any]) -> str:
 
 def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
-
-
-TOLD = {
-    "actor_started": "{actor} has started",
-    "actor_died": "{actor} died; what it had is done again ({cause})",
-    "actor_hung": "{actor} hangs and was killed; what it had is done again ({cause})",
-    "actor_failed": "{actor} failed and was killed; what it had is done again ({cause})",
-    "actor_restarted": "{actor} is back (restart {restarts})",
-    "actor_ended": "{actor} has ended",
-    "learner_restored": "the learner is back, as it was after update {step} ({checkpoint})",
-    "short_of_resources": "it begins with one actor of each role, and takes more as there is room ({cause})",
-    "waiting_for_resources": "{actor} waits: {cause}; the campaign goes on without it",
-    "object_store_full": "{actor} waits: {cause}",
-    "scaled": "{role}: {before} -> {after} actors",
-    "scaling_failed": "{actor} cannot join: {cause}",
-}
-"""Events that a person reads in the terminal, by kind; others are told by their fields."""
-
-
-def in_words(kind: str, fields: Mapping[str, Any]) -> str:
-    """One line for an event; `fields` may be those of its line in events.jsonl."""
-    if kind in TOLD:
-        with suppress(KeyError):  # a run of another version may have told less
-            return TOLD[kind].format(**fields)
-    hidden = ("time", "wall_seconds", "kind", "cause", "traceback")
-    told = [f"{name}={value}" for name, value in fields.items() if name not in hidden]
-    return " ".join([kind.replace("_", " "), *told, str(fields.get("cause", ""))]).strip()
 
 
 def duration(seconds: float) -> str:

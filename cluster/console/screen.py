@@ -9,16 +9,12 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from cluster.console.progress import duration, in_words
+from cluster.console.progress import duration
+from cluster.records.event_table import describe, row_of
 
-TONES = {
-    "running": "green",
-    "finished": "green",
-    "paused": "yellow",
-    "stopped": "yellow",
-    "lost": "red",
-    "failed": "red",
-}
+COLOURS = {"good": "green", "warn": "yellow", "bad": "red", "": "cyan"}
+LIVE_TONES = {"running": "good", "lost": "bad", "starting": ""}
+"""States of a campaign that no event of the same name announces."""
 LOG_RATIO_COLOURS = ((2.0, "bold white on red3"), (0.7, "red"), (0.2, "yellow"))
 """log pi - log q of a token is at least so much -> how it is shown: the student is surer of it than its teacher."""
 
@@ -27,14 +23,14 @@ def status_screen(status: Mapping[str, Any]) -> RenderableType:
     """One screen of what `read_status` returned."""
     parts = [_head(status), _roles(status), _figures(status)]
     if status["news"]:
-        lines = [f"{duration(event['wall_seconds']):>8}  {in_words(event['kind'], event)}" for event in status["news"]]
+        lines = [f"{duration(event['wall_seconds']):>8}  {describe(event['kind'], event)}" for event in status["news"]]
         parts.append(Panel(Text("\n".join(lines)), title="news", title_align="left"))
     return Group(*parts)
 
 
 def _head(status: Mapping[str, Any]) -> RenderableType:
     line = Table.grid(padding=(0, 2))
-    state = Text(status["state"], TONES.get(status["state"], "cyan"))
+    state = Text(status["state"], COLOURS[LIVE_TONES.get(status["state"], row_of(status["state"]).tone)])
     if status["cause"]:
         state.append(f" ({status['cause']})")
     if status["state"] == "lost" and status["seen_seconds_ago"] is not None:

@@ -18,13 +18,11 @@ from actors.errors import UserError
 from cluster.config import CampaignConfig
 from cluster.config_file import load_config
 from cluster.planning.throughput import Plan, Stage, mean_of
+from cluster.records.event_table import BEGINNINGS, ENDS, FAULTS, row_of
 from cluster.records.utilisation import role_of
 from cluster.records.writer import (
-    BEGINNINGS,
     CONFIG_FILE,
-    ENDS,
     EVENTS_FILE,
-    FAULTS,
     METRICS_FILE,
     read_jsonl,
     read_summary,
@@ -37,8 +35,6 @@ LOST_AFTER_SECONDS = 30.0
 """A campaign that has not written for so long does not run any more, or its machine is gone."""
 RECENT_UPDATES = 20
 """Rates are taken over the last so many updates."""
-ORDINARY = ("actor_started", "checkpoint", "loop_started", "started", "finished")
-"""Events that are no news."""
 
 
 async def keep_status(run_dir: Path, read: Callable[[], Mapping[str, Any]]) -> None:
@@ -111,7 +107,7 @@ def read_status(run_dir: Path, now: float | None = None) -> dict[str, Any]:
         ),
         "checkpoints": _checkpoints(events),
         "faults": sum(event["kind"] in FAULTS for event in events),
-        "news": [event for event in events if event["kind"] not in ORDINARY][-5:],
+        "news": [event for event in events if row_of(event["kind"]).news][-5:],
     }
 
 

@@ -29,12 +29,11 @@ from cluster.fleet.ray_actor import (
     wait_until_built,
     whereabouts,
 )
+from cluster.records.event_table import EVENTS
 from cluster.records.utilisation import Utilisation
 
 OnEvent = Callable[..., None]
 """Called with the kind of event and its fields."""
-LOST = {"actor_died": "died", "actor_hung": "hangs", "actor_failed": "failed"}
-"""Kind of event -> what happened to the actor: its process ended, it made no progress, or it raised an unknown error."""
 STARTS = 3
 """Processes that are tried for an actor at the start of a campaign."""
 
@@ -266,7 +265,7 @@ class Supervisor:
     def _lost(self, replica: Replica, handle: Any, kind: str, cause: Exception | str) -> None:
         """Reports the loss and begins to replace the actor; where it may not be replaced, the fleet fails.
 
-        handle: the actor that was lost. kind: a key of LOST. cause: the error that showed the loss, or a sentence.
+        handle: the actor that was lost. kind: an event of event_table.py that is a fault. cause: the error that showed the loss, or a sentence.
         """
         if replica.handle is not handle or not replica.alive:
             return  # several calls notice the same loss: the first has handled it
@@ -274,7 +273,7 @@ class Supervisor:
         self._record("began", replica, "away")
         self._on_event(kind, actor=replica.name, cause=str(cause))
         if self._max_restarts is None:
-            failure = LearnerLostError(f"{replica.name} {LOST[kind]}: {cause}")
+            failure = LearnerLostError(f"{replica.name} {EVENTS[kind].label}: {cause}")
             failure.__cause__ = cause if isinstance(cause, Exception) else None
             self._fail(failure)
         else:

@@ -229,7 +229,7 @@ class Campaign:
                 published.record = self._record(work, metrics, published)
                 self.state.pending.append(published.record)
                 self.state.guards, findings = judge(self.config.guards, self.state.guards, published.record)
-                act(findings, self.state.guards.rate_scale, self.config, self._account.tell)
+                act(findings, self.state.guards.rate_scale, self.config, self._account.event)
                 await self._backlog.cut()
                 await self._checkpoints.save_if_due(self.state, self.learner)
                 self._account.doing("learner", "idle")

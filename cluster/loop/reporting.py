@@ -9,6 +9,7 @@ from cluster.fleet.ray_fleet import Fleet
 from cluster.loop.evaluation import Evaluator
 from cluster.loop.measure import LoopClock
 from cluster.loop.weight_sync import WeightTransport
+from cluster.records.event_table import describe
 from cluster.records.writer import RunRecords
 from cluster.state.campaign_state import CampaignState
 
@@ -56,17 +57,14 @@ class Account:
         self._state.pending = [other for other in self._state.pending if other["step"] > step]
         self._write(record)
 
-    def tell(self, kind: str, **fields: Any) -> None:
-        """An event that has a cause."""
+    def event(self, kind: str, **fields: Any) -> None:
+        """Writes an event to events.jsonl and describes it on the terminal."""
         self._records.event(kind, **fields)
-        self._progress.note(f"{kind.replace('_', ' ')}: {fields['cause']}")
+        self._progress.note(describe(kind, fields))
 
     def lost(self, trajectories: int, error: LostObjectError) -> None:
-        """They are sampled again."""
-        self._records.event("lost_objects", str(error), trajectories=trajectories, step=self._state.step)
-        self._progress.note(
-            f"{trajectories} trajectories were lost with the node that held them; they are sampled again"
-        )
+        """Records that trajectories were lost with the node that held them. The caller samples them again."""
+        self.event("lost_objects", cause=str(error), trajectories=trajectories, step=self._state.step)
 
     def doing(self, role: str, what: str) -> None:
         """For the screen."""

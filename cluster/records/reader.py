@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import yaml
 
 from actors.errors import UserError
+from cluster.records.event_table import FAULTS
 from cluster.records.writer import (
     CONFIG_FILE,
     EVENTS_FILE,
-    FAULTS,
     METRICS_FILE,
     UNDONE_FILE,
     read_jsonl,

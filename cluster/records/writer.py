@@ -12,15 +12,13 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from cluster.records.event_table import EVENTS
+
 METRICS_FILE, EVENTS_FILE, SUMMARY_FILE = "metrics.jsonl", "events.jsonl", "summary.json"
 LEDGER_FILE = "ledger.jsonl"
 UNDONE_FILE = "undone.jsonl"
 CONFIG_FILE, REPORT_FILE, TRAJECTORIES_DIRECTORY = "config.yaml", "report.html", "trajectories"
 
-BEGINNINGS, ENDS = ("started", "resumed"), ("finished", "stopped", "failed")
-"""Events of a campaign's process. One that was killed has left no end."""
-FAULTS = ("actor_died", "actor_hung", "actor_failed")
-"""Events that each say that an actor was lost: its process ended, it made no progress, it raised what none should."""
 METRIC_KEYS = (
     "step",
     "policy_version",
@@ -128,7 +126,12 @@ class RunRecords:
             self.on_metrics(row)
 
     def event(self, kind: str, cause: str = "", **fields: Any) -> None:
-        """Appends what happened: a kind such as `actor_died`, why, and anything that says where (role, actor, step)."""
+        """Appends what happened: a kind such as `actor_died`, why, and anything that says where (role, actor, step).
+
+        ValueError for a kind that has no row in event_table.py: nobody could describe it.
+        """
+        if kind not in EVENTS:
+            raise ValueError(f"{EVENTS_FILE}: the event {kind} has no row in cluster/records/event_table.py")
         row = {"time": round(time.time(), 3), "wall_seconds": self.wall_seconds, "kind": kind, "cause": cause}
         _append(self.run_dir / EVENTS_FILE, {**fields, **row})
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from html import escape
 from typing import Any, NamedTuple
 
+from cluster.records.event_table import row_of
 from cluster.records.reader import BUSY, tokens_so_far
 from cluster.report.charts import (
     PALETTE_SIZE,
@@ -129,14 +130,6 @@ def read_series(figure: Figure, runs: Sequence[tuple[str, Rows]], across: str = 
     return [one for one in series if one.values]
 
 
-GUARD_EVENTS = {
-    "guard_warned": ("warned", "warn"),
-    "guard_lowered_rate": ("rate lowered", "warn"),
-    "guard_rolled_back": ("rolled back", "bad"),
-    "guard_stopped": ("stopped", "bad"),
-}
-
-
 @dataclass(frozen=True)
 class Past:
     """What guards did in a run: their events, and the metrics of the updates that they undid. Empty for several runs."""
@@ -148,10 +141,10 @@ class Past:
         """Where to mark a figure: every action, but a warning only where its metric is drawn."""
         keys = [key for key, _ in figure.keys]
         return [
-            Mark(float(event[across]), *GUARD_EVENTS[event["kind"]], f"{event.get('guard')}: {event.get('cause')}")
+            Mark(float(event[across]), row.label, row.tone, f"{event.get('guard')}: {event.get('cause')}")
             for event in self.events
-            if event["kind"] in GUARD_EVENTS and event.get(across) is not None
-            if event["kind"] != "guard_warned" or event.get("metric") in keys
+            if (row := row_of(event["kind"])).guard_action and event.get(across) is not None
+            if row.guard_action != "warn" or event.get("metric") in keys
         ]
 
     def series(self, figure: Figure) -> list[Series]:

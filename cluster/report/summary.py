@@ -8,19 +8,11 @@ from html import escape
 from typing import Any
 
 from cluster.planning.throughput import Plan, Stage
+from cluster.records.event_table import BEGINNINGS, ENDS, EVENTS
 from cluster.records.reader import Run, pace
 from cluster.report.charts import PALETTE_SIZE, compact, percent, seconds
 
 DASH = "–"
-STATES = {
-    "started": ("not finished", "warn"),
-    "resumed": ("not finished", "warn"),
-    "interrupted": ("interrupted", "warn"),
-    "stopped": ("interrupted", "warn"),
-    "failed": ("failed", "bad"),
-    "finished": ("finished", "good"),
-}
-"""Events that tell how a run stands -> what is said of it, and the colour."""
 
 
 def headline(runs: Sequence[Run]) -> str:
@@ -42,10 +34,11 @@ def headline(runs: Sequence[Run]) -> str:
 
 def state(run: Run) -> str:
     """Whether it has ended, and how."""
-    last = next((event for event in reversed(run.events) if event["kind"] in STATES), None)
-    word, tone = STATES[last["kind"]] if last else ("not finished", "warn")
-    updates = run.setting("pipeline.updates")
-    if word == "not finished" and updates:
+    last = next((event for event in reversed(run.events) if event["kind"] in (*BEGINNINGS, *ENDS)), None)
+    word, tone = "not finished", "warn"
+    if last and last["kind"] in ENDS:
+        word, tone = EVENTS[last["kind"]].label, EVENTS[last["kind"]].tone
+    elif updates := run.setting("pipeline.updates"):
         word = f"update {run.last('step')} of {escape(str(updates))}"
     cause = f' title="{escape(str(last["cause"]), quote=True)}"' if last and last.get("cause") else ""
     return f'<span class="state {tone}"{cause}>{word}</span>'

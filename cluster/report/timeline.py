@@ -4,31 +4,9 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from cluster.records.writer import BEGINNINGS, ENDS, FAULTS
+from cluster.records.event_table import BEGINNINGS, ENDS, FAULTS, describe, row_of
 from cluster.report.charts import seconds
 
-TONES = {
-    "finished": "good",
-    "actor_started": "good",
-    "actor_restarted": "good",
-    **dict.fromkeys(FAULTS, "bad"),
-    "short_of_resources": "warn",
-    "waiting_for_resources": "warn",
-    "object_store_full": "warn",
-    "lost_objects": "warn",
-    "failed": "bad",
-    "interrupted": "warn",
-    "stopped": "warn",
-    "resumed": "warn",
-    "paused": "warn",
-    "scaled": "warn",
-    "scaling_failed": "bad",
-    "guard_warned": "warn",
-    "guard_lowered_rate": "warn",
-    "guard_rolled_back": "bad",
-    "guard_stopped": "bad",
-}
-"""Every other kind, such as `checkpoint`, is told without a colour."""
 MAX_LINES = 120
 """Of the ordinary events only the newest are listed; those that are not ordinary are all listed."""
 MAX_LANES = 40
@@ -76,7 +54,7 @@ def _lanes(events: Sequence[dict[str, Any]], whole: float) -> str:
 
     rows = []
     campaign = "".join(
-        f'<i class="mark {TONES.get(event["kind"], "")}" style="{place(event["wall_seconds"])}" title="{_told(event)}"></i>'
+        f'<i class="mark {row_of(event["kind"]).tone}" style="{place(event["wall_seconds"])}" title="{_tooltip(event)}"></i>'
         for event in events
         if not event["kind"].startswith("actor_")
     )
@@ -85,8 +63,8 @@ def _lanes(events: Sequence[dict[str, Any]], whole: float) -> str:
     for actor, lived in list(spans.items())[:MAX_LANES]:
         bars = "".join(f'<b style="{place(a)};width:{max(100 * (b - a) / whole, 0.2):.2f}%"></b>' for a, b in lived)
         marks = "".join(
-            f'<i class="mark {TONES[event["kind"]]}{" line" * (event["kind"] == "scaled")}" '
-            f'style="{place(event["wall_seconds"])}" title="{_told(event)}"></i>'
+            f'<i class="mark {row_of(event["kind"]).tone}{" line" * (event["kind"] == "scaled")}" '
+            f'style="{place(event["wall_seconds"])}" title="{_tooltip(event)}"></i>'
             for event in events
             if (event["kind"] in (*FAULTS, "scaling_failed") and event.get("actor") == actor)
             or (event["kind"] == "scaled" and event.get("role") == actor.rpartition("-")[0])
@@ -99,10 +77,10 @@ def _lanes(events: Sequence[dict[str, Any]], whole: float) -> str:
 
 
 def _listing(events: Sequence[dict[str, Any]], opened: bool) -> str:
-    ordinary = [event for event in events if TONES.get(event["kind"], "good") == "good"]
+    ordinary = [event for event in events if row_of(event["kind"]).tone in ("", "good")]
     left_out = {id(event) for event in ordinary[: max(len(ordinary) - MAX_LINES, 0)]}
     rows = [
-        f'<tr><td>{seconds(event["wall_seconds"])}</td><td><span class="kind {TONES.get(event["kind"], "")}">'
+        f'<tr><td>{seconds(event["wall_seconds"])}</td><td><span class="kind {row_of(event["kind"]).tone}">'
         f"{escape(event['kind'].replace('_', ' '))}</span></td><td>{_details(event)}</td></tr>"
         for event in events
         if id(event) not in left_out
@@ -118,13 +96,5 @@ def _details(event: dict[str, Any]) -> str:
     return told + (f"<p>{escape(str(event['cause']))}</p>" if event.get("cause") else "")
 
 
-def _told(event: dict[str, Any]) -> str:
-    """One line for a mark's tooltip."""
-    if event["kind"] == "scaled":
-        return escape(
-            f"{seconds(event['wall_seconds'])}: {event['role']} scaled, {event['before']} to {event['after']} actors"
-        )
-    fields = [f"{key} {value}" for key, value in event.items() if key in ("actor", "step", "cause") and value != ""]
-    return escape(
-        f"{seconds(event['wall_seconds'])}: {', '.join([event['kind'].replace('_', ' '), *fields])}", quote=True
-    )
+def _tooltip(event: dict[str, Any]) -> str:
+    return escape(f"{seconds(event['wall_seconds'])}: {describe(event['kind'], event)}", quote=True)

@@ -13,17 +13,11 @@ from typing import Any
 from actors.errors import GuardError
 from cluster.config import CampaignConfig
 from cluster.guards import Finding
+from cluster.records.event_table import GUARD_EVENTS
 from cluster.records.writer import RunRecords
 from cluster.state.campaign_state import STATE_FILE, CampaignState, read_state, write_state
 from cluster.state.resume import fit_records
 from learner.student.checkpoint import checkpoint_steps, prune, step_directory
-
-EVENTS = {
-    "warn": "guard_warned",
-    "lower_rate": "guard_lowered_rate",
-    "roll_back": "guard_rolled_back",
-    "stop": "guard_stopped",
-}
 
 
 class RollBack(Exception):
@@ -36,16 +30,16 @@ class RollBack(Exception):
 
 def act(findings: Iterable[Finding], rate_scale: float, config: CampaignConfig, tell: Callable[..., None]) -> None:
     """Tells of what the guards found in one update. GuardError: the campaign ends. RollBack: it goes on from before."""
-    worst = sorted(findings, key=lambda finding: list(EVENTS).index(finding.action))
+    worst = sorted(findings, key=lambda finding: list(GUARD_EVENTS).index(finding.action))
     for finding in worst:
         if finding.action in ("warn", "lower_rate"):
             scaled = {"rate_scale": rate_scale} if finding.action == "lower_rate" else {}
-            tell(EVENTS[finding.action], **fields(finding), **scaled)
+            tell(GUARD_EVENTS[finding.action], **fields(finding), **scaled)
     if worst and worst[-1].action == "roll_back":
         raise RollBack(worst[-1])
     if worst and worst[-1].action == "stop":
         finding = worst[-1]
-        tell(EVENTS["stop"], **fields(finding))
+        tell(GUARD_EVENTS["stop"], **fields(finding))
         checkpoint = last_good(config, finding)
         good = f"{checkpoint} is from before that" if checkpoint else "there is no checkpoint from before that"
         raise GuardError(f"guards.{finding.guard}: update {finding.step}: {finding.reason}; {good}")
@@ -96,6 +90,10 @@ def roll_back(
     fit_records(config, records, state)
     dropped = now.ledger.trained - state.ledger.trained
     tell(
-        EVENTS["roll_back"], **fields(finding), to_step=state.step, dropped=dropped, rate_scale=state.guards.rate_scale
+        GUARD_EVENTS["roll_back"],
+        **fields(finding),
+        to_step=state.step,
+        dropped=dropped,
+        rate_scale=state.guards.rate_scale,
     )
     return state, checkpoint

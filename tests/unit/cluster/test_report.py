@@ -379,10 +379,10 @@ def test_what_it_has_cost_is_told_in_gpu_hours_where_there_were_gpus(run, gpus):
 def test_faults_and_scaling_are_marked_on_the_lanes_of_the_actors_that_they_concern(run):
     section = write_report([run], run / "page.html").read_text().split('<div class="lanes">')[1].split("<details")[0]
     lanes = {lane.split("<")[0]: lane for lane in section.split("<div><span>")[1:]}
-    assert lanes["rollout-1"].count('class="mark bad"') == 1 and "actor died" in lanes["rollout-1"]
+    assert lanes["rollout-1"].count('class="mark bad"') == 1 and "rollout-1 died" in lanes["rollout-1"]
     assert lanes["rollout-2"].count("<b ") == 1 and lanes["rollout-2"].count('class="mark warn line"') == 2
-    assert "rollout scaled, 2 to 3 actors" in lanes["rollout-0"] and "rollout scaled, 2 to 3" in lanes["campaign"]
-    assert "scaled" not in lanes["teacher.default-0"] and "mark" not in lanes["learner-0"]
+    assert "rollout: 2 -&gt; 3 actors" in lanes["rollout-0"] and "rollout: 2 -&gt; 3 actors" in lanes["campaign"]
+    assert "actors" not in lanes["teacher.default-0"] and "mark" not in lanes["learner-0"]
 
 
 def test_what_a_guard_did_is_marked_and_what_it_undid_is_drawn_behind(run):

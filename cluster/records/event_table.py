@@ -1,0 +1,116 @@
+"""The kinds of events that a campaign records in events.jsonl, one row each. Standard library only.
+
+`RunRecords.event` refuses a kind without a row, so the terminal, `status` and the report can describe every event.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Tone = Literal["", "good", "warn", "bad"]
+
+
+@dataclass(frozen=True)
+class Event:
+    """How one kind of event is described and counted."""
+
+    sentence: str
+    """One line for a reader; names in braces are fields of the event. Empty: the fields are listed instead."""
+    tone: Tone = ""
+    """Colour in the terminal and in the report."""
+    label: str = ""
+    """One or two words, where there is no room for the sentence: the campaign's state, the mark of a chart."""
+    fault: bool = False
+    """An actor was lost. Counted in summary.json."""
+    begins: bool = False
+    """A process of the campaign started."""
+    ends: bool = False
+    """A process of the campaign ended, in a way that it could record. A killed process leaves no such event."""
+    news: bool = True
+    """`understudy status` lists it under "news"."""
+    guard_action: str = ""
+    """The guard action (`guards.<name>.action`) that this event records."""
+
+
+EVENTS: dict[str, Event] = {
+    # The campaign's process.
+    "started": Event("the campaign has started", begins=True, news=False),
+    "resumed": Event("the campaign goes on after update {step}", "warn", begins=True),
+    "loop_started": Event("the loop has started after update {step}", news=False),
+    "interrupted": Event("interrupted after update {step}; a checkpoint is being written", "warn"),
+    "stopped": Event("stopped after update {step}; the same command continues it", "warn", "interrupted", ends=True),
+    "failed": Event("failed after update {step}: {cause}", "bad", "failed", ends=True),
+    "finished": Event("finished after update {step}", "good", "finished", ends=True, news=False),
+    "configuration_changed": Event("continued with another configuration: {changed}", "warn"),
+    # What an operator asked for.
+    "paused": Event("paused", "warn"),
+    "continued": Event("resumed"),
+    "scaled": Event("{role}: {before} -> {after} actors", "warn"),
+    "scaling_failed": Event("{actor} cannot join: {cause}", "bad"),
+    # Actors.
+    "actor_started": Event("{actor} has started", "good", news=False),
+    "actor_died": Event("{actor} died; its work is done again ({cause})", "bad", "died", fault=True),
+    "actor_hung": Event("{actor} hangs and was killed; its work is done again ({cause})", "bad", "hangs", fault=True),
+    "actor_failed": Event(
+        "{actor} failed and was killed; its work is done again ({cause})", "bad", "failed", fault=True
+    ),
+    "actor_restarted": Event("{actor} is back (restart {restarts})", "good"),
+    "actor_ended": Event("{actor} has ended"),
+    "start_failed": Event("{actor} died while it started; it is started again ({cause})", "warn"),
+    "learner_restored": Event("the learner is back, as it was after update {step} ({checkpoint})", "good"),
+    "lost_objects": Event(
+        "{trajectories} trajectories were lost with the node that held them; they are sampled again ({cause})", "warn"
+    ),
+    # Resources.
+    "short_of_resources": Event("starting with one actor of each role; more join when there is room ({cause})", "warn"),
+    "waiting_for_resources": Event("{actor} waits: {cause}; the campaign goes on without it", "warn"),
+    "object_store_full": Event("{actor} waits: {cause}", "warn"),
+    # Checkpoints.
+    "checkpoint": Event("checkpoint of update {step} written: {path}", news=False),
+    "mirrored": Event("checkpoint of update {step} copied to checkpoint.mirror"),
+    "mirror_failed": Event("checkpoint of update {step} could not be copied to checkpoint.mirror: {cause}", "warn"),
+    "brought_back": Event("checkpoint of update {step} fetched from checkpoint.mirror", "good"),
+    # Guards, from the mildest action to the strongest.
+    "guard_warned": Event("guard {guard}, update {step}: {cause}", "warn", "warned", guard_action="warn"),
+    "guard_lowered_rate": Event(
+        "guard {guard}, update {step}: {cause}; the learning rate is now {rate_scale:.3g} times the schedule's",
+        "warn",
+        "rate lowered",
+        guard_action="lower_rate",
+    ),
+    "guard_rolled_back": Event(
+        "guard {guard}, update {step}: {cause}; rolled back to update {to_step}, {dropped} trajectories dropped",
+        "bad",
+        "rolled back",
+        guard_action="roll_back",
+    ),
+    "guard_stopped": Event(
+        "guard {guard}, update {step}: {cause}; the campaign stops", "bad", "stopped", guard_action="stop"
+    ),
+    # Trackers.
+    "tracker_failed": Event("{tracker} gets no more metrics: {cause}", "warn"),
+}
+
+FAULTS = tuple(kind for kind, event in EVENTS.items() if event.fault)
+BEGINNINGS = tuple(kind for kind, event in EVENTS.items() if event.begins)
+ENDS = tuple(kind for kind, event in EVENTS.items() if event.ends)
+GUARD_EVENTS = {event.guard_action: kind for kind, event in EVENTS.items() if event.guard_action}
+"""Guard action -> kind, from the mildest action to the strongest."""
+
+HIDDEN_FIELDS = ("time", "wall_seconds", "kind", "cause", "traceback")
+
+
+def row_of(kind: str) -> Event:
+    """The row of a kind; an empty one for a kind that another release recorded."""
+    return EVENTS.get(kind, Event(""))
+
+
+def describe(kind: str, fields: Mapping[str, Any]) -> str:
+    """One line for an event. `fields` may be its line of events.jsonl; another release may have recorded other fields."""
+    if sentence := row_of(kind).sentence:
+        try:
+            return sentence.format(**fields).replace(" ()", "")
+        except (KeyError, ValueError, TypeError):
+            pass  # a field is missing or of another type: list what there is
+    listed = [f"{name}={value}" for name, value in fields.items() if name not in HIDDEN_FIELDS]
+    return " ".join([kind.replace("_", " "), *listed, str(fields.get("cause", ""))]).strip()
