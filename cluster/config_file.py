@@ -1,54 +1,48 @@
-"""From a YAML file and `key=value` overrides to a checked configuration, and back.
+"""Loads a configuration from a YAML file and `key=value` overrides, checks it, and writes it.
 
-The only file that imports OmegaConf. Importing it loads neither torch nor vLLM nor Ray.
+Types are checked here against the dataclasses of the three config.py, so that messages are ours. OmegaConf merges,
+resolves `${...}` and builds the objects. This is the only file that imports it; it loads neither torch nor Ray.
 """
 
 import dataclasses
 import difflib
-import functools
 import math
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
+from omegaconf import MISSING, BooleanNode, FloatNode, IntegerNode, OmegaConf, StringNode
+from omegaconf.errors import OmegaConfBaseException, ValidationError
+from yaml.scanner import ScannerError
 
 from actors.errors import UserError
 from cluster.config import CampaignConfig
 from cluster.validation import refuse
 
+SINGLE_VALUES = {
+    int: (IntegerNode, "a whole number"),
+    float: (FloatNode, "a number"),
+    bool: (BooleanNode, "true or false"),
+    str: (StringNode, "text"),
+}
+"""Type of a field -> the converter, and what an error message calls it."""
+
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> CampaignConfig:
-    """YAML file + `key=value` -> configuration. UserError for anything that the schema or a range refuses."""
-    file = Path(path)
-    try:
-        text = file.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(str(file), getattr(error, "strerror", None) or "no text", "a readable YAML file") from error
-    content: Any
-    try:
-        content = OmegaConf.create(text) if text.strip() else OmegaConf.create({})
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise UserError(str(file), _one_line(error), "YAML") from error
-    except AssertionError as error:  # what OmegaConf has to say of a number
-        raise UserError(str(file), repr(text.strip()[:60]), "YAML with keys and values") from error
-    if not OmegaConf.is_dict(content):
-        raise UserError(str(file), "a list or a single value", "YAML with keys and values")
-    _merge_check(str(file), content)
+    """YAML file and `key=value` overrides -> configuration. The last override of a key wins.
+
+    UserError: the first key or value that does not fit the dataclasses, their ranges, or the other settings.
+    """
+    content = _read(Path(path))
+    _check_type(f"{path}: ", "", CampaignConfig, content)
     for override in overrides:
-        key, equals, _ = override.partition("=")
-        if not equals or not key:
-            raise UserError("override", repr(override), "key=value, for example rollout.replicas=2")
-        try:
-            change = OmegaConf.from_dotlist([override])
-        except (yaml.YAMLError, OmegaConfBaseException) as error:
-            raise UserError("override", repr(override), f"key=value in YAML ({_one_line(error)})") from error
-        _merge_check(f"override {override!r}", change)
+        change = _parse(override)
+        _check_type(f"override {override!r}: ", "", CampaignConfig, change)
         content = OmegaConf.merge(content, change)
-    config = _to_object(str(file), content)
+    config = _to_object(str(path), content)
     _check_values(config)
     refuse(config)
     config.output_dir = str(Path(config.output_dir).expanduser())
@@ -75,80 +69,87 @@ def differences(before: CampaignConfig, after: CampaignConfig) -> list[tuple[str
     ]
 
 
-def _schema() -> Any:
-    return OmegaConf.structured(CampaignConfig)
-
-
-def _merge_check(where: str, content: Any) -> None:
-    """Raises for the first key or value of `content` that the schema refuses, naming `where` it stands."""
+def _read(file: Path) -> Any:
+    """The file's keys and values, not checked yet."""
     try:
-        OmegaConf.merge(_schema(), content)
-    except ConfigKeyError as error:
-        key = str(error.full_key)
-        raise UserError(f"{where}: {key}", "a key that does not exist", _expected_key(key)) from error
-    except ValidationError as error:
-        key = str(error.full_key or _no_mapping(_schema(), content))
-        value = OmegaConf.select(content, key, default=None)
-        raise UserError(f"{where}: {key}", repr(value), _wanted(_one_line(error))) from error
-    except (OmegaConfBaseException, TypeError, ValueError, AttributeError) as error:
-        if key := _no_mapping(_schema(), content):
-            raise UserError(f"{where}: {key}", "a list or a single value", "keys with values") from error
-        raise UserError(where, _one_line(error), "values that fit the schema of docs/configuration.md") from error
+        text = file.read_text("utf-8")
+        content = OmegaConf.create(text) if text.strip() else OmegaConf.create({})
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(str(file), getattr(error, "strerror", None) or "no text", "a readable YAML file") from error
+    except yaml.MarkedYAMLError as error:
+        # A scanner's problem is where the token begins that it could not finish: a quote, a key without a colon.
+        mark = error.context_mark if isinstance(error, ScannerError) and error.context_mark else error.problem_mark
+        where = f"{file}, line {mark.line + 1}" if mark else str(file)
+        raise UserError(where, f"invalid YAML ({error.problem})", "lines of `key: value`") from error
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise UserError(str(file), f"invalid YAML ({_one_line(error)})", "lines of `key: value`") from error
+    except AssertionError as error:  # OmegaConf's answer to a file that is one number
+        raise UserError(str(file), repr(text.strip()[:60]), "lines of `key: value`") from error
+    if not OmegaConf.is_dict(content):
+        raise UserError(str(file), "a list or a single value", "lines of `key: value`")
+    return content
 
 
-def _wanted(message: str) -> str:
-    """OmegaConf's complaint about a value, as what was expected in its place."""
-    for pattern, wanted in (
-        (r".*could not be converted to (\w+).*", r"a value of type \1"),
-        (r"Incompatible value .* for field of type '(\w+)'.*", r"a value of type \1"),
-        (r"field '.*' is not Optional.*", "a value, or nothing at all for the default"),
-        (
-            r"Merge error.*|Invalid type assigned: .* is not a subclass of .*|Cannot assign \w+ to Dict.*",
-            "keys with values",
-        ),
-        (r"Invalid value .*, expected (one of .*)", r"\1"),
-        (r"Invalid value assigned: .* list.*", "a list"),
-    ):
-        if re.fullmatch(pattern, message):
-            return re.sub(pattern, wanted, message)
-    return message
+def _parse(override: str) -> Any:
+    """`rollout.replicas=2` -> {rollout: {replicas: 2}}."""
+    key, equals, _ = override.partition("=")
+    if not equals or not key:
+        raise UserError("override", repr(override), "key=value, for example rollout.replicas=2")
+    try:
+        return OmegaConf.from_dotlist([override])
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        fault = getattr(error, "problem", None) or _one_line(error)
+        raise UserError("override", repr(override), f"key=value, with a value in YAML ({fault})") from error
 
 
-def _no_mapping(schema: Any, content: Any) -> str:
-    """The first key of `content` with a single value or a list where the schema has keys of its own."""
-    for key in content:
-        below, found = _below(schema, str(key)), content._get_node(key)
-        if OmegaConf.is_dict(below):
-            if not OmegaConf.is_dict(found):
-                return str(key)
-            if name := _no_mapping(below, found):
-                return f"{key}.{name}"
-    return ""
+def _check_type(where: str, key: str, hint: Any, value: Any) -> None:
+    """UserError where a value does not have the type of its field, or a key does not exist.
+
+    where: the file or the override, for the message. Keys that are absent are not looked for, so that an override can
+    be checked by itself. Single values are converted as OmegaConf does it ("2" is a 2).
+    """
+    value = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+    if value == MISSING or (isinstance(value, str) and "${" in value):  # no value, or one that is known later
+        return
+    kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    kind, origin = kinds[0], get_origin(kinds[0])
+    if value is None and NoneType in kinds:
+        return
+    if dataclasses.is_dataclass(kind) or origin is dict:
+        if not isinstance(value, dict):
+            raise UserError(f"{where}{key}", repr(value), "keys with values")
+        fields = get_type_hints(kind) if dataclasses.is_dataclass(kind) else dict.fromkeys(value, get_args(kind)[1])
+        for name, inner in value.items():
+            below = f"{key}.{name}" if key else str(name)
+            if name not in fields:
+                raise UserError(f"{where}{below}", "a key that does not exist", _nearest(str(name), list(fields)))
+            _check_type(where, below, fields[name], inner)
+    elif origin is list:
+        if not isinstance(value, list):
+            raise UserError(f"{where}{key}", repr(value), "a list")
+        for place, inner in enumerate(value):
+            _check_type(where, f"{key}[{place}]", get_args(kind)[0], inner)
+    elif origin is Literal:
+        if value not in get_args(kind):
+            raise UserError(f"{where}{key}", repr(value), f"one of {', '.join(map(str, get_args(kind)))}")
+    elif kind is not Any:
+        node, name = SINGLE_VALUES[kind]
+        try:
+            node(value, is_optional=False)
+        except ValidationError as error:
+            raise UserError(f"{where}{key}", repr(value), name) from error
 
 
-def _below(schema: Any, key: str) -> Any:
-    """The schema under a key; that of a mapping's values, or of a section that is null by default, under any name. None
-    where there is no such key."""
-    if not OmegaConf.is_dict(schema):
-        return None
-    node = schema._get_node(key, validate_access=False)
-    kind = node._metadata.ref_type if node is not None else schema._metadata.element_type
-    return OmegaConf.structured(kind) if dataclasses.is_dataclass(kind) else node
-
-
-def _expected_key(key: str) -> str:
-    """Names the nearest valid key, and all that stand beside it."""
-    *parents, name = key.split(".")
-    node = functools.reduce(_below, parents, _schema())
-    names = [str(k) for k in node] if OmegaConf.is_dict(node) else []
+def _nearest(name: str, names: list[str]) -> str:
+    """The valid key that is most like this one, and all others beside it."""
     close = difflib.get_close_matches(name, names, n=1)
     hint = f"{close[0]!r} perhaps, or another of " if close else "one of "
-    return f"{hint}{', '.join(sorted(names))}" if names else "a key of docs/configuration.md"
+    return hint + ", ".join(sorted(names))
 
 
 def _to_object(where: str, content: Any) -> CampaignConfig:
-    merged = OmegaConf.merge(_schema(), content)
     try:
+        merged = OmegaConf.merge(OmegaConf.structured(CampaignConfig), content)
         OmegaConf.resolve(merged)
         for key in sorted(OmegaConf.missing_keys(merged)):
             raise UserError(f"{where}: {key}", "nothing", "a value: it has no default")

@@ -161,6 +161,44 @@ def test_what_is_not_yaml_with_keys_is_refused_by_its_file(tmp_path: Path, text:
     assert str(tmp_path / "campaign.yaml") in refusal(tmp_path, text)
 
 
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("name: a\nA sentence\nseed: 1\n", ", line 2: found invalid YAML (could not find expected ':')"),
+        ("name: a\nstudent: 'b\nseed: 1\n", ", line 2: found invalid YAML (found unexpected end of stream)"),
+        ("name: a\n b: 2\n", ", line 2: found invalid YAML (mapping values are not allowed"),
+        ("name: a\nseed: 1\nseed: 2\n", ", line 3: found invalid YAML (found duplicate key seed)"),
+    ],
+)
+def test_a_mistake_in_yaml_is_named_by_its_line(tmp_path: Path, text: str, found: str) -> None:
+    assert refusal(tmp_path, text).startswith(f"{tmp_path / 'campaign.yaml'}{found}")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("rollout.replicas=1.5", "rollout.replicas: found 1.5, expected a whole number"),
+        ("rollout.replicas=true", "rollout.replicas: found True, expected a whole number"),
+        ("learner.optimizer.beta1=x", "learner.optimizer.beta1: found 'x', expected a number"),
+        ("prompts.shuffle=perhaps", "prompts.shuffle: found 'perhaps', expected true or false"),
+        ("name=[1]", "name: found [1], expected text"),
+        ("rollout.dtype=int4", "rollout.dtype: found 'int4', expected one of float32, bfloat16, float16"),
+        ("sampling.stop_token_ids=3", "sampling.stop_token_ids: found 3, expected a list"),
+        ("sampling.stop_token_ids=[1,a]", "sampling.stop_token_ids[1]: found 'a', expected a whole number"),
+        ("teachers.default.resources={big: x}", "teachers.default.resources.big: found 'x', expected a number"),
+        ("student.lora=7", "student.lora: found 7, expected keys with values"),
+    ],
+)
+def test_a_wrong_type_is_told_in_plain_words(tmp_path: Path, override: str, message: str) -> None:
+    assert refusal(tmp_path, GOOD, override) == f"override {override!r}: {message}"
+
+
+def test_a_value_is_converted_where_it_loses_nothing(tmp_path: Path) -> None:
+    config = load_config(written(tmp_path), ["rollout.replicas='3'", "name=7", "learner.optimizer.learning_rate=1"])
+    assert (config.rollout.replicas, config.name, config.learner.optimizer.learning_rate) == (3, "7", 1.0)
+    assert load_config(written(tmp_path), ["seed=${pipeline.updates}"]).seed == config.pipeline.updates
+
+
 def test_an_empty_file_lacks_what_is_mandatory(tmp_path: Path) -> None:
     assert "name: found nothing" in refusal(tmp_path, "")
 
