@@ -1,4 +1,7 @@
-"""What a campaign knows besides its weights: it goes into every checkpoint, and comes out of the newest."""
+"""The campaign's state besides the weights: counts, ledger, guards. Every checkpoint holds it as `training/campaign.json`.
+
+The names of the JSON keys are a file format: a run that an earlier release began is resumed from them.
+"""
 
 import json
 from dataclasses import dataclass, field
@@ -17,7 +20,7 @@ STATE_FILE = Path("training", "campaign.json")
 
 @dataclass
 class CampaignState:
-    """Counts and cursors; a checkpoint has them all, so that a campaign goes on where it stood."""
+    """Everything that a resumed campaign needs besides the learner's tensors."""
 
     step: int = 0
     """Updates taken."""
@@ -25,33 +28,33 @@ class CampaignState:
     tokens_generated: int = 0
     """Response tokens sampled for training."""
     busy: dict[str, float] = field(default_factory=lambda: dict.fromkeys(ROLES, 0.0))
-    """Seconds that the actors of each role have worked, summed over the role's actors."""
+    """Role -> seconds of work, summed over the role's actors."""
     start: dict[str, Any] = field(default_factory=dict)
     """The evaluation of the untrained student, and the teacher's accuracy."""
     pending: list[dict[str, Any]] = field(default_factory=list)
-    """Metrics of updates whose weights are not loaded yet: a campaign that was killed before it had written them down
-    does it when it goes on."""
+    """Metrics of updates that are taken and not written to metrics.jsonl yet, oldest first: an update's row is written
+    when its weights are loaded and evaluated. A resumed campaign writes those that its predecessor could not."""
     evaluations: dict[int, dict[str, float]] = field(default_factory=dict)
     """Step -> metrics of that evaluation."""
     missing_scores: int = 0
     """Tokens without a finite teacher score, which were masked."""
     loop_seconds: float = 0.0
-    """Wall-clock seconds of the loop: from the first trajectory issued, without start-up."""
+    """Wall-clock seconds of the loop, over all runs; start-up does not count."""
     guards: GuardState = field(default_factory=GuardState)
     actor_seconds: dict[str, dict[str, float]] = field(default_factory=dict)
-    """Where these seconds went: actor -> state -> seconds (cluster/records/utilisation.py)."""
+    """How the actors spent these seconds: actor -> state -> seconds (cluster/records/utilisation.py)."""
     faults: int = 0
-    """Actors that died, over all runs of the campaign."""
+    """Events that are faults (an actor died, hung ...), over all runs of the campaign."""
     _busy_before: dict[str, float] = field(default_factory=lambda: dict.fromkeys(ROLES, 0.0))
 
     def busy_since_last_step(self) -> dict[str, float]:
-        """Seconds of work of each role since this was last asked."""
+        """Role -> seconds of work since the last call; called once an update."""
         since = {role: self.busy[role] - self._busy_before[role] for role in ROLES}
         self._busy_before = dict(self.busy)
         return since
 
     def to_json(self) -> dict[str, Any]:
-        """For `training/campaign.json`."""
+        """The content of `training/campaign.json`."""
         return {
             "step": self.step,
             "ledger": self.ledger.to_json(),
@@ -80,6 +83,7 @@ class CampaignState:
             evaluations={int(step): metrics for step, metrics in content["evaluations"].items()},
             missing_scores=content["missing_scores"],
             loop_seconds=content["loop_seconds"],
+            # Absent in checkpoints of campaigns that were begun before there were guards and seconds by actor.
             guards=GuardState.from_json(content.get("guards", {})),
             actor_seconds=content.get("actor_seconds", {}),
             faults=content["faults"],
@@ -88,7 +92,7 @@ class CampaignState:
 
 
 def load_state(config: CampaignConfig) -> tuple[CampaignState, Path | None]:
-    """State of the newest checkpoint of the run directory and where that is; a new state where there is none."""
+    """The state in the newest checkpoint of the run directory, and that checkpoint; a new state and None if there is none."""
     checkpoint = latest_checkpoint(config.run_dir / "checkpoints")
     if checkpoint is None:
         return CampaignState(), None
@@ -96,10 +100,10 @@ def load_state(config: CampaignConfig) -> tuple[CampaignState, Path | None]:
 
 
 def read_state(checkpoint: Path) -> CampaignState:
-    """The state that is in a checkpoint."""
+    """The state in a checkpoint directory."""
     return CampaignState.from_json(read_json(checkpoint / STATE_FILE))
 
 
 def write_state(state: CampaignState, path: Path) -> None:
-    """Replaces the state in a checkpoint, as a whole or not at all."""
+    """Replaces a checkpoint's state file atomically."""
     write_atomically(path, json.dumps(state.to_json()))

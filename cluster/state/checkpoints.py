@@ -1,12 +1,12 @@
-"""Checkpoints of a campaign, written while it goes on: the learner's tensors and the campaign's state, of the same step.
+"""Writes the campaign's checkpoints while training goes on: the learner's tensors and the campaign's state of one step.
 
     save     the learner copies its tensors, the state becomes JSON      the campaign waits
-    write    both are written to a directory without a step's name       nobody waits
-    commit   flushed to disk, given its name; older ones are removed     nobody waits
-    mirror   copied to `checkpoint.mirror`, where there is one           the end of the campaign, for the last
+    write    both are written to a directory with a temporary name       nobody waits
+    commit   it is flushed to disk and renamed; old ones are removed     nobody waits
+    mirror   it is copied to `checkpoint.mirror`, if that is set         only the end of the campaign waits
 
-The learner writes its part into the directory itself: it and the campaign must see the same file system. At most one
-checkpoint is under way; the end of the campaign, or an interrupt, waits for it.
+The learner writes its files into the directory itself, so it and the campaign must share a file system. At most one
+checkpoint is being written at a time; the end of the campaign, or an interrupt, waits for it.
 """
 
 import asyncio
@@ -30,13 +30,13 @@ from learner.student.checkpoint import (
 )
 
 POLL_SECONDS = 0.05
-"""Between two questions to the learner whether it has written its part."""
+"""Between two calls that ask the learner whether its files are written."""
 CLOSE_SECONDS = 60.0
-"""How long a campaign that fails waits for the checkpoint that is under way."""
+"""How long a failing campaign waits for a checkpoint that is being written."""
 
 
 class Checkpoints:
-    """The writer of one campaign's checkpoints."""
+    """Saves one campaign's checkpoints; the methods are called by the loop, in turn."""
 
     def __init__(self, config: CampaignConfig, records: RunRecords):
         self._directory = config.run_dir / "checkpoints"
@@ -48,15 +48,17 @@ class Checkpoints:
         self._copying: asyncio.Task[None] | None = None
 
     async def save_if_due(self, state: CampaignState, learner: Fleet) -> None:
-        """After an update: saves where the configuration says so, and raises what went wrong with the one before."""
+        """After an update: saves if the configuration asks for it. CheckpointError: the one before could not be written."""
         if self._task is not None and self._task.done():
             await self.finish()
         if state.step == self._last_step or state.step % self._config.every_updates == 0:
             await self.save(state, learner)
 
     async def save(self, state: CampaignState, learner: Fleet) -> None:
-        """Begins the checkpoint of this step, unless there is one; returns when training may go on. Waits for the one
-        before. CheckpointError: one cannot be written; those before it are as they were."""
+        """Begins the checkpoint of this step, unless it exists; returns when the learner has copied its tensors.
+
+        Waits for the checkpoint before. CheckpointError: one could not be written; earlier ones are intact.
+        """
         await self.finish()
         if state.step == 0 or state.step in checkpoint_steps(self._directory):
             return
@@ -69,21 +71,21 @@ class Checkpoints:
             await self.finish()
 
     async def finish(self) -> None:
-        """Waits for the checkpoint that is under way, and raises what went wrong with it."""
+        """Waits for the checkpoint that is being written. CheckpointError: it could not be written."""
         if (task := self._task) is not None:
             await asyncio.wait([task])  # several may wait; none takes it along when it is cancelled
             self._task = None
             task.result()
 
     async def settle(self) -> None:
-        """At the end of the campaign: waits for the checkpoint that is under way, and for its copy."""
+        """At the end of the campaign: waits for the checkpoint that is being written, and for its copy."""
         await self.finish()
         while self._copying is not None and not self._copying.done():
             await asyncio.wait([self._copying])
             self._mirror_newest()
 
     async def close(self) -> None:
-        """At the end of the loop, whatever has ended it: a checkpoint that can still be completed is."""
+        """At the end of the loop, after an error too: completes a checkpoint that is being written, if it still can."""
         if self._task is not None:
             await asyncio.wait([self._task], timeout=CLOSE_SECONDS)
             self._task.cancel()
@@ -104,7 +106,7 @@ class Checkpoints:
                 while not await learner.call("saved"):
                     await asyncio.sleep(POLL_SECONDS)
                 (partial / STATE_FILE).write_text(content, "utf-8")
-                await asyncio.to_thread(self._records.flush)  # what the state takes for granted
+                await asyncio.to_thread(self._records.flush)  # the state assumes that these rows are on disk
                 await asyncio.to_thread(commit, partial, target)
             except BaseException:
                 discard(partial)
@@ -117,7 +119,7 @@ class Checkpoints:
             raise CheckpointError(self._explain(step, error)) from error
 
     def _mirror_newest(self) -> None:
-        """Begins to copy the newest checkpoint, unless it has been copied, or another still is."""
+        """Begins to copy the newest checkpoint, unless it is copied, or another copy is under way."""
         steps = checkpoint_steps(self._directory)
         if self._mirror is None or not steps or steps[-1] <= self._mirrored:
             return
@@ -126,12 +128,12 @@ class Checkpoints:
             self._copying = asyncio.create_task(self._copy(self._mirror, steps))
 
     async def _copy(self, mirror: Mirror, steps: list[int]) -> None:
-        """A copy that fails is told; the campaign goes on, and tries again with the next checkpoint."""
+        """Copies the newest checkpoint. A failure is an event; the next checkpoint is tried again."""
         try:
             await asyncio.to_thread(mirror.push, steps[-1])
             await asyncio.to_thread(mirror.prune, steps)
             self._records.event("mirrored", step=steps[-1])
-        except Exception as error:  # each file system has its own
+        except Exception as error:  # each file system has its own errors
             self._records.event("mirror_failed", f"{type(error).__name__}: {error}", step=steps[-1])
 
     def _explain(self, step: int, error: Exception) -> str:
@@ -140,14 +142,16 @@ class Checkpoints:
 
 
 def what_is_good(checkpoints: Path) -> str:
-    """What is left of a campaign that could not write, and how to go on with it."""
+    """For messages: the newest good checkpoint, and how to go on from it."""
     good = latest_checkpoint(checkpoints)
     return f"{good} is good: make room, and run the same command again" if good else "there is no checkpoint before it"
 
 
 def steps_to_keep(steps: list[int], state: CampaignState, config: CheckpointConfig) -> set[int]:
-    """Of the steps with a checkpoint (ascending): the last ones, those whose held-out accuracy was best (the earlier
-    where it is equal), and those that are still to be evaluated."""
+    """The checkpoints to keep: the last `keep_last`, the best `keep_best`, and those that are not evaluated yet.
+
+    steps: all that exist, ascending. Best means highest held-out accuracy; of equal ones, the earlier.
+    """
     accuracy = {step: metrics["eval/accuracy"] for step, metrics in state.evaluations.items()}
     evaluated = [step for step in steps if step in accuracy]
     best = sorted(evaluated, key=lambda step: (-accuracy[step], step))[: config.keep_best]

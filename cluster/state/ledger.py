@@ -1,14 +1,14 @@
 """The ledger: which trajectories were issued, sampled, scored, trained, or dropped, and why. Pure.
 
-Trajectories are numbered in the order in which they are issued: number = cursor * samples_per_prompt + sample. Only
-those that are open (neither trained nor dropped) are held one by one; below them everything is closed, so the ledger
-stays small however long the campaign runs. What became of those that are closed is told to `on_close`, which writes
-it down in rows of ranges (first number, one past the last):
+Trajectories are numbered in the order in which they are issued: number = cursor * samples_per_prompt + sample. The
+ledger holds one entry for each open trajectory (neither trained nor dropped) and only counts the closed ones, so it
+stays small however long the campaign runs. When trajectories are closed, `on_close` is called with a row of ranges
+(first number, one past the last), which the campaign appends to ledger.jsonl:
 
     {"step": 7, "trained": [[48, 56]]}                           trained on in update 7
     {"step": 7, "dropped": [[56, 58], [60, 62]], "reason": "stale"}   dropped after update 7
 
-An illegal transition is a defect of ours and raises.
+An illegal transition is a programming error and raises RuntimeError.
 """
 
 import itertools
@@ -18,11 +18,11 @@ from enum import IntEnum
 from typing import Any
 
 ROLLED_BACK = "rolled_back"
-"""The reason that is given for what was trained on in updates that were undone."""
+"""The reason for dropping trajectories of updates that a guard has undone."""
 
 
 class State(IntEnum):
-    """Where a trajectory is on its way."""
+    """The state of a trajectory, in the order in which it passes through them."""
 
     ISSUED = 1
     SAMPLED = 2
@@ -32,30 +32,32 @@ class State(IntEnum):
 
 
 class Ledger:
-    """Owns every transition: issued -> sampled -> scored -> trained, or dropped from any open state; what was
-    lost is issued again."""
+    """Checks and counts every transition: issued -> sampled -> scored -> trained.
+
+    From any open state a trajectory may be dropped. One that was lost after sampling goes back to issued.
+    """
 
     def __init__(self) -> None:
         self.next_number = 0
-        """The first number that has not been issued."""
+        """The number that is issued next; all below it have been issued."""
         self.trained = 0
         self.dropped: Counter[str] = Counter()
         """Reason -> trajectories."""
         self.step = 0
-        """The last update that has trained."""
+        """The last update that was trained."""
         self.on_close: Callable[[dict[str, Any]], None] | None = None
-        """Is given a row whenever trajectories are trained or dropped."""
+        """Called with a row whenever trajectories are trained or dropped."""
         self._open: dict[int, State] = {}
 
     def issue(self, count: int) -> range:
-        """The next `count` numbers, now issued."""
+        """Issues `count` new trajectories; returns their numbers."""
         numbers = range(self.next_number, self.next_number + count)
         self._open.update(dict.fromkeys(numbers, State.ISSUED))
         self.next_number += count
         return numbers
 
     def sampled(self, numbers: Iterable[int]) -> None:
-        """A rollout actor has written them."""
+        """A rollout actor has sampled them."""
         self._move(numbers, State.ISSUED, State.SAMPLED)
 
     def scored(self, numbers: Iterable[int]) -> None:
@@ -63,30 +65,33 @@ class Ledger:
         self._move(numbers, State.SAMPLED, State.SCORED)
 
     def reopen(self, numbers: Iterable[int]) -> None:
-        """What was written or scored is lost: they are issued, as at first."""
+        """Sampled or scored trajectories were lost; they are in the state issued again, to be sampled anew."""
         for number in numbers:
             if self._open.get(number) not in {State.SAMPLED, State.SCORED}:
                 raise RuntimeError(f"trajectory {number} is {self._name(number)}, cannot be sampled again")
             self._open[number] = State.ISSUED
 
     def train(self, numbers: Sequence[int], step: int) -> None:
-        """The learner has taken its update `step` on them."""
+        """The learner has trained on them in update `step`."""
         for number in numbers:
             self._close(number, {State.SCORED})
         self.trained += len(numbers)
         self.step = step
-        self._tell({"step": step, "trained": ranges(numbers)})
+        self._report({"step": step, "trained": ranges(numbers)})
 
     def drop(self, numbers: Sequence[int], reason: str) -> None:
-        """They will not be trained on, because of `reason`."""
+        """They will not be trained on, for this reason (`stale`, `cut` ...)."""
         for number in numbers:
             self._close(number, {State.ISSUED, State.SAMPLED, State.SCORED})
         self.dropped[reason] += len(numbers)
-        self._tell({"step": self.step, "dropped": ranges(numbers), "reason": reason})
+        self._report({"step": self.step, "dropped": ranges(numbers), "reason": reason})
 
     def rolled_back(self, then: "Ledger") -> "Ledger":
-        """The ledger when the weights go back to what they were `then`: what was trained on since is dropped, and what is
-        open is issued again under its old number."""
+        """The ledger after the weights have gone back to the checkpoint whose ledger is `then`.
+
+        Trajectories that were trained since then are dropped (`rolled_back`): they are no longer in the weights. Open
+        ones are issued again under their old numbers.
+        """
         assert then.trained <= self.trained
         ledger = Ledger.from_json(self.to_json())
         ledger.step, ledger.trained = then.step, then.trained
@@ -94,7 +99,7 @@ class Ledger:
         return ledger
 
     def counts(self) -> dict[str, int]:
-        """Trajectories by state; `issued` counts all that ever were, the others add up to it."""
+        """State -> trajectories. `issued` is the total; the others add up to it, `waiting` are issued and not sampled."""
         states = Counter(self._open.values())
         return {
             "issued": self.next_number,
@@ -106,12 +111,15 @@ class Ledger:
         }
 
     def open_numbers(self) -> list[int]:
-        """Those that are neither trained nor dropped, in order."""
+        """The numbers that are neither trained nor dropped, ascending."""
         return sorted(self._open)
 
     def as_known(self, row: Mapping[str, Any]) -> dict[str, Any] | None:
-        """A row that was told, as it stands here: None of what came after a checkpoint, and of what was trained on in an
-        update that was rolled back, that it is dropped."""
+        """A row of ledger.jsonl as this ledger, read from a checkpoint, knows it.
+
+        None: the row was written after the checkpoint, so its trajectories are open or not issued here. A row of an
+        update that was rolled back becomes a row of dropped trajectories.
+        """
         spans = row.get("trained", row.get("dropped", []))
         if not all(stop <= self.next_number and self._open.keys().isdisjoint(range(a, stop)) for a, stop in spans):
             return None
@@ -120,20 +128,20 @@ class Ledger:
         return dict(row)
 
     def check_rows(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """ValueError where the rows do not say of every closed trajectory, once, what became of it."""
-        told = sorted(
+        """Checks that the rows name every closed trajectory exactly once. ValueError: they do not."""
+        closed = sorted(
             (span[0], span[1], kind) for row in rows for kind in ("trained", "dropped") for span in row.get(kind, [])
         )
-        for (_, end, _), (start, _, _) in itertools.pairwise(told):
+        for (_, end, _), (start, _, _) in itertools.pairwise(closed):
             if start < end:
                 raise ValueError(f"trajectory {start} is there twice")
         for kind, expected in (("trained", self.trained), ("dropped", self.dropped.total())):
-            found = sum(stop - start for start, stop, own in told if own == kind)
+            found = sum(stop - start for start, stop, of_kind in closed if of_kind == kind)
             if found != expected:
                 raise ValueError(f"{found} trajectories {kind}, where the checkpoint knows of {expected}")
 
     def to_json(self) -> dict[str, Any]:
-        """For the checkpoint: what is open now must be sampled again when the campaign goes on from here."""
+        """The ledger for a checkpoint. Open trajectories keep only their numbers: a resumed campaign samples them again."""
         closed = self.trained + self.dropped.total()
         if self.next_number != closed + len(self._open):
             raise RuntimeError(f"{self.next_number} issued, but {closed} closed and {len(self._open)} open")
@@ -147,7 +155,7 @@ class Ledger:
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> "Ledger":
-        """The ledger of a checkpoint; whatever was open is issued again under its old number."""
+        """The ledger in a checkpoint; what was open is in the state issued, under its old number."""
         ledger = cls()
         ledger.next_number, ledger.trained = content["next_number"], content["trained"]
         ledger.step = content["step"]
@@ -155,7 +163,7 @@ class Ledger:
         ledger._open = dict.fromkeys(content["open"], State.ISSUED)
         return ledger
 
-    def _tell(self, row: dict[str, Any]) -> None:
+    def _report(self, row: dict[str, Any]) -> None:
         if self.on_close is not None:
             self.on_close(row)
 
@@ -177,7 +185,7 @@ class Ledger:
 
 
 def ranges(numbers: Iterable[int]) -> list[list[int]]:
-    """[[first, one past the last], …], ascending. Example: [3, 1, 2, 7] -> [[1, 4], [7, 8]]."""
+    """The numbers as ascending ranges [first, one past the last]. Example: [3, 1, 2, 7] -> [[1, 4], [7, 8]]."""
     found: list[list[int]] = []
     for number in sorted(numbers):
         if found and found[-1][1] == number:

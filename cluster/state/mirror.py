@@ -1,10 +1,10 @@
-"""A copy of a run's checkpoints and records elsewhere: any file system that fsspec knows, by its URL.
+"""Copies checkpoints and records to another file system (`checkpoint.mirror`, any URL that fsspec knows), and back.
 
-    <mirror>/<name>/step_00000100/...       the checkpoint, and in records/ what the run directory had written down by then
-    <mirror>/<name>/step_00000100/COMPLETE  comes last, with the size of every file: without it the copy does not count
+    <mirror>/<name>/step_00000100/...       the checkpoint, and in records/ the run directory's records at that time
+    <mirror>/<name>/step_00000100/COMPLETE  written last: the size of every file; without it the copy does not count
 
-A run directory without a checkpoint is filled from the newest copy before the campaign goes on: after the loss of the
-disk it goes on elsewhere, from the same command.
+A run directory without a checkpoint is filled from the newest complete copy before the campaign starts. After the loss
+of a disk, the same command on another machine continues the campaign.
 """
 
 import json
@@ -34,22 +34,22 @@ KEY = "checkpoint.mirror"
 
 
 class Mirror:
-    """The copies of one campaign. Errors are whatever the file system raises, most of them OSError."""
+    """The copies of one campaign. The methods raise what the file system raises, usually OSError."""
 
     def __init__(self, url: str, run_dir: Path):
-        """UserError: fsspec does not know the URL, or lacks the library for it, or it cannot be read."""
+        """UserError: fsspec does not know the URL or lacks its library, or the URL cannot be read."""
         try:
             self._fs, root = fsspec.core.url_to_fs(url)
             self._root = PurePosixPath(root, run_dir.name)
             self.steps()
-        except Exception as error:  # each file system has its own
+        except Exception as error:  # each file system has its own errors
             raise UserError(
                 KEY, f"{url} ({type(error).__name__}: {error})", "a URL that fsspec can write to"
             ) from error
         self._run_dir = run_dir
 
     def steps(self) -> list[int]:
-        """Steps of the complete copies, oldest first."""
+        """Steps with a complete copy, ascending."""
         self._fs.invalidate_cache()
         if not self._fs.exists(str(self._root)):
             return []
@@ -58,7 +58,7 @@ class Mirror:
         return sorted(step for step in found if self._fs.exists(str(self._of(step) / COMPLETE)))
 
     def push(self, step: int) -> None:
-        """Copies the checkpoint of this step, and the records as they are now; replaces an unfinished copy."""
+        """Copies the checkpoint of this step and today's records; replaces an unfinished copy of it."""
         checkpoint, target = step_directory(self._run_dir / "checkpoints", step), self._of(step)
         if self._fs.exists(str(target)):
             self._fs.rm(str(target), recursive=True)
@@ -77,13 +77,13 @@ class Mirror:
         """Removes the copies of all other steps."""
         for step in self.steps():
             if step not in keep:
-                self._fs.rm_file(str(self._of(step) / COMPLETE))  # first: what is left of it does not count
+                self._fs.rm_file(str(self._of(step) / COMPLETE))  # first: a copy that is half removed must not count
                 self._fs.rm(str(self._of(step)), recursive=True)
 
     def pull(self) -> int | None:
-        """Fills the run directory from the newest copy, if it has no checkpoint of its own; the step that it has now.
+        """Fills the run directory from the newest complete copy, if it has no checkpoint; returns that copy's step.
 
-        UserError: the copy is damaged.
+        None: nothing was to be done. UserError: a file of the copy is missing, or does not have its size.
         """
         steps, checkpoints = self.steps(), self._run_dir / "checkpoints"
         if not steps or checkpoint_steps(checkpoints):
@@ -93,6 +93,7 @@ class Mirror:
         target = step_directory(checkpoints, steps[-1])
         partial = new_directory(target)
         try:
+            # File by file, not get(recursive=True): only names that COMPLETE lists, none of which leads elsewhere.
             for name, size in sizes.items():
                 self._fetch(source / name, partial / _within(name), size)
             if (partial / RECORDS).exists():
@@ -120,12 +121,12 @@ class Mirror:
 
 
 def mirror_of(config: CampaignConfig) -> Mirror | None:
-    """The campaign's, where it has one."""
+    """The campaign's mirror, or None."""
     return Mirror(config.checkpoint.mirror, config.run_dir) if config.checkpoint.mirror else None
 
 
 def _within(name: str) -> Path:
-    """A file's name in a copy as a relative path. UserError: it leads elsewhere."""
+    """The relative path of a file in a copy. UserError: it leads out of the checkpoint."""
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts:
         raise UserError(KEY, f"a copy with a file {name!r}", "names within the checkpoint")

@@ -1,4 +1,4 @@
-"""Going on with a run directory: that it is ours alone, of the same campaign, and what was recorded fits the checkpoint."""
+"""Resumes a run directory: locks it, checks that the configuration fits, and cuts its records back to the checkpoint."""
 
 import fcntl
 import os
@@ -16,7 +16,7 @@ from cluster.state.campaign_state import CampaignState, load_state
 from cluster.state.mirror import KEY, Mirror, mirror_of
 
 WHERE = ("name", "output_dir")
-"""Keys that say where the run directory is; with `--resume` it is where it was found."""
+"""Keys that locate the run directory; `--resume DIRECTORY` sets them."""
 RESUMABLE_KEYS = (
     "name",
     "output_dir",
@@ -37,12 +37,15 @@ RESUMABLE_KEYS = (
     "tracking.*",
     "ray.*",
 )
-"""Keys that may change when a campaign is taken up again; `*` stands for any name. The number of updates may change
-where the learning rate does not depend on it."""
+"""Keys that may change when a campaign is resumed; `*` stands for any name. `pipeline.updates` may change only where
+the learning rate does not depend on it."""
 
 
 def config_of(run_dir: Path, overrides: Sequence[str]) -> CampaignConfig:
-    """The configuration that a run directory was made with, changed by `key=value`; the directory may have moved."""
+    """The configuration in a run directory with overrides `key=value`. The directory may have been moved.
+
+    UserError: it is no run directory, or an override names a key of WHERE.
+    """
     run_dir = Path(os.path.abspath(run_dir))
     if not (run_dir / CONFIG_FILE).is_file():
         raise UserError("--resume", run_dir, f"a run directory: one with {CONFIG_FILE}")
@@ -56,10 +59,10 @@ def config_of(run_dir: Path, overrides: Sequence[str]) -> CampaignConfig:
 
 @contextmanager
 def claimed(config: CampaignConfig) -> Iterator[dict[str, Any]]:
-    """Makes the run directory; within the block no other process runs a campaign in it. Gives what has changed in the
-    configuration since it was last run: key -> [before, after].
+    """Creates and locks the run directory; within the block no other process can run a campaign in it.
 
-    UserError: it cannot be written to, another process has it, or the campaign in it is another one.
+    Yields the changes of the configuration since its last run: key -> [before, after]. UserError: the directory cannot
+    be written to, another process holds it, or it holds a campaign with another configuration.
     """
     run_dir = config.run_dir
     try:
@@ -75,7 +78,7 @@ def claimed(config: CampaignConfig) -> Iterator[dict[str, Any]]:
                 str(run_dir), "a campaign that another process is running", "another name, or that it ends first"
             ) from error
         except OSError:
-            pass  # a file system without locks
+            pass  # the file system has no locks
         if mirror := mirror_of(config):
             _bring_back(mirror, run_dir)
         changed = _changed(config)
@@ -87,7 +90,7 @@ def claimed(config: CampaignConfig) -> Iterator[dict[str, Any]]:
 
 
 def _bring_back(mirror: Mirror, run_dir: Path) -> None:
-    """A campaign whose run directory is lost goes on from its mirror."""
+    """Fills a run directory without checkpoints from the mirror."""
     try:
         step = mirror.pull()
     except OSError as error:
@@ -97,17 +100,20 @@ def _bring_back(mirror: Mirror, run_dir: Path) -> None:
 
 
 def take_up(config: CampaignConfig, records: RunRecords) -> tuple[CampaignState, Path | None]:
-    """The state of the newest checkpoint (a new one where there is none) and where that is; whatever the records say
-    of later steps is forgotten. UserError: the ledger's file is not the one that the checkpoint was written with."""
+    """The state and path of the newest checkpoint (a new state and None if there is none); records are cut back to it.
+
+    UserError: ledger.jsonl does not fit the checkpoint.
+    """
     state, checkpoint = load_state(config)
     fit_records(config, records, state)
     return state, checkpoint
 
 
 def fit_records(config: CampaignConfig, records: RunRecords, state: CampaignState) -> None:
-    """Cuts the records back to what a state knows, and completes the state by what they know better."""
+    """Removes the records of steps after this state, and adds to the state evaluations that came after its checkpoint."""
     records.truncate_after(state.step if state.step or state.start else -1)
-    for row in read_jsonl(config.run_dir / METRICS_FILE):  # later than the checkpoint of their step
+    # A step is evaluated after its checkpoint is written, so the newest evaluation may be in the metrics only.
+    for row in read_jsonl(config.run_dir / METRICS_FILE):
         if row["step"] and "eval/accuracy" in row:
             state.evaluations[row["step"]] = {key: row[key] for key in row if key.startswith("eval/")}
     try:
@@ -134,7 +140,7 @@ def _changed(config: CampaignConfig) -> dict[str, Any]:
 
 
 def may_change(key: str, config: CampaignConfig) -> bool:
-    """Whether a campaign may go on with another value of this key (see RESUMABLE_KEYS)."""
+    """Whether a resumed campaign may have another value of this key (see RESUMABLE_KEYS)."""
     if key == "pipeline.updates" and config.learner.optimizer.schedule != "constant":
         return False
     patterns = (re.escape(pattern).replace(r"\*", "[^ ]+") for pattern in RESUMABLE_KEYS)

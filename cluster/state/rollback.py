@@ -1,8 +1,8 @@
-"""What guards do to a campaign: warnings, an end with an error, and the way back to a checkpoint.
+"""Carries out the guards' findings: events, an end with an error, or a rollback to an earlier checkpoint.
 
-A campaign that is rolled back goes on with the weights of an earlier update, with other prompts and a lower learning
-rate. What was trained on since is dropped in the ledger, `rolled_back` being the reason, so that every trajectory is in
-the weights once or accounted for; the metrics of the updates that were undone are kept in undone.jsonl.
+After a rollback the campaign continues from the weights of an earlier update, with new prompts and a lower learning
+rate. The ledger drops the trajectories that were trained since (reason `rolled_back`), so that each trajectory is in the
+weights once or has a reason why not. The metrics of the undone updates are moved to undone.jsonl.
 """
 
 from collections.abc import Callable, Iterable
@@ -21,7 +21,7 @@ from learner.student.checkpoint import checkpoint_steps, prune, step_directory
 
 
 class RollBack(Exception):
-    """A guard wants the campaign to go on from an earlier checkpoint; `cluster/run.py` does it."""
+    """A guard asks for a rollback; `cluster/run.py` catches it and continues from `roll_back`."""
 
     def __init__(self, finding: Finding):
         super().__init__(finding.reason)
@@ -29,7 +29,10 @@ class RollBack(Exception):
 
 
 def act(findings: Iterable[Finding], rate_scale: float, config: CampaignConfig, tell: Callable[..., None]) -> None:
-    """Tells of what the guards found in one update. GuardError: the campaign ends. RollBack: it goes on from before."""
+    """Reports the guards' findings of one update. GuardError: a guard ends the campaign. RollBack: a guard undoes updates.
+
+    tell: called with the event's kind and fields. rate_scale: the factor on the learning rate after the findings.
+    """
     worst = sorted(findings, key=lambda finding: list(GUARD_EVENTS).index(finding.action))
     for finding in worst:
         if finding.action in ("warn", "lower_rate"):
@@ -46,16 +49,16 @@ def act(findings: Iterable[Finding], rate_scale: float, config: CampaignConfig, 
 
 
 def fields(finding: Finding) -> dict[str, Any]:
-    """What an event says of a finding."""
-    told = {"step": finding.step, "guard": finding.guard, "metric": finding.metric}
-    return {**told, "value": finding.value, "bound": finding.bound, "cause": finding.reason}
+    """The fields of an event that reports a finding."""
+    where = {"step": finding.step, "guard": finding.guard, "metric": finding.metric}
+    return {**where, "value": finding.value, "bound": finding.bound, "cause": finding.reason}
 
 
 def last_good(config: CampaignConfig, finding: Finding) -> Path | None:
-    """The newest checkpoint from before the weights that made the metric go out of bounds.
+    """The newest checkpoint that is older than the weights that put the metric out of bounds. None: there is none.
 
-    An update's metrics are of responses that the weights before it have written, or with staleness older ones: those are
-    the suspects, whatever the update itself was like.
+    Update s measures responses that were sampled with the weights of updates s-1-K to s-1 (K = max_staleness). Any of
+    them may be bad, so the checkpoint must be of an update before s-1-K.
     """
     checkpoints = config.run_dir / "checkpoints"
     suspect = finding.since - 1 - config.pipeline.max_staleness
@@ -66,10 +69,11 @@ def last_good(config: CampaignConfig, finding: Finding) -> Path | None:
 def roll_back(
     config: CampaignConfig, now: CampaignState, finding: Finding, records: RunRecords, tell: Callable[..., None]
 ) -> tuple[CampaignState, Path | None]:
-    """The state to go on from, and its checkpoint; None: the untrained student. No checkpoint may be under way.
+    """Undoes updates on disk; returns the state to continue from and its checkpoint (None: the untrained student).
 
-    The checkpoint's own record of the campaign is replaced: a campaign that is killed from here on goes on from the
-    rolled back state. Killed before, it takes the same updates again, and the guard acts again.
+    No checkpoint may be under way. The state in the checkpoint is replaced, and newer checkpoints are removed. A
+    campaign that is killed after this resumes from the rolled-back state; killed before, it repeats the updates, and
+    the guard acts again.
     """
     checkpoint = last_good(config, finding)
     then = read_state(checkpoint) if checkpoint else CampaignState()
