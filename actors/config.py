@@ -153,9 +153,10 @@ class TeacherConfig:
     prompt_template: str | None = None
     """What this teacher reads in place of the prompt (of its last user message): `{prompt}` and any field of the record,
     for example `{prompt} The reference answer is {answer}.` The student never sees it."""
-    backend: Literal["transformers", "vllm", "http"] = "transformers"
-    """What computes its log-probs: the model in the actor's process; a vLLM engine there, for models over several GPUs;
-    or servers that run elsewhere (`urls`)."""
+    backend: str = "transformers"
+    """What computes its log-probs. `transformers`: the model in the actor's process; `vllm`: a vLLM engine there, for
+    models over several GPUs; `http`: servers that run elsewhere (`urls`); or `package.module:Class` of your own
+    (docs/extending.md)."""
     tensor_parallel_size: int = number(1, minimum=1)
     """GPUs that one actor spreads the weights over: by vLLM, or, with `transformers`, by the plan of the model's
     architecture, a process for each."""

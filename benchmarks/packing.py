@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-from actors.forward.packed_attention import hidden_states, use_packed_attention
+from actors.forward.packing import hidden_states, use_packed_attention
 
 STUDENT = Path(__file__).resolve().parent.parent / "examples" / "addition" / "student"
 PROMPT = 2

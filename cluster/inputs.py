@@ -9,6 +9,7 @@ from actors.data.prompts import PromptSet, load_prompts
 from actors.data.tokenizer import load_tokenizer, stop_token_ids, template_token_ids
 from actors.data.verifiers import Verifier, make_verifier
 from actors.errors import UserError
+from actors.teacher.backends import backend_of
 from cluster.config import CampaignConfig
 from cluster.loop.teachers import Lessons, routes
 
@@ -108,7 +109,7 @@ def _masked_role_token_ids(config: CampaignConfig, tokenizer: Any, stop: list[in
 
 def _teacher_room(config: CampaignConfig, name: str) -> int:
     teacher = config.teachers[name]
-    if teacher.backend == "http":  # its context is not known here; the student's is a fair guess
+    if not backend_of(teacher).has_model_files:  # its context is not known here; the student's is a fair guess
         return max_prompt_tokens(config)
     return _room(
         config, context_length(load_config(teacher.model, teacher.trust_remote_code, f"teachers.{name}.model"))

@@ -10,6 +10,7 @@ from actors.data.verifiers import make_verifier
 from actors.errors import UserError
 from actors.rollout.engine import engine_class
 from actors.teacher.alignment import make_reader
+from actors.teacher.backends import backend_of, needs_plan
 from cluster.config import CampaignConfig
 from cluster.fleet.ray_cluster import connected, refuse_relative_output, room_to_begin
 from cluster.inputs import max_prompt_tokens, read_inputs
@@ -29,7 +30,7 @@ def checks(config: CampaignConfig, *, offline: bool) -> Iterator[tuple[str, Call
     student = config.student
     yield "student", (lambda: _student(config)) if here(student.model) else None
     for name, teacher in config.teachers.items():
-        known = here(student.model) if teacher.backend == "http" else here(student.model, teacher.model)
+        known = here(student.model, *([teacher.model] if backend_of(teacher).has_model_files else []))
         check = (lambda name=name: _teacher(config, name)) if known else None
         yield f"teacher {name}", check
     if config.rollout.backend != "vllm":
@@ -80,10 +81,12 @@ def _teacher(config: CampaignConfig, name: str) -> str:
         theirs = load_tokenizer(teacher.tokenizer, teacher.trust_remote_code, f"teachers.{name}.tokenizer")
         make_reader(ours, theirs, f"teachers.{name}.tokenizer", config.prompts.chat)
         reading = f"a tokenizer of its own with {len(theirs)} tokens"
-    if teacher.backend == "http":
-        return f"{', '.join(teacher.urls)}, asked when the campaign starts" + (reading and f"; {reading}")
+    if not backend_of(teacher).has_model_files:
+        return f"{', '.join(teacher.urls) or teacher.backend}, asked when the campaign starts" + (
+            reading and f"; {reading}"
+        )
     check_weights(find_model(teacher.model, key, code=teacher.trust_remote_code), key)
-    if teacher.backend == "transformers" and teacher.tensor_parallel_size > 1:
+    if needs_plan(teacher):
         tensor_parallel_plan(teacher.model, teacher.trust_remote_code, key)
     if reading:
         return reading

@@ -1,32 +1,23 @@
-"""The actors that a configuration asks for, not started: fleets of rollout actors and of teachers, and the learner."""
+"""Which role gets what: the class, the arguments and the resources of the rollout actors, the teachers and the learner.
+
+Nothing is started here. Paths become absolute, since actors may have another working directory.
+"""
 
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from actors.config import TeacherConfig, publishes_adapter
+from actors.config import StudentConfig, TeacherConfig, publishes_adapter
 from actors.rollout.actor import RolloutActor
+from actors.teacher.backends import backend_of, teacher_class
 from actors.teacher.cross_tokenizer import ForeignTeacher
-from actors.teacher.http import HttpTeacher
-from actors.teacher.local import TeacherActor
-from actors.teacher.tensor_parallel import ShardedTeacher
-from actors.teacher.vllm_teacher import VllmTeacher
 from cluster.config import CampaignConfig
 from cluster.fleet.ray_actor import Resources
 from cluster.fleet.ray_fleet import Fleet
 from cluster.fleet.ray_learner import LearnerGroup
 from cluster.inputs import Inputs
 from learner.learner import Learner
-
-TEACHER_ACTORS: dict[str, type] = {"transformers": TeacherActor, "vllm": VllmTeacher, "http": HttpTeacher}
-"""By `teachers.<name>.backend`."""
-
-
-def teacher_actor(teacher: TeacherConfig) -> type:
-    """What runs this teacher."""
-    several = teacher.backend == "transformers" and teacher.tensor_parallel_size > 1
-    return ShardedTeacher if several else TEACHER_ACTORS[teacher.backend]
 
 
 def build_fleets(
@@ -36,7 +27,11 @@ def build_fleets(
     begin: dict[str, int],
     on_event: Callable[..., None],
 ) -> dict[str, Fleet]:
-    """The fleets `rollout` and `teacher.<name>`, not started, with as many actors as are to begin."""
+    """The fleets `rollout` and `teacher.<name>`, not started.
+
+    needed: role -> (actors, resources of one actor). begin: role -> actors to start with, where the cluster has no room
+    for all of them yet.
+    """
 
     def fleet(role: str, actor: type, *arguments: Any, **keywords: Any) -> Fleet:
         _, resources = needed[role]
@@ -62,32 +57,21 @@ def build_fleets(
         inputs.stop_token_ids,
         config.seed,
         support_size=config.student_support_size,
+        # A delta is decoded onto the version before it, so the actor keeps a copy of that on the host.
         keep_weights=config.weights.encoding == "delta",
         verifier=config.evaluation.verifier if config.gives_rewards else None,
         adapter=config.student.lora if publishes_adapter(config.student) else None,
         trust_remote_code=config.student.trust_remote_code,
     )
-    teachers = {
-        f"teacher.{name}": fleet(
-            f"teacher.{name}",
-            teacher_actor(teacher),
-            teacher,
-            f"teachers.{name}",
-            vocabulary=inputs.vocabulary,
-        )
-        if teacher.tokenizer is None
-        else fleet(
-            f"teacher.{name}",
-            ForeignTeacher,
-            teacher_actor(teacher),
-            teacher,
-            f"teachers.{name}",
-            replace(config.student, model=_local(config.student.model)),
-            config.prompts.chat,
-        )
-        for name, teacher in _with_local_models(config.teachers).items()
-    }
-    return {"rollout": rollout, **teachers}
+    fleets = {"rollout": rollout}
+    for name, teacher in _with_local_models(config.teachers).items():
+        role, key = f"teacher.{name}", f"teachers.{name}"
+        actor = teacher_class(teacher, key)
+        if teacher.tokenizer is None:
+            fleets[role] = fleet(role, actor, teacher, key, vocabulary=inputs.vocabulary)
+        else:
+            fleets[role] = fleet(role, ForeignTeacher, actor, teacher, key, _local_student(config), config.prompts.chat)
+    return fleets
 
 
 def build_learner(
@@ -97,13 +81,16 @@ def build_learner(
     needed: dict[str, tuple[int, Resources]],
     on_event: Callable[..., None],
 ) -> Fleet:
-    """The learner, not started; with a checkpoint, as it was then. It is not replaced in place: its state is."""
+    """The learner, not started. checkpoint: where it takes its state from; None at the start of a campaign.
+
+    The fleet does not replace a learner that has died: its weights are lost, so the campaign goes back to a checkpoint.
+    """
     replicas, resources = needed["learner"]
     kind = LearnerGroup if replicas > 1 else Fleet
     return kind(
         "learner",
         Learner,
-        (replace(config.student, model=_local(config.student.model)), config.learner),
+        (_local_student(config), config.learner),
         {
             "total_updates": config.pipeline.updates,
             "temperature": config.sampling.temperature,
@@ -123,11 +110,15 @@ def build_learner(
     )
 
 
+def _local_student(config: CampaignConfig) -> StudentConfig:
+    return replace(config.student, model=_local(config.student.model))
+
+
 def _with_local_models(teachers: dict[str, TeacherConfig]) -> dict[str, TeacherConfig]:
     return {
         name: replace(
             teacher,
-            model=teacher.model if teacher.backend == "http" else _local(teacher.model),
+            model=_local(teacher.model) if backend_of(teacher, f"teachers.{name}").has_model_files else teacher.model,
             tokenizer=None if teacher.tokenizer is None else _local(teacher.tokenizer),
         )
         for name, teacher in teachers.items()
@@ -135,5 +126,5 @@ def _with_local_models(teachers: dict[str, TeacherConfig]) -> dict[str, TeacherC
 
 
 def _local(model: str) -> str:
-    """Absolute where it is a path: actors may have another working directory."""
+    """The absolute path of a model that is a path here; a hub name unchanged."""
     return str(Path(model).resolve()) if Path(model).exists() else model

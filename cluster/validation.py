@@ -6,6 +6,7 @@ import re
 from actors.config import RolloutConfig, TeacherConfig, publishes_adapter
 from actors.errors import UserError
 from actors.import_path import is_import_path
+from actors.teacher.backends import BACKENDS, OWN_SETTINGS, backend_of
 from cluster.config import CampaignConfig
 from cluster.guards import check_guards, metrics_of
 from learner.config import LearnerConfig
@@ -13,8 +14,6 @@ from learner.validation import refuse_contradictions
 
 LARGEST_ADAPTER = 512
 """The highest rank that vLLM takes."""
-BACKEND_SIGNALS = {"vllm": ("sampled", "topk", "full"), "http": ("sampled", "topk")}
-"""What a backend can send, where it cannot send everything."""
 
 
 def refuse(config: CampaignConfig) -> None:
@@ -23,7 +22,7 @@ def refuse(config: CampaignConfig) -> None:
         raise UserError("name", repr(config.name), "letters, digits, '.', '_' and '-': it names a directory")
     _objective(config)
     for name, teacher in config.teachers.items():
-        _backend(f"teachers.{name}", teacher)
+        _backend(config, f"teachers.{name}", teacher)
     _student(config)
     _pipeline(config)
     for role, actors in _roles(config).items():
@@ -98,28 +97,29 @@ def _rewards(config: CampaignConfig) -> None:
         raise UserError("prompts.reference_field", "null", "the field with the reference answer, for rewards")
 
 
-def _backend(key: str, teacher: TeacherConfig) -> None:
-    """What a teacher's backend cannot do, or has no use for."""
-    signals = BACKEND_SIGNALS.get(teacher.backend)
-    if signals and teacher.signal not in signals:
-        raise UserError(f"{key}.signal", teacher.signal, f"{' or '.join(signals)} from the backend {teacher.backend}")
-    if teacher.backend == "http" and not teacher.urls:
-        raise UserError(f"{key}.urls", "none", "at least one server for the backend http")
+def _backend(config: CampaignConfig, key: str, teacher: TeacherConfig) -> None:
+    """Refuses what the backend of a teacher cannot do, and settings that it would ignore."""
+    row = backend_of(teacher, key)
+    if teacher.signal not in row.signals:
+        expected = f"{' or '.join(row.signals)} from the backend {teacher.backend}"
+        raise UserError(f"{key}.signal", teacher.signal, expected)
+    if "urls" in row.settings and not teacher.urls:
+        raise UserError(f"{key}.urls", "none", f"at least one server for the backend {teacher.backend}")
     for url in teacher.urls:
         if not re.fullmatch(r"https?://[^/@\s]+(/\S*)?", url):
             raise UserError(
                 f"{key}.urls", url, "http://host:port/v1 (a key goes into the environment, api_key_variable)"
             )
-    if teacher.tensor_parallel_size > 1 and (teacher.backend == "http" or teacher.ema_decay is not None):
-        other = "ema_decay" if teacher.ema_decay is not None else "backend: http"
+    if teacher.tensor_parallel_size > 1 and (not row.tensor_parallel or teacher.ema_decay is not None):
+        other = "ema_decay" if teacher.ema_decay is not None else f"backend: {teacher.backend}"
         raise UserError(f"{key}.tensor_parallel_size", teacher.tensor_parallel_size, f"1 with {other}")
-    for name, backend, given in (
-        ("urls", "http", bool(teacher.urls)),
-        ("api_key_variable", "http", teacher.api_key_variable is not None),
-        ("engine", "vllm", bool(teacher.engine)),
-    ):
-        if given and teacher.backend != backend:
-            raise UserError(f"{key}.{name}", getattr(teacher, name), f"nothing, or backend: {backend}")
+    for name in OWN_SETTINGS:
+        if getattr(teacher, name) and name not in row.settings:
+            readers = " or ".join(other for other, its in BACKENDS.items() if name in its.settings)
+            raise UserError(f"{key}.{name}", getattr(teacher, name), f"nothing, or backend: {readers}")
+    if not row.generates and config.evaluation.prompts is not None and config.evaluation.teacher:
+        expected = f"false: the backend {teacher.backend} of {key} does not generate"
+        raise UserError("evaluation.teacher", "true", expected)
 
 
 def _roles(config: CampaignConfig) -> dict[str, RolloutConfig | TeacherConfig | LearnerConfig]:

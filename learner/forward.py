@@ -9,8 +9,7 @@ from functools import partial
 import torch
 
 from actors.forward.logprobs import chunked_head, entropy, token_logprobs
-from actors.forward.packed_attention import hidden_states
-from actors.forward.packing import Microbatch
+from actors.forward.packing import Microbatch, hidden_states
 from actors.heartbeat import beat
 from learner.batch import Part
 from learner.config import LearnerConfig, ObjectiveConfig

@@ -19,8 +19,7 @@ from actors.config import StudentConfig, TeacherConfig, publishes_adapter
 from actors.data.models import load_head, load_model, response_head
 from actors.data.tokenizer import load_tokenizer
 from actors.errors import NonFiniteLossError
-from actors.forward.packed_attention import use_packed_attention
-from actors.forward.packing import Microbatch
+from actors.forward.packing import Microbatch, use_packed_attention
 from actors.trajectory import LargeScores, TeacherScores, Trajectories, TrajectoryId
 from actors.weights.buckets import WeightVersion
 from actors.weights.delta import DeltaVersion

@@ -5,6 +5,7 @@ from typing import Any
 
 from actors.config import TeacherConfig
 from actors.errors import UserError
+from actors.teacher.backends import backend_of
 from learner.config import ObjectiveConfig
 
 KEY = "learner.objective"
@@ -76,7 +77,7 @@ def _of_followers(teachers: Mapping[str, TeacherConfig], student_model: str) -> 
         expected = f"{student_model}, the student's, which a teacher with ema_decay follows"
         yield follows and teacher.model != student_model, f"{key}.model", teacher.model, expected
         expected = "transformers: the others cannot load the student's weights as it goes (ema_decay)"
-        yield follows and teacher.backend != "transformers", f"{key}.backend", teacher.backend, expected
+        yield follows and not backend_of(teacher, key).follows_student, f"{key}.backend", teacher.backend, expected
         expected = "another signal: the head of a teacher with ema_decay changes with every update"
         yield follows and teacher.signal == "hidden", f"{key}.signal", "hidden", expected
 
@@ -157,7 +158,7 @@ def _of_sft(objective: ObjectiveConfig, teachers: Mapping[str, TeacherConfig]) -
         f"one teacher, which writes for {KEY}.estimator=sft",
     )
     for name, teacher in teachers.items():
-        other = sft and teacher.backend != "transformers"
+        other = sft and not backend_of(teacher, f"teachers.{name}").samples
         expected = f"transformers: {KEY}.estimator=sft has it write, which the others do not"
         yield other, f"teachers.{name}.backend", teacher.backend, expected
         expected = "another signal: the student names no tokens for responses that it has not written"

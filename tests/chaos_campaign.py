@@ -219,7 +219,7 @@ def main() -> None:
     chaos = Chaos(config.run_dir, faults, flags, patience=config.ray.hang_timeout_seconds * 3 + 60, hold=options.hold)
     here: Any = cluster.roles
     here.Fleet, here.RolloutActor, here.Learner = shaken(chaos), ChaosRollout, ChaosLearner
-    here.TEACHER_ACTORS = {"transformers": ChaosTeacher}
+    here.teacher_class = lambda *_: ChaosTeacher
     began = time.monotonic()
     summary, _ = cluster.run.run_campaign(config)
     seconds = time.monotonic() - began

@@ -1,37 +1,56 @@
-"""Trajectories -> micro-batches by token budget: sequences end to end in one row, nothing padded.
+"""Packing: trajectories lie end to end in one row of tokens, nothing is padded, and each token sees its own sequence only.
 
-Shapes: B trajectories, N response tokens of all; b sequences of T tokens together and n response tokens in one
-micro-batch. The order is a function of the lengths alone: the same trajectories make the same micro-batches.
+`microbatches` cuts trajectories into rows of at most a number of tokens. `use_packed_attention` changes how a model's
+layers attend, and `hidden_states` runs the model on such a row. On GPUs one kernel takes all sequences of a row (torch's
+variable-length flash attention). Elsewhere neighbours of equal length are computed as a batch. Either way the cost is
+that of the sequences, never of the row squared.
+
+Shapes: B trajectories, N response tokens in all; b sequences of T tokens together, and n response tokens, in one
+micro-batch; h heads of size d; s neighbours of equal length L.
 """
 
 from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
 
 import numpy as np
+import torch
+from torch.nn.attention.varlen import varlen_attn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from actors.trajectory import ragged_rows
+
+NAME = "packed"
+"""Name of `_attend` among the attention functions of transformers."""
+FLASH_HEAD = 256
+"""Largest head size of the GPU kernel."""
+KNOWN_LAYERS = {"full_attention", "sliding_attention"}
+"""Kinds of layers in which tokens influence each other through attention alone, so that sequences can share a row."""
 
 
 @dataclass(frozen=True, slots=True)
 class Microbatch:
-    """One forward pass."""
+    """One forward pass. Example: prompts of 2 and 1 tokens, responses of 1 and 2: T = 6, positions 1 3 4, tokens 0 1 2."""
 
     rows: np.ndarray
-    """[b] int64: which trajectories."""
+    """[b] int64: numbers of the trajectories."""
     lengths: np.ndarray
     """[b] int64: tokens of each, prompt and response."""
     input_ids: np.ndarray
-    """[T] int64: prompt and response of one after the other."""
+    """[T] int64: prompt and response of the first trajectory, then of the second, and so on."""
     positions: np.ndarray
-    """[n] int64: places in the row whose next token is a response token."""
+    """[n] int64: indices into `input_ids` where the model predicts a response token, i.e. one before that token."""
     tokens: np.ndarray
-    """[n] int64: places of those response tokens in the flat arrays of [N]."""
+    """[n] int64: indices of the same response tokens in the flat arrays [N]."""
 
 
 def group_by_budget(lengths: np.ndarray, budget: int) -> list[np.ndarray]:
-    """Row numbers, shortest first, cut so that a group's lengths add up to at most the budget; a row that is longer
-    goes alone. What has one length lies side by side.
+    """Divides B rows into groups whose lengths [B] add up to at most `budget`; a longer row is a group of its own.
 
-    lengths: [B]. Returns arrays of row numbers that together hold each of the B rows once.
+    Returns arrays of row numbers, shortest rows first, so that rows of equal length are neighbours. The result depends on
+    the lengths alone: the same trajectories make the same micro-batches, to the bit, on every run.
     """
     order = np.argsort(lengths, kind="stable")
     ends = np.cumsum(lengths[order])
@@ -52,7 +71,7 @@ def microbatches(
     response_offsets: np.ndarray,
     token_budget: int,
 ) -> list[Microbatch]:
-    """Cuts B trajectories, flat and ragged, into forward passes of at most `token_budget` tokens."""
+    """Cuts B trajectories (tokens flat, offsets [B + 1]) into forward passes of at most `token_budget` tokens."""
     prompts, responses = np.diff(prompt_offsets), np.diff(response_offsets)
     out = []
     for rows in group_by_budget(prompts + responses, token_budget):
@@ -66,8 +85,146 @@ def microbatches(
                 rows=rows,
                 lengths=before + after,
                 input_ids=input_ids,
+                # A token is predicted at the position before it; a prompt has at least one token, so there is one.
                 positions=np.flatnonzero(is_response) - 1,
                 tokens=ragged_rows(np.arange(len(response_tokens)), response_offsets, rows),
             )
         )
     return out
+
+
+@dataclass(frozen=True, slots=True)
+class Packing:
+    """Where the sequences of a row begin and end."""
+
+    runs: tuple[tuple[int, int], ...]
+    """(s, L) for each run of s neighbours of equal length L, in the order of the row."""
+    offsets: torch.Tensor
+    """[b + 1] int32: start of each sequence, and the end of the last."""
+    longest: int
+    """Length of the longest sequence."""
+
+    @classmethod
+    def of(cls, lengths: np.ndarray, device: str) -> "Packing":
+        """The packing of sequences with these lengths [b], in this order."""
+        runs = tuple((len(list(same)), length) for length, same in groupby(lengths.tolist()))
+        offsets = torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
+        return cls(runs, offsets.to(device), int(lengths.max()))
+
+
+@torch.no_grad()
+def use_packed_attention(model: PreTrainedModel) -> bool:
+    """Makes the model's layers attend within packed sequences. Returns False, and changes nothing, where they cannot.
+
+    A row must give the hidden states that its sequences give alone. That fails for layers that carry a state from token
+    to token (linear attention, state spaces, convolutions), and for models whose attention cannot be replaced. Layers
+    that declare such a kind are refused by name; the rest is found by comparing a row of two sequences with the second
+    one alone. A caller that gets False gives each sequence a pass of its own.
+    """
+    if not set(getattr(model.config.get_text_config(), "layer_types", None) or ()) <= KNOWN_LAYERS:
+        return False
+    AttentionInterface.register(NAME, _attend)
+    AttentionMaskInterface.register(NAME, _mask)
+    before = model.config._attn_implementation
+    device = str(model.get_input_embeddings().weight.device)
+    tokens = np.arange(7) % model.config.get_text_config().vocab_size
+    alone = hidden_states(model.base_model, tokens[4:], np.array([3]), device)
+    model.set_attn_implementation(NAME)
+    if model.config._attn_implementation == NAME:
+        together = hidden_states(model.base_model, tokens, np.array([4, 3]), device)[4:]
+        # Half precision differs by rounding, a state that leaks from the first sequence by much more.
+        if (together - alone).abs().max() <= 0.05 * alone.abs().max():
+            return True
+    model.set_attn_implementation(before)
+    return False
+
+
+def attend_uncompiled() -> None:
+    """Keeps `_attend` out of what torch.compile compiles: it would compile again for every new set of lengths."""
+    AttentionInterface.register(NAME, torch.compiler.disable(_attend))
+
+
+def hidden_states(body: torch.nn.Module, tokens: np.ndarray, lengths: np.ndarray, device: str) -> torch.Tensor:
+    """Last hidden states [T, H] of a row: tokens [T], the lengths [b] of its sequences.
+
+    Several sequences in a row need a model for which `use_packed_attention` returned True.
+    """
+    packed: dict[str, Any] = {}
+    if len(lengths) > 1:
+        starts = np.cumsum(lengths) - lengths
+        position_ids = np.arange(len(tokens)) - np.repeat(starts, lengths)  # each sequence counts from 0
+        packed = {
+            "position_ids": torch.from_numpy(position_ids).to(device)[None],
+            "packing": Packing.of(lengths, device),  # transformers passes it on to `_attend`
+        }
+    return body(input_ids=torch.from_numpy(tokens).to(device)[None], use_cache=False, **packed).last_hidden_state[0]
+
+
+def _mask(*, attention_mask: torch.Tensor | None = None, **options: Any) -> torch.Tensor | None:
+    """No mask for packed rows, whose limits are in the packing; transformers' own for padded prompts (generation)."""
+    return None if attention_mask is None else sdpa_mask(attention_mask=attention_mask, **options)
+
+
+def _attend(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    packing: Packing | None = None,
+    **options: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention of one layer: query, key, value [1, h, T, d] -> [1, T, h, d].
+
+    Without a packing: [B, h, T, d] -> [B, T, h, d], the same as transformers' sdpa attention.
+    """
+    # A position bias spans the whole row, so it cannot be packed; use_packed_attention then sees other hidden states.
+    if packing is None or options.get("position_bias") is not None:
+        return _attend_batch(module, query, key, value, attention_mask, **options), None
+    if query.is_cuda:
+        kind = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else query.dtype
+        if kind != torch.float32 and query.shape[-1] <= FLASH_HEAD and not options.get("dropout"):
+            return _attend_flash(query.to(kind), key.to(kind), value.to(kind), packing, **options), None
+    sizes = [count * length for count, length in packing.runs]
+    outputs = []
+    for run, *row in zip(packing.runs, *(x[0].split(sizes, 1) for x in (query, key, value)), strict=True):
+        q, k, v = (x.unflatten(1, run).transpose(0, 1) for x in row)  # [h, s * L, d] -> [s, h, L, d]
+        outputs.append(_attend_batch(module, q, k, v, None, **options).flatten(0, 1))
+    return torch.cat(outputs)[None], None
+
+
+def _attend_batch(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    sliding_window: int | None = None,
+    **options: Any,
+) -> torch.Tensor:
+    """Causal attention of s separate sequences: [s, h, L, d] -> [s, L, h, d]."""
+    length = query.shape[2]
+    if attention_mask is None and sliding_window is not None and sliding_window < length:
+        seen = torch.ones(length, length, dtype=torch.bool, device=query.device).tril().triu(1 - sliding_window)
+        attention_mask = seen[None, None]
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **options)[0]
+
+
+def _attend_flash(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    packing: Packing,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **_options: Any,
+) -> torch.Tensor:
+    """All sequences of the row in one kernel, in half precision on a GPU: [1, h, T, d] -> [1, T, h, d]."""
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, h, d]
+    offsets, longest = packing.offsets, packing.longest
+    # (tokens to the left, tokens to the right) that a token sees; -1: all.
+    window = (-1 if sliding_window is None else sliding_window - 1, 0)
+    out: Any = varlen_attn(
+        q, k, v, offsets, offsets, longest, longest, scale=scaling, window_size=window, enable_gqa=True
+    )
+    return out[None]

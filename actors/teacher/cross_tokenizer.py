@@ -14,6 +14,7 @@ from actors.config import StudentConfig, TeacherConfig
 from actors.data.models import context_length, find_model, load_config
 from actors.data.tokenizer import load_tokenizer, stop_token_ids
 from actors.teacher.alignment import make_reader, shares
+from actors.teacher.backends import backend_of
 from actors.teacher.base import TeacherCounts
 from actors.trajectory import FINISH_REASONS, TeacherScores, Trajectories, offsets_of, ragged_rows, select_trajectories
 
@@ -36,7 +37,7 @@ class ForeignTeacher:
         directory = find_model(config.tokenizer, f"{key}.tokenizer", weights=False, code=config.trust_remote_code)
         self._stop = sorted({self._reader.end, *stop_token_ids(directory, self._own)})
         self._context = UNBOUNDED
-        if config.backend != "http":
+        if backend_of(config, key).has_model_files:
             network = load_config(config.model, config.trust_remote_code, f"{key}.model")
             self._context = min(context_length(network), int(config.engine.get("max_model_len") or UNBOUNDED)) - 1
         self._teacher: Any = backend(config, key)

@@ -11,8 +11,7 @@ from actors.config import SamplingConfig, TeacherConfig
 from actors.data.models import load_model, response_head
 from actors.errors import CampaignError, WeightError
 from actors.forward.logprobs import chunked_head, to_array, token_logprobs
-from actors.forward.packed_attention import hidden_states, use_packed_attention
-from actors.forward.packing import microbatches
+from actors.forward.packing import hidden_states, microbatches, use_packed_attention
 from actors.heartbeat import beat
 from actors.teacher.base import Scorer, probe
 from actors.trajectory import FINISH_REASONS, Requests, RolloutCounts, Trajectories, offsets_of

@@ -158,7 +158,7 @@ def measure_teacher(options: argparse.Namespace, model: Path) -> Result:
     import torch
 
     from actors.config import TeacherConfig
-    from actors.forward.packed_attention import hidden_states
+    from actors.forward.packing import hidden_states
     from actors.teacher.local import TeacherActor
     from benchmarks.gpu.shapes import make_work
 

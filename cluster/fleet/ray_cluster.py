@@ -12,6 +12,7 @@ from ray._private import services
 
 from actors.config import TeacherConfig
 from actors.errors import UserError
+from actors.teacher.backends import backend_of
 from cluster.config import CampaignConfig
 from cluster.fleet.ray_actor import Resources
 
@@ -67,8 +68,8 @@ def _loopback_as_it_is() -> Iterator[None]:
 
 
 def teacher_gpus(teacher: TeacherConfig) -> float:
-    """GPUs of one actor, where the configuration leaves it open and each actor has its own."""
-    return 0.0 if teacher.backend == "http" else float(teacher.tensor_parallel_size)
+    """GPUs of one actor where `gpus_per_replica` is null and actors do not share GPUs."""
+    return float(teacher.tensor_parallel_size) if backend_of(teacher).uses_gpu else 0.0
 
 
 def role_resources(config: CampaignConfig, cluster_gpus: float, *, private: bool) -> dict[str, tuple[int, Resources]]:

@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 from actors.errors import UserError
-from actors.forward.packed_attention import attend_uncompiled
+from actors.forward.packing import attend_uncompiled
 from learner.student.sharding import decoder_layers
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Lfm2Config, MistralConfig, PreTrainedModel
 
-from actors.forward import packed_attention as attention
-from actors.forward.packed_attention import Packing, hidden_states, use_packed_attention
+from actors.forward import packing as attention
+from actors.forward.packing import Packing, hidden_states, use_packed_attention
 from tests.tiny_models import make_tiny_model
 
 LENGTHS = np.array([3, 3, 5, 9, 9, 9, 1])
@@ -128,4 +128,4 @@ def test_the_kernel_of_gpus_is_asked_for_what_the_cpu_computes(
     packing = Packing.of(LENGTHS, "cpu")
     how = {"scaling": 0.3, "sliding_window": window}
     ours, _ = attention._attend(module, query, key, value, None, packing, **how)
-    torch.testing.assert_close(attention._flash(query, key, value, packing, **how), ours)
+    torch.testing.assert_close(attention._attend_flash(query, key, value, packing, **how), ours)

@@ -1,0 +1,119 @@
+"""The teacher backends: what each of them can do, and which class does it. Standard library only.
+
+`teachers.<name>.backend` names a row of BACKENDS, or a class of the user's own, `package.module:Class`, that has such a
+row as its class attribute `backend`. Code outside this folder that has to know what a backend can do reads a field of
+its row; it never compares names.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from actors.config import TeacherConfig
+from actors.errors import UserError
+from actors.import_path import import_object, is_import_path
+
+SIGNALS = ("sampled", "topk", "student_topk", "full", "hidden")
+"""All values of `teachers.<name>.signal`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backend:
+    """What one teacher backend can do. Example: Backend(signals=("sampled", "topk"), has_model_files=True)."""
+
+    signals: tuple[str, ...] = ("sampled",)
+    """Values of `signal` that it can send. Each of them fills other fields of TeacherScores."""
+    generates: bool = True
+    """It has `generate`, which answers prompts greedily: needed where `evaluation.teacher` measures its accuracy."""
+    samples: bool = False
+    """It has `sample`, which writes the responses that the student copies: needed for the estimator `sft`."""
+    follows_student: bool = False
+    """It has `load_weights`, which takes the student's averaged weights after each update: needed for `ema_decay`."""
+    has_model_files: bool = False
+    """`model` is a Hugging Face model directory or hub name. Its files and its tokenizer are then checked before the
+    start, and its context length bounds the prompts. False: `model` is only a name that is passed on."""
+    uses_gpu: bool = False
+    """An actor reserves `tensor_parallel_size` GPUs where `gpus_per_replica` is null and the cluster has GPUs."""
+    tensor_parallel: bool = False
+    """`tensor_parallel_size` may be above 1."""
+    settings: tuple[str, ...] = ()
+    """Those of OWN_SETTINGS that it reads. They are refused for other backends, which would ignore them."""
+    class_path: str = ""
+    """Import path of its class. Empty for a class of the user's own, which is named in the configuration."""
+    sharded_class_path: str = ""
+    """Import path of the class for a `tensor_parallel_size` above 1, where that is another one. It needs a model that
+    transformers has a tensor-parallel plan for."""
+
+
+OWN_SETTINGS = ("urls", "api_key_variable", "engine")
+"""Keys of TeacherConfig that only some backends read, and whose default is to be empty."""
+
+BACKENDS = {
+    "transformers": Backend(
+        class_path="actors.teacher.local:TeacherActor",
+        sharded_class_path="actors.teacher.tensor_parallel:ShardedTeacher",
+        signals=SIGNALS,
+        samples=True,
+        follows_student=True,
+        has_model_files=True,
+        uses_gpu=True,
+        tensor_parallel=True,
+    ),
+    "vllm": Backend(
+        class_path="actors.teacher.vllm_teacher:VllmTeacher",
+        signals=("sampled", "topk", "full"),
+        has_model_files=True,
+        uses_gpu=True,
+        tensor_parallel=True,
+        settings=("engine",),
+    ),
+    "http": Backend(
+        class_path="actors.teacher.http:HttpTeacher",
+        signals=("sampled", "topk"),
+        settings=("urls", "api_key_variable"),
+    ),
+}
+"""The built-in backends by name."""
+
+
+def backend_of(teacher: TeacherConfig, key: str = "teacher") -> Backend:
+    """The row of a teacher's backend. key: where the teacher's section stands, for example "teachers.default".
+
+    A class of the user's own is imported. UserError: no such backend or class, or the class lacks its row, or a method
+    that the row promises.
+    """
+    name = teacher.backend
+    if name in BACKENDS:
+        return BACKENDS[name]
+    if not is_import_path(name):
+        expected = f"{', '.join(BACKENDS)}, or package.module:Class of your own"
+        raise UserError(f"{key}.backend", name, expected, BACKENDS)
+    found: Any = import_object(name, f"{key}.backend", "a class")
+    row = getattr(found, "backend", None)
+    if not isinstance(found, type) or not isinstance(row, Backend):
+        expected = "a class with the class attribute `backend = Backend(...)` (docs/extending.md)"
+        raise UserError(f"{key}.backend", f"{name}, without one", expected)
+    if unknown := [signal for signal in row.signals if signal not in SIGNALS]:
+        raise UserError(
+            f"{key}.backend", f"{name} with the signal {unknown[0]}", f"some of {', '.join(SIGNALS)}", SIGNALS
+        )
+    needed = {"score": True, "status": True, "generate": row.generates, "sample": row.samples,
+              "load_weights": row.follows_student}  # fmt: skip
+    if missing := [
+        method for method, wanted in needed.items() if wanted and not callable(getattr(found, method, None))
+    ]:
+        raise UserError(
+            f"{key}.backend", f"{name} without {', '.join(missing)}", "a class with these methods (docs/extending.md)"
+        )
+    return row
+
+
+def teacher_class(teacher: TeacherConfig, key: str = "teacher") -> type:
+    """The class whose instances are this teacher's actors. Imports it. UserError: see `backend_of`."""
+    row = backend_of(teacher, key)
+    path = row.sharded_class_path if teacher.tensor_parallel_size > 1 and row.sharded_class_path else row.class_path
+    return import_object(path or teacher.backend, f"{key}.backend", "a class")
+
+
+def needs_plan(teacher: TeacherConfig) -> bool:
+    """Whether this teacher's layers are divided among several processes by transformers' tensor-parallel plan."""
+    return teacher.tensor_parallel_size > 1 and bool(backend_of(teacher).sharded_class_path)
