@@ -1,7 +1,7 @@
-"""Configuration of the roles that run models without changing them. Standard library only.
+"""Configuration of rollout and teacher actors, prompts and sampling. Standard library only.
 
 `number(...)` attaches the allowed range to a field; `cluster/config.py` checks it where the full key is known.
-`"???"` marks a value that has no default and must be given.
+`"???"` marks a required value.
 """
 
 from dataclasses import dataclass, field
@@ -19,24 +19,24 @@ def number(
 
 @dataclass
 class LoraConfig:
-    """Adapters of low rank that are trained in place of the weights (LoRA): less memory, and a smaller checkpoint.
+    """Low-rank adapters, trained in place of the weights (LoRA): less memory, and a small adapter in each checkpoint.
 
     Needs the library peft: `pip install peft accelerate`.
     """
 
     rank: int = number(16, minimum=1)
-    """Rows of the thin matrices: what an update may change of a layer."""
+    """Rank of the two thin matrices beside each layer."""
     alpha: float = number(32.0, above=0)
     """The adapter's output is multiplied by alpha / rank."""
     target_modules: list[str] = field(default_factory=list)
-    """Ends of the names of the layers that have one, for example `q_proj`. Empty: every linear layer but the output."""
+    """Layers with an adapter, by the end of their names, for example `q_proj`. Empty: all linear layers but the output."""
     rank_stabilised: bool = False
     """Multiply by alpha / sqrt(rank) instead (rsLoRA, arXiv 2312.03732)."""
     dora: bool = False
-    """Train the length of each row of a weight by itself, beside the adapter that turns it (DoRA, arXiv 2402.09353)."""
+    """Train the length of each row of a weight separately from its direction (DoRA, arXiv 2402.09353)."""
     publish: Literal["merged", "adapter"] = "merged"
-    """What engines are given: the weights with the adapter added to them, with which they sample at full speed; or the
-    adapter alone, which is small, and is computed beside the model's own weights (vLLM's LoRA)."""
+    """What engines load. `merged`: the weights with the adapter added; engines sample at full speed. `adapter`: the adapter
+    alone; versions are small, and vLLM's LoRA kernels compute it beside the model's own weights."""
 
 
 @dataclass
@@ -46,13 +46,13 @@ class StudentConfig:
     model: str = "???"
     """Hugging Face model directory or hub name: config, safetensors, tokenizer with a chat template."""
     trust_remote_code: bool = False
-    """Run Python code that comes with the model. Only for sources you have read."""
+    """Run Python code that comes with the model. Set it only for code that you have read."""
     lora: LoraConfig | None = None
     """Adapters to train. Null: all weights are trained."""
 
 
 def publishes_adapter(student: StudentConfig) -> bool:
-    """Whether a weight version is an adapter, and not a model."""
+    """Whether a weight version holds an adapter instead of a model."""
     return student.lora is not None and student.lora.publish == "adapter"
 
 
@@ -69,7 +69,7 @@ class PromptsConfig:
     reference_field: str | None = "answer"
     """Field with the reference answer that verifiers read; null when there is none."""
     domain_field: str | None = None
-    """Field with the prompt's domain, by which teachers are chosen (`teachers.<name>.domains`)."""
+    """Field with the prompt's domain, which selects its teachers (`teachers.<name>.domains`)."""
     chat: bool = True
     """Render with the tokenizer's chat template (a plain string becomes one user message). False: the text as it is."""
     chat_template_arguments: dict[str, Any] = field(default_factory=dict)
@@ -77,7 +77,7 @@ class PromptsConfig:
     limit: int | None = number(None, minimum=1)
     """Read at most this many records, from the start of the file."""
     shuffle: bool = True
-    """Visit the prompts in a new order each epoch, decided by the campaign's seed."""
+    """Visit the prompts in a new order in each epoch, determined by the campaign's seed."""
 
 
 @dataclass
@@ -87,23 +87,23 @@ class VerifierConfig:
     name: str = "exact"
     """`exact`, `regex`, `numeric`, `math` (needs math-verify), or `package.module:function` of your own."""
     pattern: str | None = None
-    """A regular expression: what it captures (group 1, or all) in the response is what is compared. Needed by `regex`."""
+    """A regular expression. Its group 1, or the whole match, is compared with the reference. `regex` needs it."""
 
 
 @dataclass
 class SamplingConfig:
-    """The distribution that trajectories are sampled from."""
+    """The distribution from which trajectories are sampled."""
 
     temperature: float = number(1.0, above=0)
-    """Divides the student's logits, while sampling and in the objective alike."""
+    """Divides the student's logits, in sampling and in the objective."""
     top_p: float = number(1.0, above=0, maximum=1)
-    """Nucleus: keep the smallest set of tokens with this probability. 1 keeps all."""
+    """Nucleus sampling: keep the smallest set of tokens with at least this probability. 1 keeps all."""
     top_k: int = number(0, minimum=0)
     """Keep the k most likely tokens. 0 keeps all."""
     max_response_tokens: int = number(1024, minimum=1)
-    """A response is cut here, and recorded as truncated."""
+    """A longer response is cut here and recorded as truncated."""
     stop_token_ids: list[int] = field(default_factory=list)
-    """Further tokens that end a response, beside those of the tokenizer and of generation_config.json."""
+    """More tokens that end a response, besides those of the tokenizer and of generation_config.json."""
 
 
 @dataclass
@@ -113,24 +113,24 @@ class RolloutConfig:
     backend: str = "vllm"
     """The engine: `vllm`, or `package.module:Class` of your own (docs/extending.md)."""
     replicas: int = number(1, minimum=1)
-    """How many rollout actors."""
+    """Number of rollout actors."""
     gpus_per_replica: float | None = number(None, minimum=0)
-    """GPUs of one actor. Null: one for each tensor-parallel rank, or a share where the cluster has a single GPU."""
+    """GPUs of one actor. Null: one for each tensor-parallel rank, or a share of it where the cluster has a single GPU."""
     cpus_per_replica: float = number(1.0, minimum=0)
     """CPU cores that Ray reserves for one actor."""
     resources: dict[str, float] = field(default_factory=dict)
-    """Further resources of Ray that one actor takes, by which roles are kept to the nodes meant for them: nodes started
-    with `ray start --resources='{"big_memory": 8}'` take eight actors of `resources: {big_memory: 1}`."""
+    """Custom Ray resources that one actor reserves. They keep a role on the nodes meant for it: a node started with
+    `ray start --resources='{"big_memory": 8}'` takes eight actors with `resources: {big_memory: 1}`."""
     tensor_parallel_size: int = number(1, minimum=1)
-    """GPUs that one engine spreads its weights over."""
+    """GPUs over which one engine shards its weights."""
     dtype: Dtype = "bfloat16"
-    """Data type of the engine's weights, and so of a published weight version."""
+    """Data type of the engine's weights, and of the weight versions that the learner publishes."""
     on_new_weights: Literal["continue", "wait"] = "continue"
-    """What becomes of responses that are being written when new weights come: they go on with these between two tokens,
-    and each token says which version wrote it; or the weights wait until all have ended, and new ones until then."""
+    """What happens to running responses when new weights arrive. `continue`: they continue on the new weights from the next
+    token, and each token records its version. `wait`: the weights wait until all have ended, and no new response starts."""
     recompute_kv: bool = True
-    """Compute the cached keys and values of such responses again with the new weights. False: keep those of the old,
-    which is cheaper; the recorded log-probs are those of the distribution that was sampled from either way."""
+    """Recompute the cached keys and values of running responses with the new weights. False: keep the old ones, which is
+    cheaper. In both cases the recorded log-probs are those of the distribution that was sampled from."""
     engine: dict[str, Any] = field(default_factory=dict)
     """Further options of the engine, passed on unchanged. With `vllm`: any option of its `LLM` class, for example
     `max_num_seqs: 256`."""
@@ -138,59 +138,60 @@ class RolloutConfig:
 
 @dataclass
 class TeacherConfig:
-    """Teacher actors: models that score what the student wrote."""
+    """Teacher actors: models that score the student's responses."""
 
     model: str = "???"
-    """Hugging Face model directory or hub name; of an `http` teacher the name it is served under."""
+    """Hugging Face model directory or hub name; for an `http` teacher, the name under which it is served."""
     tokenizer: str | None = None
-    """Directory or hub name of the tokenizer of a teacher whose tokens are not the student's, most often `model` again.
-    It reads the student's text, and its log-probs are brought back to the student's tokens. Null: the student's."""
+    """Directory or hub name of the teacher's tokenizer, where it is not the student's; most often the same as `model`. The
+    teacher reads the student's text, and its log-probs are mapped back to the student's tokens. Null: the student's."""
     domains: list[str] = field(default_factory=list)
-    """Domains of the prompts that it scores. Empty: those that no other teacher names. Where several teachers score a
-    prompt, their mixture is the teacher."""
+    """Domains of the prompts that it scores. Empty: the domains that no other teacher names. Where several teachers score
+    a prompt, the student learns from their mixture."""
     weight: float = number(1.0, above=0)
-    """Its share in such a mixture, in probability space, relative to the others' shares."""
+    """Its weight in such a mixture of probabilities, relative to the other teachers' weights."""
     prompt_template: str | None = None
-    """What this teacher reads in place of the prompt (of its last user message): `{prompt}` and any field of the record,
-    for example `{prompt} The reference answer is {answer}.` The student never sees it."""
+    """Text that this teacher reads in place of the prompt (of its last user message), with `{prompt}` and any field of the
+    record: `{prompt} The reference answer is {answer}.` The student never sees it."""
     backend: str = "transformers"
-    """What computes its log-probs. `transformers`: the model in the actor's process; `vllm`: a vLLM engine there, for
-    models over several GPUs; `http`: servers that run elsewhere (`urls`); or `package.module:Class` of your own
+    """What computes its log-probs. `transformers`: the model in the actor's process. `vllm`: a vLLM engine there, for
+    models over several GPUs. `http`: servers that run elsewhere (`urls`). Or `package.module:Class` of your own
     (docs/extending.md)."""
     tensor_parallel_size: int = number(1, minimum=1)
-    """GPUs that one actor spreads the weights over: by vLLM, or, with `transformers`, by the plan of the model's
-    architecture, a process for each."""
+    """GPUs over which one actor shards the weights: by vLLM, or, with `transformers`, by the plan of the model's
+    architecture, with one process for each GPU."""
     engine: dict[str, Any] = field(default_factory=dict)
-    """With `vllm`: any further option of vLLM's engine, for example `quantization: fp8`."""
+    """With `vllm`: further options of vLLM's engine, for example `quantization: fp8`."""
     urls: list[str] = field(default_factory=list)
-    """With `http`: OpenAI-compatible servers of this teacher that return log-probs of prompts, each ending in `/v1`."""
+    """With `http`: URLs of OpenAI-compatible servers that return log-probs of prompts, each ending in `/v1`."""
     api_key_variable: str | None = None
     """With `http`: the environment variable, on the actors' nodes, that holds the servers' key."""
     timeout_seconds: float = number(120.0, above=0)
-    """With `http`: how long one request may take."""
+    """With `http`: time limit of one request."""
     requests_per_url: int = number(8, minimum=1)
-    """With `http`: requests that one actor has under way at each server."""
+    """With `http`: concurrent requests of one actor to each server."""
     replicas: int = number(1, minimum=1)
-    """How many actors of this teacher."""
+    """Number of actors of this teacher."""
     gpus_per_replica: float | None = number(None, minimum=0)
-    """GPUs of one actor. Null: one, or a share where the cluster has a single GPU."""
+    """GPUs of one actor. Null: one, or a share of it where the cluster has a single GPU."""
     cpus_per_replica: float = number(1.0, minimum=0)
     """CPU cores that Ray reserves for one actor."""
     resources: dict[str, float] = field(default_factory=dict)
-    """Further resources of Ray that one actor takes, as for `rollout.resources`."""
+    """Custom Ray resources that one actor reserves, as in `rollout.resources`."""
     dtype: Dtype = "bfloat16"
-    """Data type of the weights. Log-probs are always computed in float32."""
+    """Data type of the weights. Log-probs are computed in float32."""
     signal: Literal["sampled", "topk", "student_topk", "full", "hidden"] = "sampled"
-    """What is sent for each token: its own log-prob; with those of the teacher's `top_k` tokens, of the student's, or of
-    the whole vocabulary; or `hidden`, the states that the learner turns into the whole vocabulary's."""
+    """What the teacher sends for each token. `sampled`: the token's log-prob. The others add log-probs over a support:
+    `topk` the teacher's top `top_k` tokens, `student_topk` the student's, `full` the whole vocabulary, `hidden` the hidden
+    states from which the learner computes the whole vocabulary."""
     top_k: int = number(64, minimum=2)
     """Size of the support when `signal` is `topk` or `student_topk`."""
     ema_decay: float | None = number(None, above=0, maximum=1)
-    """The teacher follows the student: from its initial weights on, after each update, decay x teacher + (1 - decay) x
-    student. `model` is the student's. Null: it is frozen."""
+    """The teacher follows the student. After each update its weights are decay x teacher + (1 - decay) x student, starting
+    from the student's initial weights; `model` is the student's. Null: the teacher is frozen."""
     microbatch_tokens: int = number(16384, minimum=1)
-    """Tokens of one forward pass, in which trajectories lie end to end, unpadded."""
+    """Tokens of one forward pass. Trajectories are packed end to end, without padding."""
     head_chunk_tokens: int = number(1024, minimum=1)
-    """Tokens that the language-model head is applied to at a time: [chunk, vocabulary] is the largest array."""
+    """Tokens to which the head is applied at a time: [chunk, vocabulary] is the largest array."""
     trust_remote_code: bool = False
-    """Run Python code that comes with the model. Only for sources you have read."""
+    """Run Python code that comes with the model. Set it only for code that you have read."""
