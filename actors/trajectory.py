@@ -46,6 +46,11 @@ class Requests:
     references: tuple[str | None, ...] = ()
     """[B] what the responses are compared with, where they are to be given a reward; else empty."""
 
+    @property
+    def prompts(self) -> list[np.ndarray]:
+        """The tokens of each of the B prompts, int32; views."""
+        return np.split(self.prompt_tokens, self.prompt_offsets[1:-1])
+
 
 class RolloutCounts(NamedTuple):
     """What the campaign process must know of a batch of trajectories without opening it."""

@@ -105,7 +105,7 @@ class RolloutActor(Answering):
         with _ends_with_the_engine():
             stood_still = await asyncio.wrap_future(loaded)
         self._receiver.hold(ranks)
-        return stood_still
+        return stood_still or 0.0
 
     async def abort(self, ids: np.ndarray | None = None) -> None:
         """Gives up what is being generated, or of it these ids [B, 3]; the calls that asked for it end in AbortedError."""

@@ -14,7 +14,9 @@ from actors.config import LoraConfig, RolloutConfig, SamplingConfig
 from actors.errors import UserError
 from actors.import_path import import_object
 from actors.trajectory import FINISH_REASONS, Requests, Trajectories, offsets_of
-from actors.weights.buckets import WeightVersion
+from actors.weights.buckets import WeightVersion, unpack
+
+__all__ = ["Engine", "Response", "engine_class", "make_engine", "trajectories_of", "unpack"]
 
 BUILT_IN = {"vllm": "actors.rollout.vllm_engine:VllmEngine"}
 """Import paths by `rollout.backend`."""
@@ -87,9 +89,9 @@ class Engine(Protocol):
         """
 
     def load_weights(self, manifest: WeightVersion, buckets: Sequence[np.ndarray]) -> Future:
-        """Replaces all weights by those of a version. Result: the seconds for which no token was sampled.
+        """Replaces all weights by those of a version. Result: the seconds for which no token was sampled; or None.
 
-        The checksums have been verified. `actors.weights.buckets.unpack(manifest, buckets)` yields (name, tensor) with
+        The checksums have been verified. `unpack(manifest, buckets)` yields (name, tensor) with
         the names of a Hugging Face checkpoint, in `config.dtype`. The tensors are views of shared memory that other
         actors read, too: copy them, never write to them, and keep none after the future is done.
 

@@ -114,7 +114,7 @@ class VllmEngine:
         def enter() -> None:
             if self.version is None:
                 raise WeightError("this engine has not been given weights yet")
-            for place, prompt in enumerate(np.split(requests.prompt_tokens, requests.prompt_offsets[1:-1])):
+            for place, prompt in enumerate(requests.prompts):
                 params = self._sampling_params(sampling, int(requests.seeds[place]), greedy)
                 name = str(next(self._names))
                 entry: dict[str, Any] = {"prompt_token_ids": prompt.tolist()}

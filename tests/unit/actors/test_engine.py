@@ -1,0 +1,76 @@
+import sys
+import types
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from actors.config import RolloutConfig, SamplingConfig
+from actors.errors import UserError
+from actors.rollout.engine import METHODS, Response, engine_class, make_engine, trajectories_of
+from actors.rollout.vllm_engine import VllmEngine
+from actors.trajectory import Requests
+from cluster.config_file import load_config
+
+
+@pytest.fixture
+def module() -> Iterator[types.ModuleType]:
+    found = types.ModuleType("own_engines")
+    methods = {name: lambda self: None for name in METHODS}
+    found.Complete = type("Complete", (), methods)  # type: ignore[attr-defined]
+    found.Mute = type("Mute", (), {name: methods[name] for name in METHODS if name != "abort"})  # type: ignore[attr-defined]
+    found.number = 3  # type: ignore[attr-defined]
+    sys.modules["own_engines"] = found
+    yield found
+    del sys.modules["own_engines"]
+
+
+def test_the_class_is_found_by_its_name(module: types.ModuleType) -> None:
+    assert engine_class("vllm") is VllmEngine
+    assert engine_class("own_engines:Complete") is module.Complete
+
+
+@pytest.mark.parametrize(
+    ("backend", "message"),
+    [
+        ("own_engines:Mute", "without abort, expected a class with the methods generate, load_weights, abort, close"),
+        ("own_engines:Compleat", "did you mean 'own_engines:Complete'"),
+        ("own_engines:number", "expected a class in"),
+        ("no_such_module:Engine", r"no_such_module:Engine \(ModuleNotFoundError: No module named"),
+        ("sglang", "'sglang', expected the import path of a class, package.module:name"),
+    ],
+)
+def test_what_cannot_be_an_engine_is_named(module: types.ModuleType, backend: str, message: str) -> None:
+    with pytest.raises(UserError, match=f"^rollout.backend: found .*{message}"):
+        engine_class(backend)
+
+
+def test_an_engine_without_an_attribute_is_refused_when_it_is_built(module: types.ModuleType) -> None:
+    module.Complete.__init__ = lambda self, *a, **k: vars(self).update(version=None, seats=1)  # type: ignore[attr-defined]
+    with pytest.raises(UserError, match="without busy_seconds, tokens_sampled"):
+        make_engine("m", RolloutConfig(backend="own_engines:Complete"), SamplingConfig())
+
+
+@pytest.mark.parametrize("backend", ["vlm", "package.module", "package:", ":Engine", "a b:Engine"])
+def test_another_form_is_refused_before_anything_is_imported(backend: str) -> None:
+    with pytest.raises(UserError, match=r"rollout.backend: found .*, expected vllm, or package.module:Class"):
+        load_config("configs/quickstart.yaml", [f"rollout.backend={backend!r}"])
+    config = load_config("configs/quickstart.yaml", ["rollout.backend='no_such_module:Engine'"])
+    assert config.rollout.backend == "no_such_module:Engine"
+
+
+@pytest.mark.parametrize("support", [0, 2])
+def test_responses_become_flat_arrays_in_the_order_of_the_requests(support: int) -> None:
+    requests = Requests(
+        ids=np.array([(0, 7, 0), (0, 3, 1)]), seeds=np.arange(2),
+        prompt_tokens=np.array([5, 6, 8], np.int32), prompt_offsets=np.array([0, 2, 3]),
+    )  # fmt: skip
+    assert [prompt.tolist() for prompt in requests.prompts] == [[5, 6], [8]]
+    ids = [np.arange(n * support).reshape(n, support) if support else None for n in (3, 1)]
+    found = trajectories_of(
+        requests, [Response([1, 2, 3], [-1.0, -2.0, -3.0], [4, 4, 5], "length", ids[0]), Response([9], [-0.5], [5], "stop", ids[1])]
+    )  # fmt: skip
+    assert found.ids.tolist() == [[0, 7, 0], [0, 3, 1]] and found.response_offsets.tolist() == [0, 3, 4]
+    assert found.response_tokens.tolist() == [1, 2, 3, 9] and found.policy_versions.tolist() == [4, 4, 5, 5]
+    assert found.behaviour_logprobs.tolist() == [-1.0, -2.0, -3.0, -0.5] and found.finish_reasons.tolist() == [1, 0]
+    assert found.support_ids.shape == (4, support)
