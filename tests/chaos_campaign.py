@@ -1,11 +1,14 @@
 """A campaign in which actors are killed, stopped and made to fail on a schedule: real Ray, fleets, learner and teachers.
 
-Rollout actors are light (no engine), so that a new one starts as fast as its imports. As a program:
+The rollout engine is a light one, so that a new actor starts as fast as its imports. As a program:
 
     python -m tests.chaos_campaign CONFIG SCHEDULE RESULT [--pause SECONDS] [--hold]
 
-SCHEDULE is a JSON list of faults, RESULT gets one row for each that was done. --pause: what a rollout actor sleeps for
-each call, and the others a quarter of it, so that updates take as long as those of a real campaign. --hold: the campaign waits until it has recovered.
+SCHEDULE is a JSON list of faults, RESULT gets one row for each that was done.
+--pause: what a rollout actor sleeps in each call, and the others a quarter of it, so that updates take as long as those
+    of a real campaign.
+--hold: the campaign is held in the state that a fault asks for, and until it has recovered, so that no result depends
+    on how fast anything is.
 """
 
 import argparse
@@ -32,14 +35,14 @@ from cluster.fleet.ray_actor import Replica
 from cluster.fleet.ray_fleet import Fleet
 from cluster.records.writer import read_jsonl
 from learner.learner import Learner
-from tests.light_campaign import LightRollout
+from tests.light_engine import LightEngine
 
 ROLES = ("rollout", "teacher.default", "learner")
 KINDS = ("kill", "stop", "raise")
 PAUSE, FLAGS = "CHAOS_PAUSE", "CHAOS_FLAGS"
-"""Environment of the actors: seconds, and the folder whose files ask a role to fail."""
-HOLD = "hold"
-"""While there is a file of this name, no rollout actor answers: the campaign does not end before it has recovered."""
+"""Environment variables of the actors: seconds, and the folder of the files `fail.ROLE` and `hold.ROLE`."""
+PATIENCE_SECONDS = 600.0
+"""Guards against hanging only."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class Fault:
 
     role: str
     kind: str
-    """`kill` is SIGKILL, `stop` SIGSTOP, `raise` an exception in its next call."""
+    """`kill` is SIGKILL, `stop` SIGSTOP, `raise` an exception in the next call."""
     busy: bool
     """Whether the actor is at work then."""
     after: int
@@ -56,75 +59,73 @@ class Fault:
 
 
 def schedule(seed: int, first: int, every: int, count: int | None = None) -> list[Fault]:
-    """Every role, kind and state (what raises is at work by nature) in a seeded order, one each `every` updates."""
+    """Every role, kind and state in a seeded order, one every `every` updates. Only an actor at work can raise."""
     matrix = [one for one in itertools.product(ROLES, KINDS, (False, True)) if one[1] != "raise" or one[2]]
     random.Random(seed).shuffle(matrix)
     return [Fault(*one, first + every * place) for place, one in enumerate(matrix[:count])]
 
 
-def fails_if_asked(role: str) -> None:
-    """Of an actor: raises what nobody expects, once, where a file asks for it."""
-    flag = Path(os.environ[FLAGS], role)
+def work(role: str, share: float = 1.0) -> None:
+    """What a call of a role does first: it fails where a file asks for it, once; it waits while a file asks for that."""
+    flag, hold = (Path(os.environ[FLAGS], f"{what}.{role}") for what in ("fail", "hold"))
     if flag.exists():
         flag.unlink()
         raise ZeroDivisionError("chaos")
+    time.sleep(share * float(os.environ[PAUSE]))
+    while hold.exists():
+        time.sleep(0.02)
+        beat()
 
 
-class ChaosRollout(LightRollout):
-    """Slower, and fails when it is asked to."""
+class ChaosEngine(LightEngine):
+    """Waits and fails when it is asked to."""
 
-    def generate(self, *arguments: Any, **keywords: Any) -> Any:
-        """As LightRollout."""
-        fails_if_asked("rollout")
-        time.sleep(float(os.environ[PAUSE]))
-        while Path(os.environ[FLAGS], HOLD).exists():
-            time.sleep(0.05)
-            beat()
-        return super().generate(*arguments, **keywords)
+    def _generate(self, *arguments: Any) -> Any:
+        work("rollout")
+        return super()._generate(*arguments)
 
 
 class ChaosTeacher(TeacherActor):
-    """Fails when it is asked to."""
+    """Waits and fails when it is asked to."""
 
     def score(self, *arguments: Any, **keywords: Any) -> Any:
-        """As TeacherActor."""
+        """The teacher's own, except in its first call, which belongs to the start."""
         if hasattr(self, "_probe_logprob"):
-            fails_if_asked("teacher.default")
-            time.sleep(float(os.environ[PAUSE]) / 4)
+            work("teacher.default", 0.25)
         return super().score(*arguments, **keywords)
 
 
 class ChaosLearner(Learner):
-    """Fails when it is asked to."""
+    """Waits and fails when it is asked to."""
 
     def update(self, *arguments: Any, **keywords: Any) -> Any:
-        """As Learner."""
-        fails_if_asked("learner")
-        time.sleep(float(os.environ[PAUSE]) / 4)
+        """The learner's own."""
+        work("learner", 0.25)
         return super().update(*arguments, **keywords)
 
 
 class Chaos:
-    """Does the faults in turn, each when the one before has been recovered from."""
+    """Does the faults in turn, each when the campaign has recovered from the one before."""
 
-    def __init__(self, run_dir: Path, faults: Sequence[Fault], flags: Path, patience: float, hold: bool):
-        """hold: the campaign waits until it has recovered from a fault; else it goes on meanwhile."""
+    def __init__(self, run_dir: Path, faults: Sequence[Fault], flags: Path, hold: bool):
+        """hold: as the module says."""
         self.fleets: dict[str, Fleet] = {}
         self.starts: dict[str, list[float]] = {}
         """Actor -> seconds that each of its starts took."""
         self.rows: list[dict[str, Any]] = []
-        self._run_dir, self._faults, self._flags, self._patience = run_dir, list(faults), flags, patience
-        self._holding = hold
-        self._begun: asyncio.Task | None = None
+        self.stopped: set[int] = set()
+        """Processes that are to be found hanging."""
+        self._run_dir, self._faults, self._flags, self._holding = run_dir, list(faults), flags, hold
+        self._task: asyncio.Task | None = None
 
     def begin(self) -> None:
-        """Once all fleets are there."""
-        if self._begun is None and set(self.fleets) == set(ROLES):
-            self._begun = asyncio.create_task(self._run())
+        """Begins with the faults when the last fleet has started."""
+        if self._task is None and set(self.fleets) == set(ROLES):
+            self._task = asyncio.create_task(self._run())
 
     async def _run(self) -> None:
         for fault in self._faults:
-            await self._until(lambda fault=fault: self._step() >= fault.after, 600)
+            await self._until(lambda fault=fault: self._step() >= fault.after)
             row: dict[str, Any] = {**asdict(fault), "wedged": False}
             self.rows.append(row)
             try:
@@ -132,36 +133,45 @@ class Chaos:
             except TimeoutError:
                 row["wedged"] = True
             finally:
-                (self._flags / HOLD).unlink(missing_ok=True)
+                self._hold()
 
     async def _do(self, fault: Fault, row: dict[str, Any]) -> None:
         seen = len(self._events())
-        victim = await self._victim(fault)
-        began = time.monotonic()
         if fault.kind == "raise":
-            (self._flags / fault.role).touch()
+            began = time.monotonic()
+            (self._flags / f"fail.{fault.role}").touch()
         else:
+            victim = await self._victim(fault)
+            began = time.monotonic()
+            if fault.kind == "stop":
+                self.stopped.add(victim.process)
             os.kill(victim.process, signal.SIGKILL if fault.kind == "kill" else signal.SIGSTOP)
-            self._hold()
-        back = "learner_restored" if fault.role == "learner" else "actor_restarted"
+            self._hold("rollout")
         lost = await self._event(seen, ("actor_died", "actor_hung", "actor_failed"))
         row["seconds_to_notice"] = time.monotonic() - began
-        self._hold()
-        await self._event(seen, (back,))
+        self._hold("rollout")  # without rollouts the campaign does not end before it has recovered
+        await self._event(seen, ("learner_restored" if fault.role == "learner" else "actor_restarted",))
         row["seconds_to_recover"] = time.monotonic() - began
         row["told_as"], row["actor"] = lost["kind"], lost["actor"]
         row["seconds_of_start"] = self.starts[lost["actor"]][-1]
 
-    def _hold(self) -> None:
-        if self._holding:
-            (self._flags / HOLD).touch()
-
     async def _victim(self, fault: Fault) -> Replica:
+        """An actor in the state that the fault asks for."""
+        # A role that is held is soon at work for good, and the roles that wait for its results are soon idle for good.
+        self._hold(fault.role if fault.busy else "learner" if fault.role == "rollout" else "rollout")
         while True:
             for replica in self.fleets[fault.role].replicas:
                 if replica.alive and bool(replica.busy) == fault.busy:
                     return replica
             await asyncio.sleep(0.001)
+
+    def _hold(self, role: str = "") -> None:
+        """From now on the calls of this role, and of no other, wait where they begin."""
+        if self._holding:
+            if role:
+                (self._flags / f"hold.{role}").touch()
+            for other in set(ROLES) - {role}:
+                (self._flags / f"hold.{other}").unlink(missing_ok=True)
 
     async def _event(self, seen: int, kinds: Sequence[str]) -> dict[str, Any]:
         found: list[dict[str, Any]] = []
@@ -170,11 +180,11 @@ class Chaos:
             found[:] = [event for event in self._events()[seen:] if event["kind"] in kinds]
             return bool(found)
 
-        await self._until(there, self._patience)
+        await self._until(there)
         return found[0]
 
-    async def _until(self, condition: Any, seconds: float) -> None:
-        async with asyncio.timeout(seconds):
+    async def _until(self, condition: Any) -> None:
+        async with asyncio.timeout(PATIENCE_SECONDS):
             while not condition():
                 await asyncio.sleep(0.02)
 
@@ -185,10 +195,10 @@ class Chaos:
         return max((row["step"] for row in read_jsonl(self._run_dir / "metrics.jsonl")), default=-1)
 
 
-def shaken(chaos: Chaos) -> type[Fleet]:
-    """The fleet that tells of itself."""
+def fleet_under(chaos: Chaos) -> type[Fleet]:
+    """A fleet that reports its starts to `chaos`, and is deaf to false alarms."""
 
-    class Shaken(Fleet):
+    class FleetUnderChaos(Fleet):
         async def start(self, *, patient: bool = False) -> None:
             await super().start(patient=patient)
             chaos.fleets[self.role] = self
@@ -199,11 +209,16 @@ def shaken(chaos: Chaos) -> type[Fleet]:
             await super()._start(replica, patient=patient)
             chaos.starts.setdefault(replica.name, []).append(time.monotonic() - began)
 
-    return Shaken
+        def _hangs(self, replica: Replica, handle: Any, cause: str) -> None:
+            # With a short hang timeout an actor that is only slow, on a busy machine, would be taken for hung.
+            if replica.process in chaos.stopped:
+                super()._hangs(replica, handle, cause)
+
+    return FleetUnderChaos
 
 
 def main() -> None:
-    """As the module says."""
+    """Runs the campaign and writes RESULT."""
     parser = argparse.ArgumentParser()
     parser.add_argument("config", type=Path)
     parser.add_argument("schedule", type=Path)
@@ -214,11 +229,11 @@ def main() -> None:
     flags = options.result.with_suffix(".flags")
     flags.mkdir()
     os.environ |= {PAUSE: str(options.pause), FLAGS: str(flags.resolve())}
-    config = load_config(options.config)
+    config = load_config(options.config, ["rollout.backend=tests.chaos_campaign:ChaosEngine"])
     faults = [Fault(**row) for row in json.loads(options.schedule.read_text())]
-    chaos = Chaos(config.run_dir, faults, flags, patience=config.ray.hang_timeout_seconds * 3 + 60, hold=options.hold)
+    chaos = Chaos(config.run_dir, faults, flags, hold=options.hold)
     here: Any = cluster.roles
-    here.Fleet, here.RolloutActor, here.Learner = shaken(chaos), ChaosRollout, ChaosLearner
+    here.Fleet, here.Learner = fleet_under(chaos), ChaosLearner
     here.teacher_class = lambda *_: ChaosTeacher
     began = time.monotonic()
     summary, _ = cluster.run.run_campaign(config)

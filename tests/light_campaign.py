@@ -1,7 +1,7 @@
 """A whole campaign in one process: the real loop, learner, teacher and files, with neither Ray nor vLLM.
 
-Fleets are objects of this process, whose methods run in threads; students are sampled with a plain forward pass. It is
-what `cluster.run` does otherwise, in a second instead of half a minute, so that it can be killed often.
+Fleets are objects of this process, and the rollout engine is LightEngine. All else is what `cluster.run` does, in a
+second instead of half a minute, so that it can be killed often.
 """
 
 import asyncio
@@ -13,30 +13,23 @@ import re
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import torch
 import yaml
 
 import cluster.roles
 import cluster.run
-from actors.data.models import load_model
-from actors.data.tokenizer import load_tokenizer
-from actors.data.verifiers import make_verifier, rewards_of
-from actors.rollout.batched_calls import joined
-from actors.trajectory import FINISH_REASONS, Requests, RolloutCounts, Trajectories, offsets_of
-from actors.weights.buckets import WeightVersion, join, unpack, verify
-from actors.weights.delta import DeltaVersion, Receiver
+from actors.trajectory import Requests
 from cluster.config import CampaignConfig
 from cluster.config_file import load_config
 from cluster.fleet.ray_cluster import Room, role_resources
 from cluster.records.writer import read_jsonl
 from tests import clean_process
+from tests.light_engine import BACKEND
 from tests.tiny_models import make_tiny_model
 
 
@@ -73,7 +66,10 @@ class LocalFleet:
     async def _on(self, replica: Any, method: str, arguments: tuple, keywords: dict) -> Any:
         values = [argument.value if isinstance(argument, Reference) else argument for argument in arguments]
         async with replica.turn:
-            result = await asyncio.to_thread(getattr(replica.actor, method), *values, **keywords)
+            bound = getattr(replica.actor, method)
+            if inspect.iscoroutinefunction(bound):
+                return await bound(*values, **keywords)
+            result = await asyncio.to_thread(bound, *values, **keywords)
             return list(result) if inspect.isgenerator(result) else result
 
     async def call(
@@ -110,84 +106,6 @@ class LocalFleet:
         pass
 
 
-class LightRollout:
-    """Samples with a forward pass for every token; a sample is a function of its seed, as it is in an engine."""
-
-    def __init__(
-        self,
-        model: str,
-        config: Any,
-        sampling: Any,
-        stop_token_ids: list[int],
-        seed: int,
-        keep_weights: bool = False,
-        verifier: Any = None,
-        **_: Any,
-    ):
-        self._judge = verifier and (load_tokenizer(model, False, "m"), make_verifier(verifier))
-        self._model = load_model(model, "float32", "cpu", False, "student.model")
-        self._receiver = Receiver(keep_weights)
-        self._answers: list[tuple[int, tuple[RolloutCounts, Trajectories]]] = []
-        self._stop, self._length, self._version = set(stop_token_ids), sampling.max_response_tokens, -1
-
-    def post(self, box: str, asked: list[tuple[int, Requests]]) -> None:
-        """As actors.rollout.batched_calls.Answering, of which this is an own one, since its methods are no coroutines."""
-        self._answers += [(number, self.generate(requests)) for number, requests in asked]
-
-    def take(self, box: str, again: bool) -> tuple[list[tuple[int, RolloutCounts]], Trajectories | None]:
-        answers, self._answers = self._answers, []
-        return [(number, counts) for number, (counts, _) in answers], joined([written for _, (_, written) in answers])
-
-    @torch.no_grad()
-    def generate(self, requests: Requests, greedy: bool = False) -> tuple[RolloutCounts, Trajectories]:
-        tokens, logprobs, lengths = [], [], []
-        for row, seed in enumerate(requests.seeds):
-            draw = np.random.default_rng(int(seed))
-            text = requests.prompt_tokens[slice(*requests.prompt_offsets[row : row + 2])].tolist()
-            start = len(text)
-            while len(text) - start < self._length and (len(text) == start or text[-1] not in self._stop):
-                row_V = self._model(torch.tensor([text])).logits[0, -1].float().log_softmax(-1).double()
-                chosen = int(row_V.argmax()) if greedy else int(np.argmax(row_V.numpy() + draw.gumbel(size=len(row_V))))
-                text.append(chosen)
-                logprobs.append(float(row_V[chosen]))
-            tokens += text[start:]
-            lengths.append(len(text) - start)
-        truncated = np.array([n == self._length for n in lengths])
-        written = Trajectories(
-            ids=requests.ids,
-            prompt_tokens=requests.prompt_tokens,
-            prompt_offsets=requests.prompt_offsets,
-            response_tokens=np.array(tokens, np.int32),
-            response_offsets=offsets_of(lengths),
-            behaviour_logprobs=np.array(logprobs, np.float32),
-            policy_versions=np.full(len(tokens), self._version, np.int32),
-            finish_reasons=np.where(truncated, FINISH_REASONS.index("length"), FINISH_REASONS.index("stop")).astype(
-                np.uint8
-            ),
-        )
-        versions = np.full(len(lengths), self._version, np.int32)
-        if self._judge and requests.references:
-            rewards = rewards_of(*self._judge, written.response_tokens, written.response_offsets, requests.references)
-            written = replace(written, rewards=rewards.astype(np.float32))
-        return RolloutCounts(np.array(lengths), versions, truncated, 0.01), written
-
-    def load_weights(self, *published: np.ndarray | WeightVersion | DeltaVersion) -> float:
-        ranks = self._receiver.whole(*published)
-        manifest, buckets = join(ranks)
-        verify(manifest, buckets)
-        self._receiver.hold(ranks)
-        self._model.load_state_dict(dict(unpack(manifest, buckets)), strict=False)
-        self._version = manifest.version
-        return 0.0
-
-    def prefetch(self, bucket: np.ndarray) -> None: ...
-
-    def abort(self) -> None: ...
-
-    def status(self) -> dict[str, int]:
-        return {"policy_version": self._version, "seats": 4}
-
-
 def make_folder(folder: Path) -> Path:
     """Models and prompts of a few kilobytes."""
     make_tiny_model(folder / "student", hidden=32, layers=1, context=64)
@@ -207,7 +125,7 @@ def configuration(folder: Path, name: str, **changes: Any) -> Path:
         "teachers": {"default": {"model": str(folder / "teacher"), "dtype": "float32"}},
         "prompts": {"path": str(folder / "train.jsonl")},
         "sampling": {"max_response_tokens": 6},
-        "rollout": {"dtype": "float32", "replicas": 2},
+        "rollout": {"dtype": "float32", "replicas": 2, "backend": BACKEND},
         "learner": {"compute_dtype": "float32", "optimizer": {"learning_rate": 1e-3}},
         "pipeline": {"updates": 12, "prompts_per_update": 4, "samples_per_prompt": 2},
         "evaluation": {"prompts": {"path": str(folder / "heldout.jsonl"), "limit": 4}, "every_updates": 4},
@@ -223,7 +141,7 @@ def without_ray() -> None:
     """From now on campaigns of this process are light; it is fit for nothing else afterwards."""
     torch.set_num_threads(1)
     actors: Any = cluster.roles
-    actors.Fleet, actors.RolloutActor = LocalFleet, LightRollout
+    actors.Fleet = LocalFleet
     here: Any = cluster.run
     here.connected = lambda config: nullcontext(True)
     here.room_to_begin = light_room

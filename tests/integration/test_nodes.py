@@ -1,4 +1,4 @@
-"""A node is taken away in the middle of an update, with what its actors had written, and later another one comes."""
+"""A node is lost in the middle of an update, with what its actors have written; later another node comes."""
 
 import json
 import subprocess
@@ -11,12 +11,13 @@ import pytest
 from cluster.records.writer import read_jsonl
 from tests import light_campaign
 from tests.light_campaign import assert_ledger_adds_up, configuration, fingerprint, finish, make_folder, without_times
+from tests.waiting import PATIENCE_SECONDS
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def files(run_dir: Path) -> dict[str, str]:
-    """Hashes of all but what counts the tokens that were sampled, some of them twice."""
+    """Hashes of all files but those that count sampled tokens: some tokens are sampled twice."""
     counting = ("metrics.jsonl", "training/campaign.json")
     return {name: found for name, found in fingerprint(run_dir).items() if not name.endswith(counting)}
 
@@ -41,16 +42,15 @@ def campaign(folder: Path, name: str, **changes: Any) -> Path:
 
 
 def on_nodes(config: Path, *how: str) -> tuple[str, list[dict[str, Any]]]:
-    """Runs it on a cluster (tests/node_campaign.py): what it says, and its events."""
+    """Runs it on a cluster (tests/node_campaign.py). Returns its output and its events."""
     result = config.with_suffix(".events")
     command = [sys.executable, "-m", "tests.node_campaign", config, result, *how]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout, json.loads(result.read_text())
 
 
 @pytest.mark.integration
-@pytest.mark.timeout(300)
 def test_a_campaign_survives_the_loss_of_a_node_and_uses_the_one_that_joins(folder: Path) -> None:
     updates = {"pipeline": {"updates": 6}}
     calm, stormy = campaign(folder, "calm", **updates), campaign(folder, "stormy", **updates)
@@ -71,7 +71,7 @@ def test_a_campaign_survives_the_loss_of_a_node_and_uses_the_one_that_joins(fold
 
 
 @pytest.mark.integration
-@pytest.mark.timeout(300)
+@pytest.mark.nightly
 def test_a_campaign_begins_with_the_nodes_that_are_there_and_grows_when_others_come(folder: Path) -> None:
     said, events = on_nodes(campaign(folder, "short", pipeline={"updates": 100_000, "max_staleness": 1}), "--short")
     told = [(event["kind"], event.get("actor")) for event in events]

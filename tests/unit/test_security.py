@@ -17,7 +17,7 @@ from tests.light_campaign import configuration, finish, make_folder, start
 from tests.tiny_models import make_tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = sorted(path for floor in ("actors", "learner", "cluster") for path in (ROOT / floor).glob("*.py"))
+SOURCES = sorted(path for floor in ("actors", "learner", "cluster") for path in (ROOT / floor).rglob("*.py"))
 MODULES = {"pickle", "cPickle", "cloudpickle", "dill", "marshal", "shelve", "joblib"}
 CALLS = {
     "torch.load",

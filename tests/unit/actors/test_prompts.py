@@ -332,7 +332,7 @@ def test_order_and_seeds_are_the_same_in_every_process_and_for_ever():
     # Golden values: a campaign that is resumed after an upgrade must go on with the same prompts and seeds.
     assert prompt_order(7, 2, 8, True).tolist() == GOLDEN_ORDER
     assert sample_seed(7, 2, 5, 1) == GOLDEN_SEED
-    code = "from actors.prompts import *; print(prompt_order(7, 2, 8, True).tolist(), sample_seed(7, 2, 5, 1))"
+    code = "from actors.data.prompts import *; print(prompt_order(7, 2, 8, True).tolist(), sample_seed(7, 2, 5, 1))"
     environment = {"PYTHONHASHSEED": "123"}
     out = subprocess.run(
         [sys.executable, "-c", code], cwd=Path(__file__).parents[3], env=environment, capture_output=True

@@ -1,0 +1,78 @@
+"""A rollout engine for tests that starts as fast as its imports: `rollout.backend: tests.light_engine:LightEngine`.
+
+It samples with one plain forward pass for each token. In models of a few kilobytes that takes a millisecond or two.
+"""
+
+import threading
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+
+from actors.data.models import load_model
+from actors.heartbeat import beat
+from actors.rollout.engine import Response, trajectories_of
+from actors.trajectory import Requests, Trajectories
+from actors.weights.buckets import unpack
+
+BACKEND = "tests.light_engine:LightEngine"
+
+
+class LightEngine:
+    """An `Engine` (actors/rollout/engine.py). A response depends on its prompt, its seed and the weights only."""
+
+    def __init__(self, model: str, config: Any, sampling: Any, *, stop_token_ids: list[int], **_: Any):
+        self.version: int | None = None
+        self.seats, self.busy_seconds, self.tokens_sampled = 4, 0.0, 0
+        self._model = load_model(model, "float32", "cpu", False, "student.model")
+        self._stop = set(stop_token_ids)
+        self._thread = ThreadPoolExecutor(1)
+        self._weights = threading.Lock()
+        """Held for one response, and for a load: a response is written by one version."""
+
+    def generate(self, requests: Requests, sampling: Any, *, greedy: bool = False) -> Future:
+        return self._thread.submit(self._generate, requests, sampling, greedy)
+
+    def load_weights(self, manifest: Any, buckets: Any) -> Future:
+        with self._weights:
+            self._model.load_state_dict(dict(unpack(manifest, buckets)), strict=False)  # which copies
+            self.version = manifest.version
+        return done(0.0)
+
+    def abort(self, ids: np.ndarray | None = None) -> Future:
+        return done(None)
+
+    def close(self) -> None:
+        self._thread.shutdown(wait=False)
+
+    def _generate(self, requests: Requests, sampling: Any, greedy: bool) -> Trajectories:
+        began = time.monotonic()
+        responses = []
+        for row, seed in enumerate(requests.seeds):
+            beat()
+            prompt = requests.prompt_tokens[slice(*requests.prompt_offsets[row : row + 2])].tolist()
+            with self._weights:
+                responses.append(self._respond(prompt, int(seed), sampling.max_response_tokens, greedy))
+        self.busy_seconds += time.monotonic() - began
+        return trajectories_of(requests, responses)
+
+    @torch.no_grad()
+    def _respond(self, prompt: list[int], seed: int, longest: int, greedy: bool) -> Response:
+        draw, text, logprobs = np.random.default_rng(seed), list(prompt), []
+        while len(logprobs) < longest and (not logprobs or text[-1] not in self._stop):
+            row_V = self._model(torch.tensor([text])).logits[0, -1].float().log_softmax(-1).double().numpy()
+            # The largest of log-prob + Gumbel noise is a sample of the distribution.
+            chosen = int(np.argmax(row_V if greedy else row_V + draw.gumbel(size=len(row_V))))
+            text.append(chosen)
+            logprobs.append(float(row_V[chosen]))
+        self.tokens_sampled += len(logprobs)
+        reason = "length" if len(logprobs) == longest else "stop"
+        return Response(text[len(prompt) :], logprobs, np.full(len(logprobs), self.version, np.int32), reason)
+
+
+def done(result: Any) -> Future:
+    future: Future = Future()
+    future.set_result(result)
+    return future
