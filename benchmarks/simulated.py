@@ -29,7 +29,8 @@ from cluster.fleet.ray_fleet import Fleet
 from cluster.loop.campaign import Campaign
 from cluster.loop.teachers import Lessons, Teachers
 from cluster.records.event_table import FAULTS
-from cluster.records.writer import METRIC_KEYS, RunRecords
+from cluster.records.metric_table import METRIC_KEYS
+from cluster.records.writer import RunRecords
 from cluster.state.campaign_state import CampaignState
 
 PROMPTS, TOKENS = 1000, 8

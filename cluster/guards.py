@@ -14,28 +14,6 @@ from typing import Any, Literal
 from actors.config import number
 from actors.errors import UserError
 
-UPDATE_METRICS = (
-    *("tokens_trained", "loss", "reverse_kl", "forward_kl_old", "entropy", "clip_fraction", "log_ratio_p01"),
-    *("log_ratio_p99", "ratio_mean", "ratio_max", "importance_ess", "grad_norm", "beta", "step_scale"),
-    *("mismatch_ess", "engine_logprob_abs_diff", "repetition", "stopped_fraction", "response_length_max"),
-    *("truncated_fraction", "response_length_mean", "staleness_mean", "staleness_max"),
-)
-"""What can be guarded in every campaign: the metrics of an update that are the same however fast the machine is. Totals
-of the campaign are left out, since they only grow; evaluations, since their lines are written while the next update is
-under way."""
-TOP_METRICS, MASS_METRICS = ("top1_agreement", "top8_overlap"), ("student_support_mass", "teacher_support_mass")
-GROUP_METRICS = ("token_share", "reverse_kl")
-"""Of each teacher, where there are several, and of each domain: `teacher/<name>/token_share`."""
-
-
-def metrics_of(signal: str, teachers: Iterable[str], domains: Iterable[str]) -> list[str]:
-    """What can be guarded in a campaign whose teachers send this signal, and have these names and domains."""
-    known = [*UPDATE_METRICS]
-    known += TOP_METRICS if signal in ("topk", "full", "hidden") else ()
-    known += MASS_METRICS if "topk" in signal else ()
-    groups = [f"teacher/{name}" for name in teachers] + [f"domain/{name}" for name in domains]
-    return known + [f"{group}/{metric}" for group in groups for metric in GROUP_METRICS]
-
 
 @dataclass
 class GuardConfig:

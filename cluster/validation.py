@@ -8,7 +8,8 @@ from actors.errors import UserError
 from actors.import_path import is_import_path
 from actors.teacher.backends import BACKENDS, OWN_SETTINGS, backend_of
 from cluster.config import CampaignConfig
-from cluster.guards import check_guards, metrics_of
+from cluster.guards import check_guards
+from cluster.records.metric_table import guardable
 from learner.config import LearnerConfig
 from learner.validation import refuse_contradictions
 
@@ -41,7 +42,7 @@ def _objective(config: CampaignConfig) -> None:
     )
     teaching = [name for name in config.teachers if name != config.learner.objective.reference_teacher]
     domains = {domain for teacher in config.teachers.values() for domain in teacher.domains}
-    metrics = metrics_of(next(iter(config.teachers.values())).signal, teaching if len(teaching) > 1 else (), domains)
+    metrics = guardable(next(iter(config.teachers.values())).signal, teaching if len(teaching) > 1 else (), domains)
     check_guards(config.guards, metrics, config.checkpoint.every_updates * config.checkpoint.keep_last)
 
 

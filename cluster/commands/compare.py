@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from actors.errors import CampaignError, UserError
 from cluster.config import CampaignConfig
 from cluster.config_file import load_config
+from cluster.records.metric_table import of_status
 from cluster.records.reader import Run, load_run
 from cluster.records.writer import METRICS_FILE, read_jsonl
 from cluster.report.page import write_page
@@ -40,7 +41,7 @@ METHODS: dict[str, dict[str, Any]] = {
 RL_SAMPLES = 8
 """Samples of a prompt for `rl`, where the configuration has but one: a reward needs others to be compared with."""
 
-CURVES = ("eval/accuracy", "eval/accuracy_sampled", "eval/reverse_kl")
+CURVES = tuple(of_status("evaluation"))
 
 
 class Trial(NamedTuple):

@@ -1,6 +1,6 @@
 """`understudy status` and `understudy tail` for eyes: one screen of a campaign, and trajectories in colour."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -11,6 +11,7 @@ from rich.text import Text
 
 from cluster.console.progress import duration
 from cluster.records.event_table import describe, row_of
+from cluster.records.metric_table import listed
 
 COLOURS = {"good": "green", "warn": "yellow", "bad": "red", "": "cyan"}
 LIVE_TONES = {"running": "good", "lost": "bad", "starting": ""}
@@ -70,42 +71,18 @@ def _roles(status: Mapping[str, Any]) -> RenderableType:
 
 def _figures(status: Mapping[str, Any]) -> RenderableType:
     metrics, evaluation = status["metrics"], status["evaluation"]
-
-    def listed(names: Sequence[tuple[str, str, str]], values: Mapping[str, Any]) -> str:
-        return "   ".join(f"{label} {values[key]:{form}}" for key, label, form in names if values.get(key) is not None)
-
     rows = {
-        "training": listed(
-            [
-                ("reverse_kl", "reverse KL", ".4f"),
-                ("entropy", "entropy", ".3f"),
-                ("grad_norm", "gradient", ".3g"),
-                ("learning_rate", "learning rate", ".2g"),
-                ("response_length_mean", "length", ".1f"),
-                ("truncated_fraction", "truncated", ".1%"),
-            ],
-            metrics,
-        ),
-        "evaluation": listed(
-            [
-                ("step", "update", ","),
-                ("eval/accuracy", "accuracy", ".1%"),
-                ("eval/accuracy_sampled", "sampled", ".1%"),
-                ("eval/reverse_kl", "reverse KL", ".4f"),
-            ],
-            evaluation,
-        )
-        + (f"   teacher {status['accuracy_teacher']:.1%}" if status["accuracy_teacher"] is not None else ""),
-        "staleness": listed(
-            [("staleness_mean", "mean", ".2f"), ("staleness_max", "max", "d"), ("dropped", "dropped", ",")], metrics
-        ),
-        "weights": f"version {status['policy_version']:,}   "
-        + listed([("publish_seconds", "published in seconds", ".2f"), ("publish_bytes", "bytes", ",")], metrics),
+        "training": listed("training", metrics),
+        "evaluation": f"update {evaluation['step']:,}   {listed('evaluation', evaluation)}" if evaluation else "",
+        "staleness": listed("staleness", metrics),
+        "weights": f"version {status['policy_version']:,}   {listed('weights', metrics)}",
         "ledger": "   ".join(f"{state} {count:,}" for state, count in status["ledger"].items()),
         "queues": "   ".join(f"{name} {depth:,}" for name, depth in status["queues"].items()),
         "checkpoint": str(status["checkpoints"].get("path", "none yet")),
         "faults": str(status["faults"]),
     }
+    if status["accuracy_teacher"] is not None:
+        rows["evaluation"] += f"   teacher {status['accuracy_teacher']:.1%}"
     table = Table.grid(padding=(0, 3))
     for name, text in rows.items():
         if text:

@@ -19,6 +19,7 @@ from cluster.config import CampaignConfig
 from cluster.config_file import load_config
 from cluster.planning.throughput import Plan, Stage, mean_of
 from cluster.records.event_table import BEGINNINGS, ENDS, FAULTS, row_of
+from cluster.records.metric_table import METRICS, of_status
 from cluster.records.utilisation import role_of
 from cluster.records.writer import (
     CONFIG_FILE,
@@ -98,8 +99,12 @@ def read_status(run_dir: Path, now: float | None = None) -> dict[str, Any]:
         "queues": {key.removeprefix("queue_"): depth for key, depth in last.items() if key.startswith("queue_")},
         "policy_version": last.get("policy_version", 0),
         "ledger": live.get("ledger") or summary.get("ledger", {}),
-        "metrics": {key: last[key] for key in METRICS if last.get(key) is not None},
-        "evaluation": {key: evaluated[-1][key] for key in ("step", *EVALUATION) if key in evaluated[-1]}
+        "metrics": {
+            key: last[key]
+            for key, metric in METRICS.items()
+            if metric.status not in ("", "evaluation") and last.get(key) is not None
+        },
+        "evaluation": {key: evaluated[-1][key] for key in ("step", *of_status("evaluation")) if key in evaluated[-1]}
         if evaluated
         else {},
         "accuracy_teacher": next(
@@ -109,24 +114,6 @@ def read_status(run_dir: Path, now: float | None = None) -> dict[str, Any]:
         "faults": sum(event["kind"] in FAULTS for event in events),
         "news": [event for event in events if row_of(event["kind"]).news][-5:],
     }
-
-
-METRICS = (
-    "loss",
-    "reverse_kl",
-    "entropy",
-    "grad_norm",
-    "learning_rate",
-    "staleness_mean",
-    "staleness_max",
-    "dropped",
-    "missing_scores",
-    "response_length_mean",
-    "truncated_fraction",
-    "publish_seconds",
-    "publish_bytes",
-)
-EVALUATION = ("eval/accuracy", "eval/accuracy_sampled", "eval/reverse_kl")
 
 
 def _live(run_dir: Path) -> dict[str, Any]:

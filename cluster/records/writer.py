@@ -13,51 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from cluster.records.event_table import EVENTS
+from cluster.records.metric_table import METRIC_KEYS, STEP_ZERO_KEYS
 
 METRICS_FILE, EVENTS_FILE, SUMMARY_FILE = "metrics.jsonl", "events.jsonl", "summary.json"
 LEDGER_FILE = "ledger.jsonl"
 UNDONE_FILE = "undone.jsonl"
 CONFIG_FILE, REPORT_FILE, TRAJECTORIES_DIRECTORY = "config.yaml", "report.html", "trajectories"
-
-METRIC_KEYS = (
-    "step",
-    "policy_version",
-    "wall_seconds",
-    "trajectories",
-    "tokens_generated",
-    "tokens_trained",
-    "loss",
-    "reverse_kl",
-    "forward_kl_old",
-    "entropy",
-    "clip_fraction",
-    "ratio_mean",
-    "ratio_max",
-    "importance_ess",
-    "grad_norm",
-    "learning_rate",
-    "staleness_mean",
-    "staleness_max",
-    "staleness_histogram",
-    "dropped",
-    "dropped_share",
-    "truncated_fraction",
-    "response_length_mean",
-    "engine_logprob_abs_diff",
-    "busy_rollout",
-    "busy_teacher",
-    "busy_learner",
-    "publish_seconds",
-    "publish_bytes",
-)
-"""Every learner step's line of metrics.jsonl has these. `trajectories`, `tokens_generated` and `dropped` are totals of
-the campaign so far, so that a curve can be drawn against them; everything else is of the step alone."""
-
-EVALUATION_KEYS = ("eval/accuracy", "eval/accuracy_sampled", "eval/reverse_kl", "eval/response_length_mean")
-"""Lines of evaluation steps have these besides. Step 0, the untrained student, has them and `step`, `policy_version`,
-`wall_seconds` alone; `eval/accuracy_teacher` stands there too where the teacher was measured."""
-
-STEP_ZERO_KEYS = ("step", "policy_version", "wall_seconds")
 
 SUMMARY_KEYS = (
     "accuracy_start",

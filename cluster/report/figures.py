@@ -6,6 +6,7 @@ from html import escape
 from typing import Any, NamedTuple
 
 from cluster.records.event_table import row_of
+from cluster.records.metric_table import METRICS, SECTIONS, Metric
 from cluster.records.reader import BUSY, tokens_so_far
 from cluster.report.charts import (
     PALETTE_SIZE,
@@ -35,75 +36,35 @@ class Figure:
     limits: tuple[float | None, float | None] = (None, None)
 
 
-ACCURACY = Figure(
-    "Accuracy on held-out prompts",
-    "share judged right by the verifier",
-    (("eval/accuracy", "greedy"), ("eval/accuracy_sampled", "sampled")),
-    percent,
-    (0, 1),
-)
-REVERSE_KL = Figure(
-    "Reverse KL to the teacher",
-    "nats per token, on the student’s own text",
-    (("eval/reverse_kl", "held-out"), ("reverse_kl", "training")),
-    limits=(0, None),
-)
-HERO = (ACCURACY, REVERSE_KL)
-ACROSS = {"updates": "step", "tokens": "tokens_generated", "time": "wall_seconds"}
-"""What the two curves above can be drawn against."""
+def figures_of(section: str) -> list[Figure]:
+    """The charts of a section, from the rows of METRICS that name one; histograms are drawn by `histogram_figure`."""
+    charts: dict[str, list[str]] = {}
+    for key, metric in METRICS.items():
+        if metric.section == section and metric.chart and metric.form != "histogram":
+            charts.setdefault(metric.chart, []).append(key)
+    return [_figure(title, keys) for title, keys in charts.items()]
 
-GROUPS: dict[str, tuple[Figure, ...]] = {
-    "The policy": (
-        Figure("Entropy", "nats per token of the student’s distribution", (("entropy", "entropy"),), limits=(0, None)),
-        Figure(
-            "Response length",
-            "tokens, mean of the update and of held-out prompts",
-            (("response_length_mean", "train"), ("eval/response_length_mean", "held-out")),
-        ),
-        Figure("Truncated", "responses cut at the length limit", (("truncated_fraction", "truncated"),), percent),
-        Figure("Reward", "mean over the update’s responses", (("reward_mean", "reward"),)),
-        Figure("Repetition", "4-grams that a response has said before", (("repetition", "repetition"),), percent),
-        Figure(
-            "Agreement with the teacher",
-            "tokens where both hold the same most likely; overlap of the 8 most likely",
-            (("top1_agreement", "most likely"), ("top8_overlap", "8 most likely")),
-            percent,
-        ),
-        Figure(
-            "Mass on the support",
-            "what each gives to the tokens of the support",
-            (("student_support_mass", "student"), ("teacher_support_mass", "teacher")),
-            percent,
-        ),
-        Figure(
-            "Log-ratio’s tails",
-            "log pi - log q at the sampled tokens, in nats: 1st and 99th percentile",
-            (("log_ratio_p99", "99%"), ("log_ratio_p01", "1%")),
-        ),
-    ),
-    "The step": (
-        Figure("Loss", "as minimised; its estimator is in the configuration", (("loss", "loss"),)),
-        Figure("Gradient norm", "before clipping", (("grad_norm", "norm"),)),
-        Figure("Learning rate", "warm-up and schedule", (("learning_rate", "rate"),), limits=(0, None)),
-        Figure("Ratio", "new to old probability of a token", (("ratio_mean", "mean"), ("ratio_max", "max"))),
-        Figure("Clipped", "tokens whose ratio left the clip range", (("clip_fraction", "clipped"),), percent),
-        Figure("Forward KL", "old policy to new, nats per token", (("forward_kl_old", "KL"),)),
-        Figure("Importance ESS", "effective share of the sample, 1 on-policy", (("importance_ess", "ESS"),)),
-        Figure(
-            "Engine against learner",
-            "mean difference of a token’s log-prob, in nats",
-            (("engine_logprob_abs_diff", "difference"),),
-        ),
-    ),
-    "The pipeline": (
-        Figure("Staleness", "versions behind the learner", (("staleness_mean", "mean"), ("staleness_max", "max"))),
-        Figure("Dropped", "trajectories never trained on, in all", (("dropped", "dropped"),)),
-        Figure("Throughput", "training tokens per second, evaluations included", (("tokens_per_second", "tokens/s"),)),
-        Figure("Trained", "tokens that an update learns from", (("tokens_trained", "tokens"),)),
-        Figure("Publishing", "from learner to every rollout actor", (("publish_seconds", "time"),), seconds),
-        Figure("Weight version", "bytes that travel", (("publish_bytes", "size"),), byte_count),
-    ),
-}
+
+def _figure(title: str, keys: Sequence[str]) -> Figure:
+    """The first metric gives the caption, the format and the limits."""
+    first = METRICS[keys[0]]
+    lines = tuple((key, METRICS[key].line or METRICS[key].chart.lower()) for key in keys)
+    return Figure(title, _caption(first), lines, FORMS[first.form], first.limits)
+
+
+def _caption(metric: Metric) -> str:
+    unit = f" ({metric.unit})" if metric.unit.startswith("nats") else ""  # elsewhere the meaning names what is counted
+    return escape(metric.meaning.replace("`", "") + unit)
+
+
+FORMS = {"number": compact, "percent": percent, "seconds": seconds, "bytes": byte_count}
+HERO_TITLES = ("Accuracy on held-out prompts", "Reverse KL to the teacher")
+"""The two large charts at the top of the page. The others follow by section."""
+FIGURES = {section: figures_of(section) for section in SECTIONS}
+HERO = tuple(figure for title in HERO_TITLES for own in FIGURES.values() for figure in own if figure.title == title)
+GROUPS = {section: [figure for figure in own if figure not in HERO] for section, own in FIGURES.items()}
+ACROSS = {"updates": "step", "tokens": "tokens_generated", "time": "wall_seconds"}
+"""What the two large charts can be drawn against."""
 
 
 def read_series(figure: Figure, runs: Sequence[tuple[str, Rows]], across: str = "step") -> list[Series]:
@@ -163,7 +124,7 @@ def hero_figures(runs: Sequence[tuple[str, Rows]], teachers: Iterable[float], pa
     for figure in HERO:
         if not read_series(figure, runs):
             continue
-        references = [("teacher", accuracy) for accuracy in teachers] if figure is ACCURACY else []
+        references = [("teacher", accuracy) for accuracy in teachers] if figure is HERO[0] else []
         charts = []
         for name, key in ACROSS.items():
             chart = line_chart(
@@ -214,38 +175,24 @@ def small_figures(figures: Sequence[Figure], runs: Sequence[tuple[str, Rows]], p
 
 
 class Histogram(NamedTuple):
-    """A key of metrics.jsonl whose value is a list of counts."""
+    """How a metric whose value is a list of counts is drawn."""
 
-    title: str
-    note: str
-    key: str
     at: Callable[[int], float]
-    """Where the bar of a place in the list stands."""
+    """The x of the bar of each place in the list."""
     unit: str
 
 
-HISTOGRAMS: dict[str, Histogram] = {
-    "The policy": Histogram(
-        "Log-ratios",
-        "log pi - log q of the last tenth’s tokens, in nats; what lies beyond is at the edge",
-        "log_ratio_histogram",
-        lambda place: (place - 8) / 2,  # learner/metrics.py, which is not imported here: it takes torch along
-        "nats",
-    ),
-    "The pipeline": Histogram(
-        "Staleness of trajectories",
-        "trained in the last tenth of the updates, by versions behind the learner",
-        "staleness_histogram",
-        float,
-        "versions behind",
-    ),
+HISTOGRAMS = {
+    # The bins of learner/metrics.py, which is not imported here because it imports torch.
+    "log_ratio_histogram": Histogram(lambda place: (place - 8) / 2, "nats"),
+    "staleness_histogram": Histogram(float, "versions behind"),
 }
-"""By the group that each stands in."""
 
 
-def histogram_figure(histogram: Histogram, name: str, rows: Rows) -> str:
-    """The counts of the last tenth of the updates, together. Nothing where there is but one bar."""
-    counted = [row[histogram.key] for row in rows if row.get(histogram.key)]
+def histogram_figure(key: str, name: str, rows: Rows) -> str:
+    """The counts of the last tenth of the updates, summed; "" where there is only one bar."""
+    histogram, metric = HISTOGRAMS[key], METRICS[key]
+    counted = [row[key] for row in rows if row.get(key)]
     last = counted[-max(1, len(counted) // 10) :]
     if not last or len(last[-1]) < 2:
         return ""
@@ -254,12 +201,12 @@ def histogram_figure(histogram: Histogram, name: str, rows: Rows) -> str:
         [histogram.unit],
         [histogram.at(place) for place in range(len(sums))],
         [[count] for count in sums],
-        label=histogram.title,
+        label=metric.chart,
         y_format=compact,
         x_name=histogram.unit,
     )
-    note = f"{escape(name)}: {histogram.note}" if name else histogram.note
-    return _frame(Figure(histogram.title, note, ()), chart, "")
+    note = f"{_caption(metric)}; sum over the last tenth of the updates"
+    return _frame(Figure(metric.chart, f"{escape(name)}: {note}" if name else note, ()), chart, "")
 
 
 def busy_figure(name: str, rows: Rows) -> str:

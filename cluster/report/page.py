@@ -15,6 +15,7 @@ from string import Template
 from typing import Any
 
 from actors.errors import UserError
+from cluster.records.metric_table import METRICS, PIPELINE
 from cluster.records.reader import Run, load_run
 from cluster.records.writer import CONFIG_FILE
 from cluster.report.charts import PALETTE_SIZE
@@ -89,9 +90,9 @@ def _groups(curves: Sequence[tuple[str, Rows]], past: Past) -> tuple[str, str]:
     groups, steady = [], []
     for title, figures in GROUPS.items():
         drawn, flat = small_figures(figures, curves, past)
-        if title in HISTOGRAMS:
-            drawn += "".join(histogram_figure(HISTOGRAMS[title], name, rows) for name, rows in curves)
-        if title == "The pipeline":
+        for key in (key for key in HISTOGRAMS if METRICS[key].section == title):
+            drawn += "".join(histogram_figure(key, name, rows) for name, rows in curves)
+        if title == PIPELINE:
             drawn = "".join(busy_figure(name, rows) for name, rows in curves) + drawn
         if drawn:
             groups.append(f'<section><h2>{title}</h2><div class="grid">{drawn}</div></section>')

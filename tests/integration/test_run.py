@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 
 from actors.data.models import load_model
 from cluster.config_file import load_config
-from cluster.records.writer import EVALUATION_KEYS, METRIC_KEYS, SUMMARY_KEYS, TRAJECTORY_KEYS, read_jsonl
+from cluster.records.metric_table import EVALUATION_KEYS, METRIC_KEYS
+from cluster.records.writer import SUMMARY_KEYS, TRAJECTORY_KEYS, read_jsonl
 from tests.tiny_models import make_tiny_model
 from tests.tiny_tokenizers import byte_level
 

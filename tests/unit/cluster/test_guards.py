@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from actors.errors import UserError
-from cluster.guards import Finding, GuardConfig, GuardState, check_guards, default_guards, judge, metrics_of
+from cluster.guards import Finding, GuardConfig, GuardState, check_guards, default_guards, judge
+from cluster.records.metric_table import guardable
 
 
 def guard(**settings: Any) -> GuardConfig:
@@ -157,15 +158,15 @@ def test_an_absolute_guard_agrees_with_counting_runs_in_the_whole_history(one: G
     assert steps(one, history) == expected
 
 
-METRICS = metrics_of("sampled", [], [])
+METRICS = guardable("sampled", [], [])
 
 
 def test_what_can_be_guarded_depends_on_what_the_teachers_send_and_who_they_are() -> None:
-    sampled, full, named = (set(metrics_of(signal, [], [])) for signal in ("sampled", "full", "student_topk"))
+    sampled, full, named = (set(guardable(signal, [], [])) for signal in ("sampled", "full", "student_topk"))
     assert full - sampled == {"top1_agreement", "top8_overlap"}
     assert named - sampled == {"student_support_mass", "teacher_support_mass"}
-    assert set(metrics_of("topk", [], [])) == full | named
-    assert set(metrics_of("sampled", ["a"], ["b"])) - sampled == {
+    assert set(guardable("topk", [], [])) == full | named
+    assert set(guardable("sampled", ["a"], ["b"])) - sampled == {
         *("teacher/a/token_share", "teacher/a/reverse_kl", "domain/b/token_share", "domain/b/reverse_kl"),
     }
 

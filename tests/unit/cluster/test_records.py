@@ -5,9 +5,8 @@ import math
 import numpy as np
 import pytest
 
+from cluster.records.metric_table import EVALUATION_KEYS, METRIC_KEYS
 from cluster.records.writer import (
-    EVALUATION_KEYS,
-    METRIC_KEYS,
     SUMMARY_KEYS,
     TRAJECTORY_KEYS,
     RunRecords,

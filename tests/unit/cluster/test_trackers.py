@@ -9,7 +9,8 @@ import pytest
 from actors.errors import UserError
 from cluster.config import CampaignConfig
 from cluster.config_file import load_config
-from cluster.records.writer import METRIC_KEYS, RunRecords
+from cluster.records.metric_table import METRIC_KEYS
+from cluster.records.writer import RunRecords
 from cluster.tracking.trackers import TensorBoard, Trackers, make_trackers
 
 

@@ -14,7 +14,7 @@ import yaml
 
 from cluster.cli import command_parser
 from cluster.config_file import load_config
-from cluster.records.writer import EVALUATION_KEYS, METRIC_KEYS
+from cluster.records.metric_table import EVALUATION_KEYS, METRIC_KEYS
 
 ROOT = Path(__file__).resolve().parents[3]
 DEPLOY = ROOT / "deploy"

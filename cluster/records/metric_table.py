@@ -1,0 +1,295 @@
+"""The metrics of metrics.jsonl, one row each: what they mean, and who uses them. Standard library only.
+
+The writer checks each line against it; guards, `status`, the report and docs/metrics.md take their metrics from it.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+Form = Literal["number", "percent", "seconds", "bytes", "histogram"]
+
+DISTANCE, RESPONSES, STEP, PIPELINE = "Distance to the teacher", "Responses", "The step", "The pipeline"
+SECTIONS = (DISTANCE, RESPONSES, STEP, PIPELINE)
+"""Sections of docs/metrics.md and of the report, in this order."""
+
+TOP_SIGNALS, MASS_SIGNALS = ("topk", "full", "hidden"), ("topk", "student_topk")
+"""Signals of a teacher that allow to compare most likely tokens, and that have a top-k support."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One metric. Example: `METRICS["entropy"].unit == "nats per token"`."""
+
+    section: str
+    unit: str
+    meaning: str
+    bad_sign: str = ""
+    """What a run that goes wrong shows."""
+    always: bool = True
+    """Every line of an update has it; for `eval/` metrics, every line of an evaluation."""
+    guarded: bool = False
+    """A guard may watch it: it does not depend on the machine's speed, is no total, and is there in time."""
+    signals: tuple[str, ...] = ()
+    """Measured only with teachers that send one of these signals. Empty: with every signal."""
+    chart: str = ""
+    """Title of the report's chart that shows it; metrics with the same title share one, the first drawn solid."""
+    line: str = ""
+    """What its line in a shared chart is called."""
+    form: Form = "number"
+    limits: tuple[float | None, float | None] = (None, None)
+    """Values that the chart's y axis includes at least."""
+    status: str = ""
+    """Row of `understudy status` that shows it."""
+    label: str = ""
+    """Short name, in that row and in the plain lines of `run`."""
+    digits: str = ""
+    """Format specification there, such as `.4f`."""
+
+
+METRICS: dict[str, Metric] = {
+    # ---------------------------------------------------------------------------------------- distance to the teacher
+    "eval/reverse_kl": Metric(
+        DISTANCE, "nats per token", "mean of log pi - log q over the student's own text, on held-out prompts", "rises while `reverse_kl` falls",
+        chart="Reverse KL to the teacher", line="held-out", limits=(0, None),
+        status="evaluation", label="reverse KL", digits=".4f",
+    ),
+    "reverse_kl": Metric(
+        DISTANCE, "nats per token",
+        "mean of log pi - log q at the sampled tokens, or of the exact KL(pi ‖ q) where the objective needs a distribution",
+        "rises, or stays high while `grad_norm` is near 0",
+        guarded=True, chart="Reverse KL to the teacher", line="training",
+        status="training", label="reverse KL", digits=".4f",
+    ),
+    "log_ratio_histogram": Metric(
+        DISTANCE, "tokens",
+        "tokens by log pi - log q, in bins at -4, -3.5, … 4 nats; the outer bins hold everything beyond",
+        always=False, chart="Log-ratios", form="histogram",
+    ),
+    "log_ratio_p99": Metric(
+        DISTANCE, "nats", "99th percentile of log pi - log q at the sampled tokens",
+        "far above the rest (10 and more): a few tokens that the teacher would never write dominate the gradient",
+        always=False, guarded=True, chart="Tails of the log-ratio", line="99%",
+    ),
+    "log_ratio_p01": Metric(
+        DISTANCE, "nats", "1st percentile", always=False, guarded=True, chart="Tails of the log-ratio", line="1%"
+    ),
+    "top1_agreement": Metric(
+        DISTANCE, "share of tokens", "tokens where student and teacher agree on the most likely token",
+        "falls; in a healthy run it rises (arXiv 2604.13016)",
+        always=False, guarded=True, signals=TOP_SIGNALS, chart="Agreement with the teacher", line="most likely",
+        form="percent",
+    ),
+    "top8_overlap": Metric(
+        DISTANCE, "share", "share of the teacher's 8 most likely tokens that are among the student's 8",
+        "falls. With a small vocabulary most of the 8 are noise: watch the trend",
+        always=False, guarded=True, signals=TOP_SIGNALS, chart="Agreement with the teacher", line="8 most likely",
+        form="percent",
+    ),
+    "student_support_mass": Metric(
+        DISTANCE, "probability", "probability that the student gives to the tokens of a top-k support",
+        "falls below about 0.9: the student writes tokens outside the support",
+        always=False, guarded=True, signals=MASS_SIGNALS, chart="Mass on the support", line="student", form="percent",
+    ),
+    "teacher_support_mass": Metric(
+        DISTANCE, "probability", "probability that the teacher gives to them",
+        "low: `top_k` is too small, or (`student_topk`) the student proposes tokens that the teacher would not write",
+        always=False, guarded=True, signals=MASS_SIGNALS, chart="Mass on the support", line="teacher", form="percent",
+    ),
+    "teacher/<name>/reverse_kl": Metric(
+        DISTANCE, "nats per token", "`reverse_kl` over the tokens that this teacher scored; with several teachers",
+        "one rises while the others fall", always=False, guarded=True,
+    ),
+    "teacher/<name>/token_share": Metric(
+        DISTANCE, "share of tokens",
+        "share of the trained tokens that this teacher scored; with a mixture a token has several teachers, so the "
+        "shares may add up to more than 1",
+        always=False, guarded=True,
+    ),
+    "domain/<name>/reverse_kl": Metric(
+        DISTANCE, "nats per token", "`reverse_kl` over the prompts of this domain", "one rises while the others fall",
+        always=False, guarded=True,
+    ),
+    "domain/<name>/token_share": Metric(
+        DISTANCE, "share of tokens", "share of the trained tokens that belong to this domain",
+        "far from the domain's share of the prompts: long responses crowd out a domain", always=False, guarded=True,
+    ),
+    # ------------------------------------------------------------------------------------------------------ responses
+    "eval/accuracy": Metric(
+        RESPONSES, "share", "share of held-out prompts that the student answers right with its most likely tokens",
+        chart="Accuracy on held-out prompts", line="greedy", form="percent", limits=(0, 1),
+        status="evaluation", label="accuracy", digits=".1%",
+    ),
+    "eval/accuracy_sampled": Metric(
+        RESPONSES, "share", "the same with sampled responses",
+        chart="Accuracy on held-out prompts", line="sampled", form="percent",
+        status="evaluation", label="sampled", digits=".1%",
+    ),
+    "eval/accuracy_teacher": Metric(
+        RESPONSES, "share", "the same for the teacher; on the line of step 0, with `evaluation.teacher`", always=False
+    ),
+    "reward_mean": Metric(
+        RESPONSES, "of the verifier", "mean reward of the update's responses, where rewards are given",
+        "falls, or is 0 from the start: nothing to learn from", always=False, chart="Reward",
+    ),
+    "entropy": Metric(
+        RESPONSES, "nats per token", "mean entropy of the student",
+        "falls to 0 (no exploration, nothing to correct), or jumps up (the student writes noise)",
+        guarded=True, chart="Entropy", limits=(0, None), status="training", label="entropy", digits=".3f",
+    ),
+    "response_length_mean": Metric(
+        RESPONSES, "tokens", "mean length of the responses", "grows to the limit, or shrinks to a few tokens",
+        guarded=True, chart="Response length", line="train", status="training", label="length", digits=".1f",
+    ),
+    "eval/response_length_mean": Metric(
+        RESPONSES, "tokens", "the same on held-out prompts", chart="Response length", line="held-out"
+    ),
+    "response_length_max": Metric(
+        RESPONSES, "tokens", "longest response of the update", always=False, guarded=True
+    ),
+    "truncated_fraction": Metric(
+        RESPONSES, "share of responses", "responses cut at `sampling.max_response_tokens`",
+        "above a few percent: the end of a cut response cannot be corrected. Near 1: the student no longer stops",
+        guarded=True, chart="Truncated", form="percent", status="training", label="truncated", digits=".1%",
+    ),
+    "stopped_fraction": Metric(
+        RESPONSES, "share of responses", "responses that the student ended itself, with a stop token",
+        "falls, as `truncated_fraction` rises", always=False, guarded=True,
+    ),
+    "repetition": Metric(
+        RESPONSES, "share of 4-grams", "1 - distinct / all 4-grams of a response, mean (seq-rep-4, arXiv 1908.04319)",
+        "rises; a loop is near 1", always=False, guarded=True, chart="Repetition", form="percent",
+    ),
+    # ----------------------------------------------------------------------------------------------------------- step
+    "loss": Metric(
+        STEP, "of the objective", "as minimised; not comparable between estimators",
+        "0 together with a high `reverse_kl`: the run is dead",
+        guarded=True, chart="Loss", status="training", label="loss", digits=".4g",
+    ),
+    "grad_norm": Metric(
+        STEP, "", "norm of the last step's gradient, before clipping",
+        "far above `max_grad_norm` for long; near 0 early on",
+        guarded=True, chart="Gradient norm", status="training", label="gradient", digits=".3g",
+    ),
+    "learning_rate": Metric(
+        STEP, "", "learning rate of the update, with the guards' factors",
+        chart="Learning rate", limits=(0, None), status="training", label="learning rate", digits=".2g",
+    ),
+    "tokens_trained": Metric(
+        STEP, "tokens", "tokens with a finite score that are not masked",
+        "far below `response_length_mean` x trajectories: scores are missing, or masks are too wide",
+        guarded=True, chart="Trained tokens",
+    ),
+    "forward_kl_old": Metric(
+        STEP, "nats per token", "KL(pi_old ‖ pi_theta), mean over the passes",
+        "above about 0.1: steps are too large", guarded=True, chart="Forward KL",
+    ),
+    "ratio_mean": Metric(
+        STEP, "", "pi_theta / pi_old at the sampled tokens", "away from 1", guarded=True, chart="Ratio", line="mean"
+    ),
+    "ratio_max": Metric(STEP, "", "its maximum", "in the hundreds", guarded=True, chart="Ratio", line="max"),
+    "clip_fraction": Metric(
+        STEP, "share of tokens", "tokens whose gradient the clip removed", "above about 0.2",
+        guarded=True, chart="Clipped", form="percent",
+    ),
+    "importance_ess": Metric(
+        STEP, "share", "effective sample size of the ratios; 1 is on-policy", "below 0.5: few tokens dominate the step",
+        guarded=True, chart="Importance ESS",
+    ),
+    "mismatch_ess": Metric(
+        STEP, "share", "effective sample size of the weights that correct for the engine's numerics",
+        "below 0.9: engine and learner disagree", always=False, guarded=True,
+    ),
+    "engine_logprob_abs_diff": Metric(
+        STEP, "nats", "mean difference of a token's log-prob, for the same weights",
+        "above 0.05 with bfloat16, 0.001 with float32", guarded=True, chart="Engine against learner",
+    ),
+    "beta": Metric(
+        STEP, "", "weight of the trust region's KL", "only grows", always=False, guarded=True
+    ),
+    "step_scale": Metric(
+        STEP, "share", "share of the step that the hard limit of the KL left", "near 0", always=False, guarded=True
+    ),
+    # ------------------------------------------------------------------------------------------------------- pipeline
+    "step": Metric(PIPELINE, "updates", "number of the update"),
+    "policy_version": Metric(PIPELINE, "updates", "version of the weights that the update made"),
+    "wall_seconds": Metric(PIPELINE, "seconds, total", "time that the campaign has run, without downtime"),
+    "trajectories": Metric(PIPELINE, "trajectories, total", "trajectories trained on"),
+    "tokens_generated": Metric(PIPELINE, "tokens, total", "tokens sampled"),
+    "tokens_per_second": Metric(
+        PIPELINE, "tokens per second",
+        "sampled tokens over the time since the line before, evaluations included; computed by the report",
+        always=False, chart="Throughput",
+    ),
+    "staleness_mean": Metric(
+        PIPELINE, "updates", "versions between sampling its oldest token and training",
+        guarded=True, chart="Staleness", line="mean", status="staleness", label="mean", digits=".2f",
+    ),
+    "staleness_max": Metric(
+        PIPELINE, "updates", "its maximum over the update's trajectories",
+        guarded=True, chart="Staleness", line="max", status="staleness", label="max", digits="d",
+    ),
+    "staleness_histogram": Metric(
+        PIPELINE, "trajectories", "trajectories by staleness, from 0 to `pipeline.max_staleness`",
+        chart="Staleness of trajectories", form="histogram",
+    ),
+    "dropped": Metric(
+        PIPELINE, "trajectories, total", "trajectories dropped without training on them",
+        chart="Dropped", status="staleness", label="dropped", digits=",",
+    ),
+    "dropped_share": Metric(PIPELINE, "share, total", "share of all issued trajectories that were dropped"),
+    "missing_scores": Metric(
+        PIPELINE, "tokens, total", "tokens without a finite score of the teacher; they are masked",
+        always=False, status="staleness", label="missing scores", digits=",",
+    ),
+    "queue_sample": Metric(PIPELINE, "trajectories", "waiting for a rollout actor", always=False),
+    "queue_sampling": Metric(PIPELINE, "trajectories", "being sampled", always=False),
+    "queue_score": Metric(PIPELINE, "trajectories", "waiting for a teacher", always=False),
+    "queue_train": Metric(PIPELINE, "trajectories", "waiting for the learner", always=False),
+    "busy_rollout": Metric(PIPELINE, "seconds", "work of all rollout actors since the line before"),
+    "busy_teacher": Metric(PIPELINE, "seconds", "work of all teacher actors"),
+    "busy_learner": Metric(PIPELINE, "seconds", "work of the learner"),
+    "publish_seconds": Metric(
+        PIPELINE, "seconds", "from the learner to every rollout actor",
+        chart="Publishing", form="seconds", status="weights", label="published in seconds", digits=".2f",
+    ),
+    "publish_bytes": Metric(
+        PIPELINE, "bytes", "size of the published weights",
+        chart="Weight version", form="bytes", status="weights", label="bytes", digits=",",
+    ),
+}  # fmt: skip
+
+METRIC_KEYS = tuple(key for key, metric in METRICS.items() if metric.always and not key.startswith("eval/"))
+"""Every update's line of metrics.jsonl has these. Those whose unit says "total" count from the start of the campaign, so
+that a curve can be drawn against them; all others are of the update alone."""
+
+EVALUATION_KEYS = tuple(key for key, metric in METRICS.items() if metric.always and key.startswith("eval/"))
+"""Lines of evaluation steps have these besides. Step 0, the untrained student, has them and STEP_ZERO_KEYS alone;
+`eval/accuracy_teacher` stands there too where the teacher was measured."""
+
+STEP_ZERO_KEYS = ("step", "policy_version", "wall_seconds")
+
+
+def guardable(signal: str, teachers: Iterable[str], domains: Iterable[str]) -> list[str]:
+    """The metrics that guards may watch in a campaign with this teacher signal, these teachers and these domains.
+
+    `teacher/<name>/…` and `domain/<name>/…` are repeated for each name.
+    """
+    names = {"teacher": list(teachers), "domain": list(domains)}
+    found = []
+    for key, metric in METRICS.items():
+        if metric.guarded and (not metric.signals or signal in metric.signals):
+            group, template, rest = key.partition("/<name>/")
+            found += [f"{group}/{name}/{rest}" for name in names[group]] if template else [key]
+    return found
+
+
+def of_status(row: str) -> dict[str, Metric]:
+    """The metrics in a row of `understudy status`."""
+    return {key: metric for key, metric in METRICS.items() if metric.status == row}
+
+
+def listed(row: str, values: dict[str, float]) -> str:
+    """The metrics of a status row that have a value, as `label value` side by side."""
+    parts = [f"{m.label} {values[key]:{m.digits}}" for key, m in of_status(row).items() if values.get(key) is not None]
+    return "   ".join(parts)
