@@ -82,12 +82,14 @@ class PromptsConfig:
 
 @dataclass
 class VerifierConfig:
-    """How a response is judged right or wrong."""
+    """How a response is judged: a function of the response and the reference answer, which returns a reward."""
 
     name: str = "exact"
-    """`exact`, `regex`, `numeric`, `math` (needs math-verify), or `package.module:function` of your own."""
+    """`exact`, `regex`, `numeric`, `math` (needs math-verify), or `package.module:function` of your own, with the
+    signature `(response: str, reference: str | None) -> float`: 1.0 for right, 0.0 for wrong (docs/extending.md)."""
     pattern: str | None = None
-    """A regular expression. Its group 1, or the whole match, is compared with the reference. `regex` needs it."""
+    """A regular expression. The verifier gets what its last match captures (group 1, or the match) in the response.
+    Needed by `regex`."""
 
 
 @dataclass
@@ -161,7 +163,8 @@ class TeacherConfig:
     """GPUs over which one actor shards the weights: by vLLM, or, with `transformers`, by the plan of the model's
     architecture, with one process for each GPU."""
     engine: dict[str, Any] = field(default_factory=dict)
-    """With `vllm`: further options of vLLM's engine, for example `quantization: fp8`."""
+    """With `vllm`: further options of vLLM's engine, for example `quantization: fp8`. With a class of your own: its
+    options."""
     urls: list[str] = field(default_factory=list)
     """With `http`: URLs of OpenAI-compatible servers that return log-probs of prompts, each ending in `/v1`."""
     api_key_variable: str | None = None

@@ -1,4 +1,4 @@
-"""What the campaign process itself reads before it starts: prompts, held-out prompts, tokenizer, verifier."""
+"""Reads what the campaign process needs before the start: prompts, held-out prompts, tokenizer, verifier."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -7,7 +7,7 @@ from actors.config import PromptsConfig
 from actors.data.models import context_length, find_model, load_config
 from actors.data.prompts import PromptSet, load_prompts
 from actors.data.tokenizer import load_tokenizer, stop_token_ids, template_token_ids
-from actors.data.verifiers import Verifier, make_verifier
+from actors.data.verifiers import Verifier, make_verifier, try_verifier
 from actors.errors import UserError
 from actors.teacher.backends import backend_of
 from cluster.config import CampaignConfig
@@ -16,7 +16,7 @@ from cluster.loop.teachers import Lessons, routes
 
 @dataclass
 class Inputs:
-    """Read, rendered with the student's tokenizer, and found good."""
+    """What was read. Prompts are rendered with the student's chat template and tokenised; all of it has been checked."""
 
     prompts: PromptSet
     lessons: Lessons
@@ -32,13 +32,13 @@ class Inputs:
 
 
 def max_prompt_tokens(config: CampaignConfig) -> int:
-    """The student's context less the longest response. UserError where nothing is left for a prompt."""
+    """Tokens that a prompt may have: the student's context minus the longest response. UserError: none are left."""
     context = context_length(load_config(config.student.model, config.student.trust_remote_code, "student.model"))
     return _room(config, min(context, int(config.rollout.engine.get("max_model_len") or context)))
 
 
 def read_inputs(config: CampaignConfig) -> Inputs:
-    """Reads all of it. UserError: a file, a field or a token that is missing or wrong."""
+    """Reads everything. UserError: a file, a field or a token that is missing or wrong, or a verifier that fails."""
     student = config.student
     tokenizer = load_tokenizer(student.model, student.trust_remote_code, "student.model")
     directory = find_model(student.model, "student.model", weights=False, code=student.trust_remote_code)
@@ -57,6 +57,8 @@ def read_inputs(config: CampaignConfig) -> Inputs:
     if config.evaluation.prompts is not None:
         held_out, held_out_lessons = _read(config, config.evaluation.prompts, tokenizer, "evaluation.prompts")
         _demand_references(config.evaluation.prompts, held_out, "evaluation.prompts")
+    if judged := held_out or (prompts if config.gives_rewards else None):
+        try_verifier(config.evaluation.verifier, judged.references[0], "evaluation.verifier")
     return Inputs(
         prompts,
         lessons,
@@ -71,7 +73,7 @@ def read_inputs(config: CampaignConfig) -> Inputs:
 
 
 def _read(config: CampaignConfig, source: PromptsConfig, tokenizer: Any, key: str) -> tuple[PromptSet, Lessons]:
-    """Prompts as the student reads them, and as the teachers do."""
+    """The prompts as the student reads them; and which teacher scores which prompt, and what it reads in its place."""
     prompts = load_prompts(source, tokenizer, max_prompt_tokens(config), key)
     own = {
         name: load_tokenizer(teacher.tokenizer, teacher.trust_remote_code, f"teachers.{name}.tokenizer")
@@ -109,7 +111,7 @@ def _masked_role_token_ids(config: CampaignConfig, tokenizer: Any, stop: list[in
 
 def _teacher_room(config: CampaignConfig, name: str) -> int:
     teacher = config.teachers[name]
-    if not backend_of(teacher).has_model_files:  # its context is not known here; the student's is a fair guess
+    if not backend_of(teacher).has_model_files:  # its context length is not known here; the student's is a good guess
         return max_prompt_tokens(config)
     return _room(
         config, context_length(load_config(teacher.model, teacher.trust_remote_code, f"teachers.{name}.model"))

@@ -1,10 +1,12 @@
 """Verifiers: a response and its reference answer -> a reward, 1.0 for right and 0.0 for wrong.
 
-Pure functions of two strings, on the standard library alone (`math` also needs math-verify). A pattern, where there is
-one, comes first: what its last match captures in the response (group 1, or all of it) is what is compared.
+A verifier is a pure function `verify(response: str, reference: str | None) -> float`: built-in, or
+`package.module:function` of the user's own (docs/extending.md). The built-in ones need the standard library alone
+(`math` also needs math-verify). A pattern, where there is one, is applied first: the verifier then gets what its last
+match in the response captures (group 1, or the match).
 """
 
-import importlib
+import inspect
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -17,9 +19,14 @@ import numpy as np
 from actors.config import VerifierConfig
 from actors.data.models import as_user_error
 from actors.errors import UserError
+from actors.import_path import import_object
 
 Verifier = Callable[[str, str | None], float]
-"""(response, reference) -> reward. UserError: a reference that is missing or that the verifier cannot use."""
+"""(response, reference) -> reward, any finite number; 1.0 for right and 0.0 for wrong, where accuracy is measured.
+
+response: the text without special tokens. reference: the record's `reference_field`; None where a prompt has none.
+UserError: a reference that is missing or that the verifier cannot use.
+"""
 
 _DIGITS = r"(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<!\d)\.\d+)(?:[eE][-+]?\d+)?"
 # A sign belongs to the number unless something stands before it that it could subtract from: 10-5 ends in 5.
@@ -29,12 +36,13 @@ _LARGEST_EXPONENT = 10_000
 
 
 def make_verifier(config: VerifierConfig, key: str = "verifier") -> Verifier:
-    """The verifier that `config` names. key: where the configuration stands.
+    """The verifier that `config` names. key: where the configuration stands, for errors.
 
     `exact`: the same text, but for white space at the ends; `regex`: the same after the pattern; `numeric`: the last
     numbers of both are equal (thousands separators, fractions and exponents understood); `math`: equal for
     math-verify, in the main thread only, since its time limit is a signal; `package.module:function`: called with
-    (response, reference). UserError: a name, pattern or function that is not there, and the extra to install for `math`.
+    (response, reference). UserError: no such name or function, a pattern that does not compile, a function that takes
+    other arguments, or math-verify is not installed.
     """
     if config.name == "regex" and config.pattern is None:
         raise UserError(f"{key}.pattern", "null", "a regular expression, since the verifier is regex")
@@ -42,13 +50,7 @@ def make_verifier(config: VerifierConfig, key: str = "verifier") -> Verifier:
         pattern = re.compile(config.pattern) if config.pattern is not None else None
     except re.error as error:
         raise UserError(f"{key}.pattern", f"{config.pattern} ({error})", "a regular expression") from error
-    if config.name in _BUILT_IN:
-        score = _BUILT_IN[config.name](key)
-    elif ":" in config.name:
-        score = _user_function(config.name, key)
-    else:
-        expected = f"{', '.join(_BUILT_IN)}, or package.module:function"
-        raise UserError(f"{key}.name", config.name, expected, _BUILT_IN)
+    score = _without_pattern(config.name, key)
 
     def verify(response: str, reference: str | None) -> float:
         if pattern is None:
@@ -59,10 +61,20 @@ def make_verifier(config: VerifierConfig, key: str = "verifier") -> Verifier:
     return verify
 
 
+def try_verifier(config: VerifierConfig, reference: str | None, key: str = "verifier") -> None:
+    """Calls the verifier once before anything is spent, with a reference answer as the response to judge.
+
+    The pattern is left out: it need not match a reference. UserError: what `make_verifier` and the verifier raise, for
+    example a function of the user's own that fails or returns no number.
+    """
+    make_verifier(config, key)
+    _without_pattern(config.name, key)(reference or "", reference)
+
+
 def rewards_of(
     tokenizer: Any, verifier: Verifier, tokens: np.ndarray, offsets: np.ndarray, references: Sequence[str | None]
 ) -> np.ndarray:
-    """[B] float64 rewards of B responses (tokens [N], offsets [B + 1]) without their special tokens."""
+    """[B] float64: rewards of B responses (tokens [N], offsets [B + 1]), decoded without their special tokens."""
     texts = tokenizer.batch_decode(np.split(tokens, offsets[1:-1]), skip_special_tokens=True)
     return np.array([verifier(*pair) for pair in zip(texts, references, strict=True)])
 
@@ -74,10 +86,18 @@ def last_number(text: str) -> Fraction | None:
     if not numbers:
         return None
     over, under = (Decimal(part.replace(",", "") or "1") for part in numbers[-1])
-    # A degenerate response may write 1e999999999, whose exact value would fill the memory.
+    # A degenerate response may write 1e999999999, whose exact value would not fit into memory.
     if not under or max(abs(over.adjusted()), abs(under.adjusted())) > _LARGEST_EXPONENT:
         return None
     return Fraction(over) / Fraction(under)
+
+
+def _without_pattern(name: str, key: str) -> Verifier:
+    if name in _BUILT_IN:
+        return _BUILT_IN[name](key)
+    if ":" in name:
+        return _user_function(name, key)
+    raise UserError(f"{key}.name", name, f"{', '.join(_BUILT_IN)}, or package.module:function", _BUILT_IN)
 
 
 def _given(reference: str | None, key: str) -> str:
@@ -120,19 +140,27 @@ def _math(key: str) -> Verifier:
 
 
 def _user_function(name: str, key: str) -> Verifier:
-    module_name, _, attribute = name.partition(":")
-    with as_user_error(f"{key}.name", name, "a module that can be imported from here"):
-        module = importlib.import_module(module_name)
-    function = getattr(module, attribute, None)
-    if not callable(function):
-        functions = [f"{module_name}:{name}" for name, value in vars(module).items() if callable(value)]
-        raise UserError(f"{key}.name", name, f"a function of {module.__file__}", functions)
+    function = import_object(name, f"{key}.name", "a function")
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # some functions written in C do not tell; the first call does
+        signature = None
+    if signature is not None:
+        try:
+            signature.bind("response", "reference")
+        except TypeError as error:
+            expected = "a function of two strings, (response, reference)"
+            raise UserError(f"{key}.name", f"{name}{signature}", expected) from error
 
     def verify(response: str, reference: str | None) -> float:
         with as_user_error(f"{key}.name", f"{name}, which failed", "a reward for (response, reference)"):
-            reward = float(function(response, reference))
+            returned = function(response, reference)
+        try:
+            reward = math.nan if isinstance(returned, str | bytes) else float(returned)
+        except (TypeError, ValueError):
+            reward = math.nan
         if not math.isfinite(reward):
-            raise UserError(f"{key}.name", f"{name}, which returned {reward}", "a finite reward")
+            raise UserError(f"{key}.name", f"{name}, which returned {repr(returned)[:60]}", "a finite reward")
         return reward
 
     return verify

@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from actors.config import VerifierConfig
-from actors.data.verifiers import last_number, make_verifier
+from actors.data.verifiers import last_number, make_verifier, try_verifier
 from actors.errors import UserError
+from tests.documented import python_examples
 
 
 def verify(name, response, reference, pattern=None):
@@ -180,6 +181,11 @@ def half(response, reference): return 0.5 if response.isdigit() else False
 def broken(response, reference): raise KeyError("left")
 def infinite(response, reference): return float("nan")
 def textual(response, reference): return "good"
+def nothing(response, reference): pass
+def numeral(response, reference): return "1"
+def alone(response): return 1.0
+def demanding(response, reference, scale): return 1.0
+def relaxed(response, reference, scale=2.0): return scale
 """
     (tmp_path / "my_rewards.py").write_text(source)
     (tmp_path / "my_broken.py").write_text("1 / 0")
@@ -189,6 +195,18 @@ def textual(response, reference): return "good"
 def test_a_function_of_the_users_own_is_called_with_response_and_reference(user_module):
     assert verify("my_rewards:half", "1", "one") == 0.5
     assert verify("my_rewards:half", "one", None) == 0.0
+    assert verify("my_rewards:relaxed", "one", None) == 2.0
+
+
+def test_a_verifier_is_tried_with_a_reference_whether_or_not_the_pattern_matches_it(user_module):
+    try_verifier(VerifierConfig("my_rewards:half", pattern="never"), "1", "evaluation.verifier")
+    try_verifier(VerifierConfig("numeric", pattern="= (.*)"), "1", "evaluation.verifier")
+    with pytest.raises(UserError, match="which returned None"):
+        try_verifier(VerifierConfig("my_rewards:nothing", pattern="never"), "1", "evaluation.verifier")
+    with pytest.raises(UserError, match=r"^evaluation\.verifier: found numeric, and the reference 'half'"):
+        try_verifier(VerifierConfig("numeric"), "half", "evaluation.verifier")
+    with pytest.raises(UserError, match=r"^evaluation\.verifier\.pattern: found \(1"):
+        try_verifier(VerifierConfig("exact", pattern="(1"), "1", "evaluation.verifier")
 
 
 @pytest.mark.parametrize(
@@ -196,17 +214,34 @@ def test_a_function_of_the_users_own_is_called_with_response_and_reference(user_
     [
         ("my_rewarts:half", r"found my_rewarts:half \(ModuleNotFoundError: No module named 'my_rewarts'\)"),
         ("my_broken:half", r"found my_broken:half \(ZeroDivisionError"),
-        (":half", r"found :half \(ValueError"),
+        (":half", r"found ':half', expected the import path of a function"),
         (
             "my_rewards:hal",
-            r"my_rewards:hal, expected a function of .*my_rewards\.py \(did you mean 'my_rewards:half'\?\)",
+            r"my_rewards:hal, expected a function in .*my_rewards\.py \(did you mean 'my_rewards:half'\?\)",
         ),
         ("my_rewards:NUMBER", r"my_rewards:NUMBER, expected .*mean 'my_rewards:half'"),
         ("my_rewards:broken", r"my_rewards:broken, which failed \(KeyError: 'left'\)"),
-        ("my_rewards:textual", r"my_rewards:textual, which failed \(ValueError"),
+        ("my_rewards:textual", "my_rewards:textual, which returned 'good', expected a finite reward"),
+        ("my_rewards:nothing", "my_rewards:nothing, which returned None, expected a finite reward"),
+        ("my_rewards:numeral", "my_rewards:numeral, which returned '1', expected a finite reward"),
+        (
+            "my_rewards:alone",
+            r"my_rewards:alone\(response\), expected a function of two strings, \(response, reference\)",
+        ),
+        ("my_rewards:demanding", r"my_rewards:demanding\(response, reference, scale\), expected a function of two"),
         ("my_rewards:infinite", "my_rewards:infinite, which returned nan, expected a finite reward"),
     ],
 )
 def test_a_fault_of_the_users_own_function_is_named(user_module, name, message):
     with pytest.raises(UserError, match=rf"^evaluation\.verifier\.name: .*{message}"):
         verify(name, "1", "1")
+
+
+def test_the_documented_verifier_judges_as_it_says(tmp_path, monkeypatch):
+    [example] = python_examples("docs/extending.md", "A verifier")
+    (tmp_path / "tolerance.py").write_text(example)
+    monkeypatch.syspath_prepend(tmp_path)
+    name = "tolerance:within_one_percent"
+    try_verifier(VerifierConfig(name), "200", "evaluation.verifier")
+    found = [verify(name, *pair) for pair in (("so 199", "200"), ("2 or 197.5", "200"), ("none", "200"), ("-1", None))]
+    assert found == [1.0, 0.0, 0.0, 0.0]

@@ -261,6 +261,15 @@ def test_an_unknown_verifier_and_a_broken_pattern_are_refused(work: Here) -> Non
     assert "evaluation.verifier" in refusal(work, "evaluation.verifier.name=regex", "evaluation.verifier.pattern='['")
 
 
+def test_code_of_the_users_own_is_imported_and_tried(work: Here, monkeypatch: pytest.MonkeyPatch) -> None:
+    (work / "own_code.py").write_text("def verify(response, reference): return None\nclass Teacher: pass\n")
+    monkeypatch.syspath_prepend(work.folder)
+    line = refusal(work, "evaluation.verifier.name=own_code:verify")
+    assert "evaluation.verifier.name: found own_code:verify, which returned None, expected a finite reward" in line
+    line = refusal(work, "teachers.default.backend=own_code:Teacher")
+    assert "teachers.default.backend: found own_code:Teacher, without one, expected a class with" in line
+
+
 def test_a_report_of_what_is_no_run_is_refused(work: Here) -> None:
     for path in (".", "absent", "campaign.yaml"):
         one_line(work.run("report", path))
