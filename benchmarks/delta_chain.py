@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from actors.errors import WeightError
-from actors.weights.buckets import WeightVersion, pack_whole
+from actors.weights.buckets import WeightVersion, pack_all
 from actors.weights.delta import DeltaVersion, Receiver, encode_delta
 
 ANCHOR_EVERY = 20
@@ -49,7 +49,7 @@ def damaged(delta: Delta, draw: random.Random) -> Delta:
 
 def apply(receiver: Receiver, delta: Delta) -> None:
     """As a rollout actor does: all of it, or WeightError and nothing."""
-    receiver.hold(receiver.whole(delta[1], delta[0]))
+    receiver.hold(receiver.receive(delta[1], delta[0]))
 
 
 def run(deltas: int, seed: int) -> Counter[str]:
@@ -62,14 +62,14 @@ def run(deltas: int, seed: int) -> Counter[str]:
 
     def catch_up() -> None:
         (manifest, buckets), *others = chain
-        receiver.hold(receiver.whole(*buckets, manifest))
+        receiver.hold(receiver.receive(*buckets, manifest))
         for delta in others:
             apply(receiver, delta)
 
     for number in range(deltas + 1):
         weights += torch.from_numpy(rng.normal(0, 1e-5, len(weights)).astype(np.float32))
         named = [("a", weights[:20_000]), ("b", weights[20_000:])]
-        new = pack_whole(number, named, "bfloat16", 50_000)
+        new = pack_all(number, named, "bfloat16", 50_000)
         known.add(digest(new[1]))
         delta = encode_delta(*last, *new) if last else None
         chain = [new] if delta is None or number % ANCHOR_EVERY == 0 else [*chain, delta]
@@ -85,7 +85,7 @@ def run(deltas: int, seed: int) -> Counter[str]:
                 counts["damage not noticed"] += 1
             elif event == "early" and len(chain) > 2:
                 receiver = Receiver(True)
-                receiver.hold(receiver.whole(*chain[0][1], chain[0][0]))
+                receiver.hold(receiver.receive(*chain[0][1], chain[0][0]))
                 apply(receiver, delta)
                 counts["wrong order not noticed"] += 1
             elif event == "killed before":

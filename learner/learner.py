@@ -195,12 +195,12 @@ class Learner:
             named: Any = list(adapter_tensors(self._model).items())
         else:
             named = list(merged_tensors(self._model) if self._adapter else self._model.named_parameters())
-        yield from self._publisher.whole_or_delta(self.policy_version, named, self._publish_dtype, delta=delta)
+        yield from self._publisher.full_or_delta(self.policy_version, named, self._publish_dtype, delta=delta)
 
     def publish_average(self, teacher: str) -> Iterator[np.ndarray | WeightVersion]:
         """The same of the moving average that this teacher is, in its dtype."""
         averages, dtype = self._averages.of(teacher), self._average_dtypes[teacher]
-        yield from self._publisher.whole(self.policy_version, averages, dtype)
+        yield from self._publisher.full(self.policy_version, averages, dtype)
 
     def save(self, directory: str) -> None:
         """Copies the state as it is now, which a thread then writes to `directory` (learner/student/checkpoint.py).

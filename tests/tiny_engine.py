@@ -7,15 +7,22 @@ import numpy as np
 import torch
 
 from actors.config import SamplingConfig
+from actors.rollout.engine import Engine
 from actors.trajectory import Requests, Trajectories, offsets_of
-from actors.weights.buckets import WeightVersion, pack_whole
+from actors.weights.buckets import WeightVersion, join, pack_all
+from actors.weights.delta import Receiver
 
 SAMPLING = SamplingConfig(max_response_tokens=16)
 OPTIONS = {"max_num_seqs": 16, "kv_cache_memory_bytes": 64 << 20}
 
 
 def publish(model: Any, version: int) -> tuple[WeightVersion, list[np.ndarray]]:
-    return pack_whole(version, list(model.named_parameters()), "float32", 40_000)
+    return pack_all(version, list(model.named_parameters()), "float32", 40_000)
+
+
+def deliver(engine: Engine, manifest: WeightVersion, buckets: list[np.ndarray]) -> float:
+    """Loads a version as a rollout actor does: verified first, then loaded."""
+    return engine.load_weights(*join(Receiver(False).receive(*buckets, manifest))).result(timeout=60)
 
 
 def change(model: Any, seed: int) -> None:

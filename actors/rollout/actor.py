@@ -100,7 +100,7 @@ class RolloutActor(Answering):
         What needs no engine, the checksums and the decoding, is done while the engine goes on. WeightError: it is not
         whole, does not fit the model, or is a change of a version that is not here; the engine keeps what it has.
         """
-        ranks = await asyncio.to_thread(self._receiver.whole, *published)
+        ranks = await asyncio.to_thread(self._receiver.receive, *published)
         loaded = await asyncio.to_thread(self._engine.load_weights, *join(ranks))
         with _ends_with_the_engine():
             stood_still = await asyncio.wrap_future(loaded)

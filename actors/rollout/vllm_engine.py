@@ -25,7 +25,7 @@ from actors.rollout.engine import Response, trajectories_of
 from actors.rollout.vllm_lora import adapter_options, adapter_request, check_adapter, load_adapter
 from actors.trajectory import Requests
 from actors.vllm_startup import build_llm, importing_vllm
-from actors.weights.buckets import WeightVersion, shapes, verify
+from actors.weights.buckets import WeightVersion, shapes
 
 T = TypeVar("T")
 
@@ -146,7 +146,6 @@ class VllmEngine:
             return time.perf_counter() - start
 
         try:
-            verify(manifest, buckets)
             self._check_tensors(manifest)
         except WeightError as error:
             refused: Future = Future()

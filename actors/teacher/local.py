@@ -15,7 +15,7 @@ from actors.forward.packing import hidden_states, microbatches, use_packed_atten
 from actors.heartbeat import beat
 from actors.teacher.base import Scorer, probe
 from actors.trajectory import FINISH_REASONS, Requests, RolloutCounts, Trajectories, offsets_of
-from actors.weights.buckets import WeightVersion, join, shapes, unpack, verify
+from actors.weights.buckets import WeightVersion, join, shapes, unpack
 from actors.weights.delta import Receiver
 
 
@@ -54,8 +54,7 @@ class TeacherActor(Scorer):
     def load_weights(self, *published: np.ndarray | WeightVersion) -> None:
         """Verifies and loads a weight version in place, where this teacher follows the student. WeightError: it is damaged,
         or of another model. published: of each rank of the learner its buckets, and then their manifest."""
-        manifest, buckets = join(Receiver(False).whole(*published))
-        verify(manifest, buckets)
+        manifest, buckets = join(Receiver(False).receive(*published))
         parameters = dict(self._model.named_parameters())
         if shapes(manifest) != {name: tuple(parameter.shape) for name, parameter in parameters.items()}:
             raise WeightError(f"version {manifest.version} has other tensors than teacher {self._name}")

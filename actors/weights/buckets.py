@@ -1,16 +1,17 @@
-"""Weight versions: what the learner publishes and every engine loads.
+"""Weight versions: the form in which the learner publishes weights and every engine loads them.
 
 A version is a few contiguous uint8 buckets and a manifest that says where each tensor lies in them. Buckets go through
-the object store once and are read in place: nothing here copies a tensor that a view can serve.
+the object store once and are read in place: tensors are views, and are copied only where a view is not possible.
 
-Where several ranks hold a model in rows, each publishes its own: buckets and a manifest of the rows that it has. `join`
-makes one version of them, in which a tensor is several entries of one name, whose rows follow each other.
+Where the learner has several ranks, each publishes its own rows: buckets, and a manifest of these rows. `join` makes one
+version of them. In it a tensor is several entries with one name, whose rows follow each other in the order of the ranks.
 """
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
@@ -19,13 +20,20 @@ import xxhash
 from actors.errors import WeightError
 from actors.heartbeat import beat
 
+T = TypeVar("T")
+
 ALIGNMENT_BYTES = 64
 """Tensors start at multiples of this, so that views are aligned for vector loads."""
+SMALL_BYTES = 1 << 20
+"""Below this, starting threads costs more than they save."""
 
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """Where one tensor, or the rows of it that one rank has, lies. Example: TensorEntry("model.norm.weight", "float32", (64,), 0, 128, 256, 0x1f2e…)."""
+    """The place of one tensor, or of one rank's rows of it, in the buckets.
+
+    Example: TensorEntry("model.norm.weight", "float32", (64,), bucket=0, offset=128, nbytes=256, checksum=0x1f2e…).
+    """
 
     name: str
     """Name in a Hugging Face checkpoint."""
@@ -53,12 +61,12 @@ class WeightVersion:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all buckets."""
+        """Total bytes of the buckets."""
         return sum(self.bucket_bytes)
 
 
 Version = tuple[WeightVersion, Sequence[np.ndarray]]
-"""A manifest and its buckets."""
+"""A manifest and its buckets, each [bytes] uint8."""
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -67,8 +75,8 @@ def torch_dtype(name: str) -> torch.dtype:
 
 
 def as_tensor(buffer: np.ndarray, dtype: str, shape: tuple[int, ...], offset: int, nbytes: int) -> torch.Tensor:
-    """A tensor that views `nbytes` bytes of a uint8 buffer from `offset` on; not to be written to."""
-    if not nbytes:  # a rank that has no rows of it
+    """A tensor that views `nbytes` bytes of a uint8 buffer, from `offset` on. Do not write to it."""
+    if not nbytes:  # a rank that has no rows of this tensor; frombuffer refuses an empty view
         return torch.empty(shape, dtype=torch_dtype(dtype))
     with warnings.catch_warnings():
         # Arrays from the object store are read-only, which torch cannot express and warns about.
@@ -81,7 +89,10 @@ def _checksum(data: np.ndarray) -> int:
 
 
 def lay_out(shapes: Iterable[tuple[str, tuple[int, ...]]], dtype: str, bucket_bytes: int) -> list[list[TensorEntry]]:
-    """Places tensors (name, shape) one after the other into buckets of at most `bucket_bytes`; larger ones get their own."""
+    """Places tensors (name, shape) one after the other into buckets of at most `bucket_bytes`.
+
+    A tensor is never split: one that is larger than `bucket_bytes` has a bucket of its own. Checksums are still 0.
+    """
     itemsize = torch_dtype(dtype).itemsize
     buckets: list[list[TensorEntry]] = []
     end = bucket_bytes + 1
@@ -97,13 +108,13 @@ def lay_out(shapes: Iterable[tuple[str, tuple[int, ...]]], dtype: str, bucket_by
 
 
 class Buffer:
-    """Memory that buckets are filled in, one after the other: the pages of new memory cost as much as filling them does."""
+    """Memory that every bucket is filled in. New memory would cost as much again, for the kernel to map its pages."""
 
     def __init__(self) -> None:
         self._bytes = np.empty(0, np.uint8)
 
     def of(self, size: int) -> np.ndarray:
-        """[size] uint8, the same memory at each call. Pinned where there is a GPU, which copies into it much faster."""
+        """[size] uint8, the same memory at each call. Pinned where there is a GPU, whose copies are then much faster."""
         if size > len(self._bytes):
             self._bytes = torch.empty(size, dtype=torch.uint8, pin_memory=torch.cuda.is_available()).numpy()
         return self._bytes[:size]
@@ -116,9 +127,10 @@ def pack(
     bucket_bytes: int,
     buffer: Buffer | None = None,
 ) -> Iterator[np.ndarray | WeightVersion]:
-    """Yields the buckets ([bytes] uint8), cast to `dtype`, each as soon as it is filled; then the manifest.
+    """Lays out named tensors as a weight version: yields each bucket ([bytes] uint8) once it is filled, then the manifest.
 
-    buffer: where all buckets are filled; whoever takes one has copied it before the next is asked for, as Ray does.
+    Tensors are cast to `dtype`, and each gets its checksum here, the only time on the publishing side.
+    buffer: the memory of all buckets. The caller must copy a bucket before it asks for the next, as Ray does.
     """
     tensors = dict(named_tensors)
     entries: list[TensorEntry] = []
@@ -127,10 +139,10 @@ def pack(
         size = places[-1].offset + places[-1].nbytes
         bucket = buffer.of(size) if buffer else np.empty(size, np.uint8)
         for place in places:
-            # One pass does the cast, the gather and, from a GPU, the transfer.
+            # `copy_` casts, gathers and transfers from a GPU in one pass over the tensor.
             view = as_tensor(bucket, dtype, place.shape, place.offset, place.nbytes)
             tensor = tensors[place.name]
-            view.copy_(tensor.whole() if isinstance(tensor, Deferred) else tensor.detach())
+            view.copy_(tensor.full_tensor() if isinstance(tensor, Deferred) else tensor.detach())
             beat()
             data = bucket[place.offset : place.offset + place.nbytes]
             entries.append(replace(place, checksum=_checksum(data)))
@@ -141,20 +153,20 @@ def pack(
 
 @runtime_checkable
 class Deferred(Protocol):
-    """A tensor that is computed when it is asked for."""
+    """A tensor that is computed when it is needed, for example a weight with its LoRA adapter added."""
 
     @property
     def shape(self) -> torch.Size:
-        """Of the tensor."""
+        """Shape of the tensor, known without computing it."""
 
-    def whole(self) -> torch.Tensor:
-        """The tensor."""
+    def full_tensor(self) -> torch.Tensor:
+        """Computes the tensor."""
 
 
-def pack_whole(
+def pack_all(
     version: int, named_tensors: "Sequence[tuple[str, torch.Tensor | Deferred]]", dtype: str, bucket_bytes: int
 ) -> tuple[WeightVersion, list[np.ndarray]]:
-    """All that `pack` yields, once the last bucket is filled."""
+    """`pack` to the end: (manifest, buckets), each bucket in memory of its own."""
     manifest, buckets = WeightVersion(version, (), ()), []
     for part in pack(version, named_tensors, dtype, bucket_bytes):
         if isinstance(part, WeightVersion):
@@ -165,33 +177,54 @@ def pack_whole(
 
 
 def window(entry: TensorEntry, buckets: Sequence[np.ndarray]) -> np.ndarray:
-    """The bytes of one tensor, a view."""
+    """The bytes of one tensor: a view, [nbytes] uint8."""
     return buckets[entry.bucket][entry.offset : entry.offset + entry.nbytes]
 
 
 def verify(manifest: WeightVersion, buckets: Sequence[np.ndarray]) -> None:
     """WeightError unless every bucket has its size and every tensor its checksum."""
+    verify_sizes(manifest, buckets)
+    for entry in manifest.tensors:
+        beat()
+        verify_tensor(manifest.version, entry, window(entry, buckets))
+
+
+def verify_sizes(manifest: WeightVersion, buckets: Sequence[np.ndarray]) -> None:
+    """WeightError unless every bucket has its size."""
     sizes = tuple(bucket.nbytes for bucket in buckets)
     if sizes != manifest.bucket_bytes:
         raise WeightError(f"version {manifest.version}: buckets of {sizes} bytes, expected {manifest.bucket_bytes}")
-    for entry in manifest.tensors:
-        beat()
-        found = _checksum(window(entry, buckets))
-        if found != entry.checksum:
-            raise WeightError(
-                f"version {manifest.version}: {entry.name} has checksum {found:016x}, expected {entry.checksum:016x}"
-            )
+
+
+def verify_tensor(version: int, entry: TensorEntry, data: np.ndarray) -> None:
+    """WeightError unless the bytes of one tensor have its checksum. version: for the message."""
+    found = _checksum(data)
+    if found != entry.checksum:
+        raise WeightError(f"version {version}: {entry.name} has checksum {found:016x}, expected {entry.checksum:016x}")
+
+
+def in_threads(function: Callable[..., T], *columns: Sequence[Any], nbytes: int) -> list[T]:
+    """[function(*row) for row in zip(*columns)], in as many threads as torch may use.
+
+    For functions that release the GIL for most of their time. nbytes: size of the work; small work runs in this thread.
+    The first error, in the order of the rows, is raised.
+    """
+    threads = torch.get_num_threads()  # follows OMP_NUM_THREADS, which Ray sets to the actor's CPUs
+    if threads == 1 or nbytes < SMALL_BYTES:
+        return [function(*row) for row in zip(*columns, strict=True)]
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(function, *columns))
 
 
 def join(ranks: Sequence[Version]) -> tuple[WeightVersion, list[np.ndarray]]:
-    """One version of what each rank has published of it, all buckets in the order of the ranks. Copies nothing.
+    """Joins the parts that the learner's ranks have published into one version. Copies nothing.
 
-    WeightError: the ranks have published different versions.
+    The buckets keep the order of the ranks. WeightError: the parts belong to different versions.
     """
     versions = sorted({manifest.version for manifest, _ in ranks})
     if len(versions) != 1:
         raise WeightError(f"the learner's ranks have published different versions: {versions}")
-    buckets = [bucket for _, own in ranks for bucket in own]
+    buckets = [bucket for _, part in ranks for bucket in part]
     entries: list[TensorEntry] = []
     sizes: list[int] = []
     for manifest, _ in ranks:
@@ -201,7 +234,7 @@ def join(ranks: Sequence[Version]) -> tuple[WeightVersion, list[np.ndarray]]:
 
 
 def shapes(manifest: WeightVersion) -> dict[str, tuple[int, ...]]:
-    """Tensor -> its shape, with the rows of all ranks."""
+    """Name -> shape of each tensor, with the rows of all ranks. Parts whose rows do not fit together count as the last."""
     found: dict[str, tuple[int, ...]] = {}
     for entry in manifest.tensors:
         before = found.get(entry.name)
@@ -213,10 +246,10 @@ def shapes(manifest: WeightVersion) -> dict[str, tuple[int, ...]]:
 
 
 def unpack(manifest: WeightVersion, buckets: Sequence[np.ndarray]) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor) for every tensor: views of the buckets, but where ranks have its rows each, which are put together."""
+    """Yields (name, tensor) for every tensor: a view of its bucket, or the concatenated rows of several ranks."""
     entries: dict[str, list[TensorEntry]] = {}
     for entry in manifest.tensors:
         entries.setdefault(entry.name, []).append(entry)
-    for name, own in entries.items():
-        rows = [as_tensor(buckets[e.bucket], e.dtype, e.shape, e.offset, e.nbytes) for e in own if e.nbytes]
+    for name, parts in entries.items():
+        rows = [as_tensor(buckets[e.bucket], e.dtype, e.shape, e.offset, e.nbytes) for e in parts if e.nbytes]
         yield name, rows[0] if len(rows) == 1 else torch.cat(rows)

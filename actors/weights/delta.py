@@ -1,8 +1,12 @@
-"""Deltas: a lossless code of what changed between two weight versions, in the dtype that engines load.
+"""Weight deltas: a lossless code of what changed between two weight versions, in the dtype that engines load.
 
-An optimizer step moves most 16-bit weights by nothing or by one step of their dtype. So bit patterns are mapped to
-integers in the order of the numbers, and positions and steps are coded (actors/weights/delta_codec.py, which is imported where a
-delta is made or applied, since numba takes its time). Here is what goes around: manifests, checksums, who holds what.
+An optimizer step leaves most 16-bit weights as they are, or moves them by one step of their dtype. So bit patterns are
+mapped to integers in the order of the numbers, and the positions and sizes of the changes are coded
+(actors/weights/delta_codec.py). This module has what surrounds the code: manifests, checksums, and the receiver.
+
+Checksums, each computed once on either side: one for each tensor of the new version (by `pack`, and after decoding), and
+one for the delta's manifest and payload. The base needs none of its own: a base that has decayed gives a tensor with
+another checksum than the new version's.
 """
 
 from collections.abc import Sequence
@@ -13,18 +17,29 @@ import xxhash
 
 from actors.errors import WeightError
 from actors.heartbeat import beat
-from actors.weights.buckets import TensorEntry, Version, WeightVersion, torch_dtype, verify, window
+from actors.weights.buckets import (
+    TensorEntry,
+    Version,
+    WeightVersion,
+    in_threads,
+    torch_dtype,
+    verify,
+    verify_sizes,
+    verify_tensor,
+    window,
+)
 
 
 @dataclass(frozen=True, slots=True)
 class DeltaEntry:
-    """How one tensor travels, and the checksum of what it is applied to."""
+    """The code of one tensor."""
 
     coding: str
-    """"same" (no bytes), "dense" (its new bytes), or "steps" (blocks)."""
+    """"same" (no bytes), "dense" (its new bytes), or "steps" (blocks of delta_codec.py)."""
     nbytes: int
-    """Bytes in the payload, where tensors lie one after the other."""
+    """Bytes in the payload. Tensors follow each other in the order of the manifest."""
     base_checksum: int
+    """Checksum of the tensor that the code is applied to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,10 +48,10 @@ class DeltaVersion:
 
     base_version: int
     new: WeightVersion
-    """What applying it gives; laid out as the base is."""
+    """The version that applying it gives. It has the layout of the base."""
     entries: tuple[DeltaEntry, ...]
     checksum: int
-    """xxh3-64 of all of the above and the payload."""
+    """xxh3-64 of all fields above and the payload."""
 
     @property
     def version(self) -> int:
@@ -56,7 +71,7 @@ def _seal(delta: DeltaVersion, payload: np.ndarray) -> int:
 
 
 def _integers(entry: TensorEntry) -> np.dtype | None:
-    """The integers that hold one element, or None for a dtype that is not coded."""
+    """The integer dtype with the bits of one element; None for dtypes that have no code (they travel dense)."""
     dtype = torch_dtype(entry.dtype)
     return np.dtype(f"i{dtype.itemsize}") if dtype.is_floating_point and dtype.itemsize in (2, 4) else None
 
@@ -72,53 +87,68 @@ def encode_delta(
     new_buckets: Sequence[np.ndarray],
     max_share: float = 1.0,
 ) -> tuple[DeltaVersion, np.ndarray]:
-    """(manifest, payload [bytes] uint8). A tensor whose code is not below `max_share` of its bytes travels dense."""
+    """Codes what changed from a base version to a new one: (manifest, payload [bytes] uint8).
+
+    The buckets are only read. A tensor whose code is not smaller than `max_share` of its bytes travels dense, so the
+    payload is never larger than the new version. Tensors are coded side by side, in as many threads as torch may use.
+    WeightError: the versions have different layouts.
+    """
     if _layout(base_manifest) != _layout(new_manifest):
         raise WeightError(f"versions {base_manifest.version} and {new_manifest.version} are laid out differently")
+    # numba takes a second to import, which only processes with deltas should pay.
     from actors.weights.delta_codec import encode, room
 
-    payload, end = np.empty(sum(room(new.nbytes) for new in new_manifest.tensors), np.uint8), 0
-    entries = []
-    for base, new in zip(base_manifest.tensors, new_manifest.tensors, strict=True):
+    def encode_tensor(base: TensorEntry, new: TensorEntry) -> tuple[DeltaEntry, np.ndarray]:
         beat()
-        coding, nbytes, dtype = "dense", new.nbytes, _integers(new)
+        old_bytes, new_bytes, dtype = window(base, base_buckets), window(new, new_buckets), _integers(new)
         if base.checksum == new.checksum:
-            coding, nbytes = "same", 0
-        elif dtype is not None:
-            old_bits, new_bits = window(base, base_buckets).view(dtype), window(new, new_buckets).view(dtype)
-            coded = encode(old_bits, new_bits, payload[end:])
-            if coded < max_share * nbytes:
-                coding, nbytes = "steps", coded
-        if coding == "dense":
-            payload[end : end + nbytes] = window(new, new_buckets)
-        entries.append(DeltaEntry(coding, nbytes, base.checksum))
-        end += nbytes
-    delta, payload = DeltaVersion(base_manifest.version, new_manifest, tuple(entries), 0), payload[:end]
+            return DeltaEntry("same", 0, base.checksum), new_bytes[:0]
+        if dtype is not None:
+            code = np.empty(room(new.nbytes), np.uint8)
+            nbytes = encode(old_bytes.view(dtype), new_bytes.view(dtype), code)
+            if nbytes < max_share * new.nbytes:
+                return DeltaEntry("steps", nbytes, base.checksum), code[:nbytes]
+        return DeltaEntry("dense", new.nbytes, base.checksum), new_bytes
+
+    coded = in_threads(encode_tensor, base_manifest.tensors, new_manifest.tensors, nbytes=new_manifest.nbytes)
+    payload = np.concatenate([np.empty(0, np.uint8), *(code for _, code in coded)])
+    delta = DeltaVersion(base_manifest.version, new_manifest, tuple(entry for entry, _ in coded), 0)
     return replace(delta, checksum=_seal(delta, payload)), payload
 
 
 def apply_delta(
     delta: DeltaVersion, payload: np.ndarray, base_manifest: WeightVersion, base_buckets: Sequence[np.ndarray]
 ) -> tuple[WeightVersion, list[np.ndarray]]:
-    """The new version in buckets of its own; the base is only read. WeightError unless all is as it was encoded."""
+    """Decodes a delta onto its base: (manifest, buckets) of the new version, verified, in new memory.
+
+    The base is only read, so a failure leaves it as it was. WeightError: manifest or payload are damaged, the base is
+    another version or damaged, or a tensor does not have the new version's checksum.
+    """
     if _seal(delta, payload) != delta.checksum:
         raise WeightError(f"delta from version {delta.base_version}: manifest and payload do not have its checksum")
     checksums = [entry.checksum for entry in base_manifest.tensors] == [e.base_checksum for e in delta.entries]
     if delta.base_version != base_manifest.version or _layout(delta.new) != _layout(base_manifest) or not checksums:
         raise WeightError(f"delta from version {delta.base_version} does not fit version {base_manifest.version}")
-    verify(base_manifest, base_buckets)
-    buckets, end = [np.zeros(size, np.uint8) for size in base_manifest.bucket_bytes], 0
-    for place, entry in zip(delta.new.tensors, delta.entries, strict=True):
+    verify_sizes(base_manifest, base_buckets)
+    buckets = [np.zeros(size, np.uint8) for size in base_manifest.bucket_bytes]
+    codes, end = [], 0
+    for entry in delta.entries:
+        codes.append(payload[end : end + entry.nbytes])
+        end += entry.nbytes
+
+    def decode_tensor(place: TensorEntry, entry: DeltaEntry, code: np.ndarray) -> None:
         beat()
-        code, end = payload[end : end + entry.nbytes], end + entry.nbytes
-        if not _decoded(entry, code, place, window(place, base_buckets), window(place, buckets)):
+        new = window(place, buckets)
+        if not _decoded(entry, code, place, window(place, base_buckets), new):
             raise WeightError(f"delta: {place.name} is damaged: {entry.nbytes} bytes, {entry.coding}")
-    verify(delta.new, buckets)
+        verify_tensor(delta.version, place, new)  # while it is in the cache
+
+    in_threads(decode_tensor, delta.new.tensors, delta.entries, codes, nbytes=delta.new.nbytes)
     return delta.new, buckets
 
 
 def _decoded(entry: DeltaEntry, code: np.ndarray, place: TensorEntry, old: np.ndarray, new: np.ndarray) -> bool:
-    """Whether `code` is one of this tensor; `new` is it then."""
+    """Decodes one tensor into `new`. False: `code` is not a code for a tensor of this size."""
     from actors.weights.delta_codec import decode
 
     dtype = _integers(place)
@@ -132,39 +162,42 @@ def _decoded(entry: DeltaEntry, code: np.ndarray, place: TensorEntry, old: np.nd
 
 
 class Receiver:
-    """Takes versions as they come, whole or as deltas, and keeps a copy of the last for the next delta."""
+    """Receives published versions, dense or as deltas, verifies them, and keeps the last one as the next delta's base."""
 
     def __init__(self, keep: bool):
-        """keep: whether there will be deltas."""
+        """keep: keep a copy of the last version on the host, which deltas are applied to."""
         self._keep = keep
         self._held: list[Version] = []
-        """What each rank of the learner published."""
+        """The last version, one part for each rank of the learner."""
 
-    def whole(self, *published: np.ndarray | WeightVersion | DeltaVersion) -> list[Version]:
-        """The version as each rank of the learner has it. published: of each rank its buckets and then its manifest.
+    def receive(self, *published: np.ndarray | WeightVersion | DeltaVersion) -> list[Version]:
+        """The published version with verified checksums, one (manifest, buckets) for each rank of the learner.
 
-        WeightError: a delta that is damaged, or of a version that is not held.
+        published: for each rank its buckets and then its manifest. Buckets of a dense version are not copied.
+        WeightError: a tensor, manifest or payload is damaged, or a delta's base is not held.
         """
         ranks: list[Version] = []
         buckets: list[np.ndarray] = []
         for part in published:
             if isinstance(part, np.ndarray):
                 buckets.append(part)
+            elif isinstance(part, WeightVersion):
+                verify(part, buckets)
+                ranks.append((part, buckets))
+                buckets = []
             else:
-                ranks.append(
-                    (part, buckets) if isinstance(part, WeightVersion) else self._changed(len(ranks), part, buckets)
-                )
+                ranks.append(self._apply(len(ranks), part, buckets))
                 buckets = []
         return ranks
 
-    def _changed(self, rank: int, delta: DeltaVersion, buckets: list[np.ndarray]) -> Version:
+    def _apply(self, rank: int, delta: DeltaVersion, buckets: list[np.ndarray]) -> Version:
         if rank >= len(self._held):
             raise WeightError(f"a delta from version {delta.base_version}, and no version is held")
-        if self._held[rank][0] == delta.new:  # it comes a second time
+        if self._held[rank][0] == delta.new:  # the same delta again: a retried call
             return self._held[rank]
         return apply_delta(delta, buckets[0], *self._held[rank])
 
     def hold(self, ranks: list[Version]) -> None:
-        """This version has been loaded."""
+        """Makes this version the next delta's base. Called once the engine has loaded it."""
         if self._keep:
             self._held = ranks

@@ -50,7 +50,7 @@ class Merged:
         return replace(self, weight_OI=own_rows(self.weight_OI)[0], up_Or=own_rows(self.up_Or)[0], lengths_O=lengths)
 
     @torch.no_grad()
-    def whole(self) -> Tensor:
+    def full_tensor(self) -> Tensor:
         """[O, I] float32; with several ranks, all must ask."""
         sum_OI = whole(self.weight_OI).float().addmm(whole(self.up_Or), whole(self.down_rI), alpha=self.scale)
         if self.lengths_O is None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
-from actors.weights.buckets import Buffer, Version, WeightVersion, pack, pack_whole
+from actors.weights.buckets import Buffer, Version, WeightVersion, pack, pack_all
 from actors.weights.delta import DeltaVersion, encode_delta
 from learner.student.lora import Merged
 from learner.student.sharding import own_rows
@@ -24,23 +24,23 @@ class Publisher:
     """Lays out this rank's rows of tensors. An engine puts those of all ranks together (actors/weights/buckets.py, `join`)."""
 
     def __init__(self, bucket_bytes: int, *, keep: bool):
-        """keep: holds on to what `whole_or_delta` published, so that a delta can be taken."""
+        """keep: holds on to what `full_or_delta` published, so that a delta can be taken."""
         self._bucket_bytes, self._keep = bucket_bytes, keep
         self._published: Version | None = None
         self._buffer = Buffer()
 
-    def whole(self, version: int, named: Named, dtype: str) -> Iterator[np.ndarray | WeightVersion]:
+    def full(self, version: int, named: Named, dtype: str) -> Iterator[np.ndarray | WeightVersion]:
         """Buckets, each when it is filled, to be copied before the next is asked for; then the manifest."""
         return pack(version, _rows(named), dtype, self._bucket_bytes, self._buffer)
 
-    def whole_or_delta(
+    def full_or_delta(
         self, version: int, named: Named, dtype: str, *, delta: bool
     ) -> Iterator[np.ndarray | WeightVersion | DeltaVersion]:
         """delta: what changed since the version that was published before, as one bucket, unless that saves nothing."""
         if not self._keep:
-            yield from self.whole(version, named, dtype)
+            yield from self.full(version, named, dtype)
             return
-        manifest, buckets = pack_whole(version, _rows(named), dtype, self._bucket_bytes)
+        manifest, buckets = pack_all(version, _rows(named), dtype, self._bucket_bytes)
         base, self._published = self._published, (manifest, buckets)
         if delta and base is not None:
             change, payload = encode_delta(*base, manifest, buckets)

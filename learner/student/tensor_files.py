@@ -111,7 +111,7 @@ def _on_first_rank(
 ) -> dict[str, torch.Tensor]:
     found = {}
     for name, tensor in named:
-        one = tensor.whole() if isinstance(tensor, Deferred) else whole(tensor)
+        one = tensor.full_tensor() if isinstance(tensor, Deferred) else whole(tensor)
         if ranks.rank == 0:
             found[name] = one.cpu()
     return revert_weight_conversion(model, found) if found else found

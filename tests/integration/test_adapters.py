@@ -13,9 +13,9 @@ from actors.config import LoraConfig, RolloutConfig, SamplingConfig
 from actors.data.models import load_model
 from actors.errors import WeightError
 from actors.rollout.vllm_engine import VllmEngine
-from actors.weights.buckets import WeightVersion, pack_whole, unpack
+from actors.weights.buckets import WeightVersion, pack_all, unpack
 from learner.student.lora import adapter_tensors, add_adapters, merged_tensors
-from tests.tiny_engine import OPTIONS, SAMPLING, ask, difference
+from tests.tiny_engine import OPTIONS, SAMPLING, ask, deliver, difference
 from tests.tiny_models import make_tiny_model
 
 pytest.importorskip("peft")
@@ -37,11 +37,11 @@ class Student:
             tensor.copy_(0.1 * torch.randn_like(tensor))
 
     def publish(self, version: int) -> tuple[WeightVersion, list[np.ndarray]]:
-        return pack_whole(version, list(adapter_tensors(self.with_adapter).items()), "float32", 4_000)
+        return pack_all(version, list(adapter_tensors(self.with_adapter).items()), "float32", 4_000)
 
     def merged(self) -> Any:
         model = load_model(str(self.path), "float32", "cpu", False, "student.model")
-        tensors = pack_whole(0, list(merged_tensors(self.with_adapter)), "float32", 40_000)
+        tensors = pack_all(0, list(merged_tensors(self.with_adapter)), "float32", 40_000)
         model.load_state_dict(dict(unpack(*tensors)), strict=False)
         return model
 
@@ -99,11 +99,11 @@ def test_what_is_no_adapter_of_the_student_is_refused_and_the_engine_works_on(
     with pytest.raises(WeightError, match=r"in 1 tensors, first .*lora_A\.weight: found nothing, expected \(5, 64\)"):
         engine.load_weights(half, buckets).result(timeout=60)
     with pytest.raises(WeightError, match=r"does not fit the model"):
-        whole = pack_whole(32, list(student.merged().named_parameters()), "float32", 40_000)
+        whole = pack_all(32, list(student.merged().named_parameters()), "float32", 40_000)
         engine.load_weights(*whole).result(timeout=60)
     buckets[0][100] ^= 1
     with pytest.raises(WeightError, match=r"version 31: .* has checksum"):
-        engine.load_weights(manifest, buckets).result(timeout=60)
+        deliver(engine, manifest, buckets)
     written = engine.generate(ask([[6, 7, 8]]), SAMPLING).result(timeout=60)
     assert set(written.policy_versions.tolist()) == {30}
     assert difference(student.merged(), written) < 2e-5

@@ -16,7 +16,7 @@ from actors.rollout.vllm_engine import VllmEngine
 from actors.weights.buckets import WeightVersion
 from learner.config import ObjectiveConfig
 from tests import clean_process
-from tests.tiny_engine import OPTIONS, SAMPLING, ask, change, difference, publish
+from tests.tiny_engine import OPTIONS, SAMPLING, ask, change, deliver, difference, publish
 from tests.tiny_models import make_tiny_model
 from tests.tiny_updates import make_learner, received, sampled
 
@@ -121,13 +121,13 @@ def test_a_corrupt_version_is_refused_and_the_engine_works_on(parts: tuple[VllmE
     manifest, buckets = publish(model, 11)
     buckets[0][100] ^= 1
     with pytest.raises(WeightError, match=r"version 11: .* has checksum"):
-        engine.load_weights(manifest, buckets).result(timeout=60)
+        deliver(engine, manifest, buckets)
     other = WeightVersion(12, manifest.tensors[1:], manifest.bucket_bytes)
     buckets[0][100] ^= 1
     with pytest.raises(
         WeightError, match=r"does not fit .* in 1 tensors, first model\.embed_tokens.weight: found nothing"
     ):
-        engine.load_weights(other, buckets).result(timeout=60)
+        deliver(engine, other, buckets)
     written = engine.generate(ask([[6, 7, 8]]), SAMPLING).result(timeout=60)
     assert set(written.policy_versions.tolist()) == {10}
     assert difference(model, written) < 2e-5

@@ -14,7 +14,7 @@ from actors.config import RolloutConfig, SamplingConfig
 from actors.rollout.actor import RolloutActor
 from actors.rollout.vllm_engine import VllmEngine
 from actors.trajectory import Requests, offsets_of
-from actors.weights.buckets import WeightVersion, join, pack, pack_whole
+from actors.weights.buckets import WeightVersion, join, pack, pack_all
 from cluster.fleet.ray_actor import Resources
 from cluster.fleet.ray_fleet import Fleet
 from tests.tiny_models import make_tiny_model
@@ -24,8 +24,7 @@ def of_ranks(model: torch.nn.Module, version: int) -> list[tuple[WeightVersion, 
     """What a learner of three ranks publishes, of which the last has no rows."""
     cut = {name: [*tensor.detach().chunk(2), tensor.detach()[:0]] for name, tensor in model.named_parameters()}
     return [
-        pack_whole(version, [(name, parts[rank]) for name, parts in cut.items()], "float32", 50_000)
-        for rank in range(3)
+        pack_all(version, [(name, parts[rank]) for name, parts in cut.items()], "float32", 50_000) for rank in range(3)
     ]
 
 

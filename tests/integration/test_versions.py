@@ -10,7 +10,7 @@ import pytest
 import ray
 import torch
 
-from actors.weights.buckets import WeightVersion, verify
+from actors.weights.buckets import WeightVersion
 from actors.weights.delta import DeltaVersion, Receiver
 from cluster.config import WeightsConfig
 from cluster.fleet.ray_actor import Resources
@@ -34,7 +34,7 @@ class Writer:
         self.version += 1
         self.weights[self.version :: 50] *= 1.1
         named = [("a", self.weights), ("b", self.weights + 1)]
-        yield from self.publisher.whole_or_delta(self.version, named, "bfloat16", delta=delta)
+        yield from self.publisher.full_or_delta(self.version, named, "bfloat16", delta=delta)
 
 
 class Reader:
@@ -49,10 +49,9 @@ class Reader:
         self.prefetched += bucket.nbytes > 0
 
     def load_weights(self, *published: np.ndarray | WeightVersion | DeltaVersion) -> float:
-        [whole] = self.receiver.whole(*published)
-        verify(*whole)
-        self.receiver.hold([whole])
-        self.versions.append(whole[0].version)
+        [version] = self.receiver.receive(*published)
+        self.receiver.hold([version])
+        self.versions.append(version[0].version)
         return 0.0
 
     def seen(self) -> tuple[list[int], int, int]:

@@ -1,5 +1,7 @@
 """Weight versions: packed, verified, unpacked."""
 
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from actors.errors import WeightError
-from actors.weights.buckets import WeightVersion, join, pack, pack_whole, shapes, unpack, verify
+from actors.weights import buckets as buckets_module
+from actors.weights.buckets import SMALL_BYTES, WeightVersion, in_threads, join, pack, pack_all, shapes, unpack, verify
 from actors.weights.delta import Receiver, encode_delta
 
 
@@ -59,7 +62,7 @@ def of_ranks(ranks: int, version: int = 3, step: float = 0.0) -> list[Version]:
         [(name, parts[rank] if rank < len(parts) else parts[0][:0]) for name, parts in cut[rank]]
         for rank in range(ranks)
     ]
-    return [pack_whole(version, own, "float32", 256) for own in rows]
+    return [pack_all(version, own, "float32", 256) for own in rows]
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5, 11])
@@ -75,7 +78,7 @@ def test_rows_of_several_ranks_are_one_version(ranks: int) -> None:
 
 def test_rows_that_do_not_fit_together_have_another_shape_than_the_tensor() -> None:
     (first, buckets), (second, others) = of_ranks(2)
-    narrow = pack_whole(3, [("a", torch.zeros(1, 4))], "float32", 256)
+    narrow = pack_all(3, [("a", torch.zeros(1, 4))], "float32", 256)
     assert shapes(join([(first, buckets), (second, others)])[0])["a"] == (3, 5)
     assert shapes(join([(first, buckets), narrow])[0])["a"] == (1, 4)
     assert shapes(first)["a"] == (2, 5)
@@ -94,13 +97,62 @@ def test_a_bit_that_is_flipped_in_one_ranks_rows_is_found() -> None:
         verify(*join(ranks))
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_version_whose_bytes_are_damaged_is_not_received(ranks: int) -> None:
+    parts = of_ranks(ranks)
+    received = Receiver(False).receive(*(part for manifest, buckets in parts for part in (*buckets, manifest)))
+    assert received == parts
+    entry = parts[-1][0].tensors[1]
+    parts[-1][1][entry.bucket][entry.offset] ^= 1
+    with pytest.raises(WeightError, match="version 3: big has checksum"):
+        Receiver(False).receive(*(part for manifest, buckets in parts for part in (*buckets, manifest)))
+
+
+def test_each_side_computes_the_checksum_of_each_tensor_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted: list[int] = []
+    checksum = buckets_module._checksum
+    monkeypatch.setattr(buckets_module, "_checksum", lambda data: counted.append(data.nbytes) or checksum(data))
+    [(manifest, buckets)] = of_ranks(1)
+    [after] = of_ranks(1, version=4, step=1e-6)
+    change, payload = encode_delta(manifest, buckets, *after)
+    every = [entry.nbytes for entry in manifest.tensors]
+    assert counted == 2 * every, "two versions are published, the second as a delta"
+    counted.clear()
+    receiver = Receiver(True)
+    receiver.hold(receiver.receive(*buckets, manifest))
+    assert counted == every
+    counted.clear()
+    receiver.receive(payload, change)
+    assert counted == every
+
+
+def test_tensors_are_worked_on_side_by_side_and_the_first_error_is_raised() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        together = threading.Barrier(2)  # breaks unless two threads meet
+
+        def meet(number: int, fails: bool) -> int:
+            together.wait(timeout=60)
+            if fails:
+                raise WeightError(f"tensor {number}")
+            return number
+
+        assert in_threads(meet, range(4), [False] * 4, nbytes=SMALL_BYTES) == [0, 1, 2, 3]
+        with pytest.raises(WeightError, match="tensor 2"):
+            in_threads(meet, range(4), [False, False, True, True], nbytes=SMALL_BYTES)
+    finally:
+        torch.set_num_threads(before)
+    assert in_threads(lambda a: a + threading.active_count(), [1], nbytes=10) == [1 + threading.active_count()]
+
+
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_what_has_changed_is_told_by_each_rank_of_its_own_rows(ranks: int) -> None:
     before, after = of_ranks(ranks), of_ranks(ranks, version=4, step=1e-6)
     changes = [encode_delta(*old, *new) for old, new in zip(before, after, strict=True)]
     receiver = Receiver(True)
-    receiver.hold(receiver.whole(*(part for manifest, buckets in before for part in (*buckets, manifest))))
-    manifest, buckets = join(receiver.whole(*(part for change, payload in changes for part in (payload, change))))
+    receiver.hold(receiver.receive(*(part for manifest, buckets in before for part in (*buckets, manifest))))
+    manifest, buckets = join(receiver.receive(*(part for change, payload in changes for part in (payload, change))))
     verify(manifest, buckets)
     for name, tensor in unpack(manifest, buckets):
         assert torch.equal(tensor, dict(tensors())[name] + 1e-6)
@@ -111,10 +163,10 @@ def test_a_change_to_rows_that_are_not_held_is_refused() -> None:
     changes = [encode_delta(*old, *new) for old, new in zip(before, after, strict=True)]
     receiver = Receiver(True)
     with pytest.raises(WeightError, match="from version 3, and no version is held"):
-        receiver.whole(changes[0][1], changes[0][0])
+        receiver.receive(changes[0][1], changes[0][0])
     receiver.hold(before)
     with pytest.raises(WeightError, match="does not fit version 3"):  # the other rank's
-        receiver.whole(changes[1][1], changes[1][0], changes[0][1], changes[0][0])
+        receiver.receive(changes[1][1], changes[1][0], changes[0][1], changes[0][0])
 
 
 def test_one_flipped_bit_names_the_tensor() -> None:

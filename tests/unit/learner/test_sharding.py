@@ -214,7 +214,7 @@ def together(found: list[Any]) -> Any:
 def tensors(ranks: list[Published], receiver: Receiver | None = None) -> dict[str, torch.Tensor]:
     """What an engine is given of a version, by name; the receiver holds it afterwards."""
     receiver = receiver or Receiver(False)
-    version = receiver.whole(*(part for own in ranks for part in own))
+    version = receiver.receive(*(part for own in ranks for part in own))
     receiver.hold(version)
     verify(*join(version))
     return dict(unpack(*join(version)))
