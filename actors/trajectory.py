@@ -5,13 +5,12 @@ Flat ragged arrays with offsets, never a Python object for each token. Row i of 
 K support size, V vocabulary size.
 """
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-
-from actors.errors import CampaignError
 
 FINISH_REASONS = ("stop", "length", "abort")
 """What `Trajectories.finish_reasons` indexes, in vLLM's words."""
@@ -127,30 +126,8 @@ class TeacherScores:
         return len(self.ids)
 
 
-LARGE_FIELDS = ("support_ids", "support_logprobs", "hidden")
-"""Those of TeacherScores that may hold more than one number a token."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LightScores(TeacherScores):
-    """Scores whose LARGE_FIELDS are [N, 0] here: they travel by themselves, as LargeScores of each trajectory."""
-
-    form: dict[str, np.ndarray]
-    """[0, K], [0, K or V], [0, H] by field: width and dtype of what travels by itself."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LargeScores:
-    """What one teacher says of one trajectory in more than one number a token. Only who trains on it needs it."""
-
-    id: TrajectoryId
-    teacher: str
-    support_ids: np.ndarray
-    """[n, K], as the others in TeacherScores, of the n tokens of this trajectory."""
-    support_logprobs: np.ndarray
-    """[n, K or V]."""
-    hidden: np.ndarray
-    """[n, H]."""
+WIDE_FIELDS = ("support_ids", "support_logprobs", "hidden")
+"""Fields of TeacherScores that may hold more than one number a token."""
 
 
 def offsets_of(lengths: Iterable[int]) -> np.ndarray:
@@ -223,22 +200,22 @@ def scores_by_teacher(ids: np.ndarray, batches: Sequence[TeacherScores]) -> tupl
     }
     offsets = offsets_of(length[row] for row in wanted)
     teachers = {}
-    for name, own in by_name.items():
+    for name, own in sorted(by_name.items()):  # a mixture's rounding depends on the order: not on who answered first
         place = {tuple(row): i for i, row in enumerate(np.concatenate([b.ids for b in own]).tolist())}
         targets = np.array([i for i, row in enumerate(wanted) if row in place], np.int64)
         sources = np.array([place[wanted[i]] for i in targets], np.int64)
         own_offsets = offsets_of(np.concatenate([np.diff(b.response_offsets) for b in own]))
-        large = {
-            name: ragged_rows(np.concatenate([getattr(b, name) for b in own]), own_offsets, sources)
-            if any(getattr(b, name).shape[1] for b in own)
-            else np.zeros((np.diff(offsets)[targets].sum(), 0), getattr(own[0], name).dtype)
-            for name in LARGE_FIELDS
+        wide = {
+            field: ragged_rows(np.concatenate([getattr(b, field) for b in own]), own_offsets, sources)
+            if any(getattr(b, field).shape[1] for b in own)
+            else np.zeros((np.diff(offsets)[targets].sum(), 0), getattr(own[0], field).dtype)
+            for field in WIDE_FIELDS
         }
         teachers[name] = OneTeacher(
             places=ragged_rows(np.arange(offsets[-1]), offsets, targets),
             log_weights=np.repeat(np.concatenate([b.log_weights for b in own])[sources], np.diff(offsets)[targets]),
             logprobs=ragged_rows(np.concatenate([b.logprobs for b in own]), own_offsets, sources),
-            **large,
+            **wide,
         )
     return offsets, teachers
 
@@ -275,67 +252,17 @@ def select_scores(ids: np.ndarray, batches: Sequence[TeacherScores]) -> TeacherS
     )
 
 
-def without_large(scores: TeacherScores) -> TeacherScores:
-    """The same with no columns in LARGE_FIELDS; nothing is copied."""
-    return replace(scores, **{name: getattr(scores, name)[:, :0] for name in LARGE_FIELDS})
-
-
-def apart(scores: TeacherScores) -> tuple[LightScores, list[LargeScores]]:
-    """(one number a token; what is more, of each trajectory). `rejoined` is the inverse; nothing is copied."""
-    large = {name: getattr(scores, name) for name in LARGE_FIELDS}
-    light = LightScores(
-        ids=scores.ids,
-        response_offsets=scores.response_offsets,
-        logprobs=scores.logprobs,
-        teacher=scores.teacher,
-        log_weights=scores.log_weights,
-        **{name: values[:, :0] for name, values in large.items()},
-        form={name: values[:0] for name, values in large.items()},
-    )
-    edges = zip(scores.response_offsets[:-1].tolist(), scores.response_offsets[1:].tolist(), strict=True)
-    return light, [
-        LargeScores(
-            id=TrajectoryId(*row),
-            teacher=scores.teacher,
-            **{name: values[start:end] for name, values in large.items()},
+def split_scores(scores: TeacherScores) -> list[TeacherScores]:
+    """One TeacherScores for each trajectory, in their order; the arrays are views, nothing is copied."""
+    edges = itertools.pairwise(scores.response_offsets.tolist())
+    per_token = ("logprobs", *WIDE_FIELDS)
+    return [
+        replace(
+            scores,
+            ids=scores.ids[row : row + 1],
+            response_offsets=np.array([0, end - start], np.int64),
+            log_weights=scores.log_weights[row : row + 1],
+            **{name: values[start:end] for name in per_token if len(values := getattr(scores, name))},
         )
-        for row, (start, end) in zip(scores.ids.tolist(), edges, strict=True)
+        for row, (start, end) in enumerate(edges)
     ]
-
-
-def rejoined(ids: np.ndarray, scores: Sequence[TeacherScores], parts: Sequence[LargeScores]) -> list[TeacherScores]:
-    """The batches with all their fields: light ones are cut to the trajectories with these ids [M, 3], others stay as
-    they are. CampaignError names a trajectory of `ids` whose part is missing, or one of another that has one."""
-    wanted = {TrajectoryId(*row) for row in np.asarray(ids).tolist()}
-    found = {(part.teacher, part.id): part for part in parts}
-    light = [batch for batch in scores if isinstance(batch, LightScores)]
-    known = {(batch.teacher, TrajectoryId(*row)) for batch in light for row in batch.ids.tolist()}
-    for teacher, name in found:
-        if name not in wanted or (teacher, name) not in known:
-            raise CampaignError(f"trajectory {name}: what {teacher} says of it came to where it is not trained on")
-
-    def whole(batch: LightScores) -> TeacherScores:
-        rows = np.array([i for i, row in enumerate(batch.ids.tolist()) if tuple(row) in wanted], np.int64)
-        lengths = np.diff(batch.response_offsets)[rows]
-        own = []
-        for row, length in zip(batch.ids[rows].tolist(), lengths.tolist(), strict=True):
-            part = found.get((batch.teacher, TrajectoryId(*row)))
-            if part is None or len(part.support_logprobs) != length:
-                tokens = "nothing" if part is None else f"{len(part.support_logprobs)} tokens"
-                raise CampaignError(
-                    f"trajectory {TrajectoryId(*row)}: of what {batch.teacher} says of its {length} tokens {tokens} came"
-                )
-            own.append(part)
-        large: dict[str, Any] = {
-            name: np.concatenate([form, *(getattr(part, name) for part in own)]) for name, form in batch.form.items()
-        }
-        return TeacherScores(
-            ids=batch.ids[rows],
-            response_offsets=offsets_of(lengths),
-            logprobs=ragged_rows(batch.logprobs, batch.response_offsets, rows),
-            teacher=batch.teacher,
-            log_weights=batch.log_weights[rows],
-            **large,
-        )
-
-    return [whole(batch) if isinstance(batch, LightScores) else batch for batch in scores]

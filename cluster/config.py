@@ -153,11 +153,6 @@ class CampaignConfig:
         return max((t.top_k for t in self.teachers.values() if t.signal == "student_topk"), default=0)
 
     @property
-    def scores_apart(self) -> bool:
-        """Whether what teachers say in more than one number a token goes to the rank that trains on it, and no other."""
-        return self.learner.replicas > 1 and any(t.signal != "sampled" for t in self.teachers.values())
-
-    @property
     def gives_rewards(self) -> bool:
         """Whether training uses rewards, which `evaluation.verifier` gives."""
         objective = self.learner.objective

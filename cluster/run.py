@@ -142,7 +142,7 @@ class Running:
     async def _train(self) -> bool:
         """The loop, and again from a checkpoint when the learner was lost or a guard wants it; whether it is complete."""
         teachers = {name: self.fleets[f"teacher.{name}"] for name in self.config.teachers}
-        panel = Teachers(teachers, self.inputs.lessons, apart=self.config.scores_apart)
+        panel = Teachers(teachers, self.inputs.lessons, each=self.config.learner.replicas > 1)
         await panel.compare_replicas()
         parts: dict[str, Any] = {
             "prompts": self.inputs.prompts,

@@ -1,80 +1,91 @@
-"""What was written and what is said of it, joined into the tensors of one update.
+"""Collates trajectories and their teachers' scores into the tensors of one update.
 
-Shapes: B trajectories and N response tokens of the update, of which a rank trains on M trajectories; K support.
+Shapes: B trajectories and N response tokens of the update; M, n the trajectories and response tokens of this rank (all
+of them with one rank); K support, V vocabulary, H hidden size.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from actors.errors import CampaignError
 from actors.forward.logprobs import from_array
 from actors.trajectory import (
-    LargeScores,
     TeacherScores,
     Trajectories,
-    rejoined,
+    TrajectoryId,
+    offsets_of,
     scores_by_teacher,
     select_scores,
-    select_trajectories,
-    without_large,
 )
 from learner.batch import UpdateBatch
 from learner.config import ObjectiveConfig
 from learner.hidden_states import Head, HiddenStates
 from learner.objective.divergences import extrapolated_teacher
 from learner.objective.estimators import reward_cost
+from learner.student.sharding import Ranks
+
+SHARES_TOLERANCE = 1e-3
+"""How far from 1 the shares of a trajectory's teachers may add up to."""
 
 
-class Said(NamedTuple):
-    """What the teachers, or the reference teacher, say of an update."""
-
-    logprobs: np.ndarray
-    """[N] float32: of all tokens, the other ranks' too; NaN where a score is missing."""
-    own: TeacherScores
-    """Of the M trajectories of this rank alone, also what is more than one number a token."""
-    batches: Sequence[TeacherScores]
-    """What `own` was made from: by teacher, and with hidden states."""
-
-
-def joined(
-    ids: np.ndarray,
-    batches: Sequence[Trajectories | TeacherScores | LargeScores],
+def collate(
+    written: Trajectories,
+    scores: Sequence[TeacherScores],
+    mine: np.ndarray,
     policy_version: int,
     objective: ObjectiveConfig,
     device: str,
     *,
     masked_token_ids: Sequence[int],
     heads: Mapping[str, Head],
-    share: Callable[[Trajectories], np.ndarray] | None = None,
-    total: Callable[[Tensor], Tensor] = lambda values: values,
+    ranks: Ranks,
 ) -> UpdateBatch:
-    """Joins trajectories and scores by id, in the order of `ids` [B, 3]; `heads` are those of the teachers by name.
+    """The tensors of the update on `written`, in its order.
 
-    share: says [B] bool which of the trajectories this rank trains on; all of them by default. Where the scores are
-    light, the batches hold LargeScores of these alone. total: the sum over the ranks.
+    mine: [B] bool, the trajectories that this rank trains on. scores: batches that hold the scores of these, from all
+    their teachers, and perhaps others. heads: output layers of the teachers that send hidden states, by name.
+    What is one number a token ([N]) each rank gets of all tokens, by one sum over the ranks in which the tokens of other
+    ranks are 0, so that it is exact; what is wider ([n, K]) each rank has of its own tokens only.
+    CampaignError: scores of a trajectory of this rank are missing.
     """
 
     def tensor(values: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(values)).to(device)
 
-    written = select_trajectories(ids, [b for b in batches if isinstance(b, Trajectories)])
-    mine = np.ones(len(ids), bool) if share is None else share(written)
+    ids = written.ids[mine]
     own_tokens = np.repeat(mine, written.lengths)
-    teachers, reference = _said_by(ids, mine, batches, objective.reference_teacher)
-    missing = total(tensor(_missing(teachers, reference, own_tokens))).cpu().numpy()
-    mask = (missing == 0) & ~np.isin(written.response_tokens, list(masked_token_ids))
-    said = _said_tensors(teachers, reference, mask, own_tokens, objective.extrapolation, tensor)
+    referring = [batch for batch in scores if batch.teacher == objective.reference_teacher]
+    teaching = [batch for batch in scores if batch.teacher != objective.reference_teacher]
+    _check_shares(ids, teaching)
+    teacher = _scores_of(ids, teaching)
+    reference = None if objective.reference_teacher is None else _scores_of(ids, referring)
+    teacher, reference = _same_widths(teacher, reference, ranks, device)
+    logprobs, reference_logprobs, missing = _of_all_ranks(teacher, reference, own_tokens, ranks, tensor)
+    mask = ~missing & ~np.isin(written.response_tokens, list(masked_token_ids))
+
+    def where_known(values: np.ndarray) -> Tensor:
+        known = mask if values.ndim == 1 else mask[own_tokens, None]
+        return tensor(np.where(known, values, np.float32(0)))
+
+    teacher_logprobs = where_known(logprobs)
+    if reference is not None:
+        teacher_logprobs = extrapolated_teacher(
+            teacher_logprobs, where_known(reference_logprobs), objective.extrapolation
+        )
     behaviour = tensor(written.behaviour_logprobs)
-    if objective.estimator == "sft":  # responses that the teacher has written: what sampled them is the teacher
-        behaviour = said["teacher_logprobs"]
+    if objective.estimator == "sft":  # the teacher wrote these responses, so it is the behaviour policy
+        behaviour = teacher_logprobs
     batch = UpdateBatch(
         written,
         {
             "tokens": tensor(written.response_tokens.astype(np.int64)),
             "behaviour_logprobs": behaviour,
+            "teacher_logprobs": teacher_logprobs,
             "mask": tensor(mask),
             "weights": torch.zeros(len(mask), device=device),
             "coefficient": torch.zeros(len(mask), device=device),
@@ -82,11 +93,13 @@ def joined(
             "old_logprobs": behaviour,
             "importance": torch.ones(len(mask), device=device),
             "on_policy": tensor(written.policy_versions == policy_version),
-            **said,
+            "support_ids": tensor(teacher.support_ids.astype(np.int64)),
+            "support_logprobs": where_known(teacher.support_logprobs),
+            "reference_logprobs": where_known((reference or _without_width(teacher)).support_logprobs),
         },
         device,
-        _hidden_states(ids[mine], teachers, heads, own_tokens, device),
-        _hidden_states(ids[mine], reference, heads, own_tokens, device),
+        _hidden_states(ids, teaching, heads, own_tokens, heads.keys() - {objective.reference_teacher}, ranks, device),
+        _hidden_states(ids, referring, heads, own_tokens, heads.keys() & {objective.reference_teacher}, ranks, device),
         mine=mine,
         own=None if mine.all() else tensor(np.cumsum(own_tokens) - 1),
     )
@@ -97,87 +110,125 @@ def joined(
     return batch
 
 
-def _said_by(
-    ids: np.ndarray,
-    mine: np.ndarray,
-    batches: Sequence[Trajectories | TeacherScores | LargeScores],
-    reference_teacher: str | None,
-) -> tuple[Said, Said | None]:
-    """(by the teachers, by the reference teacher where there is one) of the trajectories with these ids [B, 3], of which
-    those in `mine` [B] bool are this rank's."""
-    scored = [b for b in batches if isinstance(b, TeacherScores)]
-    complete = rejoined(ids[mine], scored, [b for b in batches if isinstance(b, LargeScores)])
-
-    def of(chosen: list[int]) -> Said:
-        whole = [complete[i] for i in chosen]
-        own = select_scores(ids[mine], whole)
-        light = [without_large(scored[i]) for i in chosen]
-        return Said(own.logprobs if mine.all() else select_scores(ids, light).logprobs, own, whole)
-
-    teaching = [i for i, batch in enumerate(scored) if batch.teacher != reference_teacher]
-    referring = [i for i, batch in enumerate(scored) if batch.teacher == reference_teacher]
-    return of(teaching), of(referring) if referring else None
+def _scores_of(ids: np.ndarray, batches: Sequence[TeacherScores]) -> TeacherScores:
+    """The scores of the trajectories with these ids [M, 3]; without columns where this rank was given nothing."""
+    if not len(ids) and not batches:
+        nothing = np.zeros((0, 0), np.float32)
+        return TeacherScores(
+            ids=ids,
+            response_offsets=offsets_of([]),
+            logprobs=nothing.reshape(-1),
+            teacher="",
+            log_weights=nothing.reshape(-1),
+            support_ids=nothing.astype(np.int32),
+            support_logprobs=nothing,
+        )
+    return select_scores(ids, batches)
 
 
-def _missing(teachers: Said, reference: Said | None, own_tokens: np.ndarray) -> np.ndarray:
-    """[N] int32: 1 where a score is missing. What is missing in another rank's supports, that rank alone knows."""
-    missing = np.zeros(len(own_tokens), np.int32)
-    for said in (teachers, reference):
-        if said is not None:
-            missing |= ~np.isfinite(said.logprobs)
-            missing[own_tokens] |= ~np.isfinite(said.own.support_logprobs).all(-1)
-    return missing
+def _without_width(scores: TeacherScores) -> TeacherScores:
+    return replace(scores, support_logprobs=scores.support_logprobs[:, :0])
 
 
-def _said_tensors(
-    teachers: Said,
-    reference: Said | None,
-    mask: np.ndarray,
-    own_tokens: np.ndarray,
-    extrapolation: float,
-    tensor: Callable[[np.ndarray], Tensor],
-) -> dict[str, Tensor]:
-    """Those fields of `Part` that the teachers decide: [N], or of what is LARGE the tokens of this rank."""
-
-    def where_known(values: np.ndarray) -> Tensor:
-        known = mask if values.ndim == 1 else mask[own_tokens, None]
-        return tensor(np.where(known, values, np.float32(0)))
-
-    logprobs, own = where_known(teachers.logprobs), teachers.own
-    reference_support = own.support_logprobs[:, :0]
-    if reference is not None:
-        logprobs = extrapolated_teacher(logprobs, where_known(reference.logprobs), extrapolation)
-        reference_support = reference.own.support_logprobs
-    return {
-        "teacher_logprobs": logprobs,
-        "support_ids": tensor(own.support_ids.astype(np.int64)),
-        "support_logprobs": where_known(own.support_logprobs),
-        "reference_logprobs": where_known(reference_support),
+def _check_shares(ids: np.ndarray, batches: Sequence[TeacherScores]) -> None:
+    """CampaignError names a trajectory of which no scores, or not those of all teachers of its mixture, are there."""
+    shares = {tuple(row): 0.0 for row in ids.tolist()}
+    last = {
+        (batch.teacher, tuple(row)): w
+        for batch in batches
+        for row, w in zip(batch.ids.tolist(), batch.log_weights.tolist(), strict=True)
     }
+    for (_, row), log_weight in last.items():
+        if row in shares:
+            shares[row] += math.exp(log_weight)
+    for row, share in shares.items():
+        if abs(share - 1) > SHARES_TOLERANCE:
+            raise CampaignError(
+                f"trajectory {TrajectoryId(*row)}: scores of teachers with {share:.3g} of the whole weight came to the rank that trains on it"
+            )
+
+
+def _same_widths(
+    teacher: TeacherScores, reference: TeacherScores | None, ranks: Ranks, device: str
+) -> tuple[TeacherScores, TeacherScores | None]:
+    """The scores with as many columns on every rank, as one rank would have them: padded vocabularies may differ from
+    teacher to teacher, and a rank without trajectories was given no scores, but computes alongside the others."""
+    if ranks.size == 1:
+        return teacher, reference
+    unknown = np.iinfo(np.int32).max
+    widths = [scores.support_logprobs.shape[1] if scores else 0 for scores in (teacher, reference)]
+    found = torch.tensor([teacher.support_ids.shape[1], *(-(width or unknown) for width in widths)], device=device)
+    support, *narrowest = ranks.largest(found).tolist()
+
+    def cut(values: np.ndarray, width: int) -> np.ndarray:
+        return values[:, :width] if values.shape[1] else np.zeros((len(values), width), values.dtype)
+
+    def fitted(scores: TeacherScores, narrowest: int) -> TeacherScores:
+        width = 0 if -narrowest == unknown else -narrowest
+        return replace(
+            scores,
+            support_ids=cut(scores.support_ids, support),
+            support_logprobs=cut(scores.support_logprobs, width),
+        )
+
+    return fitted(teacher, narrowest[0]), reference and fitted(reference, narrowest[1])
+
+
+def _of_all_ranks(
+    teacher: TeacherScores,
+    reference: TeacherScores | None,
+    own_tokens: np.ndarray,
+    ranks: Ranks,
+    tensor: Callable[[np.ndarray], Tensor],
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(log-probs of the teacher, of the reference teacher, both 0 where missing; whether a score is missing), [N] each.
+
+    A token is missing if its own score, or a part of its support, is not finite, at either teacher.
+    """
+    columns = np.zeros((3, len(own_tokens)), np.float32)
+    for row, scores in enumerate((teacher, reference)):
+        if scores is not None:
+            known = np.isfinite(scores.logprobs) & np.isfinite(scores.support_logprobs).all(-1)
+            columns[row, own_tokens] = np.where(known, scores.logprobs, 0)
+            columns[2, own_tokens] += ~known
+    logprobs, reference_logprobs, missing = ranks.sum(tensor(columns)).cpu().numpy()
+    return logprobs, reference_logprobs, missing > 0
 
 
 def _hidden_states(
-    ids: np.ndarray, said: Said | None, heads: Mapping[str, Head], own_tokens: np.ndarray, device: str
+    ids: np.ndarray,
+    batches: Sequence[TeacherScores],
+    heads: Mapping[str, Head],
+    own_tokens: np.ndarray,
+    names: Collection[str],
+    ranks: Ranks,
+    device: str,
 ) -> list[HiddenStates]:
-    """What the teachers with these heads sent of the trajectories with these ids [M, 3], whose tokens are these of the
-    update: own_tokens [N] bool.
+    """The hidden states that the teachers of these names sent for the trajectories with these ids [M, 3], whose tokens
+    are those of the update's N where own_tokens [N] is true.
 
-    A state that is not finite becomes zero: its token, whose score is missing, is masked.
+    A state that is not finite becomes zero: its token, whose score is missing, is masked. Of several ranks each has an
+    entry for every teacher, though no trajectory of its own may be scored by it: all compute alike.
     """
-    if said is None or not heads:
-        return []
-    _, teachers = scores_by_teacher(ids, said.batches)
+    _, teachers = scores_by_teacher(ids, batches) if len(ids) and names else ([], {})
     out = []
-    for name, own in teachers.items():
-        places = np.full(len(own_tokens), -1, np.int64)
-        places[np.flatnonzero(own_tokens)[own.places]] = np.arange(len(own.places))
-        states = from_array(own.hidden).to(device)
+    for name in sorted(names):
+        if name in teachers:
+            own = teachers[name]
+            places, log_weights, states = own.places, own.log_weights, from_array(own.hidden).to(device)
+        elif ranks.size > 1:
+            weight, _ = heads[name]
+            places, log_weights, states = np.zeros(0, np.int64), np.zeros(0, np.float32), weight[:0]
+        else:
+            continue
+        states_of = np.full(len(own_tokens), -1, np.int64)
+        states_of[np.flatnonzero(own_tokens)[places]] = np.arange(len(places))
         out.append(
             HiddenStates(
                 torch.where(states.isfinite(), states, torch.zeros_like(states)),
                 heads[name],
-                torch.from_numpy(places).to(device),
-                torch.from_numpy(own.log_weights).to(device),
+                torch.from_numpy(states_of).to(device),
+                torch.from_numpy(log_weights).to(device),
             )
         )
     return out

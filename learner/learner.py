@@ -20,11 +20,11 @@ from actors.data.models import load_head, load_model, response_head
 from actors.data.tokenizer import load_tokenizer
 from actors.errors import NonFiniteLossError
 from actors.forward.packing import Microbatch, use_packed_attention
-from actors.trajectory import LargeScores, TeacherScores, Trajectories, TrajectoryId
+from actors.trajectory import TeacherScores, Trajectories, TrajectoryId, select_trajectories
 from actors.weights.buckets import WeightVersion
 from actors.weights.delta import DeltaVersion
 from learner.batch import NO_TOKENS, UpdateBatch, minibatch_rows
-from learner.collate import joined
+from learner.collate import collate
 from learner.config import LearnerConfig
 from learner.costs import coefficients, importance_of, needs_whole_update
 from learner.forward import Forward, exact_forward_kl, exact_reverse_kl, no_columns
@@ -81,6 +81,7 @@ class Learner:
         self._vocabulary = len(head.weight)
         self._optimizer = build_optimizer(self._model, config.optimizer, offload=config.offload_optimizer)
         teachers = teachers or {}
+        self._teachers = set(teachers)
         self._forward = Forward(
             body,
             head.weight,
@@ -136,28 +137,30 @@ class Learner:
     def update(
         self,
         ids: np.ndarray,
-        *batches: Trajectories | TeacherScores | LargeScores,
+        *batches: Trajectories | TeacherScores,
         rate_scale: float = 1.0,
         domains: Sequence[str | None] | None = None,
     ) -> dict[str, float]:
         """The optimiser steps of one update, on the trajectories with these ids [B, 3]; returns its metrics.
 
-        The batches hold the trajectories and their scores, in any order and perhaps with others; where scores are light,
-        each rank is given the large parts of its own trajectories. The update is a function of `ids` and of what was
-        written and scored. NonFiniteLossError: the step was not taken.
+        The batches hold the trajectories and their scores, in any order and perhaps with others. With several ranks,
+        each is given all trajectories, and the scores of those that it trains on (`owners` in student/sharding.py). The
+        update is a function of `ids` and of what was written and scored. NonFiniteLossError: the step was not taken.
         rate_scale multiplies the schedule's learning rate; domains [B] of the prompts, to measure each.
         """
         start = time.perf_counter()
-        batch = joined(
-            ids,
-            batches,
+        written = select_trajectories(ids, [b for b in batches if isinstance(b, Trajectories)])
+        scores = [b for b in batches if isinstance(b, TeacherScores)]
+        batch = collate(
+            written,
+            scores,
+            self._share(written),
             self.policy_version,
             self._config.objective,
             self._device,
             masked_token_ids=self._masked_token_ids,
             heads=self._heads,
-            share=self._share,
-            total=self._ranks.sum,
+            ranks=self._ranks,
         )
         self._look_ahead(batch)
         rate = rate_scale * learning_rate(self.policy_version + 1, self._total_updates, self._config.optimizer)
@@ -171,9 +174,7 @@ class Learner:
                 break
         self.policy_version += 1
         self._averages.follow()
-        teaching = [b for b in batches if isinstance(b, TeacherScores)]
-        reference = self._config.objective.reference_teacher
-        groups = groups_of(ids, [b for b in teaching if b.teacher != reference], domains)
+        groups = self._groups(ids, scores, domains)
         metrics = collected.means(groups, self._ranks) | response_metrics(batch.trajectories)
         metrics |= {"grad_norm": norm, "learning_rate": rate, "beta": self._beta, "step_scale": scale}
         metrics["mismatch_ess"] = effective_sample_size(batch.tensors["importance"].log(), batch.tensors["mask"]).item()
@@ -244,6 +245,15 @@ class Learner:
         """Policy version and busy seconds."""
         return {"policy_version": self.policy_version, "busy_seconds": self._busy_seconds}
 
+    def _groups(
+        self, ids: np.ndarray, scores: Sequence[TeacherScores], domains: Sequence[str | None] | None
+    ) -> dict[str, np.ndarray]:
+        """The groups of trajectories that are measured by themselves, by teacher and by domain."""
+        reference = self._config.objective.reference_teacher
+        teaching = [batch for batch in scores if batch.teacher != reference]
+        names = self._teachers - {reference}
+        return groups_of(ids, teaching, domains, teachers=names, ranks=self._ranks, device=self._device)
+
     def _share(self, written: Trajectories) -> np.ndarray:
         """[B] bool: the trajectories that this rank trains on."""
         return self._ranks.share(np.diff(written.prompt_offsets) + written.lengths, self._minibatches(written))
@@ -256,7 +266,7 @@ class Learner:
         """Micro-batches of those of the rows that are this rank's, with passes over nothing added until all ranks have as
         many: in each pass they gather the layers together."""
         mine = batch.microbatches(self._pass_tokens, rows[batch.mine[rows]])
-        return mine + [NO_TOKENS] * (self._ranks.most(len(mine), self._device) - len(mine))
+        return mine + [NO_TOKENS] * (int(self._ranks.largest(torch.tensor(len(mine), device=self._device))) - len(mine))
 
     def _accumulate(self, batch: UpdateBatch, rows: np.ndarray, collected: UpdateMetrics) -> float:
         """Gradients of the loss of these rows, clipped; returns their norm before that."""

@@ -5,7 +5,7 @@ and the most likely tokens of student and teacher are compared at a few tokens o
 Shapes: N tokens of the update, n of a micro-batch or chunk, B trajectories, K support, V vocabulary.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -134,17 +134,29 @@ def _by_group(trajectory_N: Tensor, reverse_kl_N: Tensor, groups: Mapping[str, n
 
 
 def groups_of(
-    ids: np.ndarray, scores: Sequence[TeacherScores], domains: Sequence[str | None] | None
+    ids: np.ndarray,
+    scores: Sequence[TeacherScores],
+    domains: Sequence[str | None] | None,
+    *,
+    teachers: Collection[str] = (),
+    ranks: Ranks | None = None,
+    device: str = "cpu",
 ) -> dict[str, np.ndarray]:
     """`teacher/<name>` and `domain/<name>` -> [B] bool: which of the trajectories with these ids [B, 3] the teacher has
-    scored, or have a prompt of the domain. Nothing where there is one teacher; nothing without domains [B]."""
-    scored: dict[str, set[tuple[int, ...]]] = {}
+    scored, or have a prompt of the domain. Nothing where there is one teacher; nothing without domains [B].
+
+    scores: with several ranks, those that this rank was given; teachers then names all that there may be.
+    """
+    scored: dict[str, set[tuple[int, ...]]] = {name: set() for name in teachers}
     for batch in scores:
         scored.setdefault(batch.teacher, set()).update(map(tuple, batch.ids.tolist()))
-    groups = {}
-    if len(scored) > 1:
-        wanted = [tuple(row) for row in ids.tolist()]
-        groups = {f"teacher/{name}": np.array([row in own for row in wanted]) for name, own in sorted(scored.items())}
+    names, wanted = sorted(scored), [tuple(row) for row in ids.tolist()]
+    by_teacher = np.array([[row in scored[name] for row in wanted] for name in names], bool).reshape(-1, len(ids))
+    if ranks is not None and ranks.size > 1:
+        by_teacher = ranks.sum(torch.from_numpy(by_teacher).int().to(device)).bool().cpu().numpy()
+    groups = {f"teacher/{name}": rows for name, rows in zip(names, by_teacher, strict=True) if rows.any()}
+    if len(groups) < 2:
+        groups = {}
     for domain in sorted({domain for domain in domains or () if domain is not None}):
         groups[f"domain/{domain}"] = np.array([domain == other for other in domains or ()])
     return groups

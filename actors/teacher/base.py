@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from actors.errors import CampaignError
-from actors.trajectory import TeacherScores, Trajectories, apart, offsets_of, select_trajectories
+from actors.trajectory import TeacherScores, Trajectories, offsets_of, select_trajectories, split_scores
 
 PLAUSIBLE = (-1000.0, 1e-3)
 """Nats. A log-prob outside is no teacher's opinion, but a sentinel such as -9999, or not a log-prob at all."""
@@ -23,19 +23,21 @@ class TeacherCounts(NamedTuple):
     """Seconds that this took."""
 
 
-class ScoresApart:
-    """What every kind of teacher has besides its `score`."""
+class Teacher:
+    """What every kind of teacher has besides its own `score`."""
 
     score: Callable[..., tuple[TeacherCounts, TeacherScores]]
 
-    def score_apart(self, *arguments: Any, **keywords: Any) -> tuple[Any, ...]:
-        """As `score`, in 2 + B values: counts, LightScores, and the LargeScores of each of the B trajectories."""
+    def score_each(self, *arguments: Any, **keywords: Any) -> tuple[Any, ...]:
+        """The same as `score`, in 1 + B values: the counts, and a TeacherScores for each of the B trajectories.
+
+        A learner of several ranks asks for this: each value travels only to the rank that trains on its trajectory.
+        """
         counts, scores = self.score(*arguments, **keywords)
-        light, large = apart(scores)
-        return counts, light, *large
+        return counts, *split_scores(scores)
 
 
-class Scorer(ScoresApart):
+class Scorer(Teacher):
     """A teacher that asks a model itself. What it does in another way than the others is `_forward`."""
 
     _name: str

@@ -18,11 +18,11 @@ import torch.distributed as dist
 from actors.config import TeacherConfig
 from actors.data.models import tensor_parallel_plan
 from actors.errors import UserError
-from actors.teacher.base import ScoresApart
+from actors.teacher.base import Teacher
 from actors.teacher.local import TeacherActor
 
 
-class ShardedTeacher(ScoresApart):
+class ShardedTeacher(Teacher):
     """`tensor_parallel_size` ranks on one node, which is all that a caller sees of one teacher."""
 
     def __init__(self, config: TeacherConfig, key: str = "teacher", vocabulary: int | None = None):

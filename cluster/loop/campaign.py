@@ -31,7 +31,6 @@ from actors.data.prompts import PromptSet, requests
 from actors.errors import AbortedError, LostObjectError
 from cluster.config import CampaignConfig
 from cluster.console.progress import Progress
-from cluster.fleet.ray_actor import PerRank
 from cluster.fleet.ray_fleet import Fleet
 from cluster.guards import judge
 from cluster.loop.evaluation import Evaluator
@@ -41,7 +40,7 @@ from cluster.loop.queues import Backlog
 from cluster.loop.reporting import Account
 from cluster.loop.teachers import Teachers
 from cluster.loop.weight_sync import TRANSPORTS, Published, WeightTransport
-from cluster.loop.work import Work, shared_out
+from cluster.loop.work import Work, scores_by_rank
 from cluster.records.writer import RunRecords
 from cluster.state.campaign_state import CampaignState
 from cluster.state.checkpoints import Checkpoints
@@ -211,8 +210,7 @@ class Campaign:
                         "update",
                         work.ids,
                         *work.trajectories,
-                        *work.scores,
-                        *self._large(work),
+                        *self._scores_of(work),
                         rate_scale=self.state.guards.rate_scale,
                         domains=self._prompts.domains_of(work.ids),
                     )
@@ -292,11 +290,11 @@ class Campaign:
         except ExceptionGroup as errors:
             raise errors.exceptions[0] from None
 
-    def _large(self, work: Work) -> list[PerRank]:
-        """What each rank of the learner alone is given; nothing where scores are whole."""
+    def _scores_of(self, work: Work) -> list[Any]:
+        """The references of an update's scores, as arguments: with several ranks, each gets those of its own trajectories."""
         learner = self.config.learner
-        steps, ranks = learner.minibatches_per_update, learner.replicas
-        return [shared_out(work, self._backlog.tokens_of(work), steps, ranks)] if work.large else []
+        own = scores_by_rank(work, self._backlog.tokens_of(work), learner.minibatches_per_update, learner.replicas)
+        return [own] if learner.replicas > 1 else own.arguments[0]
 
     def _record(self, work: Work, metrics: dict[str, float], published: Published) -> dict[str, Any]:
         queues = self._backlog.depths()

@@ -5,6 +5,7 @@ time, so that curves differ by the weights alone. Here the campaign process read
 """
 
 import asyncio
+import itertools
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from cluster.fleet.ray_actor import fetched
 from cluster.fleet.ray_fleet import Fleet
 from cluster.loop.slots import split_evenly
 from cluster.loop.teachers import Teachers
+from cluster.loop.work import each_once
 
 GREEDY, SAMPLED = 0, 1
 """The sample number tells how an evaluation's trajectory was drawn."""
@@ -59,7 +61,7 @@ class Evaluator:
         )
         ids = self._ids(SAMPLED)
         scored = await self._teachers.score(ids, sampled)
-        scores = select_scores(ids, await fetched(scored.references))
+        scores = select_scores(ids, await fetched(each_once(itertools.chain(*scored.references))))
         written = select_trajectories(ids, await fetched(sampled))
         best = select_trajectories(self._ids(GREEDY), await fetched(greedy))
         rewards = self._rewards(written.response_tokens, written.response_offsets)

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from actors.data.prompts import PromptSet, position_to_id
-from actors.trajectory import RolloutCounts
+from actors.trajectory import RolloutCounts, TrajectoryId
 from cluster.config import CampaignConfig
 from cluster.fleet.ray_fleet import Fleet
 from cluster.loop.slots import Sampling, Scored, Slots, split_evenly, too_stale
@@ -75,8 +75,9 @@ class Backlog:
         """Teachers have answered."""
         self._state.ledger.scored(work.numbers)
         turn = next(self._turns)
+        references = dict(zip((TrajectoryId(*row) for row in work.ids.tolist()), scores.references, strict=True))
         for part in work.parts:
-            part.receive(scores.references, scores.large, turn)
+            part.receive(references, turn)
             self._to_train.put_nowait(part)
 
     def lost_before_scored(self, work: Work) -> None:

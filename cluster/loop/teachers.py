@@ -10,7 +10,7 @@ import numpy as np
 from actors.config import SamplingConfig, TeacherConfig
 from actors.data.prompts import PromptSet
 from actors.errors import CampaignError, UserError
-from actors.trajectory import Requests, RolloutCounts, TrajectoryId, offsets_of, ragged_rows
+from actors.trajectory import Requests, RolloutCounts, offsets_of, ragged_rows
 from cluster.fleet.ray_fleet import Fleet
 from cluster.loop.slots import split_evenly
 
@@ -56,22 +56,21 @@ class Lessons(NamedTuple):
 class Scored(NamedTuple):
     """The answer to `Teachers.score`."""
 
-    references: list[Any]
-    """Of TeacherScores."""
+    references: list[tuple[Any, ...]]
+    """[B] of each trajectory the references of TeacherScores that hold it, one for each of its teachers."""
     missing: int
     """Tokens without a finite score."""
     busy_seconds: float
-    large: dict[TrajectoryId, list[Any]]
-    """Of LargeScores, where they are apart: one for each teacher of a trajectory."""
 
 
 class Teachers:
     """All teachers' fleets, and the lessons for one set of prompts."""
 
-    def __init__(self, fleets: dict[str, Fleet], lessons: Lessons, *, apart: bool = False):
-        """apart: what is more than one number a token is to come by trajectory, for ranks that need some of it only."""
+    def __init__(self, fleets: dict[str, Fleet], lessons: Lessons, *, each: bool = False):
+        """each: teachers return one object for each trajectory, so that a rank of the learner can be sent only its own;
+        else one for each call."""
         self.fleets = fleets
-        self._lessons, self._apart = lessons, apart
+        self._lessons, self._each = lessons, each
 
     async def score(self, ids: np.ndarray, trajectories: Sequence[Any], *, parts: int | None = None) -> Scored:
         """Has the trajectories with these ids [B, 3], held by the references, scored by their teachers.
@@ -79,21 +78,21 @@ class Teachers:
         Each teacher takes its share in the order of `ids`, in so many parts, or one for each of its actors: who scores
         what, and in which company, is a function of `ids` alone.
         """
-        calls = []
+        calls, rows_of = [], []
         for name, fleet in self.fleets.items():
             mine = [row for row in range(len(ids)) if name in self._lessons.routes[ids[row, 1]]]
             for part in split_evenly(len(mine), parts or len(fleet.replicas)) if mine else []:
-                calls.append(self._call(name, ids[mine[part.start : part.stop]], trajectories))
+                rows_of.append(mine[part.start : part.stop])
+                calls.append(self._call(name, ids[rows_of[-1]], trajectories))
         answers = await asyncio.gather(*calls)
-        large: dict[TrajectoryId, list[Any]] = {}
-        for _, _, own in answers:
-            for trajectory, reference in own.items():
-                large.setdefault(trajectory, []).append(reference)
+        references: list[tuple[Any, ...]] = [()] * len(ids)
+        for rows, (_, found) in zip(rows_of, answers, strict=True):
+            for row, reference in zip(rows, found, strict=True):
+                references[row] += (reference,)
         return Scored(
-            [reference for _, reference, _ in answers],
-            sum(counts.missing for counts, _, _ in answers),
-            sum(counts.busy_seconds for counts, _, _ in answers),
-            large,
+            references,
+            sum(counts.missing for counts, _ in answers),
+            sum(counts.busy_seconds for counts, _ in answers),
         )
 
     async def room(self, calls: int) -> None:
@@ -140,21 +139,19 @@ class Teachers:
         stop = self._lessons.stop_token_ids
         return await fleet.call("sample", asked, version, sampling, stop, told, returns=2, units=len(asked.ids))
 
-    async def _call(
-        self, name: str, ids: np.ndarray, trajectories: Sequence[Any]
-    ) -> tuple[Any, Any, dict[TrajectoryId, Any]]:
-        """(counts, reference of the scores, of each trajectory the reference of what is apart from them)."""
+    async def _call(self, name: str, ids: np.ndarray, trajectories: Sequence[Any]) -> tuple[Any, list[Any]]:
+        """(counts, [B] the reference of the scores that hold each trajectory)."""
         prompts = self._lessons.privileged.get(name)
-        counts, scores, *large = await self.fleets[name].call(
-            "score_apart" if self._apart else "score",
+        counts, *scores = await self.fleets[name].call(
+            "score_each" if self._each else "score",
             ids,
             *trajectories,
-            returns=2 + len(ids) * self._apart,
+            returns=1 + len(ids) if self._each else 2,
             units=len(ids),
             prompts=_prompts_of(prompts, ids[:, 1]) if prompts else None,
             log_weights=np.array([self._lessons.routes[prompt][name] for prompt in ids[:, 1]], np.float32),
         )
-        return counts, scores, dict(zip((TrajectoryId(*row) for row in ids.tolist()), large, strict=self._apart))
+        return counts, scores if self._each else scores * len(ids)
 
 
 def _prompts_of(prompts: PromptSet, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -1,6 +1,6 @@
 """What passes between the stages of the loop: numbers, ids, counts, and references to the arrays. Pure."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,15 +22,12 @@ class Work:
     """[B, 3] epoch, prompt, sample."""
     trajectories: list[Any] = field(default_factory=list)
     """References of Trajectories that hold these ids, and perhaps others."""
-    scores: list[Any] = field(default_factory=list)
-    """References of TeacherScores, likewise."""
-    large: dict[TrajectoryId, list[Any]] = field(default_factory=dict)
-    """Where the learner has several ranks: of each trajectory the references of LargeScores, one for each teacher that
-    has scored it. Empty where scores are whole."""
+    scores: list[tuple[Any, ...]] = field(default_factory=list)
+    """[B] of each trajectory the references of TeacherScores that hold it, one for each of its teachers."""
     sampled_in: int = 0
     """The turn in which it was sampled: of an id that was sampled again, the last trajectory counts."""
-    scored_in: int = 0
-    """The turn in which it was scored, likewise."""
+    scored_in: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    """[B] the turn in which each was scored: of an id that was scored again, the last scores count."""
     lengths: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     """[B] response tokens."""
     oldest_versions: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
@@ -45,15 +42,10 @@ class Work:
     def __len__(self) -> int:
         return len(self.numbers)
 
-    @property
-    def names(self) -> list[TrajectoryId]:
-        """[B] the ids, by each of which there may be something in `large`."""
-        return [TrajectoryId(*row) for row in self.ids.tolist()]
-
-    def receive(self, scores: list[Any], large: dict[TrajectoryId, list[Any]], turn: int) -> None:
-        """It has been scored, perhaps with others: references of TeacherScores, and of LargeScores where they are apart."""
-        self.scores, self.scored_in = scores, turn
-        self.large = {name: large[name] for name in self.names if large}
+    def receive(self, scores: Mapping[TrajectoryId, tuple[Any, ...]], turn: int) -> None:
+        """Teachers have answered. scores: id -> the references of its scores, perhaps with ids of other works."""
+        self.scores = [scores[TrajectoryId(*row)] for row in self.ids.tolist()]
+        self.scored_in = np.full(len(self), turn)
 
 
 def merge(works: Sequence[Work]) -> Work:
@@ -70,19 +62,13 @@ def merge(works: Sequence[Work]) -> Work:
 
 
 def gather(rows: Sequence[tuple[Work, int]]) -> Work:
-    """Single trajectories, each the row of a scored work that holds it and perhaps others, in this order.
-
-    Scores are in the order in which they came: of a trajectory that was lost and sampled again, the old ones may lie in
-    one object with those of another that was not, and the last ones count. So it is with trajectories.
-    """
-    works = sorted(_each_once(work for work, _ in rows), key=lambda work: work.scored_in)
-    names = {work: work.names for work in works if work.large}
+    """Single trajectories, each the row of a scored work that holds it and perhaps others, in this order."""
     return Work(
         numbers=[work.numbers[row] for work, row in rows],
         ids=np.array([work.ids[row] for work, row in rows], np.int64).reshape(-1, 3),
-        trajectories=_trajectories(works),
-        scores=_each_once(reference for work in works for reference in work.scores),
-        large={names[work][row]: work.large[names[work][row]] for work, row in rows if work in names},
+        trajectories=_trajectories(each_once(work for work, _ in rows)),
+        scores=[work.scores[row] for work, row in rows],
+        scored_in=np.array([work.scored_in[row] for work, row in rows]),
         lengths=np.array([work.lengths[row] for work, row in rows]),
         oldest_versions=np.array([work.oldest_versions[row] for work, row in rows]),
         truncated=np.array([work.truncated[row] for work, row in rows]),
@@ -94,23 +80,26 @@ def singles(work: Work, replica: Any) -> list[Work]:
     return [Work([number], work.ids[row : row + 1], replica=replica) for row, number in enumerate(work.numbers)]
 
 
-def shared_out(work: Work, costs_B: np.ndarray, minibatches: int, ranks: int) -> PerRank:
-    """The large scores of a work, each for the rank that trains on the trajectory: as the learner shares them out.
+def scores_by_rank(work: Work, costs_B: np.ndarray, minibatches: int, ranks: int) -> PerRank:
+    """The references of each rank's scores: those of the trajectories that it trains on, as the learner divides them.
 
-    costs_B: tokens of prompt and response. minibatches: steps of one epoch.
+    costs_B: tokens of prompt and response. minibatches: optimiser steps of one epoch.
+    In the order of scoring: where a trajectory was lost and sampled again, its old scores may lie in one object with
+    those of another trajectory, and the learner takes the last ones.
     """
     owner = owners(costs_B, minibatch_rows(len(work), minibatches), ranks)
     found: list[list[Any]] = [[] for _ in range(ranks)]
-    for name, rank in zip(work.names, owner.tolist(), strict=True):
-        found[rank] += work.large[name]
-    return PerRank(found)
+    for row in np.argsort(work.scored_in, kind="stable"):
+        found[owner[row]] += work.scores[row]
+    return PerRank([each_once(references) for references in found])
 
 
 def _trajectories(works: Iterable[Work]) -> list[Any]:
     """References, in the order in which they came."""
     in_order = sorted(works, key=lambda work: work.sampled_in)
-    return _each_once(reference for work in in_order for reference in work.trajectories)
+    return each_once(reference for work in in_order for reference in work.trajectories)
 
 
-def _each_once(things: Iterable[Any]) -> list[Any]:
+def each_once(things: Iterable[Any]) -> list[Any]:
+    """The different ones, in the order of their first appearance."""
     return list(dict.fromkeys(things))

@@ -82,13 +82,12 @@ class Ranks:
             dist.all_reduce(values)
         return values
 
-    def most(self, count: int, device: str) -> int:
-        """The largest of the ranks' numbers."""
-        if self.size == 1:
-            return count
-        found = torch.tensor(count, device=device)
-        dist.all_reduce(found, dist.ReduceOp.MAX)
-        return int(found)
+    def largest(self, values: Tensor) -> Tensor:
+        """The largest over the ranks, element by element."""
+        if self.size > 1:
+            values = values.clone()
+            dist.all_reduce(values, dist.ReduceOp.MAX)
+        return values
 
     def concatenate(self, values: Tensor) -> Tensor:
         """[n_r, ...] of each rank -> [sum n_r, ...], in the order of the ranks."""

@@ -11,12 +11,12 @@ import ray
 from actors.config import StudentConfig
 from actors.errors import CampaignError
 from actors.teacher.local import TeacherActor
-from actors.trajectory import LargeScores, LightScores, TrajectoryId
+from actors.trajectory import TeacherScores, TrajectoryId
 from cluster.fleet.ray_actor import PerRank, Resources, fetched
 from cluster.fleet.ray_fleet import Fleet
 from cluster.fleet.ray_learner import LearnerGroup
 from cluster.loop.teachers import Lessons, Teachers
-from cluster.loop.work import Work, shared_out
+from cluster.loop.work import Work, scores_by_rank
 from learner.config import LearnerConfig, ObjectiveConfig, OptimizerConfig
 from learner.learner import Learner
 from tests.tiny_models import make_tiny_model
@@ -54,26 +54,23 @@ def test_each_rank_is_given_what_the_teacher_said_of_its_own_trajectories_and_no
 
     async def body(teacher: Fleet, learner: LearnerGroup) -> None:
         await asyncio.gather(teacher.start(), learner.start())
-        panel = Teachers({"teacher": teacher}, Lessons([{"teacher": 0.0}] * 3, {}), apart=True)
+        panel = Teachers({"teacher": teacher}, Lessons([{"teacher": 0.0}] * 3, {}), each=True)
         references = [ray.put(written)]
         scored = await panel.score(written.ids, references)
-        [light] = await fetched(scored.references)
-        assert isinstance(light, LightScores) and light.support_logprobs.shape[1] == light.support_ids.shape[1] == 0
-        work = Work(list(range(6)), written.ids, references, scored.references, scored.large, written.lengths)
-        own = shared_out(work, np.diff(written.prompt_offsets) + written.lengths, 1, 2)
+        work = Work(list(range(6)), written.ids, references, lengths=written.lengths)
+        work.receive(dict(zip((TrajectoryId(*row) for row in written.ids.tolist()), scored.references, strict=True)), 0)
+        own = scores_by_rank(work, np.diff(written.prompt_offsets) + written.lengths, 1, 2)
         parts = [await fetched(given) for given in own.arguments]
-        assert all(isinstance(part, LargeScores) for given in parts for part in given)
-        names = [[part.id for part in given] for given in parts]
+        assert all(isinstance(part, TeacherScores) and len(part) == 1 for given in parts for part in given)
+        names = [[tuple(part.ids[0].tolist()) for part in given] for given in parts]
         assert sorted(names[0] + names[1]) == [TrajectoryId(*row) for row in written.ids] and all(names)
 
-        metrics = await learner.call("update", written.ids, *references, *scored.references, own)
+        metrics = await learner.call("update", written.ids, *references, own)
         for key in ("loss", "grad_norm", "reverse_kl", "tokens_trained"):
             assert metrics[key] == pytest.approx(expected[key], rel=1e-5), key
-        # Ranks take no more and no less than their own: what the other has is refused, by name.
-        with pytest.raises(
-            CampaignError, match=r"trajectory 0/\S+ what teacher says of it came to where it is not trained"
-        ):
-            await learner.call("update", written.ids, *references, *scored.references, PerRank(own.arguments[::-1]))
+        # A rank that is not given the scores of its own trajectories says so, by name.
+        with pytest.raises(CampaignError, match=r"trajectory 0/\S+ scores of teachers with 0 of the whole weight came"):
+            await learner.call("update", written.ids, *references, PerRank(own.arguments[::-1]))
 
     async def run() -> None:
         told = teacher_config(models, "other", "topk")

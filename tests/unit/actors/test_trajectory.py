@@ -1,22 +1,20 @@
 """Ragged arrays, and the joining of batches by id."""
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from actors.errors import CampaignError
 from actors.trajectory import (
-    LARGE_FIELDS,
+    WIDE_FIELDS,
     TeacherScores,
     Trajectories,
-    TrajectoryId,
-    apart,
     offsets_of,
     ragged_rows,
-    rejoined,
     select_scores,
     select_trajectories,
+    split_scores,
 )
 
 
@@ -106,31 +104,26 @@ def test_teachers_of_different_domains_each_score_their_own() -> None:
     assert replace(chosen, teacher="x").response_offsets.tolist() == [0, 2, 3]
 
 
-def test_scores_that_were_taken_apart_are_put_together_for_any_of_their_trajectories() -> None:
+def test_scores_are_split_by_trajectory_and_put_together_for_any_of_them() -> None:
     ids = [(0, 1, 0), (0, 2, 0), (0, 3, 0)]
-    whole = scores(ids, [[-1.0, -2.0], [-3.0], [-4.0, -5.0, -6.0]], "a", 0.5)
-    light, parts = apart(whole)
-    assert [part.id for part in parts] == ids and [len(part.support_logprobs) for part in parts] == [2, 1, 3]
-    assert all(getattr(light, name).shape[1] == 0 for name in LARGE_FIELDS)
-    np.testing.assert_array_equal(light.logprobs, whole.logprobs)
+    together = scores(ids, [[-1.0, -2.0], [-3.0], [-4.0, -5.0, -6.0]], "a", 0.5)
+    parts = split_scores(together)
+    assert [part.ids.tolist() for part in parts] == [[list(row)] for row in ids]
+    assert [len(part.support_logprobs) for part in parts] == [2, 1, 3]
+    assert all(part.log_weights.tolist() == together.log_weights[:1].tolist() for part in parts)
+    assert np.shares_memory(parts[1].support_logprobs, together.support_logprobs)
     other = scores(ids, [[-7.0, -7.0], [-7.0], [-7.0] * 3], "b", 0.5)
     asked = np.array([ids[2], ids[0]])
-    first, second = rejoined(asked, [light, other], [parts[2], parts[0]])
-    assert second is other and first.ids.tolist() == [list(ids[0]), list(ids[2])]
-    for name in ("logprobs", *LARGE_FIELDS):
-        found = getattr(select_scores(asked, [first, other]), name)
-        np.testing.assert_array_equal(found, getattr(select_scores(asked, [whole, other]), name))
-    [nothing] = rejoined(np.zeros((0, 3), np.int64), [light], [])
-    assert len(nothing) == 0 and nothing.support_logprobs.shape == (0, 2)
+    for name in ("logprobs", *WIDE_FIELDS):
+        found = getattr(select_scores(asked, [parts[2], other, parts[0]]), name)
+        np.testing.assert_array_equal(found, getattr(select_scores(asked, [together, other]), name))
+    with pytest.raises(KeyError):
+        select_scores(np.array(ids), [parts[0], parts[2]])
 
 
-def test_a_part_of_scores_that_is_missing_or_strange_is_named() -> None:
-    light, parts = apart(scores([(0, 1, 0), (0, 2, 0)], [[-1.0, -2.0], [-3.0]], "a", 1.0))
-    with pytest.raises(CampaignError, match=r"trajectory 0/2/0: of what a says of its 1 tokens nothing came"):
-        rejoined(light.ids, [light], parts[:1])
-    shorter = replace(parts[0], support_logprobs=parts[0].support_logprobs[:1])
-    with pytest.raises(CampaignError, match=r"trajectory 0/1/0: of what a says of its 2 tokens 1 tokens came"):
-        rejoined(light.ids, [light], [shorter, parts[1]])
-    for ids, part in ((light.ids[:1], parts[1]), (light.ids, replace(parts[1], teacher="b"))):
-        with pytest.raises(CampaignError, match=rf"trajectory {TrajectoryId(0, 2, 0)}: what {part.teacher} says of it"):
-            rejoined(ids, [light], [parts[0], part])
+def test_a_mixture_does_not_depend_on_who_answered_first() -> None:
+    ids, rng = [(0, 1, 0)], np.random.default_rng(0)
+    three = [scores(ids, [list(-rng.random(9))], name, 1 / 3) for name in "abc"]
+    expected = select_scores(np.array(ids), three)
+    for order in itertools.permutations(three):
+        np.testing.assert_array_equal(select_scores(np.array(ids), list(order)).logprobs, expected.logprobs)

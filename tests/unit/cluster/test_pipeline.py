@@ -125,7 +125,8 @@ def test_split_evenly_is_a_balanced_partition_in_order(count: int, parts: int) -
 def work(*numbers: int, oldest: int = 0, length: int = 3) -> Work:
     count = len(numbers)
     made = Work(list(numbers), np.array([(0, number, 0) for number in numbers]))
-    made.trajectories, made.scores = [f"trajectories {numbers}"], [f"scores {numbers}"]
+    made.trajectories, made.scores = [f"trajectories {numbers}"], [(f"scores {numbers}",)] * count
+    made.scored_in = np.zeros(count, np.int64)
     made.lengths, made.oldest_versions = np.full(count, length), np.full(count, oldest)
     made.truncated = np.zeros(count, bool)
     return made
@@ -152,7 +153,7 @@ def test_updates_take_the_oldest_whoever_brought_it_and_each_once(seed: int) -> 
             assert update.numbers == sorted(sorted(there, key=lambda number: (versions[number], number))[:5])
             assert [row[1] for row in update.ids] == update.numbers
             assert update.oldest_versions.tolist() == [versions[number] for number in update.numbers]
-            assert len(set(update.trajectories)) == len(update.trajectories) == len(update.scores)
+            assert len(set(update.trajectories)) == len(update.trajectories) == len(set(update.scores))
             there -= set(update.numbers)
             taken += update.numbers
             learner += 1

@@ -10,7 +10,7 @@ from actors.teacher.base import TeacherCounts
 from actors.trajectory import RolloutCounts, TrajectoryId
 from cluster.fleet.ray_actor import PerRank
 from cluster.loop.teachers import Lessons, Teachers
-from cluster.loop.work import Work, gather, merge, shared_out
+from cluster.loop.work import Work, gather, merge, scores_by_rank
 from learner.batch import minibatch_rows
 from learner.student.sharding import owners
 from tests.unit.cluster.test_campaign import (
@@ -41,13 +41,22 @@ class UnevenRollout(FakeRollout):
         return RolloutCounts(lengths, *counts[1:]), reference
 
 
-class ApartTeacher(FakeTeacher):
+class EachTeacher(FakeTeacher):
     async def call(
         self, method: str, ids: np.ndarray, *trajectories: Reference, returns: int, units: int, **_: Any
-    ) -> tuple[TeacherCounts, Reference, *tuple[Reference, ...]]:  # type: ignore[override]
-        assert (method, returns) == ("score_apart", 2 + len(ids))
-        counts, scores = await super().call("score", ids, *trajectories, returns=2, units=units)
-        return counts, scores, *(Reference((self.name, TrajectoryId(*row))) for row in ids.tolist())
+    ) -> tuple[TeacherCounts, *tuple[Reference, ...]]:  # type: ignore[override]
+        assert (method, returns) == ("score_each", 1 + len(ids))
+        counts, _ = await super().call("score", ids, *trajectories, returns=2, units=units)
+        names = [TrajectoryId(*row) for row in ids.tolist()]
+        return counts, *(EachReference(("scores", {name: None}), self.name, name) for name in names)
+
+
+class EachReference(Reference):
+    """What one teacher says of one trajectory."""
+
+    def __init__(self, value: Any, teacher: str, name: TrajectoryId):
+        super().__init__(value)
+        self.teacher, self.name = teacher, name
 
 
 class LearnerOfRanks(FakeLearner):
@@ -60,9 +69,12 @@ class LearnerOfRanks(FakeLearner):
         owner = owners(costs, minibatch_rows(len(names), STEPS), RANKS)
         assert isinstance(own, PerRank)
         for rank in range(RANKS):
-            expected = [(who, name) for name, its in zip(names, owner, strict=True) if its == rank for who in "ab"]
-            assert [reference.value for reference in own.arguments[rank]] == expected
-        return await super().call(method, *common, **how)
+            expected = {(who, name) for name, its in zip(names, owner, strict=True) if its == rank for who in "ab"}
+            found = [(reference.teacher, reference.name) for reference in own.arguments[rank]]
+            assert len(found) == len(expected) and set(found) == expected
+        return await super().call(
+            method, *common, *(reference for given in own.arguments for reference in given), **how
+        )
 
 
 @pytest.mark.parametrize(("bound", "samples"), [(0, 1), (2, 1), (2, 3)])
@@ -73,55 +85,53 @@ def test_each_rank_is_given_all_that_teachers_said_of_its_trajectories_alone(
     config.learner.replicas, config.learner.minibatches_per_update = RANKS, STEPS
     world.losing = {"score": 0.2, "update": 0.3}
     made = campaign(config, world, rollout=UnevenRollout(world, 2), prompt_lengths=PROMPTS)
-    fleets: Any = {name: ApartTeacher(world, 2) for name in "ab"}
+    fleets: Any = {name: EachTeacher(world, 2) for name in "ab"}
     for name, fleet in fleets.items():
         fleet.name = name
     shares = {"a": np.log(0.5), "b": np.log(0.5)}
-    made.teachers = Teachers(fleets, Lessons([shares] * len(PROMPTS), {}), apart=True)
+    made.teachers = Teachers(fleets, Lessons([shares] * len(PROMPTS), {}), each=True)
     made.learner = LearnerOfRanks(world, 1)  # type: ignore[assignment]
     assert run(made)
     trained = [row for update in world.trained for row in update]
     assert len(trained) == len(set(trained)) == 12 * SIZE
 
 
-def test_scores_are_apart_where_there_are_several_ranks_and_more_than_one_number_a_token(tmp_path: Path) -> None:
-    config = configuration(tmp_path)
-    assert not config.scores_apart
-    config.learner.replicas = 2
-    assert not config.scores_apart  # one number a token
-    config.teachers["default"].signal = "topk"
-    assert config.scores_apart
-    config.learner.replicas = 1
-    assert not config.scores_apart
+def scored(numbers: list[int]) -> Work:
+    work = Work(numbers, np.array([(0, number, 0) for number in numbers]))
+    work.lengths = work.oldest_versions = work.truncated = np.array([5, 1, 4, 2])[numbers]
+    return work
 
 
-def test_an_update_holds_what_is_large_of_its_own_trajectories_alone() -> None:
+def test_a_rank_is_given_the_scores_of_its_own_trajectories_alone() -> None:
     names = [TrajectoryId(0, prompt, 0) for prompt in range(4)]
-    scored = Work([0, 1, 2, 3], np.array(names))
-    scored.receive(["scores"], {name: [f"large {name}"] for name in (*names, TrajectoryId(0, 9, 0))}, 0)
-    assert list(scored.large) == names  # of those that were scored with them nothing is kept
-    scored.lengths = scored.oldest_versions = scored.truncated = np.array([5, 1, 4, 2])
-    update = gather([(scored, 0), (scored, 2), (scored, 3)])
-    assert update.large == {name: [f"large {name}"] for name in (names[0], names[2], names[3])}
-    assert shared_out(update, update.lengths, 1, 2).arguments == [
-        [f"large {names[0]}"],
-        [f"large {names[2]}", f"large {names[3]}"],
+    work = scored([0, 1, 2, 3])
+    work.receive({name: (f"a {name}", f"b {name}") for name in (*names, TrajectoryId(0, 9, 0))}, 0)
+    assert work.scores == [(f"a {name}", f"b {name}") for name in names]
+    update = gather([(work, 0), (work, 2), (work, 3)])
+    assert scores_by_rank(update, update.lengths, 1, 2).arguments == [
+        [f"a {names[0]}", f"b {names[0]}"],
+        [f"a {names[2]}", f"b {names[2]}", f"a {names[3]}", f"b {names[3]}"],
     ]
-    del update.large[names[2]]
     with pytest.raises(KeyError, match="prompt=2"):
-        shared_out(update, update.lengths, 1, 2)
+        work.receive({name: ("a",) for name in names if name.prompt != 2}, 0)
+
+
+def test_one_object_of_the_scores_of_several_trajectories_is_given_once() -> None:
+    work = scored([0, 1, 2, 3])
+    work.receive({TrajectoryId(0, prompt, 0): ("a", "b") for prompt in range(4)}, 0)
+    update = gather([(work, row) for row in range(4)])
+    assert scores_by_rank(update, update.lengths, 1, 1).arguments == [["a", "b"]]
 
 
 def test_scores_of_a_trajectory_that_was_lost_and_sampled_again_are_the_last() -> None:
-    lost, waiting, again = (Work([number], np.array([(0, number, 0)])) for number in (0, 1, 0))
-    for work in (lost, waiting, again):
-        work.lengths = work.oldest_versions = work.truncated = np.array([1])
+    lost, waiting, again = scored([0]), scored([1]), scored([0])
     for work in (lost, waiting):  # scored together
-        work.receive(["both, as they were"], {}, 3)
-    again.receive(["the one, as it is now"], {}, 4)
+        work.receive({TrajectoryId(0, prompt, 0): ("both, as they were",) for prompt in (0, 1)}, 3)
+    again.receive({TrajectoryId(0, 0, 0): ("the one, as it is now",)}, 4)
     for rows in ([(again, 0), (waiting, 0)], [(waiting, 0), (again, 0)]):
         update = gather(rows)
-        assert update.scores == ["both, as they were", "the one, as it is now"]
+        found = scores_by_rank(update, update.lengths, 1, 1).arguments
+        assert found == [["both, as they were", "the one, as it is now"]]
         assert update.numbers == [work.numbers[0] for work, _ in rows]
 
 
@@ -130,8 +140,10 @@ def test_a_trajectory_that_was_lost_and_sampled_again_is_the_last() -> None:
     for turn, work in enumerate((lost, waiting, again)):
         work.lengths = work.oldest_versions = work.truncated = np.array([1])
         work.trajectories, work.sampled_in = ["both, as they were" if turn < 2 else "the one, as it is now"], turn
-    again.receive(["scores"], {}, 3)
-    waiting.receive(["scores"], {}, 4)  # of what was written together one was lost, and the other scored late
+    again.receive({TrajectoryId(0, 0, 0): ("scores",)}, 3)
+    waiting.receive(
+        {TrajectoryId(0, 1, 0): ("scores",)}, 4
+    )  # of what was written together one was lost, and the other scored late
     for rows in ([(again, 0), (waiting, 0)], [(waiting, 0), (again, 0)]):
         assert gather(rows).trajectories == ["both, as they were", "the one, as it is now"]
         assert merge([work for work, _ in rows]).trajectories == ["both, as they were", "the one, as it is now"]

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from actors.config import TeacherConfig
 from actors.errors import CampaignError
 from actors.teacher.local import TeacherActor
-from actors.trajectory import LargeScores, LightScores, TeacherScores, Trajectories, TrajectoryId, apart
+from actors.trajectory import TeacherScores, Trajectories, TrajectoryId, split_scores
 from learner.batch import minibatch_rows
 from learner.config import ObjectiveConfig
 from learner.learner import Learner
@@ -92,19 +92,17 @@ def material(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) 
     return made
 
 
-def shares(material: Material, case: str, ranks: int) -> tuple[list[LightScores], list[list[LargeScores]]]:
-    """(what all are given; by rank, what it alone is)."""
+def shares(material: Material, case: str, ranks: int) -> list[list[TeacherScores]]:
+    """By rank: the scores of each of its trajectories, from each teacher, as they come out of another process."""
     written = material.written
     costs = np.diff(written.prompt_offsets) + written.lengths
     owner = owners(costs, minibatch_rows(len(written), MINIBATCHES), ranks)
     rank_of = {TrajectoryId(*row): rank for row, rank in zip(written.ids.tolist(), owner.tolist(), strict=True)}
-    light, own = [], [[] for _ in range(ranks)]
+    own: list[list[TeacherScores]] = [[] for _ in range(ranks)]
     for batch in material.scores[case]:
-        small, large = apart(batch)
-        light.append(small)
-        for part in pickle.loads(pickle.dumps(large, protocol=5)):
-            own[rank_of[part.id]].append(part)
-    return light, own
+        for part in pickle.loads(pickle.dumps(split_scores(batch), protocol=5)):
+            own[rank_of[TrajectoryId(*part.ids[0].tolist())]].append(part)
+    return own
 
 
 def run_rank(rank: int, size: int, material: Material) -> None:
@@ -112,13 +110,14 @@ def run_rank(rank: int, size: int, material: Material) -> None:
     ranks = Ranks.join(dist.FileStore(str(material.folder / f"meeting-{size}"), size), rank, size, "cpu")
     found: dict[str, Any] = {}
     for case in CASES:
-        light, own = shares(material, case, size)
-        given = {"whole": material.scores[case], "shares": [*reversed(own[rank]), *light]}
+        given = {"whole": material.scores[case], "shares": shares(material, case, size)[rank][::-1]}
         for kind, batches in given.items():
             learner = material.learner(case, ranks)
             metrics = [learner.update(material.written.ids, *batches, material.written) for _ in range(2)]
             found[case, kind] = metrics, [own_rows(p.detach())[0].numpy() for p in learner._model.parameters()]
-    found["given"] = {case: [part.id for part in shares(material, case, size)[1][rank]] for case in CASES}
+    found["given"] = {
+        case: [TrajectoryId(*part.ids[0].tolist()) for part in shares(material, case, size)[rank]] for case in CASES
+    }
     (material.folder / f"found-{size}-{rank}").write_bytes(pickle.dumps(found))
     dist.destroy_process_group()
 
@@ -169,12 +168,13 @@ def test_every_trajectory_is_with_one_rank(size: int, material: Material, found:
         assert sum(map(bool, given)) > 1
 
 
-def test_a_share_that_is_not_this_rank_s_is_named(material: Material) -> None:
-    light, (own, others) = shares(material, "topk", 2)
-    learner = material.learner("topk", None)  # one rank, to which all of it belongs
-    gone = others.pop()
-    with pytest.raises(CampaignError, match=f"trajectory {gone.id}: of what teacher says of its . tokens nothing came"):
-        learner.update(material.written.ids, material.written, *light, *own, *others)
-    strange = replace(own[0], id=TrajectoryId(0, 9, 9))
-    with pytest.raises(CampaignError, match="trajectory 0/9/9: what teacher says of it came to where it is not"):
-        learner.update(material.written.ids, material.written, *light, *own, *others, gone, strange)
+def test_a_rank_that_lacks_scores_of_its_own_trajectories_names_one(material: Material) -> None:
+    learner = material.learner("topk", None)  # one rank, to which all of them belong
+    gone, *others = split_scores(material.scores["topk"][0])
+    message = f"trajectory {TrajectoryId(*gone.ids[0].tolist())}: scores of teachers with 0 of the whole weight came"
+    with pytest.raises(CampaignError, match=message):
+        learner.update(material.written.ids, material.written, material.scores["topk"][1], *others)
+    learner = material.learner("full", None)
+    *first, second, base = material.scores["full"]
+    with pytest.raises(CampaignError, match=r"trajectory 0/0/0: scores of teachers with 0.25 of the whole weight came"):
+        learner.update(material.written.ids, material.written, *first, *split_scores(second)[1:], base)
