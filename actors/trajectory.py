@@ -51,6 +51,27 @@ class Requests:
         return np.split(self.prompt_tokens, self.prompt_offsets[1:-1])
 
 
+class Prompts(NamedTuple):
+    """B prompts as tokens. Example: prompt 1 is tokens[offsets[1]:offsets[2]]."""
+
+    tokens: np.ndarray
+    """[P] int32."""
+    offsets: np.ndarray
+    """[B + 1] int64."""
+
+    def rows(self) -> list[np.ndarray]:
+        """[B] the tokens of each prompt."""
+        return np.split(self.tokens, self.offsets[1:-1])
+
+
+class Limits(NamedTuple):
+    """Where a generated response ends."""
+
+    max_response_tokens: int
+    stop_token_ids: list[int]
+    """The first of them that is generated ends the response, and is part of it."""
+
+
 class RolloutCounts(NamedTuple):
     """What the campaign process must know of a batch of trajectories without opening it."""
 

@@ -111,7 +111,7 @@ class SleepingRollout(Answering):
 
 
 class SleepingTeacher:
-    """In the place of actors.teacher.local.TeacherActor."""
+    """In the place of actors.teacher.local.LocalTeacher."""
 
     def __init__(self, times: Times):
         self._times, self._turn = times, asyncio.Lock()

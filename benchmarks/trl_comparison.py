@@ -82,25 +82,22 @@ def write_trajectories(setting: Setting, file: Path) -> None:
     from actors.config import PromptsConfig, TeacherConfig
     from actors.data.prompts import load_prompts
     from actors.data.tokenizer import load_tokenizer
-    from actors.teacher.local import TeacherActor
-    from actors.trajectory import offsets_of
+    from actors.teacher.local import LocalTeacher
+    from actors.trajectory import Limits, Prompts, offsets_of
 
     torch.manual_seed(0)
     tokenizer = load_tokenizer(setting.student, False, "student.model")
     source = PromptsConfig(path=setting.prompts, chat=setting.chat, reference_field=None)
     prompts = load_prompts(source, tokenizer, 512, "prompts")
-    student = TeacherActor(TeacherConfig(setting.student, dtype="float32"))
+    student = LocalTeacher(TeacherConfig(setting.student, dtype="float32"))
     count = setting.trajectories * setting.updates
     asked = [np.asarray(prompts.tokens_of(row)) for row in range(count)]
     written, lengths = [], []
     for start in range(0, count, setting.trajectories):
         rows = asked[start : start + setting.trajectories]
         tokens, offsets = student.generate(
-            np.concatenate(rows),
-            offsets_of([len(row) for row in rows]),
-            setting.max_response_tokens,
-            [tokenizer.eos_token_id],
-            tokenizer.pad_token_id,
+            Prompts(np.concatenate(rows), offsets_of([len(row) for row in rows])),
+            Limits(setting.max_response_tokens, [tokenizer.eos_token_id]),
             do_sample=True,
             top_k=0,
         )
@@ -121,14 +118,14 @@ def our_updates(setting: Setting) -> dict[str, Any]:
     import torch
 
     from actors.config import StudentConfig, TeacherConfig
-    from actors.teacher.local import TeacherActor
+    from actors.teacher.local import LocalTeacher
     from actors.trajectory import Trajectories
     from learner.config import LearnerConfig, ObjectiveConfig, OptimizerConfig
     from learner.learner import Learner
 
     torch.set_num_threads(setting.threads)
     budget = 2048  # as in configs/quickstart.yaml
-    teacher = TeacherActor(TeacherConfig(setting.teacher, signal="full", dtype="float32", microbatch_tokens=budget))
+    teacher = LocalTeacher(TeacherConfig(setting.teacher, signal="full", dtype="float32", microbatch_tokens=budget))
     learner = Learner(
         StudentConfig(setting.student),
         LearnerConfig(

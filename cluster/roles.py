@@ -11,7 +11,7 @@ from typing import Any
 from actors.config import StudentConfig, TeacherConfig, publishes_adapter
 from actors.rollout.actor import RolloutActor
 from actors.teacher.backends import backend_of, teacher_class
-from actors.teacher.cross_tokenizer import ForeignTeacher
+from actors.teacher.cross_tokenizer import CrossTokenizerTeacher
 from cluster.config import CampaignConfig
 from cluster.fleet.ray_actor import Resources
 from cluster.fleet.ray_fleet import Fleet
@@ -70,7 +70,9 @@ def build_fleets(
         if teacher.tokenizer is None:
             fleets[role] = fleet(role, actor, teacher, key, vocabulary=inputs.vocabulary)
         else:
-            fleets[role] = fleet(role, ForeignTeacher, actor, teacher, key, _local_student(config), config.prompts.chat)
+            fleets[role] = fleet(
+                role, CrossTokenizerTeacher, actor, teacher, key, _local_student(config), config.prompts.chat
+            )
     return fleets
 
 

@@ -29,7 +29,7 @@ import psutil
 import cluster.roles
 import cluster.run
 from actors.heartbeat import beat
-from actors.teacher.local import TeacherActor
+from actors.teacher.local import LocalTeacher
 from cluster.config_file import load_config
 from cluster.fleet.ray_actor import Replica
 from cluster.fleet.ray_fleet import Fleet
@@ -85,7 +85,7 @@ class ChaosEngine(LightEngine):
         return super()._generate(*arguments)
 
 
-class ChaosTeacher(TeacherActor):
+class ChaosTeacher(LocalTeacher):
     """Waits and fails when it is asked to."""
 
     def score(self, *arguments: Any, **keywords: Any) -> Any:

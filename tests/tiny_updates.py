@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from actors.config import LoraConfig, StudentConfig, TeacherConfig
-from actors.teacher.local import TeacherActor
+from actors.teacher.local import LocalTeacher
 from actors.trajectory import TeacherScores, Trajectories, offsets_of
 from learner.config import LearnerConfig, OptimizerConfig
 from learner.learner import Learner
@@ -75,9 +75,9 @@ def sampled(
     rng = np.random.default_rng(0)
     lengths, prompts = rng.integers(3, 9, 6), np.full(6, 4)
     blank = random_trajectories(rng, [(0, i // 2, i % 2) for i in range(6)], prompts, lengths)
-    own = TeacherActor(teacher_config(models, "student", "topk")).score(blank.ids, blank)[1]
+    own = LocalTeacher(teacher_config(models, "student", "topk")).score(blank.ids, blank)[1]
     written = replace(blank, behaviour_logprobs=own.logprobs, support_ids=own.support_ids)
-    return written, TeacherActor(teacher_config(models, teacher, signal, **changes)).score(blank.ids, written)[1]
+    return written, LocalTeacher(teacher_config(models, teacher, signal, **changes)).score(blank.ids, written)[1]
 
 
 def received(published: Iterator[Any]) -> list[Any]:

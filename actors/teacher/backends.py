@@ -49,7 +49,7 @@ OWN_SETTINGS = ("urls", "api_key_variable", "engine")
 
 BACKENDS = {
     "transformers": Backend(
-        class_path="actors.teacher.local:TeacherActor",
+        class_path="actors.teacher.local:LocalTeacher",
         sharded_class_path="actors.teacher.tensor_parallel:ShardedTeacher",
         signals=SIGNALS,
         samples=True,
@@ -96,7 +96,7 @@ def backend_of(teacher: TeacherConfig, key: str = "teacher") -> Backend:
         raise UserError(
             f"{key}.backend", f"{name} with the signal {unknown[0]}", f"some of {', '.join(SIGNALS)}", SIGNALS
         )
-    needed = {"score": True, "status": True, "generate": row.generates, "sample": row.samples,
+    needed = {"score": True, "score_each": True, "status": True, "generate": row.generates, "sample": row.samples,
               "load_weights": row.follows_student}  # fmt: skip
     if missing := [
         method for method, wanted in needed.items() if wanted and not callable(getattr(found, method, None))

@@ -1,32 +1,113 @@
-"""What all teachers do alike, whatever computes their log-probs: from trajectories to scores, and the self-test. Pure."""
+"""What all teacher backends share: from trajectories to scores, the text that a model reads, and the self-test. Pure.
+
+A backend is a class that extends `Teacher` and has a row in `backends.py`.
+"""
 
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from actors.config import TeacherConfig
 from actors.errors import CampaignError
-from actors.trajectory import TeacherScores, Trajectories, offsets_of, select_trajectories, split_scores
+from actors.teacher.backends import Backend
+from actors.trajectory import (
+    Limits,
+    Prompts,
+    TeacherScores,
+    Trajectories,
+    offsets_of,
+    select_trajectories,
+    split_scores,
+)
 
 PLAUSIBLE = (-1000.0, 1e-3)
-"""Nats. A log-prob outside is no teacher's opinion, but a sentinel such as -9999, or not a log-prob at all."""
+"""Nats. Some servers answer a sentinel such as -9999 in place of a log-prob; values outside are treated as missing."""
+UNBOUNDED = 2**31 - 1
+"""Stands for a vocabulary or a context whose size is not known."""
 
 
 class TeacherCounts(NamedTuple):
-    """What the campaign process must know of a batch of scores without opening it."""
+    """What the campaign process has to know of a batch of scores; it never opens the scores themselves."""
 
     missing: int
-    """Tokens without a finite score; they are masked in training."""
+    """Tokens without a score. They are masked in training."""
     busy_seconds: float
-    """Seconds that this took."""
+    """Seconds that the call took."""
 
 
 class Teacher:
-    """What every kind of teacher has besides its own `score`."""
+    """Base class of the teacher backends. A backend implements `score_tokens`, and what its row promises.
 
-    score: Callable[..., tuple[TeacherCounts, TeacherScores]]
+    Its constructor takes (config, key, vocabulary), and ends with `self_test`. Each actor makes one call at a time.
+    """
+
+    backend: Backend
+    """Row of a class of the user's own; the rows of the built-in classes are in backends.py."""
+
+    def __init__(self, config: TeacherConfig, key: str = "teacher", vocabulary: int | None = None):
+        """config: the teacher's section. key: where it stands, for errors, for example "teachers.default".
+
+        vocabulary: V, rows of the student's output layer; None if it is not known.
+        """
+        self.config, self.key, self.name = config, key, key.rpartition(".")[2]
+        self.vocabulary = vocabulary or UNBOUNDED
+        """Tokens with this id or a higher one have no score: they are padding rows of the student's output layer."""
+        self._busy_seconds, self._probe_logprob = 0.0, float("nan")
+
+    def score_tokens(self, trajectories: Trajectories) -> dict[str, np.ndarray]:
+        """The fields of TeacherScores with one row for each of the N response tokens, as `config.signal` asks.
+
+        Always `logprobs` [N] float32, log q(y_t | c_t) in nats at temperature 1. With `topk` and `student_topk` also
+        `support_ids` [N, K] int32 and `support_logprobs` [N, K] float32; with `full` `support_logprobs` [N, V]; with
+        `hidden` `hidden` [N, H]. NaN: the model does not say. Arrays must be writable.
+
+        Long work has to call `actors.heartbeat.beat()` from time to time (docs/extending.md).
+        """
+        raise NotImplementedError
+
+    def generate(self, prompts: Prompts, limits: Limits) -> tuple[np.ndarray, np.ndarray]:
+        """Greedy responses to B prompts: (tokens [N] int32, offsets [B + 1]), with the stop tokens that ended them."""
+        raise NotImplementedError
+
+    def score(
+        self,
+        ids: np.ndarray,
+        *batches: Trajectories,
+        prompts: Prompts | None = None,
+        log_weights: np.ndarray | None = None,
+    ) -> tuple[TeacherCounts, TeacherScores]:
+        """Scores the trajectories with these ids [B, 3], in this order; the batches hold them, and perhaps others.
+
+        prompts: the B prompts that this teacher reads in place of the student's, where it has privileged information.
+        The response is the same. log_weights: [B] log of this teacher's share in a mixture, passed on in the scores; 0
+        if not given.
+
+        A token has the score NaN, and is counted as missing, where its log-prob or a part of its support is missing, not
+        finite or implausible (PLAUSIBLE), or where its id is beyond `vocabulary`. The result depends on `ids` and on the
+        trajectories, not on the batches that they came in. KeyError: an id that no batch holds.
+        """
+        start = time.perf_counter()
+        trajectories = select_trajectories(ids, batches)
+        if prompts is not None:
+            trajectories = replace(trajectories, prompt_tokens=prompts[0], prompt_offsets=prompts[1])
+        nothing = np.empty((len(trajectories.response_tokens), 0), np.float32)
+        fields = {"support_ids": nothing.astype(np.int32), "support_logprobs": nothing, "hidden": nothing}
+        fields |= self.score_tokens(trajectories)
+        known = trajectories.response_tokens < self.vocabulary
+        known &= (fields["logprobs"] > PLAUSIBLE[0]) & (fields["logprobs"] <= PLAUSIBLE[1])
+        support = fields["support_logprobs"]
+        known &= (np.isfinite(support) & (support <= PLAUSIBLE[1])).all(-1)
+        fields["logprobs"][~known] = np.nan
+        scores = TeacherScores(
+            ids=trajectories.ids,
+            response_offsets=trajectories.response_offsets,
+            teacher=self.name,
+            log_weights=np.zeros(len(ids), np.float32) if log_weights is None else log_weights,
+            **fields,
+        )
+        return self._counted(scores, start), scores
 
     def score_each(self, *arguments: Any, **keywords: Any) -> tuple[Any, ...]:
         """The same as `score`, in 1 + B values: the counts, and a TeacherScores for each of the B trajectories.
@@ -36,92 +117,63 @@ class Teacher:
         counts, scores = self.score(*arguments, **keywords)
         return counts, *split_scores(scores)
 
-
-class Scorer(Teacher):
-    """A teacher that asks a model itself. What it does in another way than the others is `_forward`."""
-
-    _name: str
-    """In the configuration."""
-    _vocabulary: int
-    """Rows of its output layer, of those that the student has: a token beyond them has no score."""
-    _busy_seconds = 0.0
-    _probe_logprob: float
-
-    def _forward(self, trajectories: Trajectories) -> dict[str, np.ndarray]:
-        """The fields of TeacherScores that have one row for each response token: what `signal` asks for, else empty."""
-        raise NotImplementedError
-
-    def score(
-        self,
-        ids: np.ndarray,
-        *batches: Trajectories,
-        prompts: tuple[np.ndarray, np.ndarray] | None = None,
-        log_weights: np.ndarray | None = None,
-    ) -> tuple[TeacherCounts, TeacherScores]:
-        """Scores the trajectories with these ids [B, 3], in this order.
-
-        prompts: what this teacher reads in place of the student's prompts, tokens [P] and offsets [B + 1], where it
-        has privileged information; the response is scored token by token all the same. log_weights: [B] its shares in
-        a mixture, passed on. A token whose score, or part of its support, is missing, not finite or implausible has the
-        score NaN, and is counted. The result depends on `ids` and on what was written, not on how the trajectories were
-        cut into batches on the way.
-        """
-        start = time.perf_counter()
-        trajectories = select_trajectories(ids, batches)
-        if prompts is not None:
-            trajectories = replace(trajectories, prompt_tokens=prompts[0], prompt_offsets=prompts[1])
-        fields = self._forward(trajectories)
-        known = trajectories.response_tokens < self._vocabulary  # further rows are the student's padding
-        known &= (fields["logprobs"] > PLAUSIBLE[0]) & (fields["logprobs"] <= PLAUSIBLE[1])
-        support = fields["support_logprobs"]
-        known &= (np.isfinite(support) & (support <= PLAUSIBLE[1])).all(-1)
-        fields["logprobs"][~known] = np.nan
-        scores = TeacherScores(
-            ids=trajectories.ids,
-            response_offsets=trajectories.response_offsets,
-            teacher=self._name,
-            log_weights=np.zeros(len(ids), np.float32) if log_weights is None else log_weights,
-            **fields,
-        )
-        seconds = time.perf_counter() - start
-        self._busy_seconds += seconds
-        return TeacherCounts(int(np.isnan(scores.logprobs).sum()), seconds), scores
-
     def status(self) -> dict[str, float]:
-        """Busy seconds so far, and the mean log-prob of the self-test's probe, by which replicas are compared."""
+        """Busy seconds since the start, and the mean log-prob of the self-test's probe, which replicas must agree on."""
         return {"busy_seconds": self._busy_seconds, "probe_logprob": self._probe_logprob}
 
-    def _self_test(self, key: str, vocabulary: int, repeats: float = 0.0) -> np.ndarray:
-        """Scores a probe twice; returns the scores. CampaignError: as check_probe."""
-        written = probe(vocabulary)
+    def self_test(self, vocabulary: int | None = None, *, repeats: float = 0.0) -> np.ndarray:
+        """Scores a probe of the vocabulary twice and returns the scores. CampaignError: see `check_probe`."""
+        size = vocabulary or self.vocabulary
+        written = probe(size)
         first, second = (self.score(written.ids, written)[1].logprobs for _ in range(2))
-        self._probe_logprob = check_probe(key, first, second, vocabulary, repeats=repeats)
+        self._probe_logprob = check_probe(self.key, first, second, size, repeats=repeats)
         return first
+
+    def _counted(self, scores: TeacherScores, start: float) -> TeacherCounts:
+        """The counts of a call that began at `start`; adds its time to the busy seconds."""
+        seconds = time.perf_counter() - start
+        self._busy_seconds += seconds
+        return TeacherCounts(int(np.isnan(scores.logprobs).sum()), seconds)
+
+
+def texts_of(trajectories: Trajectories, vocabulary: int) -> list[list[int]]:
+    """[B] prompt and response of each trajectory as one list of token ids, for engines that take a text as a prompt.
+
+    Response tokens beyond `vocabulary` become its last token: an engine without a row for a token fails the whole
+    request. `Teacher.score` masks their scores.
+    """
+    responses = np.minimum(trajectories.response_tokens, vocabulary - 1)
+    pairs = zip(
+        Prompts(trajectories.prompt_tokens, trajectories.prompt_offsets).rows(),
+        np.split(responses, trajectories.response_offsets[1:-1]),
+        strict=True,
+    )
+    return [np.concatenate(pair).tolist() for pair in pairs]
 
 
 def probe(vocabulary: int) -> Trajectories:
-    """One trajectory of up to 31 tokens that every teacher of this vocabulary can score."""
+    """One trajectory of up to 31 response tokens, which every teacher of this vocabulary can score."""
     length = min(32, vocabulary - 1)
     tokens = np.arange(1, length + 1, dtype=np.int32)
-    nowhere = np.zeros(length - 1, np.float32)
+    zeros = np.zeros(length - 1, np.float32)
     return Trajectories(
         ids=np.zeros((1, 3), np.int64),
         prompt_tokens=tokens[:1],
         prompt_offsets=offsets_of([1]),
         response_tokens=tokens[1:],
         response_offsets=offsets_of([length - 1]),
-        behaviour_logprobs=nowhere,
-        policy_versions=nowhere.astype(np.int32),
+        behaviour_logprobs=zeros,
+        policy_versions=zeros.astype(np.int32),
         finish_reasons=np.zeros(1, np.uint8),
         support_ids=np.tile(tokens[:1], (length - 1, 1)),
     )
 
 
 def check_probe(key: str, first: np.ndarray, second: np.ndarray, vocabulary: int, *, repeats: float = 0.0) -> float:
-    """Mean log-prob of the probe, asked twice, after a check that scores can be trusted.
+    """Mean log-prob of the probe, from two answers to it, after a check that they can be scores.
 
-    A teacher that was loaded wrongly goes on answering: all tokens alike, or something else each time. repeats: nats
-    by which two answers may differ. CampaignError: not finite, uniform, or not repeatable.
+    A model that was loaded wrongly still answers: with the same log-prob for all tokens, or with others each time.
+    repeats: nats by which two answers may differ. CampaignError: scores that are not finite, uniform, or not repeatable.
     """
     uniform = -np.log(vocabulary)
     for fault, found in (

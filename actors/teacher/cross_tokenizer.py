@@ -1,7 +1,7 @@
 """A teacher with a tokenizer of its own: it reads the student's text, and its scores are brought back to the student's tokens.
 
-Around a teacher of any backend, which sees trajectories of its own tokens and nothing else. What is exact, and what is
-by a rule, is in `actors/teacher/alignment.py`.
+It wraps a teacher of any backend, which sees trajectories of its own tokens and nothing else. What is exact here, and
+what follows a rule, is explained in `alignment.py`. Shapes: N tokens of the student, M of the teacher.
 """
 
 import time
@@ -15,22 +15,30 @@ from actors.data.models import context_length, find_model, load_config
 from actors.data.tokenizer import load_tokenizer, stop_token_ids
 from actors.teacher.alignment import make_reader, shares
 from actors.teacher.backends import backend_of
-from actors.teacher.base import TeacherCounts
-from actors.trajectory import FINISH_REASONS, TeacherScores, Trajectories, offsets_of, ragged_rows, select_trajectories
+from actors.teacher.base import UNBOUNDED, Teacher, TeacherCounts
+from actors.trajectory import (
+    FINISH_REASONS,
+    Limits,
+    Prompts,
+    TeacherScores,
+    Trajectories,
+    offsets_of,
+    ragged_rows,
+    select_trajectories,
+)
 
-UNBOUNDED = 1 << 31
 
+class CrossTokenizerTeacher(Teacher):
+    """Scores, and answers, for a student with another tokenizer. The signal is always `sampled`."""
 
-class ForeignTeacher:
-    """Scores, and writes, for a student whose tokens are others."""
+    def __init__(self, teacher: type, config: TeacherConfig, key: str, student: StudentConfig, chat: bool):
+        """Loads both tokenizers, and builds a teacher of the class `teacher`.
 
-    def __init__(self, backend: type, config: TeacherConfig, key: str, student: StudentConfig, chat: bool):
-        """Loads the teacher of this backend and both tokenizers; chat: responses follow a chat template.
-
-        UserError: as the backend, or a tokenizer whose tokens are not pieces of text.
+        chat: responses follow a chat template, so the template's end token ends them. UserError: a tokenizer whose
+        tokens are not pieces of text, or see the class.
         """
+        super().__init__(config, key)
         assert config.tokenizer is not None
-        self._name = key.rpartition(".")[2]
         self._student = load_tokenizer(student.model, student.trust_remote_code, "student.model")
         self._own = load_tokenizer(config.tokenizer, config.trust_remote_code, f"{key}.tokenizer")
         self._reader = make_reader(self._student, self._own, f"{key}.tokenizer", chat)
@@ -39,74 +47,69 @@ class ForeignTeacher:
         self._context = UNBOUNDED
         if backend_of(config, key).has_model_files:
             network = load_config(config.model, config.trust_remote_code, f"{key}.model")
-            self._context = min(context_length(network), int(config.engine.get("max_model_len") or UNBOUNDED)) - 1
-        self._teacher: Any = backend(config, key)
-        self._busy_seconds = 0.0
+            context = min(context_length(network), int(config.engine.get("max_model_len") or UNBOUNDED))
+            self._context = context - 1  # vLLM generates one token after the text that it scores
+        self._teacher: Any = teacher(config, key)
 
     def score(
         self,
         ids: np.ndarray,
         *batches: Trajectories,
-        prompts: tuple[np.ndarray, np.ndarray],
+        prompts: Prompts | None = None,
         log_weights: np.ndarray | None = None,
     ) -> tuple[TeacherCounts, TeacherScores]:
-        """As TeacherActor.score; prompts: as this teacher reads them, in its own tokens.
+        """See Teacher. prompts is required: the prompts in the teacher's own tokens.
 
-        A token that the teacher cannot read, and what follows it, has no score: NaN, and is counted.
+        Groups of tokens that spell the same bytes have an exact log-prob, the sum of the teacher's tokens' in it. It is
+        divided among the student's tokens of the group (see `shares`). From the first token on that the teacher cannot
+        read, tokens have no score: NaN, counted as missing.
         """
+        assert prompts is not None, "the student's prompts are tokens of another tokenizer"
         start = time.perf_counter()
         written = select_trajectories(ids, batches)
         read, groups, our_groups = self._translate(written, prompts)
-        total = len(written.response_tokens)
         sums: np.ndarray = np.zeros(0)
         if len(read):
             scored = self._teacher.score(read.ids, read)[1].logprobs
             sums = np.bincount(groups, scored.astype(np.float64))
-        logprobs = shares(our_groups, sums, written.behaviour_logprobs).astype(np.float32)
-        nothing = np.empty((total, 0), np.float32)
+        nothing = np.empty((len(written.response_tokens), 0), np.float32)
         scores = TeacherScores(
             ids=written.ids,
             response_offsets=written.response_offsets,
-            logprobs=logprobs,
-            teacher=self._name,
+            logprobs=shares(our_groups, sums, written.behaviour_logprobs).astype(np.float32),
+            teacher=self.name,
             log_weights=np.zeros(len(ids), np.float32) if log_weights is None else log_weights,
             support_ids=nothing.astype(np.int32),
             support_logprobs=nothing,
         )
-        seconds = time.perf_counter() - start
-        self._busy_seconds += seconds
-        return TeacherCounts(int(np.isnan(logprobs).sum()), seconds), scores
+        return self._counted(scores, start), scores
 
-    def generate(
-        self,
-        prompt_tokens: np.ndarray,
-        prompt_offsets: np.ndarray,
-        max_response_tokens: int,
-        stop_token_ids: list[int],
-        pad_token_id: int,
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """The teacher's own responses to B prompts in its tokens, as the student's tokens [N] and offsets [B + 1]."""
-        tokens, offsets = self._teacher.generate(
-            prompt_tokens, prompt_offsets, max_response_tokens, self._stop, self._reader.end
-        )
+    def generate(self, prompts: Prompts, limits: Limits) -> tuple[np.ndarray, np.ndarray]:
+        """Greedy responses to B prompts in the teacher's tokens, as the student's tokens [N] and offsets [B + 1].
+
+        limits: the length counts the teacher's tokens. A response that one of the teacher's stop tokens ended gets the
+        first of the student's.
+        """
+        tokens, offsets = self._teacher.generate(prompts, Limits(limits.max_response_tokens, self._stop))
         rows = []
         for written in np.split(tokens, offsets[1:-1]):
             ended = len(written) > 0 and written[-1] in self._stop
             text = self._own.decode(written[: len(written) - ended], skip_special_tokens=True)
-            told = self._student(text, add_special_tokens=False)["input_ids"]
-            rows.append(np.array([*told, *(stop_token_ids[:1] if ended else [])], np.int32))
+            ours = self._student(text, add_special_tokens=False)["input_ids"]
+            rows.append(np.array([*ours, *(limits.stop_token_ids[:1] if ended else [])], np.int32))
         return np.concatenate(rows), offsets_of(map(len, rows))
 
     def status(self) -> dict[str, float]:
-        """Busy seconds so far, and the mean log-prob of the self-test's probe."""
+        """See Teacher. The probe is that of the wrapped teacher."""
         return {**self._teacher.status(), "busy_seconds": self._busy_seconds}
 
-    def _translate(
-        self, written: Trajectories, prompts: tuple[np.ndarray, np.ndarray]
-    ) -> tuple[Trajectories, np.ndarray, np.ndarray]:
-        """(what the teacher can read of it, M tokens in all; the group of each; that of each of the student's N)."""
+    def _translate(self, written: Trajectories, prompts: Prompts) -> tuple[Trajectories, np.ndarray, np.ndarray]:
+        """(trajectories in the teacher's tokens, group of each of those [M], group of each of the student's [N]).
+
+        Groups are numbered through all trajectories. Trajectories of which the teacher can read nothing are left out.
+        """
         stop = FINISH_REASONS.index("stop")
-        rooms = self._context - np.diff(prompts[1])
+        rooms = self._context - np.diff(prompts.offsets)
         tokens, groups, our_groups, base = [], [], [], 0
         for row, response in enumerate(np.split(written.response_tokens, written.response_offsets[1:-1])):
             ended = written.finish_reasons[row] == stop
@@ -115,18 +118,18 @@ class ForeignTeacher:
             groups.append(theirs + base)
             our_groups.append(np.where(ours >= 0, ours + base, -1))
             base += theirs.max(initial=-1) + 1
-        rows = np.flatnonzero([len(read) > 0 for read in tokens])  # no backend is asked about nothing
+        rows = np.flatnonzero([len(read) > 0 for read in tokens])  # backends need not know empty responses
         flat = np.concatenate([*tokens, np.zeros(0, np.int32)])
-        nowhere = np.zeros(len(flat), np.float32)
+        zeros = np.zeros(len(flat), np.float32)
         found = replace(
             written,
             ids=written.ids[rows],
-            prompt_tokens=ragged_rows(prompts[0], prompts[1], rows),
-            prompt_offsets=offsets_of(np.diff(prompts[1])[rows]),
+            prompt_tokens=ragged_rows(prompts.tokens, prompts.offsets, rows),
+            prompt_offsets=offsets_of(np.diff(prompts.offsets)[rows]),
             response_tokens=flat,
             response_offsets=offsets_of(len(tokens[row]) for row in rows),
-            behaviour_logprobs=nowhere,
-            policy_versions=nowhere.astype(np.int32),
+            behaviour_logprobs=zeros,
+            policy_versions=zeros.astype(np.int32),
             finish_reasons=written.finish_reasons[rows],
             support_ids=np.zeros((0, 0), np.int32),
             rewards=np.zeros(0, np.float32),

@@ -24,8 +24,8 @@ import openai
 from actors.config import TeacherConfig
 from actors.errors import CampaignError, UserError
 from actors.heartbeat import beat
-from actors.teacher.base import Scorer, probe
-from actors.trajectory import Trajectories, offsets_of
+from actors.teacher.base import Teacher, probe, texts_of
+from actors.trajectory import Limits, Prompts, Trajectories, offsets_of
 
 ATTEMPTS = 6
 """Attempts at one request, over all servers. The waits between them grow from FIRST_WAIT_SECONDS to a minute."""
@@ -53,7 +53,7 @@ class _Server:
             self.closed_until = time.monotonic() + OPEN_SECONDS
 
 
-class HttpTeacher(Scorer):
+class HttpTeacher(Teacher):
     """A client of one or several servers of the same model."""
 
     def __init__(self, config: TeacherConfig, key: str = "teacher", vocabulary: int | None = None):
@@ -62,8 +62,7 @@ class HttpTeacher(Scorer):
         vocabulary: rows of the student's output layer. UserError: no server answers, none returns log-probs of prompts,
         or the environment variable with the servers' key is not set.
         """
-        self._config, self._key, self._name = config, key, key.rpartition(".")[2]
-        self._vocabulary = vocabulary or 2**31 - 1
+        super().__init__(config, key, vocabulary)
         # Omit: the client would send the user's own OPENAI_API_KEY to the servers.
         self._headers: dict[str, Any] = {"Authorization": openai.Omit()}
         if config.api_key_variable is not None:
@@ -76,28 +75,26 @@ class HttpTeacher(Scorer):
         self._threads = ThreadPoolExecutor(config.requests_per_url * len(config.urls))
         self._echo = False
         self._find_dialect()
-        self._self_test(key, vocabulary or 1024, REPEATS)
+        # Without a known vocabulary, any token below 1024 is taken to exist.
+        self.self_test(vocabulary or 1024, repeats=REPEATS)
 
-    def generate(
-        self,
-        prompt_tokens: np.ndarray,
-        prompt_offsets: np.ndarray,
-        max_response_tokens: int,
-        stop_token_ids: list[int],
-        pad_token_id: int,
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """The teacher's own greedy responses to B prompts: (tokens [N], offsets [B + 1])."""
-        more = {"stop_token_ids": stop_token_ids, "return_tokens_as_token_ids": True, "skip_special_tokens": False}
+    def generate(self, prompts: Prompts, limits: Limits) -> tuple[np.ndarray, np.ndarray]:
+        """Greedy responses: see Teacher."""
+        more = {
+            "stop_token_ids": limits.stop_token_ids,
+            "return_tokens_as_token_ids": True,
+            "skip_special_tokens": False,
+        }
         answers = self._ask_all(
-            {"prompt": row.tolist(), "max_tokens": max_response_tokens, "logprobs": 0, "extra_body": more}
-            for row in np.split(prompt_tokens, prompt_offsets[1:-1])
+            {"prompt": row.tolist(), "max_tokens": limits.max_response_tokens, "logprobs": 0, "extra_body": more}
+            for row in prompts.rows()
         )
         rows = [np.array([_token_id(t) for t in _choice(a)["logprobs"]["tokens"]], np.int32) for a in answers]
         return np.concatenate(rows), offsets_of(map(len, rows))
 
     def _find_dialect(self) -> None:
         """Sets `_echo` to the first dialect whose answer to a short text has log-probs; UserError if none has."""
-        text = probe(self._vocabulary).response_tokens[:4].tolist()
+        text = probe(self.vocabulary).response_tokens[:4].tolist()
         problems = []
         for self._echo in (False, True):
             try:
@@ -108,10 +105,10 @@ class HttpTeacher(Scorer):
             except CampaignError as error:
                 problems.append(str(error))
         expected = "servers that answer and return log-probs of prompts"
-        raise UserError(f"{self._key}.urls", f"{', '.join(self._config.urls)} ({problems[0]})", expected)
+        raise UserError(f"{self.key}.urls", f"{', '.join(self.config.urls)} ({problems[0]})", expected)
 
     def _scoring_request(self, text: list[int]) -> dict[str, Any]:
-        count = self._config.top_k if self._config.signal == "topk" else 0
+        count = self.config.top_k if self.config.signal == "topk" else 0
         # The one new token is thrown away; not every server accepts max_tokens=0.
         request: dict[str, Any] = {"prompt": text, "max_tokens": 1}
         if not self._echo:
@@ -120,38 +117,23 @@ class HttpTeacher(Scorer):
         more = {"return_tokens_as_token_ids": True}
         return {**request, "echo": True, "logprobs": max(count, 1), "extra_body": more}
 
-    def _forward(self, trajectories: Trajectories) -> dict[str, np.ndarray]:
-        """See Scorer. CampaignError: a server refuses, or none answers within ATTEMPTS attempts."""
-        texts = [
-            np.concatenate(pair).tolist()
-            for pair in zip(
-                np.split(trajectories.prompt_tokens, trajectories.prompt_offsets[1:-1]),
-                np.split(
-                    np.minimum(trajectories.response_tokens, self._vocabulary - 1), trajectories.response_offsets[1:-1]
-                ),
-                strict=True,
-            )
-        ]
+    def score_tokens(self, trajectories: Trajectories) -> dict[str, np.ndarray]:
+        """See Teacher. CampaignError: a server refuses, or none answers within ATTEMPTS attempts."""
+        texts = texts_of(trajectories, self.vocabulary)
         answers = self._ask_all(self._scoring_request(text) for text in texts)
         read = [
             self._read(answer, text, int(length))
             for answer, text, length in zip(answers, texts, trajectories.lengths, strict=True)
         ]
         logprobs, ids = (np.concatenate(parts) for parts in zip(*read, strict=True))
-        nothing = np.empty((len(logprobs), 0), np.float32)
-        return {
-            "logprobs": logprobs[:, 0].copy(),
-            "support_ids": ids[:, 1:],
-            "support_logprobs": logprobs[:, 1:],
-            "hidden": nothing,
-        }
+        return {"logprobs": logprobs[:, 0].copy(), "support_ids": ids[:, 1:], "support_logprobs": logprobs[:, 1:]}
 
     def _read(self, answer: dict[str, Any], text: Sequence[int], length: int) -> tuple[np.ndarray, np.ndarray]:
         """(log-probs, token ids), [length, 1 + K] each, for the last `length` tokens of the text.
 
         Column 0 is the token of the text, the others are the K likeliest tokens there. NaN: the server left it out.
         """
-        count = self._config.top_k if self._config.signal == "topk" else 0
+        count = self.config.top_k if self.config.signal == "topk" else 0
         logprobs, ids = np.full((length, 1 + count), np.nan, np.float32), np.zeros((length, 1 + count), np.int32)
         places = _echoed(_choice(answer)) if self._echo else _prompt_logprobs(answer)
         for row, place in enumerate(range(len(text) - length, min(len(text), len(places)))):
@@ -185,7 +167,7 @@ class HttpTeacher(Scorer):
             except openai.APIStatusError as error:
                 if error.status_code not in TRANSIENT:
                     refusal = f"status {error.status_code}, {error.response.text[:200]}"
-                    raise CampaignError(f"{self._key}: {server.url} refuses: {refusal}") from error
+                    raise CampaignError(f"{self.key}: {server.url} refuses: {refusal}") from error
                 problem = f"{server.url}: status {error.status_code}"
             except (openai.APIConnectionError, ValueError) as error:
                 problem = f"{server.url}: {type(error).__name__} {error.__cause__ or error}".strip()
@@ -193,12 +175,12 @@ class HttpTeacher(Scorer):
                 with self._choosing:
                     server.under_way -= 1
             server.failed()
-        raise CampaignError(f"{self._key}: no server answers after {ATTEMPTS} attempts; the last: {problem}")
+        raise CampaignError(f"{self.key}: no server answers after {ATTEMPTS} attempts; the last: {problem}")
 
     def _post(self, server: _Server, request: dict[str, Any]) -> dict[str, Any]:
         # The raw answer: the client's own types would make an object of every log-prob.
         create = server.client.completions.with_raw_response.create
-        answer = create(model=self._config.model, temperature=0, extra_headers=self._headers, **request)
+        answer = create(model=self.config.model, temperature=0, extra_headers=self._headers, **request)
         content = answer.http_response.json()
         if not isinstance(content, dict) or not content.get("choices"):
             raise ValueError("an answer without choices")

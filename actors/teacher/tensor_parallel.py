@@ -1,8 +1,8 @@
-"""A teacher whose layers are spread over several GPUs of a node by transformers' own tensor-parallel plan.
+"""A teacher whose layers are divided among several GPUs of a node by transformers' own tensor-parallel plan.
 
-Every rank is a process with the whole of `TeacherActor`, given the same calls, so that all have the same part in each
-layer's sums; the first one, the actor itself, answers. A rank that fails takes all of them with it, and whoever
-supervises the actor replaces it: nothing could be said to those that wait for it.
+Each rank is a process with a LocalTeacher. All get the same calls, and so take part in the sums of every layer; the first
+rank, which is the actor's process, answers. If a rank fails, the others would wait for it forever in a collective, so the
+actor's process ends, and the fleet replaces the actor.
 """
 
 import multiprocessing
@@ -19,15 +19,18 @@ from actors.config import TeacherConfig
 from actors.data.models import tensor_parallel_plan
 from actors.errors import UserError
 from actors.teacher.base import Teacher
-from actors.teacher.local import TeacherActor
+from actors.teacher.local import LocalTeacher
 
 
 class ShardedTeacher(Teacher):
-    """`tensor_parallel_size` ranks on one node, which is all that a caller sees of one teacher."""
+    """`tensor_parallel_size` ranks on one node, called like one LocalTeacher."""
 
     def __init__(self, config: TeacherConfig, key: str = "teacher", vocabulary: int | None = None):
-        """As TeacherActor, of which each rank holds a part. UserError, too: the architecture has no plan, or fewer GPUs
-        are visible than there are ranks."""
+        """Starts the ranks and loads the model.
+
+        UserError: the architecture has no plan, there are fewer visible GPUs than ranks, or see LocalTeacher.
+        """
+        super().__init__(config, key, vocabulary)
         size, gpus = config.tensor_parallel_size, torch.cuda.device_count()
         if torch.cuda.is_available() and gpus < size:
             raise UserError(f"{key}.tensor_parallel_size", size, f"at most {gpus}, the GPUs that its actor has")
@@ -37,51 +40,53 @@ class ShardedTeacher(Teacher):
             for rank in range(1, size):
                 ours, theirs = multiprocessing.get_context("spawn").Pipe()
                 work = (rank, size, folder, config, key, vocabulary, theirs)
-                multiprocessing.get_context("spawn").Process(target=_follow, args=work, daemon=True).start()
+                multiprocessing.get_context("spawn").Process(target=_serve, args=work, daemon=True).start()
                 theirs.close()
                 self._pipes.append(ours)
-            self._teacher = _join(0, size, folder, config, key, vocabulary)
+            self._teacher = _load(0, size, folder, config, key, vocabulary)
 
     def score(self, *arguments: Any, **keywords: Any) -> Any:
-        """As TeacherActor.score."""
-        return self._together("score", arguments, keywords)
+        """See Teacher."""
+        return self._on_all("score", arguments, keywords)
 
     def generate(self, *arguments: Any, **keywords: Any) -> Any:
-        """As TeacherActor.generate."""
-        return self._together("generate", arguments, keywords)
+        """See LocalTeacher."""
+        return self._on_all("generate", arguments, keywords)
 
     def sample(self, *arguments: Any, **keywords: Any) -> Any:
-        """As TeacherActor.sample: the ranks draw the same numbers."""
-        return self._together("sample", arguments, keywords)
+        """See LocalTeacher. All ranks seed torch alike, and so draw the same tokens."""
+        return self._on_all("sample", arguments, keywords)
 
     def status(self) -> dict[str, float]:
-        """As TeacherActor.status."""
+        """See Teacher."""
         return self._teacher.status()
 
-    def _together(self, method: str, arguments: tuple, keywords: dict[str, Any]) -> Any:
+    def _on_all(self, method: str, arguments: tuple, keywords: dict[str, Any]) -> Any:
+        """Calls the method on every rank, and returns the first rank's result."""
         try:
             for pipe in self._pipes:
                 pipe.send((method, arguments, keywords))
             return getattr(self._teacher, method)(*arguments, **keywords)
         except Exception:
+            # The other ranks may be inside a collective: no exception could get them out of it.
             traceback.print_exc()
             os._exit(13)
 
 
-def _join(rank: int, size: int, folder: str, config: TeacherConfig, key: str, vocabulary: int | None) -> TeacherActor:
-    """Waits for the others, and loads this rank's part."""
+def _load(rank: int, size: int, folder: str, config: TeacherConfig, key: str, vocabulary: int | None) -> LocalTeacher:
+    """Joins the other ranks, which meet in a file of `folder`, and loads this rank's part of the model."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(rank)
     else:
-        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # gloo would listen on all interfaces
     store = dist.FileStore(os.path.join(folder, "meeting"), size)
     dist.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=size)
-    return TeacherActor(config, key, vocabulary)
+    return LocalTeacher(config, key, vocabulary)
 
 
-def _follow(
+def _serve(
     rank: int,
     size: int,
     folder: str,
@@ -90,12 +95,12 @@ def _follow(
     vocabulary: int | None,
     calls: Connection,
 ) -> None:
-    """A further rank: does what the first one does, until that has gone."""
+    """The process of a further rank: repeats the first rank's calls until that process has gone."""
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    teacher = _join(rank, size, folder, config, key, vocabulary)
+    teacher = _load(rank, size, folder, config, key, vocabulary)
     while True:
         try:
             method, arguments, keywords = calls.recv()
         except (EOFError, ConnectionResetError):
-            os._exit(0)  # without waiting for a group that has lost its first rank
+            os._exit(0)  # an orderly exit would wait for the process group, whose first rank is gone
         getattr(teacher, method)(*arguments, **keywords)

@@ -159,11 +159,11 @@ def measure_teacher(options: argparse.Namespace, model: Path) -> Result:
 
     from actors.config import TeacherConfig
     from actors.forward.packing import hidden_states
-    from actors.teacher.local import TeacherActor
+    from actors.teacher.local import LocalTeacher
     from benchmarks.gpu.shapes import make_work
 
     written, _ = make_work(options.shape, options.tokens, options.length, options.prompt)
-    teacher = TeacherActor(TeacherConfig(str(model), microbatch_tokens=options.tokens), "teachers.teacher")
+    teacher = LocalTeacher(TeacherConfig(str(model), microbatch_tokens=options.tokens), "teachers.teacher")
     seconds, extra = timed(lambda: teacher.score(written.ids, written), options.repeats)
     import numpy as np
 

@@ -10,7 +10,7 @@ import numpy as np
 from actors.config import SamplingConfig, TeacherConfig
 from actors.data.prompts import PromptSet
 from actors.errors import CampaignError, UserError
-from actors.trajectory import Requests, RolloutCounts, offsets_of, ragged_rows
+from actors.trajectory import Limits, Prompts, Requests, RolloutCounts, offsets_of, ragged_rows
 from cluster.fleet.ray_fleet import Fleet
 from cluster.loop.slots import split_evenly
 
@@ -116,9 +116,9 @@ class Teachers:
         written: list[np.ndarray] = [np.zeros(0, np.int32)] * len(prompts)
 
         async def part(name: str, rows: list[int]) -> None:
-            tokens, offsets = _prompts_of(self._lessons.privileged.get(name, prompts), np.array(rows))
+            read = _prompts_of(self._lessons.privileged.get(name, prompts), np.array(rows))
             response, response_offsets = await self.fleets[name].call(
-                "generate", tokens, offsets, max_response_tokens, stop_token_ids, stop_token_ids[0]
+                "generate", read, Limits(max_response_tokens, stop_token_ids)
             )
             for row, answer in zip(rows, np.split(response, response_offsets[1:-1]), strict=True):
                 written[row] = answer
@@ -154,6 +154,6 @@ class Teachers:
         return counts, scores if self._each else scores * len(ids)
 
 
-def _prompts_of(prompts: PromptSet, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens [P] and offsets [B + 1] of the prompts with these numbers."""
-    return ragged_rows(prompts.tokens, prompts.offsets, rows), offsets_of(prompts.lengths_of(rows))
+def _prompts_of(prompts: PromptSet, rows: np.ndarray) -> Prompts:
+    """The prompts with these numbers [B]."""
+    return Prompts(ragged_rows(prompts.tokens, prompts.offsets, rows), offsets_of(prompts.lengths_of(rows)))

@@ -45,7 +45,7 @@ def test_a_campaign_whose_actors_are_killed_ends_with_the_same_bits(tmp_path: Pa
     assert calm.wait(300) == 0, calm.stderr and calm.stderr.read()[-2000:]
     stormy = start(tmp_path, "stormy")
     metrics = tmp_path / "stormy" / "metrics.jsonl"
-    for lines, role in ((3, "TeacherActor"), (6, "Learner"), (10, "RolloutActor")):
+    for lines, role in ((3, "LocalTeacher"), (6, "Learner"), (10, "RolloutActor")):
         wait_for_lines(metrics, lines, stormy)
         kill(role, stormy)
     assert stormy.wait(400) == 0, stormy.stderr and stormy.stderr.read()[-2000:]

@@ -16,9 +16,9 @@ from transformers import GPT2Config
 from actors.config import SamplingConfig, TeacherConfig
 from actors.data.models import tensor_parallel_plan
 from actors.errors import UserError
-from actors.teacher.local import TeacherActor
+from actors.teacher.local import LocalTeacher
 from actors.teacher.tensor_parallel import ShardedTeacher
-from actors.trajectory import Requests
+from actors.trajectory import Limits, Prompts, Requests
 from cluster.fleet.ray_actor import Resources
 from cluster.fleet.ray_fleet import Fleet
 from tests.tiny_models import make_tiny_model
@@ -30,14 +30,14 @@ pytestmark = [pytest.mark.integration, pytest.mark.timeout(120)]
 
 def compare(path: str) -> None:
     t, shape = written(), (TeacherConfig(path, dtype="float32", signal="topk", top_k=5), "teachers.wise")
-    alone, ranks = TeacherActor(*shape), ShardedTeacher(replace(shape[0], tensor_parallel_size=2), shape[1])
+    alone, ranks = LocalTeacher(*shape), ShardedTeacher(replace(shape[0], tensor_parallel_size=2), shape[1])
     layers = ranks._teacher._model.model.layers
     assert layers[0].self_attn.q_proj.weight.to_local().shape[0] == layers[0].self_attn.q_proj.weight.shape[0] / 2
     for ids in (t.ids, t.ids[::-1], t.ids[2:3]):
         ours, theirs = (teacher.score(ids, t)[1] for teacher in (ranks, alone))
         np.testing.assert_allclose(ours.logprobs, theirs.logprobs, rtol=0, atol=1e-5)
         np.testing.assert_allclose(ours.support_logprobs, theirs.support_logprobs, rtol=0, atol=1e-5)
-    ours, theirs = (x.generate(t.prompt_tokens, t.prompt_offsets, 8, [1], 0)[0] for x in (ranks, alone))
+    ours, theirs = (x.generate(Prompts(t.prompt_tokens, t.prompt_offsets), Limits(8, [1]))[0] for x in (ranks, alone))
     assert np.array_equal(ours, theirs)
     asked = Requests(ids=t.ids, seeds=t.ids[:, 1] + 5, prompt_tokens=t.prompt_tokens, prompt_offsets=t.prompt_offsets)
     ours, theirs = (x.sample(asked, 3, SamplingConfig(max_response_tokens=8), [1])[1] for x in (ranks, alone))

@@ -10,7 +10,7 @@ import ray
 
 from actors.config import StudentConfig
 from actors.errors import CampaignError
-from actors.teacher.local import TeacherActor
+from actors.teacher.local import LocalTeacher
 from actors.trajectory import TeacherScores, TrajectoryId
 from cluster.fleet.ray_actor import PerRank, Resources, fetched
 from cluster.fleet.ray_fleet import Fleet
@@ -74,7 +74,7 @@ def test_each_rank_is_given_what_the_teacher_said_of_its_own_trajectories_and_no
 
     async def run() -> None:
         told = teacher_config(models, "other", "topk")
-        teacher = fleet(Fleet, "teacher.teacher", TeacherActor, told, "teachers.teacher")
+        teacher = fleet(Fleet, "teacher.teacher", LocalTeacher, told, "teachers.teacher")
         student = StudentConfig(str(models["student"]))
         learner = fleet(LearnerGroup, "learner", Learner, student, LEARNER, replicas=2, **HOW)
         try:

@@ -19,9 +19,9 @@ from actors.config import TeacherConfig
 from actors.errors import UserError
 from actors.teacher.base import probe
 from actors.teacher.http import HttpTeacher
-from actors.teacher.local import TeacherActor
+from actors.teacher.local import LocalTeacher
 from actors.teacher.vllm_teacher import VllmTeacher
-from actors.trajectory import Trajectories, offsets_of
+from actors.trajectory import Limits, Prompts, Trajectories, offsets_of
 from tests.tiny_updates import random_trajectories
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(240)]
@@ -45,13 +45,13 @@ def config(signal: str, **changes: Any) -> TeacherConfig:
 def compare(teacher: Any, signal: str) -> None:
     """Every field of its scores, and what it writes itself, against transformers."""
     t = written()
-    ours = TeacherActor(config(signal), "teachers.wise", VOCABULARY)
+    ours = LocalTeacher(config(signal), "teachers.wise", VOCABULARY)
     expected, found = ours.score(t.ids, t)[1], teacher.score(t.ids, t)[1]
     np.testing.assert_allclose(found.logprobs, expected.logprobs, atol=1e-4)
     np.testing.assert_array_equal(found.support_ids, expected.support_ids)
     np.testing.assert_allclose(found.support_logprobs, expected.support_logprobs, atol=2e-4)
     np.testing.assert_array_equal(found.response_offsets, expected.response_offsets)
-    asked = (t.prompt_tokens, t.prompt_offsets, 12, [2], 0)
+    asked = (Prompts(t.prompt_tokens, t.prompt_offsets), Limits(12, [2]))
     for one, other in zip(teacher.generate(*asked), ours.generate(*asked), strict=True):
         np.testing.assert_array_equal(one, other)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from actors.config import TeacherConfig
-from actors.teacher.local import TeacherActor
+from actors.teacher.local import LocalTeacher
 from actors.trajectory import TeacherScores, Trajectories, offsets_of
 from tests.tiny_models import make_tiny_model
 
@@ -44,7 +44,7 @@ def measured(model: Path, signal: str) -> float:
     if signal == "student_topk":
         written = replace(written, support_ids=np.tile(np.arange(k, dtype=np.int32), (count, 1)))
     config = TeacherConfig(str(model), dtype="bfloat16", signal=signal, top_k=k)  # type: ignore[arg-type]
-    scores: TeacherScores = TeacherActor(config).score(written.ids, written)[1]
+    scores: TeacherScores = LocalTeacher(config).score(written.ids, written)[1]
     sent = (scores.logprobs, scores.support_ids, scores.support_logprobs, scores.hidden, written.support_ids)
     return sum(array.nbytes for array in sent) / count
 

@@ -15,6 +15,7 @@ from actors.teacher.backends import Backend
 class Complete:
     backend = Backend(signals=("sampled", "topk"), generates=False)
     def score(self): ...
+    def score_each(self): ...
     def status(self): ...
 
 class Sampling(Complete):
@@ -47,7 +48,7 @@ def test_each_class_has_the_methods_that_its_row_promises(name: str) -> None:
     assert set(row.signals) <= set(SIGNALS) and set(row.settings) <= set(OWN_SETTINGS)
     assert hasattr(found, "sample") == row.samples
     assert hasattr(found, "load_weights") == row.follows_student
-    assert all(callable(getattr(found, method)) for method in ("score", "generate", "status"))
+    assert all(callable(getattr(found, method)) for method in ("score", "score_each", "generate", "status"))
 
 
 def test_several_ranks_of_a_model_that_transformers_divides_have_a_class_of_their_own() -> None:

@@ -10,9 +10,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from actors.config import StudentConfig, TeacherConfig
 from actors.errors import UserError
-from actors.teacher.cross_tokenizer import ForeignTeacher
-from actors.teacher.local import TeacherActor
-from actors.trajectory import FINISH_REASONS, Trajectories, offsets_of
+from actors.teacher.cross_tokenizer import CrossTokenizerTeacher
+from actors.teacher.local import LocalTeacher
+from actors.trajectory import FINISH_REASONS, Limits, Prompts, Trajectories, offsets_of
 from tests.tiny_models import make_tiny_model
 from tests.tiny_tokenizers import byte_level, sentencepiece
 
@@ -29,12 +29,12 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
 
 
-def make(models: dict[str, Path], student: str, teacher: str) -> ForeignTeacher:
+def make(models: dict[str, Path], student: str, teacher: str) -> CrossTokenizerTeacher:
     config = TeacherConfig(model=str(models[teacher]), tokenizer=str(models[teacher]), dtype="float32")
-    return ForeignTeacher(Demanding, config, "teachers.wise", StudentConfig(model=str(models[student])), True)
+    return CrossTokenizerTeacher(Demanding, config, "teachers.wise", StudentConfig(model=str(models[student])), True)
 
 
-class Demanding(TeacherActor):
+class Demanding(LocalTeacher):
     """Backends need not know what to say to an empty response."""
 
     def score(self, ids: np.ndarray, *batches: Trajectories, **more: Any) -> Any:
@@ -62,9 +62,9 @@ def written(tokenizer: Any, texts: list[str] = RESPONSES, stopped: int = 2) -> T
     )
 
 
-def prompts(tokenizer: Any, count: int = len(RESPONSES)) -> tuple[np.ndarray, np.ndarray]:
+def prompts(tokenizer: Any, count: int = len(RESPONSES)) -> Prompts:
     rows = [tokenizer(f"<|user|>prompt {i}")["input_ids"] for i in range(count)]
-    return np.array([t for row in rows for t in row], np.int32), offsets_of(map(len, rows))
+    return Prompts(np.array([t for row in rows for t in row], np.int32), offsets_of(map(len, rows)))
 
 
 def plain_logprobs(path: Path, prompt: list[int], response: list[int]) -> np.ndarray:
@@ -115,7 +115,7 @@ def test_with_the_same_tokenizer_scores_are_those_of_the_ordinary_path_to_the_bi
     tokenizer = AutoTokenizer.from_pretrained(models["byte_level"])
     t, own_prompts = written(tokenizer), prompts(tokenizer)
     path = str(models["byte_level"])
-    ordinary = TeacherActor(TeacherConfig(model=path, dtype="float32"), "teachers.wise")
+    ordinary = LocalTeacher(TeacherConfig(model=path, dtype="float32"), "teachers.wise")
     expected = ordinary.score(t.ids[::-1], t, prompts=own_prompts, log_weights=np.full(4, -1, np.float32))[1]
     found = make(models, "byte_level", "byte_level").score(
         t.ids[::-1], t, prompts=own_prompts, log_weights=np.full(4, -1, np.float32)
@@ -156,9 +156,9 @@ def test_its_own_answers_come_in_the_students_tokens(models: dict[str, Path]) ->
     ours, theirs = (AutoTokenizer.from_pretrained(models[name]) for name in ("byte_level", "finer"))
     teacher = make(models, "byte_level", "finer")
     stop = ours.eos_token_id
-    tokens, offsets = teacher.generate(*prompts(theirs), 12, [stop, 3], stop)
-    plain = TeacherActor(TeacherConfig(model=str(models["finer"]), dtype="float32"), "teachers.wise")
-    own, own_offsets = plain.generate(*prompts(theirs), 12, [theirs.eos_token_id], theirs.eos_token_id)
+    tokens, offsets = teacher.generate(prompts(theirs), Limits(12, [stop, 3]))
+    plain = LocalTeacher(TeacherConfig(model=str(models["finer"]), dtype="float32"), "teachers.wise")
+    own, own_offsets = plain.generate(prompts(theirs), Limits(12, [theirs.eos_token_id]))
     for row in range(len(RESPONSES)):
         found = tokens[offsets[row] : offsets[row + 1]]
         expected = own[own_offsets[row] : own_offsets[row + 1]]
@@ -170,4 +170,6 @@ def test_its_own_answers_come_in_the_students_tokens(models: dict[str, Path]) ->
 def test_a_tokenizer_that_is_not_there_is_one_error(models: dict[str, Path], tmp_path: Path) -> None:
     config = TeacherConfig(model=str(models["finer"]), tokenizer=str(tmp_path), dtype="float32")
     with pytest.raises(UserError, match=r"^teachers\.wise\.tokenizer: found .*without config\.json"):
-        ForeignTeacher(TeacherActor, config, "teachers.wise", StudentConfig(model=str(models["byte_level"])), True)
+        CrossTokenizerTeacher(
+            LocalTeacher, config, "teachers.wise", StudentConfig(model=str(models["byte_level"])), True
+        )

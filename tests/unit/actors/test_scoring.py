@@ -3,17 +3,19 @@
 import numpy as np
 import pytest
 
-from actors.teacher.base import Scorer, probe
+from actors.config import TeacherConfig
+from actors.teacher.base import Teacher, probe
 from actors.trajectory import Trajectories
 
 
-class Teacher(Scorer):
+class Constant(Teacher):
     """Says always the same."""
 
     def __init__(self, fields: dict[str, np.ndarray]):
-        self._name, self._vocabulary, self._fields = "wise", 40, fields
+        super().__init__(TeacherConfig("m"), "teachers.wise", 40)
+        self._fields = fields
 
-    def _forward(self, trajectories: Trajectories) -> dict[str, np.ndarray]:
+    def score_tokens(self, trajectories: Trajectories) -> dict[str, np.ndarray]:
         return self._fields
 
 
@@ -34,7 +36,7 @@ def test_a_score_that_cannot_be_true_masks_its_token_and_is_counted(where: str, 
         "support_logprobs": np.full((count, 3), -3.0, np.float32),
     }
     fields[where].reshape(count, -1)[5, -1] = wrong
-    counts, scores = Teacher(fields).score(written.ids, written)
+    counts, scores = Constant(fields).score(written.ids, written)
     assert counts.missing == 1
     assert np.flatnonzero(np.isnan(scores.logprobs)).tolist() == [5]
 
@@ -45,5 +47,5 @@ def test_scores_at_the_edge_of_what_can_be_true_are_kept() -> None:
     edges = np.linspace(-999, 0, count, dtype=np.float32)
     fields = {"logprobs": edges, "support_logprobs": np.zeros((count, 0), np.float32),
               "support_ids": np.zeros((count, 0), np.int32)}  # fmt: skip
-    counts, scores = Teacher(fields).score(written.ids, written)
+    counts, scores = Constant(fields).score(written.ids, written)
     assert counts.missing == 0 and np.array_equal(scores.logprobs, edges)

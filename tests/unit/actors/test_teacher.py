@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from actors.config import SamplingConfig, TeacherConfig
 from actors.errors import CampaignError
-from actors.teacher.local import TeacherActor
-from actors.trajectory import FINISH_REASONS, Requests, Trajectories, offsets_of
+from actors.teacher.local import LocalTeacher
+from actors.trajectory import FINISH_REASONS, Limits, Prompts, Requests, Trajectories, offsets_of
 from tests.tiny_models import make_tiny_model
 from tests.tiny_updates import random_trajectories
 
@@ -28,7 +28,7 @@ def written(count: int = 9, first: int = 0) -> Trajectories:
     return random_trajectories(rng, [(0, first + i, 0) for i in range(count)], before, after)
 
 
-def plain(path: Path, t: Trajectories, prompts: tuple[np.ndarray, np.ndarray] | None = None) -> torch.Tensor:
+def plain(path: Path, t: Trajectories, prompts: Prompts | None = None) -> torch.Tensor:
     """[N, V] log-probs at the response tokens, one sequence at a time."""
     model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     tokens, offsets = prompts or (t.prompt_tokens, t.prompt_offsets)
@@ -41,8 +41,8 @@ def plain(path: Path, t: Trajectories, prompts: tuple[np.ndarray, np.ndarray] | 
     return torch.cat(rows)
 
 
-def make(path: Path, **changes: Any) -> TeacherActor:
-    return TeacherActor(TeacherConfig(str(path), dtype="float32", **changes), "teachers.wise")
+def make(path: Path, **changes: Any) -> LocalTeacher:
+    return LocalTeacher(TeacherConfig(str(path), dtype="float32", **changes), "teachers.wise")
 
 
 @pytest.mark.parametrize("budget", [20, 10_000])
@@ -74,14 +74,14 @@ def test_scores_do_not_depend_on_how_trajectories_travelled(path: Path) -> None:
 
 def test_a_privileged_teacher_reads_its_own_prompts(path: Path) -> None:
     t = written(4)
-    prompts = np.arange(6, 6 + 24, dtype=np.int32), offsets_of([6] * 4)
+    prompts = Prompts(np.arange(6, 6 + 24, dtype=np.int32), offsets_of([6] * 4))
     _, scores = make(path, signal="full").score(t.ids, t, prompts=prompts)
     np.testing.assert_allclose(scores.support_logprobs, plain(path, t, prompts), atol=1e-5)
 
 
 def test_a_teacher_is_cut_to_the_students_vocabulary(path: Path) -> None:
     t = written(3)
-    teacher = TeacherActor(TeacherConfig(str(path), dtype="float32", signal="full"), vocabulary=30)
+    teacher = LocalTeacher(TeacherConfig(str(path), dtype="float32", signal="full"), vocabulary=30)
     _, scores = teacher.score(t.ids, t)
     assert scores.support_logprobs.shape[1] == 30
     np.testing.assert_allclose(np.exp(scores.support_logprobs).sum(1), 1, atol=1e-5)
@@ -102,7 +102,8 @@ def test_its_own_answers_are_those_of_greedy_decoding(path: Path) -> None:
     model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     prompts = [[6, 7, 8, 9], [10, 11], [12, 13, 14]]
     stop = [2, 20]
-    response, offsets = make(path).generate(np.concatenate(prompts), offsets_of(map(len, prompts)), 12, stop, 0)
+    asked = Prompts(np.concatenate(prompts), offsets_of(map(len, prompts)))
+    response, offsets = make(path).generate(asked, Limits(12, stop))
     for i, prompt in enumerate(prompts):
         text = list(prompt)
         while len(text) < len(prompt) + 12 and text[-1] not in stop:

@@ -33,7 +33,7 @@ class MadeUpFleet:
         if method == "score":
             self.scored.append({"ids": arguments[0].tolist(), "references": arguments[1:], **keywords})
             return TeacherCounts(1, 0.5), f"scores of {self.name}"
-        tokens, offsets, *_ = arguments
+        tokens, offsets = arguments[0]
         self.prompts += np.split(tokens, offsets[1:-1])
         return tokens * 10, offsets  # the answer to a prompt is ten times the prompt
 

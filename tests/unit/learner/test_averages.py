@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from actors.errors import WeightError
-from actors.teacher.local import TeacherActor
+from actors.teacher.local import LocalTeacher
 from learner.learner import Learner
 from tests.tiny_models import make_tiny_model
 from tests.tiny_updates import make_learner, received, sampled, teacher_config, weights_of
@@ -67,12 +67,12 @@ def test_a_teacher_that_was_given_an_average_scores_as_one_that_was_loaded_with_
     learner.save(str(tmp_path / "saved"))
     while not learner.saved():
         time.sleep(0.001)
-    following = TeacherActor(teacher_config(models, "student", "full", dtype=dtype), vocabulary=90)
+    following = LocalTeacher(teacher_config(models, "student", "full", dtype=dtype), vocabulary=90)
     before = following.score(written.ids, written)[1].logprobs
     *buckets, manifest = received(learner.publish_average("mean"))
     following.load_weights(*buckets, manifest)  # type: ignore[arg-type]
     now = {**models, "now": tmp_path / "saved"}
-    loaded = TeacherActor(teacher_config(now, "now", "full", dtype=dtype), vocabulary=90)
+    loaded = LocalTeacher(teacher_config(now, "now", "full", dtype=dtype), vocabulary=90)
     found, expected = (actor.score(written.ids, written)[1] for actor in (following, loaded))
     assert np.nanmax(np.abs(found.logprobs - before)) > 1e-3
     tolerance = {"float32": 1e-5, "bfloat16": 0.05}[dtype]
@@ -81,11 +81,11 @@ def test_a_teacher_that_was_given_an_average_scores_as_one_that_was_loaded_with_
 
 def test_damaged_weights_and_those_of_another_model_are_refused(models: dict[str, Path], tmp_path: Path) -> None:
     *buckets, manifest = received(make_learner(models, teachers=follower(models)).publish_average("mean"))
-    teacher = TeacherActor(teacher_config(models, "student", "full"))
+    teacher = LocalTeacher(teacher_config(models, "student", "full"))
     damaged = [bucket.copy() for bucket in buckets]  # type: ignore[union-attr]
     damaged[0][100] ^= 1
     with pytest.raises(WeightError, match="checksum"):
         teacher.load_weights(*damaged, manifest)  # type: ignore[arg-type]
     wider = {"wider": make_tiny_model(tmp_path / "wider", hidden=64, layers=1)}
     with pytest.raises(WeightError, match="other tensors"):
-        TeacherActor(teacher_config(wider, "wider", "full")).load_weights(*buckets, manifest)  # type: ignore[arg-type]
+        LocalTeacher(teacher_config(wider, "wider", "full")).load_weights(*buckets, manifest)  # type: ignore[arg-type]

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from actors.config import TeacherConfig
 from actors.errors import CampaignError
-from actors.teacher.local import TeacherActor
+from actors.teacher.local import LocalTeacher
 from actors.trajectory import TeacherScores, Trajectories, TrajectoryId, split_scores
 from learner.batch import minibatch_rows
 from learner.config import ObjectiveConfig
@@ -78,15 +78,15 @@ def material(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) 
     for case, (signal, _, mixed) in CASES.items():
         # The first teaches all, the second with it the first four; the second has fewer rows in its output layer.
         weights = np.concatenate([share, np.zeros(2, np.float32)]) if mixed else None
-        first = TeacherActor(made.teacher("teacher", signal), "teachers.teacher")
+        first = LocalTeacher(made.teacher("teacher", signal), "teachers.teacher")
         batches = [first.score(written.ids[rows], written, log_weights=None if weights is None else weights[rows])[1]
                    for rows in (slice(1, 6), slice(0, 1))]  # fmt: skip
         batches[0] = spoiled(batches[0], 2)  # of the second trajectory
         if mixed:
             vocabulary = 60 if signal == "full" else None
-            second = TeacherActor(made.teacher("second", signal), "teachers.second", vocabulary)
+            second = LocalTeacher(made.teacher("second", signal), "teachers.second", vocabulary)
             batches.append(second.score(written.ids[:4], written, log_weights=np.log1p(-np.exp(share)))[1])
-            base = TeacherActor(made.teacher("base", signal), "teachers.base").score(written.ids, written)[1]
+            base = LocalTeacher(made.teacher("base", signal), "teachers.base").score(written.ids, written)[1]
             batches.append(spoiled(base, len(base.logprobs) - 1))
         made.scores[case] = batches
     return made

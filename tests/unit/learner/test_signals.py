@@ -10,7 +10,7 @@ import torch
 
 from actors.config import StudentConfig
 from actors.data.models import load_head, load_model
-from actors.teacher.local import TeacherActor
+from actors.teacher.local import LocalTeacher
 from actors.trajectory import TeacherScores, Trajectories
 from learner.config import LearnerConfig, MismatchConfig, ObjectiveConfig, OptimizerConfig, TrustRegionConfig
 from learner.learner import Learner
@@ -114,7 +114,7 @@ def mixture(models: dict, signal: str) -> tuple[Trajectories, list[TeacherScores
     shares = {"other": [0.25] * 4, "student": [0.75] * 4 + [1.0] * 2}
     scores = []
     for name, share in shares.items():
-        actor = TeacherActor(teacher_config(models, name, signal), f"teachers.{name}")
+        actor = LocalTeacher(teacher_config(models, name, signal), f"teachers.{name}")
         ids = written.ids[: len(share)]
         scores.append(actor.score(ids, written, log_weights=np.log(np.array(share, np.float32)))[1])
     return written, scores
@@ -160,7 +160,7 @@ def test_teachers_whose_vocabularies_are_padded_differently_are_mixed_where_both
         configs = {name: teacher_config(padded, name, signal) for name in ("student", second)}
         half = np.full(len(written), np.log(0.5), np.float32)
         scores = [
-            TeacherActor(config, f"teachers.{name}").score(written.ids, written, log_weights=half)[1]
+            LocalTeacher(config, f"teachers.{name}").score(written.ids, written, log_weights=half)[1]
             for name, config in configs.items()
         ]
         learner = make_learner(padded, objective=DISTRIBUTION["full"], teachers=configs)
@@ -212,7 +212,7 @@ def test_a_student_support_of_the_whole_vocabulary_is_the_full_signal(models: di
     written = replace(written, support_ids=everything)
     found = []
     for signal in ("student_topk", "full"):
-        scores = TeacherActor(teacher_config(models, "other", signal)).score(written.ids, written)[1]
+        scores = LocalTeacher(teacher_config(models, "other", signal)).score(written.ids, written)[1]
         learner = make_learner(models, objective=DISTRIBUTION["full"])
         learner.update(written.ids, written, scores)
         found.append(gradients(learner))
@@ -221,7 +221,7 @@ def test_a_student_support_of_the_whole_vocabulary_is_the_full_signal(models: di
 
 def test_a_token_that_only_the_student_has_a_row_for_is_masked_and_not_zero(models: dict) -> None:
     written, _ = sampled(models, "other", "sampled")
-    teacher = TeacherActor(teacher_config(models, "other", "student_topk"), vocabulary=90)
+    teacher = LocalTeacher(teacher_config(models, "other", "student_topk"), vocabulary=90)
     scores = teacher.score(written.ids, written)[1]
     beyond = written.support_ids >= 90
     assert 0 < beyond.any(1).sum() < len(beyond)
@@ -243,7 +243,7 @@ def test_an_extrapolated_teacher_is_a_teacher_with_these_log_probs(name: str, si
     objective = ObjectiveConfig(estimator=name, extrapolation=1.5, reference_teacher="base")  # type: ignore[arg-type]
     third = {**models, "third": make_third(models)}
     written, scores = sampled(third, "other", signal)
-    base = TeacherActor(teacher_config(third, "third", signal), "teachers.base").score(written.ids, written)[1]
+    base = LocalTeacher(teacher_config(third, "third", signal), "teachers.base").score(written.ids, written)[1]
     teachers = {"teacher": teacher_config(third, "other", signal), "base": teacher_config(third, "third", signal)}
     learner = make_learner(third, objective=objective, teachers=teachers)
     learner.update(written.ids, written, scores, base)
@@ -268,7 +268,7 @@ def make_third(models: dict) -> Path:
 def test_the_bucket_of_an_extrapolated_teacher_is_extrapolated_too(models: dict) -> None:
     third = {**models, "third": make_third(models)}
     written, scores = sampled(third, "other", "student_topk")
-    base = TeacherActor(teacher_config(third, "third", "student_topk"), "teachers.base").score(written.ids, written)[1]
+    base = LocalTeacher(teacher_config(third, "third", "student_topk"), "teachers.base").score(written.ids, written)[1]
     objective = ObjectiveConfig(estimator="full", extrapolation=1.5, reference_teacher="base")
     loss = make_learner(third, objective=objective).update(written.ids, written, scores, base)["loss"]
     student, teacher, reference = (
