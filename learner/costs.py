@@ -1,18 +1,17 @@
 """From log-probs to costs: what the configuration's objective does with the tokens of a micro-batch or an update.
 
-The formulas are in estimators.py, divergences.py and objective.py; here they are chosen. Shapes: n tokens, V vocabulary,
+The formulas are in objective/policy_gradient.py and objective/divergences.py; here they are chosen. Shapes: n tokens, V vocabulary,
 K support.
 """
 
 import torch
 from torch import Tensor
 
-from learner.batch import Part
+from learner.collate import Part
 from learner.config import ObjectiveConfig
 from learner.hidden_states import mixture_logprobs
 from learner.objective import divergences
-from learner.objective.estimators import coefficient, position_weights
-from learner.objective.surrogate import corrected_weights, log_importance_weights
+from learner.objective.policy_gradient import coefficient, corrected_weights, log_importance_weights, position_weights
 
 
 def needs_distribution(objective: ObjectiveConfig) -> bool:

@@ -11,7 +11,7 @@ import torch
 from actors.forward.logprobs import chunked_head, entropy, token_logprobs
 from actors.forward.packing import Microbatch, hidden_states
 from actors.heartbeat import beat
-from learner.batch import Part
+from learner.collate import Part
 from learner.config import LearnerConfig, ObjectiveConfig
 from learner.costs import (
     coefficients,
@@ -23,7 +23,7 @@ from learner.costs import (
 )
 from learner.hidden_states import HiddenStates
 from learner.metrics import UpdateMetrics, agreement
-from learner.objective.surrogate import surrogate
+from learner.objective.policy_gradient import surrogate
 from learner.objective.trust_region import ESTIMATORS as TRUST_REGION
 from learner.objective.trust_region import exact, k3
 from learner.student.sharding import whole

@@ -16,29 +16,32 @@ import numpy as np
 import torch
 
 from actors.config import StudentConfig, TeacherConfig, publishes_adapter
-from actors.data.models import load_head, load_model, response_head
+from actors.data.models import load_head
 from actors.data.tokenizer import load_tokenizer
 from actors.errors import NonFiniteLossError
-from actors.forward.packing import Microbatch, use_packed_attention
+from actors.forward.packing import Microbatch
 from actors.trajectory import TeacherScores, Trajectories, TrajectoryId, select_trajectories
 from actors.weights.buckets import WeightVersion
 from actors.weights.delta import DeltaVersion
-from learner.batch import NO_TOKENS, UpdateBatch, minibatch_rows
-from learner.collate import collate
+from learner.collate import NO_TOKENS, UpdateBatch, collate, minibatch_rows
 from learner.config import LearnerConfig
 from learner.costs import coefficients, importance_of, needs_whole_update
 from learner.forward import Forward, exact_forward_kl, exact_reverse_kl, no_columns
 from learner.hidden_states import Head
 from learner.metrics import UpdateMetrics, groups_of, response_metrics
-from learner.objective.surrogate import effective_sample_size
+from learner.objective.policy_gradient import effective_sample_size
 from learner.objective.trust_region import adapted_beta, backed_off, k3
-from learner.student.averages import MovingAverages
+from learner.student.build import build_student
 from learner.student.checkpoint import flush, read_json, write_json
-from learner.student.compiling import compile_layers
-from learner.student.lora import ADAPTER_FILE, adapter_tensors, add_adapters, merged_tensors
-from learner.student.offload import OffloadedAdamW
-from learner.student.optimizer import build_optimizer, learning_rate, load_optimizer_tensors, optimizer_tensors
-from learner.student.publishing import Publisher
+from learner.student.lora import ADAPTER_FILE, adapter_tensors, merged_tensors
+from learner.student.optimizer import (
+    OffloadedAdamW,
+    build_optimizer,
+    learning_rate,
+    load_optimizer_tensors,
+    optimizer_tensors,
+)
+from learner.student.publishing import MovingAverages, Publisher
 from learner.student.sharding import Ranks, whole
 from learner.student.tensor_files import BackgroundWrite, StoredTensors, copies, model_tensors, write_tensors
 
@@ -76,7 +79,9 @@ class Learner:
         self._masked_token_ids = [*config.objective.masked_token_ids, *masked_role_token_ids]
         self._busy_seconds = 0.0
         self._write = BackgroundWrite()
-        body = self._load_model(checkpoint)
+        self._model, body, self._pass_tokens, self._adapter = build_student(
+            student, config, checkpoint, self._ranks, self._device
+        )
         head: Any = self._model.get_output_embeddings()
         self._vocabulary = len(head.weight)
         self._optimizer = build_optimizer(self._model, config.optimizer, offload=config.offload_optimizer)
@@ -99,30 +104,6 @@ class Learner:
         self.policy_version, self._beta = 0, config.objective.trust_region.beta
         if checkpoint:
             self._take_up(Path(checkpoint, "training"))
-
-    def _load_model(self, checkpoint: str | None) -> torch.nn.Module:
-        """Sets the model, with an adapter and in this rank's rows where that is so; returns its body, short of the head."""
-        student, config, lora = self._student, self._config, self._student.lora
-        self._model = load_model(
-            student.model if lora or checkpoint is None else checkpoint,
-            config.compute_dtype if lora else "float32",  # what is not trained needs no more digits
-            self._device if self._ranks.size == 1 else "cpu",  # the device holds this rank's rows alone
-            trust_remote_code=student.trust_remote_code,
-            key="student.model",
-        )
-        body, _, _ = response_head(self._model, "student.model")
-        # Where sequences cannot lie end to end, each has a pass of its own.
-        self._pass_tokens = config.microbatch_tokens if use_packed_attention(self._model) else 1
-        self._model.requires_grad_(True)
-        stored = Path(checkpoint, "adapter") if checkpoint else None
-        self._adapter = add_adapters(self._model, lora, stored) if lora else None
-        if config.compile:
-            compile_layers(self._model)
-        self._ranks.shard(self._model, self._device, getattr(torch, config.compute_dtype))
-        if config.gradient_checkpointing:
-            self._model.gradient_checkpointing_enable({"use_reentrant": False})
-            self._model.train()
-        return body
 
     def _take_up(self, training: Path) -> None:
         """What a checkpoint has besides the weights."""

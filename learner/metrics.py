@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from actors.trajectory import FINISH_REASONS, TeacherScores, Trajectories
-from learner.batch import Part
+from learner.collate import Part
 from learner.hidden_states import mixture_logprobs
-from learner.objective.surrogate import effective_sample_size
+from learner.objective.policy_gradient import effective_sample_size
 from learner.student.sharding import Ranks
 
 COMPARED = 64

@@ -8,7 +8,7 @@ import numpy as np
 
 from actors.trajectory import TrajectoryId
 from cluster.fleet.ray_actor import PerRank
-from learner.batch import minibatch_rows
+from learner.collate import minibatch_rows
 from learner.student.sharding import owners
 
 

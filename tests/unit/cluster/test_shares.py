@@ -11,7 +11,7 @@ from actors.trajectory import RolloutCounts, TrajectoryId
 from cluster.fleet.ray_actor import PerRank
 from cluster.loop.teachers import Lessons, Teachers
 from cluster.loop.work import Work, gather, merge, scores_by_rank
-from learner.batch import minibatch_rows
+from learner.collate import minibatch_rows
 from learner.student.sharding import owners
 from tests.unit.cluster.test_campaign import (
     SIZE,

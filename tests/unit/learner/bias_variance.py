@@ -18,8 +18,7 @@ from learner.objective.divergences import (
     reverse_kl,
     with_tail,
 )
-from learner.objective.estimators import coefficient, position_weights
-from learner.objective.surrogate import log_importance_weights
+from learner.objective.policy_gradient import coefficient, log_importance_weights, position_weights
 from tests.oracles import enumeration
 from tests.oracles.enumeration import World
 

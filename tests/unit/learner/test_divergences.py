@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from learner.objective import divergences as d
-from learner.objective.estimators import to_go
+from learner.objective.policy_gradient import to_go
 from tests.oracles import enumeration
 from tests.unit.learner.bias_variance import make_case
 from tests.unit.learner.test_estimators import close, expected_gradient

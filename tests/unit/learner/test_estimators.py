@@ -9,16 +9,17 @@ import pytest
 import torch
 
 from learner.objective.divergences import extrapolated_teacher
-from learner.objective.estimators import (
+from learner.objective.policy_gradient import (
     ESTIMATORS,
     NEEDS,
     coefficient,
     discounted_suffix_sum,
     leave_one_out_mean,
+    log_importance_weights,
     position_weights,
     reward_cost,
+    surrogate,
 )
-from learner.objective.surrogate import log_importance_weights, surrogate
 from tests.oracles import enumeration
 from tests.unit.learner.bias_variance import Case, estimates_of_pairs, make_case, support_kl
 

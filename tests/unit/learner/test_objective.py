@@ -8,8 +8,9 @@ from torch import Tensor
 
 from learner.config import ObjectiveConfig
 from learner.costs import needs_distribution
-from learner.objective.estimators import ESTIMATORS, NEEDS
-from learner.objective.surrogate import (
+from learner.objective.policy_gradient import (
+    ESTIMATORS,
+    NEEDS,
     corrected_weights,
     effective_sample_size,
     log_importance_weights,

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from learner.learner import Learner
-from learner.student.offload import MOMENTS, OffloadedAdamW
+from learner.student.optimizer import MOMENTS, OffloadedAdamW
 from tests.tiny_updates import make_learner, sampled
 
 

@@ -14,7 +14,7 @@ from actors.config import TeacherConfig
 from actors.errors import CampaignError
 from actors.teacher.local import LocalTeacher
 from actors.trajectory import TeacherScores, Trajectories, TrajectoryId, split_scores
-from learner.batch import minibatch_rows
+from learner.collate import minibatch_rows
 from learner.config import ObjectiveConfig
 from learner.learner import Learner
 from learner.student.sharding import Ranks, own_rows, owners

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from learner.objective.divergences import forward_kl, renormalised, reverse_kl, with_tail
-from learner.objective.estimators import coefficient
-from learner.objective.surrogate import surrogate, token_weights
+from learner.objective.policy_gradient import coefficient, surrogate, token_weights
 from tests.unit.learner.bias_variance import make_case
 from tests.unit.learner.test_estimators import close, expected_gradient
 

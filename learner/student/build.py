@@ -1,0 +1,79 @@
+"""Builds the student: loads the model, adds adapters, compiles its layers, shards it over the ranks, in this order."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from transformers import PreTrainedModel
+
+from actors.config import StudentConfig
+from actors.data.models import load_model, response_head
+from actors.errors import UserError
+from actors.forward.packing import attend_uncompiled, use_packed_attention
+from learner.config import LearnerConfig
+from learner.student.lora import add_adapters
+from learner.student.sharding import Ranks, decoder_layers
+
+
+class Student(NamedTuple):
+    """The model that is trained."""
+
+    model: PreTrainedModel
+    body: torch.nn.Module
+    """The model without its output layer."""
+    pass_tokens: int
+    """Tokens of one forward pass; 1 where the model cannot take sequences end to end, so that each has a pass of its own."""
+    adapter: Any
+    """peft's configuration of the adapters; None where all weights are trained."""
+
+
+def build_student(
+    student: StudentConfig, config: LearnerConfig, checkpoint: str | None, ranks: Ranks, device: str
+) -> Student:
+    """The student with the weights of `student.model`, or of the directory `checkpoint` where one is given.
+
+    Master weights are float32. With adapters the frozen weights stay in the compute dtype: they are never updated, so
+    they need no more digits. UserError: see load_model, add_adapters, compile_layers, and Ranks.shard.
+    """
+    lora = student.lora
+    model = load_model(
+        student.model if lora or checkpoint is None else checkpoint,
+        config.compute_dtype if lora else "float32",
+        device if ranks.size == 1 else "cpu",  # a device has room for its own shard only
+        trust_remote_code=student.trust_remote_code,
+        key="student.model",
+    )
+    body, _, _ = response_head(model, "student.model")
+    pass_tokens = config.microbatch_tokens if use_packed_attention(model) else 1
+    model.requires_grad_(True)
+    stored = Path(checkpoint, "adapter") if checkpoint else None
+    adapter = add_adapters(model, lora, stored) if lora else None
+    if config.compile:
+        compile_layers(model)
+    ranks.shard(model, device, getattr(torch, config.compute_dtype))
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
+    return Student(model, body, pass_tokens, adapter)
+
+
+def compile_layers(model: PreTrainedModel) -> None:
+    """Compiles the forward pass of each decoder layer with torch.compile, once for batches of all sizes.
+
+    It fuses the many small operations between the matrix products. Call it before the layers are sharded: gathering a
+    layer's weights and recomputing it stay outside. Attention is not compiled, because the boundaries of the sequences
+    differ from pass to pass and would become constants of the compiled code. UserError: compilation is turned off in
+    this process, or there is neither a GPU nor a C++ compiler.
+    """
+    if os.environ.get("TORCH_COMPILE_DISABLE") == "1" or torch._dynamo.config.disable:
+        raise UserError("learner.compile", "true, and TORCH_COMPILE_DISABLE", "false, or an environment without it")
+    if not torch.cuda.is_available() and not any(map(shutil.which, (os.environ.get("CXX") or "g++", "clang++"))):
+        raise UserError("learner.compile", "true, and no C++ compiler", "false, or g++ where the learner runs")
+    layers = decoder_layers(model)
+    if not layers:
+        raise UserError("learner.compile", f"true and {type(model).__name__}", "false, or a model of known layers")
+    attend_uncompiled()
+    for layer in layers:
+        layer.forward = torch.compile(layer.forward, dynamic=True)
