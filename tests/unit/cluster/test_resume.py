@@ -21,6 +21,7 @@ from tests.light_campaign import (
     start,
     without_times,
 )
+from tests.light_engine import BACKEND
 
 EARLIER_RELEASE = Path(__file__).parents[2] / "data" / "run_of_0_1"
 """A run directory that was written by release 0.1, see its README."""
@@ -102,7 +103,8 @@ def test_a_run_directory_of_an_earlier_release_ends_as_if_that_release_had_run_i
     shutil.copytree(EARLIER_RELEASE / "teacher", folder / "teacher")
     run_dir = folder / "runs" / "stopped"
     config = folder / "stopped.yaml"
-    config.write_text((run_dir / "config.yaml").read_text().replace("FOLDER", str(folder)))
+    text = (run_dir / "config.yaml").read_text().replace("FOLDER", str(folder))
+    config.write_text(text.replace("\nrollout:\n", f"\nrollout:\n  backend: {BACKEND}\n"))
     (run_dir / "config.yaml").write_text(config.read_text())
     finish(start(config), config)
     kinds = [row["kind"] for row in read_jsonl(run_dir / "events.jsonl")]
