@@ -1,6 +1,8 @@
-"""The command line: commands -> functions, and the only place that turns errors into lines and exit statuses.
+"""The command line: parses the arguments, calls the command's function, and turns errors into a line and an exit status.
 
-0 done; 2 the input is at fault, one line says what and where; 130 interrupted, with a checkpoint; 1 anything else.
+Exit status 0: done. 2: the user's input is wrong, and one line says what and where. 130: interrupted, with a checkpoint.
+1: anything else. Commands import their modules late, so that `--help` and mistakes in the configuration are answered
+without loading torch and Ray.
 """
 
 import argparse
@@ -20,7 +22,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Runs one command and exits with its status."""
     parser = command_parser()
     options, others = parser.parse_known_args(arguments)
-    # argparse takes no positional arguments after an option that stands among them.
+    # `run CONFIG --flag key=value`: argparse leaves positional arguments behind an option over.
     if [other for other in others if other.startswith("-") or not hasattr(options, "overrides")]:
         parser.error(f"unrecognized arguments: {' '.join(others)}")
     if others:
@@ -33,7 +35,7 @@ def main(arguments: list[str] | None = None) -> None:
     except CampaignError as error:
         print(f"understudy: {error}", file=sys.stderr)
         status = 1
-    except BrokenPipeError:  # who reads our output has enough, as with `| head`
+    except BrokenPipeError:  # the reader of our output has closed it, for example `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 0
     except KeyboardInterrupt:
@@ -43,7 +45,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def command_parser() -> argparse.ArgumentParser:
-    """Every command and its arguments."""
+    """The parser of all commands and their arguments."""
     parser = argparse.ArgumentParser(prog="understudy", description="On-policy distillation of language models on Ray.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
@@ -58,7 +60,7 @@ def command_parser() -> argparse.ArgumentParser:
 
 
 Command = Callable[[str, object, str], argparse.ArgumentParser]
-"""(name, function, what it does) -> its parser."""
+"""(name, function, help) -> the parser of one command."""
 
 
 def _add_commands_of_a_configuration(command: Command) -> None:
@@ -69,24 +71,32 @@ def _add_commands_of_a_configuration(command: Command) -> None:
         return sub
 
     example = "e.g. rollout.replicas=2"
-    run = configured("run", _run, "run a campaign, or take one up where it stopped", example, nargs="?")
-    run.add_argument("--resume", type=Path, metavar="RUN_DIR", help="go on with this run; no CONFIG, only key=value")
-    check = configured("check", _check, "check everything that can be known before a campaign starts", example)
-    check.add_argument("--offline", action="store_true", help="ask no cluster, and skip what is not on this machine")
+    run = configured("run", _run, "run a campaign, or resume it where it stopped", example, nargs="?")
+    run.add_argument("--resume", type=Path, metavar="RUN_DIR", help="resume this run; no CONFIG, only key=value")
+    check = configured(
+        "check", _check, "check configuration, models, prompts and cluster before a campaign starts", example
+    )
+    check.add_argument(
+        "--offline", action="store_true", help="ask no cluster, and skip files that are not on this machine"
+    )
     submit = configured("submit", _submit, "run a campaign as a job on a Ray cluster", example)
     submit.add_argument("--address", help="job server of the cluster (default: $RAY_API_SERVER_ADDRESS, else local)")
     submit.add_argument("--env", action="append", default=[], metavar="NAME[=value]", help="set in the job; repeats")
     submit.add_argument("--follow", action="store_true", help="show the job's output until it ends")
-    plan = configured("plan", _plan, "predict throughput and say how many actors of each role to start", example)
-    plan.add_argument("--gpus", type=float, help="recommend numbers of actors for so many GPUs")
+    plan = configured("plan", _plan, "predict throughput and recommend how many actors of each role to start", example)
+    plan.add_argument("--gpus", type=float, help="recommend numbers of actors for this many GPUs")
     source = plan.add_mutually_exclusive_group()
-    source.add_argument("--run", type=Path, metavar="RUN_DIR", help="as fast as this run (default: the campaign's own)")
-    source.add_argument("--calibrate", action="store_true", help="measure a few updates first, here and now")
-    source.add_argument("--gpu", metavar="NAME", help="from data sheets, e.g. H100; nothing is run")
-    plan.add_argument("--prompt-tokens", type=float, default=256.0, help="with --gpu: mean of a prompt")
-    plan.add_argument("--response-tokens", type=float, help="with --gpu: mean (default: half of max_response_tokens)")
-    text = "run one task under several methods and seeds, and say which wins where"
-    versus = configured("compare", _compare, text, "rl:key=value is for that method alone")
+    source.add_argument(
+        "--run", type=Path, metavar="RUN_DIR", help="predict from this run (default: the campaign's own)"
+    )
+    source.add_argument("--calibrate", action="store_true", help="run and measure a few updates first")
+    source.add_argument("--gpu", metavar="NAME", help="predict from data sheets, e.g. H100; nothing is run")
+    plan.add_argument("--prompt-tokens", type=float, default=256.0, help="with --gpu: mean length of a prompt")
+    plan.add_argument(
+        "--response-tokens", type=float, help="with --gpu: mean length (default: half of max_response_tokens)"
+    )
+    text = "run one task under several methods and seeds, and compare them"
+    versus = configured("compare", _compare, text, "rl:key=value applies to that method only")
     versus.add_argument("--methods", default="opd,rl,sft", help="some of opd, rl, sft (default all)")
     versus.add_argument("--seeds", default="0,1,2", help="default 0,1,2")
     versus.add_argument("--target", type=float, default=0.95, help="share of the teacher's accuracy (default 0.95)")
@@ -100,21 +110,21 @@ def _add_commands_of_a_run(command: Command) -> None:
         return sub
 
     status = of_a_run("status", _status, "show what a campaign is doing")
-    status.add_argument("--watch", action="store_true", help="show it anew every two seconds")
-    status.add_argument("--json", action="store_true", help="as one JSON object")
+    status.add_argument("--watch", action="store_true", help="update the screen every two seconds")
+    status.add_argument("--json", action="store_true", help="print one JSON object")
     for name, text in (
-        ("pause", "begin nothing new, until the campaign is resumed; what is under way is finished"),
-        ("resume", "go on with a campaign that is paused"),
-        ("stop", "end a campaign with a checkpoint, as Ctrl-C does; running it again goes on"),
+        ("pause", "start nothing new until the campaign is resumed; work in flight is finished"),
+        ("resume", "end a pause"),
+        ("stop", "end a campaign with a checkpoint, like Ctrl-C; running it again resumes it"),
         ("scale", "change how many actors a running campaign has"),
     ):
         sub = of_a_run(name, _steer, text)
         sub.set_defaults(order=name)
         if name == "scale":
             sub.add_argument("sizes", nargs="+", metavar="role=N", help="e.g. rollout=8 teacher.default=2")
-    tail = of_a_run("tail", _tail, "read trajectories, coloured by how far student and teacher disagree")
-    tail.add_argument("--rows", type=int, default=8, metavar="N", help="of each evaluation (default 8)")
-    tail.add_argument("--follow", action="store_true", help="go on as more are written, until the campaign ends")
+    tail = of_a_run("tail", _tail, "print trajectories, coloured by how far student and teacher disagree")
+    tail.add_argument("--rows", type=int, default=8, metavar="N", help="trajectories of each evaluation (default 8)")
+    tail.add_argument("--follow", action="store_true", help="print more as they are written, until the campaign ends")
     report = command("report", _report, "write a self-contained HTML page about one or more runs")
     report.add_argument("run_dirs", nargs="+", metavar="RUN_DIR", type=Path)
     report.add_argument("--output", type=Path, help="file to write (default: report.html in the first run directory)")
@@ -131,7 +141,6 @@ def _run(options: argparse.Namespace) -> int:
         config = load_config(options.config, options.overrides)
     else:
         raise UserError("run", "nothing to run", "CONFIG, a YAML file, or --resume RUN_DIR")
-    # Imported late: `--help` and mistakes in the configuration are answered without torch and Ray.
     from cluster.console.progress import summary_table
     from cluster.run import run_campaign
 
@@ -139,7 +148,7 @@ def _run(options: argparse.Namespace) -> int:
     print(summary_table(summary))
     print(f"report: {(config.run_dir / REPORT_FILE).resolve()}")
     if not complete:
-        print("interrupted: a checkpoint is written; the same command goes on from it", file=sys.stderr)
+        print("interrupted: a checkpoint is written; the same command resumes from it", file=sys.stderr)
     return 0 if complete else 130
 
 

@@ -1,4 +1,4 @@
-"""Everything that can be known of a campaign before it starts, in a few seconds."""
+"""Checks a campaign before it starts, in a few seconds: models, tokenizers, prompts, verifier, mirror, cluster."""
 
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
@@ -18,10 +18,9 @@ from cluster.state.mirror import mirror_of
 
 
 def checks(config: CampaignConfig, *, offline: bool) -> Iterator[tuple[str, Callable[[], str] | None]]:
-    """(what is checked, the check); a check returns what it found, or raises UserError. None: not to be known here.
+    """Yields (name, check). A check returns a description of what it found, or raises UserError. None: cannot run here.
 
-    Offline, only what lies on this machine is looked at: hub names and paths that are not here are left for the
-    cluster to find, and no cluster is asked.
+    offline: check only files on this machine, skip hub names and paths that do not exist here, and ask no cluster.
     """
 
     def here(*paths: str) -> bool:

@@ -1,6 +1,6 @@
-"""The same student, prompts and number of trajectories under several methods and seeds, and one page about all.
+"""`understudy compare`: runs one task under several methods and seeds, and writes one page about all runs.
 
-Every run is a campaign like any other: its own directory, taken up where it stopped, and not run again once finished.
+Every run is an ordinary campaign: it has its own directory, resumes where it stopped, and is not repeated once finished.
 
     opd   on-policy distillation, as the configuration has it
     rl    the reward alone: policy gradient with the mean of the prompt's other samples as baseline (RLOO)
@@ -36,10 +36,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "rl": {"learner.objective.estimator": "reward", **WITHOUT_TEACHERS_COST},
     "sft": {"learner.objective.estimator": "sft", **WITHOUT_TEACHERS_COST},
 }
-"""What a method changes in the configuration."""
+"""Method -> the keys that it changes in the configuration."""
 
 RL_SAMPLES = 8
-"""Samples of a prompt for `rl`, where the configuration has but one: a reward needs others to be compared with."""
+"""Samples of a prompt for `rl` if the configuration has one: a reward is compared with those of other samples."""
 
 CURVES = tuple(of_status("evaluation"))
 
@@ -53,7 +53,8 @@ class Trial(NamedTuple):
 
 
 def trials(config_file: Path, overrides: Sequence[str], methods: Sequence[str], seeds: Sequence[int]) -> list[Trial]:
-    """All campaigns, seed by seed. An override `rl:key=value` is for that method alone. UserError: what is not known."""
+    """All campaigns, seed by seed. An override `rl:key=value` applies to that method only. UserError: unknown methods,
+    or campaigns that cannot be compared."""
     for method in methods:
         if method not in METHODS:
             raise UserError("--methods", method, f"some of {', '.join(METHODS)}", METHODS)
@@ -74,13 +75,13 @@ def trials(config_file: Path, overrides: Sequence[str], methods: Sequence[str], 
             found.append(Trial(method, seed, load_config(config_file, [*common, *changes, *own, *named])))
     for trial in found:
         if trial.config.evaluation.prompts is None:
-            raise UserError("evaluation.prompts", "null", "held-out prompts: methods are compared by them")
+            raise UserError("evaluation.prompts", "null", "held-out prompts, on which methods are compared")
         if not trial.config.evaluation.teacher:
             raise UserError("evaluation.teacher", "false", "true: the target is a share of the teacher's accuracy")
         budget, first = trial.config.trajectories_per_update, found[0].config.trajectories_per_update
         if budget != first:
             key = f"{trial.method}:pipeline.prompts_per_update"
-            raise UserError(key, f"{budget} trajectories an update", f"{first}, as {found[0].method} has")
+            raise UserError(key, f"{budget} trajectories an update", f"{first}, like {found[0].method}")
     return found
 
 
@@ -89,19 +90,19 @@ def compare(
     run: Callable[[CampaignConfig], tuple[dict[str, Any], bool]],
     say: Callable[[str], None] = print,
 ) -> dict[str, list[Path]]:
-    """Runs what has not finished; method -> run directories. CampaignError: interrupted, the rest was not run."""
+    """Runs the unfinished campaigns; returns method -> run directories. CampaignError: interrupted before the last one."""
     for number, trial in enumerate(found, 1):
         say(f"{number} of {len(found)}: {trial.config.name}")
         _, complete = run(trial.config)
         if not complete:
-            raise CampaignError(f"{trial.config.name} was interrupted; the same command goes on from there")
+            raise CampaignError(f"{trial.config.name} was interrupted; the same command resumes from there")
     methods = dict.fromkeys(trial.method for trial in found)
     return {method: [t.config.run_dir for t in found if t.method == method] for method in methods}
 
 
 def mean_run(method: str, run_dirs: Sequence[Path]) -> Run:
-    """One method's curves: the mean over its seeds at each evaluation, with the lowest and the highest, `<key>:low` and
-    `<key>:high`. Seconds are counted from the first evaluation, so that starting up is left out."""
+    """One method's curves: at each evaluation the mean over its seeds, the lowest (`<key>:low`) and the highest
+    (`<key>:high`) value. Seconds count from the first evaluation, without start-up."""
     runs = [load_run(path) for path in run_dirs]
     rows = [{row["step"]: row for row in run.metrics if "eval/accuracy" in row} for run in runs]
     metrics = []
@@ -128,16 +129,16 @@ def mean_run(method: str, run_dirs: Sequence[Path]) -> Run:
 
 
 class Reached(NamedTuple):
-    """Where one run's greedy accuracy first came to the target."""
+    """When a run's greedy accuracy first reached the target."""
 
     updates: int
     tokens: int
     seconds: float
-    """Since the first evaluation."""
+    """From the first evaluation."""
 
 
 def reached(run_dir: Path, accuracy: float) -> Reached | None:
-    """By the evaluations there are; None: it never did."""
+    """The first evaluation with at least this accuracy; None: there is none."""
     rows = [row for row in read_jsonl(run_dir / METRICS_FILE) if "eval/accuracy" in row]
     for row in rows:
         if row["eval/accuracy"] >= accuracy:
@@ -146,7 +147,7 @@ def reached(run_dir: Path, accuracy: float) -> Reached | None:
 
 
 def table(results: Mapping[str, Sequence[Path]], share: float) -> str:
-    """Markdown: a line for each method. The target is this share of the teacher's accuracy."""
+    """A Markdown table with one row for each method. share: the target, as a share of the teacher's accuracy."""
     head = f"| method | seeds | accuracy before | after | sampled after | reverse KL after | updates to {share:.0%} of the teacher | student tokens | seconds |"
     lines = [head, "|---" * 9 + "|"]
     for method, run_dirs in results.items():
@@ -174,13 +175,13 @@ def write_comparison(results: Mapping[str, Sequence[Path]], output: Path) -> Pat
 
 
 def _spread(values: Sequence[float], form: str) -> str:
-    """Mean, and the range where there are several."""
+    """The mean, and the range if there are several values."""
     mean = form.format(statistics.fmean(values))
     return mean if len(values) == 1 else f"{mean} ({form.format(min(values))} to {form.format(max(values))})"
 
 
 def _of_hits(values: Sequence[float | None], form: str) -> str:
-    """The median of those that reached the target, and how many did not."""
+    """The median of the runs that reached the target, and the number of those that did not."""
     there = [value for value in values if value is not None]
     if not there:
         return "never"

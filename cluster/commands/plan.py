@@ -1,4 +1,4 @@
-"""`understudy plan`: the stages of a campaign, from a run that was measured, a short one made for it, or data sheets."""
+"""`understudy plan`: the stages of a campaign, from a measured run, a short calibration run, or data sheets."""
 
 import dataclasses
 import tempfile
@@ -31,7 +31,7 @@ CALIBRATION_UPDATES = 4
 
 
 def gpus_of(config: CampaignConfig) -> dict[str, float]:
-    """Role -> GPUs of one actor, on a cluster where each actor has its own; of teachers the largest."""
+    """Role -> GPUs of one actor, where each actor has its own. Of several teachers, the largest number."""
 
     def of(explicit: float | None, default: float) -> float:
         return default if explicit is None else explicit
@@ -44,9 +44,9 @@ def gpus_of(config: CampaignConfig) -> dict[str, float]:
 
 
 def from_run(config: CampaignConfig, run_dir: Path) -> Plan:
-    """The plan of `config`, as fast as the run was: its work for one update, in proportion to the trajectories.
+    """The plan of `config` with the speed of a finished run: its work for one update, scaled by the number of trajectories.
 
-    UserError: the run has not ended, or has measured nothing.
+    UserError: the run has not ended, or has taken no update.
     """
     summary = read_summary(run_dir)
     if not summary:
@@ -73,7 +73,7 @@ def from_run(config: CampaignConfig, run_dir: Path) -> Plan:
 
 
 def from_calibration(config: CampaignConfig, run: Callable[[CampaignConfig], Any]) -> Plan:
-    """The plan, measured by a run of some updates here and now, in a directory that is removed again.
+    """The plan from a run of CALIBRATION_UPDATES updates in a temporary directory.
 
     run: runs a campaign to its end (`cluster.run.run_campaign`).
     """
@@ -90,9 +90,9 @@ def from_calibration(config: CampaignConfig, run: Callable[[CampaignConfig], Any
 
 
 def from_data_sheet(config: CampaignConfig, gpu_name: str, load: Load) -> tuple[Plan, list[list[str]]]:
-    """The plan on GPUs of this name, and rows of memory for each role: [role, what, GiB of one GPU, of what it has].
+    """The plan on GPUs of this name, and a table of memory: [role, what, GiB of one GPU, GiB that it has].
 
-    UserError: a GPU that is not known, or a model whose configuration cannot be read.
+    UserError: an unknown GPU, or a model whose configuration cannot be read.
     """
     if gpu_name not in GPUS:
         raise UserError("--gpu", gpu_name, "a GPU that is known", list(GPUS))
@@ -136,7 +136,8 @@ def _memory(what: str, sizes: tuple[float, ...], role: str, gpus: dict[str, floa
 
 
 def model_size(model: str, trust_remote_code: bool, key: str) -> ModelSize:
-    """From config.json alone: no weight is read. Experts of which a token meets k of E count k / E of their parameters."""
+    """Sizes from config.json alone, without reading weights. If a token uses k of E experts, k / E of their parameters are
+    active."""
     import torch
     from transformers import AutoModelForCausalLM
 
