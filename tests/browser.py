@@ -29,7 +29,7 @@ class Page:
         number = next(self._numbers)
         await self._socket.send_json({"id": number, "method": method, "params": parameters})
         while True:
-            answer = json.loads((await self._socket.receive(timeout=30)).data)
+            answer = json.loads((await self._socket.receive(timeout=600)).data)
             if answer.get("id") == number:
                 assert "error" not in answer, answer
                 return answer["result"]

@@ -6,6 +6,7 @@ It samples with one plain forward pass for each token. In models of a few kiloby
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,13 +22,21 @@ BACKEND = "tests.light_engine:LightEngine"
 
 
 class LightEngine:
-    """An `Engine` (actors/rollout/engine.py). A response depends on its prompt, its seed and the weights only."""
+    """An `Engine` (actors/rollout/engine.py). A response depends on its prompt, its seed and the weights only.
 
-    def __init__(self, model: str, config: Any, sampling: Any, *, stop_token_ids: list[int], **_: Any):
+    Options, in `rollout.engine`: with `wait_at: VERSION` and `wait_for: FILE` it answers nothing from that version on
+    until there is such a file. A test can then do something to the campaign before it goes on.
+    """
+
+    def __init__(
+        self, model: str, config: Any, sampling: Any, *, stop_token_ids: list[int], support_size: int = 0, **_: Any
+    ):
         self.version: int | None = None
         self.seats, self.busy_seconds, self.tokens_sampled = 4, 0.0, 0
         self._model = load_model(model, "float32", "cpu", False, "student.model")
-        self._stop = set(stop_token_ids)
+        self._stop, self._support_size = set(stop_token_ids), support_size
+        options = {"wait_at": None, "wait_for": "", **config.engine}
+        self._wait_at, self._wait_for = options["wait_at"], Path(options["wait_for"])
         self._thread = ThreadPoolExecutor(1)
         self._weights = threading.Lock()
         """Held for one response, and for a load: a response is written by one version."""
@@ -48,6 +57,9 @@ class LightEngine:
         self._thread.shutdown(wait=False)
 
     def _generate(self, requests: Requests, sampling: Any, greedy: bool) -> Trajectories:
+        while self._wait_at is not None and self.version >= self._wait_at and not self._wait_for.exists():
+            time.sleep(0.02)
+            beat()
         began = time.monotonic()
         responses = []
         for row, seed in enumerate(requests.seeds):
@@ -60,16 +72,18 @@ class LightEngine:
 
     @torch.no_grad()
     def _respond(self, prompt: list[int], seed: int, longest: int, greedy: bool) -> Response:
-        draw, text, logprobs = np.random.default_rng(seed), list(prompt), []
+        draw, text, logprobs, supports = np.random.default_rng(seed), list(prompt), [], []
         while len(logprobs) < longest and (not logprobs or text[-1] not in self._stop):
             row_V = self._model(torch.tensor([text])).logits[0, -1].float().log_softmax(-1).double().numpy()
             # The largest of log-prob + Gumbel noise is a sample of the distribution.
             chosen = int(np.argmax(row_V if greedy else row_V + draw.gumbel(size=len(row_V))))
             text.append(chosen)
             logprobs.append(float(row_V[chosen]))
+            supports.append(np.argsort(-row_V, kind="stable")[: self._support_size])
         self.tokens_sampled += len(logprobs)
         reason = "length" if len(logprobs) == longest else "stop"
-        return Response(text[len(prompt) :], logprobs, np.full(len(logprobs), self.version, np.int32), reason)
+        versions, support = np.full(len(logprobs), self.version, np.int32), np.array(supports, np.int32)
+        return Response(text[len(prompt) :], logprobs, versions, reason, support if self._support_size else None)
 
 
 def done(result: Any) -> Future:

@@ -7,7 +7,6 @@ import pytest
 
 
 @pytest.mark.e2e
-@pytest.mark.timeout(600)
 def test_the_quickstart_corrects_the_students_habit(demo: Path) -> None:
     summary = json.loads((demo / "summary.json").read_text())
     assert summary["accuracy_start"] <= 0.4

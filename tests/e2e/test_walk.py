@@ -19,7 +19,8 @@ def walk(tmp_path: Path) -> Iterator[Walk]:
 
 
 @pytest.mark.e2e
-@pytest.mark.timeout(600)
+@pytest.mark.nightly
+@pytest.mark.timeout(1800)
 def test_from_the_demo_to_a_report_of_a_campaign_that_was_scaled_and_lost_a_node(demo: Path, walk: Walk) -> None:
     done = walk.submit()
     assert done.returncode == 0 and done.stdout.startswith("job: understudy-walk-"), done.stderr

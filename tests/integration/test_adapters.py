@@ -60,8 +60,8 @@ def test_recorded_logprobs_are_those_of_the_merged_student_for_every_version(par
     long = (np.arange(160) % 30 + 6).tolist()  # longer than a block of the prefix cache
     for version in (1, 2, 3):
         student.change(version)
-        engine.load_weights(*student.publish(version)).result(timeout=60)
-        written = engine.generate(ask([long, long, [6, 7, 8], [30, 9]]), SAMPLING).result(timeout=60)
+        engine.load_weights(*student.publish(version)).result(timeout=600)
+        written = engine.generate(ask([long, long, [6, 7, 8], [30, 9]]), SAMPLING).result(timeout=600)
         assert engine.version == version and set(written.policy_versions.tolist()) == {version}
         assert difference(student.merged(), written) < 2e-5
         assert difference(load_model(str(student.path), "float32", "cpu", False, "a"), written) > 0.1
@@ -70,12 +70,12 @@ def test_recorded_logprobs_are_those_of_the_merged_student_for_every_version(par
 def test_an_adapter_may_change_while_requests_run(parts: tuple[VllmEngine, Student]) -> None:
     engine, student = parts
     student.change(20)
-    engine.load_weights(*student.publish(20)).result(timeout=60)
+    engine.load_weights(*student.publish(20)).result(timeout=600)
     old = student.merged()
     running = engine.generate(ask([[6 + i, 7, 8] for i in range(16)]), SamplingConfig(max_response_tokens=80))
     student.change(21)
-    engine.load_weights(*student.publish(21)).result(timeout=60)
-    written, new = running.result(timeout=60), student.merged()
+    engine.load_weights(*student.publish(21)).result(timeout=600)
+    written, new = running.result(timeout=600), student.merged()
     assert 21 in written.policy_versions
     for i in range(len(written)):
         span = slice(*written.response_offsets[i : i + 2])
@@ -93,17 +93,17 @@ def test_what_is_no_adapter_of_the_student_is_refused_and_the_engine_works_on(
 ) -> None:
     engine, student = parts
     student.change(30)
-    engine.load_weights(*student.publish(30)).result(timeout=60)
+    engine.load_weights(*student.publish(30)).result(timeout=600)
     manifest, buckets = student.publish(31)
     half = replace(manifest, tensors=manifest.tensors[1:])
     with pytest.raises(WeightError, match=r"in 1 tensors, first .*lora_A\.weight: found nothing, expected \(5, 64\)"):
-        engine.load_weights(half, buckets).result(timeout=60)
+        engine.load_weights(half, buckets).result(timeout=600)
     with pytest.raises(WeightError, match=r"does not fit the model"):
         whole = pack_all(32, list(student.merged().named_parameters()), "float32", 40_000)
-        engine.load_weights(*whole).result(timeout=60)
+        engine.load_weights(*whole).result(timeout=600)
     buckets[0][100] ^= 1
     with pytest.raises(WeightError, match=r"version 31: .* has checksum"):
         deliver(engine, manifest, buckets)
-    written = engine.generate(ask([[6, 7, 8]]), SAMPLING).result(timeout=60)
+    written = engine.generate(ask([[6, 7, 8]]), SAMPLING).result(timeout=600)
     assert set(written.policy_versions.tolist()) == {30}
     assert difference(student.merged(), written) < 2e-5

@@ -49,9 +49,9 @@ def test_the_engine_holds_the_published_bytes_after_every_version(parts: tuple[V
     engine, model = parts
     for version in range(1, 4):
         change(model, version)
-        engine.load_weights(*publish(model, version)).result(timeout=60)
+        engine.load_weights(*publish(model, version)).result(timeout=600)
         assert engine.version == version
-        [found] = engine.apply_model(read_back).result(timeout=60)
+        [found] = engine.apply_model(read_back).result(timeout=600)
         own = dict(model.named_parameters())
         head = own.get("lm_head.weight", own["model.embed_tokens.weight"])
         expected = {
@@ -86,9 +86,9 @@ def test_recorded_logprobs_are_those_of_a_plain_forward_pass(parts: tuple[VllmEn
     rng = np.random.default_rng(0)
     for version in range(4, 7):
         change(model, version)
-        engine.load_weights(*publish(model, version)).result(timeout=60)
+        engine.load_weights(*publish(model, version)).result(timeout=600)
         prompts = [rng.integers(6, 40, rng.integers(3, 12)).tolist() for _ in range(8)]
-        written = engine.generate(ask(prompts), SAMPLING).result(timeout=60)
+        written = engine.generate(ask(prompts), SAMPLING).result(timeout=600)
         assert set(written.policy_versions.tolist()) == {version}
         assert difference(model, written) < 2e-5
 
@@ -98,17 +98,17 @@ def test_cached_prefixes_of_old_weights_are_forgotten(parts: tuple[VllmEngine, A
     prompts = [(np.arange(160) % 30 + 6).tolist()] * 4  # longer than a block of the cache
     for version in (7, 8):
         change(model, version)
-        engine.load_weights(*publish(model, version)).result(timeout=60)
-        assert difference(model, engine.generate(ask(prompts), SAMPLING).result(timeout=60)) < 2e-5
+        engine.load_weights(*publish(model, version)).result(timeout=600)
+        assert difference(model, engine.generate(ask(prompts), SAMPLING).result(timeout=600)) < 2e-5
 
 
 def test_a_sample_is_a_function_of_its_seed_not_of_its_company(parts: tuple[VllmEngine, Any]) -> None:
     engine, model = parts
-    engine.load_weights(*publish(model, 9)).result(timeout=60)
+    engine.load_weights(*publish(model, 9)).result(timeout=600)
     prompts = [[6 + i, 7, 8] for i in range(6)]
-    together = engine.generate(ask(prompts), SAMPLING).result(timeout=60)
-    alone = engine.generate(ask(prompts[:1]), SAMPLING).result(timeout=60)
-    other = engine.generate(ask(prompts[:1], seed=99), SAMPLING).result(timeout=60)
+    together = engine.generate(ask(prompts), SAMPLING).result(timeout=600)
+    alone = engine.generate(ask(prompts[:1]), SAMPLING).result(timeout=600)
+    other = engine.generate(ask(prompts[:1], seed=99), SAMPLING).result(timeout=600)
     first = slice(0, together.response_offsets[1])
     np.testing.assert_array_equal(together.response_tokens[first], alone.response_tokens)
     np.testing.assert_array_equal(together.behaviour_logprobs[first], alone.behaviour_logprobs)
@@ -117,7 +117,7 @@ def test_a_sample_is_a_function_of_its_seed_not_of_its_company(parts: tuple[Vllm
 
 def test_a_corrupt_version_is_refused_and_the_engine_works_on(parts: tuple[VllmEngine, Any]) -> None:
     engine, model = parts
-    engine.load_weights(*publish(model, 10)).result(timeout=60)
+    engine.load_weights(*publish(model, 10)).result(timeout=600)
     manifest, buckets = publish(model, 11)
     buckets[0][100] ^= 1
     with pytest.raises(WeightError, match=r"version 11: .* has checksum"):
@@ -128,24 +128,24 @@ def test_a_corrupt_version_is_refused_and_the_engine_works_on(parts: tuple[VllmE
         WeightError, match=r"does not fit .* in 1 tensors, first model\.embed_tokens.weight: found nothing"
     ):
         deliver(engine, other, buckets)
-    written = engine.generate(ask([[6, 7, 8]]), SAMPLING).result(timeout=60)
+    written = engine.generate(ask([[6, 7, 8]]), SAMPLING).result(timeout=600)
     assert set(written.policy_versions.tolist()) == {10}
     assert difference(model, written) < 2e-5
 
 
 def test_weights_may_change_while_requests_run(parts: tuple[VllmEngine, Any]) -> None:
     engine, model = parts
-    engine.load_weights(*publish(model, 20)).result(timeout=60)
+    engine.load_weights(*publish(model, 20)).result(timeout=600)
     long = SamplingConfig(max_response_tokens=80)
     running = engine.generate(ask([[6 + i, 7, 8] for i in range(16)]), long)
     change(model, 21)
-    engine.load_weights(*publish(model, 21)).result(timeout=60)
-    written = running.result(timeout=60)
+    engine.load_weights(*publish(model, 21)).result(timeout=600)
+    written = running.result(timeout=600)
     assert len(written) == 16
     versions = [written.policy_versions[slice(*written.response_offsets[i : i + 2])] for i in range(16)]
     assert all(set(own.tolist()) <= {20, 21} and (np.diff(own) >= 0).all() for own in versions)
     assert any(own[-1] == 21 for own in versions)
-    new = engine.generate(ask([[6, 7, 8]]), SAMPLING).result(timeout=60)
+    new = engine.generate(ask([[6, 7, 8]]), SAMPLING).result(timeout=600)
     assert difference(model, new) < 2e-5
 
 
@@ -155,24 +155,24 @@ def test_weights_may_wait_for_what_runs_and_what_comes_later_waits_for_them(tmp_
     engine = VllmEngine(str(path), config, SAMPLING, stop_token_ids=[])
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     try:
-        engine.load_weights(*publish(model, 1)).result(timeout=60)
+        engine.load_weights(*publish(model, 1)).result(timeout=600)
         long = SamplingConfig(max_response_tokens=80)
         running = engine.generate(ask([[6 + i, 7, 8] for i in range(4)]), long)
         given_up = engine.generate(ask([[30, 7, 8]]), long)
         change(model, 2)
         loading = engine.load_weights(*publish(model, 2))
         later = engine.generate(ask([[6, 7, 8]]), SAMPLING)
-        engine.abort(np.array([(0, 0, 0)])).result(timeout=60)  # the first of each call; the last is not in yet
+        engine.abort(np.array([(0, 0, 0)])).result(timeout=600)  # the first of each call; the last is not in yet
         assert not loading.done(), "an abort passes weights that wait"
         for call in (running, given_up):
             with pytest.raises(AbortedError):
-                call.result(timeout=60)
+                call.result(timeout=600)
         assert not later.done()
-        assert set(later.result(timeout=60).policy_versions.tolist()) == {2}
+        assert set(later.result(timeout=600).policy_versions.tolist()) == {2}
         assert loading.done() and difference(model, later.result()) < 2e-5
         running = engine.generate(ask([[6 + i, 7, 8] for i in range(4)]), long)
         engine.load_weights(*publish(model, 3))
-        assert set(running.result(timeout=60).policy_versions.tolist()) == {2}
+        assert set(running.result(timeout=600).policy_versions.tolist()) == {2}
     finally:
         engine.close()
 
@@ -183,19 +183,19 @@ def test_keys_and_values_of_old_weights_may_be_kept_for_what_runs_but_for_nothin
     engine = VllmEngine(str(path), config, SAMPLING, stop_token_ids=[])
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     try:
-        engine.load_weights(*publish(model, 1)).result(timeout=60)
+        engine.load_weights(*publish(model, 1)).result(timeout=600)
         prompt = [6 + i % 60 for i in range(300)]  # two blocks of cache
         long = SamplingConfig(max_response_tokens=150)
-        engine.generate(ask([prompt]), SAMPLING).result(timeout=60)
+        engine.generate(ask([prompt]), SAMPLING).result(timeout=600)
         before = engine.busy_seconds
         running = engine.generate(ask([[*prompt, 66]]), long)
         while engine.busy_seconds == before:  # until the first step
             time.sleep(0.001)
         change(model, 2)
-        engine.load_weights(*publish(model, 2)).result(timeout=60)
-        new = engine.generate(ask([prompt]), SAMPLING).result(timeout=60)
+        engine.load_weights(*publish(model, 2)).result(timeout=600)
+        new = engine.generate(ask([prompt]), SAMPLING).result(timeout=600)
         assert difference(model, new) < 2e-5, "a cached prefix of the old weights was used"
-        written = running.result(timeout=60)
+        written = running.result(timeout=600)
         assert set(written.policy_versions.tolist()) <= {1, 2}
     finally:
         engine.close()
@@ -206,7 +206,7 @@ def test_an_engine_without_weights_refuses_to_sample(tmp_path: Path) -> None:
     engine = VllmEngine(str(path), RolloutConfig(dtype="float32", engine=OPTIONS), SAMPLING)
     try:
         with pytest.raises(WeightError, match="not been given weights"):
-            engine.generate(ask([[6, 7]]), SAMPLING).result(timeout=60)
+            engine.generate(ask([[6, 7]]), SAMPLING).result(timeout=600)
     finally:
         engine.close()
 
@@ -219,8 +219,8 @@ def learn_with_experts(models: dict[str, Path]) -> None:
     for _ in range(2):  # the first version replaces random weights, the second one that was packed
         learner.update(written.ids, written, scores)
         *buckets, manifest = received(learner.publish())
-        engine.load_weights(manifest, buckets).result(timeout=60)  # type: ignore[arg-type]
-        answers = engine.generate(ask([[7, 8, 9], [20, 21, 22, 23]]), SAMPLING).result(timeout=60)
+        engine.load_weights(manifest, buckets).result(timeout=600)  # type: ignore[arg-type]
+        answers = engine.generate(ask([[7, 8, 9], [20, 21, 22, 23]]), SAMPLING).result(timeout=600)
         assert difference(learner._model, answers) < 1e-4
 
 

@@ -17,7 +17,7 @@ from actors.trajectory import Requests, RolloutCounts, Trajectories
 from cluster.fleet.ray_actor import Resources
 from cluster.fleet.ray_fleet import Fleet
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(60), pytest.mark.usefixtures("ray_session")]
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("ray_session")]
 ABORTED, DEFECT = 1001, 1002
 
 
@@ -74,10 +74,10 @@ def with_fleet(folder: Path, replicas: int, body: Callable[[Fleet, list[str]], A
         events: list[str] = []
         fleet = Fleet(
             "rollout", Writer, (str(folder),), {}, replicas=replicas, resources=Resources(0.1, 0.0), max_restarts=2,
-            start_timeout_seconds=30.0, on_event=lambda kind, **_: events.append(kind),
+            start_timeout_seconds=600.0, on_event=lambda kind, **_: events.append(kind),
         )  # fmt: skip
         try:
-            async with asyncio.timeout(40):
+            async with asyncio.timeout(600):
                 await fleet.start()
                 await body(fleet, events)
         finally:

@@ -22,7 +22,7 @@ def start(output: Path, name: str) -> subprocess.Popen[bytes]:
 
 
 def wait_for_lines(file: Path, count: int, process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 1200
     while not file.exists() or file.read_bytes().count(b"\n") < count:
         assert process.poll() is None and time.monotonic() < deadline, "the campaign did not get that far"
         time.sleep(0.05)

@@ -15,7 +15,6 @@ from tests.fake_run import make_fake_run
 
 pytestmark = [
     pytest.mark.integration,
-    pytest.mark.timeout(120),
     pytest.mark.skipif(not BROWSER, reason="no Chromium on this machine"),
 ]
 

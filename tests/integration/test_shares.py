@@ -22,7 +22,7 @@ from learner.learner import Learner
 from tests.tiny_models import make_tiny_model
 from tests.tiny_updates import sampled, teacher_config
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(90), pytest.mark.usefixtures("ray_session")]
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("ray_session")]
 
 LEARNER = LearnerConfig(
     compute_dtype="float32",
@@ -41,7 +41,7 @@ def fleet(kind: type[Fleet], role: str, actor: type, *arguments: Any, replicas: 
         replicas=replicas,
         resources=Resources(0.1, 0.0),
         max_restarts=None,
-        start_timeout_seconds=60.0,
+        start_timeout_seconds=600.0,
         on_event=lambda kind, **fields: None,
     )
 

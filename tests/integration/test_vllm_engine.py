@@ -35,7 +35,7 @@ def make(model: Any, sampling: SamplingConfig, support_size: int = 0, **options:
 @pytest.fixture(scope="module")
 def engine(model: Any) -> Iterator[VllmEngine]:
     engine = make(model, SAMPLING, support_size=30)
-    engine.load_weights(*publish(model, 0)).result(timeout=60)
+    engine.load_weights(*publish(model, 0)).result(timeout=600)
     yield engine
     engine.close()
 
@@ -50,7 +50,7 @@ def responses(written: Trajectories) -> list[list[int]]:
 
 
 def test_a_response_ends_with_its_stop_token_or_at_the_limit(engine: VllmEngine) -> None:
-    written = engine.generate(ask(prompts(40)), SAMPLING).result(timeout=60)
+    written = engine.generate(ask(prompts(40)), SAMPLING).result(timeout=600)
     found = [FINISH_REASONS[reason] for reason in written.finish_reasons]
     assert set(found) == {"stop", "length"}
     for response, reason in zip(responses(written), found, strict=True):
@@ -62,8 +62,8 @@ def test_a_response_ends_with_its_stop_token_or_at_the_limit(engine: VllmEngine)
 def test_more_prompts_than_one_step_reads_change_no_sample(model: Any, engine: VllmEngine) -> None:
     texts = [text * 6 for text in prompts(24)]
     few = make(model, SAMPLING, support_size=30, max_num_batched_tokens=256)
-    few.load_weights(*publish(model, 0)).result(timeout=60)
-    found, expected = (e.generate(ask(texts), SAMPLING).result(timeout=60) for e in (few, engine))
+    few.load_weights(*publish(model, 0)).result(timeout=600)
+    found, expected = (e.generate(ask(texts), SAMPLING).result(timeout=600) for e in (few, engine))
     few.close()
     assert sum(map(len, texts)) > 3 * 256
     assert responses(found) == responses(expected)
@@ -79,20 +79,20 @@ def test_the_order_of_requests_changes_no_sample(engine: VllmEngine) -> None:
         prompt_tokens=np.concatenate([texts[i] for i in order]).astype(np.int32),
         prompt_offsets=offsets_of(len(texts[i]) for i in order),
     )
-    first = engine.generate(straight, SAMPLING).result(timeout=60)
-    second = engine.generate(shuffled, SAMPLING).result(timeout=60)
+    first = engine.generate(straight, SAMPLING).result(timeout=600)
+    second = engine.generate(shuffled, SAMPLING).result(timeout=600)
     np.testing.assert_array_equal(second.ids, straight.ids[order])
     assert responses(second) == [responses(first)[i] for i in order]
 
 
 def test_samples_of_one_prompt_differ_by_their_seeds(engine: VllmEngine) -> None:
-    written = engine.generate(ask([prompts(1)[0]] * 8), SAMPLING).result(timeout=60)
+    written = engine.generate(ask([prompts(1)[0]] * 8), SAMPLING).result(timeout=600)
     assert len({tuple(response) for response in responses(written)}) > 4
 
 
 def test_greedy_answers_are_those_of_a_plain_forward_pass(engine: VllmEngine, model: Any) -> None:
     texts = prompts(6)
-    written = engine.generate(ask(texts), SAMPLING, greedy=True).result(timeout=60)
+    written = engine.generate(ask(texts), SAMPLING, greedy=True).result(timeout=600)
     for prompt, response in zip(texts, responses(written), strict=True):
         text = list(prompt)
         while len(text) < len(prompt) + 8 and (len(text) == len(prompt) or text[-1] not in STOPS):
@@ -103,33 +103,33 @@ def test_greedy_answers_are_those_of_a_plain_forward_pass(engine: VllmEngine, mo
 
 
 def test_calls_that_overlap_get_their_own_answers(engine: VllmEngine) -> None:
-    alone = [engine.generate(ask(prompts(5, i), seed=i), SAMPLING).result(timeout=60) for i in range(4)]
+    alone = [engine.generate(ask(prompts(5, i), seed=i), SAMPLING).result(timeout=600) for i in range(4)]
     together = [engine.generate(ask(prompts(5, i), seed=i), SAMPLING) for i in range(4)]
     for expected, future in zip(alone, together, strict=True):
-        assert responses(future.result(timeout=60)) == responses(expected)
+        assert responses(future.result(timeout=600)) == responses(expected)
 
 
 def test_a_prompt_that_does_not_fit_fails_its_own_call_only(engine: VllmEngine) -> None:
     other = engine.generate(ask(prompts(5)), SAMPLING)
     with pytest.raises(Exception, match="300 input tokens"):
-        engine.generate(ask([*prompts(2), [20] * 300, *prompts(2)]), SAMPLING).result(timeout=60)
-    again = engine.generate(ask(prompts(5)), SAMPLING).result(timeout=60)
-    assert responses(again) == responses(other.result(timeout=60))
+        engine.generate(ask([*prompts(2), [20] * 300, *prompts(2)]), SAMPLING).result(timeout=600)
+    again = engine.generate(ask(prompts(5)), SAMPLING).result(timeout=600)
+    assert responses(again) == responses(other.result(timeout=600))
 
 
 def test_what_is_aborted_ends_in_an_error_and_the_engine_works_on(engine: VllmEngine, model: Any) -> None:
     before = engine.tokens_sampled
     call = engine.generate(ask(prompts(40)), SAMPLING)
-    engine.abort().result(timeout=60)
+    engine.abort().result(timeout=600)
     with pytest.raises(CampaignError, match="aborted"):
-        call.result(timeout=60)
-    written = engine.generate(ask(prompts(3)), SAMPLING).result(timeout=60)
+        call.result(timeout=600)
+    written = engine.generate(ask(prompts(3)), SAMPLING).result(timeout=600)
     assert difference(model, written) < 2e-5
     assert engine.tokens_sampled - before >= len(written.response_tokens)
 
 
 def test_the_most_likely_tokens_are_named_at_each_position(engine: VllmEngine, model: Any) -> None:
-    written = engine.generate(ask(prompts(12)), SAMPLING).result(timeout=60)
+    written = engine.generate(ask(prompts(12)), SAMPLING).result(timeout=600)
     assert written.support_ids.shape == (len(written.response_tokens), 30)
     assert difference(model, written) < 2e-5  # the sampled token's log-prob is not one of theirs
     for i, response in enumerate(responses(written)):
@@ -159,8 +159,8 @@ def processed(logits_V: torch.Tensor) -> torch.Tensor:
 def test_recorded_logprobs_are_those_of_the_filtered_distribution_that_was_sampled(model: Any) -> None:
     engine = make(model, FILTERED)
     try:
-        engine.load_weights(*publish(model, 0)).result(timeout=60)
-        written = engine.generate(ask(prompts(16)), FILTERED).result(timeout=60)
+        engine.load_weights(*publish(model, 0)).result(timeout=600)
+        written = engine.generate(ask(prompts(16)), FILTERED).result(timeout=600)
         for i, response in enumerate(responses(written)):
             prompt = written.prompt_tokens[slice(*written.prompt_offsets[i : i + 2])].tolist()
             with torch.no_grad():
@@ -172,7 +172,7 @@ def test_recorded_logprobs_are_those_of_the_filtered_distribution_that_was_sampl
         # And they are sampled as often as that says: a chi-square statistic of `kinds - 1` degrees of freedom.
         prompt, count = prompts(1)[0], 1000
         one = SamplingConfig(**vars(FILTERED) | {"max_response_tokens": 1})
-        drawn = engine.generate(ask([prompt] * count), one).result(timeout=120).response_tokens
+        drawn = engine.generate(ask([prompt] * count), one).result(timeout=600).response_tokens
         with torch.no_grad():
             expected_counts = count * processed(model(torch.tensor([prompt])).logits[0, -1]).exp().numpy()
         seen = np.bincount(drawn, minlength=len(expected_counts))

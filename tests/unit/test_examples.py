@@ -31,7 +31,7 @@ def test_check_accepts_it(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_what_makes_the_models_runs(module: str, arguments: list[str], tmp_path: Path) -> None:
     command = [sys.executable, "-m", f"examples.{module}", *arguments, "--output", str(tmp_path)]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=120)
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=600)
     assert list(tmp_path.glob("*/model.safetensors"))
 
 
@@ -39,7 +39,7 @@ def test_the_committed_prompts_are_those_that_the_scripts_make(tmp_path: Path) -
     for module, extra in (("carries.make_prompts", []), ("two_domains.make_models", ["--steps", "0.001"])):
         out = tmp_path / module
         command = [sys.executable, "-m", f"examples.{module}", *extra, "--output", str(out)]
-        subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=120)
+        subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=600)
         for name in ("train.jsonl", "heldout.jsonl"):
             assert (out / name).read_bytes() == (ROOT / "examples" / module.partition(".")[0] / name).read_bytes()
 

@@ -133,7 +133,7 @@ def test_tensors_are_worked_on_side_by_side_and_the_first_error_is_raised() -> N
         together = threading.Barrier(2)  # breaks unless two threads meet
 
         def meet(number: int, fails: bool) -> int:
-            together.wait(timeout=60)
+            together.wait(timeout=600)
             if fails:
                 raise WeightError(f"tensor {number}")
             return number

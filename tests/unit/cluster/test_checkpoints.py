@@ -52,7 +52,7 @@ def with_checkpoints(
     async def run() -> None:
         checkpoints = Checkpoints(config, RunRecords(config.run_dir))
         try:
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(600):
                 await body(checkpoints, CampaignState(), SlowLearner())
         finally:
             await checkpoints.close()

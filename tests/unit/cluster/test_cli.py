@@ -1,11 +1,11 @@
 """Exit statuses and lines of the command line, in a process of its own, for what needs no Ray."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -26,7 +26,7 @@ def understudy(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess
         env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "HOME": str(cwd), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=600,
     )
 
 
@@ -86,9 +86,9 @@ def one_line(done: subprocess.CompletedProcess[str]) -> str:
 
 
 def test_help_is_fast_and_loads_neither_torch_nor_ray() -> None:
-    start = time.perf_counter()
+    before = os.times()
     done = understudy("--help")
-    assert time.perf_counter() - start < 3
+    assert os.times().children_user - before.children_user < 3  # processor seconds: no other process counts
     assert done.returncode == 0
     for command in ("run", "check", "report"):
         assert re.search(rf"^\s+{command}\s", done.stdout, re.MULTILINE)
@@ -104,7 +104,7 @@ def test_help_is_fast_and_loads_neither_torch_nor_ray() -> None:
         ["status", "absent"],
     ):
         done = subprocess.run(
-            [sys.executable, "-c", program, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=30
+            [sys.executable, "-c", program, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=600
         )
         assert done.stdout.splitlines()[-1] == "[]", arguments
 

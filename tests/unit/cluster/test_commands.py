@@ -57,7 +57,7 @@ print(json.dumps(wrong))
 def refused(scripts: list[list[str]]) -> dict[str, str]:
     """Words of those `python …` that refuse them -> why."""
     command = [sys.executable, "-c", READ_ARGUMENTS, json.dumps(scripts)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
