@@ -21,7 +21,7 @@ TARGET = ROOT / "docs" / "configuration.md"
 
 
 def meanings(cls: type) -> dict[str, str]:
-    """Field -> the string that stands below it."""
+    """Field -> the string below it."""
     body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body  # type: ignore[attr-defined]
     return {
         item.target.id: " ".join(after.value.value.split())  # type: ignore[union-attr, attr-defined]
@@ -31,7 +31,7 @@ def meanings(cls: type) -> dict[str, str]:
 
 
 def type_name(hint: Any) -> str:
-    """A type as a reader of YAML thinks of it."""
+    """The name of a type in YAML's terms."""
     if get_origin(hint) is None:
         return getattr(hint, "__name__", str(hint))
     arguments = get_args(hint)
@@ -43,7 +43,7 @@ def type_name(hint: Any) -> str:
 
 
 def section(cls: type, prefix: str) -> list[str]:
-    """The tables of a dataclass and of those nested in it."""
+    """The tables of a dataclass and of the dataclasses nested in it."""
     hints, texts = get_type_hints(cls), meanings(cls)
     rows, nested = [], []
     for item in dataclasses.fields(cls):
@@ -81,13 +81,13 @@ def section(cls: type, prefix: str) -> list[str]:
 
 
 def main() -> int:
-    """Writes the page, or with --check says whether it is what the dataclasses say."""
+    """Writes the page, or with --check compares it with the dataclasses."""
     text = "\n".join(
         [
             "# Configuration",
             "",
-            "Made from the dataclasses by `python docs/make_configuration.py`; do not edit. Every key can stand in YAML or",
-            "be given as `key=value` on the command line.",
+            "Generated from the dataclasses by `python docs/make_configuration.py`; do not edit. Set a key in YAML, or as",
+            "`key=value` on the command line.",
             "",
             *section(CampaignConfig, ""),
         ]

@@ -1,4 +1,4 @@
-"""Takes the walk of docs/walk.md and makes the page's pictures: python docs/make_walk.py (some minutes; needs Chromium)."""
+"""Takes the steps of docs/walk.md and makes its pictures: python docs/make_walk.py (some minutes; needs Chromium)."""
 
 import asyncio
 import io
@@ -25,7 +25,7 @@ COLOUR = {"FORCE_COLOR": "1", "COLUMNS": str(COLUMNS), "TERM": "xterm-256color"}
 
 
 def terminal(name: str, shown: list[tuple[str, str]]) -> None:
-    """Draws commands and what they printed, as a terminal shows them."""
+    """Draws commands and their output like a terminal."""
     console = Console(record=True, width=COLUMNS, file=io.StringIO(), force_terminal=True)
     for command, output in shown:
         console.print(Text(f"$ {command}", "bold"))
@@ -36,7 +36,7 @@ def terminal(name: str, shown: list[tuple[str, str]]) -> None:
 
 
 async def photograph(page: Path) -> None:
-    """The head of the report, and what happened, as a browser shows them."""
+    """Screenshots of the report's curves and timeline."""
     async with browser() as tab:
         await tab.open(page, 1180, "light")
         await tab.value("document.querySelectorAll('details').forEach(details => details.open = false)")
@@ -50,7 +50,7 @@ def walk_and_draw(walk: Walk) -> None:
     """Takes every step and draws it."""
 
     def shown(done: subprocess.CompletedProcess[str]) -> tuple[str, str]:
-        """Command and output, with the places that the page names."""
+        """Command and output, with the addresses and paths of the page."""
         words = " ".join(shlex.quote(word) for word in done.args[3:])
         told = [words, done.stdout]
         for ours, theirs in ((walk.cluster.address, "http://127.0.0.1:8265"), (str(walk.folder), "/tmp")):

@@ -4,8 +4,8 @@ The task is written addition, one step a column from the right with its carry, t
 
     4821+397  ->  1+7+0=08,2+9+0=11,8+3+1=12,4+0+1=05;5218
 
-The teacher learns it right. The student is taught on text in which a carry is dropped in 60% of the cases (a 0 is
-carried where a 1 should be): it writes fluently, and mostly wrong. An early slip spoils all that follows.
+The teacher learns correct answers. The student learns from text in which 60% of the carries are dropped (a 0 instead of
+a 1): it writes fluently, and mostly wrong. An early slip makes the rest wrong.
 
     python examples/addition/make_models.py [--seed 0] [--output examples/addition]
 
@@ -33,11 +33,11 @@ CHAT_TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
 )
 BAD_HABIT = 0.6
-"""How often a carry is dropped in the student's lessons."""
+"""Probability of dropping a carry in the student's lessons."""
 
 
 def worked_sum(a: int, b: int, rng: random.Random, bad_habit: float = 0.0) -> str:
-    """The columns of a + b from the right, and the result that they give; a carry is dropped with this probability."""
+    """The columns of a + b from the right, then the result. bad_habit: the probability of dropping a carry."""
     left, right = str(a)[::-1], str(b)[::-1]
     carry, columns, digits = 0, [], []
     for i in range(max(len(left), len(right))):
@@ -103,7 +103,7 @@ def teach(
     steps: int,
     lesson: Callable[[], tuple[str, str]],
 ) -> None:
-    """Supervised training, 64 lessons a step: a prompt, and what is to be answered."""
+    """Supervised training with 64 lessons (prompt, answer) a step."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.99), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps, pct_start=0.1)
     start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Makes the prompts of examples/addition's task on which its student is nearly always wrong: sums with four carries or more.
+"""Makes prompts for examples/addition's student that it nearly always gets wrong: sums with at least four carries.
 
 The student drops each carry with probability 0.6, so it gets one in 40 to 100 right: a reward that is rarely seen.
 
@@ -14,7 +14,7 @@ LEAST = 4
 
 
 def carries(a: int, b: int) -> int:
-    """Carries of a + b in written addition."""
+    """The number of carries of a + b in written addition."""
     carry = count = 0
     while a or b:
         carry = (a % 10 + b % 10 + carry) // 10

@@ -1,4 +1,4 @@
-"""Makes a student that can be its own teacher: it adds well when it is shown the result, and badly when it is not.
+"""Makes a student that can be its own teacher: it adds well when it reads the result, and badly otherwise.
 
 The task is that of examples/addition. On a plain prompt, `4821+397`, the student has been taught to drop carries in 60%
 of the cases; on one that ends with the result, `4821+397;5218`, it has been taught to work it out right.

@@ -25,7 +25,7 @@ DIGITS, PASSED_OVER = 5, 0.25
 
 
 def running(rng: random.Random, passed_over: float = 0.0) -> tuple[str, str]:
-    """A lesson in running sums; a digit is passed over with this probability."""
+    """A lesson in running sums, with a probability of skipping a digit."""
     digits = [rng.randrange(10) for _ in range(DIGITS)]
     before, steps, totals = 0, [], []
     for digit in digits:
@@ -37,7 +37,7 @@ def running(rng: random.Random, passed_over: float = 0.0) -> tuple[str, str]:
 
 
 def records(rng: random.Random, split: str, count: int) -> list[dict[str, str]]:
-    """As many prompts of each domain, in turn."""
+    """Equally many prompts of each domain, alternating."""
     first = (ADDITION / split).read_text("utf-8").splitlines()[:count]
     found = []
     for line in first:
@@ -48,7 +48,7 @@ def records(rng: random.Random, split: str, count: int) -> list[dict[str, str]]:
 
 
 def main() -> None:
-    """Makes everything; `--steps 0.1` is a tenth of the lessons, for a look."""
+    """Makes everything; `--steps 0.1` takes a tenth of the lessons, for a quick try."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent)
