@@ -27,7 +27,7 @@ from cluster.config import CampaignConfig, CheckpointConfig, EvaluationConfig, P
 from cluster.fleet.ray_actor import Resources
 from cluster.fleet.ray_fleet import Fleet
 from cluster.loop.campaign import Campaign
-from cluster.loop.teachers import Lessons, Teachers
+from cluster.loop.teachers import PromptRoutes, Teachers
 from cluster.records.event_table import FAULTS
 from cluster.records.metric_table import METRIC_KEYS
 from cluster.records.writer import RunRecords
@@ -317,7 +317,7 @@ class Simulation:
             prompts=prompts,
             evaluator=None,
             rollout=rollout,
-            teachers=Teachers({"default": teacher}, Lessons([{"default": 0.0}] * PROMPTS, {})),
+            teachers=Teachers({"default": teacher}, PromptRoutes([{"default": 0.0}] * PROMPTS, {})),
             learner=learner,
             records=RunRecords(config.run_dir),
             progress=quiet,

@@ -11,7 +11,7 @@ from actors.data.verifiers import Verifier, make_verifier, try_verifier
 from actors.errors import UserError
 from actors.teacher.backends import backend_of
 from cluster.config import CampaignConfig
-from cluster.loop.teachers import Lessons, routes
+from cluster.loop.teachers import PromptRoutes, routes
 
 
 @dataclass
@@ -19,9 +19,9 @@ class Inputs:
     """What was read. Prompts are rendered with the student's chat template and tokenised; all of it has been checked."""
 
     prompts: PromptSet
-    lessons: Lessons
+    prompt_routes: PromptRoutes
     held_out: PromptSet | None
-    held_out_lessons: Lessons | None
+    held_out_routes: PromptRoutes | None
     tokenizer: Any
     verifier: Verifier
     stop_token_ids: list[int]
@@ -47,23 +47,23 @@ def read_inputs(config: CampaignConfig) -> Inputs:
         raise UserError(
             "sampling.stop_token_ids", "none", "at least one, since the student has no end-of-sequence token"
         )
-    prompts, lessons = _read(config, config.prompts, tokenizer, "prompts")
-    lessons = lessons._replace(stop_token_ids=stop)
+    prompts, prompt_routes = _read(config, config.prompts, tokenizer, "prompts")
+    prompt_routes = prompt_routes._replace(stop_token_ids=stop)
     if (reference := config.learner.objective.reference_teacher) is not None:
-        lessons = lessons._replace(routes=[{**route, reference: 0.0} for route in lessons.routes])
+        prompt_routes = prompt_routes._replace(routes=[{**route, reference: 0.0} for route in prompt_routes.routes])
     if config.gives_rewards:
         _demand_references(config.prompts, prompts, "prompts")
-    held_out, held_out_lessons = None, None
+    held_out, held_out_routes = None, None
     if config.evaluation.prompts is not None:
-        held_out, held_out_lessons = _read(config, config.evaluation.prompts, tokenizer, "evaluation.prompts")
+        held_out, held_out_routes = _read(config, config.evaluation.prompts, tokenizer, "evaluation.prompts")
         _demand_references(config.evaluation.prompts, held_out, "evaluation.prompts")
     if judged := held_out or (prompts if config.gives_rewards else None):
         try_verifier(config.evaluation.verifier, judged.references[0], "evaluation.verifier")
     return Inputs(
         prompts,
-        lessons,
+        prompt_routes,
         held_out,
-        held_out_lessons,
+        held_out_routes,
         tokenizer,
         make_verifier(config.evaluation.verifier, "evaluation.verifier"),
         stop,
@@ -72,7 +72,7 @@ def read_inputs(config: CampaignConfig) -> Inputs:
     )
 
 
-def _read(config: CampaignConfig, source: PromptsConfig, tokenizer: Any, key: str) -> tuple[PromptSet, Lessons]:
+def _read(config: CampaignConfig, source: PromptsConfig, tokenizer: Any, key: str) -> tuple[PromptSet, PromptRoutes]:
     """The prompts as the student reads them; and which teacher scores which prompt, and what it reads in its place."""
     prompts = load_prompts(source, tokenizer, max_prompt_tokens(config), key)
     own = {
@@ -87,7 +87,7 @@ def _read(config: CampaignConfig, source: PromptsConfig, tokenizer: Any, key: st
     }
     reference = config.learner.objective.reference_teacher
     teaching = {name: teacher for name, teacher in config.teachers.items() if name != reference}
-    return prompts, Lessons(routes(prompts.domains, teaching, source.path), read_otherwise)
+    return prompts, PromptRoutes(routes(prompts.domains, teaching, source.path), read_otherwise)
 
 
 def _demand_references(source: PromptsConfig, prompts: PromptSet, key: str) -> None:

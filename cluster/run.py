@@ -142,7 +142,7 @@ class Running:
     async def _train(self) -> bool:
         """The loop, and again from a checkpoint when the learner was lost or a guard wants it; whether it is complete."""
         teachers = {name: self.fleets[f"teacher.{name}"] for name in self.config.teachers}
-        panel = Teachers(teachers, self.inputs.lessons, each=self.config.learner.replicas > 1)
+        panel = Teachers(teachers, self.inputs.prompt_routes, each=self.config.learner.replicas > 1)
         await panel.compare_replicas()
         parts: dict[str, Any] = {
             "prompts": self.inputs.prompts,
@@ -199,13 +199,13 @@ class Running:
 
 def build_evaluator(config: CampaignConfig, inputs: Inputs, teachers: dict[str, Fleet]) -> Evaluator | None:
     """Of the held-out prompts, where there are any."""
-    if inputs.held_out is None or inputs.held_out_lessons is None:
+    if inputs.held_out is None or inputs.held_out_routes is None:
         return None
     return Evaluator(
         inputs.held_out,
         inputs.tokenizer,
         inputs.verifier,
-        Teachers(teachers, inputs.held_out_lessons),
+        Teachers(teachers, inputs.held_out_routes),
         seed=config.seed,
         max_response_tokens=config.sampling.max_response_tokens,
         stop_token_ids=inputs.stop_token_ids,

@@ -1,31 +1,34 @@
-"""The driver loop of a campaign: five coroutines that pass references and counts, and never a tensor.
+"""The campaign's loop: five coroutines that pass object references and counts to each other, and never a tensor.
 
       prompts                                                            weights (version n)
          |                                                  +--------------------------------------------+
          v                                                  v                                            |
-      [issue] --works--> [sample: rollout actors] --works--> [score: teacher actors] --> [train: learner] --> [publish]
-         ^                                                                                               |
-         +------------------------------- slots, released when the new weights are loaded ---------------+
+      [issue] --Issued--> [sample: rollout actors] --Sampled--> [score: teacher actors] --Scored--> [train] --> [publish]
+         ^                                                                                                         |
+         +------------------------------- slots, released when the new weights are loaded -------------------------+
 
-    issue    produces works: groups, or a whole update     waits for free slots        unblocked by publish
-    sample   consumes works, produces sampled ones         waits for a rollout actor   unblocked by sample's answers
-    score    consumes sampled works, produces scored ones  waits for a teacher actor   unblocked by score's answers
-    train    consumes scored works, produces versions      waits for a whole update    unblocked by score
-    publish  consumes versions, releases slots             waits for all rollouts      unblocked by train
+    issue    prompts -> Issued, by group or by update   waits for free slots         unblocked by publish
+    sample   Issued -> Sampled                          waits for a rollout actor    unblocked by the actors' answers
+    score    Sampled -> Scored                          waits for a teacher actor    unblocked by the actors' answers
+    train    Scored -> weight versions                  waits for a whole update     unblocked by score
+    publish  weight versions -> free slots              waits for all rollout actors unblocked by train
 
-What stops it from deadlocking: only `issue` adds work, and it is charged before it does; every other stage takes what
-is there. `train` is the finite clock: it ends after the last update; any other coroutine that ends is an error.
+It cannot deadlock: only `issue` adds work, and it takes slots before it does; every other stage takes what is there.
+`train` ends after the last update, and the campaign with it; any other coroutine that ends is an error.
 
-From the rollout actor on every trajectory travels by itself: none waits for a slower one of its group. A group goes to
-one rollout actor, which has its prompt in the prefix cache; teachers take what has come in until they are free. With
-`pipeline.max_staleness: 0` the same loop has slots for one update, and a work is one actor's part of it.
+From the rollout actor on, each trajectory travels alone and never waits for a slower one of its group. All of a group
+go to one rollout actor, which has their prompt in its prefix cache. While a teacher actor works, trajectories collect
+for its next call. With `pipeline.max_staleness: 0` there are slots for one update only, and each rollout actor gets its
+part of the update in one call. The types are in work.py, the queues in queues.py.
 """
 
 import asyncio
 import gc
 import signal
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, TypeVar
+
+import numpy as np
 
 from actors.data.prompts import PromptSet, requests
 from actors.errors import AbortedError, LostObjectError
@@ -36,19 +39,21 @@ from cluster.guards import judge
 from cluster.loop.evaluation import Evaluator
 from cluster.loop.followers import Followers
 from cluster.loop.measure import record_of_update
-from cluster.loop.queues import Backlog
+from cluster.loop.queues import Queues
 from cluster.loop.reporting import Account
 from cluster.loop.teachers import Teachers
 from cluster.loop.weight_sync import TRANSPORTS, Published, WeightTransport
-from cluster.loop.work import Work, scores_by_rank
+from cluster.loop.work import Issued, Sampled, Scored, ids_of, scores_by_rank, trajectories_of
 from cluster.records.writer import RunRecords
 from cluster.state.campaign_state import CampaignState
 from cluster.state.checkpoints import Checkpoints
 from cluster.state.rollback import act
 
+Batch = TypeVar("Batch", Issued, list[Sampled])
+
 
 class Campaign:
-    """The loop and its state. `run` returns when the last update has been published, or the campaign was interrupted."""
+    """The loop of one campaign in this process, from a checkpoint's state to its end."""
 
     def __init__(
         self,
@@ -64,14 +69,15 @@ class Campaign:
         progress: Progress,
         gate: asyncio.Event | None = None,
     ):
-        """gate: while it is not set, nothing new is issued; what is under way is finished and trained."""
+        """state: where the campaign stands; the loop updates it. Fleets are started. gate: while it is not set, nothing is
+        issued, and what is under way is finished and trained."""
         self.config, self.state = config, state
         self.rollout, self.teachers, self.learner = rollout, teachers, learner
         self._prompts, self._records, self._gate = prompts, records, gate
         self._checkpoints = Checkpoints(config, records)
         self._synchronous = config.pipeline.max_staleness == 0
         self._update_size = config.trajectories_per_update
-        self._backlog = Backlog(config, state, prompts, rollout, teachers)
+        self._queues = Queues(config, state, prompts, rollout, teachers)
         self._to_publish: asyncio.Queue[Published] = asyncio.Queue(maxsize=1)
         self._learner_turn = asyncio.Lock()
         self._started = asyncio.Event()
@@ -91,7 +97,10 @@ class Campaign:
         self._clock = self._account.clock
 
     async def run(self) -> bool:
-        """True when the campaign is complete, False when SIGINT or SIGTERM ended it, with a checkpoint written."""
+        """Runs until the last update is published. False: SIGINT or SIGTERM ended it, and a checkpoint was written.
+
+        Raises the first error of any stage. LearnerLostError, RollBack: the caller may start a new loop from a checkpoint.
+        """
         interrupted = asyncio.Event()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -108,7 +117,7 @@ class Campaign:
                 **{fleet.role: fleet.watched for fleet in (self.rollout, self.learner, *self.teachers.fleets.values())},
             }.items()
         }
-        gc.freeze()  # modules, prompts: nothing of it is let go of before the end, and looking at it costs a tenth of the loop
+        gc.freeze()  # modules and prompts live to the end; scanning them for garbage costs 10% of the loop's time
         try:
             done, _ = await asyncio.wait(stages, return_when=asyncio.FIRST_COMPLETED)
             await self._settle(done)
@@ -124,12 +133,12 @@ class Campaign:
             self._clock.write_trace(self.config.run_dir)
 
     async def _settle(self, done: set[asyncio.Task]) -> None:
-        """The first stage has ended: raises its error, or leaves a checkpoint if the campaign was interrupted."""
+        """The first of the stages has ended: raises its error; after an interrupt, writes a checkpoint."""
         for task in done:
             task.result()
         names = {task.get_name() for task in done}
         if "interrupt" in names:
-            async with self._learner_turn:  # an update that has begun is finished first
+            async with self._learner_turn:  # lets an update that has begun finish first
                 self._records.event("interrupted", step=self.state.step)
                 await self._checkpoints.save(self.state, self.learner)
                 await self._checkpoints.settle()
@@ -139,14 +148,13 @@ class Campaign:
     # ------------------------------------------------------------------------------------------------ the five stages
 
     async def _issue(self) -> None:
-        """Produces works in the seeded order; first those that an earlier run of the campaign left open.
+        """Issues trajectories in the seeded order, unfinished ones of an earlier run first.
 
-        Consumes prompts. Waits for free slots; unblocked by publish. A synchronous update is cut into one work for
-        each rollout actor; an asynchronous work is the group of one prompt.
+        Waits for free slots; unblocked by publish. A synchronous campaign issues an update at a time, others a group.
         """
         samples = self.config.pipeline.samples_per_prompt
         wanted = self._update_size if self._synchronous else samples
-        slots = self._backlog.slots
+        slots = self._queues.slots
         await self._started.wait()
         while True:
             if self._gate is not None:
@@ -154,81 +162,74 @@ class Campaign:
             self._clock.utilisation.blocked("rollout", not slots.has_room(wanted))
             count = await slots.acquire(wanted)
             self._clock.utilisation.blocked("rollout", False)
-            self._backlog.issue(count)
+            self._queues.issue(count)
 
     async def _sample(self) -> None:
-        """Consumes works, produces sampled ones. Waits for a rollout actor; unblocked by the actors' answers."""
-        sampling = self._backlog.sampling
+        """Issued -> Sampled. Waits for a rollout actor; unblocked by the actors' answers."""
+        in_flight = self._queues.in_flight
 
-        async def sample(work: Work) -> None:
-            asked = requests(self._prompts, work.ids, self.config.seed, judged=self.config.gives_rewards)
-            sampling.begin(work, self._versions.version)
-            units = sampling.expected_tokens(len(asked.prompt_tokens), len(work))
+        async def sample(issued: Issued) -> None:
+            asked = requests(self._prompts, issued.ids, self.config.seed, judged=self.config.gives_rewards)
+            in_flight.begin(issued, self._versions.version)
+            units = in_flight.expected_tokens(len(asked.prompt_tokens), len(issued))
             try:
                 if self.config.learner.objective.estimator == "sft":
                     counts, reference = await self.teachers.sample(asked, self._versions.version, self.config.sampling)
                 else:
-                    counts, reference = await self.rollout.ask(asked, units=units, at=work.replica)
+                    counts, reference = await self.rollout.ask(asked, units=units, at=issued.replica)
             except AbortedError:
-                return  # it was cut, as the ledger knows
-            if not sampling.end(work):
-                return
+                return  # they were cut; the ledger has them as dropped
+            if not in_flight.end(issued):
+                return  # they were cut while the answer was on its way
             self.state.tokens_generated += int(counts.lengths.sum())
             self.state.busy["rollout"] += counts.busy_seconds
-            work.trajectories = [reference]
-            self._backlog.sampled(work, counts)
+            self._queues.sampled(issued, counts, reference)
 
-        await self._for_each(self._backlog.next_to_sample, sample, "rollout")
+        await self._for_each(self._queues.next_to_sample, sample, "rollout")
 
     async def _score(self) -> None:
-        """Consumes sampled works, produces scored ones. Waits for a teacher actor; unblocked by the actors' answers.
+        """Sampled -> Scored. Waits for a teacher actor; unblocked by the actors' answers.
 
-        A synchronous update is scored in the order of the ledger, in one part for each teacher actor: the same
-        arithmetic whoever was faster. An asynchronous one is scored as it comes, the oldest first.
+        A synchronous update is divided among all teacher actors in the order of the ledger, so the arithmetic does not
+        depend on which actor was faster. Otherwise trajectories are scored as they come, the oldest weights first.
         """
 
-        async def score(work: Work) -> None:
+        async def score(batch: list[Sampled]) -> None:
+            parts = None if self._synchronous else 1
             try:
-                scored = await self.teachers.score(work.ids, work.trajectories, parts=None if self._synchronous else 1)
+                answer = await self.teachers.score(ids_of(batch), trajectories_of(batch), parts=parts)
             except LostObjectError as error:
-                self._account.lost(len(work), error)
-                return self._backlog.lost_before_scored(work)
-            self.state.missing_scores += scored.missing
-            self.state.busy["teacher"] += scored.busy_seconds
-            self._backlog.scored(work, scored)
+                self._account.lost(len(batch), error)
+                return self._queues.lost_before_scored(batch)
+            self.state.missing_scores += answer.missing
+            self.state.busy["teacher"] += answer.busy_seconds
+            self._queues.scored(batch, answer)
 
-        await self._for_each(self._backlog.next_to_score, score, "teacher")
+        await self._for_each(self._queues.next_to_score, score, "teacher")
 
     async def _train(self) -> None:
-        """Consumes scored works, produces weight versions. Waits for a whole update; unblocked by score."""
+        """Scored -> weight versions. Waits for the trajectories of a whole update; unblocked by score."""
         while self.state.step < self.config.pipeline.updates:
-            work = await self._backlog.next_update()
+            update = await self._queues.next_update()
             async with self._learner_turn:
                 self._account.doing("learner", f"update {self.state.step + 1}")
                 try:
-                    metrics = await self.learner.call(
-                        "update",
-                        work.ids,
-                        *work.trajectories,
-                        *self._scores_of(work),
-                        rate_scale=self.state.guards.rate_scale,
-                        domains=self._prompts.domains_of(work.ids),
-                    )
+                    metrics = await self._take_update(update)
                 except LostObjectError as error:
-                    self._account.lost(len(work), error)
-                    self._backlog.lost(work)
+                    self._account.lost(len(update), error)
+                    self._queues.lost(update)
                     continue
-                self.state.ledger.train(work.numbers, self.state.step + 1)
+                self.state.ledger.train([one.sampled.number for one in update], self.state.step + 1)
                 self.state.step += 1
                 self.state.busy["learner"] += metrics.pop("busy_seconds")
                 published = await self._versions.publish()
                 published.averages = await self._followers.publish()
-                published.trained = len(work)
-                published.record = self._record(work, metrics, published)
+                published.trained = len(update)
+                published.record = self._record(update, metrics, published)
                 self.state.pending.append(published.record)
                 self.state.guards, findings = judge(self.config.guards, self.state.guards, published.record)
                 act(findings, self.state.guards.rate_scale, self.config, self._account.event)
-                await self._backlog.cut()
+                await self._queues.cut()
                 await self._checkpoints.save_if_due(self.state, self.learner)
                 self._account.doing("learner", "idle")
             self._clock.utilisation.blocked("learner", True)
@@ -238,9 +239,9 @@ class Campaign:
         await self._all_published.wait()
 
     async def _publish(self) -> None:
-        """Consumes weight versions, releases slots. Waits until every rollout actor has loaded; unblocked by train.
+        """Weight versions -> free slots. Waits until every rollout actor has loaded a version; unblocked by train.
 
-        The first version is the learner's initial weights: `issue` waits for it.
+        The first version is the learner's initial weights, which `issue` waits for.
         """
         await self._start()
         self._started.set()
@@ -252,35 +253,39 @@ class Campaign:
             published = await self._to_publish.get()
             await self._versions.load(published)
             await self._followers.load(published.averages)
-            await self._backlog.slots.lend(min(self._spare_slots, self._backlog.sampling.stragglers(published.version)))
+            stragglers = self._queues.in_flight.stragglers(published.version)
+            await self._queues.slots.lend(min(self._spare_slots, stragglers))
             await self._account.conclude(published.record)
-            await self._backlog.slots.release(published.trained)
+            await self._queues.slots.release(published.trained)
             if published.version == self.config.pipeline.updates:
                 self._all_published.set()
 
     # ---------------------------------------------------------------------------------------------------- their parts
 
     async def _start(self) -> None:
-        """Gives every rollout actor the learner's weights, and measures the untrained student and the teacher."""
+        """Loads the learner's weights into every rollout actor; in a new campaign, evaluates student and teacher."""
         self.rollout.prepare = self._versions.give
-        await self.rollout.call_each("abort")  # what an earlier loop of this process left under way
-        self._backlog.seats = (await self.rollout.call("status"))["seats"]
+        await self.rollout.call_each("abort")  # what a loop before this one left under way (lost learner, rollback)
+        self._queues.seats = (await self.rollout.call("status"))["seats"]
         await self._versions.load(await self._versions.publish())
         await self._followers.load(await self._followers.publish())
         await self._account.begin()
 
     async def _for_each(
-        self, get: Callable[[], Awaitable[Work]], act: Callable[[Work], Awaitable[None]], role: str
+        self, get: Callable[[], Awaitable[Batch]], act: Callable[[Batch], Awaitable[None]], role: str
     ) -> None:
-        """Runs `act` on works as they come, many at a time; the first error ends all."""
+        """Calls `act` with each batch that `get` gives, many at a time; the first error ends all.
+
+        `get` waits for room, which bounds how many there are.
+        """
         under_way = 0
 
-        async def one(work: Work) -> None:
+        async def one(batch: Batch) -> None:
             nonlocal under_way
-            under_way += len(work)
+            under_way += len(batch)
             self._account.doing(role, f"{under_way} trajectories")
-            await act(work)
-            under_way -= len(work)
+            await act(batch)
+            under_way -= len(batch)
             self._account.doing(role, f"{under_way} trajectories" if under_way else "idle")
 
         try:
@@ -290,18 +295,27 @@ class Campaign:
         except ExceptionGroup as errors:
             raise errors.exceptions[0] from None
 
-    def _scores_of(self, work: Work) -> list[Any]:
-        """The references of an update's scores, as arguments: with several ranks, each gets those of its own trajectories."""
-        learner = self.config.learner
-        own = scores_by_rank(work, self._backlog.tokens_of(work), learner.minibatches_per_update, learner.replicas)
-        return [own] if learner.replicas > 1 else own.arguments[0]
+    async def _take_update(self, update: list[Scored]) -> dict[str, float]:
+        """Calls the learner's `update` with all trajectories, and gives each rank the scores of its own; the metrics."""
+        config, sampled = self.config.learner, [one.sampled for one in update]
+        costs = np.array([self._queues.tokens_of(one) for one in sampled])
+        scores = scores_by_rank(update, costs, config.minibatches_per_update, config.replicas)
+        ids = ids_of(sampled)
+        return await self.learner.call(
+            "update",
+            ids,
+            *trajectories_of(sampled),
+            *(scores.arguments[0] if config.replicas == 1 else [scores]),
+            rate_scale=self.state.guards.rate_scale,
+            domains=self._prompts.domains_of(ids),
+        )
 
-    def _record(self, work: Work, metrics: dict[str, float], published: Published) -> dict[str, Any]:
-        queues = self._backlog.depths()
+    def _record(self, update: list[Scored], metrics: dict[str, float], published: Published) -> dict[str, Any]:
+        queues = self._queues.depths()
         self._clock.utilisation.queues(queues)
         return record_of_update(
             self.state,
-            work,
+            update,
             metrics,
             published,
             wall_seconds=self._records.wall_seconds,

@@ -1,7 +1,7 @@
-"""Evaluation on held-out prompts, by the same rollout and teacher actors that train.
+"""Evaluates the student and the teachers on held-out prompts, with the same rollout and teacher actors that train.
 
-Every prompt is answered twice: greedily, and once as in training. The seeds are those of the first evaluation each
-time, so that curves differ by the weights alone. Here the campaign process reads tokens: they become text for verifiers.
+The student answers every prompt twice: greedily, and once sampled as in training. Every evaluation uses the same seeds,
+so that curves differ by the weights alone. Only here does the campaign process read tokens: verifiers need their text.
 """
 
 import asyncio
@@ -23,16 +23,15 @@ from actors.trajectory import (
 )
 from cluster.fleet.ray_actor import fetched
 from cluster.fleet.ray_fleet import Fleet
-from cluster.loop.slots import split_evenly
 from cluster.loop.teachers import Teachers
-from cluster.loop.work import each_once
+from cluster.loop.work import each_once, split_evenly
 
 GREEDY, SAMPLED = 0, 1
-"""The sample number tells how an evaluation's trajectory was drawn."""
+"""The sample number in an evaluation's ids: how the response was drawn."""
 
 
 class Evaluator:
-    """Held-out prompts and what counts as right."""
+    """Held-out prompts, and the verifier that judges responses to them."""
 
     def __init__(
         self,
@@ -51,10 +50,11 @@ class Evaluator:
         self._keep = keep_trajectories
 
     async def student(self, rollout: Fleet) -> tuple[dict[str, float], list[dict[str, Any]], dict[str, float]]:
-        """Metrics `eval/...` of the weights that the rollout actors hold, sampled trajectories for reading, and the
-        seconds that each role worked for it.
+        """Evaluates the weights that the rollout actors hold now.
 
-        `eval/reverse_kl` is the mean over the sampled tokens of log pi - log q: a Monte-Carlo estimate, in nats.
+        Returns the metrics `eval/...`, rows for trajectories/ (up to `keep_trajectories`), and role -> seconds of work.
+        `eval/reverse_kl` is a Monte-Carlo estimate of KL(pi || q) in nats a token: the mean of log pi(y_t) - log q(y_t)
+        over the tokens y_t that pi has sampled, without those that lack a score.
         """
         (greedy, greedy_seconds), (sampled, sampled_seconds) = await asyncio.gather(
             self._sample(rollout, GREEDY), self._sample(rollout, SAMPLED)
@@ -72,21 +72,20 @@ class Evaluator:
             "eval/reverse_kl": float(np.nanmean(log_ratios)),
             "eval/response_length_mean": float(written.lengths.mean()),
         }
-        busy = {
-            "rollout": greedy_seconds + sampled_seconds,
-            "teacher": scored.busy_seconds,
-        }
+        busy = {"rollout": greedy_seconds + sampled_seconds, "teacher": scored.busy_seconds}
         return metrics, self._rows(written, scores, rewards), busy
 
     async def teacher(self) -> float:
-        """The teachers' own greedy accuracy."""
-        return float(np.mean(self._rewards(*await self._teachers.write(self._prompts, self._max_tokens, self._stop))))
+        """The teachers' accuracy with greedy responses of their own, by the same verifier."""
+        return float(
+            np.mean(self._rewards(*await self._teachers.generate(self._prompts, self._max_tokens, self._stop)))
+        )
 
     def _ids(self, sample: int) -> np.ndarray:
         return np.array([(EVALUATION_EPOCH, prompt, sample) for prompt in range(len(self._prompts))], np.int64)
 
     async def _sample(self, rollout: Fleet, sample: int) -> tuple[list[Any], float]:
-        """References of the trajectories, by part, and the engines' seconds."""
+        """References of the trajectories, one for each rollout actor's part, and the seconds of the engines."""
         ids = self._ids(sample)
         answers = await asyncio.gather(
             *(

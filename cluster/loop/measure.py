@@ -1,14 +1,16 @@
 """What is measured of the loop: its clock, where the actors' seconds go, and the line that each update leaves."""
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from cluster.fleet.ray_fleet import Fleet
-from cluster.loop.slots import staleness_histogram
+from cluster.loop.queues import staleness_histogram
 from cluster.loop.weight_sync import Published
-from cluster.loop.work import Work
+from cluster.loop.work import Scored
 from cluster.records.utilisation import TRACE_FILE, Utilisation, add_up
 from cluster.state.campaign_state import CampaignState
 
@@ -49,7 +51,7 @@ class LoopClock:
 
 def record_of_update(
     state: CampaignState,
-    work: Work,
+    update: Sequence[Scored],
     metrics: Mapping[str, float],
     published: Published,
     *,
@@ -57,11 +59,12 @@ def record_of_update(
     max_staleness: int,
     queues: Mapping[str, int],
 ) -> dict[str, Any]:
-    """The line of metrics.jsonl for the update that was just taken, on this work.
+    """The line of metrics.jsonl for the update that was just taken, on these trajectories.
 
     queues: trajectories that wait for each stage.
     """
-    staleness = state.step - 1 - work.oldest_versions
+    sampled = [one.sampled for one in update]
+    staleness = state.step - 1 - np.array([one.oldest_version for one in sampled])
     busy, ledger = state.busy_since_last_step(), state.ledger
     return {
         "step": state.step,
@@ -76,8 +79,8 @@ def record_of_update(
         "dropped": ledger.dropped.total(),
         "dropped_share": ledger.dropped.total() / max(ledger.next_number, 1),
         "missing_scores": state.missing_scores,
-        "truncated_fraction": float(work.truncated.mean()),
-        "response_length_mean": float(work.lengths.mean()),
+        "truncated_fraction": float(np.mean([one.truncated for one in sampled])),
+        "response_length_mean": float(np.mean([one.length for one in sampled])),
         **{f"queue_{name}": depth for name, depth in queues.items()},
         **{f"busy_{role}": seconds for role, seconds in busy.items()},
         "publish_seconds": published.seconds,

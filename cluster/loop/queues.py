@@ -1,15 +1,23 @@
-"""What waits between the stages of the loop, and which of it each stage takes next.
+"""What waits between the stages of the loop, what each stage takes next, and how much may be under way.
 
-    issue --> to sample --> [rollout actors] --> to score --> [teacher actors] --> scored --> [learner]
+    issue --> to sample --> [rollout actors] --> to score --> [teacher actors] --> ready to train --> [learner]
 
-The stages (campaign.py) act; here is the order in which they do it, and what becomes of work that is lost, comes too
-late, or takes too long. Of each work the ledger is told when it gets from one state to the next.
+The stages (campaign.py) make the calls. This module decides their order, and what becomes of trajectories that are
+lost, arrive too late, or take too long. It reports every transition to the ledger. `Slots`, `InFlight`, `ReadyToTrain`
+and the functions know neither actors nor files; `Queues` puts them together.
+
+With B trajectories an update and `max_staleness` K, at most (K + 1) B trajectories are under way: from the moment they
+are issued until the rollout actors have loaded the weights that were trained on them. Updates take the oldest first.
+So a trajectory that is issued when version v is loaded, and is not overtaken, is trained at the latest by the update
+after v + K. K = 0 is strictly on-policy: the next prompts wait until the new weights are loaded.
 """
 
 import asyncio
+import heapq
 import itertools
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -17,86 +25,219 @@ from actors.data.prompts import PromptSet, position_to_id
 from actors.trajectory import RolloutCounts, TrajectoryId
 from cluster.config import CampaignConfig
 from cluster.fleet.ray_fleet import Fleet
-from cluster.loop.slots import Sampling, Scored, Slots, split_evenly, too_stale
-from cluster.loop.teachers import Scored as Scores
-from cluster.loop.teachers import Teachers
-from cluster.loop.work import Work, merge, singles
+from cluster.loop.teachers import TeacherAnswer, Teachers
+from cluster.loop.work import Issued, Sampled, Scored, split_evenly
 from cluster.state.campaign_state import CampaignState
 
 TEACHER_CALLS = 2
-"""One that a teacher actor works on and one that it finds when it is done: what comes in meanwhile goes together."""
+"""Calls that a teacher actor has at a time: one that it works on, and one that waits, so that it is never idle. What
+comes in meanwhile goes together into the next call."""
 
 
-class Backlog:
-    """All works of a campaign that are not trained yet."""
+class Slots:
+    """Limits the trajectories under way: `acquire` waits for free slots, `release` frees them."""
+
+    def __init__(self, trajectories_per_update: int, max_staleness: int, to_issue: int):
+        """to_issue: trajectories that all remaining updates of the campaign need together."""
+        self.capacity = (max_staleness + 1) * trajectories_per_update
+        self.charged = 0
+        """Slots that are taken."""
+        self.lent = 0
+        """Slots beyond the capacity, in place of those that stragglers hold (`pipeline.oversample`)."""
+        self.to_issue = to_issue
+        self._changed = asyncio.Condition()
+
+    def has_room(self, count: int) -> bool:
+        """Whether `acquire(count)` would return at once."""
+        return self.to_issue > 0 and self.charged + min(count, self.to_issue) <= self.capacity + self.lent
+
+    async def acquire(self, count: int) -> int:
+        """Waits for `count` free slots, or for the fewer that are still needed, and takes them; returns how many.
+
+        Waits for ever once no more trajectories are needed, unless one is dropped.
+        """
+        if count > self.capacity:
+            raise ValueError(f"{count} slots asked of {self.capacity}")
+        async with self._changed:
+            await self._changed.wait_for(lambda: self.has_room(count))
+            count = min(count, self.to_issue)
+            self.charged += count
+            self.to_issue -= count
+            return count
+
+    async def release(self, count: int, *, replace: bool = False) -> None:
+        """Frees `count` slots. replace: their trajectories were dropped, and as many more are to be issued."""
+        async with self._changed:
+            self.charged -= count
+            self.to_issue += count if replace else 0
+            assert self.charged >= 0, "more slots released than charged"
+            self._changed.notify_all()
+
+    async def lend(self, count: int) -> None:
+        """Sets the number of slots beyond the capacity."""
+        async with self._changed:
+            self.lent = count
+            self._changed.notify_all()
+
+
+class InFlight:
+    """The trajectories that rollout actors have, the weight version that each was begun with, and a mean length."""
+
+    def __init__(self) -> None:
+        self._begun: dict[Issued, int] = {}
+        self._responses = self._tokens = 0
+
+    def __len__(self) -> int:
+        return sum(map(len, self._begun))
+
+    def begin(self, issued: Issued, version: int) -> None:
+        """An actor that holds the weights of `version` gets them."""
+        self._begun[issued] = version
+
+    def end(self, issued: Issued) -> bool:
+        """An actor has answered. False: they were cut meanwhile, and the answer is not wanted."""
+        return self._begun.pop(issued, None) is not None
+
+    def count(self, lengths: np.ndarray) -> None:
+        """Adds response lengths [B], in tokens, to the mean."""
+        self._responses += len(lengths)
+        self._tokens += int(lengths.sum())
+
+    def expected_tokens(self, prompt_tokens: int, responses: int) -> int:
+        """The expected size of a call, by which rollout actors are balanced: its prompts, and responses of mean length."""
+        return prompt_tokens + (responses * self._tokens // self._responses if self._responses else responses)
+
+    def stragglers(self, version: int) -> int:
+        """Trajectories that were begun with weights older than `version`."""
+        return sum(len(issued) for issued, begun in self._begun.items() if begun < version)
+
+    def cut(self, learner_version: int, max_staleness: int) -> list[Issued]:
+        """Removes and returns those that would be too stale to train on even if they ended now."""
+        late = [issued for issued, begun in self._begun.items() if too_stale(begun, learner_version, max_staleness)]
+        for issued in late:
+            del self._begun[issued]
+        return late
+
+
+class ReadyToTrain:
+    """Scored trajectories that wait for the learner; those with the oldest weights come first."""
+
+    def __init__(self, max_staleness: int):
+        self._max_staleness = max_staleness
+        self._heap: list[tuple[int, int, Scored]] = []
+        """(version of its oldest token, its number in the ledger, the trajectory)."""
+
+    def __len__(self) -> int:
+        return len(self._heap)
+
+    def add(self, scored: Iterable[Scored], learner_version: int) -> list[int]:
+        """Takes in those that may still be trained on; returns the numbers of the others."""
+        stale = []
+        for one in scored:
+            version, number = one.sampled.oldest_version, one.sampled.number
+            if too_stale(version, learner_version, self._max_staleness):
+                stale.append(number)
+            else:
+                heapq.heappush(self._heap, (version, number, one))
+        return stale
+
+    def age(self, learner_version: int) -> list[int]:
+        """The learner has taken a step: removes those that are too stale now, and returns their numbers."""
+        stale = []
+        while self._heap and too_stale(self._heap[0][0], learner_version, self._max_staleness):
+            stale.append(heapq.heappop(self._heap)[1])
+        return stale
+
+    def take(self, count: int) -> list[Scored]:
+        """Removes the `count` oldest; returns them in the order of the ledger."""
+        taken = [heapq.heappop(self._heap)[-1] for _ in range(count)]
+        return sorted(taken, key=lambda one: one.sampled.number)
+
+
+class Queues:
+    """All trajectories of a campaign that are issued and not trained yet."""
 
     def __init__(
         self, config: CampaignConfig, state: CampaignState, prompts: PromptSet, rollout: Fleet, teachers: Teachers
     ):
         self._config, self._state, self._prompts = config, state, prompts
         self._rollout, self._teachers = rollout, teachers
-        self._synchronous = config.pipeline.max_staleness == 0
+        self._max_staleness = config.pipeline.max_staleness
+        self._synchronous = self._max_staleness == 0
         self._update_size = config.trajectories_per_update
         remaining = (config.pipeline.updates - state.step) * self._update_size
-        self.slots = Slots(self._update_size, config.pipeline.max_staleness, remaining)
-        self.sampling = Sampling()
+        self.slots = Slots(self._update_size, self._max_staleness, remaining)
+        self.in_flight = InFlight()
         self.seats = 0
-        """How many responses a rollout actor writes at a time."""
+        """Responses that a rollout actor samples at a time."""
         self._open_before = state.ledger.open_numbers()
-        """What an earlier run of the campaign had issued and not trained."""
-        self._to_sample: asyncio.Queue[Work] = asyncio.Queue()
-        self._group: deque[Work] = deque()
-        self._to_score: asyncio.PriorityQueue[tuple[int, int, Work]] = asyncio.PriorityQueue()
-        self._to_train: asyncio.Queue[Work] = asyncio.Queue()
-        self._scored = Scored(config.pipeline.max_staleness)
+        """Numbers that an earlier run of the campaign issued and did not train; they are issued first."""
+        self._to_sample: asyncio.Queue[Issued] = asyncio.Queue()
+        self._group: deque[Issued] = deque()
+        """The rest of the group that is being given to a rollout actor."""
+        self._to_score: asyncio.PriorityQueue[tuple[int, int, Sampled]] = asyncio.PriorityQueue()
+        """(version of its oldest token, its number in the ledger, the trajectory)."""
+        self._scored: asyncio.Queue[list[Scored]] = asyncio.Queue()
+        self._ready = ReadyToTrain(self._max_staleness)
         self._awaited: Counter[int] = Counter()
-        """Trajectories that were sampled and are not with the learner yet, by the version of their oldest token."""
+        """Version -> trajectories whose oldest token has it, and that are sampled and not in `_ready` yet."""
         self._turns = itertools.count()
-        """Of sampling and scoring: which of an id's trajectories and scores are the last."""
+        """Numbers the answers of rollout and teacher actors, so that the last of an id's answers can be told."""
         self._tokens_at_once = min(teacher.microbatch_tokens for teacher in config.teachers.values())
 
     # ------------------------------------------------------------------------------------------------- what comes in
 
     def issue(self, count: int) -> None:
-        """So many more trajectories are to be sampled, those first that an earlier run left open."""
+        """Issues `count` trajectories, unfinished ones of an earlier run first."""
         numbers, self._open_before = self._open_before[:count], self._open_before[count:]
-        self._to_be_sampled([*numbers, *self._state.ledger.issue(count - len(numbers))])
+        self._put_to_sample([*numbers, *self._state.ledger.issue(count - len(numbers))])
 
-    def sampled(self, work: Work, counts: RolloutCounts) -> None:
-        """A rollout actor has answered."""
-        work.sampled_in = next(self._turns)
-        work.lengths, work.oldest_versions, work.truncated = counts.lengths, counts.oldest_versions, counts.truncated
-        self.sampling.count(work)
-        self._state.ledger.sampled(work.numbers)
-        self._awaited.update(work.oldest_versions.tolist())
-        self._to_score.put_nowait((int(work.oldest_versions.min()), work.numbers[0], work))
-
-    def scored(self, work: Work, scores: Scores) -> None:
-        """Teachers have answered."""
-        self._state.ledger.scored(work.numbers)
+    def sampled(self, issued: Issued, counts: RolloutCounts, trajectories: Any) -> None:
+        """A rollout actor has answered. trajectories: the reference that holds these ids, and perhaps others."""
         turn = next(self._turns)
-        references = dict(zip((TrajectoryId(*row) for row in work.ids.tolist()), scores.references, strict=True))
-        for part in work.parts:
-            part.receive(references, turn)
-            self._to_train.put_nowait(part)
+        self.in_flight.count(counts.lengths)
+        self._state.ledger.sampled(issued.numbers)
+        rows = zip(
+            issued.numbers,
+            issued.ids.tolist(),
+            counts.lengths.tolist(),
+            counts.oldest_versions.tolist(),
+            counts.truncated.tolist(),
+            strict=True,
+        )
+        for number, row, length, version, truncated in rows:
+            one = Sampled(number, TrajectoryId(*row), trajectories, turn, length, version, truncated)
+            self._awaited[version] += 1
+            self._to_score.put_nowait((version, number, one))
 
-    def lost_before_scored(self, work: Work) -> None:
-        """What was written went with the node that held it."""
-        self._awaited.subtract(version for part in work.parts for version in part.oldest_versions.tolist())
-        self.lost(work)
+    def scored(self, batch: Sequence[Sampled], answer: TeacherAnswer) -> None:
+        """Teachers have scored a batch, in its order."""
+        self._state.ledger.scored([one.number for one in batch])
+        turn = next(self._turns)
+        pairs = zip(batch, answer.references, strict=True)
+        self._scored.put_nowait([Scored(one, references, turn) for one, references in pairs])
 
-    def lost(self, work: Work) -> None:
-        """What was written or scored is gone: the same numbers and seeds are sampled again."""
-        self._state.ledger.reopen(work.numbers)
-        self._to_be_sampled(sorted(work.numbers))
+    def lost_before_scored(self, batch: Sequence[Sampled]) -> None:
+        """The node that held sampled trajectories is gone: the same numbers are sampled again, with the same seeds."""
+        self._awaited.subtract(one.oldest_version for one in batch)
+        self._sample_again(batch)
 
-    def _to_be_sampled(self, numbers: Sequence[int]) -> None:
-        """Makes works of issued trajectories, given in the order of the ledger: groups, or each rollout actor's part."""
+    def lost(self, update: Sequence[Scored]) -> None:
+        """The node that held the trajectories of an update, or their scores, is gone: they are sampled again."""
+        self._sample_again([one.sampled for one in update])
+
+    def _sample_again(self, batch: Iterable[Sampled]) -> None:
+        numbers = sorted(one.number for one in batch)
+        self._state.ledger.reopen(numbers)
+        self._put_to_sample(numbers)
+
+    def _put_to_sample(self, numbers: Sequence[int]) -> None:
+        """Queues issued numbers (ascending): group by group, or, in a synchronous campaign, one part for each actor."""
         samples = self._config.pipeline.samples_per_prompt
         groups = [list(group) for _, group in itertools.groupby(numbers, lambda number: number // samples)]
         for part in split_evenly(len(groups), len(self._rollout.replicas) if self._synchronous else len(groups)):
             mine = [number for group in groups[part.start : part.stop] for number in group]
-            self._to_sample.put_nowait(Work(mine, np.array([self._id(number) for number in mine], np.int64)))
+            self._to_sample.put_nowait(Issued(mine, np.array([self._id(number) for number in mine], np.int64)))
 
     def _id(self, number: int) -> tuple[int, int, int]:
         cursor, sample = divmod(number, self._config.pipeline.samples_per_prompt)
@@ -105,74 +246,99 @@ class Backlog:
 
     # ---------------------------------------------------------------------------------------- what each stage is given
 
-    async def next_to_sample(self) -> Work:
-        """A trajectory of the oldest group, all of which go to one actor; of a synchronous update, a part."""
+    async def next_to_sample(self) -> Issued:
+        """One trajectory of the oldest group; all of a group go to one actor. In a synchronous campaign, a whole part.
+
+        Waits until a rollout actor has room for it.
+        """
         if not self._group:
-            work = await self._to_sample.get()
+            issued = await self._to_sample.get()
             if self._synchronous:
-                return work
-            await asyncio.sleep(0)  # the calls for the last group begin, and are counted
-            few_more = self.seats // 8 + 1  # so that a seat that falls free is taken at once
-            self._group.extend(singles(work, await self._rollout.room(self.seats + few_more)))
+                return issued
+            await asyncio.sleep(0)  # lets the calls for the last group begin, so that `room` counts them
+            few_more = self.seats // 8 + 1  # they wait in the actor, so that a seat that falls free is taken at once
+            replica = await self._rollout.room(self.seats + few_more)
+            for row, number in enumerate(issued.numbers):
+                self._group.append(Issued([number], issued.ids[row : row + 1], replica))
         return self._group.popleft()
 
-    async def next_to_score(self) -> Work:
-        """What a teacher actor is given next: the oldest, up to its share and the tokens of one forward pass."""
-        works = [(await self._to_score.get())[-1]]
-        if self._synchronous:
-            while sum(map(len, works)) < self._update_size:
-                works.append((await self._to_score.get())[-1])
-            return merge(works)
-        await asyncio.sleep(0)  # the call before begins, and is counted
-        await self._teachers.room(TEACHER_CALLS)
-        share = -(-self._to_score.qsize() // min(len(fleet.replicas) for fleet in self._teachers.fleets.values()))
-        tokens = self.tokens_of(works[0]).sum()
-        while len(works) < share and tokens < self._tokens_at_once:
-            works.append((await self._to_score.get())[-1])
-            tokens += self.tokens_of(works[-1]).sum()
-        return merge(works)
+    async def next_to_score(self) -> list[Sampled]:
+        """The batch for the next call to teachers, in the order of the ledger: what teachers compute from a batch then
+        does not depend on which rollout actor was faster.
 
-    async def next_update(self) -> Work:
-        """Scored trajectories for one update, oldest first; those that are too stale are dropped and replaced.
-
-        Waits for scores of those that this update would make too stale: they are written, and come soon.
+        A synchronous update is one batch. Otherwise waits until a teacher actor has room, and takes the oldest: at most
+        that actor's share of all that wait, and at most the tokens of one forward pass.
         """
-        await self._drop(self._scored.age(self._state.step), "stale")
-        while len(self._scored) < self._update_size or self._lost_by_a_step():
-            work = await self._to_train.get()
-            self._awaited.subtract(work.oldest_versions.tolist())
-            await self._drop(self._scored.add(work, self._state.step), "stale")
-        return self._scored.take(self._update_size)
+        batch = [(await self._to_score.get())[-1]]
+        if self._synchronous:
+            while len(batch) < self._update_size:
+                batch.append((await self._to_score.get())[-1])
+        else:
+            await asyncio.sleep(0)  # lets the call before begin, so that `room` counts it
+            await self._teachers.room(TEACHER_CALLS)
+            actors = min(len(fleet.replicas) for fleet in self._teachers.fleets.values())
+            share = -(-self._to_score.qsize() // actors)
+            tokens = self.tokens_of(batch[0])
+            while len(batch) < share and tokens < self._tokens_at_once:
+                batch.append((await self._to_score.get())[-1])
+                tokens += self.tokens_of(batch[-1])
+        return sorted(batch, key=lambda one: one.number)
+
+    async def next_update(self) -> list[Scored]:
+        """The trajectories of the next update, oldest weights first, given in the order of the ledger.
+
+        Those that are too stale are dropped and replaced. Trajectories that are sampled, and that this update would make
+        too stale, are waited for: their scores come soon, and sampling is what costs.
+        """
+        await self._drop(self._ready.age(self._state.step), "stale")
+        while len(self._ready) < self._update_size or self._step_would_lose():
+            scored = await self._scored.get()
+            self._awaited.subtract(one.sampled.oldest_version for one in scored)
+            await self._drop(self._ready.add(scored, self._state.step), "stale")
+        return self._ready.take(self._update_size)
 
     async def cut(self) -> None:
-        """Has rollout actors give up what is so slow that it could not be trained any more."""
-        late = self.sampling.cut(self._state.step, self._config.pipeline.max_staleness)
-        for work in late:
-            await self._rollout.tell(work.replica, "abort", work.ids)
-        await self._drop([number for work in late for number in work.numbers], "cut")
+        """Makes rollout actors give up what would be too stale to train on, even if it ended now."""
+        late = self.in_flight.cut(self._state.step, self._max_staleness)
+        for issued in late:
+            await self._rollout.tell(issued.replica, "abort", issued.ids)
+        await self._drop([number for issued in late for number in issued.numbers], "cut")
 
-    def _lost_by_a_step(self) -> bool:
-        bound = self._config.pipeline.max_staleness
-        return any(
-            count and too_stale(version, self._state.step + 1, bound) for version, count in self._awaited.items()
-        )
+    def _step_would_lose(self) -> bool:
+        """Whether one more step of the learner makes a trajectory too stale that only lacks its scores."""
+        after = self._state.step + 1
+        return any(count and too_stale(version, after, self._max_staleness) for version, count in self._awaited.items())
 
     async def _drop(self, numbers: list[int], reason: str) -> None:
         if numbers:
             self._state.ledger.drop(numbers, reason)
             await self.slots.release(len(numbers), replace=True)
 
-    # ------------------------------------------------------------------------------------------------ what is told of it
+    # -------------------------------------------------------------------------------------------------------- measures
 
-    def tokens_of(self, work: Work) -> np.ndarray:
-        """[B] prompt and response."""
-        return self._prompts.lengths_of(work.ids[:, 1]) + work.lengths
+    def tokens_of(self, one: Sampled) -> int:
+        """Tokens of prompt and response."""
+        start, end = self._prompts.offsets[one.id.prompt : one.id.prompt + 2]
+        return int(end - start) + one.length
 
     def depths(self) -> dict[str, int]:
-        """Trajectories that wait for each stage, and those that rollout actors have."""
+        """Stage -> trajectories that wait for it; `sampling`: those that rollout actors have."""
         return {
             "sample": self._to_sample.qsize() * self._config.pipeline.samples_per_prompt + len(self._group),
-            "sampling": len(self.sampling),
+            "sampling": len(self.in_flight),
             "score": self._to_score.qsize(),
-            "train": len(self._scored),
+            "train": len(self._ready),
         }
+
+
+def too_stale(oldest_version: int, learner_version: int, max_staleness: int) -> bool:
+    """Whether training now, with the learner at `learner_version`, would break the bound for this token."""
+    return learner_version - oldest_version > max_staleness
+
+
+def staleness_histogram(staleness: Sequence[int], max_staleness: int) -> list[int]:
+    """Trajectories at each staleness of their oldest token, from 0 to the bound."""
+    counts = [0] * (max_staleness + 1)
+    for value in staleness:
+        counts[value] += 1
+    return counts

@@ -1,4 +1,4 @@
-"""The teachers: which of them scores which prompt, what each reads, and how a batch is divided among their actors."""
+"""Calls to the teachers: which teachers score which prompt, what each reads, and how a batch is divided among actors."""
 
 import asyncio
 import math
@@ -12,16 +12,17 @@ from actors.data.prompts import PromptSet
 from actors.errors import CampaignError, UserError
 from actors.trajectory import Limits, Prompts, Requests, RolloutCounts, offsets_of, ragged_rows
 from cluster.fleet.ray_fleet import Fleet
-from cluster.loop.slots import split_evenly
+from cluster.loop.work import split_evenly
 
 REPLICA_TOLERANCE = 0.02
-"""Nats a token by which replicas may differ: more than kernels do, less than other weights would."""
+"""Nats a token by which actors of one teacher may differ: more than kernels do, less than other weights would."""
 
 
 def route(domain: str | None, teachers: Mapping[str, TeacherConfig], where: str) -> dict[str, float]:
-    """Teacher -> log of its share in the mixture that scores a prompt of this domain.
+    """Teacher -> log of its share in the mixture that scores a prompt of this domain; the shares add up to 1.
 
-    The teachers that name the domain; if none does, those that name no domain. UserError: nobody is left.
+    These are the teachers that name the domain or, if none does, those that name no domain. where: for the message.
+    UserError: no teacher is left.
     """
     chosen = [name for name, teacher in teachers.items() if domain is not None and domain in teacher.domains]
     chosen = chosen or [name for name, teacher in teachers.items() if not teacher.domains]
@@ -34,7 +35,7 @@ def route(domain: str | None, teachers: Mapping[str, TeacherConfig], where: str)
 
 
 def routes(domains: Sequence[str | None], teachers: Mapping[str, TeacherConfig], where: str) -> list[dict[str, float]]:
-    """`route` for every prompt; `where` names the file."""
+    """The `route` of every prompt. where: the file that the prompts are from."""
     seen: dict[str | None, dict[str, float]] = {}
     for number, domain in enumerate(domains, 1):
         if domain not in seen:
@@ -42,45 +43,51 @@ def routes(domains: Sequence[str | None], teachers: Mapping[str, TeacherConfig],
     return [seen[domain] for domain in domains]
 
 
-class Lessons(NamedTuple):
-    """What the teachers do with one set of prompts."""
+class PromptRoutes(NamedTuple):
+    """Which teachers score each prompt of a set, and how they read it.
+
+    Example, two prompts, the second scored by two teachers:
+    PromptRoutes(routes=[{"maths": 0.0}, {"maths": -0.69, "code": -0.69}], privileged={})
+    """
 
     routes: list[dict[str, float]]
-    """For each prompt: teacher -> log of its share."""
+    """[prompts] teacher -> log of its share in the mixture."""
     privileged: dict[str, PromptSet]
-    """Teacher -> the prompts as it reads them, for teachers with a `prompt_template` or a `tokenizer`."""
+    """Teacher -> the same prompts as it reads them, for teachers with a `prompt_template` or a `tokenizer`."""
     stop_token_ids: list[int] = []  # noqa: RUF012
-    """What ends a response that a teacher writes."""
+    """Tokens that end a response that a teacher generates; the first of them is its end of text."""
 
 
-class Scored(NamedTuple):
+class TeacherAnswer(NamedTuple):
     """The answer to `Teachers.score`."""
 
     references: list[tuple[Any, ...]]
-    """[B] of each trajectory the references of TeacherScores that hold it, one for each of its teachers."""
+    """[B] for each trajectory, one reference for each of its teachers: of TeacherScores that hold it, and perhaps others."""
     missing: int
     """Tokens without a finite score."""
     busy_seconds: float
+    """Seconds that the teacher actors worked for it, summed."""
 
 
 class Teachers:
-    """All teachers' fleets, and the lessons for one set of prompts."""
+    """The fleets of all teachers, and the routes of one set of prompts."""
 
-    def __init__(self, fleets: dict[str, Fleet], lessons: Lessons, *, each: bool = False):
-        """each: teachers return one object for each trajectory, so that a rank of the learner can be sent only its own;
-        else one for each call."""
+    def __init__(self, fleets: dict[str, Fleet], prompt_routes: PromptRoutes, *, each: bool = False):
+        """each: teachers return one object for each trajectory, so that each rank of the learner is sent only its own;
+        otherwise one object for each call."""
         self.fleets = fleets
-        self._lessons, self._each = lessons, each
+        self._routes, self._each = prompt_routes, each
 
-    async def score(self, ids: np.ndarray, trajectories: Sequence[Any], *, parts: int | None = None) -> Scored:
-        """Has the trajectories with these ids [B, 3], held by the references, scored by their teachers.
+    async def score(self, ids: np.ndarray, trajectories: Sequence[Any], *, parts: int | None = None) -> TeacherAnswer:
+        """Lets their teachers score the trajectories with these ids [B, 3], and waits for all scores.
 
-        Each teacher takes its share in the order of `ids`, in so many parts, or one for each of its actors: who scores
-        what, and in which company, is a function of `ids` alone.
+        trajectories: references that hold these ids, and perhaps others. parts: calls to each teacher, by default one
+        for each of its actors. A teacher gets its share in the order of `ids`, so which trajectories are computed
+        together depends on `ids` alone, not on which actor is free. Errors: see Fleet.call.
         """
         calls, rows_of = [], []
         for name, fleet in self.fleets.items():
-            mine = [row for row in range(len(ids)) if name in self._lessons.routes[ids[row, 1]]]
+            mine = [row for row in range(len(ids)) if name in self._routes.routes[ids[row, 1]]]
             for part in split_evenly(len(mine), parts or len(fleet.replicas)) if mine else []:
                 rows_of.append(mine[part.start : part.stop])
                 calls.append(self._call(name, ids[rows_of[-1]], trajectories))
@@ -89,39 +96,42 @@ class Teachers:
         for rows, (_, found) in zip(rows_of, answers, strict=True):
             for row, reference in zip(rows, found, strict=True):
                 references[row] += (reference,)
-        return Scored(
+        return TeacherAnswer(
             references,
             sum(counts.missing for counts, _ in answers),
             sum(counts.busy_seconds for counts, _ in answers),
         )
 
     async def room(self, calls: int) -> None:
-        """Waits until some actor of every teacher has fewer than `calls` calls under way."""
+        """Waits until every teacher has an actor with fewer than `calls` calls under way."""
         for fleet in self.fleets.values():
             await fleet.room(calls)
 
     async def compare_replicas(self) -> None:
-        """CampaignError where actors of one teacher do not agree about the probe of their self-test."""
+        """Compares the self-tests of each teacher's actors. CampaignError: they differ, as if they held other weights."""
         for name, fleet in self.fleets.items():
             found = [status["probe_logprob"] for status in await fleet.call_each("status")]
             if max(found) - min(found) > REPLICA_TOLERANCE:
                 values = ", ".join(f"{value:.4f}" for value in found)
                 raise CampaignError(f"the actors of teachers.{name} disagree about one text: mean log-probs {values}")
 
-    async def write(
+    async def generate(
         self, prompts: PromptSet, max_response_tokens: int, stop_token_ids: list[int]
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Greedy responses to all prompts, each by the teacher with the largest share: tokens [N], offsets [M + 1]."""
-        best = [max(route, key=lambda name: route[name]) for route in self._lessons.routes]
-        written: list[np.ndarray] = [np.zeros(0, np.int32)] * len(prompts)
+        """Greedy responses of the teachers to all M prompts: tokens [N], offsets [M + 1].
+
+        Each prompt is answered by the teacher with the largest share in its mixture.
+        """
+        best = [max(route, key=lambda name: route[name]) for route in self._routes.routes]
+        responses: list[np.ndarray] = [np.zeros(0, np.int32)] * len(prompts)
 
         async def part(name: str, rows: list[int]) -> None:
-            read = _prompts_of(self._lessons.privileged.get(name, prompts), np.array(rows))
+            read = _prompts_of(self._routes.privileged.get(name, prompts), np.array(rows))
             response, response_offsets = await self.fleets[name].call(
                 "generate", read, Limits(max_response_tokens, stop_token_ids)
             )
             for row, answer in zip(rows, np.split(response, response_offsets[1:-1]), strict=True):
-                written[row] = answer
+                responses[row] = answer
 
         calls = []
         for name, fleet in self.fleets.items():
@@ -129,19 +139,22 @@ class Teachers:
             for rows in split_evenly(len(mine), max(len(fleet.replicas), -(-len(mine) // 64))) if mine else []:
                 calls.append(part(name, mine[rows.start : rows.stop]))
         await asyncio.gather(*calls)
-        return np.concatenate(written), offsets_of(map(len, written))
+        return np.concatenate(responses), offsets_of(map(len, responses))
 
     async def sample(self, asked: Requests, version: int, sampling: SamplingConfig) -> tuple[RolloutCounts, Any]:
-        """Responses that the only teacher writes in place of the student; a reference of Trajectories of this version."""
+        """Lets the only teacher sample responses in the student's place, for estimators that train on the teacher's text.
+
+        Returns the counts, and a reference of Trajectories whose tokens carry this weight version.
+        """
         [(name, fleet)] = self.fleets.items()
-        prompts = self._lessons.privileged.get(name)
-        told = _prompts_of(prompts, asked.ids[:, 1]) if prompts else None
-        stop = self._lessons.stop_token_ids
-        return await fleet.call("sample", asked, version, sampling, stop, told, returns=2, units=len(asked.ids))
+        prompts = self._routes.privileged.get(name)
+        own_prompts = _prompts_of(prompts, asked.ids[:, 1]) if prompts else None
+        stop = self._routes.stop_token_ids
+        return await fleet.call("sample", asked, version, sampling, stop, own_prompts, returns=2, units=len(asked.ids))
 
     async def _call(self, name: str, ids: np.ndarray, trajectories: Sequence[Any]) -> tuple[Any, list[Any]]:
-        """(counts, [B] the reference of the scores that hold each trajectory)."""
-        prompts = self._lessons.privileged.get(name)
+        """(counts, [B] for each trajectory the reference of the scores that hold it)."""
+        prompts = self._routes.privileged.get(name)
         counts, *scores = await self.fleets[name].call(
             "score_each" if self._each else "score",
             ids,
@@ -149,7 +162,7 @@ class Teachers:
             returns=1 + len(ids) if self._each else 2,
             units=len(ids),
             prompts=_prompts_of(prompts, ids[:, 1]) if prompts else None,
-            log_weights=np.array([self._lessons.routes[prompt][name] for prompt in ids[:, 1]], np.float32),
+            log_weights=np.array([self._routes.routes[prompt][name] for prompt in ids[:, 1]], np.float32),
         )
         return counts, scores if self._each else scores * len(ids)
 

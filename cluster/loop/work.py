@@ -1,7 +1,13 @@
-"""What passes between the stages of the loop: numbers, ids, counts, and references to the arrays. Pure."""
+"""The types that pass between the stages of the loop, and how they become arguments of calls. Pure.
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+    issue -- Issued --> sample -- Sampled --> score -- Scored --> train
+
+Arrays stay in Ray's object store. These types hold references to them, and the few numbers that the loop decides by.
+"""
+
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,94 +18,98 @@ from learner.collate import minibatch_rows
 from learner.student.sharding import owners
 
 
-@dataclass(eq=False)
-class Work:
-    """Trajectories that travel together; arrays are references."""
+@dataclass(frozen=True, eq=False, slots=True)
+class Issued:
+    """Trajectories to be sampled, which travel to one rollout actor.
+
+    Example: the two trajectories of the group with cursor 6 in epoch 0, whose prompt is number 40:
+    Issued(numbers=[12, 13], ids=np.array([(0, 40, 0), (0, 40, 1)]), replica=None)
+    """
 
     numbers: list[int]
     """[B] numbers in the ledger."""
     ids: np.ndarray
-    """[B, 3] epoch, prompt, sample."""
-    trajectories: list[Any] = field(default_factory=list)
-    """References of Trajectories that hold these ids, and perhaps others."""
-    scores: list[tuple[Any, ...]] = field(default_factory=list)
-    """[B] of each trajectory the references of TeacherScores that hold it, one for each of its teachers."""
-    sampled_in: int = 0
-    """The turn in which it was sampled: of an id that was sampled again, the last trajectory counts."""
-    scored_in: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
-    """[B] the turn in which each was scored: of an id that was scored again, the last scores count."""
-    lengths: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
-    """[B] response tokens."""
-    oldest_versions: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
-    """[B] version of each one's oldest token."""
-    truncated: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
-    """[B] whether it was cut at the length limit."""
+    """[B, 3] int64: epoch, prompt, sample."""
     replica: Any = None
-    """Where a group is sampled, so that its trajectories share the cached prefix."""
-    parts: "Sequence[Work]" = ()
-    """The works that this one was merged of."""
+    """The Replica that a whole group goes to, which has the prompt in its prefix cache; None: any."""
 
     def __len__(self) -> int:
         return len(self.numbers)
 
-    def receive(self, scores: Mapping[TrajectoryId, tuple[Any, ...]], turn: int) -> None:
-        """Teachers have answered. scores: id -> the references of its scores, perhaps with ids of other works."""
-        self.scores = [scores[TrajectoryId(*row)] for row in self.ids.tolist()]
-        self.scored_in = np.full(len(self), turn)
 
+@dataclass(frozen=True, eq=False, slots=True)
+class Sampled:
+    """One trajectory that a rollout actor has sampled.
 
-def merge(works: Sequence[Work]) -> Work:
-    """One work of all, in the order of the ledger: what is computed from it does not depend on who was faster."""
-    numbers = np.concatenate([work.numbers for work in works])
-    order = np.argsort(numbers, kind="stable")
-    return Work(
-        numbers=numbers[order].tolist(),
-        ids=np.concatenate([work.ids for work in works])[order],
-        trajectories=_trajectories(works),
-        lengths=np.concatenate([work.lengths for work in works])[order],
-        parts=works,
-    )
-
-
-def gather(rows: Sequence[tuple[Work, int]]) -> Work:
-    """Single trajectories, each the row of a scored work that holds it and perhaps others, in this order."""
-    return Work(
-        numbers=[work.numbers[row] for work, row in rows],
-        ids=np.array([work.ids[row] for work, row in rows], np.int64).reshape(-1, 3),
-        trajectories=_trajectories(each_once(work for work, _ in rows)),
-        scores=[work.scores[row] for work, row in rows],
-        scored_in=np.array([work.scored_in[row] for work, row in rows]),
-        lengths=np.array([work.lengths[row] for work, row in rows]),
-        oldest_versions=np.array([work.oldest_versions[row] for work, row in rows]),
-        truncated=np.array([work.truncated[row] for work, row in rows]),
-    )
-
-
-def singles(work: Work, replica: Any) -> list[Work]:
-    """Each trajectory of a group by itself, all for the same actor."""
-    return [Work([number], work.ids[row : row + 1], replica=replica) for row, number in enumerate(work.numbers)]
-
-
-def scores_by_rank(work: Work, costs_B: np.ndarray, minibatches: int, ranks: int) -> PerRank:
-    """The references of each rank's scores: those of the trajectories that it trains on, as the learner divides them.
-
-    costs_B: tokens of prompt and response. minibatches: optimiser steps of one epoch.
-    In the order of scoring: where a trajectory was lost and sampled again, its old scores may lie in one object with
-    those of another trajectory, and the learner takes the last ones.
+    Example: Sampled(number=13, id=TrajectoryId(0, 40, 1), trajectories=ObjectRef(...), turn=5, length=118,
+    oldest_version=3, truncated=False): 118 tokens, the first of them by the weights of version 3.
     """
-    owner = owners(costs_B, minibatch_rows(len(work), minibatches), ranks)
+
+    number: int
+    """Its number in the ledger."""
+    id: TrajectoryId
+    trajectories: Any
+    """The reference of Trajectories that hold it, and perhaps others."""
+    turn: int
+    """Counts the answers of rollout actors; of a trajectory that was lost and sampled again the last turn is valid."""
+    length: int
+    """Response tokens."""
+    oldest_version: int
+    """The weight version of its oldest token."""
+    truncated: bool
+    """Whether the response ended at the length limit."""
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Scored:
+    """One trajectory that its teachers have scored.
+
+    Example, with two teachers: Scored(sampled=Sampled(number=13, ...), scores=(ObjectRef(...), ObjectRef(...)), turn=2)
+    """
+
+    sampled: Sampled
+    scores: tuple[Any, ...]
+    """One reference for each of its teachers: of TeacherScores that hold it, and perhaps others."""
+    turn: int
+    """Counts the answers of teachers; of a trajectory that was scored again the last turn is valid."""
+
+
+def ids_of(sampled: Iterable[Sampled]) -> np.ndarray:
+    """[B, 3] int64: epoch, prompt, sample."""
+    return np.array([one.id for one in sampled], np.int64).reshape(-1, 3)
+
+
+def trajectories_of(sampled: Iterable[Sampled]) -> list[Any]:
+    """The references that hold these trajectories, each once, in the order in which they were sampled.
+
+    The order matters: a trajectory that was lost and sampled again may be in two objects, the old one of which is still
+    needed for another trajectory. Readers take the last.
+    """
+    in_order = sorted(sampled, key=lambda one: one.turn)
+    return each_once(one.trajectories for one in in_order)
+
+
+def scores_by_rank(scored: Sequence[Scored], costs_B: np.ndarray, minibatches: int, ranks: int) -> PerRank:
+    """The references of each rank's scores: of the trajectories that it trains on, as the learner divides them.
+
+    scored: the B trajectories of an update. costs_B: [B] tokens of prompt and response, by which the learner balances
+    its ranks. minibatches: optimiser steps of one epoch. Each rank's references are in the order of scoring, for the
+    same reason as in `trajectories_of`, and each is there once: one object may hold a whole batch.
+    """
+    owner = owners(costs_B, minibatch_rows(len(scored), minibatches), ranks).tolist()
     found: list[list[Any]] = [[] for _ in range(ranks)]
-    for row in np.argsort(work.scored_in, kind="stable"):
-        found[owner[row]] += work.scores[row]
+    for one, rank in sorted(zip(scored, owner, strict=True), key=lambda pair: pair[0].turn):
+        found[rank] += one.scores
     return PerRank([each_once(references) for references in found])
 
 
-def _trajectories(works: Iterable[Work]) -> list[Any]:
-    """References, in the order in which they came."""
-    in_order = sorted(works, key=lambda work: work.sampled_in)
-    return each_once(reference for work in in_order for reference in work.trajectories)
+def split_evenly(count: int, parts: int) -> list[range]:
+    """0 ... count-1 in at most `parts` consecutive ranges, none empty, sizes within one of each other."""
+    parts = max(1, min(parts, count))
+    edges = [count * i // parts for i in range(parts + 1)]
+    return [range(a, b) for a, b in itertools.pairwise(edges)]
 
 
 def each_once(things: Iterable[Any]) -> list[Any]:
-    """The different ones, in the order of their first appearance."""
+    """The distinct things, in the order of their first appearance."""
     return list(dict.fromkeys(things))

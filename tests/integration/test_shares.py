@@ -15,8 +15,8 @@ from actors.trajectory import TeacherScores, TrajectoryId
 from cluster.fleet.ray_actor import PerRank, Resources, fetched
 from cluster.fleet.ray_fleet import Fleet
 from cluster.fleet.ray_learner import LearnerGroup
-from cluster.loop.teachers import Lessons, Teachers
-from cluster.loop.work import Work, scores_by_rank
+from cluster.loop.teachers import PromptRoutes, Teachers
+from cluster.loop.work import Sampled, Scored, scores_by_rank
 from learner.config import LearnerConfig, ObjectiveConfig, OptimizerConfig
 from learner.learner import Learner
 from tests.tiny_models import make_tiny_model
@@ -54,12 +54,16 @@ def test_each_rank_is_given_what_the_teacher_said_of_its_own_trajectories_and_no
 
     async def body(teacher: Fleet, learner: LearnerGroup) -> None:
         await asyncio.gather(teacher.start(), learner.start())
-        panel = Teachers({"teacher": teacher}, Lessons([{"teacher": 0.0}] * 3, {}), each=True)
+        panel = Teachers({"teacher": teacher}, PromptRoutes([{"teacher": 0.0}] * 3, {}), each=True)
         references = [ray.put(written)]
-        scored = await panel.score(written.ids, references)
-        work = Work(list(range(6)), written.ids, references, lengths=written.lengths)
-        work.receive(dict(zip((TrajectoryId(*row) for row in written.ids.tolist()), scored.references, strict=True)), 0)
-        own = scores_by_rank(work, np.diff(written.prompt_offsets) + written.lengths, 1, 2)
+        answer = await panel.score(written.ids, references)
+        update = [
+            Scored(Sampled(number, TrajectoryId(*row), references[0], 0, length, 0, False), found, 1)
+            for number, (row, length, found) in enumerate(
+                zip(written.ids.tolist(), written.lengths.tolist(), answer.references, strict=True)
+            )
+        ]
+        own = scores_by_rank(update, np.diff(written.prompt_offsets) + written.lengths, 1, 2)
         parts = [await fetched(given) for given in own.arguments]
         assert all(isinstance(part, TeacherScores) and len(part) == 1 for given in parts for part in given)
         names = [[tuple(part.ids[0].tolist()) for part in given] for given in parts]

@@ -21,7 +21,7 @@ from actors.teacher.base import TeacherCounts
 from actors.trajectory import TrajectoryId, offsets_of
 from cluster.config import CampaignConfig, PipelineConfig
 from cluster.loop.campaign import Campaign
-from cluster.loop.teachers import Lessons, Teachers
+from cluster.loop.teachers import PromptRoutes, Teachers
 from cluster.records.writer import RunRecords, read_jsonl
 from cluster.state.campaign_state import CampaignState, load_state
 from tests.light_campaign import Reference
@@ -242,7 +242,7 @@ def campaign(
         prompts=prompts,
         evaluator=evaluator,
         rollout=rollout or FakeRollout(world, rollouts),
-        teachers=Teachers(fleets, Lessons([{"default": 0.0}] * 11, {})),
+        teachers=Teachers(fleets, PromptRoutes([{"default": 0.0}] * 11, {})),
         learner=FakeLearner(world, 1),  # type: ignore[arg-type]
         records=RunRecords(config.run_dir),
         progress=Silent(),  # type: ignore[arg-type]
@@ -254,7 +254,7 @@ def run(made: Campaign) -> bool:
 
 
 def all_ids(made: Campaign, numbers: Any) -> list[tuple[int, int, int]]:
-    return [made._backlog._id(number) for number in numbers]
+    return [made._queues._id(number) for number in numbers]
 
 
 @pytest.mark.parametrize(("rollouts", "teachers", "seed"), [(1, 1, 0), (2, 1, 1), (3, 2, 2), (9, 4, 3)])

@@ -222,9 +222,9 @@ def test_a_reference_scores_every_prompt_that_is_trained_on_and_teaches_none(wor
     overrides = ["teachers.base.model=teacher", "learner.objective.reference_teacher=base",
                  "learner.objective.extrapolation=1.25"]  # fmt: skip
     inputs = read_inputs(load_config(work / "campaign.yaml", overrides))
-    assert inputs.lessons.routes == [{"default": 0.0, "base": 0.0}] * 4
-    assert inputs.held_out_lessons is not None
-    assert inputs.held_out_lessons.routes == [{"default": 0.0}] * 4
+    assert inputs.prompt_routes.routes == [{"default": 0.0, "base": 0.0}] * 4
+    assert inputs.held_out_routes is not None
+    assert inputs.held_out_routes.routes == [{"default": 0.0}] * 4
 
 
 @pytest.mark.parametrize("key", ["prompts", "evaluation.prompts"])

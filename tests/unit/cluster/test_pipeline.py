@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.loop.slots import Sampling, Scored, Slots, split_evenly, too_stale
-from cluster.loop.work import Work
+from actors.trajectory import TrajectoryId
+from cluster.loop.queues import InFlight, ReadyToTrain, Slots, too_stale
+from cluster.loop.work import Issued, Sampled, Scored, split_evenly, trajectories_of
 
 
 async def is_blocked(waiting: asyncio.Task) -> bool:
@@ -122,67 +123,70 @@ def test_split_evenly_is_a_balanced_partition_in_order(count: int, parts: int) -
     assert count == 0 or min(sizes) > 0
 
 
-def work(*numbers: int, oldest: int = 0, length: int = 3) -> Work:
-    count = len(numbers)
-    made = Work(list(numbers), np.array([(0, number, 0) for number in numbers]))
-    made.trajectories, made.scores = [f"trajectories {numbers}"], [(f"scores {numbers}",)] * count
-    made.scored_in = np.zeros(count, np.int64)
-    made.lengths, made.oldest_versions = np.full(count, length), np.full(count, oldest)
-    made.truncated = np.zeros(count, bool)
-    return made
+def issued(*numbers: int) -> Issued:
+    return Issued(list(numbers), np.array([(0, number, 0) for number in numbers]))
+
+
+def scored(numbers: list[int], oldest_versions: list[int]) -> list[Scored]:
+    """Trajectories that were sampled together, and scored together."""
+    trajectories, scores = f"trajectories {numbers}", (f"scores {numbers}",)
+    return [
+        Scored(Sampled(number, TrajectoryId(0, number, 0), trajectories, 0, 3, version, False), scores, 0)
+        for number, version in zip(numbers, oldest_versions, strict=True)
+    ]
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_updates_take_the_oldest_whoever_brought_it_and_each_once(seed: int) -> None:
-    draw, scored = random.Random(seed), Scored(max_staleness=2)
+    draw, ready = random.Random(seed), ReadyToTrain(max_staleness=2)
     versions = [draw.randrange(4) for _ in range(60)]
     there, taken, given_up, left = set(), [], [], list(range(60))
     draw.shuffle(left)
     learner = 0
-    while left or len(scored) >= 5:
+    while left or len(ready) >= 5:
         if left and draw.random() < 0.7:
             mine = [left.pop() for _ in range(min(len(left), draw.randint(1, 4)))]
-            made = work(*mine)
-            made.oldest_versions = np.array([versions[number] for number in mine])
-            stale = scored.add(made, learner)
+            stale = ready.add(scored(mine, [versions[number] for number in mine]), learner)
             assert set(stale) == {number for number in mine if learner - versions[number] > 2}
             given_up += stale
             there |= set(mine) - set(stale)
-        elif len(scored) >= 5:
-            update = scored.take(5)
-            assert update.numbers == sorted(sorted(there, key=lambda number: (versions[number], number))[:5])
-            assert [row[1] for row in update.ids] == update.numbers
-            assert update.oldest_versions.tolist() == [versions[number] for number in update.numbers]
-            assert len(set(update.trajectories)) == len(update.trajectories) == len(set(update.scores))
-            there -= set(update.numbers)
-            taken += update.numbers
+        elif len(ready) >= 5:
+            update = ready.take(5)
+            numbers = [one.sampled.number for one in update]
+            assert numbers == sorted(sorted(there, key=lambda number: (versions[number], number))[:5])
+            assert [one.sampled.id.prompt for one in update] == numbers
+            assert [one.sampled.oldest_version for one in update] == [versions[number] for number in numbers]
+            references = trajectories_of(one.sampled for one in update)
+            assert len(set(references)) == len(references) == len({one.scores for one in update})
+            there -= set(numbers)
+            taken += numbers
             learner += 1
-            stale = scored.age(learner)
+            stale = ready.age(learner)
             assert set(stale) == {number for number in there if learner - versions[number] > 2}
             there -= set(stale)
             given_up += stale
-        assert len(scored) == len(there)
+        assert len(ready) == len(there)
     assert sorted([*taken, *given_up, *there]) == list(range(60))
 
 
 def test_what_could_not_be_trained_any_more_is_cut_and_its_late_answer_is_not_wanted() -> None:
-    sampling = Sampling()
-    slow, new = work(0, 1), work(2)
-    sampling.begin(slow, 3)
-    sampling.begin(new, 4)
-    assert (len(sampling), sampling.stragglers(4), sampling.stragglers(5)) == (3, 2, 3)
-    assert sampling.cut(4, 1) == []
-    assert sampling.cut(5, 1) == [slow]
-    assert sampling.end(new) and not sampling.end(slow)
-    assert len(sampling) == 0
+    in_flight = InFlight()
+    slow, new = issued(0, 1), issued(2)
+    in_flight.begin(slow, 3)
+    in_flight.begin(new, 4)
+    assert (len(in_flight), in_flight.stragglers(4), in_flight.stragglers(5)) == (3, 2, 3)
+    assert in_flight.cut(4, 1) == []
+    assert in_flight.cut(5, 1) == [slow]
+    assert in_flight.end(new) and not in_flight.end(slow)
+    assert len(in_flight) == 0
 
 
 def test_the_load_of_an_actor_is_what_responses_were_long_before() -> None:
-    sampling = Sampling()
-    assert sampling.expected_tokens(10, 4) == 14
-    sampling.count(work(0, 1, length=30))
-    sampling.count(work(2, length=60))
-    assert sampling.expected_tokens(10, 4) == 10 + 4 * 40
+    in_flight = InFlight()
+    assert in_flight.expected_tokens(10, 4) == 14
+    in_flight.count(np.array([30, 30]))
+    in_flight.count(np.array([60]))
+    assert in_flight.expected_tokens(10, 4) == 10 + 4 * 40
 
 
 def test_lent_slots_let_more_in_and_are_not_lent_for_ever() -> None:

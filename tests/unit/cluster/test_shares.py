@@ -9,8 +9,8 @@ import pytest
 from actors.teacher.base import TeacherCounts
 from actors.trajectory import RolloutCounts, TrajectoryId
 from cluster.fleet.ray_actor import PerRank
-from cluster.loop.teachers import Lessons, Teachers
-from cluster.loop.work import Work, gather, merge, scores_by_rank
+from cluster.loop.teachers import PromptRoutes, Teachers
+from cluster.loop.work import Sampled, Scored, ids_of, scores_by_rank, trajectories_of
 from learner.collate import minibatch_rows
 from learner.student.sharding import owners
 from tests.unit.cluster.test_campaign import (
@@ -89,61 +89,48 @@ def test_each_rank_is_given_all_that_teachers_said_of_its_trajectories_alone(
     for name, fleet in fleets.items():
         fleet.name = name
     shares = {"a": np.log(0.5), "b": np.log(0.5)}
-    made.teachers = Teachers(fleets, Lessons([shares] * len(PROMPTS), {}), each=True)
+    made.teachers = Teachers(fleets, PromptRoutes([shares] * len(PROMPTS), {}), each=True)
     made.learner = LearnerOfRanks(world, 1)  # type: ignore[assignment]
     assert run(made)
     trained = [row for update in world.trained for row in update]
     assert len(trained) == len(set(trained)) == 12 * SIZE
 
 
-def scored(numbers: list[int]) -> Work:
-    work = Work(numbers, np.array([(0, number, 0) for number in numbers]))
-    work.lengths = work.oldest_versions = work.truncated = np.array([5, 1, 4, 2])[numbers]
-    return work
+LENGTHS = np.array([5, 1, 4, 2])
+
+
+def sampled(number: int, reference: str = "trajectories", turn: int = 0) -> Sampled:
+    return Sampled(number, TrajectoryId(0, number, 0), reference, turn, int(LENGTHS[number]), 0, False)
+
+
+def scored(number: int, *references: str, turn: int = 0) -> Scored:
+    return Scored(sampled(number), references, turn)
 
 
 def test_a_rank_is_given_the_scores_of_its_own_trajectories_alone() -> None:
-    names = [TrajectoryId(0, prompt, 0) for prompt in range(4)]
-    work = scored([0, 1, 2, 3])
-    work.receive({name: (f"a {name}", f"b {name}") for name in (*names, TrajectoryId(0, 9, 0))}, 0)
-    assert work.scores == [(f"a {name}", f"b {name}") for name in names]
-    update = gather([(work, 0), (work, 2), (work, 3)])
-    assert scores_by_rank(update, update.lengths, 1, 2).arguments == [
-        [f"a {names[0]}", f"b {names[0]}"],
-        [f"a {names[2]}", f"b {names[2]}", f"a {names[3]}", f"b {names[3]}"],
+    update = [scored(number, f"a {number}", f"b {number}") for number in (0, 2, 3)]
+    assert scores_by_rank(update, LENGTHS[[0, 2, 3]], 1, 2).arguments == [
+        ["a 0", "b 0"],
+        ["a 2", "b 2", "a 3", "b 3"],
     ]
-    with pytest.raises(KeyError, match="prompt=2"):
-        work.receive({name: ("a",) for name in names if name.prompt != 2}, 0)
 
 
 def test_one_object_of_the_scores_of_several_trajectories_is_given_once() -> None:
-    work = scored([0, 1, 2, 3])
-    work.receive({TrajectoryId(0, prompt, 0): ("a", "b") for prompt in range(4)}, 0)
-    update = gather([(work, row) for row in range(4)])
-    assert scores_by_rank(update, update.lengths, 1, 1).arguments == [["a", "b"]]
+    update = [scored(number, "a", "b") for number in range(4)]
+    assert scores_by_rank(update, LENGTHS, 1, 1).arguments == [["a", "b"]]
 
 
 def test_scores_of_a_trajectory_that_was_lost_and_sampled_again_are_the_last() -> None:
-    lost, waiting, again = scored([0]), scored([1]), scored([0])
-    for work in (lost, waiting):  # scored together
-        work.receive({TrajectoryId(0, prompt, 0): ("both, as they were",) for prompt in (0, 1)}, 3)
-    again.receive({TrajectoryId(0, 0, 0): ("the one, as it is now",)}, 4)
-    for rows in ([(again, 0), (waiting, 0)], [(waiting, 0), (again, 0)]):
-        update = gather(rows)
-        found = scores_by_rank(update, update.lengths, 1, 1).arguments
+    waiting = scored(1, "both, as they were", turn=3)  # scored together with 0, which was lost
+    again = scored(0, "the one, as it is now", turn=4)
+    for update in ([again, waiting], [waiting, again]):
+        found = scores_by_rank(update, LENGTHS[[0, 1]], 1, 1).arguments
         assert found == [["both, as they were", "the one, as it is now"]]
-        assert update.numbers == [work.numbers[0] for work, _ in rows]
 
 
 def test_a_trajectory_that_was_lost_and_sampled_again_is_the_last() -> None:
-    lost, waiting, again = (Work([number], np.array([(0, number, 0)])) for number in (0, 1, 0))
-    for turn, work in enumerate((lost, waiting, again)):
-        work.lengths = work.oldest_versions = work.truncated = np.array([1])
-        work.trajectories, work.sampled_in = ["both, as they were" if turn < 2 else "the one, as it is now"], turn
-    again.receive({TrajectoryId(0, 0, 0): ("scores",)}, 3)
-    waiting.receive(
-        {TrajectoryId(0, 1, 0): ("scores",)}, 4
-    )  # of what was written together one was lost, and the other scored late
-    for rows in ([(again, 0), (waiting, 0)], [(waiting, 0), (again, 0)]):
-        assert gather(rows).trajectories == ["both, as they were", "the one, as it is now"]
-        assert merge([work for work, _ in rows]).trajectories == ["both, as they were", "the one, as it is now"]
+    waiting = sampled(1, "both, as they were", turn=1)  # sampled together with 0, which was lost
+    again = sampled(0, "the one, as it is now", turn=2)
+    for batch in ([again, waiting], [waiting, again]):
+        assert trajectories_of(batch) == ["both, as they were", "the one, as it is now"]
+        assert [tuple(row) for row in ids_of(batch).tolist()] == [one.id for one in batch]

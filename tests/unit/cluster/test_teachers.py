@@ -12,7 +12,7 @@ from actors.data.prompts import PromptSet
 from actors.errors import CampaignError, UserError
 from actors.teacher.base import TeacherCounts
 from actors.trajectory import offsets_of
-from cluster.loop.teachers import Lessons, Teachers, route, routes
+from cluster.loop.teachers import PromptRoutes, Teachers, route, routes
 
 TEACHERS = {
     "maths": TeacherConfig("m", domains=["maths", "physics"], weight=3.0),
@@ -60,8 +60,8 @@ def test_a_domain_without_a_teacher_is_named_with_its_prompt() -> None:
         routes(["maths", "math"], named, "p.jsonl")
 
 
-def score(fleets: dict[str, MadeUpFleet], lessons: Lessons, ids: np.ndarray) -> Any:
-    return asyncio.run(Teachers(fleets, lessons).score(ids, ["t0", "t1"]))  # type: ignore[arg-type]
+def score(fleets: dict[str, MadeUpFleet], prompt_routes: PromptRoutes, ids: np.ndarray) -> Any:
+    return asyncio.run(Teachers(fleets, prompt_routes).score(ids, ["t0", "t1"]))  # type: ignore[arg-type]
 
 
 def test_each_teacher_scores_its_own_in_parts_for_its_actors() -> None:
@@ -70,9 +70,9 @@ def test_each_teacher_scores_its_own_in_parts_for_its_actors() -> None:
         "physics": MadeUpFleet("physics"),
         "other": MadeUpFleet("other"),
     }
-    lessons = Lessons(routes(["maths", "physics", "maths", "maths"], TEACHERS, "x"), {})
+    prompt_routes = PromptRoutes(routes(["maths", "physics", "maths", "maths"], TEACHERS, "x"), {})
     ids = np.array([(0, prompt, 0) for prompt in (3, 1, 0, 2)])
-    found = score(fleets, lessons, ids)
+    found = score(fleets, prompt_routes, ids)
     assert [call["ids"] for call in fleets["maths"].scored] == [ids[:2].tolist(), ids[2:].tolist()]
     assert [call["ids"] for call in fleets["physics"].scored] == [ids[1:2].tolist()]
     assert fleets["other"].scored == []
@@ -86,8 +86,10 @@ def test_each_teacher_scores_its_own_in_parts_for_its_actors() -> None:
 
 def test_a_privileged_teacher_is_given_its_own_prompts() -> None:
     fleets = {"other": MadeUpFleet("other")}
-    lessons = Lessons(routes([None] * 3, {"other": TEACHERS["other"]}, "x"), {"other": prompt_set([[1], [2, 3], [4]])})
-    score(fleets, lessons, np.array([(0, 2, 0), (0, 1, 0), (0, 1, 1)]))
+    prompt_routes = PromptRoutes(
+        routes([None] * 3, {"other": TEACHERS["other"]}, "x"), {"other": prompt_set([[1], [2, 3], [4]])}
+    )
+    score(fleets, prompt_routes, np.array([(0, 2, 0), (0, 1, 0), (0, 1, 1)]))
     tokens, offsets = fleets["other"].scored[0]["prompts"]
     assert tokens.tolist() == [4, 2, 3, 2, 3]
     assert offsets.tolist() == [0, 1, 3, 5]
@@ -95,8 +97,8 @@ def test_a_privileged_teacher_is_given_its_own_prompts() -> None:
 
 def test_the_teacher_with_the_largest_share_answers_in_the_prompts_order() -> None:
     fleets = {"maths": MadeUpFleet("maths"), "physics": MadeUpFleet("physics"), "other": MadeUpFleet("other")}
-    lessons = Lessons(routes(["physics", None, "maths"], TEACHERS, "x"), {})
-    teachers = Teachers(fleets, lessons)  # type: ignore[arg-type]
+    prompt_routes = PromptRoutes(routes(["physics", None, "maths"], TEACHERS, "x"), {})
+    teachers = Teachers(fleets, prompt_routes)  # type: ignore[arg-type]
     tokens, offsets = asyncio.run(teachers.write(prompt_set([[1, 2], [3], [4]]), 5, [0]))
     assert tokens.tolist() == [10, 20, 30, 40] and offsets.tolist() == [0, 2, 3, 4]
     assert [p.tolist() for p in fleets["maths"].prompts] == [[1, 2], [4]]
@@ -104,9 +106,9 @@ def test_the_teacher_with_the_largest_share_answers_in_the_prompts_order() -> No
 
 
 def test_replicas_that_disagree_about_one_text_are_found() -> None:
-    lessons = Lessons([], {})
-    agreeing = Teachers({"other": MadeUpFleet("other", probes=(-2.0, -2.001))}, lessons)  # type: ignore[dict-item]
+    prompt_routes = PromptRoutes([], {})
+    agreeing = Teachers({"other": MadeUpFleet("other", probes=(-2.0, -2.001))}, prompt_routes)  # type: ignore[dict-item]
     asyncio.run(agreeing.compare_replicas())
-    odd = Teachers({"other": MadeUpFleet("other", probes=(-2.0, -2.0, -2.5))}, lessons)  # type: ignore[dict-item]
+    odd = Teachers({"other": MadeUpFleet("other", probes=(-2.0, -2.0, -2.5))}, prompt_routes)  # type: ignore[dict-item]
     with pytest.raises(CampaignError, match=r"teachers\.other disagree .* -2\.0000, -2\.0000, -2\.5000"):
         asyncio.run(odd.compare_replicas())
