@@ -1,4 +1,9 @@
-"""From a configuration to a finished run directory: prepares everything, runs the loop, writes the summary."""
+"""Runs a campaign: from a configuration to a finished run directory.
+
+run_campaign      locks the run directory, reads the inputs, connects to the cluster
+Running           starts the actors, runs the loop (loop/campaign.py), writes the summary and the report
+Running._train    starts the loop again from a checkpoint after a lost learner or a rollback
+"""
 
 import asyncio
 import contextlib
@@ -14,7 +19,6 @@ from cluster.console.control import obey
 from cluster.console.progress import Progress
 from cluster.console.status import keep_status
 from cluster.console.steering import handlers
-from cluster.fleet.ray_actor import Resources
 from cluster.fleet.ray_cluster import connected, refuse_relative_output, room_to_begin
 from cluster.fleet.ray_fleet import Fleet
 from cluster.fleet.supervision import Restarts
@@ -23,9 +27,7 @@ from cluster.loop.campaign import Campaign
 from cluster.loop.evaluation import Evaluator
 from cluster.loop.teachers import Teachers
 from cluster.preflight import check_models
-from cluster.records.cost import cost_of
 from cluster.records.event_table import FAULTS, describe
-from cluster.records.utilisation import by_role, mean_actors, role_of
 from cluster.records.writer import REPORT_FILE, RunRecords, read_summary
 from cluster.report.page import write_report
 from cluster.roles import build_fleets, build_learner
@@ -33,14 +35,19 @@ from cluster.state.campaign_state import CampaignState, load_state
 from cluster.state.checkpoints import what_is_good
 from cluster.state.resume import claimed, take_up
 from cluster.state.rollback import RollBack, roll_back
+from cluster.state.summary import summarise
 from cluster.tracking.ray_prometheus import Prometheus
 from cluster.tracking.trackers import Trackers, make_trackers
 
-OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
 def run_campaign(config: CampaignConfig) -> tuple[dict[str, Any], bool]:
-    """Runs or takes up a campaign; returns its summary, and whether it is complete (False: it was interrupted)."""
+    """Runs a campaign, or resumes the one in its run directory; a finished one is not run again.
+
+    Returns the summary, and whether the campaign is complete (False: it was interrupted). UserError: the configuration,
+    an input or the run directory is at fault. CampaignError: it broke while it ran.
+    """
     refuse_relative_output(config)
     check_models(config)
     with claimed(config) as changed:
@@ -66,7 +73,7 @@ def _run_connected(config: CampaignConfig, records: RunRecords) -> tuple[dict[st
         with connected(config) as private:
             return asyncio.run(run(private))
     except OSError as error:
-        if error.errno not in OF_THE_DISK:
+        if error.errno not in DISK_ERRORS:
             raise
         where = error.filename or config.run_dir
         raise CampaignError(f"{where}: {error.strerror}; {what_is_good(config.run_dir / 'checkpoints')}") from error
@@ -75,7 +82,7 @@ def _run_connected(config: CampaignConfig, records: RunRecords) -> tuple[dict[st
 
 
 class Running:
-    """A campaign in this process: its actors, what watches them, and the loop, begun anew where the learner is lost."""
+    """A campaign in this process: its actors, its loop, and the tasks beside it (status file, control commands)."""
 
     def __init__(
         self,
@@ -87,7 +94,7 @@ class Running:
         progress: Progress,
         private: bool,
     ):
-        """checkpoint: where the learner begins, None for a campaign that is new. private: the cluster is this process's."""
+        """checkpoint: what the learner loads; None: the untrained student. private: the cluster was started for this run."""
         self.config, self.state, self.inputs, self.records, self.progress = config, state, inputs, records, progress
         self.needed, begin, self.short = room_to_begin(config, private)
         records.event("resumed" if checkpoint else "started", step=state.step, process=os.getpid())
@@ -102,13 +109,13 @@ class Running:
         self.gate.set()
 
     def on_event(self, kind: str, **fields: Any) -> None:
-        """Writes it down, says it, and counts it where it is a fault."""
+        """Writes an event to events.jsonl and to the screen, and counts it if it is a fault."""
         self.records.event(kind, **fields)
         self.progress.note(describe(kind, fields))
         self.state.faults += kind in FAULTS
 
     async def to_the_end(self) -> tuple[dict[str, Any], bool]:
-        """Summary, and whether the campaign is complete. However it ends, no actor is left."""
+        """Runs the campaign; see run_campaign. No actor is left when it ends, by an error too."""
         watching = [asyncio.create_task(keep_status(self.config.run_dir, self._live_status))]
         try:
             await self._start()
@@ -123,7 +130,7 @@ class Running:
         except BaseException as error:
             details = "".join(traceback.format_exception(error))
             cause = f"{type(error).__name__}: {error}"
-            with contextlib.suppress(OSError):  # a disk that is full is told by what filled it first
+            with contextlib.suppress(OSError):  # on a full disk the error that was raised first says so
                 self.records.event("failed", cause=cause, step=self.state.step, traceback=details)
             raise
         finally:
@@ -140,7 +147,7 @@ class Running:
                 fleet.resize(self.needed[role][0])
 
     async def _train(self) -> bool:
-        """The loop, and again from a checkpoint when the learner was lost or a guard wants it; whether it is complete."""
+        """Runs the loop, again from a checkpoint after a lost learner or a rollback; whether the campaign is complete."""
         teachers = {name: self.fleets[f"teacher.{name}"] for name in self.config.teachers}
         panel = Teachers(teachers, self.inputs.prompt_routes, each=self.config.learner.replicas > 1)
         await panel.compare_replicas()
@@ -178,7 +185,7 @@ class Running:
         self.on_event("learner_restored", step=self.state.step, checkpoint=str(checkpoint))
 
     def _live_status(self) -> dict[str, Any]:
-        """What only this process knows: see cluster/console/status.py."""
+        """The part of status.json that only this process knows (cluster/console/status.py)."""
         return {
             "roles": self.progress.roles,
             "actors": [
@@ -198,7 +205,7 @@ class Running:
 
 
 def build_evaluator(config: CampaignConfig, inputs: Inputs, teachers: dict[str, Fleet]) -> Evaluator | None:
-    """Of the held-out prompts, where there are any."""
+    """The evaluator of the held-out prompts; None if the configuration has none."""
     if inputs.held_out is None or inputs.held_out_routes is None:
         return None
     return Evaluator(
@@ -211,37 +218,3 @@ def build_evaluator(config: CampaignConfig, inputs: Inputs, teachers: dict[str, 
         stop_token_ids=inputs.stop_token_ids,
         keep_trajectories=config.evaluation.keep_trajectories,
     )
-
-
-def summarise(
-    config: CampaignConfig, state: CampaignState, wall_seconds: float, needed: dict[str, tuple[int, Resources]]
-) -> dict[str, Any]:
-    """The contents of summary.json."""
-    end = state.evaluations[max(state.evaluations)] if state.evaluations else {}
-    at_the_end: dict[str, int] = {}
-    for role, (count, _) in needed.items():
-        at_the_end[role_of(role)] = at_the_end.get(role_of(role), 0) + count
-    mean = at_the_end | mean_actors(state.actor_seconds, state.loop_seconds)
-    slowest = max((state.busy[role] / mean[role] for role in mean if mean[role]), default=0.0)
-    return {
-        "accuracy_start": state.start.get("eval/accuracy"),
-        "accuracy_end": end.get("eval/accuracy"),
-        "accuracy_teacher": state.start.get("eval/accuracy_teacher"),
-        "accuracy_sampled_start": state.start.get("eval/accuracy_sampled"),
-        "accuracy_sampled_end": end.get("eval/accuracy_sampled"),
-        "reverse_kl_start": state.start.get("eval/reverse_kl"),
-        "reverse_kl_end": end.get("eval/reverse_kl"),
-        "updates": state.step,
-        "trajectories": state.ledger.trained,
-        "tokens_generated": state.tokens_generated,
-        "wall_seconds": wall_seconds,
-        "busy": state.busy,
-        "actors": {"mean": mean, "end": at_the_end},
-        "loop_seconds": state.loop_seconds,
-        "wall_over_slowest_stage": state.loop_seconds / slowest if slowest else None,
-        "utilisation": {"roles": by_role(state.actor_seconds), "actors": state.actor_seconds},
-        "cost": cost_of(state.actor_seconds, {role: one for role, (_, one) in needed.items()}, state.tokens_generated),
-        "faults": state.faults,
-        "ledger": state.ledger.counts(),
-        "dropped_because": dict(state.ledger.dropped),
-    }

@@ -1,4 +1,4 @@
-"""Joining or starting a Ray cluster, and whether the campaign fits into it."""
+"""Joins or starts a Ray cluster, and checks that the campaign fits into it."""
 
 import logging
 import os
@@ -17,11 +17,11 @@ from cluster.config import CampaignConfig
 from cluster.fleet.ray_actor import Resources
 
 CPU_THREADS = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-"""Without these, actors that share cores spin on each other's: 25 to 60 times slower."""
+"""Without these, the threads of actors that share cores spin while they wait for each other: 25 to 60 times slower."""
 
 LOOPBACK = "127.0.0.1"
 TOKEN_SETTINGS = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
-"""With one of these the user has decided how clusters are protected; without, a private one gets a token of its own."""
+"""If one of these is set, the user has chosen how clusters are protected. Otherwise a private one gets its own token."""
 
 
 def in_job() -> bool:
@@ -31,12 +31,16 @@ def in_job() -> bool:
 
 @contextmanager
 def connected(config: CampaignConfig) -> Iterator[bool]:
-    """Within the block, this process is connected to the campaign's cluster. True: a private one, which ends with it."""
+    """Within the block, this process is connected to the campaign's cluster.
+
+    Yields True for a private cluster, which is started here and ends with the block. UserError: nothing answers at
+    `ray.address`.
+    """
     address = config.ray.address or os.environ.get("RAY_ADDRESS") or "local"
     private = address == "local"
     options: dict = {}
     if private:
-        # Workers inherit the environment: set before they start, it costs them nothing.
+        # Workers inherit this environment. As a runtime_env of each actor it would delay its start.
         os.environ.update({name: os.environ.get(name, value) for name, value in CPU_THREADS.items()})
         if not any(name in os.environ for name in TOKEN_SETTINGS):
             os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # Ray would leave one in the home directory
@@ -57,8 +61,11 @@ def connected(config: CampaignConfig) -> Iterator[bool]:
 
 @contextmanager
 def _loopback_as_it_is() -> Iterator[None]:
-    """Within the block, Ray does not replace 127.0.0.1 by the machine's address, with which every service of a private
-    cluster would listen on all interfaces. No public setting of Ray 2.60 does it; a test looks at what listens."""
+    """Within the block, Ray does not replace 127.0.0.1 by the machine's address.
+
+    With that address every service of a private cluster would listen on all interfaces. Ray 2.60 has no public setting
+    for it; a test looks at which ports listen where.
+    """
     resolve = services.resolve_ip_for_localhost
     services.resolve_ip_for_localhost = lambda host: host
     try:
@@ -73,10 +80,10 @@ def teacher_gpus(teacher: TeacherConfig) -> float:
 
 
 def role_resources(config: CampaignConfig, cluster_gpus: float, *, private: bool) -> dict[str, tuple[int, Resources]]:
-    """Role -> (replicas, what one needs). Roles are `rollout`, `teacher.<name>` and `learner`.
+    """Role -> (replicas, resources of one). Roles are `rollout`, `teacher.<name>` and `learner`.
 
-    A null number of GPUs becomes 1 (for a rollout actor its tensor-parallel size) where the cluster has GPUs; where
-    it has a single one, all roles share it; where it has none, 0.
+    Where the configuration sets no number of GPUs, an actor gets 1 (or its tensor-parallel size) in a cluster with
+    GPUs, a share in one with a single GPU, and 0 in one without.
     """
     wanted: dict[str, tuple[Any, float]] = {
         "rollout": (config.rollout, float(config.rollout.tensor_parallel_size)),
@@ -104,9 +111,9 @@ def role_resources(config: CampaignConfig, cluster_gpus: float, *, private: bool
 
 
 def check_fits(needed: dict[str, tuple[int, Resources]], there: dict[str, float], where: str) -> None:
-    """UserError where the actors do not fit, naming the role that asks for most, what is asked and what is there.
+    """Checks that all actors fit. UserError: they do not; it names the role that needs most.
 
-    there: what Ray says that the cluster has, `CPU`, `GPU` and whatever else its nodes were started with.
+    there: the cluster's resources by Ray's names: `CPU`, `GPU` and custom ones. where: the cluster's name in the message.
     """
     kinds = {name: name for _, resources in needed.values() for name in resources.custom}
     for kind, unit in {"CPU": "CPUs", "GPU": "GPUs", **kinds}.items():
@@ -127,19 +134,22 @@ def check_fits(needed: dict[str, tuple[int, Resources]], there: dict[str, float]
 
 
 class Room(NamedTuple):
-    """What a campaign may take of its cluster."""
+    """The actors that a campaign can start with."""
 
     needed: dict[str, tuple[int, Resources]]
-    """Role -> (replicas, what one needs)."""
+    """Role -> (replicas, resources of one), as the configuration asks."""
     begin: dict[str, int]
-    """Role -> replicas that there is room for at once."""
+    """Role -> replicas to start with."""
     short: UserError | None = None
-    """Why these are fewer, if they are."""
+    """Why these are fewer than the configuration asks, if they are."""
 
 
 def room_to_begin(config: CampaignConfig, private: bool) -> Room:
-    """A cluster that is not the campaign's own may be short of nodes: one was lost, or is on its way. Then one actor of
-    each role is enough to begin with, and all ranks of the learner. UserError where not even these fit."""
+    """How many actors of each role there is room for now. UserError: not even one of each role fits.
+
+    A shared cluster may be short of nodes for a time: one was lost, or is still joining. The campaign then begins with
+    one actor of each role and all ranks of the learner, and grows when there is room. A private cluster never grows.
+    """
     there = ray.cluster_resources()
     needed = role_resources(config, there.get("GPU", 0.0), private=private)
     try:
@@ -155,11 +165,11 @@ def room_to_begin(config: CampaignConfig, private: bool) -> Room:
 
 
 def check_scaled(needed: dict[str, tuple[int, Resources]], role: str, replicas: int) -> None:
-    """UserError where the connected cluster does not hold the campaign with so many actors of this role."""
+    """Checks that the connected cluster can hold the campaign with `replicas` actors of this role. UserError: not."""
     check_fits({**needed, role: (replicas, needed[role][1])}, ray.cluster_resources(), "the cluster")
 
 
 def refuse_relative_output(config: CampaignConfig) -> None:
-    """A job's working directory is a temporary copy: what is written there is lost with the job."""
+    """UserError: in a Ray job, `output_dir` is relative. A job's working directory is a temporary copy and lost with it."""
     if in_job() and not os.path.isabs(config.output_dir):
         raise UserError("output_dir", config.output_dir, "an absolute path: inside a job a relative one would be lost")

@@ -1,8 +1,9 @@
-"""Submitting a campaign as a Ray job: what travels, what does not, and how it is followed.
+"""Submits a campaign as a Ray job, and follows its output.
 
-The job is `python -m cluster run CONFIG key=value …` in a copy of the directory one stands in: what
-`ray job submit --working-dir . -- python -m cluster run …` does, with what should not travel left behind and mistakes
-found before anything is sent. A job that the cluster starts again goes on from its last checkpoint, as any `run` does.
+The job runs `python -m cluster run CONFIG key=value …` in a copy of the current directory, as
+`ray job submit --working-dir . -- python -m cluster run …` does. In addition, mistakes are found before anything is
+sent, and files that the job does not need are left out. A job that the cluster restarts resumes from its last
+checkpoint, as every `run` does.
 """
 
 import asyncio
@@ -19,7 +20,7 @@ from actors.errors import CampaignError, UserError
 from cluster.config_file import load_config
 
 EXCLUDES = [".git", ".venv", "venv", "runs", "checkpoints", "**/checkpoints", "**/__pycache__", "*.egg-info"]
-"""Never sent, beside what git ignores: what another machine cannot use, and what grows."""
+"""Not sent, besides what git ignores: files that another machine cannot use, and run directories."""
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 EXIT_STATUS = {JobStatus.SUCCEEDED: 0, JobStatus.STOPPED: 130}
 
@@ -29,9 +30,9 @@ def submit(
 ) -> tuple[JobSubmissionClient, str]:
     """Submits the campaign; returns the client and the job's id.
 
-    environment: `NAME=value`, or `NAME` for the value it has here. UserError: the configuration, a file that would not
-    travel, an environment variable that is not set, or no cluster at the address (default: RAY_API_SERVER_ADDRESS, else
-    this machine's).
+    address: of the job server; by default RAY_API_SERVER_ADDRESS, else this machine. environment: `NAME=value`, or `NAME`
+    for its value here. UserError: the configuration is wrong, a file would not travel, an environment variable is not
+    set, another job runs this campaign, or no cluster answers.
     """
     config = load_config(config_path, overrides)
     here = Path.cwd()
@@ -57,7 +58,7 @@ def submit(
 
 
 def connect(address: str | None) -> JobSubmissionClient:
-    """The job server at `address`. UserError: nothing answers there, or it refuses the token."""
+    """A client of the job server at `address`. UserError: nothing answers there, or it refuses the token."""
     address = address or os.environ.get("RAY_API_SERVER_ADDRESS") or DEFAULT_ADDRESS
     try:
         return JobSubmissionClient(address)
@@ -70,7 +71,7 @@ def connect(address: str | None) -> JobSubmissionClient:
 
 
 def follow(client: JobSubmissionClient, job: str) -> int:
-    """Prints the job's output until it ends; returns the exit status that `run` had there."""
+    """Prints the job's output until the job ends; returns the exit status of its `run`."""
 
     async def tail() -> None:
         async for lines in client.tail_job_logs(job):
@@ -79,7 +80,7 @@ def follow(client: JobSubmissionClient, job: str) -> int:
     while not (status := client.get_job_status(job)).is_terminal():
         try:
             asyncio.run(tail())
-        except RuntimeError:  # the connection broke off, not the job
+        except RuntimeError:  # the connection broke off; the job may still run
             time.sleep(1)
     details: JobDetails = client.get_job_info(job)
     if status in EXIT_STATUS:
