@@ -99,7 +99,7 @@ def test_the_teacher_with_the_largest_share_answers_in_the_prompts_order() -> No
     fleets = {"maths": MadeUpFleet("maths"), "physics": MadeUpFleet("physics"), "other": MadeUpFleet("other")}
     prompt_routes = PromptRoutes(routes(["physics", None, "maths"], TEACHERS, "x"), {})
     teachers = Teachers(fleets, prompt_routes)  # type: ignore[arg-type]
-    tokens, offsets = asyncio.run(teachers.write(prompt_set([[1, 2], [3], [4]]), 5, [0]))
+    tokens, offsets = asyncio.run(teachers.generate(prompt_set([[1, 2], [3], [4]]), 5, [0]))
     assert tokens.tolist() == [10, 20, 30, 40] and offsets.tolist() == [0, 2, 3, 4]
     assert [p.tolist() for p in fleets["maths"].prompts] == [[1, 2], [4]]
     assert [p.tolist() for p in fleets["other"].prompts] == [[3]] and not fleets["physics"].prompts
