@@ -110,13 +110,26 @@ class Trajectories:
     these (`student_topk`); [0, 0] where none is."""
     rewards: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
     """[B] float32, where the responses were given rewards; else [0]."""
+    trained: np.ndarray = None  # type: ignore[assignment]
+    """[N] bool: whether the student wrote the token, so that it is trained on. The others are context: text that an
+    environment put into the response. Left out: all true."""
+
+    def __post_init__(self) -> None:
+        if self.trained is None:
+            object.__setattr__(self, "trained", np.ones(len(self.response_tokens), bool))
 
     def __len__(self) -> int:
         return len(self.ids)
 
     @property
+    def trained_lengths(self) -> np.ndarray:
+        """[B] trained tokens of each response."""
+        counts = np.concatenate([[0], np.cumsum(self.trained)])
+        return np.diff(counts[self.response_offsets])
+
+    @property
     def lengths(self) -> np.ndarray:
-        """[B] response lengths in tokens."""
+        """[B] tokens of each response, trained or not."""
         return np.diff(self.response_offsets)
 
 
@@ -187,6 +200,7 @@ def select_trajectories(ids: np.ndarray, batches: Sequence[Trajectories]) -> Tra
         response_offsets=offsets_of(np.diff(response_offsets)[rows]),
         behaviour_logprobs=tokens("behaviour_logprobs", response_offsets),
         policy_versions=tokens("policy_versions", response_offsets),
+        trained=tokens("trained", response_offsets),
         finish_reasons=np.concatenate([b.finish_reasons for b in batches])[rows],
         support_ids=tokens("support_ids", response_offsets) if named else np.zeros((0, 0), np.int32),
         rewards=np.concatenate([b.rewards for b in batches])[rows] if judged else np.zeros(0, np.float32),

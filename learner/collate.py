@@ -57,7 +57,9 @@ class Part:
     teacher_logprobs: Tensor
     """[n] float32, 0 where masked."""
     mask: Tensor
-    """[n] bool: the token has a finite score."""
+    """[n] bool: the token is trained, has a finite score, and is none of `objective.masked_token_ids`."""
+    trained: Tensor
+    """[n] bool: the student wrote the token. Untrained tokens have no place in the padded form."""
     weights: Tensor
     """[n] float32, 0 where masked: the share of each token's cost in the loss."""
     reward_cost: Tensor
@@ -69,7 +71,7 @@ class Part:
     importance: Tensor
     """[n] float32: weight that corrects for the engine's numerics, 1 where nothing is corrected."""
     on_policy: Tensor
-    """[n] bool: sampled by the very weights that are trained."""
+    """[n] bool: trained, and sampled by the very weights that the update starts from."""
     support_ids: Tensor
     """[n, K] int64; [n, 0] where the support is the whole vocabulary."""
     support_logprobs: Tensor
@@ -83,21 +85,27 @@ class Part:
     old_hidden: HiddenStates | None
     """Of the learner's own weights at the start of the update, where the trust region wants the exact KL to them."""
     columns: Tensor
-    """[n] place in the response."""
+    """[n] position in the response, counting trained tokens only."""
     rows: Tensor
     """[n] row in the micro-batch."""
     shape: tuple[int, int]
     """b, T."""
 
     def padded(self, values: Tensor) -> Tensor:
-        """[n] -> [b, T], 0 where there is no token."""
+        """[n] -> [b, T], trained tokens only, 0 where a response has no more of them.
+
+        Whatever is computed from the padded form (rewards to go, discounts, baselines at a position, weights of a prefix)
+        therefore never sees a token that the student did not write.
+        """
         out = values.new_zeros(self.shape)
-        out[self.rows, self.columns] = values
+        out[self.rows[self.trained], self.columns[self.trained]] = values[self.trained]
         return out
 
     def flat(self, padded: Tensor) -> Tensor:
-        """[b, T] -> [n]."""
-        return padded[self.rows, self.columns]
+        """[b, T] -> [n], 0 at untrained tokens."""
+        out = padded.new_zeros(self.trained.shape)
+        out[self.trained] = padded[self.rows[self.trained], self.columns[self.trained]]
+        return out
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,15 +174,18 @@ class UpdateBatch:
         index = torch.from_numpy(microbatch.tokens).to(self.device)
         own = index[:0] if not large else index if self.own is None else self.own[index]
         lengths = self.trajectories.lengths[microbatch.rows]
-        starts = np.repeat(np.cumsum(lengths) - lengths, lengths)
+        trained = self.trajectories.trained[microbatch.tokens]
+        before = np.cumsum(trained) - trained  # trained tokens before each, in the whole part
+        starts = np.repeat(np.cumsum(lengths) - lengths, lengths)  # where each token's trajectory begins
+        columns = before - before[starts] if len(before) else before
         return Part(
             **{name: values[index if name not in LARGE else own] for name, values in self.tensors.items()},
             hidden=[source.at(index) for source in self.hidden],
             reference_hidden=[source.at(index) for source in self.reference_hidden],
             old_hidden=next((source.at(index) for source in self.old_hidden), None),
-            columns=torch.from_numpy(np.arange(lengths.sum()) - starts).to(self.device),
+            columns=torch.from_numpy(columns).to(self.device),
             rows=torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths)).to(self.device),
-            shape=(len(lengths), int(lengths.max(initial=0))),
+            shape=(len(lengths), int((columns[trained] + 1).max(initial=0))),
         )
 
 
@@ -216,7 +227,7 @@ def collate(
     reference = None if objective.reference_teacher is None else _scores_of(ids, referring)
     teacher, reference = _same_widths(teacher, reference, ranks, device)
     logprobs, reference_logprobs, missing = _of_all_ranks(teacher, reference, own_tokens, ranks, tensor)
-    mask = ~missing & ~np.isin(written.response_tokens, list(masked_token_ids))
+    mask = written.trained & ~missing & ~np.isin(written.response_tokens, list(masked_token_ids))
 
     def where_known(values: np.ndarray) -> Tensor:
         known = mask if values.ndim == 1 else mask[own_tokens, None]
@@ -227,7 +238,9 @@ def collate(
         teacher_logprobs = extrapolated_teacher(
             teacher_logprobs, where_known(reference_logprobs), objective.extrapolation
         )
-    behaviour = tensor(written.behaviour_logprobs)
+    behaviour = tensor(
+        np.where(written.trained, written.behaviour_logprobs, np.float32(0))
+    )  # nobody sampled the others
     if objective.estimator == "sft":  # the teacher wrote these responses, so it is the behaviour policy
         behaviour = teacher_logprobs
     batch = UpdateBatch(
@@ -237,12 +250,13 @@ def collate(
             "behaviour_logprobs": behaviour,
             "teacher_logprobs": teacher_logprobs,
             "mask": tensor(mask),
+            "trained": tensor(written.trained),
             "weights": torch.zeros(len(mask), device=device),
             "coefficient": torch.zeros(len(mask), device=device),
             "reward_cost": torch.zeros(len(mask), device=device),
             "old_logprobs": behaviour,
             "importance": torch.ones(len(mask), device=device),
-            "on_policy": tensor(written.policy_versions == policy_version),
+            "on_policy": tensor(written.trained & (written.policy_versions == policy_version)),
             "support_ids": tensor(teacher.support_ids.astype(np.int64)),
             "support_logprobs": where_known(teacher.support_logprobs),
             "reference_logprobs": where_known((reference or _without_width(teacher)).support_logprobs),

@@ -166,9 +166,9 @@ def response_metrics(trajectories: Trajectories) -> dict[str, float]:
     """Of the responses as they were sampled: how long the longest is, how many ended by themselves, and repetition."""
     stopped = trajectories.finish_reasons == FINISH_REASONS.index("stop")
     return {
-        "response_length_max": int(trajectories.lengths.max()),
+        "response_length_max": int(trajectories.trained_lengths.max()),
         "stopped_fraction": float(stopped.mean()),
-        "repetition": repetition(trajectories.response_tokens, trajectories.lengths),
+        "repetition": repetition(trajectories.response_tokens[trajectories.trained], trajectories.trained_lengths),
         **({"reward_mean": float(trajectories.rewards.mean())} if trajectories.rewards.size else {}),
     }
 

@@ -107,7 +107,7 @@ class Teacher:
             log_weights=np.zeros(len(ids), np.float32) if log_weights is None else log_weights,
             **fields,
         )
-        return self._counted(scores, start), scores
+        return self._counted(scores, trajectories.trained, start), scores
 
     def score_each(self, *arguments: Any, **keywords: Any) -> tuple[Any, ...]:
         """The same as `score`, in 1 + B values: the counts, and a TeacherScores for each of the B trajectories.
@@ -129,11 +129,11 @@ class Teacher:
         self._probe_logprob = check_probe(self.key, first, second, size, repeats=repeats)
         return first
 
-    def _counted(self, scores: TeacherScores, start: float) -> TeacherCounts:
-        """The counts of a call that began at `start`; adds its time to the busy seconds."""
+    def _counted(self, scores: TeacherScores, trained: np.ndarray, start: float) -> TeacherCounts:
+        """The counts of a call that began at `start`; adds its time to the busy seconds. trained: [N] bool: the tokens that count."""
         seconds = time.perf_counter() - start
         self._busy_seconds += seconds
-        return TeacherCounts(int(np.isnan(scores.logprobs).sum()), seconds)
+        return TeacherCounts(int(np.isnan(scores.logprobs[trained]).sum()), seconds)
 
 
 def texts_of(trajectories: Trajectories, vocabulary: int) -> list[list[int]]:

@@ -82,7 +82,7 @@ class CrossTokenizerTeacher(Teacher):
             support_ids=nothing.astype(np.int32),
             support_logprobs=nothing,
         )
-        return self._counted(scores, start), scores
+        return self._counted(scores, written.trained, start), scores
 
     def generate(self, prompts: Prompts, limits: Limits) -> tuple[np.ndarray, np.ndarray]:
         """Greedy responses to B prompts in the teacher's tokens, as the student's tokens [N] and offsets [B + 1].

@@ -65,12 +65,12 @@ class Evaluator:
         written = select_trajectories(ids, await fetched(sampled))
         best = select_trajectories(self._ids(GREEDY), await fetched(greedy))
         rewards = self._rewards(written.response_tokens, written.response_offsets)
-        log_ratios = written.behaviour_logprobs - scores.logprobs
+        log_ratios = (written.behaviour_logprobs - scores.logprobs)[written.trained]
         metrics = {
             "eval/accuracy": float(np.mean(self._rewards(best.response_tokens, best.response_offsets))),
             "eval/accuracy_sampled": float(np.mean(rewards)),
             "eval/reverse_kl": float(np.nanmean(log_ratios)),
-            "eval/response_length_mean": float(written.lengths.mean()),
+            "eval/response_length_mean": float(written.trained_lengths.mean()),
         }
         busy = {"rollout": greedy_seconds + sampled_seconds, "teacher": scored.busy_seconds}
         return metrics, self._rows(written, scores, rewards), busy

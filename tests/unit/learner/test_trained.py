@@ -1,0 +1,170 @@
+"""Tokens that the student did not write are context: loss and gradient are those of sums that never see them.
+
+The expected values are computed one trajectory and one token at a time, with Python's sums over the trained tokens alone.
+"""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from actors.teacher.local import LocalTeacher
+from actors.trajectory import Trajectories, select_trajectories
+from learner.config import MismatchConfig, ObjectiveConfig, OptimizerConfig, TrustRegionConfig
+from tests.tiny_updates import make_learner, sampled, teacher_config
+
+UNCLIPPED = {"clip_low": None, "clip_high": None}
+CASES = {
+    "immediate": ObjectiveConfig(**UNCLIPPED),
+    "trajectory": ObjectiveConfig(estimator="trajectory", aggregation="sequence_sum", **UNCLIPPED),
+    "to_go": ObjectiveConfig(estimator="to_go", aggregation="sequence_mean", **UNCLIPPED),
+    "discounted": ObjectiveConfig(estimator="discounted", gamma=0.6, **UNCLIPPED),
+    "to_go_expected": ObjectiveConfig(estimator="to_go_expected", gamma=0.7, **UNCLIPPED),
+    "group mean": ObjectiveConfig(estimator="to_go", baseline="group_mean", **UNCLIPPED),
+    "full": ObjectiveConfig(estimator="full", aggregation="constant", aggregation_constant=3.0),
+    "weights of a prefix": ObjectiveConfig(mismatch=MismatchConfig("truncate", "prefix", high=9.0), **UNCLIPPED),
+    "weights of a sequence": ObjectiveConfig(mismatch=MismatchConfig("truncate", "sequence", high=9.0), **UNCLIPPED),
+    "weights before a token": ObjectiveConfig(
+        estimator="full", mismatch=MismatchConfig("truncate", "prefix", high=9.0), **UNCLIPPED
+    ),
+    "trust region": ObjectiveConfig(trust_region=TrustRegionConfig(beta=0.5), **UNCLIPPED),
+    "early tokens": ObjectiveConfig(position_weight=0.5, **UNCLIPPED),
+}
+
+
+def with_context(written: Trajectories) -> Trajectories:
+    """About half of the tokens are an environment's: of no policy, so their log-probs are not numbers."""
+    trained = np.random.default_rng(5).random(len(written.response_tokens)) < 0.5
+    trained[written.response_offsets[:-1]] = [True, False, True, True, False, False]
+    behaviour = written.behaviour_logprobs + np.random.default_rng(6).normal(0, 0.2, len(trained))
+    behaviour[~trained] = np.nan
+    versions = np.where(trained, written.policy_versions, -1)
+    return replace(
+        written,
+        trained=trained,
+        behaviour_logprobs=behaviour.astype(np.float32),
+        policy_versions=versions.astype(np.int32),
+    )
+
+
+def rows_of(path: Path, written: Trajectories) -> list[torch.Tensor]:
+    """Of each trajectory [n, V] log-probs at the trained tokens, with gradient."""
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    found = []
+    for row in range(len(written)):
+        one = select_trajectories(written.ids[row : row + 1], [written])
+        tokens = torch.from_numpy(np.concatenate([one.prompt_tokens, one.response_tokens]).astype(np.int64))
+        logits = model(tokens[None]).logits[0, len(one.prompt_tokens) - 1 : -1]
+        found.append(torch.log_softmax(logits, -1)[torch.from_numpy(one.trained)])
+    return found, model
+
+
+def enumerated(models: dict[str, Path], written: Trajectories, o: ObjectiveConfig) -> tuple[float, dict, int]:
+    """(loss, gradients by name, trained tokens) of the objective, written out."""
+    students, model = rows_of(models["student"], written)
+    teachers, _ = rows_of(models["other"], written)
+    costs, coefficients = [], []
+    logs = []
+    for row, (pi, q) in enumerate(zip(students, teachers, strict=True)):
+        one = select_trajectories(written.ids[row : row + 1], [written])
+        chosen = one.response_tokens[one.trained].tolist()
+        t = range(len(chosen))
+        logpi = [pi[i, token] for i, token in enumerate(chosen)]
+        logq = [q[i, token].item() for i, token in enumerate(chosen)]
+        old = one.behaviour_logprobs[one.trained].tolist()
+        now = [value.item() for value in logpi]
+        r = [now[i] - logq[i] for i in t]
+        kl = [(pi[i].exp() * (pi[i] - q[i].detach())).sum() for i in t]
+        a = {
+            "immediate": lambda i, r=r: r[i],
+            "trajectory": lambda i, r=r: sum(r),
+            "to_go": lambda i, r=r: sum(r[i:]),
+            "discounted": lambda i, r=r, o=o: sum(o.gamma**k * x for k, x in enumerate(r[i:])),
+            "to_go_expected": lambda i, r=r, kl=kl, o=o: (
+                r[i] + sum(o.gamma**k * x.item() for k, x in enumerate(kl[i + 1 :], 1))
+            ),
+            "full": lambda i: 0.0,
+        }[o.estimator]
+        coefficients.append([a(i) for i in t])
+        logs.append((logpi, old, kl, now))
+    for row, (logpi, old, kl, now) in enumerate(logs):
+        own, others = coefficients[row], coefficients[row ^ 1]
+        for i in range(len(logpi)):
+            weight = 1.0
+            if o.mismatch.correction == "truncate":
+                last = {"prefix": i + (o.estimator != "full"), "sequence": len(now)}[o.mismatch.level]
+                weight = min(math.exp(sum(now[:last]) - sum(old[:last])), o.mismatch.high)
+                reference = now[i]
+            else:
+                reference = old[i]
+            coefficient = own[i]
+            if o.baseline == "group_mean":
+                coefficient -= others[i] if i < len(others) else 0.0
+            if o.position_weight:
+                total = sum(map(abs, own))
+                coefficient *= 1 + o.position_weight * (1 - sum(map(abs, own[:i])) / total)
+            ratio = (logpi[i] - reference).exp()
+            cost = kl[i] if o.estimator == "full" else ratio * coefficient
+            k3 = ratio - 1 - (logpi[i] - reference)
+            costs.append((row, weight * cost + o.trust_region.beta * k3))
+    n = [len(logpi) for logpi, *_ in logs]
+    sequences = sum(map(bool, n))
+    share = {
+        "token_mean": lambda row: 1 / sum(n),
+        "sequence_mean": lambda row: 1 / (sequences * n[row]),
+        "sequence_sum": lambda row: 1 / sequences,
+        "constant": lambda row: 1 / (sequences * o.aggregation_constant),
+    }[o.aggregation]
+    loss = sum(share(row) * cost for row, cost in costs)
+    loss.backward()
+    return loss.item(), {name: p.grad for name, p in model.named_parameters()}, sum(n)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("microbatch_tokens", [1, 4096])
+def test_loss_and_gradient_are_those_of_sums_over_trained_tokens(
+    case: str, microbatch_tokens: int, models: dict[str, Path]
+) -> None:
+    objective = CASES[case]
+    written = with_context(sampled(models, "other", "full")[0])
+    teacher = LocalTeacher(teacher_config(models, "other", "full"), "teachers.teacher")
+    counts, scores = teacher.score(written.ids, written)
+    spoiled = scores.logprobs.copy()
+    spoiled[~written.trained] = np.nan  # a teacher need not know what to make of what an environment says
+    learner = make_learner(
+        models,
+        objective=objective,
+        microbatch_tokens=microbatch_tokens,
+        optimizer=OptimizerConfig(learning_rate=1e-3, warmup_updates=0, max_grad_norm=1e9),
+    )
+    metrics = learner.update(written.ids, written, replace(scores, logprobs=spoiled))
+    loss, gradients, tokens = enumerated(models, written, objective)
+    assert metrics["loss"] == pytest.approx(loss, rel=1e-4, abs=1e-6)
+    assert metrics["tokens_trained"] == tokens and counts.missing == 0
+    for name, parameter in learner._model.named_parameters():
+        torch.testing.assert_close(parameter.grad, gradients[name], rtol=2e-3, atol=2e-6)
+
+
+def test_what_is_measured_is_measured_of_trained_tokens(models: dict[str, Path]) -> None:
+    written = with_context(sampled(models, "other", "full")[0])
+    scores = LocalTeacher(teacher_config(models, "other", "full"), "teachers.teacher").score(written.ids, written)[1]
+    metrics = make_learner(models).update(written.ids, written, scores)
+    students, _ = rows_of(models["student"], written)
+    teachers, _ = rows_of(models["other"], written)
+    pi, q = torch.cat(students).detach(), torch.cat(teachers).detach()
+    tokens = torch.from_numpy(written.response_tokens[written.trained].astype(np.int64))[:, None]
+    own, theirs = pi.gather(1, tokens)[:, 0], q.gather(1, tokens)[:, 0]
+    recorded = torch.from_numpy(written.behaviour_logprobs[written.trained])
+    expected = {
+        "entropy": -(pi.exp() * pi).sum(-1).mean(),
+        "reverse_kl": (own - theirs).mean(),
+        "engine_logprob_abs_diff": (own - recorded).abs().mean(),
+        "ratio_mean": (own - recorded).exp().mean(),
+        "response_length_max": max(map(len, students)),
+    }
+    for key, value in expected.items():
+        assert metrics[key] == pytest.approx(float(value), rel=1e-4), key
