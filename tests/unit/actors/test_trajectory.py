@@ -127,3 +127,12 @@ def test_a_mixture_does_not_depend_on_who_answered_first() -> None:
     expected = select_scores(np.array(ids), three)
     for order in itertools.permutations(three):
         np.testing.assert_array_equal(select_scores(np.array(ids), list(order)).logprobs, expected.logprobs)
+
+
+def test_which_tokens_are_trained_goes_with_them_and_is_all_where_nothing_is_said() -> None:
+    one, two = trajectories([(0, 1, 0), (0, 2, 0), (0, 3, 0)], [2, 0, 3]), trajectories([(0, 4, 0)], [2])
+    assert one.trained.tolist() == [True] * 5
+    one = replace(one, trained=np.array([True, False, False, False, True]))
+    chosen = select_trajectories(np.array([(0, 4, 0), (0, 3, 0), (0, 2, 0), (0, 1, 0)]), [one, two])
+    assert chosen.trained.tolist() == [True, True, False, False, True, True, False]
+    assert chosen.trained_lengths.tolist() == [2, 1, 0, 1] and chosen.lengths.tolist() == [2, 3, 0, 2]
