@@ -141,7 +141,7 @@ def _run(options: argparse.Namespace) -> int:
         config = load_config(options.config, options.overrides)
     else:
         raise UserError("run", "nothing to run", "CONFIG, a YAML file, or --resume RUN_DIR")
-    from cluster.console.progress import summary_table
+    from cluster.console.screen import summary_table
     from cluster.run import run_campaign
 
     summary, complete = run_campaign(config)
@@ -184,7 +184,7 @@ def _plan(options: argparse.Namespace) -> int:
 
     config = load_config(options.config, options.overrides)
     from cluster.commands.plan import from_calibration, from_data_sheet, from_run
-    from cluster.console.progress import print_table
+    from cluster.console.screen import print_table
     from cluster.planning.datasheet import Load
     from cluster.planning.throughput import for_gpus, table
 
@@ -215,7 +215,7 @@ def _status(options: argparse.Namespace) -> int:
     from rich.live import Live
 
     from cluster.console.screen import status_screen
-    from cluster.console.status import EVERY_SECONDS, find_run, read_status
+    from cluster.console.status import EVERY_SECONDS, RUNNING_STATES, StatusReader, find_run, read_status
 
     run_dir = find_run(options.run)
     if options.json:
@@ -225,8 +225,9 @@ def _status(options: argparse.Namespace) -> int:
     if not options.watch:
         console.print(status_screen(read_status(run_dir)))
         return 0
-    with Live(status_screen(read_status(run_dir)), console=console, screen=console.is_terminal) as live:
-        while (status := read_status(run_dir))["state"] in ("starting", "running", "paused"):
+    reader = StatusReader(run_dir)
+    with Live(status_screen(reader.read()), console=console, screen=console.is_terminal) as live:
+        while (status := reader.read())["state"] in RUNNING_STATES:
             live.update(status_screen(status))
             time.sleep(EVERY_SECONDS)
     console.print(status_screen(status))
@@ -255,12 +256,12 @@ def _tail(options: argparse.Namespace) -> int:
     from rich.console import Console
 
     from cluster.console.screen import trajectory_text
-    from cluster.console.status import EVERY_SECONDS, find_run, read_status
+    from cluster.console.status import EVERY_SECONDS, RUNNING_STATES, find_run, read_status
     from cluster.records.writer import read_jsonl, trajectory_files
 
     run_dir, console, shown = find_run(options.run), Console(highlight=False), -1
     while True:
-        going = read_status(run_dir)["state"] in ("starting", "running", "paused")
+        going = read_status(run_dir)["state"] in RUNNING_STATES
         files = {step: path for step, path in trajectory_files(run_dir).items() if step > shown}
         for step in sorted(files) if options.follow else sorted(files)[-1:]:
             for row in read_jsonl(files[step])[: options.rows]:

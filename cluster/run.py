@@ -15,10 +15,9 @@ from typing import Any
 
 from actors.errors import CampaignError, LearnerLostError
 from cluster.config import CampaignConfig
-from cluster.console.control import obey
-from cluster.console.progress import Progress
+from cluster.console.control import handlers, obey
+from cluster.console.screen import Progress
 from cluster.console.status import keep_status
-from cluster.console.steering import handlers
 from cluster.fleet.ray_cluster import connected, refuse_relative_output, room_to_begin
 from cluster.fleet.ray_fleet import Fleet
 from cluster.fleet.supervision import Restarts
@@ -64,7 +63,7 @@ def run_campaign(config: CampaignConfig) -> tuple[dict[str, Any], bool]:
 def _run_connected(config: CampaignConfig, records: RunRecords) -> tuple[dict[str, Any], bool]:
     inputs = read_inputs(config)
     state, checkpoint = take_up(config, records)
-    progress = Progress(config.pipeline.updates)
+    progress = Progress(config.run_dir)
 
     async def run(private: bool) -> tuple[dict[str, Any], bool]:
         return await Running(config, state, checkpoint, inputs, records, progress, private).to_the_end()
@@ -186,7 +185,7 @@ class Running:
 
     def _live_status(self) -> dict[str, Any]:
         """The part of status.json that only this process knows (cluster/console/status.py)."""
-        return {
+        self.progress.live = {
             "roles": self.progress.roles,
             "actors": [
                 {
@@ -202,6 +201,7 @@ class Running:
             "ledger": self.state.ledger.counts(),
             "state": "running" if self.gate.is_set() else "paused",
         }
+        return self.progress.live
 
 
 def build_evaluator(config: CampaignConfig, inputs: Inputs, teachers: dict[str, Fleet]) -> Evaluator | None:

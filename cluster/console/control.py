@@ -1,31 +1,35 @@
-"""Steering a campaign that runs: commands are files in `<run directory>/control/`, which it looks into every second.
+"""Control of a running campaign: pause, resume, stop, scale.
 
-A run directory is what the campaign and whoever steers it share already, on one machine and on a cluster; nothing has
-to listen anywhere, and who may write into the directory may steer. A command is a JSON file that appears as a whole;
-the campaign takes it away and leaves an answer in its place.
+A command is a file in `<run directory>/control/`; the campaign looks there every second, does what it asks and replaces
+it with an answer. Campaign and operator share the run directory anyway, on one machine and on a cluster, so nothing has
+to listen on a port, and write permission on the directory decides who may control the campaign.
 """
 
 import asyncio
 import json
 import os
+import signal
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from actors.errors import CampaignError, UserError
+from cluster.fleet.ray_actor import Resources
+from cluster.fleet.ray_cluster import check_scaled
+from cluster.fleet.ray_fleet import Fleet
 from cluster.records.writer import write_atomically
 
 CONTROL_DIRECTORY = "control"
 EVERY_SECONDS = 1.0
 Handler = Callable[[Mapping[str, Any]], Awaitable[str]]
-"""Does what a command asks for, given its arguments, and says what it did; UserError where it will not."""
+"""Takes a command's arguments, does what it asks and returns what it did. UserError: the campaign refuses."""
 
 
 async def obey(run_dir: Path, handlers: Mapping[str, Handler]) -> None:
-    """Obeys commands in the order in which they were sent, until it is cancelled.
+    """Does what commands ask for, in the order in which they were sent, until it is cancelled.
 
-    Those that were sent before it began are refused: whoever sent them meant another run of the campaign.
+    Commands that are there at the start are deleted: they were sent to an earlier process of the campaign.
     """
     folder = run_dir / CONTROL_DIRECTORY
     folder.mkdir(exist_ok=True)
@@ -40,20 +44,20 @@ async def obey(run_dir: Path, handlers: Mapping[str, Handler]) -> None:
 async def _obey_one(path: Path, handlers: Mapping[str, Handler]) -> None:
     try:
         asked = json.loads(path.read_text("utf-8"))
-        done, told = True, await handlers[asked["command"]](asked.get("arguments", {}))
+        answer = {"done": True, "told": await handlers[asked["command"]](asked.get("arguments", {}))}
     except UserError as error:
-        done, told = False, str(error)
+        answer = {"done": False, "error": error.to_json()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        done, told = False, f"{path.name}: found {error!r}, expected one of the commands {', '.join(handlers)}"
+        unknown = UserError(path.name, repr(error), f"one of the commands {', '.join(handlers)}")
+        answer = {"done": False, "error": unknown.to_json()}
     path.unlink(missing_ok=True)
-    answer = path.with_name(path.name.replace(".command.", ".answer."))
-    write_atomically(answer, json.dumps({"done": done, "told": told}) + "\n")
+    write_atomically(path.with_name(path.name.replace(".command.", ".answer.")), json.dumps(answer) + "\n")
 
 
 def send(run_dir: Path, command: str, arguments: Mapping[str, Any] | None = None, *, patience: float = 30.0) -> str:
-    """Sends a command and waits for the answer: what the campaign did.
+    """Sends a command and returns the answer: what the campaign did.
 
-    UserError: it will not. CampaignError: no answer within `patience` seconds; the command is taken back.
+    UserError: it refuses. CampaignError: no answer within `patience` seconds; the command is withdrawn.
     """
     folder = run_dir / CONTROL_DIRECTORY
     folder.mkdir(exist_ok=True)
@@ -69,7 +73,63 @@ def send(run_dir: Path, command: str, arguments: Mapping[str, Any] | None = None
     content = json.loads(answer.read_text("utf-8"))
     answer.unlink(missing_ok=True)
     if not content["done"]:
-        where, _, rest = content["told"].partition(": found ")
-        found, _, expected = rest.partition(", expected ")
-        raise UserError(where, found, expected)
+        raise UserError.from_json(content["error"])
     return str(content["told"])
+
+
+def handlers(
+    fleets: Mapping[str, Fleet],
+    needed: dict[str, tuple[int, Resources]],
+    gate: asyncio.Event,
+    on_event: Callable[..., None],
+) -> dict[str, Handler]:
+    """Command -> its handler.
+
+    fleets: role -> fleet, of the roles that can be scaled. needed: role -> (actors, what one of them takes); `scale`
+    updates it. gate: set while new prompts are issued. on_event: records an event.
+    """
+
+    async def pause(_: Mapping[str, Any]) -> str:
+        if not gate.is_set():
+            return "it is paused already"
+        gate.clear()
+        on_event("paused")
+        return (
+            "paused: trajectories under way are finished and trained on; no new prompts are issued until it is resumed"
+        )
+
+    async def resume(_: Mapping[str, Any]) -> str:
+        if gate.is_set():
+            return "it was not paused"
+        gate.set()
+        on_event("continued")
+        return "resumed"
+
+    async def stop(_: Mapping[str, Any]) -> str:
+        gate.set()
+        asyncio.get_running_loop().call_later(0.5, os.kill, os.getpid(), signal.SIGINT)  # after the answer
+        return "stopping after the update under way, with a checkpoint; the same command continues from it"
+
+    async def scale(wanted: Mapping[str, Any]) -> str:
+        sizes = {role: _size(role, value, fleets) for role, value in wanted.items()}
+        for role, replicas in sizes.items():
+            if replicas > needed[role][0]:
+                check_scaled(needed, role, replicas)
+        told = []
+        for role, replicas in sizes.items():
+            before = len(fleets[role].replicas)
+            needed[role] = (replicas, needed[role][1])
+            fleets[role].resize(replicas)
+            on_event("scaled", role=role, before=before, after=replicas)
+            told.append(f"{role}: {before} -> {replicas}")
+        return "; ".join(told)
+
+    return {"pause": pause, "resume": resume, "stop": stop, "scale": scale}
+
+
+def _size(role: str, value: Any, fleets: Mapping[str, Fleet]) -> int:
+    if role not in fleets:
+        raise UserError(role, "no role that can be scaled", f"one of {', '.join(fleets)}", list(fleets))
+    if not isinstance(value, int) or value < 1:
+        raise UserError(role, value, "a number of actors >= 1")
+    return value

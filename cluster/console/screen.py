@@ -1,29 +1,119 @@
-"""`understudy status` and `understudy tail` for eyes: one screen of a campaign, and trajectories in colour."""
+"""What a person sees of a campaign: one screen for `run` and `status --watch`, plain lines without a terminal, the end in
+a table, and trajectories in colour.
+"""
 
-from collections.abc import Mapping
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from rich.console import Group, RenderableType
+from rich.box import SIMPLE
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
 from rich.panel import Panel
 from rich.progress_bar import ProgressBar
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
-from cluster.console.progress import duration
+from cluster.console.status import StatusReader
 from cluster.records.event_table import describe, row_of
-from cluster.records.metric_table import listed
+from cluster.records.metric_table import METRICS, listed
 
 COLOURS = {"good": "green", "warn": "yellow", "bad": "red", "": "cyan"}
 LIVE_TONES = {"running": "good", "lost": "bad", "starting": ""}
 """States of a campaign that no event of the same name announces."""
 LOG_RATIO_COLOURS = ((2.0, "bold white on red3"), (0.7, "red"), (0.2, "yellow"))
-"""log pi - log q of a token is at least so much -> how it is shown: the student is surer of it than its teacher."""
+"""Lower bound of log pi - log q -> style. Coloured tokens are those that the student prefers more than its teacher."""
 
 
-def status_screen(status: Mapping[str, Any]) -> RenderableType:
-    """One screen of what `read_status` returned."""
+class Progress:
+    """What `run` shows while its campaign goes on: the screen of `status --watch`, or plain lines without a terminal."""
+
+    def __init__(
+        self,
+        run_dir: Path,
+        console: Console | None = None,
+        *,
+        plain_every_seconds: float = 5.0,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        """Without a terminal a line is printed every `plain_every_seconds`, and on each evaluation and the last update."""
+        self._every, self._clock, self._printed = plain_every_seconds, clock, float("-inf")
+        self._console = console or Console(highlight=False)
+        self._reader, self._lock, self._started = StatusReader(run_dir), threading.Lock(), clock()
+        self.live: dict[str, Any] = {}
+        """The content of status.json. The campaign replaces it; the terminal's thread only reads it."""
+        self.roles: dict[str, str] = {}
+        """Role -> what it is doing."""
+        self._screen: Live | None = None
+        if self._console.is_terminal:
+            self._screen = Live(get_renderable=self._render, console=self._console, refresh_per_second=4)
+            self._screen.start()
+
+    def update(self, metrics: Mapping[str, Any], roles: Mapping[str, str]) -> None:
+        """A line of metrics.jsonl has been written."""
+        self.doing(roles)
+        if self._screen is not None:
+            return  # it reads the line at its next refresh
+        status = self._status()
+        last = metrics["step"] >= status["updates"]
+        if "eval/accuracy" in metrics or last or self._clock() - self._printed >= self._every:
+            self._printed = self._clock()
+            self._print(status_line(status))
+
+    def doing(self, roles: Mapping[str, str]) -> None:
+        """What each role is doing now."""
+        self.roles = dict(roles)
+
+    def note(self, text: str) -> None:
+        """Prints one line for an event, above the screen."""
+        self._print(f"{duration(self._clock() - self._started):>8}  {text}")
+
+    def close(self) -> None:
+        """Leaves the last screen on the terminal. After this only notes are printed."""
+        if self._screen is not None:
+            self._screen.stop()
+            self._screen = None
+
+    def _status(self) -> dict[str, Any]:
+        with self._lock:  # rich refreshes in a thread of its own
+            status = self._reader.read({**self.live, "roles": self.roles})
+        # Until the campaign has reported, the newest event is the end of the process before this one.
+        return status if self.live else {**status, "state": "starting"}
+
+    def _render(self) -> RenderableType:
+        return status_screen(self._status(), news=False)  # its events stand above as notes
+
+    def _print(self, text: str) -> None:
+        # No markup, so that brackets in an error's text stay; no wrapping, so that a log has one line for one event.
+        self._console.print(text, markup=False, highlight=False, emoji=False, soft_wrap=True)
+
+
+def status_line(status: Mapping[str, Any]) -> str:
+    """The status in one line, for logs."""
+    metrics, evaluation, teacher = status["metrics"], status["evaluation"], status["accuracy_teacher"]
+    parts = [f"update {status['update']}/{status['updates']}"]
+    if "tokens_per_second" in status:
+        parts.append(f"{status['tokens_per_second']:,.0f} tokens/s")
+    kl = metrics.get("reverse_kl", evaluation.get("eval/reverse_kl"))
+    parts.append(f"reverse KL {_number(kl, METRICS['reverse_kl'].digits)}")
+    if "eval/accuracy" in evaluation:
+        of_teacher = f" (teacher {teacher:.1%})" if teacher is not None else ""
+        parts.append(f"accuracy {evaluation['eval/accuracy']:.1%}{of_teacher}")
+    if "staleness_mean" in metrics:
+        parts.append(f"staleness {metrics['staleness_mean']:.1f}")
+    if metrics.get("dropped"):
+        parts.append(f"dropped {metrics['dropped']:,}")
+    if status["seconds_left"]:
+        parts.append(f"{duration(status['seconds_left'])} left")
+    return "  ".join(parts)
+
+
+def status_screen(status: Mapping[str, Any], *, news: bool = True) -> RenderableType:
+    """One screen of what `StatusReader.read` returned. news: with the last events in a box."""
     parts = [_head(status), _roles(status), _figures(status)]
-    if status["news"]:
+    if status["news"] and news:
         lines = [f"{duration(event['wall_seconds']):>8}  {describe(event['kind'], event)}" for event in status["news"]]
         parts.append(Panel(Text("\n".join(lines)), title="news", title_align="left"))
     return Group(*parts)
@@ -108,3 +198,45 @@ def _colour(student: float | None, teacher: float | None) -> str:
     if student is None or teacher is None:
         return "dim"  # masked: the teacher has no score for it
     return next((style for limit, style in LOG_RATIO_COLOURS if student - teacher >= limit), "")
+
+
+def print_table(rows: Sequence[Sequence[str]]) -> None:
+    """[rows][columns] of text, the first row a heading."""
+    table = Table(*(Column(name, overflow="fold") for name in rows[0]), box=SIMPLE)
+    for row in rows[1:]:
+        table.add_row(*row)
+    Console(highlight=False).print(table)
+
+
+def summary_table(summary: Mapping[str, Any]) -> str:
+    """The end of a campaign in five lines: student before, student after, teacher; updates, tokens, seconds."""
+    rows = [
+        ("student, before", "accuracy_start", "accuracy_sampled_start", "reverse_kl_start"),
+        ("student, after", "accuracy_end", "accuracy_sampled_end", "reverse_kl_end"),
+        ("teacher", "accuracy_teacher", "accuracy_sampled_teacher", ""),
+    ]
+    lines = [f"{'held-out prompts':<18}{'accuracy':>10}{'sampled':>10}{'reverse KL':>12}"]
+    for name, accuracy, sampled, kl in rows:
+        figures = (_number(summary.get(accuracy), ".1%"), _number(summary.get(sampled), ".1%"))
+        distance = _number(summary.get(kl), ".4f") if kl else "0"  # the teacher's distance to itself
+        lines.append(f"{name:<18}{figures[0]:>10}{figures[1]:>10}{distance:>12}")
+    counts = (
+        f"{_number(summary.get('updates'), ',')} updates",
+        f"{_number(summary.get('tokens_generated'), ',')} tokens",
+        f"{_number(summary.get('wall_seconds'), ',.1f')} seconds",
+    )
+    return "\n".join([*lines, ", ".join(counts)])
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def duration(seconds: float) -> str:
+    """12s, 3m05s, 2h07m, 4d03h."""
+    whole = round(max(seconds, 0))
+    for size, large, small in ((86400, "d", "h"), (3600, "h", "m"), (60, "m", "s")):
+        if whole >= size:
+            parts = {"h": 3600, "m": 60, "s": 1}[small]
+            return f"{whole // size}{large}{whole % size // parts:02d}{small}"
+    return f"{whole}s"

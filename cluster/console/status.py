@@ -1,7 +1,7 @@
-"""What a campaign is doing now: written beside its records while it runs, read by `understudy status` from anywhere.
+"""What a campaign is doing now: status.json, which it writes while it runs, and the reader behind `understudy status`.
 
-The campaign replaces `status.json` every few seconds: what only its process knows (which actors live, what each role
-does). Everything else is read from the records. A reader needs the run directory and nothing of the cluster.
+The campaign replaces `status.json` every few seconds with what only its process knows: which actors live, and what each
+role does. Everything else comes from its records. A reader needs the run directory and nothing of the cluster.
 """
 
 import asyncio
@@ -9,8 +9,9 @@ import json
 import os
 import socket
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,43 +19,42 @@ from actors.errors import UserError
 from cluster.config import CampaignConfig
 from cluster.config_file import load_config
 from cluster.planning.throughput import Plan, Stage, mean_of
-from cluster.records.event_table import BEGINNINGS, ENDS, FAULTS, row_of
+from cluster.records.event_table import BEGINNINGS, ENDS, row_of
 from cluster.records.metric_table import METRICS, of_status
+from cluster.records.reader import JsonlTail
 from cluster.records.utilisation import role_of
-from cluster.records.writer import (
-    CONFIG_FILE,
-    EVENTS_FILE,
-    METRICS_FILE,
-    read_jsonl,
-    read_summary,
-    write_atomically,
-)
+from cluster.records.writer import CONFIG_FILE, EVENTS_FILE, METRICS_FILE, read_summary, write_atomically
 
 STATUS_FILE = "status.json"
 EVERY_SECONDS = 2.0
 LOST_AFTER_SECONDS = 30.0
-"""A campaign that has not written for so long does not run any more, or its machine is gone."""
+"""A campaign that has not written status.json for this long has died, or its machine is gone."""
 RECENT_UPDATES = 20
-"""Rates are taken over the last so many updates."""
+"""Rates are taken over this many of the last updates."""
+NEWS = 5
+RUNNING_STATES = ("starting", "running", "paused")
 
 
 async def keep_status(run_dir: Path, read: Callable[[], Mapping[str, Any]]) -> None:
-    """Replaces status.json with what `read` returns, and the process and time of it, until it is cancelled."""
+    """Writes what `read` returns to status.json every EVERY_SECONDS, until it is cancelled."""
     while True:
         write_status(run_dir, read())
         await asyncio.sleep(EVERY_SECONDS)
 
 
 def write_status(run_dir: Path, content: Mapping[str, Any]) -> None:
-    """Replaces status.json."""
-    known = {"time": round(time.time(), 3), "process": os.getpid(), "host": socket.gethostname()}
-    write_atomically(Path(run_dir) / STATUS_FILE, json.dumps({**content, **known}) + "\n")
+    """Replaces status.json. Adds the time, and the process and host that wrote it."""
+    write_atomically(Path(run_dir) / STATUS_FILE, json.dumps({**content, **_signature()}) + "\n")
+
+
+def _signature() -> dict[str, Any]:
+    return {"time": round(time.time(), 3), "process": os.getpid(), "host": socket.gethostname()}
 
 
 def find_run(name: str) -> Path:
-    """The run directory that `name` means: a path, or a name below ~/understudy-runs or runs/.
+    """The run directory for a path, or for a name below ~/understudy-runs or runs/.
 
-    UserError: there is no such run; names that look like it are told.
+    UserError: there is no such run; the message names similar ones.
     """
     homes = (Path("."), Path("runs"), Path.home() / "understudy-runs")
     for candidate in (home / name for home in homes):
@@ -65,55 +65,104 @@ def find_run(name: str) -> Path:
 
 
 def read_status(run_dir: Path, now: float | None = None) -> dict[str, Any]:
-    """Everything that `understudy status` shows, as one JSON object; its keys are stable.
+    """What `understudy status` shows; see `StatusReader.read`."""
+    return StatusReader(run_dir).read(now=now)
 
-    state: `starting`, `running`, `paused`, `finished`, `stopped` (interrupted, with a checkpoint), `failed`, or `lost`:
-    it has not written for LOST_AFTER_SECONDS, though nothing says that it ended.
-    """
-    config = load_config(run_dir / CONFIG_FILE)
-    metrics = read_jsonl(run_dir / METRICS_FILE)
-    rows = [row for row in metrics if row["step"] > 0]
-    evaluated = [row for row in metrics if row.get("eval/accuracy") is not None]
-    events, summary, live = read_jsonl(run_dir / EVENTS_FILE), read_summary(run_dir), _live(run_dir)
-    now = time.time() if now is None else now
-    last, recent = (rows[-1] if rows else {}), rows[-RECENT_UPDATES:]
-    state = _state(events, live, now)
-    rates = _rates(config, recent, config.replicas | _sizes(live))
-    left = config.pipeline.updates - last.get("step", 0)
-    seconds = rates.pop("seconds_per_update", None)
-    return {
-        "name": config.name,
-        "run_dir": str(run_dir),
-        "state": state,
-        "cause": events[-1].get("cause", "") if events and state == "failed" else "",
-        "seen_seconds_ago": round(now - live["time"], 1) if live else None,
-        "process": live.get("process"),
-        "host": live.get("host"),
-        "update": last.get("step", 0),
-        "updates": config.pipeline.updates,
-        "wall_seconds": summary.get("wall_seconds", last.get("wall_seconds")),
-        "seconds_left": round(seconds * left, 1) if seconds and left and state in ("running", "paused") else None,
-        **rates,
-        "roles": live.get("roles", {}),
-        "actors": live.get("actors", []),
-        "queues": {key.removeprefix("queue_"): depth for key, depth in last.items() if key.startswith("queue_")},
-        "policy_version": last.get("policy_version", 0),
-        "ledger": live.get("ledger") or summary.get("ledger", {}),
-        "metrics": {
-            key: last[key]
-            for key, metric in METRICS.items()
-            if metric.status not in ("", "evaluation") and last.get(key) is not None
-        },
-        "evaluation": {key: evaluated[-1][key] for key in ("step", *of_status("evaluation")) if key in evaluated[-1]}
-        if evaluated
-        else {},
-        "accuracy_teacher": next(
-            (row["eval/accuracy_teacher"] for row in evaluated if "eval/accuracy_teacher" in row), None
-        ),
-        "checkpoints": _checkpoints(events),
-        "faults": sum(event["kind"] in FAULTS for event in events),
-        "news": [event for event in events if row_of(event["kind"]).news][-5:],
-    }
+
+@dataclass
+class _Updates:
+    """What the status needs of the lines of metrics.jsonl."""
+
+    recent: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=RECENT_UPDATES))
+    evaluation: dict[str, Any] = field(default_factory=dict)
+    accuracy_teacher: float | None = None
+
+    def add(self, row: dict[str, Any]) -> None:
+        if row["step"] > 0:
+            self.recent.append(row)
+        if row.get("eval/accuracy") is not None:
+            self.evaluation = row
+        if self.accuracy_teacher is None:
+            self.accuracy_teacher = row.get("eval/accuracy_teacher")
+
+
+@dataclass
+class _Events:
+    """What the status needs of the lines of events.jsonl."""
+
+    kind: str = ""
+    """The last event that tells whether the campaign runs."""
+    cause: str = ""
+    """Of the last event."""
+    faults: int = 0
+    checkpoint: dict[str, Any] = field(default_factory=dict)
+    news: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=NEWS))
+
+    def add(self, row: dict[str, Any]) -> None:
+        kind, event = row["kind"], row_of(row["kind"])
+        if kind in (*BEGINNINGS, "loop_started", *ENDS):
+            self.kind = kind
+        if kind == "checkpoint":
+            self.checkpoint = {"step": row.get("step"), "path": row.get("path")}
+        if event.news:
+            self.news.append(row)
+        self.cause = row.get("cause", "")
+        self.faults += event.fault
+
+
+class StatusReader:
+    """Reads the status of one run again and again; each time only the lines that were added since."""
+
+    def __init__(self, run_dir: Path):
+        self._run_dir, self._config = run_dir, load_config(run_dir / CONFIG_FILE)
+        self._updates = JsonlTail(run_dir / METRICS_FILE, _Updates)
+        self._events = JsonlTail(run_dir / EVENTS_FILE, _Events)
+
+    def read(self, live: Mapping[str, Any] | None = None, now: float | None = None) -> dict[str, Any]:
+        """Everything that `understudy status` shows, as one JSON object with stable keys.
+
+        live: the content of status.json, where the campaign is in this process; None: the file is read.
+        state: `starting`, `running`, `paused`, `finished`, `stopped` (interrupted, with a checkpoint), `failed`, or
+        `lost`: it has not written for LOST_AFTER_SECONDS, though no event says that it ended.
+        """
+        config, updates, events = self._config, self._updates.read(), self._events.read()
+        summary = read_summary(self._run_dir)
+        live = _live(self._run_dir) if live is None else {**live, **_signature()}
+        now = time.time() if now is None else now
+        last: dict[str, Any] = updates.recent[-1] if updates.recent else {}
+        state = _state(events.kind, live, now)
+        rates = _rates(config, list(updates.recent), config.replicas | _sizes(live))
+        left = config.pipeline.updates - last.get("step", 0)
+        seconds = rates.pop("seconds_per_update", None)
+        return {
+            "name": config.name,
+            "run_dir": str(self._run_dir),
+            "state": state,
+            "cause": events.cause if state == "failed" else "",
+            "seen_seconds_ago": round(now - live["time"], 1) if live else None,
+            "process": live.get("process"),
+            "host": live.get("host"),
+            "update": last.get("step", 0),
+            "updates": config.pipeline.updates,
+            "wall_seconds": summary.get("wall_seconds", last.get("wall_seconds")),
+            "seconds_left": round(seconds * left, 1) if seconds and left and state in ("running", "paused") else None,
+            **rates,
+            "roles": live.get("roles", {}),
+            "actors": live.get("actors", []),
+            "queues": {key.removeprefix("queue_"): depth for key, depth in last.items() if key.startswith("queue_")},
+            "policy_version": last.get("policy_version", 0),
+            "ledger": live.get("ledger") or summary.get("ledger", {}),
+            "metrics": {
+                key: last[key]
+                for key, metric in METRICS.items()
+                if metric.status not in ("", "evaluation") and last.get(key) is not None
+            },
+            "evaluation": {k: updates.evaluation[k] for k in ("step", *of_status("evaluation")) if k in updates.evaluation},
+            "accuracy_teacher": updates.accuracy_teacher,
+            "checkpoints": events.checkpoint,
+            "faults": events.faults,
+            "news": list(events.news),
+        }  # fmt: skip
 
 
 def _live(run_dir: Path) -> dict[str, Any]:
@@ -123,23 +172,21 @@ def _live(run_dir: Path) -> dict[str, Any]:
         return {}
 
 
-def _state(events: list[dict[str, Any]], live: Mapping[str, Any], now: float) -> str:
-    telling = (*BEGINNINGS, "loop_started", *ENDS)
-    kind = next((event["kind"] for event in reversed(events) if event["kind"] in telling), "")
+def _state(kind: str, live: Mapping[str, Any], now: float) -> str:
     if kind in ENDS:
-        return str(kind)
+        return kind
     if not live or now - live["time"] > LOST_AFTER_SECONDS:
         return "lost"
     return str(live.get("state", "running")) if kind == "loop_started" else "starting"
 
 
 def _sizes(live: Mapping[str, Any]) -> dict[str, int]:
-    """Role -> its actors, with those that are away; nothing where no process has told."""
+    """Role -> number of its actors, including those that are away; empty where no process has written them."""
     return dict(Counter(role_of(actor["name"]) for actor in live.get("actors", [])))
 
 
 def _rates(config: CampaignConfig, recent: list[dict[str, Any]], replicas: dict[str, int]) -> dict[str, Any]:
-    """Rates, shares of time and the bottleneck over some updates; {} where there are fewer than two."""
+    """Rates, shares of time and the bottleneck over these updates; {} for fewer than two."""
     if len(recent) < 2:
         return {}
     seconds = (recent[-1]["wall_seconds"] - recent[0]["wall_seconds"]) / (len(recent) - 1)
@@ -156,9 +203,3 @@ def _rates(config: CampaignConfig, recent: list[dict[str, Any]], replicas: dict[
         "utilisation": {role: round(work[role] / replicas[role] / seconds, 3) for role in replicas},
         "bottleneck": Plan(stages, config.pipeline.max_staleness > 0).sentence() if any(work.values()) else "",
     }
-
-
-def _checkpoints(events: list[dict[str, Any]]) -> dict[str, Any]:
-    """The newest: its step and path."""
-    saved = [event for event in events if event["kind"] == "checkpoint"]
-    return {"step": saved[-1].get("step"), "path": saved[-1].get("path")} if saved else {}

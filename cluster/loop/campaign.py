@@ -33,14 +33,13 @@ import numpy as np
 from actors.data.prompts import PromptSet, requests
 from actors.errors import AbortedError, LostObjectError
 from cluster.config import CampaignConfig
-from cluster.console.progress import Progress
+from cluster.console.screen import Progress
 from cluster.fleet.ray_fleet import Fleet
 from cluster.guards import judge
 from cluster.loop.evaluation import Evaluator
 from cluster.loop.followers import Followers
-from cluster.loop.measure import record_of_update
 from cluster.loop.queues import Queues
-from cluster.loop.reporting import Account
+from cluster.loop.reporting import Reporter, record_of_update
 from cluster.loop.teachers import Teachers
 from cluster.loop.weight_sync import TRANSPORTS, Published, WeightTransport
 from cluster.loop.work import Issued, Sampled, Scored, ids_of, scores_by_rank, trajectories_of
@@ -85,7 +84,7 @@ class Campaign:
         self._all_published = asyncio.Event()
         self._versions: WeightTransport = TRANSPORTS[config.weights.transport](learner, rollout, config.weights)
         self._followers = Followers(config, teachers.fleets, learner)
-        self._account = Account(
+        self._reporter = Reporter(
             config,
             state,
             evaluator=evaluator,
@@ -94,7 +93,7 @@ class Campaign:
             records=records,
             progress=progress,
         )
-        self._clock = self._account.clock
+        self._clock = self._reporter.clock
 
     async def run(self) -> bool:
         """Runs until the last update is published. False: SIGINT or SIGTERM ended it, and a checkpoint was written.
@@ -199,7 +198,7 @@ class Campaign:
             try:
                 answer = await self.teachers.score(ids_of(batch), trajectories_of(batch), parts=parts)
             except LostObjectError as error:
-                self._account.lost(len(batch), error)
+                self._reporter.lost(len(batch), error)
                 return self._queues.lost_before_scored(batch)
             self.state.missing_scores += answer.missing
             self.state.busy["teacher"] += answer.busy_seconds
@@ -212,11 +211,11 @@ class Campaign:
         while self.state.step < self.config.pipeline.updates:
             update = await self._queues.next_update()
             async with self._learner_turn:
-                self._account.doing("learner", f"update {self.state.step + 1}")
+                self._reporter.doing("learner", f"update {self.state.step + 1}")
                 try:
                     metrics = await self._take_update(update)
                 except LostObjectError as error:
-                    self._account.lost(len(update), error)
+                    self._reporter.lost(len(update), error)
                     self._queues.lost(update)
                     continue
                 self.state.ledger.train([one.sampled.number for one in update], self.state.step + 1)
@@ -228,10 +227,10 @@ class Campaign:
                 published.record = self._record(update, metrics, published)
                 self.state.pending.append(published.record)
                 self.state.guards, findings = judge(self.config.guards, self.state.guards, published.record)
-                act(findings, self.state.guards.rate_scale, self.config, self._account.event)
+                act(findings, self.state.guards.rate_scale, self.config, self._reporter.event)
                 await self._queues.cut()
                 await self._checkpoints.save_if_due(self.state, self.learner)
-                self._account.doing("learner", "idle")
+                self._reporter.doing("learner", "idle")
             self._clock.utilisation.blocked("learner", True)
             await self._to_publish.put(published)
             self._clock.utilisation.blocked("learner", False)
@@ -255,7 +254,7 @@ class Campaign:
             await self._followers.load(published.averages)
             stragglers = self._queues.in_flight.stragglers(published.version)
             await self._queues.slots.lend(min(self._spare_slots, stragglers))
-            await self._account.conclude(published.record)
+            await self._reporter.finish_update(published.record)
             await self._queues.slots.release(published.trained)
             if published.version == self.config.pipeline.updates:
                 self._all_published.set()
@@ -269,7 +268,7 @@ class Campaign:
         self._queues.seats = (await self.rollout.call("status"))["seats"]
         await self._versions.load(await self._versions.publish())
         await self._followers.load(await self._followers.publish())
-        await self._account.begin()
+        await self._reporter.begin()
 
     async def _for_each(
         self, get: Callable[[], Awaitable[Batch]], act: Callable[[Batch], Awaitable[None]], role: str
@@ -283,10 +282,10 @@ class Campaign:
         async def one(batch: Batch) -> None:
             nonlocal under_way
             under_way += len(batch)
-            self._account.doing(role, f"{under_way} trajectories")
+            self._reporter.doing(role, f"{under_way} trajectories")
             await act(batch)
             under_way -= len(batch)
-            self._account.doing(role, f"{under_way} trajectories" if under_way else "idle")
+            self._reporter.doing(role, f"{under_way} trajectories" if under_way else "idle")
 
         try:
             async with asyncio.TaskGroup() as group:

@@ -1,21 +1,62 @@
-"""What a campaign tells of itself while its loop runs: evaluations, the line of each update, what each role is doing."""
+"""What the loop measures and reports: its clock, the line of each update, evaluations, events, and the terminal."""
 
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from actors.errors import LostObjectError
 from cluster.config import CampaignConfig
-from cluster.console.progress import Progress
+from cluster.console.screen import Progress
 from cluster.fleet.ray_fleet import Fleet
 from cluster.loop.evaluation import Evaluator
-from cluster.loop.measure import LoopClock
-from cluster.loop.weight_sync import WeightTransport
+from cluster.loop.queues import staleness_histogram
+from cluster.loop.weight_sync import Published, WeightTransport
+from cluster.loop.work import Scored
 from cluster.records.event_table import describe
+from cluster.records.utilisation import TRACE_FILE, Utilisation, add_up
 from cluster.records.writer import RunRecords
 from cluster.state.campaign_state import CampaignState
 
 
-class Account:
-    """Evaluates, writes down, and shows."""
+class LoopClock:
+    """Adds the loop's wall-clock seconds, and what each actor did in them, to the campaign's state."""
+
+    def __init__(self, state: CampaignState):
+        self.utilisation = Utilisation({})
+        self._state, self._seconds_before = state, state.actor_seconds
+        self._counted: float | None = None
+
+    def start(self, fleets: Iterable[Fleet]) -> None:
+        """Starts counting: the first prompts are about to be issued."""
+        self.utilisation = Utilisation({r.name: fleet.role for fleet in fleets for r in fleet.replicas})
+        for fleet in fleets:
+            fleet.utilisation = self.utilisation
+        self._counted = time.perf_counter()
+
+    @property
+    def started(self) -> bool:
+        """Whether `start` was called."""
+        return self._counted is not None
+
+    def count(self) -> None:
+        """Adds the time since the last call. Does nothing before `start`."""
+        if self._counted is not None:
+            now = time.perf_counter()
+            self._state.loop_seconds += now - self._counted
+            self._counted = now
+            self._state.actor_seconds = add_up(self._seconds_before, self.utilisation.seconds())
+
+    def write_trace(self, run_dir: Path) -> None:
+        """Writes trace.json, with the time since `start`."""
+        if self.started:
+            self.utilisation.write_trace(run_dir / TRACE_FILE)
+
+
+class Reporter:
+    """Evaluates weight versions, writes metrics and events, and shows them on the terminal."""
 
     def __init__(
         self,
@@ -35,7 +76,10 @@ class Account:
         self._doing = {"rollout": "idle", "teacher": "idle", "learner": "idle"}
 
     async def begin(self) -> None:
-        """Measures the untrained student and the teacher, and concludes what an earlier run had taken and not written."""
+        """Evaluates the untrained student and the teacher, and finishes updates that an earlier process left unwritten.
+
+        These are updates whose checkpoint was written before their line of metrics.jsonl.
+        """
         if self._state.step == 0 and self._evaluator is not None and not self._state.start:
             record = await self._evaluate(0)
             if self._config.evaluation.teacher:
@@ -44,14 +88,16 @@ class Account:
             self._write({"step": 0, "policy_version": 0, **record})
         for record in list(self._state.pending):
             if record["step"] > self._records.last_step:
-                await self.conclude(record)
+                await self.finish_update(record)
 
-    async def conclude(self, record: dict[str, Any]) -> None:
-        """Evaluates the version that an update has made, where that is due, and writes the update's line."""
+    async def finish_update(self, record: dict[str, Any]) -> None:
+        """Evaluates the update's weights where an evaluation is due, and writes the update's line of metrics.jsonl."""
         step = record["step"]
         due = step == self._config.pipeline.updates or step % self._config.evaluation.every_updates == 0
         newest = self._versions.newest
-        if due and newest is not None and newest.version == step:  # else killed before, and it is gone
+        if (
+            due and newest is not None and newest.version == step
+        ):  # else: an earlier process was killed before this, and those weights are gone
             record |= await self._evaluate(step)
         self.clock.count()
         self._state.pending = [other for other in self._state.pending if other["step"] > step]
@@ -67,7 +113,7 @@ class Account:
         self.event("lost_objects", cause=str(error), trajectories=trajectories, step=self._state.step)
 
     def doing(self, role: str, what: str) -> None:
-        """For the screen."""
+        """Shows what a role is doing."""
         self._doing[role] = what
         self._progress.doing(self._doing)
 
@@ -84,9 +130,50 @@ class Account:
                 break
             except LostObjectError as error:
                 self._records.event("lost_objects", str(error), evaluation=version)
+        # The evaluation of the untrained student is before the loop: it is no part of the loop's busy seconds.
         if self.clock.started:
             for role, seconds in busy.items():
                 self._state.busy[role] += seconds
         self._records.keep_trajectories(version, [{**row, "step": version} for row in rows])
         self._state.evaluations[version] = metrics
         return dict(metrics)
+
+
+def record_of_update(
+    state: CampaignState,
+    update: Sequence[Scored],
+    metrics: Mapping[str, float],
+    published: Published,
+    *,
+    wall_seconds: float,
+    max_staleness: int,
+    queues: Mapping[str, int],
+) -> dict[str, Any]:
+    """The line of metrics.jsonl of the update that was just taken on these trajectories; `state` already counts it.
+
+    metrics: what the learner measured. queues: stage -> trajectories that wait for it.
+    """
+    sampled = [one.sampled for one in update]
+    # The update started from the weights of the step before.
+    staleness = state.step - 1 - np.array([one.oldest_version for one in sampled])
+    busy, ledger = state.busy_since_last_step(), state.ledger
+    return {
+        "step": state.step,
+        "policy_version": published.version,
+        "wall_seconds": wall_seconds,
+        "trajectories": ledger.trained,
+        "tokens_generated": state.tokens_generated,
+        **metrics,
+        "staleness_mean": float(staleness.mean()),
+        "staleness_max": int(staleness.max()),
+        "staleness_histogram": staleness_histogram(staleness.tolist(), max_staleness),
+        "dropped": ledger.dropped.total(),
+        "dropped_share": ledger.dropped.total() / max(ledger.next_number, 1),
+        "missing_scores": state.missing_scores,
+        "truncated_fraction": float(np.mean([one.truncated for one in sampled])),
+        "response_length_mean": float(np.mean([one.length for one in sampled])),
+        **{f"queue_{name}": depth for name, depth in queues.items()},
+        **{f"busy_{role}": seconds for role, seconds in busy.items()},
+        "publish_seconds": published.seconds,
+        "publish_bytes": published.nbytes,
+    }

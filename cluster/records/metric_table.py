@@ -227,7 +227,7 @@ METRICS: dict[str, Metric] = {
     ),
     "staleness_max": Metric(
         PIPELINE, "updates", "its maximum over the update's trajectories",
-        guarded=True, chart="Staleness", line="max", status="staleness", label="max", digits="d",
+        guarded=True, chart="Staleness", line="max", status="staleness", label="max", digits=",",
     ),
     "staleness_histogram": Metric(
         PIPELINE, "trajectories", "trajectories by staleness, from 0 to `pipeline.max_staleness`",

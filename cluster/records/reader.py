@@ -1,9 +1,11 @@
 """A run as its records tell it, whether it has ended, still goes on, or has crashed: figures, settings, and its pace."""
 
-from collections.abc import Sequence
+import json
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import yaml
 
@@ -150,3 +152,45 @@ def pace(run: Run) -> Pace:
     if not slowest or not loop:
         return Pace({}, replicas, loop, 0.0)
     return Pace({role: value / loop for role, value in each.items()}, replicas, loop, loop / slowest)
+
+
+class Fold(Protocol):
+    """What is kept of the lines of a file."""
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Takes in one line."""
+
+
+Kept = TypeVar("Kept", bound=Fold)
+
+
+class JsonlTail(Generic[Kept]):
+    """What is kept of a growing file of JSON lines. Each read parses only the complete lines that were added since.
+
+    A file that was replaced, for example after a rollback, is read from its start.
+    """
+
+    def __init__(self, path: Path, make: Callable[[], Kept]):
+        """make: what is kept of an empty file."""
+        self._path, self._make, self._kept = path, make, make()
+        self._inode, self._offset = -1, 0
+
+    def read(self) -> Kept:
+        """What is kept of the file as it is now. ValueError for a line that is no JSON."""
+        try:
+            with self._path.open("rb") as file:
+                there = os.fstat(file.fileno())
+                if there.st_ino != self._inode or there.st_size < self._offset:
+                    self._kept, self._inode, self._offset = self._make(), there.st_ino, 0
+                file.seek(self._offset)
+                added = file.read()
+        except FileNotFoundError:
+            return self._make()
+        complete = added[: added.rfind(b"\n") + 1]  # the rest is still being written
+        for line in complete.splitlines():
+            try:
+                self._kept.add(json.loads(line))
+            except ValueError as error:
+                raise ValueError(f"{self._path}: {error}") from error
+        self._offset += len(complete)
+        return self._kept

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 STATES = ("busy", "loading", "blocked", "waiting", "away")
 TRACE_FILE = "trace.json"
@@ -211,4 +211,37 @@ def by_role(actors: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, fl
     return {
         role: {state: sum(own[state] for own in several) / len(several) for state in STATES}
         for role, several in found.items()
+    }
+
+
+class Reserved(Protocol):
+    """What one actor of a role holds."""
+
+    @property
+    def cpus(self) -> float:
+        """Cores."""
+
+    @property
+    def gpus(self) -> float:
+        """GPUs, or a share of one."""
+
+
+def cost_of(
+    actor_seconds: Mapping[str, Mapping[str, float]], reserved: Mapping[str, Reserved], tokens: int
+) -> dict[str, Any]:
+    """GPU and CPU hours of each role during the loop, and the tokens sampled for each GPU hour (None without GPUs).
+
+    actor_seconds: actor -> state -> seconds, over all states, so that they sum to the time that the actor
+    was there. reserved: what an actor of each role holds.
+    """
+    gpu_hours, cpu_hours = dict.fromkeys(reserved, 0.0), dict.fromkeys(reserved, 0.0)
+    for actor, states in actor_seconds.items():
+        role, hours = actor.rpartition("-")[0], sum(states.values()) / 3600
+        gpu_hours[role] += hours * reserved[role].gpus
+        cpu_hours[role] += hours * reserved[role].cpus
+    total = sum(gpu_hours.values())
+    return {
+        "gpu_hours": gpu_hours,
+        "cpu_hours": cpu_hours,
+        "tokens_per_gpu_hour": tokens / total if total else None,
     }

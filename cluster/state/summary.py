@@ -4,8 +4,7 @@ from typing import Any
 
 from cluster.config import CampaignConfig
 from cluster.fleet.ray_actor import Resources
-from cluster.records.cost import cost_of
-from cluster.records.utilisation import by_role, mean_actors, role_of
+from cluster.records.utilisation import by_role, cost_of, mean_actors, role_of
 from cluster.state.campaign_state import CampaignState
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from actors.errors import CampaignError, UserError
 from cluster import cli
-from cluster.console import control, steering
+from cluster.console import control
 from cluster.console.status import write_status
 from cluster.fleet.ray_actor import Resources
 from cluster.records.writer import RunRecords
@@ -92,7 +92,7 @@ def made(**sizes: int) -> tuple[dict[str, Any], list[Any], asyncio.Event, dict[s
     gate = asyncio.Event()
     gate.set()
     needed = {role: (count, Resources(1.0, 0.0)) for role, count in sizes.items()}
-    found = steering.handlers(fleets, needed, gate, lambda kind, **fields: events.append((kind, fields)))
+    found = control.handlers(fleets, needed, gate, lambda kind, **fields: events.append((kind, fields)))
     return fleets, events, gate, found
 
 
@@ -105,7 +105,7 @@ def test_pausing_shuts_the_gate_and_resuming_opens_it() -> None:
 
 
 def test_scaling_is_all_or_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(steering.check_scaled.__globals__["ray"], "cluster_resources", lambda: {"CPU": 6.0})
+    monkeypatch.setattr(control.check_scaled.__globals__["ray"], "cluster_resources", lambda: {"CPU": 6.0})
     fleets, events, _, orders = made(rollout=1, **{"teacher.a": 1})
     assert asyncio.run(orders["scale"]({"rollout": 3, "teacher.a": 2})) == "rollout: 1 -> 3; teacher.a: 1 -> 2"
     assert [len(fleet.replicas) for fleet in fleets.values()] == [3, 2]
@@ -118,7 +118,7 @@ def test_scaling_is_all_or_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(UserError, match=said):
             asyncio.run(orders["scale"](wanted))
     assert [len(fleet.replicas) for fleet in fleets.values()] == [3, 2] and len(events) == 2
-    monkeypatch.setattr(steering.check_scaled.__globals__["ray"], "cluster_resources", lambda: {"CPU": 3.0})
+    monkeypatch.setattr(control.check_scaled.__globals__["ray"], "cluster_resources", lambda: {"CPU": 3.0})
     assert asyncio.run(orders["scale"]({"rollout": 2})) == "rollout: 3 -> 2", "also where a node has gone"
 
 

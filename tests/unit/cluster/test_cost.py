@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from cluster.records.cost import cost_of
+from cluster.records.utilisation import cost_of
 
 HALF_HOUR = {"busy": 1000.0, "waiting": 500.0, "away": 300.0}
 

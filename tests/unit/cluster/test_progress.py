@@ -1,8 +1,15 @@
 import io
+from pathlib import Path
 
 from rich.console import Console
 
-from cluster.console.progress import Progress, summary_table
+from cluster.console.screen import Progress, status_screen, summary_table
+from cluster.console.status import read_status, write_status
+from cluster.records.metric_table import METRIC_KEYS
+from cluster.records.writer import RunRecords
+from tests.fake_run import CONFIG
+
+LIVE = {"state": "running", "ledger": {"issued": 9}, "actors": []}
 
 
 class Clock:
@@ -13,75 +20,98 @@ class Clock:
         return self.now
 
 
-def plain(total: int) -> tuple[Progress, Clock, io.StringIO]:
-    clock, output = Clock(), io.StringIO()
-    return Progress(total, Console(file=output, width=40), plain_every_seconds=5, clock=clock), clock, output
+class Run:
+    """A campaign that goes on, and what it shows."""
 
+    def __init__(self, path: Path, total: int, **console: object):
+        path.mkdir()
+        (path / "config.yaml").write_text(
+            CONFIG.format(name=path.name, seed=0, updates=total, max_staleness=1, learning_rate=1e-4)
+        )
+        self.path, self.clock, self.output = path, Clock(), io.StringIO()
+        self.records = RunRecords(path)
+        self.records.event("loop_started", step=0)
+        self.progress = Progress(
+            path, Console(file=self.output, width=160, **console), plain_every_seconds=5, clock=self.clock
+        )
+        self.progress.live = LIVE
 
-def row(step: int, **more: object) -> dict:
-    return {"step": step, "tokens_generated": 1000 * step, "reverse_kl": 0.25, "staleness_mean": 0.5, **more}
+    def update(self, step: int, **more: object) -> None:
+        row = {**dict.fromkeys(METRIC_KEYS, 0.5), "step": step, "wall_seconds": self.clock.now, "dropped": 0}
+        row |= {"tokens_generated": 1000 * step, "reverse_kl": 0.25, **more}
+        self.records.metrics(row)
+        self.progress.update(row, ROLES)
 
 
 ROLES = {"rollout": "64 trajectories", "teacher": "idle", "learner": "update 3"}
 
 
-def test_without_a_terminal_lines_are_whole_plain_and_not_too_many():
-    progress, clock, output = plain(total=100)
+def test_without_a_terminal_lines_are_whole_plain_and_not_too_many(tmp_path):
+    run = Run(tmp_path / "run", total=100)
     for step in range(1, 21):
-        clock.now += 1.0
-        progress.update(row(step), ROLES)
-    lines = output.getvalue().splitlines()
+        run.clock.now += 1.0
+        run.update(step)
+    lines = run.output.getvalue().splitlines()
     assert [line.split("  ")[0] for line in lines] == ["update 1/100", "update 6/100", "update 11/100", "update 16/100"]
     assert lines[1] == "update 6/100  1,000 tokens/s  reverse KL 0.2500  staleness 0.5  1m34s left"
-    assert "\x1b" not in output.getvalue()
+    assert "\x1b" not in run.output.getvalue()
 
 
-def test_evaluations_and_the_last_update_are_always_printed():
-    progress, _, output = plain(total=3)
-    progress.update({"step": 0, "policy_version": 0, "eval/accuracy": 0.1, "eval/accuracy_teacher": 1.0}, ROLES)
-    progress.update(row(1), ROLES)
-    progress.update(row(2, **{"eval/accuracy": 0.5}), ROLES)
-    progress.update(row(3), ROLES)
-    lines = output.getvalue().splitlines()
+def test_evaluations_and_the_last_update_are_always_printed(tmp_path):
+    run = Run(tmp_path / "run", total=3)
+    row = {"step": 0, "policy_version": 0, "eval/accuracy": 0.1, "eval/accuracy_teacher": 1.0}
+    run.records.metrics(row)
+    run.progress.update(row, ROLES)
+    run.update(1)
+    run.update(2, **{"eval/accuracy": 0.5})
+    run.update(3)
+    lines = run.output.getvalue().splitlines()
     assert [line.split("  ")[0] for line in lines] == ["update 0/3", "update 2/3", "update 3/3"]
     assert "accuracy 50.0% (teacher 100.0%)" in lines[1] and "accuracy 50.0%" in lines[2]
 
 
-def test_the_pace_of_a_resumed_campaign_counts_from_where_it_was_taken_up():
-    progress, clock, _ = plain(total=50)
-    assert progress.seconds_left() is None and progress.tokens_per_second() is None
-    for step in (41, 42, 43):
-        clock.now += 2.0
-        progress.update(row(step), ROLES)
-    assert progress.tokens_per_second() == 500 and progress.seconds_left() == 14
-
-
-def test_a_note_is_printed_as_it_is():
-    progress, clock, output = plain(total=1)
-    clock.now = 65
-    progress.note("actor died actor=rollout-0 cause=KeyError: [bold]weights[/bold] " + "x" * 80)
+def test_a_note_is_printed_as_it_is(tmp_path):
+    run = Run(tmp_path / "run", total=1)
+    run.clock.now = 65
+    run.progress.note("actor died actor=rollout-0 cause=KeyError: [bold]weights[/bold] " + "x" * 200)
     assert (
-        output.getvalue() == f"   1m05s  actor died actor=rollout-0 cause=KeyError: [bold]weights[/bold] {'x' * 80}\n"
+        run.output.getvalue()
+        == f"   1m05s  actor died actor=rollout-0 cause=KeyError: [bold]weights[/bold] {'x' * 200}\n"
     )
 
 
-def test_figures_that_are_missing_or_not_finite_are_dashes():
-    progress, _, output = plain(total=2)
-    progress.update({"step": 2, "reverse_kl": None, "eval/accuracy": None, "staleness_mean": None}, {})
-    assert output.getvalue() == "update 2/2  reverse KL -  accuracy -\n"
+def test_figures_that_are_missing_or_not_finite_are_dashes_or_left_out(tmp_path):
+    run = Run(tmp_path / "run", total=2)
+    run.update(2, reverse_kl=float("nan"), staleness_mean=None, **{"eval/accuracy": None})
+    assert run.output.getvalue() == "update 2/2  reverse KL -\n"
 
 
-def test_on_a_terminal_the_newest_state_stays_in_place():
-    clock, output = Clock(), io.StringIO()
-    progress = Progress(60, Console(file=output, force_terminal=True, width=120, color_system=None), clock=clock)
-    progress.update(row(12, **{"eval/accuracy": 0.66}), ROLES)
-    progress.doing({**ROLES, "teacher": "32 trajectories"})
-    progress.note("checkpoint step=12")
-    progress.close()
-    screen = output.getvalue().rsplit("checkpoint step=12", 1)[1]
-    for text in ("update 12/60", "accuracy 66.0%", "teacher 32 trajectories", "learner update 3"):
-        assert text in screen
-    progress.close()  # twice does no harm
+def test_on_a_terminal_the_screen_is_that_of_status_and_stays_in_place(tmp_path):
+    run = Run(tmp_path / "run", total=60, force_terminal=True, color_system=None)
+    run.update(12, **{"eval/accuracy": 0.66})
+    run.progress.doing({**ROLES, "teacher": "32 trajectories"})
+    run.progress.note("checkpoint step=12")
+    run.progress.close()
+    shown = run.output.getvalue().rsplit("checkpoint step=12", 1)[1]
+    for text in ("update 12/60", "accuracy 66.0%", "32 trajectories", "update 3"):
+        assert text in shown
+    write_status(run.path, {**run.progress.live, "roles": run.progress.roles})
+    console = Console(width=160, record=True, file=io.StringIO())
+    console.print(status_screen(read_status(run.path), news=False))
+    there = console.export_text()
+    assert all(line.strip() in shown for line in there.splitlines())
+    run.progress.close()  # twice does no harm
+
+
+def test_before_a_resumed_campaign_has_reported_its_last_end_is_not_shown(tmp_path):
+    run = Run(tmp_path / "run", total=3)
+    run.update(1)
+    run.records.event("stopped", step=1)
+    run.progress.close()
+    output = io.StringIO()
+    again = Progress(run.path, Console(file=output, width=160, force_terminal=True, color_system=None))
+    again.close()
+    assert "starting" in output.getvalue() and "stopped" not in output.getvalue()
 
 
 def test_the_summary_has_before_after_teacher_and_what_it_took():

@@ -13,8 +13,8 @@ from rich.console import Console
 from actors.errors import UserError
 from cluster.cli import main
 from cluster.console.screen import status_screen, trajectory_text
-from cluster.console.status import LOST_AFTER_SECONDS, find_run, keep_status, read_status, write_status
-from cluster.records.writer import read_jsonl, trajectory_files
+from cluster.console.status import LOST_AFTER_SECONDS, StatusReader, find_run, keep_status, read_status, write_status
+from cluster.records.writer import RunRecords, read_jsonl, trajectory_files
 from tests.fake_run import make_fake_run
 
 LIVE = {
@@ -146,6 +146,24 @@ def test_the_live_part_is_kept_fresh(tmp_path: Path) -> None:
 
     asyncio.run(some_time())
     assert json.loads((tmp_path / "status.json").read_text())["reads"] == len(reads)
+
+
+def test_a_reader_that_follows_a_run_sees_what_a_new_one_sees_also_after_a_rollback(running: Path) -> None:
+    reader, now = StatusReader(running), time.time()
+    assert reader.read(now=now) == read_status(running, now)
+    lines = (running / "metrics.jsonl").read_text().splitlines(keepends=True)
+    with (running / "metrics.jsonl").open("a") as file:
+        file.write(lines[-1].replace('"step": 25', '"step": 26').rstrip("\n"))  # no newline: still being written
+    assert reader.read(now=now)["update"] == 25
+    with (running / "metrics.jsonl").open("a") as file:
+        file.write("\n")
+    assert reader.read(now=now)["update"] == 26 and reader.read(now=now) == read_status(running, now)
+    RunRecords(running).set_aside_after(20, [])
+    for kind in ("actor_died", "checkpoint", "scaled"):
+        RunRecords(running).event(kind, actor="rollout-0", step=20, path="p", role="rollout", before=1, after=2)
+    found = reader.read(now=now)
+    assert found["update"] == 20 and found == read_status(running, now)
+    assert found["faults"] == 2 and found["checkpoints"] == {"step": 20, "path": "p"}
 
 
 def test_status_as_json_is_what_is_read(running: Path, capsys: pytest.CaptureFixture[str]) -> None:
