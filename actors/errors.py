@@ -1,7 +1,8 @@
-"""The failures that every floor may raise.
+"""The exceptions that every floor may raise. Standard library only.
 
-`UserError` is for what the person at the keyboard can mend: the command line turns it into one line and exit status 2.
-`CampaignError` and its kind are for what broke while running: exit status 1. Nothing else is caught on the way up.
+`UserError`: the user's input is at fault. The command line prints it as one line and exits with status 2.
+`CampaignError` and its subclasses: something broke while the campaign ran; exit status 1.
+Every other exception is a defect of the program, and is shown with its traceback.
 """
 
 import difflib
@@ -9,70 +10,74 @@ from collections.abc import Iterable, Mapping
 
 
 class UserError(Exception):
-    """Input that is at fault: which file or key, what was found, what was expected, and the nearest valid name."""
+    """A fault in the user's input, as one line: `where: found ..., expected ... (did you mean ...?)`.
+
+    Example: UserError("teachers.a.backend", "vlm", "vllm or http", ["vllm", "http"]).
+    """
 
     def __init__(self, where: str, found: object, expected: str, choices: Iterable[str] = ()):
-        """`where` is a configuration key or a path; `choices` are valid names, from which the nearest is suggested."""
+        """where: a configuration key or a path. found: the value there, or what is wrong with it. expected: what would
+        be right. choices: the valid names, of which the one nearest to `found` is suggested."""
         self.where, self.found, self.expected = where, found, expected
         nearest = difflib.get_close_matches(str(found), list(choices), n=1)
         hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""
         super().__init__(" ".join(f"{where}: found {found}, expected {expected}{hint}".split()))
 
     def to_json(self) -> dict[str, str]:
-        """As JSON has it, for files and for processes that share no memory; `from_json` is the inverse."""
+        """The error as plain values, to be written to a file or sent to another process; see `from_json`."""
         return {"where": self.where, "found": str(self.found), "expected": self.expected, "message": str(self)}
 
     @classmethod
     def from_json(cls, content: Mapping[str, str]) -> "UserError":
-        """The error that `to_json` described, with the same message."""
+        """The error that `to_json` was called on, with the same message."""
         error = cls(content["where"], content["found"], content["expected"])
-        error.args = (content["message"],)  # with the hint that `choices` gave
+        error.args = (content["message"],)  # which holds the suggestion from `choices`, too
         return error
 
     def __reduce__(self) -> tuple:
-        # Pickle would call __init__ with `args`, which holds the message alone.
+        # Pickle would call __init__ with `args`, which holds only the message.
         return UserError.from_json, (self.to_json(),)
 
 
 class CampaignError(Exception):
-    """A campaign cannot go on; the message names the actor or the step, the cause, and what to do."""
+    """The campaign cannot go on. The message names the actor or the step, the cause, and what to do about it."""
 
 
 class LearnerLostError(CampaignError):
-    """The learner's process has died, and with it the weights since the last checkpoint."""
+    """The learner's process died; the weights since the last checkpoint are lost."""
 
 
 class ActorFaultError(CampaignError):
-    """An actor has failed as none should; it has to be replaced, and another may do better."""
+    """An actor failed for a reason of its own. It is replaced, and the call is repeated on another actor."""
 
 
 class EngineError(ActorFaultError):
-    """The engine below an actor has failed and cannot go on."""
+    """An actor's inference engine failed and cannot go on."""
 
 
 class LostObjectError(CampaignError):
-    """What a call was given is gone, with the node or the process that held it; nobody has begun with the call."""
+    """An argument of a call is lost with the node or the process that held it; the call has not begun."""
 
 
 class StoreFullError(CampaignError):
-    """There is no room for objects: in Ray's object store, or on the disk that it spills to."""
+    """No room is left in Ray's object store, or on the disk that it spills to."""
 
 
 class AbortedError(CampaignError):
-    """A rollout actor has given up what it was told to."""
+    """A rollout actor aborted a request, because it was told to."""
 
 
 class WeightError(ActorFaultError):
-    """A weight version is incomplete, corrupt, or does not fit the model that should load it."""
+    """A weight version is incomplete or corrupt, or does not fit the model that should load it."""
 
 
 class CheckpointError(CampaignError):
-    """A checkpoint could not be written; those before it are as they were."""
+    """A checkpoint could not be written. Earlier checkpoints are intact."""
 
 
 class GuardError(CampaignError):
-    """A guard has stopped the campaign: which metric, what it was, and what its bound is."""
+    """A guard stopped the campaign. The message names the metric, its value and its bound."""
 
 
 class NonFiniteLossError(CampaignError):
-    """The loss or the gradient is not finite; the weights were left as they were before the step."""
+    """The loss or the gradient is not finite. The weights are those from before the step."""

@@ -16,7 +16,7 @@ from cluster.loop.teachers import PromptRoutes, routes
 
 @dataclass
 class Inputs:
-    """What was read. Prompts are rendered with the student's chat template and tokenised; all of it has been checked."""
+    """What was read. Prompts are rendered with the student's chat template and tokenised; all is checked."""
 
     prompts: PromptSet
     prompt_routes: PromptRoutes

@@ -1,8 +1,8 @@
-"""Hugging Face model directories: found and loaded, with every fault of theirs as one line.
+"""Finds and loads Hugging Face models; every fault in their files becomes a UserError of one line.
 
-A hub name is resolved to a directory once; from there on all is local. torch and transformers are imported when a
-function needs them. `key` is always the configuration key that named the model, for example "student.model".
-Shapes: V vocabulary size of the model, H hidden size.
+A hub name is resolved to a local directory first. torch and transformers are imported only inside the functions that
+need them. `key` is always the configuration key that names the model, for example "student.model". Shapes: V vocabulary
+size of the model, H hidden size.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MODEL_DIRECTORY = "a Hugging Face model directory (config.json, safetensors, tok
 
 
 def looks_local(name: str) -> bool:
-    """Whether a name means a path and never a hub: it exists, has more than one slash, or lies in a folder that exists."""
+    """Whether a name is a path and not a hub name: it exists, has more than one slash, or its parent folder exists."""
     path = Path(name).expanduser()
     return path.exists() or name.count("/") > 1 or ("/" in name and path.parent.exists())
 
@@ -34,8 +34,8 @@ def looks_local(name: str) -> bool:
 def find_model(model: str, key: str, *, weights: bool = True, code: bool = False) -> Path:
     """The directory of a model: the path itself, or the hub's snapshot (downloaded unless it is in the cache).
 
-    weights: also fetch the safetensors; code: also fetch Python files. UserError: no such directory, no config.json,
-    or a hub that does not answer or does not know the name.
+    weights: download the safetensors, too. code: download Python files, too. UserError: no such directory, no
+    config.json, or the hub does not answer or does not know the name.
     """
     if looks_local(model):
         path = Path(model).expanduser().absolute()
@@ -54,7 +54,7 @@ def find_model(model: str, key: str, *, weights: bool = True, code: bool = False
 
 
 def load_config(model: str, trust_remote_code: bool, key: str) -> PreTrainedConfig:
-    """The configuration of the model. UserError: as find_model, or config.json cannot be read or is of no known kind."""
+    """The model's configuration. UserError: see `find_model`; or config.json is unreadable or of an unknown type."""
     from transformers import AutoConfig
 
     path = find_model(model, key, weights=False, code=trust_remote_code)
@@ -65,7 +65,7 @@ def load_config(model: str, trust_remote_code: bool, key: str) -> PreTrainedConf
 
 
 def tensor_parallel_plan(model: str, trust_remote_code: bool, key: str) -> dict[str, str]:
-    """How transformers cuts the layers of such a model into ranks. UserError: it does not say."""
+    """The model's tensor-parallel plan in transformers: layer name pattern -> style. UserError: it has none."""
     text = load_config(model, trust_remote_code, key).get_text_config()
     plan = dict(getattr(text, "base_model_tp_plan", None) or {})
     if not plan:
@@ -77,10 +77,12 @@ def tensor_parallel_plan(model: str, trust_remote_code: bool, key: str) -> dict[
 def load_model(
     model: str, dtype: str, device: str, trust_remote_code: bool, key: str, *, ranks: int = 1
 ) -> PreTrainedModel:
-    """The causal language model in evaluation mode, with sdpa attention, on `device` ("cpu", "cuda:0").
+    """Loads the causal language model in evaluation mode, with sdpa attention, on `device` ("cpu", "cuda:0").
 
-    ranks: with several, of which this process is one (torch.distributed), each loads its part of the layers. dtype: "float32", "bfloat16" or "float16". Every weight comes from the files: a tensor that they lack is an error,
-    never a random start. UserError: as find_model and check_weights, or the weights do not fit config.json.
+    dtype: "float32", "bfloat16" or "float16". ranks: number of processes that share the model's layers by its
+    tensor-parallel plan; this process is one of them (torch.distributed). Every weight comes from the files: a missing
+    tensor is an error, never a random initialisation. UserError: see `find_model` and `check_weights`; or the weights
+    do not match config.json.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -97,7 +99,7 @@ def load_model(
 
         split = {"distributed_config": DistributedConfig(tp_plan="auto", tp_size=ranks)}
     try:
-        logging.set_verbosity_error()  # what it would print as a table, we say in one line
+        logging.set_verbosity_error()  # it would print a table of the faults that are reported below in one line
         with as_user_error(key, path, "a causal language model with sdpa attention"):
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 path,
@@ -129,9 +131,10 @@ def load_model(
 def load_head(
     model: str, dtype: str, device: str, trust_remote_code: bool, key: str
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(weight [V, H], bias [V] or None) of the model's output layer, read without the rest of it.
+    """(weight [V, H], bias [V] or None) of the model's output layer, without loading the other layers.
 
-    UserError: as find_model and check_weights, or the files have no such tensor.
+    The learner needs it where a teacher sends hidden states. UserError: see `find_model` and `check_weights`; or the
+    files do not hold the tensor.
     """
     import torch
     from safetensors import safe_open
@@ -144,7 +147,9 @@ def load_head(
         network: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
         network.tie_weights()
     head = network.get_output_embeddings()
-    named = list(network.named_parameters(remove_duplicate=False))  # a tied weight has two names, and the files one
+    named = list(
+        network.named_parameters(remove_duplicate=False)
+    )  # the files hold a tied weight under only one of its names
 
     def read(wanted: torch.Tensor) -> torch.Tensor:
         names = [name for name, parameter in named if parameter is wanted]
@@ -158,7 +163,7 @@ def load_head(
 
 
 def check_weights(model_dir: Path | str, key: str) -> None:
-    """Reads the header of every safetensors file. UserError: none is there, one is missing, corrupt or cut short."""
+    """Reads the header of every safetensors file. UserError: no file, or one is missing, corrupt or truncated."""
     from safetensors import safe_open
 
     path = Path(model_dir)
@@ -172,12 +177,12 @@ def check_weights(model_dir: Path | str, key: str) -> None:
     for name in names:
         if not (path / name).is_file():
             raise UserError(key, f"{path} without {name}", "every file that model.safetensors.index.json names")
-        with as_user_error(key, path / name, "a whole safetensors file"), safe_open(path / name, "numpy"):
+        with as_user_error(key, path / name, "a complete safetensors file"), safe_open(path / name, "numpy"):
             pass
 
 
 def context_length(config: PreTrainedConfig) -> int:
-    """Tokens that the model can read, prompt and response together. UserError: the configuration does not say."""
+    """The model's context length in tokens, prompt and response together. UserError: config.json does not have one."""
     text = config.get_text_config()
     for name in CONTEXT_NAMES:
         if isinstance(getattr(text, name, None), int):
@@ -186,11 +191,12 @@ def context_length(config: PreTrainedConfig) -> int:
 
 
 def response_head(model: PreTrainedModel, key: str) -> tuple[torch.nn.Module, torch.Tensor, torch.Tensor | None]:
-    """(body, weight [V, H], bias [V] or None): logits = body(input_ids).last_hidden_state @ weight.T + bias.
+    """(body, weight [V, H], bias [V] or None) with logits = body(input_ids).last_hidden_state @ weight.T + bias.
 
-    Runs the model once on a few tokens, with a stand-in for what the head returns, and compares exactly, so that a
-    small soft cap shows as well as a large one. UserError: the architecture does something before or after its head,
-    or the weights are not finite.
+    `chunked_head` computes the logits from these three, so the architecture must do nothing else to them. To verify
+    that, the model runs once on four tokens while a hook replaces the head's output by known numbers. The head's input
+    must equal the body's output, and the model's logits those numbers, exactly: a soft cap or a scale changes them
+    however small it is. UserError: the architecture does more, or the weights are not finite.
     """
     import torch
 
@@ -232,7 +238,7 @@ def response_head(model: PreTrainedModel, key: str) -> tuple[torch.nn.Module, to
 
 @contextmanager
 def as_user_error(key: str, what: object, expected: str) -> Iterator[None]:
-    """Whatever a library raises while it reads `what`, down to a bare Exception, is the input's fault."""
+    """Turns any exception that a library raises while it reads `what` into a UserError on `key`."""
     try:
         yield
     except UserError:
@@ -243,7 +249,7 @@ def as_user_error(key: str, what: object, expected: str) -> Iterator[None]:
 
 
 def expected_tensors(model: str, trust_remote_code: bool, key: str) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of the parameters that config.json describes, tied ones once; nothing is read or allocated."""
+    """Name -> shape of the parameters that config.json describes, tied ones once. Reads no weights."""
     import torch
     from transformers import AutoModelForCausalLM
 

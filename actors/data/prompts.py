@@ -1,8 +1,9 @@
-"""Prompts: read, rendered and tokenised once, and issued in a seeded order that one integer remembers.
+"""Prompts are read, rendered and tokenised once, and then issued in a seeded order.
 
-The k-th prompt that a campaign issues is a pure function of k and the seed, so a cursor is all that a checkpoint
-keeps. Order and seeds are hashes and raw generator streams, the same with every version of the libraries. Shapes: M
-prompts, P prompt tokens in all, B requests.
+The k-th prompt that a campaign issues is a pure function of k and the seed, so a checkpoint needs only the cursor k.
+Order and seeds are made from hashes and raw generator streams, which are the same in every release of the libraries.
+
+Shapes: M prompts, P prompt tokens in all, B requests.
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 BATCH = 1024
-"""Records that are rendered and tokenised at a time."""
+"""Records that are tokenised in one call."""
 
 
 TEMPLATE_FIELD = re.compile(r"\{(\w+)\}")
-"""A field of the record in a privileged teacher's template."""
+"""`{field}` in the prompt template of a teacher with privileged information."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,17 +45,17 @@ class PromptSet:
     offsets: np.ndarray
     """[M + 1] int64."""
     references: list[str | None]
-    """[M] what a verifier compares with, where there is something."""
+    """[M] reference answers for the verifier; None where the record has none."""
     domains: list[str | None]
-    """[M] what teachers are chosen by."""
+    """[M] domains, by which teachers are chosen; None where the record has none."""
     texts: list[str]
-    """[M] what was tokenised: the prompt after the chat template."""
+    """[M] the tokenised texts: prompts after the chat template."""
 
     def __len__(self) -> int:
         return len(self.references)
 
     def domains_of(self, ids: np.ndarray) -> list[str | None] | None:
-        """[B] domains of the prompts of the trajectories with these ids [B, 3]; None where no prompt has one."""
+        """[B] domains of the prompts of the trajectories with these ids [B, 3]; None if no prompt has one."""
         return [self.domains[prompt] for prompt in ids[:, 1]] if any(self.domains) else None
 
     def tokens_of(self, prompt: int) -> np.ndarray:
@@ -62,7 +63,7 @@ class PromptSet:
         return self.tokens[self.offsets[prompt] : self.offsets[prompt + 1]]
 
     def lengths_of(self, prompts: np.ndarray) -> np.ndarray:
-        """[B] prompts -> [B] tokens of each; looks at no others, of which there may be millions."""
+        """Numbers of prompts [B] -> their lengths [B]. Takes no time for other prompts; a set may hold millions."""
         return self.offsets[prompts + 1] - self.offsets[prompts]
 
 
@@ -75,11 +76,10 @@ def load_prompts(
 ) -> PromptSet:
     """Reads, renders and tokenises every prompt of the file or dataset that `config` names.
 
-    max_prompt_tokens: the context less the room for a response. key: where the configuration stands, for example
-    "prompts" or "evaluation.prompts". template: replaces the prompt's text, with `{field}` for fields of the record: how
-    a teacher with privileged information reads it. Time and memory grow with the number of records. UserError: a file that is
-    missing, empty or broken; a record without the field, with a wrong type or a prompt that is too long (the first of
-    them, with its line, counted from 1).
+    max_prompt_tokens: the context length minus the room for a response. key: where the configuration stands, for
+    example "prompts" or "evaluation.prompts". template: replaces the prompt's text by what a teacher with privileged
+    information reads, with `{field}` for fields of the record. UserError: a file that is missing, empty or broken; or
+    the first record with a missing field, a wrong type or a prompt that is too long, with its line counted from 1.
     """
     if config.chat and not tokenizer.chat_template:
         raise UserError(f"{key}.chat", "true, and a tokenizer without a chat template", "a chat template, or false")
@@ -99,7 +99,7 @@ def load_prompts(
             references.append(_text_field(record, config.reference_field, where, f"{key}.reference_field"))
             domains.append(_text_field(record, config.domain_field, where, f"{key}.domain_field"))
             numbers.append(number)
-        # A chat template writes its own special tokens; a plain text gets those that the tokenizer puts around a text.
+        # A chat template writes its own special tokens; around a plain text the tokenizer puts them.
         rows = tokenizer(
             texts[-len(batch) :], add_special_tokens=not config.chat, return_attention_mask=False, verbose=False
         )["input_ids"]
@@ -128,10 +128,10 @@ def load_prompts(
 
 @lru_cache(maxsize=4)
 def prompt_order(seed: int, epoch: int, count: int, shuffle: bool) -> np.ndarray:
-    """[count] int64, read-only: the prompts 0 ... count - 1 in the order of this epoch. Not shuffled: as in the file."""
+    """The numbers 0 ... count - 1 in the order of this epoch, [count] int64, read-only. Not shuffled: ascending."""
     order = np.arange(count)
     if shuffle:
-        # Raw streams of a bit generator are frozen in NumPy; those of `permutation` are not.
+        # NumPy guarantees the raw stream of a bit generator for all releases, but not that of `permutation`.
         keys = np.random.Philox(key=_hash(f"order/{seed}/{epoch}")).random_raw(count)
         order = np.argsort(keys, kind="stable")
     order.flags.writeable = False
@@ -139,18 +139,18 @@ def prompt_order(seed: int, epoch: int, count: int, shuffle: bool) -> np.ndarray
 
 
 def position_to_id(cursor: int, seed: int, count: int, shuffle: bool) -> tuple[int, int]:
-    """The cursor-th prompt that is issued (from 0), among `count`: (epoch, prompt). Every epoch issues each prompt once."""
+    """(epoch, prompt) of the prompt that is issued at this cursor (from 0). Every epoch issues each of `count` once."""
     epoch, place = divmod(cursor, count)
     return epoch, int(prompt_order(seed, epoch, count, shuffle)[place])
 
 
 def sample_seed(seed: int, epoch: int, prompt: int, sample: int) -> int:
-    """The sampler's seed of one trajectory, 0 <= seed < 2^63: a retry, a restart or another machine draws the same."""
+    """The sampler's seed for one trajectory, 0 <= seed < 2^63; the same in a retry, after a restart, on any machine."""
     return _hash(f"sample/{seed}/{epoch}/{prompt}/{sample}") >> 1
 
 
 def requests(prompt_set: PromptSet, ids: np.ndarray, campaign_seed: int, *, judged: bool = False) -> Requests:
-    """What a rollout actor needs to draw these samples. ids: [B, 3] of epoch, prompt, sample. judged: for a reward, too."""
+    """Requests for the samples with these ids, [B, 3]: epoch, prompt, sample. judged: with references, for rewards."""
     ids = np.asarray(ids, np.int64).reshape(-1, 3)
     rows = ids[:, 1]
     return Requests(
@@ -167,7 +167,7 @@ def _hash(text: str) -> int:
 
 
 def _records(config: PromptsConfig, key: str, template: str | None) -> tuple[str, Iterator[tuple[int, dict[str, Any]]]]:
-    """What the records are counted in, and (number from 1, record) for each."""
+    """("line" or "row", iterator of (number from 1, record)); the word is used in messages."""
     path = Path(config.path).expanduser()
     if path.suffix in (".jsonl", ".parquet") or path.is_file() or (looks_local(config.path) and not path.is_dir()):
         if not path.is_file():
@@ -197,7 +197,7 @@ def _jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _columns(names: list[str], config: PromptsConfig, key: str, template: str | None) -> list[str]:
-    """The columns that are needed, all of which must be there."""
+    """The columns to read. UserError: one of them is not among `names`."""
     wanted = [
         (f"{key}.prompt_field", config.prompt_field),
         (f"{key}.reference_field", config.reference_field),
@@ -257,7 +257,7 @@ def _text_field(record: dict[str, Any], name: str | None, where: str, key: str) 
 
 
 def _fill(template: str, prompt: str, record: dict[str, Any], where: str) -> str:
-    """The template with the prompt's text and the record's fields in place of `{prompt}` and `{field}`."""
+    """The template with `{prompt}` and each `{field}` replaced by the prompt's text and the record's field."""
 
     def field_of(match: re.Match[str]) -> str:
         return prompt if match[1] == "prompt" else str(_field(record, match[1], where, "prompt_template"))
@@ -273,7 +273,7 @@ def _render(
     tokenizer: PreTrainedTokenizerBase,
     where: str,
 ) -> str:
-    """The text of one prompt, as the student will read it; with a template, as a privileged teacher will."""
+    """The text of one prompt as the student reads it; with a template, as a privileged teacher reads it."""
     if not _is_prompt(prompt, config.chat):
         expected = "a string, or a list of messages with role and content that does not end with the assistant's"
         raise UserError(
@@ -305,5 +305,5 @@ def _is_prompt(prompt: Any, chat: bool) -> bool:
         isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
         for message in prompt
     )
-    # A conversation that already holds the answer would teach the student nothing but to stop.
+    # A conversation that already ends with an answer would teach the student only to stop.
     return well_formed and prompt[-1]["role"] != "assistant"

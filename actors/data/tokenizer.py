@@ -1,6 +1,6 @@
-"""The tokenizer of a model: loaded, asked what ends a response and what its chat template writes, and compared with another.
+"""Loads a model's tokenizer, finds its stop and template tokens, and compares it with another model's.
 
-`key` is always the configuration key that named the model, for example "student.model".
+`key` is always the configuration key that names the model, for example "student.model".
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt
 
 
 def load_tokenizer(model: str, trust_remote_code: bool, key: str) -> PreTrainedTokenizerBase:
-    """The model's tokenizer. UserError: as find_model, or there are no tokenizer files, or they cannot be read."""
+    """The model's tokenizer. UserError: see `find_model`; or tokenizer files are missing or cannot be read."""
     from transformers import AutoTokenizer
 
     path = find_model(model, key, weights=False, code=trust_remote_code)
@@ -30,7 +30,7 @@ def load_tokenizer(model: str, trust_remote_code: bool, key: str) -> PreTrainedT
 
 
 def stop_token_ids(model_dir: Path | str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens that end a response, ascending: the tokenizer's eos, and those of generation_config.json where it is."""
+    """Tokens that end a response, ascending: the tokenizer's eos, and those of generation_config.json if it exists."""
     found = {tokenizer.eos_token_id}
     file = Path(model_dir) / "generation_config.json"
     if file.is_file():
@@ -40,7 +40,7 @@ def stop_token_ids(model_dir: Path | str, tokenizer: PreTrainedTokenizerBase) ->
 
 
 def end_token_id(tokenizer: PreTrainedTokenizerBase, chat: bool) -> int | None:
-    """The token that ends an answer: in a chat the special one that the template writes after it, else the tokenizer's eos."""
+    """The token that ends an answer. In a chat: the special token that the template writes after it. Else: eos."""
     if not chat or not tokenizer.chat_template:
         return tokenizer.eos_token_id
     messages = [{"role": role, "content": "…"} for role in ("user", "assistant")]
@@ -51,7 +51,7 @@ def end_token_id(tokenizer: PreTrainedTokenizerBase, chat: bool) -> int | None:
 
 
 def template_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Added tokens that the chat template writes around a question and its answer, ascending; none without a template."""
+    """Added tokens that the chat template writes around a question and its answer, ascending; [] without a template."""
     if not tokenizer.chat_template:
         return []
     messages = [{"role": role, "content": "…"} for role in ("user", "assistant")]
@@ -69,11 +69,11 @@ def check_tokenizers_agree(
     teacher_config: PreTrainedConfig,
     key: str,
 ) -> None:
-    """UserError, on the teacher's `key`, unless the teacher can score the student's own token ids.
+    """UserError, on the teacher's `key`, unless the teacher can score the student's token ids.
 
-    Every token of the student's tokenizer has the same id in the teacher's; both end a text with the same token; and
-    both models have a row for each of these ids. Not compared: padding, further tokens of the teacher, and how far the
-    models' vocabularies are padded (151936 and 152064, say).
+    It can if every token of the student's tokenizer has the same id in the teacher's, both have the same bos and eos
+    tokens, and both models have an output row for each of these ids. Not compared: padding tokens, further tokens of
+    the teacher, and padding rows of the models' vocabularies (for example 151936 and 152064 rows).
     """
     ours, theirs = student_tok.get_vocab(), teacher_tok.get_vocab()
     differing = [(id_, token) for token, id_ in ours.items() if theirs.get(token) != id_]
@@ -98,7 +98,7 @@ def check_tokenizers_agree(
 
 
 def template_difference(student_tok: PreTrainedTokenizerBase, teacher_tok: PreTrainedTokenizerBase) -> str | None:
-    """A remark, not an error, where the teacher's chat template writes a question differently: it reads the student's."""
+    """A remark if the teacher's own chat template differs. It is no error: the teacher reads the student's prompts."""
     if not student_tok.chat_template or not teacher_tok.chat_template:
         return None
     ours, theirs = (

@@ -1,8 +1,10 @@
-"""Log-probabilities from hidden states: the one implementation, for teacher and learner alike.
+"""Log-probs from hidden states: the one implementation, which teachers and the learner share.
 
-The language-model head is applied to a few tokens at a time, and what is wanted of each chunk's log-probs is taken at
-once: the [tokens, vocabulary] array of a whole batch never exists. With gradients, a chunk is computed again in the
-backward pass instead of being kept. Shapes: N tokens, n tokens of a chunk, H hidden size, V vocabulary.
+The output layer is applied to a chunk of tokens at a time, and each chunk's log-probs [n, V] are reduced to what is
+needed of them before the next chunk. The [N, V] array of a batch never exists: with V = 150,000, 4,096 tokens would
+need 2.5 GB for each of several copies. The backward pass computes each chunk's log-probs again.
+
+Shapes: N tokens, n tokens of a chunk, H hidden size, V vocabulary.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,7 +15,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 Reduce = Callable[[torch.Tensor, slice], tuple[torch.Tensor, ...]]
-"""(log-probs [n, V] float32, which tokens) -> tensors [n, ...] that are kept."""
+"""(log-probs [n, V] float32, rows of the N tokens that the chunk holds) -> the tensors [n, ...] to keep."""
 
 
 def chunked_head(
@@ -26,12 +28,15 @@ def chunked_head(
     temperature: float = 1.0,
     measure: Reduce | None = None,
 ) -> tuple[torch.Tensor, ...]:
-    """log_softmax(hidden @ weight.T / temperature) in chunks of `chunk_tokens`, reduced chunk by chunk.
+    """log_softmax((hidden @ weight.T + bias) / temperature), in nats, in chunks of `chunk_tokens`, each reduced at
+    once.
 
-    Returns the concatenation of what `reduce` returns, each [N, ...], and then of what `measure` does, which has no
-    gradient and is not computed again in the backward pass. The product is taken in the dtype of `hidden`
-    (or of an enclosing autocast); the normalisation always in float32, and so are sums of gradients over chunks.
-    Gradients flow to hidden, weight and bias; whatever else `reduce` reads is taken as constant.
+    Returns the tensors of `reduce`, concatenated to [N, ...] each, and then those of `measure`. Gradients flow from the
+    tensors of `reduce` to hidden, weight and bias; other tensors that `reduce` reads are constants. `measure` has no
+    gradient, and is not called in the backward pass.
+
+    The product is computed in the dtype of `hidden`, or of an enclosing autocast; log-softmax in float32. The gradient
+    of the weight is summed over the chunks in the weight's dtype.
     """
     device = hidden_NH.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_NH.dtype
@@ -41,8 +46,11 @@ def chunked_head(
 
 
 class _ChunkedHead(torch.autograd.Function):
-    """Keeps its inputs alone. The backward pass takes each chunk's log-probs again, and adds the chunk's share of the
-    weight's gradient in place: autograd would make a tensor of the weight's size for each chunk."""
+    """Saves only its inputs for the backward pass, which computes each chunk's log-probs again.
+
+    It adds each chunk's part of the weight's gradient in place: autograd would allocate a tensor of the weight's size
+    for each chunk.
+    """
 
     @staticmethod
     def forward(
@@ -89,7 +97,7 @@ class _ChunkedHead(torch.autograd.Function):
 
 
 def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    """total += a @ b, without a copy where the dtypes agree."""
+    """total += a @ b, without a temporary where the dtypes agree."""
     if total.dtype == a.dtype:
         total.addmm_(a, b)
     else:
@@ -99,7 +107,7 @@ def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
 def _logprobs(
     hidden_nH: torch.Tensor, weight_VH: torch.Tensor, bias_V: torch.Tensor | None, temperature: float
 ) -> torch.Tensor:
-    """log_softmax(hidden @ weight.T / temperature) of one chunk: [n, V] float32."""
+    """log_softmax((hidden @ weight.T + bias) / temperature) of one chunk: [n, V] float32."""
     logits = torch.nn.functional.linear(hidden_nH, weight_VH, bias_V).float()
     return torch.log_softmax(logits if temperature == 1.0 else logits.div_(temperature), dim=-1)
 
@@ -107,10 +115,10 @@ def _logprobs(
 def _grad_of_logits(
     logprobs_nV: torch.Tensor, reduce: Reduce, chunk: slice, grads: Sequence[torch.Tensor | None]
 ) -> torch.Tensor:
-    """[n, V], in the place of the log-probs: what the gradients [N, ...] of the reduced columns, which come first, become
-    at the logits.
+    """Gradient of the loss at a chunk's logits divided by the temperature: [n, V], written over the log-probs.
 
-    With g the gradient at the log-probs it is g - softmax(logits) * sum(g).
+    With g the gradient at the log-probs l, and since dl_j / dz_i = [i = j] - softmax(z)_i, it is
+    g - softmax(z) * sum(g). grads: the gradients [N, ...] at the outputs; those of `reduce` come first.
     """
     leaf = logprobs_nV.detach().requires_grad_()
     with torch.enable_grad():
@@ -123,24 +131,25 @@ def _grad_of_logits(
 
 
 def to_array(tensor: torch.Tensor) -> np.ndarray:
-    """As numpy, without loss: the bits of a bfloat16, which numpy does not know, as uint16."""
+    """The tensor as a numpy array, without loss: bfloat16, which numpy does not have, as its bits in uint16."""
     tensor = tensor.detach().cpu()
     return tensor.view(torch.int16).numpy().view(np.uint16) if tensor.dtype == torch.bfloat16 else tensor.numpy()
 
 
 def from_array(array: np.ndarray) -> torch.Tensor:
-    """The inverse of `to_array`; copies, since arrays from the object store are read-only."""
+    """The inverse of `to_array`. Copies, since arrays from Ray's object store are read-only."""
     if array.dtype == np.uint16:
         return torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16)
     return torch.from_numpy(array.copy())
 
 
 def token_logprobs(logprobs_nV: torch.Tensor, tokens_n: torch.Tensor) -> torch.Tensor:
-    """log p of the given tokens: [n, V], [n] -> [n]."""
+    """Log-probs of the given tokens: [n, V], [n] -> [n]."""
     return logprobs_nV.gather(-1, tokens_n[:, None]).squeeze(-1)
 
 
 def entropy(logprobs_nV: torch.Tensor) -> torch.Tensor:
-    """Shannon entropy in nats: [n, V] -> [n]. A probability of zero adds nothing."""
+    """Shannon entropy -sum_v p_v log p_v in nats: [n, V] -> [n]. A probability of zero adds nothing."""
+    # 0 * -inf would be NaN, so log 0 becomes the lowest finite number.
     finite = logprobs_nV.clamp(min=torch.finfo(logprobs_nV.dtype).min)
     return -(logprobs_nV.exp() * finite).sum(-1)

@@ -1,9 +1,10 @@
-"""Packing: trajectories lie end to end in one row of tokens, nothing is padded, and each token sees its own sequence only.
+"""Packing: trajectories lie end to end in one row of tokens, nothing is padded, and each token sees its own sequence
+only.
 
 `microbatches` cuts trajectories into rows of at most a number of tokens. `use_packed_attention` changes how a model's
-layers attend, and `hidden_states` runs the model on such a row. On GPUs one kernel takes all sequences of a row (torch's
-variable-length flash attention). Elsewhere neighbours of equal length are computed as a batch. Either way the cost is
-that of the sequences, never of the row squared.
+layers attend, and `hidden_states` runs the model on such a row. On GPUs one kernel takes all sequences of a row
+(torch's variable-length flash attention). Elsewhere neighbours of equal length are computed as a batch. Either way the
+cost is that of the sequences, never of the row squared.
 
 Shapes: B trajectories, N response tokens in all; b sequences of T tokens together, and n response tokens, in one
 micro-batch; h heads of size d; s neighbours of equal length L.
@@ -32,7 +33,10 @@ KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 
 @dataclass(frozen=True, slots=True)
 class Microbatch:
-    """One forward pass. Example: prompts of 2 and 1 tokens, responses of 1 and 2: T = 6, positions 1 3 4, tokens 0 1 2."""
+    """One forward pass. Example: prompts of 2 and 1 tokens with responses of 1 and 2 tokens make the row `p p r p r r`.
+
+    `positions` are then 1 3 4, and `tokens` 0 1 2.
+    """
 
     rows: np.ndarray
     """[b] int64: numbers of the trajectories."""
@@ -49,8 +53,8 @@ class Microbatch:
 def group_by_budget(lengths: np.ndarray, budget: int) -> list[np.ndarray]:
     """Divides B rows into groups whose lengths [B] add up to at most `budget`; a longer row is a group of its own.
 
-    Returns arrays of row numbers, shortest rows first, so that rows of equal length are neighbours. The result depends on
-    the lengths alone: the same trajectories make the same micro-batches, to the bit, on every run.
+    Returns arrays of row numbers, shortest rows first, so that rows of equal length are neighbours. The result depends
+    on the lengths alone: the same trajectories make the same micro-batches, to the bit, on every run.
     """
     order = np.argsort(lengths, kind="stable")
     ends = np.cumsum(lengths[order])

@@ -1,11 +1,17 @@
-"""Two tokenizers on one text: which tokens of one and of the other spell the same bytes. Pure functions.
+"""Aligns the tokens of two tokenizers on one text, by the bytes that they stand for. Pure functions.
 
-A response of the student is read by a teacher with a tokenizer of its own. Both cut the same bytes, at other places.
-Between two places where both have cut lies a *group*: a few tokens of the student, and the teacher's tokens for the same
-bytes. The log-prob of a group is exact, the sum of the teacher's tokens'. Where it holds one token of the student, so is
-that token's; else the group's is shared out among them (`shares`). Groups are the smallest pieces that both can be asked
-about; comparing them, rather than tokens that merely look alike, is the merging of GOLD (TRL) and of rLLM's re-scoring.
-Shapes: N tokens of the student, M of the teacher.
+The student and a teacher with another tokenizer cut the same bytes at different places. A *group* is what lies between
+two neighbouring places where both cut: some tokens of the student, and the teacher's tokens for the same bytes.
+
+    student   | the | an | swer | is |          tokens
+    teacher   | the | ans | wer | is |
+    groups    |  0  |     1     |  2 |
+
+The log-prob of a group is exact: the sum over the teacher's tokens in it. If the group has one token of the student,
+this is the token's log-prob; if it has several, the sum is divided among them by a rule (`shares`). Comparing groups
+instead of tokens that look alike is how GOLD (in TRL) merges tokens, and how rLLM scores again with another tokenizer.
+
+Shapes: N tokens of the student, M of the teacher, G groups.
 """
 
 from __future__ import annotations
@@ -24,22 +30,22 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PROBES = ("a b", "7 + 8 = 15\n", "def f(x):\n    return x", "é – 日本 🙂")
-"""Texts whose tokens, put together, must be the text again."""
+"""Texts that the pieces of their tokens must spell exactly, or the tokenizer is refused."""
 
 
 @dataclass(frozen=True)
 class Spelling:
-    """What the tokens of one tokenizer stand for."""
+    """The bytes that each token of a tokenizer stands for."""
 
     pieces: Sequence[bytes | None]
-    """[V] the bytes of each token. None: it stands for no text (special tokens, ids without a token)."""
+    """[V] bytes of each token. None: it stands for no text (special tokens, unused ids)."""
     special: Mapping[str, int]
-    """Content of the special tokens -> id, without the unknown token."""
+    """Content -> id of the special tokens, without the unknown token."""
     strips_space: bool
-    """A text's first token may begin with a space that is not the text's (SentencePiece's dummy prefix)."""
+    """The first token of a text may begin with a space that the text does not have (SentencePiece's dummy prefix)."""
 
     def bytes_of(self, tokens: Sequence[int]) -> list[bytes | None]:
-        """The bytes of each token of a text, from its start."""
+        """The bytes of each token, where the tokens begin a text."""
         found = [self.pieces[token] if token < len(self.pieces) else None for token in tokens]
         if self.strips_space and found and found[0] is not None:
             found[0] = found[0].removeprefix(b" ")
@@ -47,10 +53,10 @@ class Spelling:
 
 
 def spelling_of(tokenizer: PreTrainedTokenizerBase, key: str) -> Spelling:
-    """The bytes of every token, from the tokenizer's own decoder.
+    """The bytes of every token, read from the tokenizer's own decoder.
 
-    UserError, on `key`: a slow tokenizer, or one whose tokens are not pieces of the text (WordPiece, one that
-    normalises away what PROBES hold).
+    UserError, on `key`: a slow tokenizer, or one whose tokens are not pieces of the text (WordPiece, or a normaliser
+    that changes PROBES).
     """
     if not tokenizer.is_fast:
         raise UserError(key, f"the slow tokenizer {type(tokenizer).__name__}", "a fast one (tokenizer.json)")
@@ -71,7 +77,7 @@ def spelling_of(tokenizer: PreTrainedTokenizerBase, key: str) -> Spelling:
             pieces[id_] = bytes(to_byte[c] for c in token) if all(c in to_byte for c in token) else token.encode()
         else:
             pieces[id_] = _piece(token, steps)
-    unknown = tokenizer.unk_token_id  # it stands for what was not read, which another tokenizer cannot guess
+    unknown = tokenizer.unk_token_id  # it may stand for any text, so it has no counterpart in another tokenizer
     special = {token.content: id_ for id_, token in added.items() if token.special and id_ != unknown}
     spelling = Spelling(pieces, special, any(_strips(step) for step in steps))
     _check_spelling(spelling, tokenizer, key)
@@ -79,14 +85,14 @@ def spelling_of(tokenizer: PreTrainedTokenizerBase, key: str) -> Spelling:
 
 
 def byte_characters() -> dict[int, str]:
-    """Byte -> the visible character that stands for it in the vocabularies of byte-level BPE (GPT-2's table)."""
+    """Byte -> the visible character that stands for it in vocabularies of byte-level BPE (GPT-2's table)."""
     visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [value for value in range(256) if value not in visible]
     return {value: chr(value) for value in visible} | {value: chr(256 + i) for i, value in enumerate(others)}
 
 
 def _piece(token: str, steps: Sequence[Mapping[str, Any]]) -> bytes:
-    """The bytes of a token, by those steps of a decoder that look at one token at a time."""
+    """The bytes of a token, after the decoder steps that treat each token separately."""
     for step in steps:
         if step["type"] == "ByteFallback" and len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
             return bytes([int(token[3:5], 16)])
@@ -103,20 +109,21 @@ def _strips(step: Mapping[str, Any]) -> bool:
 
 
 def _check_spelling(spelling: Spelling, tokenizer: PreTrainedTokenizerBase, key: str) -> None:
-    """UserError unless the tokens of each of PROBES are its bytes, as far as the tokenizer knows its characters."""
+    """UserError unless the tokens of each probe spell it, up to the first unknown character."""
     for text in PROBES:
         found = spelling.bytes_of(tokenizer(text, add_special_tokens=False)["input_ids"])
-        known = found[: found.index(None)] if None in found else found  # an unknown token: an alphabet without it
+        known = found[: found.index(None)] if None in found else found  # up to an unknown token
         written = b"".join(piece for piece in known if piece is not None)
         if not text.encode().startswith(written) or (len(known) == len(found) and written != text.encode()):
             raise UserError(key, f"a tokenizer whose tokens of {text!r} are {written!r}", "tokens that spell the text")
 
 
 def shared_groups(ours: Sequence[bytes], theirs: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray, bool]:
-    """(group of each of our N tokens, of each of their M, whether they agree to the end) for the bytes of both.
+    """Groups of two tokenisations of a text, from the bytes of their tokens.
 
-    Groups count from 0, in order; they end where both have cut. -1: what comes after the last such place, since the
-    bytes differ there, or one of the two ends early. A group has tokens of both.
+    Returns (group of each of our N tokens, group of each of their M tokens, whether both spell the same bytes). Groups
+    are numbered from 0 in the order of the text, and each has tokens of both. Tokens after the last place where both
+    cut have the group -1: from there on the bytes differ, or one of the two has ended.
     """
     text, other = b"".join(ours), b"".join(theirs)
     agree = next((i for i, (a, b) in enumerate(zip(text, other, strict=False)) if a != b), min(len(text), len(other)))
@@ -132,12 +139,15 @@ def shared_groups(ours: Sequence[bytes], theirs: Sequence[bytes]) -> tuple[np.nd
 
 
 def shares(groups: np.ndarray, sums: np.ndarray, logprobs: np.ndarray) -> np.ndarray:
-    """The sums [G] of the groups, shared out among the student's tokens [N] of each; NaN where `groups` [N] is -1.
+    """Divides the teacher's log-prob of each group, sums [G], among the student's tokens in it: [N] float64, in nats.
 
-    A token's share is in proportion to -logprobs [N], the student's own when it wrote the token: a token that it could
-    not but write, after the one before, has no part in where the two differ, and all tokens of a group have a log-ratio
-    of one sign. Where the student was certain of all of them, they share alike. The shares of a group add up to its sum,
-    and one token has all of it.
+    For token t of group g, with the student's own log-probs l [N] at sampling time:
+
+        share_t = sums_g * l_t / sum_{u in g} l_u
+
+    So the log-ratio l_t - share_t is l_t (1 - sums_g / sum_u l_u): all tokens of a group have log-ratios of one sign,
+    and a token that the student was certain of (l_t = 0) gets 0. If the student was certain of all tokens of a
+    group, the shares are equal. The shares of a group add up to its sum. NaN where `groups` [N] is -1.
     """
     surprise = np.where(np.isfinite(logprobs), -np.minimum(logprobs.astype(np.float64), 0), 0)
     inside = groups >= 0
@@ -153,40 +163,42 @@ def shares(groups: np.ndarray, sums: np.ndarray, logprobs: np.ndarray) -> np.nda
 
 @dataclass(frozen=True)
 class Reader:
-    """How a teacher reads what a student wrote."""
+    """Turns a student's tokens into a teacher's tokens for the same text."""
 
     ours: Spelling
     theirs: Spelling
     encode: Callable[[str], list[int]]
-    """A text -> the teacher's tokens, none of them special."""
+    """Text -> the teacher's tokens, none of them special."""
     end: int
-    """The teacher's token for the end of a response."""
+    """The teacher's token that ends a response."""
 
     def read(self, tokens: Sequence[int], ended: bool, room: int) -> tuple[list[int], np.ndarray, np.ndarray]:
-        """One response -> (the teacher's tokens [M], the group of each, the group of each of the student's [N]).
+        """Reads one response: (the teacher's tokens [M], their groups [M], groups of the student's tokens [N]).
 
-        ended: the last token is where the student stopped. room: tokens that the teacher can read. The text between
-        special tokens is tokenised by the teacher; a special token becomes the teacher's of the same content, and one
-        that ended the response becomes `end`. Reading stops where the teacher cannot follow: at bytes that are not
-        UTF-8, a special token that it lacks, a text that its tokenizer does not give back, or a full context. What comes
-        after the last group before that place has group -1, and is not read.
+        ended: the last token is the stop token that ended the response. room: tokens that the teacher's context has
+        left.
+
+        Text between special tokens is tokenised by the teacher. A special token becomes the teacher's with the same
+        content; the one that ended the response becomes `end`. Reading stops at bytes that are not UTF-8, a special
+        token that the teacher lacks, a text that its tokenizer does not reproduce, or a full context. The student's
+        tokens after the last complete group have group -1, and the teacher's tokens end with that group.
         """
         pieces = self.ours.bytes_of(tokens)
         read: list[int] = []
         groups, our_groups = np.zeros(0, np.int64), np.full(len(tokens), -1, np.int64)
-        place, whole = 0, True
-        while whole and place < len(tokens):
+        place, readable = 0, True
+        while readable and place < len(tokens):
             first = place
             while place < len(tokens) and pieces[place] is not None:
                 place += 1
             if place > first:
-                found, theirs, ours, whole = self._read_text(
+                found, theirs, ours, readable = self._read_text(
                     [piece for piece in pieces[first:place] if piece is not None]
                 )
             else:
                 place += 1
                 last = ended and place == len(tokens)
-                found, theirs, ours, whole = self._read_special(tokens[first], last)
+                found, theirs, ours, readable = self._read_special(tokens[first], last)
             base = groups.max(initial=-1) + 1
             our_groups[first:place] = np.where(ours >= 0, ours + base, -1)
             groups = np.concatenate([groups, theirs + base])
@@ -196,12 +208,12 @@ class Reader:
         return read[: len(kept)], kept, our_groups
 
     def _read_text(self, pieces: list[bytes]) -> tuple[list[int], np.ndarray, np.ndarray, bool]:
-        """(the teacher's tokens as far as groups go, their groups, ours, whether this is all of the text)."""
+        """(the teacher's tokens up to the last group, their groups, the student's groups, whether all was read)."""
         written = b"".join(pieces)
         text = valid_prefix(written)
         found = self.encode(text)
-        theirs = until_none(self.theirs.pieces[token] for token in found)  # an unknown token ends what is read
-        if text.encode() != b"".join(theirs):  # perhaps SentencePiece has put its space before the text
+        theirs = until_none(self.theirs.pieces[token] for token in found)  # an unknown token ends the reading
+        if text.encode() != b"".join(theirs):  # SentencePiece may have put a space before the text
             theirs = until_none(self.theirs.bytes_of(found))
         ours, groups, alike = shared_groups(pieces, theirs)
         inside = groups >= 0
@@ -216,16 +228,16 @@ class Reader:
 
 
 def make_reader(student: PreTrainedTokenizerBase, own: PreTrainedTokenizerBase, key: str, chat: bool) -> Reader:
-    """How a teacher with the tokenizer `own` reads what a student writes; chat: as answers of its chat template.
+    """The reader for a teacher with the tokenizer `own`. chat: responses are answers in the teacher's chat template.
 
-    UserError, on the teacher's `key` or student.model: as spelling_of, or no token ends a text.
+    UserError, on the teacher's `key` or student.model: see `spelling_of`; or the teacher has no end token.
     """
     end = end_token_id(own, chat)
     if end is None:
         raise UserError(key, "no end-of-sequence token", "a tokenizer with one")
 
     def encode(text: str) -> list[int]:
-        # What the student spells out in letters is no special token of the teacher's.
+        # Where the student writes `<eos>` in letters, the teacher must read letters, too.
         return list(own(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"])
 
     return Reader(spelling_of(student, "student.model"), spelling_of(own, key), encode, end)
@@ -242,7 +254,7 @@ def until_none(pieces: Iterable[bytes | None]) -> list[bytes]:
 
 
 def valid_prefix(written: bytes) -> str:
-    """The text up to the first byte that is not UTF-8, or belongs to a character that is cut off."""
+    """The text up to the first byte that is not UTF-8, or that belongs to an incomplete character."""
     try:
         return written.decode()
     except UnicodeDecodeError as error:

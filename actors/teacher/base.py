@@ -84,9 +84,9 @@ class Teacher:
         The response is the same. log_weights: [B] log of this teacher's share in a mixture, passed on in the scores; 0
         if not given.
 
-        A token has the score NaN, and is counted as missing, where its log-prob or a part of its support is missing, not
-        finite or implausible (PLAUSIBLE), or where its id is beyond `vocabulary`. The result depends on `ids` and on the
-        trajectories, not on the batches that they came in. KeyError: an id that no batch holds.
+        A token has the score NaN, and is counted as missing, where its log-prob or a part of its support is missing,
+        not finite or implausible (PLAUSIBLE), or where its id is beyond `vocabulary`. The result depends on `ids` and
+        on the trajectories, not on the batches that they came in. KeyError: an id that no batch holds.
         """
         start = time.perf_counter()
         trajectories = select_trajectories(ids, batches)
@@ -118,7 +118,7 @@ class Teacher:
         return counts, *split_scores(scores)
 
     def status(self) -> dict[str, float]:
-        """Busy seconds since the start, and the mean log-prob of the self-test's probe, which replicas must agree on."""
+        """Busy seconds since the start, and the mean log-prob of the self-test's probe, which replicas share."""
         return {"busy_seconds": self._busy_seconds, "probe_logprob": self._probe_logprob}
 
     def self_test(self, vocabulary: int | None = None, *, repeats: float = 0.0) -> np.ndarray:
@@ -173,7 +173,8 @@ def check_probe(key: str, first: np.ndarray, second: np.ndarray, vocabulary: int
     """Mean log-prob of the probe, from two answers to it, after a check that they can be scores.
 
     A model that was loaded wrongly still answers: with the same log-prob for all tokens, or with others each time.
-    repeats: nats by which two answers may differ. CampaignError: scores that are not finite, uniform, or not repeatable.
+    repeats: nats by which two answers may differ. CampaignError: scores that are not finite, uniform, or not
+    repeatable.
     """
     uniform = -np.log(vocabulary)
     for fault, found in (

@@ -1,4 +1,5 @@
-"""A teacher with a tokenizer of its own: it reads the student's text, and its scores are brought back to the student's tokens.
+"""A teacher with a tokenizer of its own: it reads the student's text, and its scores are brought back to the student's
+tokens.
 
 It wraps a teacher of any backend, which sees trajectories of its own tokens and nothing else. What is exact here, and
 what follows a rule, is explained in `alignment.py`. Shapes: N tokens of the student, M of the teacher.

@@ -1,4 +1,4 @@
-"""The teacher backend `transformers`: scores the student's token ids with a Hugging Face model in the actor's process."""
+"""The teacher backend `transformers`: scores token ids with a Hugging Face model in the actor's process."""
 
 import time
 from typing import Any
@@ -128,7 +128,7 @@ class LocalTeacher(Teacher):
             raise CampaignError(f"{self.key} fails its self-test: scores differ from a plain forward pass")
 
     def generate(self, prompts: Prompts, limits: Limits, **options: Any) -> tuple[np.ndarray, np.ndarray]:
-        """Responses to B prompts: see Teacher. options: of transformers' `generate`, which decodes greedily by default."""
+        """Responses to B prompts: see Teacher. options: of transformers' `generate`; greedy by default."""
         rows, stop = prompts.rows(), limits.stop_token_ids
         width = max(map(len, rows))
         pad = stop[0]  # any token will do: the mask hides it in prompts, and responses are cut at their stop token
@@ -163,8 +163,8 @@ class LocalTeacher(Teacher):
         """Samples the B requested responses from the teacher, for the student to copy (`estimator: sft`).
 
         sampling: as for the student. prompts: the B prompts that the teacher reads in place of the student's, where it
-        has privileged information. Tokens get this policy version, since the teacher's responses do not become stale, and
-        the behaviour log-prob 0, which sft does not read. The result is a function of the requests and their order.
+        has privileged information. Tokens get this policy version, since the teacher's responses do not become stale,
+        and the behaviour log-prob 0, which sft does not read. The result is a function of the requests and their order.
         """
         start = time.perf_counter()
         torch.manual_seed(int(requests.seeds[0]))

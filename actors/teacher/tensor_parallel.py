@@ -1,8 +1,8 @@
 """A teacher whose layers are divided among several GPUs of a node by transformers' own tensor-parallel plan.
 
-Each rank is a process with a LocalTeacher. All get the same calls, and so take part in the sums of every layer; the first
-rank, which is the actor's process, answers. If a rank fails, the others would wait for it forever in a collective, so the
-actor's process ends, and the fleet replaces the actor.
+Each rank is a process with a LocalTeacher. All get the same calls, and so take part in the sums of every layer; the
+first rank, which is the actor's process, answers. If a rank fails, the others would wait for it forever in a
+collective, so the actor's process ends, and the fleet replaces the actor.
 """
 
 import multiprocessing

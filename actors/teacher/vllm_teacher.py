@@ -1,9 +1,9 @@
 """A teacher that vLLM runs: for models that need several GPUs, or one of vLLM's quantisations.
 
-vLLM computes the log-probs of a prompt's tokens (`prompt_logprobs`); the trajectory is sent as the prompt, and one token,
-which is thrown away, is sampled after it. The log-probs stay the tensors that the engine computed: vLLM would otherwise
-make a Python object of each, which takes far longer (benchmarks/teacher_path.py). Nothing is detokenised. vLLM cannot
-send the signals `student_topk` and `hidden`, so the backend's row in backends.py does not have them.
+vLLM computes the log-probs of a prompt's tokens (`prompt_logprobs`); the trajectory is sent as the prompt, and one
+token, which is thrown away, is sampled after it. The log-probs stay the tensors that the engine computed: vLLM would
+otherwise make a Python object of each, which takes far longer (benchmarks/teacher_path.py). Nothing is detokenised.
+vLLM cannot send the signals `student_topk` and `hidden`, so the backend's row in backends.py does not have them.
 """
 
 from collections.abc import Sequence
@@ -64,7 +64,7 @@ class VllmTeacher(Teacher):
         return {"logprobs": logprobs[:, 0].copy(), **self._support(tokens[:, 1:], logprobs[:, 1:])}
 
     def _support(self, tokens: np.ndarray, logprobs: np.ndarray) -> dict[str, np.ndarray]:
-        """The support fields of the signal, from the likeliest tokens [N, asked] and their log-probs at each position."""
+        """The support fields of the signal, from the likeliest tokens and their log-probs, [N, asked] each."""
         if self.config.signal == "topk":
             return {"support_ids": tokens, "support_logprobs": logprobs}
         if self.config.signal == "full":  # vLLM orders by log-prob, TeacherScores by token id
