@@ -1,11 +1,11 @@
-"""The chunked language-model head against the whole [tokens, vocabulary] array: prints a Markdown table.
+"""Compares the chunked output layer with the full [tokens, vocabulary] array, and prints a Markdown table.
 
     OMP_NUM_THREADS=2 python -m benchmarks.head [--tokens 4096] [--vocabulary 151936] [--hidden 1024] [--chunks 128 512]
 
-One forward and backward pass of the mean log-prob of given tokens, float32. Each measurement is a process of its own,
-and they take turns. Extra memory is what the peak resident set grows by over inputs and gradients, which both
-need; about 14 GiB are needed for the whole array at the sizes above. The gradient's error is the largest difference
-from double precision over the gradient's largest entry, at an eighth of the tokens and of the vocabulary.
+One forward and backward pass of the mean log-prob of given tokens, in float32. Each measurement is a process of its own,
+in turn. Extra memory is the growth of the peak resident set minus inputs and gradients, which both variants need; the full
+array needs about 14 GiB at the sizes above. The gradient's error is the largest difference from double precision, divided
+by the gradient's largest entry, at an eighth of the tokens and of the vocabulary.
 """
 
 import argparse
@@ -24,13 +24,13 @@ from actors.forward.logprobs import chunked_head, token_logprobs
 Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def whole(hidden: torch.Tensor, weight: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """[N, V] at once."""
+def full_array(hidden: torch.Tensor, weight: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """The loss from the [N, V] array."""
     return token_logprobs(torch.log_softmax(hidden @ weight.T, -1), tokens).mean()
 
 
 def chunked(chunk_tokens: int) -> Loss:
-    """As the learner does it."""
+    """The loss as the learner computes it."""
 
     def loss(hidden: torch.Tensor, weight: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         (chosen,) = chunked_head(
@@ -42,7 +42,7 @@ def chunked(chunk_tokens: int) -> Loss:
 
 
 def inputs(tokens: int, vocabulary: int, hidden: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Hidden states of size 1 and weights such that logits are of size 1, as in a trained model's order of magnitude."""
+    """Hidden states and weights for which the logits have variance 1, the order of magnitude of a trained model."""
     torch.manual_seed(0)
     states = torch.randn(tokens, hidden)
     weight = torch.randn(vocabulary, hidden).mul_(hidden**-0.5)
@@ -50,7 +50,7 @@ def inputs(tokens: int, vocabulary: int, hidden: int) -> tuple[torch.Tensor, tor
 
 
 def measure(loss: Loss, sizes: tuple[int, int, int]) -> dict[str, float]:
-    """Seconds, CPU seconds and extra bytes of one pass, in this process; it should have done nothing before."""
+    """Seconds, CPU seconds and extra bytes of one pass in this process, which must not have run another before."""
     arguments = inputs(*sizes)
     needed = sum(x.nbytes for x in arguments[:2])
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -66,7 +66,7 @@ def error(loss: Loss, sizes: tuple[int, int, int]) -> float:
     states, weight, tokens = inputs(*sizes)
     found = torch.autograd.grad(loss(states, weight, tokens), (states, weight))
     exact = [x.detach().double().requires_grad_() for x in (states, weight)]
-    wanted = torch.autograd.grad(whole(*exact, tokens), exact)
+    wanted = torch.autograd.grad(full_array(*exact, tokens), exact)
     return max(((f - w).abs().max() / w.abs().max()).item() for f, w in zip(found, wanted, strict=True))
 
 
@@ -80,7 +80,7 @@ def main() -> None:
     options = parser.parse_args()
     sizes = (options.tokens, options.vocabulary, options.hidden)
     if options.measure is not None:
-        print(json.dumps(measure(chunked(options.measure) if options.measure else whole, sizes)))
+        print(json.dumps(measure(chunked(options.measure) if options.measure else full_array, sizes)))
         return
     results: dict[int, list[dict[str, float]]] = {chunk: [] for chunk in (0, *options.chunks)}
     for _ in range(options.repeats):
@@ -90,15 +90,13 @@ def main() -> None:
             found.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
     best = {chunk: {key: min(r[key] for r in found) for key in found[0]} for chunk, found in results.items()}
     small = (sizes[0] // 8, sizes[1] // 8, sizes[2])
-    print(
-        "| head | seconds | CPU seconds | extra MiB | time / whole | CPU / whole | memory / whole | gradient's error |"
-    )
+    print("| head | seconds | CPU seconds | extra MiB | time / full | CPU / full | memory / full | gradient's error |")
     print("|---|---|---|---|---|---|---|---|")
     for chunk, row in best.items():
         ratios = [row[key] / best[0][key] for key in ("seconds", "cpu", "bytes")]
-        wrong = np.max(error(chunked(chunk) if chunk else whole, small))
+        wrong = np.max(error(chunked(chunk) if chunk else full_array, small))
         print(
-            f"| {f'chunks of {chunk}' if chunk else 'whole'} | {row['seconds']:.1f} | {row['cpu']:.1f} "
+            f"| {f'chunks of {chunk}' if chunk else 'full'} | {row['seconds']:.1f} | {row['cpu']:.1f} "
             f"| {row['bytes'] / 2**20:.0f} | {' | '.join(f'{ratio:.2f}' for ratio in ratios)} | {wrong:.1e} |"
         )
 

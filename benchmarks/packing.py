@@ -1,11 +1,11 @@
-"""What lying end to end saves: tokens that are computed, and seconds of attention.
+"""Measures what packing saves: computed tokens, and seconds of attention.
 
     OMP_NUM_THREADS=1 python -m benchmarks.packing
 
-First the share of real tokens where 64 trajectories with answers of log-normal length (median 64, cut at 512) are padded:
-all to the longest, or sorted and cut by a budget, as `learner.microbatch_tokens` did before; packed it is 1. Then a
-forward and backward pass of the demo's student over a row of short sequences: attention by sequence against a mask of
-the whole row, which is what transformers makes of position ids that restart. Processor seconds, the best of three. JSON.
+First the share of real tokens among the computed ones, for 64 padded trajectories with responses of log-normal length
+(median 64, cut at 512): all padded to the longest, or sorted and cut by a token budget. With packing it is 1. Then the
+processor seconds of a forward and backward pass of the demo's student over a row of short sequences: attention by sequence,
+against a mask of the whole row, which transformers makes from position ids that restart. Best of three. Prints JSON.
 """
 
 import json
@@ -25,7 +25,7 @@ PROMPT = 2
 
 
 def real_share(lengths: np.ndarray, budget: int) -> float:
-    """Of rows sorted by length and cut so that rows x longest <= budget."""
+    """Share of real tokens where rows are sorted by length and cut so that rows x longest <= budget."""
     lengths, computed, start = np.sort(lengths), 0, 0
     for end in range(1, len(lengths) + 1):
         if end == len(lengths) or (end + 1 - start) * lengths[end] > budget:
@@ -35,7 +35,7 @@ def real_share(lengths: np.ndarray, budget: int) -> float:
 
 
 def best(run: Callable[[], Any]) -> float:
-    """Processor seconds of the fastest of three."""
+    """Processor seconds of the fastest of three calls."""
     seconds = []
     for _ in range(3):
         start = time.process_time()
@@ -45,16 +45,16 @@ def best(run: Callable[[], Any]) -> float:
 
 
 def attention_seconds(tokens: int) -> dict[str, float]:
-    """Of one row of about so many tokens, in sequences of 40 to 65."""
+    """Processor seconds for one row of about this many tokens, in sequences of 40 to 65 tokens."""
     draw = np.random.default_rng(0)
     lengths = np.sort(draw.integers(40, 66, tokens // 52))
     row = draw.integers(3, 70, lengths.sum())
-    places = torch.from_numpy(np.concatenate([np.arange(length) for length in lengths]))[None]
+    position_ids = torch.from_numpy(np.concatenate([np.arange(length) for length in lengths]))[None]
     model = AutoModelForCausalLM.from_pretrained(STUDENT, attn_implementation="sdpa")
     body = model.base_model
 
     def masked() -> torch.Tensor:
-        return body(input_ids=torch.from_numpy(row)[None], position_ids=places, use_cache=False).last_hidden_state
+        return body(input_ids=torch.from_numpy(row)[None], position_ids=position_ids, use_cache=False).last_hidden_state
 
     def packed() -> torch.Tensor:
         return hidden_states(body, row, lengths, "cpu")
@@ -65,7 +65,7 @@ def attention_seconds(tokens: int) -> dict[str, float]:
 
 
 def main() -> None:
-    """Prints both."""
+    """Prints both measurements."""
     torch.set_num_threads(1)
     draw = np.random.default_rng(0)
     samples = [

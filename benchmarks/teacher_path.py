@@ -1,9 +1,10 @@
-"""What it takes to turn a vLLM teacher's log-probs into arrays: its own objects, its flat lists, and our way.
+"""Measures how long a vLLM teacher's log-probs take to become arrays: by vLLM's objects, its flat lists, and our way.
 
     python -m benchmarks.teacher_path [--tokens 4096] [--top 32] [--rounds 7]
 
-All three begin with the tensors of one prompt as the engine hands them to its output processor, and end with the arrays
-[tokens, 1 + top] that the learner is sent; no model is run, nothing is detokenised. The best round counts. Prints JSON.
+All three start with the tensors of one prompt as the engine passes them to its output processor, and end with the arrays
+[tokens, 1 + top] that are sent to the learner. No model runs, nothing is detokenised. The fastest round counts. Prints
+JSON.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from actors.vllm_startup import importing_vllm
 
 
 def best(run: Callable[[], Any], rounds: int) -> float:
-    """Seconds of the fastest of some rounds."""
+    """Seconds of the fastest round."""
     seconds = []
     for _ in range(rounds):
         gc.collect()
@@ -32,7 +33,7 @@ def best(run: Callable[[], Any], rounds: int) -> float:
 
 
 def processed(tensors: Any, top: int, *, flat: bool, kind: Any) -> Any:
-    """What a RequestOutput has as `prompt_logprobs`."""
+    """The `prompt_logprobs` of a RequestOutput, as this kind of processor makes them."""
     from vllm.v1.engine.logprobs import create_prompt_logprobs
 
     processor = kind(
@@ -61,7 +62,7 @@ def from_lists(found: Any, width: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def main() -> None:
-    """Measures, checks that all three agree, and prints."""
+    """Checks that all three ways agree, measures them, and prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--top", type=int, default=32)

@@ -177,7 +177,7 @@ def check_weights(model_dir: Path | str, key: str) -> None:
     for name in names:
         if not (path / name).is_file():
             raise UserError(key, f"{path} without {name}", "every file that model.safetensors.index.json names")
-        with as_user_error(key, path / name, "a complete safetensors file"), safe_open(path / name, "numpy"):
+        with as_user_error(key, path / name, "a whole safetensors file"), safe_open(path / name, "numpy"):
             pass
 
 

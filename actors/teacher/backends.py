@@ -87,23 +87,30 @@ def backend_of(teacher: TeacherConfig, key: str = "teacher") -> Backend:
     if not is_import_path(name):
         expected = f"{', '.join(BACKENDS)}, or package.module:Class of your own"
         raise UserError(f"{key}.backend", name, expected, BACKENDS)
-    found: Any = import_object(name, f"{key}.backend", "a class")
+    return _own_backend(name, f"{key}.backend")
+
+
+def _own_backend(name: str, key: str) -> Backend:
+    """The row of a class of the user's own, after a check that row and class fit together."""
+    found: Any = import_object(name, key, "a class")
     row = getattr(found, "backend", None)
     if not isinstance(found, type) or not isinstance(row, Backend):
         expected = "a class with the class attribute `backend = Backend(...)` (docs/extending.md)"
-        raise UserError(f"{key}.backend", f"{name}, without one", expected)
-    if unknown := [signal for signal in row.signals if signal not in SIGNALS]:
-        raise UserError(
-            f"{key}.backend", f"{name} with the signal {unknown[0]}", f"some of {', '.join(SIGNALS)}", SIGNALS
-        )
-    needed = {"score": True, "score_each": True, "status": True, "generate": row.generates, "sample": row.samples,
-              "load_weights": row.follows_student}  # fmt: skip
-    if missing := [
-        method for method, wanted in needed.items() if wanted and not callable(getattr(found, method, None))
-    ]:
-        raise UserError(
-            f"{key}.backend", f"{name} without {', '.join(missing)}", "a class with these methods (docs/extending.md)"
-        )
+        raise UserError(key, f"{name} without one", expected)
+    promised = {"generate": row.generates, "sample": row.samples, "load_weights": row.follows_student}
+    needed = ["score", "score_each", "status", *(method for method, has in promised.items() if has)]
+    missing = [method for method in needed if not callable(getattr(found, method, None))]
+    unknown = [signal for signal in row.signals if signal not in SIGNALS]
+    for what, expected in (
+        (f"without {', '.join(missing)}" if missing else "", "a class with these methods (docs/extending.md)"),
+        (f"with the signal {unknown[0]}" if unknown else "", f"some of {', '.join(SIGNALS)}"),
+        (
+            "with the signal hidden" if "hidden" in row.signals and not row.has_model_files else "",
+            "has_model_files=True: the learner reads the output layer from the files of `model`",
+        ),
+    ):
+        if what:
+            raise UserError(key, f"{name} {what}", expected)
     return row
 
 

@@ -12,7 +12,7 @@ No method is a coroutine: Ray would run such a class in an event loop, where the
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from threading import Lock
@@ -144,7 +144,7 @@ class HttpTeacher(Teacher):
                 ids[row, column], logprobs[row, column] = token, value
         return logprobs, ids
 
-    def _ask_all(self, requests: Any) -> list[dict[str, Any]]:
+    def _ask_all(self, requests: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
         """One answer for each request, in their order; up to `requests_per_url` are under way at each server."""
         return list(self._threads.map(self._ask, requests))
 

@@ -1,4 +1,4 @@
-"""A teacher of two ranks says what one process says. The ranks are processes with gloo."""
+"""A teacher of two ranks (processes with gloo) gives the scores of a teacher in one process."""
 
 import asyncio
 import os

@@ -1,4 +1,4 @@
-"""Teachers that vLLM runs, here or behind a real server, against the same model in transformers."""
+"""vLLM teachers, in this process and behind a real server, against the same model in transformers."""
 
 import os
 import socket
@@ -43,7 +43,7 @@ def config(signal: str, **changes: Any) -> TeacherConfig:
 
 
 def compare(teacher: Any, signal: str) -> None:
-    """Every field of its scores, and what it writes itself, against transformers."""
+    """Compares every field of its scores, and its greedy responses, with those of LocalTeacher."""
     t = written()
     ours = LocalTeacher(config(signal), "teachers.wise", VOCABULARY)
     expected, found = ours.score(t.ids, t)[1], teacher.score(t.ids, t)[1]

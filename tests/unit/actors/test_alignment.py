@@ -1,4 +1,4 @@
-"""Alignment is held against what the tokenizers themselves decode, and against a search over all pairs of prefixes."""
+"""Alignment against what the tokenizers decode, and against a search over all pairs of prefixes."""
 
 from functools import cache
 from itertools import accumulate

@@ -1,4 +1,4 @@
-"""Sequences that lie end to end against each alone, padded, in transformers' own attention."""
+"""Packed rows against padded batches with transformers' own attention."""
 
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ def model(request: pytest.FixtureRequest, tmp_path: Path) -> PreTrainedModel:
 
 
 def padded_states(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
-    """[T, H] of the sequences in rows, padded on the right and masked, as transformers has it."""
+    """[T, H] hidden states of the sequences as a batch, padded on the right and masked."""
     rows = torch.nn.utils.rnn.pad_sequence(list(tokens.split(LENGTHS.tolist())), batch_first=True)
     mask = torch.arange(rows.shape[1]) < torch.from_numpy(LENGTHS)[:, None]
     model.set_attn_implementation("sdpa")
@@ -104,7 +104,7 @@ def test_how_attention_is_computed_is_not_saved_with_the_model(tmp_path: Path) -
 def test_the_kernel_of_gpus_is_asked_for_what_the_cpu_computes(
     window: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In place of the kernel, which needs a GPU: what its documentation says, one token at a time."""
+    """Replaces the kernel, which needs a GPU, by what its documentation says, one token at a time."""
 
     def documented(q: Any, k: Any, v: Any, cu_q: Any, cu_k: Any, most_q: int, most_k: int, **how: Any) -> torch.Tensor:
         (left, right), out = how["window_size"], torch.empty_like(q)

@@ -24,6 +24,9 @@ class Sampling(Complete):
 class Unknown(Complete):
     backend = Backend(signals=("logits",))
 
+class Hidden(Complete):
+    backend = Backend(signals=("hidden",), generates=False)
+
 class Plain:
     pass
 
@@ -54,6 +57,7 @@ def test_each_class_has_the_methods_that_its_row_promises(name: str) -> None:
 def test_several_ranks_of_a_model_that_transformers_divides_have_a_class_of_their_own() -> None:
     several = config("transformers", tensor_parallel_size=2)
     assert needs_plan(several) and teacher_class(several).__name__ == "ShardedTeacher"
+    assert teacher_class(config("transformers")).__name__ == "LocalTeacher"
     assert not needs_plan(config("transformers")) and not needs_plan(config("vllm", tensor_parallel_size=2))
 
 
@@ -72,6 +76,7 @@ def test_a_class_of_the_users_own_brings_its_row() -> None:
         ("own_backend:Plain", r"expected a class with the class attribute `backend = Backend"),
         ("own_backend:function", r"expected a class with the class attribute `backend = Backend"),
         ("own_backend:Unknown", r"found own_backend:Unknown with the signal logits, expected some of sampled, topk"),
+        ("own_backend:Hidden", r"found own_backend:Hidden with the signal hidden, expected has_model_files=True"),
         ("own_backend:Sampling", r"found own_backend:Sampling without generate, sample, load_weights"),
     ],
 )

@@ -1,4 +1,4 @@
-"""A teacher with another tokenizer, held against plain forward passes over its own tokens."""
+"""The scores of a teacher with another tokenizer, against plain forward passes over its own tokens."""
 
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ def make(models: dict[str, Path], student: str, teacher: str) -> CrossTokenizerT
 
 
 class Demanding(LocalTeacher):
-    """Backends need not know what to say to an empty response."""
+    """Fails for an empty response, as a backend may."""
 
     def score(self, ids: np.ndarray, *batches: Trajectories, **more: Any) -> Any:
         assert len(ids) and all((batch.lengths > 0).all() for batch in batches)
@@ -43,7 +43,7 @@ class Demanding(LocalTeacher):
 
 
 def written(tokenizer: Any, texts: list[str] = RESPONSES, stopped: int = 2) -> Trajectories:
-    """These responses in the student's tokens; so many, from the first, end with its end of text."""
+    """These responses in the student's tokens; the first `stopped` of them end with the eos token."""
     rows = [
         tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id] * (row < stopped)
         for row, text in enumerate(texts)
@@ -88,7 +88,7 @@ def plain_logprobs(path: Path, prompt: list[int], response: list[int]) -> np.nda
 def test_a_response_has_the_log_prob_of_the_teachers_own_tokens_for_it(
     models: dict[str, Path], student: str, teacher: str
 ) -> None:
-    """Of the whole, and of what was written up to each place where both tokenizers have cut."""
+    """Checks the complete response, and every prefix that is a sequence of tokens for both."""
     ours, theirs = (AutoTokenizer.from_pretrained(models[name]) for name in (student, teacher))
     t = written(ours)
     own_prompts = prompts(theirs)

@@ -1,4 +1,4 @@
-"""A served teacher whose servers fail in every way there is; the log-probs are made up, a function of the tokens."""
+"""An HTTP teacher, and servers that fail in many ways. Their log-probs are made up, a function of the tokens."""
 
 import asyncio
 import inspect
@@ -26,7 +26,7 @@ def logprob(before: int, token: int) -> float:
 
 
 class Server:
-    """Answers in one of the two dialects; `fault` may answer first."""
+    """Answers in one of the two dialects, unless `fault` answers first."""
 
     def __init__(self, dialect: str = "vllm", fault: Fault = lambda body: None, key: str = ""):
         self.dialect, self.fault, self.key = dialect, fault, key

@@ -1,4 +1,4 @@
-"""The chunked head against the whole array."""
+"""The chunked head against the full [N, V] array."""
 
 import pytest
 import torch

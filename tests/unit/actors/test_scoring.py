@@ -1,4 +1,4 @@
-"""What becomes of a score that cannot be true, whatever computed it."""
+"""Implausible scores are masked and counted, whichever backend computed them."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from actors.trajectory import Trajectories
 
 
 class Constant(Teacher):
-    """Says always the same."""
+    """Always returns these fields."""
 
     def __init__(self, fields: dict[str, np.ndarray]):
         super().__init__(TeacherConfig("m"), "teachers.wise", 40)

@@ -1,4 +1,4 @@
-"""Who scores what: domains, mixtures, privileged prompts, and the division among actors."""
+"""Which teacher scores which prompt (domains, mixtures, privileged prompts), and the division among its actors."""
 
 import asyncio
 import math
