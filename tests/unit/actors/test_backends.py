@@ -22,7 +22,7 @@ class Sampling(Complete):
     backend = Backend(samples=True, follows_student=True)
 
 class Unknown(Complete):
-    backend = Backend(signals=("logits",))
+    backend = Backend(signals=("logits",), generates=False)
 
 class Hidden(Complete):
     backend = Backend(signals=("hidden",), generates=False)
