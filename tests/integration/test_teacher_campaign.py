@@ -72,8 +72,8 @@ def test_their_scores_reach_the_campaign(tmp_path: Path, monkeypatch: pytest.Mon
     assert done.returncode == 0, done.stderr[-3000:]
     run = tmp_path / "runs" / "teachers"
     updates = [row for row in read_jsonl(run / "metrics.jsonl") if row["step"] > 0]
-    assert [row["trajectories"] for row in updates] == [8, 8]
-    assert all(row["missing_scores"] == 0 for row in updates if "missing_scores" in row)
+    assert [row["trajectories"] for row in updates] == [8, 16]
+    assert [row["missing_scores"] for row in updates] == [0, 0]
 
     tokenizer: Any = load_tokenizer(str(tmp_path / "student"), False, "student.model")
     table = np.log((counts + 1) / (counts + 1).sum())
