@@ -3,7 +3,8 @@
     python benchmarks/resume.py [--kills 40] [--real 0] [--seed 0]
 
 Light campaigns run in one process, with the real loop, learner, teacher and files (tests/light_campaign.py), and are
-killed, all of the process at once (SIGKILL), `--kills` times in synchronous and as often in asynchronous mode; `--real`
+killed, all of the process at once (SIGKILL), at a random operation on their files, `--kills` times in synchronous and as
+often in asynchronous mode; `--real`
 more kills hit a driver with Ray and vLLM. Synchronous: the checkpoints (weights, optimiser, state), metrics but for
 times, the ledger and the kept trajectories have the same hashes. Asynchronous: the ledger adds up, each sample trained
 once. Prints one JSON object; exit status 1 where anything differs.
@@ -46,7 +47,7 @@ def light(folder: Path, kills: int, max_staleness: int, draw: random.Random) -> 
     while hits < kills:
         name = f"{mode}-{campaigns}"
         config = configuration(folder, name, pipeline={**PIPELINE, "max_staleness": max_staleness})
-        hits += run_with_kills(config, min(8, kills - hits), seconds, draw)
+        hits += run_with_kills(config, min(8, kills - hits), draw)
         assert_ledger_adds_up(folder / "runs" / name, UPDATES, SIZE, max_staleness)
         if max_staleness == 0:
             differing += fingerprint(folder / "runs" / name) != undisturbed
