@@ -1,9 +1,9 @@
-"""The loop against its bound, with actors that sleep (benchmarks/simulated.py): prints Markdown tables.
+"""Measures the loop with actors that sleep (benchmarks/simulated.py), and prints Markdown tables.
 
-python -m benchmarks.pipeline stages            wall clock over the slowest stage, synchronous over asynchronous
+python -m benchmarks.pipeline stages            wall time over that of the slowest stage; gain over a synchronous campaign
 python -m benchmarks.pipeline staleness         100,000 trajectories with random delays, actors killed meanwhile
 python -m benchmarks.pipeline many              processor time of the campaign process with 16 and 256 rollout actors
-python -m benchmarks.pipeline plans             what `understudy plan` predicts of other numbers of actors, and what they do
+python -m benchmarks.pipeline plans             predictions of `understudy plan` for other numbers of actors, and measurements
 """
 
 import argparse
@@ -34,7 +34,7 @@ STAGES = {
 
 
 def stages(updates: int) -> None:
-    """Four actors of each role (one learner), 64 trajectories an update."""
+    """Four actors of each role but one learner, 64 trajectories an update."""
     print(
         "| stages | K | wall / slowest stage | synchronous / asynchronous wall | sum / slowest | share of that bound |"
     )
@@ -53,7 +53,7 @@ def stages(updates: int) -> None:
 
 
 def staleness(trajectories: int, seed: int) -> None:
-    """Random delays, and every few seconds an actor that dies."""
+    """Random delays; every few seconds an actor is killed."""
     draw = random.Random(seed)
 
     async def kill(*fleets: Any) -> None:
@@ -79,7 +79,7 @@ def staleness(trajectories: int, seed: int) -> None:
 
 
 def many(updates: int) -> None:
-    """The same load on 16 and 256 rollout actors, which live in four processes."""
+    """The same load on 16 and on 256 rollout actors, in four processes."""
     print("| responses | rollout actors | microseconds of the campaign process for each trajectory |\n|---|---|---|")
     for name, spread in (("equally long", 0.0), ("log-normal tail", TAIL)):
         for actors in (16, 256, 16, 256):
@@ -92,7 +92,7 @@ def many(updates: int) -> None:
 
 
 def plans(updates: int) -> None:
-    """Predicts from one run with two rollout and two teacher actors, and runs what it has predicted."""
+    """Predicts from a run with two rollout and two teacher actors, and runs what it predicted."""
 
     def simulated(rollouts: int, teachers: int) -> Simulation:
         return asyncio.run(Simulation(EVEN, updates, max_staleness=4, rollouts=rollouts, teachers=teachers).run())
@@ -105,10 +105,10 @@ def plans(updates: int) -> None:
     print("| rollout actors | teacher actors | predicted s/update | measured | predicted / measured |")
     print("|---|---|---|---|---|")
     for rollouts, teachers in ((2, 2), (4, 2), (2, 4), (4, 4), (8, 4)):
-        told = plan.scaled("rollout", rollouts).scaled("teacher", teachers).update_seconds
+        predicted = plan.scaled("rollout", rollouts).scaled("teacher", teachers).update_seconds
         found = first if (rollouts, teachers) == (2, 2) else simulated(rollouts, teachers)
         seconds = found.wall / updates
-        print(f"| {rollouts} | {teachers} | {told:.2f} | {seconds:.2f} | {told / seconds:.2f} |", flush=True)
+        print(f"| {rollouts} | {teachers} | {predicted:.2f} | {seconds:.2f} | {predicted / seconds:.2f} |", flush=True)
 
 
 def main() -> None:

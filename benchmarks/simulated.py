@@ -1,8 +1,8 @@
-"""Campaigns whose actors sleep in place of working: the real loop and fleets, real Ray actors, and no model.
+"""Simulates campaigns: the real loop and fleets and real Ray actors, which sleep instead of running a model.
 
-What is simulated: a rollout actor has `seats`, each response sits in one for a time that its id decides; a teacher takes
-a time for each trajectory, one call after the other; so does the learner for an update, and weights to be loaded. Actors
-are coroutines, so that many may share one process (`processes`), which is how 256 of them fit on a small machine.
+A rollout actor has `seats`; each response occupies one for a time that depends on its id alone. A teacher sleeps for
+each trajectory, one call after the other. The learner sleeps for each update, and rollout actors for each load of
+weights. Actors are coroutines, so several can share a process (`processes`): 256 of them fit on a small machine.
 """
 
 import asyncio
@@ -51,28 +51,28 @@ class Times:
     load: float = 0.002
 
     def of_response(self, row: np.ndarray) -> float:
-        """That of one id [3]: the same in every schedule."""
+        """The seconds of one id [3]: the same in every schedule."""
         draw = np.random.default_rng(np.abs(row).astype(np.uint64))
         return self.response * float(np.exp(self.spread * draw.standard_normal()))
 
 
 class SleepingRollout(Answering):
-    """In the place of actors.rollout.actor.RolloutActor."""
+    """Stands in for actors.rollout.actor.RolloutActor."""
 
     def __init__(self, times: Times, seats: int, sharing: int):
-        """sharing: how many actors this process stands for, each with as many seats."""
+        """sharing: the number of actors that share this process, each with its own seats."""
         super().__init__()
         self._times, self._seats, self._free, self._version = times, seats, asyncio.Semaphore(seats * sharing), -1
 
     async def status(self) -> dict[str, int]:
-        """As the real one."""
+        """What the fleet asks a new actor."""
         return {"seats": self._seats, "process": os.getpid()}
 
     async def abort(self, ids: np.ndarray | None = None) -> None:
-        """Nothing is aborted: what is cut goes on, and nobody wants the answer."""
+        """Does nothing: a trajectory that is cut goes on, and its answer is ignored."""
 
     async def prefetch(self, bucket: np.ndarray) -> None:
-        """As the real one."""
+        """Brings the bucket to this node, since it is an argument."""
 
     async def load_weights(self, *published: np.ndarray | WeightVersion) -> float:
         """Sleeps."""
@@ -81,7 +81,7 @@ class SleepingRollout(Answering):
         return self._times.load
 
     async def generate(self, requests: Requests) -> tuple[RolloutCounts, Trajectories]:
-        """Sleeps for each response, in a seat; says of every token which version was there at the time."""
+        """Sleeps for each response, in a seat; records the weight version of each half of its tokens."""
         versions = np.zeros((len(requests.ids), TOKENS), np.int32)
         seconds = 0.0
 
@@ -111,13 +111,13 @@ class SleepingRollout(Answering):
 
 
 class SleepingTeacher:
-    """In the place of actors.teacher.local.LocalTeacher."""
+    """Stands in for actors.teacher.local.LocalTeacher."""
 
     def __init__(self, times: Times):
         self._times, self._turn = times, asyncio.Lock()
 
     async def status(self) -> dict[str, int]:
-        """As the real one."""
+        """What the fleet asks a new actor."""
         return {"process": os.getpid()}
 
     async def score(self, ids: np.ndarray, *written: Trajectories, **_: Any) -> tuple[TeacherCounts, TeacherScores]:
@@ -138,7 +138,7 @@ class SleepingTeacher:
 
 
 class SleepingLearner:
-    """In the place of learner.learner.Learner. It judges by itself what it is given: each token's version, each id once."""
+    """Stands in for learner.learner.Learner, and checks what it gets: each token's staleness, each id only once."""
 
     def __init__(self, times: Times, max_staleness: int):
         self._times, self._bound, self._version = times, max_staleness, 0
@@ -146,7 +146,7 @@ class SleepingLearner:
         self.violations = self.repeated = self.unscored = 0
 
     async def status(self) -> dict[str, int]:
-        """What it has found."""
+        """The counts of what it found wrong."""
         return {"violations": self.violations, "repeated": self.repeated, "unscored": self.unscored}
 
     async def update(self, ids: np.ndarray, *batches: Any, **_: Any) -> dict[str, float]:
@@ -167,30 +167,30 @@ class SleepingLearner:
         self._seen |= set(asked)
         await asyncio.sleep(self._times.update)
         self._version += 1
-        told = {"step", "policy_version", "wall_seconds", "trajectories", "tokens_generated"}
-        return dict.fromkeys(set(METRIC_KEYS) - told, 0.0) | {"busy_seconds": self._times.update}
+        added_by_the_loop = {"step", "policy_version", "wall_seconds", "trajectories", "tokens_generated"}
+        return dict.fromkeys(set(METRIC_KEYS) - added_by_the_loop, 0.0) | {"busy_seconds": self._times.update}
 
     async def publish(self, delta: bool = False) -> AsyncIterator[Any]:
-        """A version without tensors."""
+        """Yields a weight version without tensors."""
         yield np.zeros(1, np.uint8)
         yield WeightVersion(self._version, (), (1,))
 
     async def save(self, directory: str) -> None:
-        """A checkpoint of nothing."""
+        """Writes an empty checkpoint."""
         Path(directory, "training").mkdir()
 
     async def saved(self) -> bool:
-        """At once."""
+        """The checkpoint is complete at once."""
         return True
 
 
 class SharedFleet(Fleet):
-    """A fleet whose replicas live in fewer processes: each is a view of one of them."""
+    """A fleet whose replicas share fewer processes."""
 
     processes: int | None = None
 
     async def start(self) -> None:
-        """As Fleet, for the first `processes`; the others share their handles."""
+        """Starts the first `processes` replicas; the others share their handles."""
         count = self.processes or len(self.replicas)
         await asyncio.gather(*(self._start(replica) for replica in self.replicas[:count]))
         for place, replica in enumerate(self.replicas[count:]):
@@ -199,7 +199,7 @@ class SharedFleet(Fleet):
 
 
 class Silent:
-    """No progress is shown."""
+    """Shows no progress."""
 
     def __getattr__(self, name: str) -> Any:
         return lambda *_: None
@@ -207,7 +207,7 @@ class Silent:
 
 @dataclass
 class Simulation:
-    """One campaign to be run, and what was seen of it."""
+    """One simulated campaign, and its measurements after `run`."""
 
     times: Times = field(default_factory=Times)
     updates: int = 20
@@ -223,12 +223,12 @@ class Simulation:
     state: CampaignState = field(default_factory=CampaignState)
     wall: float = 0.0
     cpu: float = 0.0
-    """Of this process: user and system, all threads."""
+    """Processor seconds of this process: user and system, all threads."""
     faults: int = 0
     found: dict[str, int] = field(default_factory=dict)
 
     async def run(self, meanwhile: Any = None) -> "Simulation":
-        """Runs the campaign; `meanwhile` is a coroutine function of the fleets that runs beside it."""
+        """Runs the campaign. meanwhile: a coroutine function that gets the fleets and runs beside it."""
 
         def on_event(kind: str, **_: Any) -> None:
             self.faults += kind in FAULTS
@@ -264,12 +264,12 @@ class Simulation:
 
     @property
     def trained(self) -> int:
-        """Trajectories."""
+        """Trajectories that were trained on."""
         return self.state.ledger.trained
 
     @property
     def stages(self) -> dict[str, float]:
-        """Seconds that each stage needs for what was trained, if none of its actors (and seats) ever waits."""
+        """Stage -> seconds that it needs for the trained trajectories if none of its actors and seats ever waits."""
         ids = [(epoch, prompt, sample) for epoch, prompt, sample in self._ids()]
         responses = sum(self.times.of_response(np.array(row)) for row in ids)
         return {
@@ -279,7 +279,7 @@ class Simulation:
         }
 
     def _ids(self) -> list[tuple[int, int, int]]:
-        """Of the first trajectories, as many as were trained; prompts are taken in order."""
+        """The ids of the first trajectories, as many as were trained on; prompts are taken in order."""
         prompts, found = self.trained // self.samples_per_prompt, []
         for place in range(prompts):
             epoch, prompt = divmod(place, PROMPTS)

@@ -168,7 +168,7 @@ def create(
         num_cpus=resources.cpus,
         num_gpus=resources.gpus,
         resources=resources.custom,
-        max_restarts=0,
+        max_restarts=0,  # the fleet replaces actors: Ray would restart one without its weights
         max_task_retries=0,
         runtime_env={"env_vars": resources.environment} if resources.environment else None,
         scheduling_strategy=PlacementGroupSchedulingStrategy(placement, bundle) if placement else "DEFAULT",

@@ -157,7 +157,7 @@ class Campaign:
         await self._started.wait()
         while True:
             if self._gate is not None:
-                await self._gate.wait()
+                await self._gate.wait()  # `understudy pause`
             self._clock.utilisation.blocked("rollout", not slots.has_room(wanted))
             count = await slots.acquire(wanted)
             self._clock.utilisation.blocked("rollout", False)
@@ -210,7 +210,7 @@ class Campaign:
         """Scored -> weight versions. Waits for the trajectories of a whole update; unblocked by score."""
         while self.state.step < self.config.pipeline.updates:
             update = await self._queues.next_update()
-            async with self._learner_turn:
+            async with self._learner_turn:  # so that the checkpoint of an interrupt never sees half a step
                 self._reporter.doing("learner", f"update {self.state.step + 1}")
                 try:
                     metrics = await self._take_update(update)
@@ -232,6 +232,7 @@ class Campaign:
                 await self._checkpoints.save_if_due(self.state, self.learner)
                 self._reporter.doing("learner", "idle")
             self._clock.utilisation.blocked("learner", True)
+            # The queue holds one version: the learner takes the next update while this one loads, and waits after it.
             await self._to_publish.put(published)
             self._clock.utilisation.blocked("learner", False)
         await self._checkpoints.settle()
@@ -252,9 +253,11 @@ class Campaign:
             published = await self._to_publish.get()
             await self._versions.load(published)
             await self._followers.load(published.averages)
+            # Slots that stragglers hold are lent out, so that slow responses do not leave rollout actors idle.
             stragglers = self._queues.in_flight.stragglers(published.version)
             await self._queues.slots.lend(min(self._spare_slots, stragglers))
             await self._reporter.finish_update(published.record)
+            # Only now: what is issued from here on is sampled with the new weights, which max_staleness 0 relies on.
             await self._queues.slots.release(published.trained)
             if published.version == self.config.pipeline.updates:
                 self._all_published.set()
@@ -291,7 +294,7 @@ class Campaign:
             async with asyncio.TaskGroup() as group:
                 while True:
                     group.create_task(one(await get()))
-        except ExceptionGroup as errors:
+        except ExceptionGroup as errors:  # the others were cancelled because of the first
             raise errors.exceptions[0] from None
 
     async def _take_update(self, update: list[Scored]) -> dict[str, float]:

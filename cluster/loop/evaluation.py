@@ -65,6 +65,7 @@ class Evaluator:
         written = select_trajectories(ids, await fetched(sampled))
         best = select_trajectories(self._ids(GREEDY), await fetched(greedy))
         rewards = self._rewards(written.response_tokens, written.response_offsets)
+        # Missing scores are NaN, and nanmean leaves them out.
         log_ratios = (written.behaviour_logprobs - scores.logprobs)[written.trained]
         metrics = {
             "eval/accuracy": float(np.mean(self._rewards(best.response_tokens, best.response_offsets))),

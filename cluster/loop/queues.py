@@ -60,7 +60,7 @@ class Slots:
             raise ValueError(f"{count} slots asked of {self.capacity}")
         async with self._changed:
             await self._changed.wait_for(lambda: self.has_room(count))
-            count = min(count, self.to_issue)
+            count = min(count, self.to_issue)  # the last group of a campaign may be smaller
             self.charged += count
             self.to_issue -= count
             return count
@@ -194,7 +194,7 @@ class Queues:
 
     def sampled(self, issued: Issued, counts: RolloutCounts, trajectories: Any) -> None:
         """A rollout actor has answered. trajectories: the reference that holds these ids, and perhaps others."""
-        turn = next(self._turns)
+        turn = next(self._turns)  # answers are numbered in the order of their arrival
         self.in_flight.count(counts.lengths)
         self._state.ledger.sampled(issued.numbers)
         rows = zip(
@@ -234,6 +234,7 @@ class Queues:
     def _put_to_sample(self, numbers: Sequence[int]) -> None:
         """Queues issued numbers (ascending): group by group, or, in a synchronous campaign, one part for each actor."""
         samples = self._config.pipeline.samples_per_prompt
+        # Numbers of one group are consecutive, so a group that was partly trained keeps its remaining samples together.
         groups = [list(group) for _, group in itertools.groupby(numbers, lambda number: number // samples)]
         for part in split_evenly(len(groups), len(self._rollout.replicas) if self._synchronous else len(groups)):
             mine = [number for group in groups[part.start : part.stop] for number in group]
@@ -277,6 +278,7 @@ class Queues:
             await asyncio.sleep(0)  # lets the call before begin, so that `room` counts it
             await self._teachers.room(TEACHER_CALLS)
             actors = min(len(fleet.replicas) for fleet in self._teachers.fleets.values())
+            # Rounded up. An actor that takes all that waits would leave the others idle.
             share = -(-self._to_score.qsize() // actors)
             tokens = self.tokens_of(batch[0])
             while len(batch) < share and tokens < self._tokens_at_once:
@@ -299,6 +301,7 @@ class Queues:
 
     async def cut(self) -> None:
         """Makes rollout actors give up what would be too stale to train on, even if it ended now."""
+        # Removed before the actors are told: an answer that is on its way already is not wanted either.
         late = self.in_flight.cut(self._state.step, self._max_staleness)
         for issued in late:
             await self._rollout.tell(issued.replica, "abort", issued.ids)

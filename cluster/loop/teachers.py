@@ -92,6 +92,7 @@ class Teachers:
                 rows_of.append(mine[part.start : part.stop])
                 calls.append(self._call(name, ids[rows_of[-1]], trajectories))
         answers = await asyncio.gather(*calls)
+        # Calls are in the order of the teachers, so each trajectory gets its references in that order too.
         references: list[tuple[Any, ...]] = [()] * len(ids)
         for rows, (_, found) in zip(rows_of, answers, strict=True):
             for row, reference in zip(rows, found, strict=True):
@@ -136,6 +137,7 @@ class Teachers:
         calls = []
         for name, fleet in self.fleets.items():
             mine = [row for row, chosen in enumerate(best) if chosen == name]
+            # At least a call for each actor, and at most 64 prompts in one, so that actors that finish early get more.
             for rows in split_evenly(len(mine), max(len(fleet.replicas), -(-len(mine) // 64))) if mine else []:
                 calls.append(part(name, mine[rows.start : rows.stop]))
         await asyncio.gather(*calls)

@@ -96,6 +96,7 @@ def scores_by_rank(scored: Sequence[Scored], costs_B: np.ndarray, minibatches: i
     its ranks. minibatches: optimiser steps of one epoch. Each rank's references are in the order of scoring, for the
     same reason as in `trajectories_of`, and each is there once: one object may hold a whole batch.
     """
+    # The same function with the same arguments as in the learner: each rank finds the scores that it expects.
     owner = owners(costs_B, minibatch_rows(len(scored), minibatches), ranks).tolist()
     found: list[list[Any]] = [[] for _ in range(ranks)]
     for one, rank in sorted(zip(scored, owner, strict=True), key=lambda pair: pair[0].turn):

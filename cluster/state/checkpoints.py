@@ -63,6 +63,7 @@ class Checkpoints:
         if state.step == 0 or state.step in checkpoint_steps(self._directory):
             return
         copied = asyncio.Event()
+        # JSON now: training changes the state while the files are written.
         content = json.dumps(state.to_json())
         self._task = asyncio.create_task(self._write(state.step, content, state, learner, copied))
         self._task.add_done_callback(lambda _: copied.set())
@@ -103,6 +104,7 @@ class Checkpoints:
             try:
                 await learner.call("save", str(partial))
                 copied.set()
+                # Polled, not awaited in one call: the learner trains on, and makes one call at a time.
                 while not await learner.call("saved"):
                     await asyncio.sleep(POLL_SECONDS)
                 (partial / STATE_FILE).write_text(content, "utf-8")

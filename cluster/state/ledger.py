@@ -121,6 +121,7 @@ class Ledger:
         update that was rolled back becomes a row of dropped trajectories.
         """
         spans = row.get("trained", row.get("dropped", []))
+        # A number that is open here was closed after the checkpoint, and will be closed again.
         if not all(stop <= self.next_number and self._open.keys().isdisjoint(range(a, stop)) for a, stop in spans):
             return None
         if "trained" in row and row["step"] > self.step:
@@ -143,6 +144,7 @@ class Ledger:
     def to_json(self) -> dict[str, Any]:
         """The ledger for a checkpoint. Open trajectories keep only their numbers: a resumed campaign samples them again."""
         closed = self.trained + self.dropped.total()
+        # Checked before it is written: a ledger that does not add up must not become the only record.
         if self.next_number != closed + len(self._open):
             raise RuntimeError(f"{self.next_number} issued, but {closed} closed and {len(self._open)} open")
         return {

@@ -85,6 +85,7 @@ def roll_back(
         pending=[record for record in now.pending if record["step"] <= then.step],
         evaluations={step: found for step, found in now.evaluations.items() if step <= then.step},
     )
+    # Metrics first, then the state in the checkpoint: until that is written, a campaign that is killed repeats all this.
     records.set_aside_after(then.step, now.pending)
     if checkpoint:
         write_state(state, checkpoint / STATE_FILE)
