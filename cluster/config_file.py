@@ -50,19 +50,19 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> CampaignConf
 
 
 def write_config(config: CampaignConfig, path: Path) -> None:
-    """The fully resolved configuration as YAML; a file that was there is replaced as a whole."""
+    """Writes the fully resolved configuration as YAML, by renaming a temporary file."""
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)), "utf-8")
     temporary.replace(path)
 
 
 def as_dictionary(config: CampaignConfig) -> dict[str, Any]:
-    """The configuration as plain dictionaries, lists and values."""
+    """The configuration as dictionaries, lists and single values."""
     return OmegaConf.to_container(OmegaConf.structured(config))  # type: ignore[return-value]
 
 
 def differences(before: CampaignConfig, after: CampaignConfig) -> list[tuple[str, Any, Any]]:
-    """(key, before, after) of all that differs."""
+    """(key, before, after) of each key whose value differs."""
     old, new = dict(_leaves(before)), dict(_leaves(after))
     return [
         (key, old.get(key), new.get(key)) for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)
@@ -70,7 +70,7 @@ def differences(before: CampaignConfig, after: CampaignConfig) -> list[tuple[str
 
 
 def _read(file: Path) -> Any:
-    """The file's keys and values, not checked yet."""
+    """The keys and values of a YAML file, as OmegaConf has them. UserError: the file cannot be read, or is not YAML."""
     try:
         text = file.read_text("utf-8")
         content = OmegaConf.create(text) if text.strip() else OmegaConf.create({})
@@ -159,7 +159,7 @@ def _to_object(where: str, content: Any) -> CampaignConfig:
 
 
 def _nodes(config: Any, prefix: str = "") -> Iterator[tuple[str, dict[str, Any], Any]]:
-    """(key, metadata, value) of every leaf field."""
+    """Yields (key, field metadata, value) of every leaf field."""
     for item in dataclasses.fields(config):
         value, key = getattr(config, item.name), f"{prefix}{item.name}"
         children = {f"{key}.{name}": v for name, v in value.items()} if isinstance(value, dict) else {key: value}
@@ -175,7 +175,7 @@ def _leaves(config: CampaignConfig) -> Iterator[tuple[str, Any]]:
 
 
 def _check_values(config: CampaignConfig) -> None:
-    """Each by itself: ranges, and no secrets."""
+    """UserError for the first number outside its range, or URL with a password."""
     for key, limits, value in _nodes(config):
         if isinstance(value, str) and re.search(r"://[^/@]*:[^/@]+@", value):
             raise UserError(key, "a URL with a password", "one without: keys come from the environment")

@@ -1,4 +1,4 @@
-"""Commands as they stand in README, documentation and examples: found, and taken apart."""
+"""Finds and parses the commands and code blocks of README, documentation and examples."""
 
 import re
 import shlex
@@ -7,7 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAMS = ("understudy", "python", "make", "ray", "pip", "mkdocs", "docker", "kubectl", "sbatch", "git")
-"""Text in backticks, or an indented line, is a command where it begins with one of these and goes on."""
+"""Text in backticks, or an indented line, is a command if it begins with one of these and has more words."""
 PLACES = {
     "CONFIG": "configs/quickstart.yaml",
     "RUN_DIR": "RUN",
@@ -32,7 +32,7 @@ class Command:
 
     @property
     def words(self) -> list[str]:
-        """As a shell sees them, without a comment; names of the program are those that PATH would find."""
+        """Split as a shell does, without comments. The program is named as PATH would find it."""
         text = re.sub(r"\s*\[[A-Z_a-z=]+ …\]", "", self.text)  # what may be repeated
         words = [PLACES.get(word, word) for word in shlex.split(text, comments=True)]
         words = [re.sub(r"=[KN]$", "=1", word) for word in words]
@@ -42,7 +42,7 @@ class Command:
 
 
 def pages() -> list[Path]:
-    """All that are read as documentation."""
+    """All pages of the documentation."""
     found = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/*/*.md")]
     return sorted(found)
 
@@ -56,7 +56,7 @@ def commands() -> list[Command]:
 
 
 def commands_of(markdown: str) -> list[str]:
-    """All lines of blocks in a shell's language; elsewhere, and in backticks, what looks like a command."""
+    """All lines of shell blocks; in other blocks, indented lines and backticks, the text that looks like a command."""
     found = []
     for language, block in re.findall(r"^```(\w*)\n(.*?)^```", markdown, re.S | re.M):
         lines = block.replace("\\\n", " ").splitlines()

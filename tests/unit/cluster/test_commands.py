@@ -1,4 +1,4 @@
-"""Every command of README, documentation and examples is one that this version has.
+"""Every command of README, documentation and examples exists in this version.
 
 Commands that take a second are run: `status`, `tail`, `report` and `plan` on a finished run, `check` with `--offline`.
 For `run`, `submit` and `compare` the arguments are parsed and the configuration is loaded (the tests in STEERING's and
@@ -25,7 +25,7 @@ NOT_HERE = {
     ("mkdocs", "serve"): "goes on for ever; the site is built by a test of its own",
     ("ray", "status"): "asks a cluster",
 }
-"""First words -> why they are not looked into."""
+"""First words -> why they are not run."""
 STEERING = ("pause", "resume", "stop", "scale")
 """tests/integration/test_steering.py runs these on a campaign."""
 PARSED_BY_RAY = ("start", "job submit")
@@ -51,11 +51,11 @@ for words in json.loads(sys.argv[1]):
         wrong[" ".join(words)] = traceback.format_exc()
 print(json.dumps(wrong))
 """
-"""Runs scripts until they have read their arguments; in one process, since most of them import torch."""
+"""Runs scripts until they have parsed their arguments; in one process, because most of them import torch."""
 
 
 def refused(scripts: list[list[str]]) -> dict[str, str]:
-    """Words of those `python …` that refuse them -> why."""
+    """Command -> why the script refuses its arguments."""
     command = [sys.executable, "-c", READ_ARGUMENTS, json.dumps(scripts)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
@@ -64,7 +64,7 @@ def refused(scripts: list[list[str]]) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of the quickstart that has finished, to all appearances."""
+    """A run of the quickstart that looks finished."""
     run = make_fake_run(tmp_path_factory.mktemp("documented") / "quickstart")
     config = ROOT.joinpath("configs/quickstart.yaml").read_text().replace("~/understudy-runs", str(run.parent))
     (run / "config.yaml").write_text(config)
