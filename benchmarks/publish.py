@@ -24,7 +24,7 @@ from actors.weights.delta import Receiver
 from cluster.config import WeightsConfig
 from cluster.fleet.ray_actor import Resources
 from cluster.fleet.ray_fleet import Fleet
-from cluster.loop.weight_sync import Versions
+from cluster.loop.weight_sync import ObjectStoreTransport
 from learner.student.publishing import Publisher
 
 BUCKET_BYTES = 64 << 20
@@ -90,7 +90,7 @@ async def measure(mebibytes: int, readers: int, rounds: int) -> dict[str, float]
 
     try:
         await asyncio.gather(writer.start(), reading.start())
-        versions = Versions(writer, reading, WeightsConfig())
+        versions = ObjectStoreTransport(writer, reading, WeightsConfig())
         for _ in range(rounds):
             start = time.perf_counter()
             np.copyto(target, source)

@@ -19,7 +19,7 @@ import numpy as np
 from actors.config import PromptsConfig, StudentConfig, TeacherConfig
 from actors.data.prompts import PromptSet
 from actors.rollout.actor import RolloutCounts
-from actors.rollout.batched_calls import Answering
+from actors.rollout.batched_calls import BatchedCalls
 from actors.teacher.base import TeacherCounts
 from actors.trajectory import Requests, TeacherScores, Trajectories, offsets_of
 from actors.weights.buckets import WeightVersion
@@ -56,7 +56,7 @@ class Times:
         return self.response * float(np.exp(self.spread * draw.standard_normal()))
 
 
-class SleepingRollout(Answering):
+class SleepingRollout(BatchedCalls):
     """Stands in for actors.rollout.actor.RolloutActor."""
 
     def __init__(self, times: Times, seats: int, sharing: int):

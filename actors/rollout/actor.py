@@ -13,7 +13,7 @@ from actors.config import LoraConfig, RolloutConfig, SamplingConfig, VerifierCon
 from actors.data.tokenizer import load_tokenizer
 from actors.data.verifiers import make_verifier, rewards_of
 from actors.errors import EngineError
-from actors.rollout.batched_calls import Answering
+from actors.rollout.batched_calls import BatchedCalls
 from actors.rollout.engine import make_engine
 from actors.trajectory import FINISH_REASONS, Requests, RolloutCounts, Trajectories
 from actors.weights.buckets import WeightVersion, join
@@ -30,7 +30,7 @@ def _ends_with_the_engine() -> Iterator[None]:
         os._exit(13)
 
 
-class RolloutActor(Answering):
+class RolloutActor(BatchedCalls):
     """One vLLM engine. Methods are coroutines, so that calls overlap and the engine batches them together."""
 
     def __init__(
@@ -111,7 +111,7 @@ class RolloutActor(Answering):
         """Gives up what is being generated, or of it these ids [B, 3]; the calls that asked for it end in AbortedError."""
         await asyncio.wrap_future(self._engine.abort(ids))
         if ids is None:
-            self.forget()
+            self.discard()
 
     async def status(self) -> dict[str, float | int | None]:
         """Version of the weights, tokens sampled and busy seconds: what tells a working actor from a hung one; and how

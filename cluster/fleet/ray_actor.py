@@ -90,8 +90,8 @@ class Replica:
     node: str = ""
     """Ray's id of the actor's node."""
     process: int = 0
-    mailbox: Any = None
-    """The Mailbox of its actor (ray_mailbox.py), from the first `ask` on."""
+    batched: Any = None
+    """The BatchedCaller of its actor (ray_batched_calls.py), from the first `ask` on."""
     version: int | None = None
     """The weight version that a rollout actor holds."""
 

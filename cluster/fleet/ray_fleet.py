@@ -16,7 +16,7 @@ from typing import Any
 from actors.errors import ActorFaultError, StoreFullError
 from actors.trajectory import Requests, RolloutCounts
 from cluster.fleet.ray_actor import ActorLostError, Replica, invoke, streamed
-from cluster.fleet.ray_mailbox import Mailbox
+from cluster.fleet.ray_batched_calls import BatchedCaller
 from cluster.fleet.supervision import Supervisor
 
 ATTEMPTS = 2
@@ -56,11 +56,13 @@ class Fleet(Supervisor):
         return await self._on_a_replica(method, units, at, do)
 
     async def ask(self, requests: Requests, *, units: int = 1, at: Replica | None = None) -> tuple[RolloutCounts, Any]:
-        """Calls `generate` as `call(..., returns=2)` would, but many requests share few calls (ray_mailbox.py).
+        """Calls `generate` as `call(..., returns=2)` would, but many requests share few calls (ray_batched_calls.py).
 
         Waits for these requests only. The reference may hold other trajectories too. units, at: see `call`.
         """
-        return await self._on_a_replica("generate", units, at, lambda replica: self._mailbox(replica).ask(requests))
+        return await self._on_a_replica(
+            "generate", units, at, lambda replica: self._batched(replica).generate(requests)
+        )
 
     async def call_each(self, method: str, *arguments: Any) -> list[Any]:
         """Calls a method of every living actor at once, and waits for all answers, in the order of the replicas.
@@ -166,10 +168,10 @@ class Fleet(Supervisor):
                     raise
                 await asyncio.sleep(1.0)
 
-    def _mailbox(self, replica: Replica) -> Mailbox:
-        if replica.mailbox is None or replica.mailbox.handle is not replica.handle:
-            replica.mailbox = Mailbox(replica.handle, replica.name, partial(self._patiently, replica))
-        return replica.mailbox
+    def _batched(self, replica: Replica) -> BatchedCaller:
+        if replica.batched is None or replica.batched.handle is not replica.handle:
+            replica.batched = BatchedCaller(replica.handle, replica.name, partial(self._patiently, replica))
+        return replica.batched
 
     async def _least_busy(self) -> Replica:
         async with self._changed:

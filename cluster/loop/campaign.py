@@ -37,11 +37,10 @@ from cluster.console.screen import Progress
 from cluster.fleet.ray_fleet import Fleet
 from cluster.guards import judge
 from cluster.loop.evaluation import Evaluator
-from cluster.loop.followers import Followers
 from cluster.loop.queues import Queues
 from cluster.loop.reporting import Reporter, record_of_update
 from cluster.loop.teachers import Teachers
-from cluster.loop.weight_sync import TRANSPORTS, Published, WeightTransport
+from cluster.loop.weight_sync import TRANSPORTS, EmaTeachers, Published, WeightTransport
 from cluster.loop.work import Issued, Sampled, Scored, ids_of, scores_by_rank, trajectories_of
 from cluster.records.writer import RunRecords
 from cluster.state.campaign_state import CampaignState
@@ -83,7 +82,7 @@ class Campaign:
         self._spare_slots = int(config.pipeline.oversample * self._update_size)
         self._all_published = asyncio.Event()
         self._versions: WeightTransport = TRANSPORTS[config.weights.transport](learner, rollout, config.weights)
-        self._followers = Followers(config, teachers.fleets, learner)
+        self._ema_teachers = EmaTeachers(config, teachers.fleets, learner)
         self._reporter = Reporter(
             config,
             state,
@@ -222,7 +221,7 @@ class Campaign:
                 self.state.step += 1
                 self.state.busy["learner"] += metrics.pop("busy_seconds")
                 published = await self._versions.publish()
-                published.averages = await self._followers.publish()
+                published.averages = await self._ema_teachers.publish()
                 published.trained = len(update)
                 published.record = self._record(update, metrics, published)
                 self.state.pending.append(published.record)
@@ -252,7 +251,7 @@ class Campaign:
         while True:
             published = await self._to_publish.get()
             await self._versions.load(published)
-            await self._followers.load(published.averages)
+            await self._ema_teachers.load(published.averages)
             # Slots that stragglers hold are lent out, so that slow responses do not leave rollout actors idle.
             stragglers = self._queues.in_flight.stragglers(published.version)
             await self._queues.slots.lend(min(self._spare_slots, stragglers))
@@ -270,7 +269,7 @@ class Campaign:
         await self.rollout.call_each("abort")  # what a loop before this one left under way (lost learner, rollback)
         self._queues.seats = (await self.rollout.call("status"))["seats"]
         await self._versions.load(await self._versions.publish())
-        await self._followers.load(await self._followers.publish())
+        await self._ema_teachers.load(await self._ema_teachers.publish())
         await self._reporter.begin()
 
     async def _for_each(

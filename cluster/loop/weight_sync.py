@@ -1,11 +1,11 @@
-"""Weight versions on their way from the learner to the rollout actors. References and counts, never a tensor.
+"""Sends weight versions from the learner to the rollout actors, and averages to teachers. References and counts only.
 
-The campaign process owns the objects (what the learner returns outlives it) and holds what a new actor needs: the last
-whole version, its *anchor*, and the deltas that came after it. Everything older is let go of, and Ray frees it.
+The campaign process owns the objects (what the learner returns outlives the learner) and keeps what a new actor needs:
+the last dense version, its *anchor*, and the deltas after it. It drops everything older, and Ray frees it.
 
     learner    each rank: bucket 0, bucket 1, ... manifest      each bucket travels while the next is filled
     node       one pull of each bucket, however many rollout actors it has
-    actor      verify, decode a delta onto what it holds; then the engine stands still and is given the whole version
+    actor      verifies, decodes a delta onto its base; then the engine stops and is given the complete version
 """
 
 import time
@@ -13,95 +13,102 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from actors.errors import LearnerLostError, LostObjectError
-from cluster.config import WeightsConfig
+from cluster.config import CampaignConfig, WeightsConfig
 from cluster.fleet.ray_actor import fetched
 from cluster.fleet.ray_fleet import Fleet
 
-WITH_THE_LEARNER = "its weights are gone with its node"
+LOST = "its weights are gone with its node"
+
+Averages = dict[str, list[Any]]
+"""Teacher -> references of a weight version: for each rank of the learner its buckets, then their manifest."""
 
 
 @dataclass(eq=False)
 class Published:
-    """One weight version, with what is to be recorded of the update that made it."""
+    """One weight version, and the record of the update that made it."""
 
     version: int
     references: list[Any]
-    """Of each rank of the learner its buckets, and then their manifest: a WeightVersion, or a DeltaVersion."""
+    """For each rank of the learner its buckets, then their manifest: a WeightVersion, or a DeltaVersion."""
     nbytes: int
-    """Of the buckets."""
+    """Total bytes of the buckets."""
     seconds: float
+    """Time from the start of publishing until every rollout actor has loaded it."""
     delta: bool = False
     record: dict[str, Any] = field(default_factory=dict)
+    """The update's line of metrics.jsonl; empty for the version that a campaign starts with."""
     trained: int = 0
-    """Trajectories whose slots it releases."""
-    averages: dict[str, list[Any]] = field(default_factory=dict)
-    """For teachers that follow the student: references, as in followers.py."""
+    """Trajectories of the update, whose slots are released when the version is loaded."""
+    averages: Averages = field(default_factory=dict)
+    """The weights of this version for the teachers that follow the student."""
 
 
 class WeightTransport(Protocol):
-    """How weights get from the learner into every engine. Another one, from GPU to GPU, would be chosen by
-    `weights.transport`; whatever it does, an engine holds one version or the next, never a mixture."""
+    """Brings weights from the learner into every engine. `weights.transport` chooses the class.
+
+    Whatever a transport does, an engine holds one version or the next, never a mixture. Another one, for example from
+    GPU to GPU, would be a class with these methods and a row in TRANSPORTS.
+    """
 
     newest: Published | None
-    """The version that the rollout actors hold, or are about to."""
+    """The version that the rollout actors hold or are loading; None before the first."""
 
     @property
     def version(self) -> int:
-        """Of the newest."""
+        """Policy version of `newest`."""
 
     async def publish(self) -> Published:
-        """Takes the learner's weights as they are now; nothing that the learner does afterwards changes them."""
+        """Takes a copy of the learner's weights; later updates do not change it. LearnerLostError: the learner died."""
 
     async def load(self, published: Published) -> None:
-        """Has every rollout actor load a version; from here on it is what new actors get."""
+        """Loads a version into every living rollout actor, and makes it `newest`. Returns when all have it."""
 
     async def give(self, handle: Any) -> None:
-        """What a new actor gets before its first work: the newest version, also when that changes meanwhile."""
+        """Loads `newest` into one new actor, also when it changes meanwhile. Awaited before the actor gets work."""
 
 
-class Versions:
-    """The transport `object_store`: buckets in Ray's object store, whole or as what changed."""
+class ObjectStoreTransport:
+    """The transport `object_store`: buckets in Ray's object store, dense or as deltas."""
 
     def __init__(self, learner: Fleet, rollout: Fleet, config: WeightsConfig):
         self.newest: Published | None = None
         self._learner, self._rollout, self._config = learner, rollout, config
         self._chain: list[Published] = []
-        """The last whole version and the deltas after it, to the newest."""
+        """The last dense version and all deltas after it, up to the newest."""
 
     @property
     def version(self) -> int:
-        """As WeightTransport."""
+        """Policy version of `newest`; only after the first `load`."""
         assert self.newest is not None
         return self.newest.version
 
     async def publish(self) -> Published:
-        """As WeightTransport. The learner's buckets start to travel while it fills the next."""
+        """Streams the learner's weights into the object store. A delta, unless an anchor is due or it saves too little."""
         start = time.perf_counter()
         anchored = 0 < len(self._chain) < self._config.anchor_every
         delta = self._config.encoding == "delta" and anchored
+        # Each bucket is pulled by the nodes of the rollout actors while the learner still fills the next one.
         ranks = await self._learner.stream("publish", *([True] if delta else []), on_item=self._prefetch)
         try:
             manifests = await fetched(references[-1] for references in ranks)
         except LostObjectError as error:
-            raise LearnerLostError(f"{WITH_THE_LEARNER}: {error}") from error
+            raise LearnerLostError(f"{LOST}: {error}") from error
         return Published(
             manifests[0].version,
             [reference for references in ranks for reference in references],
             sum(manifest.nbytes for manifest in manifests),
             time.perf_counter() - start,
+            # The learner answers with a dense version where a delta would save too little.
             delta=any(hasattr(manifest, "base_version") for manifest in manifests),
         )
 
     async def load(self, published: Published) -> None:
-        """As WeightTransport."""
+        """See WeightTransport. An actor that is lost meanwhile is replaced, and its successor is given the version."""
         start = time.perf_counter()
         self._chain = [*(self._chain if published.delta else []), published]
         self.newest = published
         loading = [replica for replica in self._rollout.replicas if replica.alive]
-        try:
-            await self._rollout.call_each("load_weights", *published.references)
-        except LostObjectError as error:
-            raise LearnerLostError(f"{WITH_THE_LEARNER}: {error}") from error
+        await _load(self._rollout, published.references)
         for replica in loading:
             replica.version = published.version
         published.seconds += time.perf_counter() - start
@@ -109,9 +116,9 @@ class Versions:
             published.record["publish_seconds"] = published.seconds
 
     async def give(self, handle: Any) -> None:
-        """As WeightTransport: the anchor, then every delta after it."""
+        """See WeightTransport. A new actor has no base, so it loads the anchor and then every delta after it."""
         given: Published | None = None
-        while given is not self.newest:
+        while given is not self.newest:  # loading takes a while, and a newer version may come
             first = self._chain.index(given) + 1 if given in self._chain else 0
             given = self._chain[first]
             await handle.load_weights.remote(*given.references)
@@ -123,5 +130,44 @@ class Versions:
         self._rollout.tell_nodes("prefetch", reference)
 
 
-TRANSPORTS = {"object_store": Versions}
-"""By `weights.transport`."""
+TRANSPORTS = {"object_store": ObjectStoreTransport}
+"""Transports by `weights.transport`."""
+
+
+class EmaTeachers:
+    """Gives teachers with an `ema_decay` the moving averages of the student's weights. Without such teachers, idle."""
+
+    def __init__(self, config: CampaignConfig, fleets: dict[str, Fleet], learner: Fleet):
+        following = {name for name, teacher in config.teachers.items() if teacher.ema_decay is not None}
+        self._fleets = {name: fleet for name, fleet in fleets.items() if name in following}
+        self._learner = learner
+        self._newest: Averages = {}
+        for name, fleet in self._fleets.items():
+            fleet.prepare = lambda handle, name=name: self._give(name, handle)
+
+    async def publish(self) -> Averages:
+        """Streams the learner's current averages into the object store."""
+        ranks = {name: await self._learner.stream("publish_average", name) for name in self._fleets}
+        return {name: [reference for part in published for reference in part] for name, published in ranks.items()}
+
+    async def load(self, averages: Averages) -> None:
+        """Loads the averages into every actor of these teachers. New actors get them from now on."""
+        self._newest = averages
+        for name, fleet in self._fleets.items():
+            await _load(fleet, averages[name])
+
+    async def _give(self, name: str, handle: Any) -> None:
+        """Loads the newest average into one new actor, also when it changes meanwhile."""
+        given: Averages = {}
+        while given is not self._newest:
+            given = self._newest
+            if given:
+                await handle.load_weights.remote(*given[name])
+
+
+async def _load(fleet: Fleet, references: list[Any]) -> None:
+    """Loads a version into every living actor of a fleet. LearnerLostError: its objects were lost with a node."""
+    try:
+        await fleet.call_each("load_weights", *references)
+    except LostObjectError as error:
+        raise LearnerLostError(f"{LOST}: {error}") from error

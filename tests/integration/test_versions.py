@@ -15,7 +15,7 @@ from actors.weights.delta import DeltaVersion, Receiver
 from cluster.config import WeightsConfig
 from cluster.fleet.ray_actor import Resources
 from cluster.fleet.ray_fleet import Fleet
-from cluster.loop.weight_sync import Versions
+from cluster.loop.weight_sync import ObjectStoreTransport
 from learner.student.publishing import Publisher
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("ray_session")]
@@ -73,7 +73,9 @@ def with_versions(config: WeightsConfig, elements: int, readers: int, body: Call
         learner, rollout = fleets(elements, readers, config.encoding == "delta")
         try:
             await asyncio.gather(learner.start(), rollout.start())
-            made = SimpleNamespace(learner=learner, rollout=rollout, versions=Versions(learner, rollout, config))
+            made = SimpleNamespace(
+                learner=learner, rollout=rollout, versions=ObjectStoreTransport(learner, rollout, config)
+            )
             rollout.prepare = made.versions.give
             await body(made)
         finally:

@@ -12,7 +12,7 @@ import pytest
 from ray.exceptions import OutOfDiskError
 
 from actors.errors import AbortedError, ActorFaultError
-from actors.rollout.batched_calls import Answering
+from actors.rollout.batched_calls import BatchedCalls
 from actors.trajectory import Requests, RolloutCounts, Trajectories
 from cluster.fleet.ray_actor import Resources
 from cluster.fleet.ray_fleet import Fleet
@@ -21,27 +21,27 @@ pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("ray_session")]
 ABORTED, DEFECT = 1001, 1002
 
 
-class Writer(Answering):
+class Writer(BatchedCalls):
     """A rollout actor without a model: the seed of a request says after how many milliseconds it is answered."""
 
     def __init__(self, folder: str):
         super().__init__()
-        self.folder, self.seen = Path(folder), {"process": os.getpid(), "posts": 0, "takes": 0, "generated": 0}
+        self.folder, self.seen = Path(folder), {"process": os.getpid(), "submits": 0, "collects": 0, "generated": 0}
 
     async def status(self) -> dict[str, int]:
         return self.seen
 
-    async def post(self, box: str, asked: list[tuple[int, Requests]]) -> None:
-        self.seen["posts"] += 1
-        await super().post(box, asked)
+    async def submit(self, client: str, numbered: list[tuple[int, Requests]]) -> None:
+        self.seen["submits"] += 1
+        await super().submit(client, numbered)
 
-    async def take(self, box: str, again: bool) -> Any:
-        self.seen["takes"] += 1
-        taken = await super().take(box, again)
+    async def collect(self, client: str, again: bool) -> Any:
+        self.seen["collects"] += 1
+        collected = await super().collect(client, again)
         if (full := self.folder / "full").exists():
             full.unlink()
-            raise OutOfDiskError("no room for what was taken")
-        return taken
+            raise OutOfDiskError("no room for what was collected")
+        return collected
 
     async def generate(self, requests: Requests) -> tuple[RolloutCounts, Trajectories]:
         self.seen["generated"] += 1
@@ -108,11 +108,11 @@ def test_what_is_asked_together_goes_in_one_call_and_what_is_ready_together_come
 
         answers = await asyncio.gather(*(ask(sample, 1500 if sample == 0 else 300) for sample in range(9)))
         [seen] = await fleet.call_each("status")
-        assert (seen["posts"], seen["generated"]) == (1, 9) and seen["takes"] <= 4
+        assert (seen["submits"], seen["generated"]) == (1, 9) and seen["collects"] <= 4
         assert order[-1] == 0 and sorted(order) == list(range(9)), "none waits for a slower one"
         found = [await written(answer, sample) for sample, answer in enumerate(answers)]
         assert found[0].ids.shape == (1, 3)
-        assert max(len(one.ids) for one in found) > 2 and len({answer[1] for answer in answers}) == seen["takes"]
+        assert max(len(one.ids) for one in found) > 2 and len({answer[1] for answer in answers}) == seen["collects"]
         assert [replica.calls for replica in fleet.replicas] == [0]
         await written(await fleet.ask(request(3)), 3)
 

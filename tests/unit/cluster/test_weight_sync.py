@@ -1,4 +1,4 @@
-"""Teachers that follow the student: who is given which average, and when. With fleets that are made up."""
+"""Teachers that follow the student: which actors get which average, and when. The fleets are fakes."""
 
 import asyncio
 from types import SimpleNamespace
@@ -6,7 +6,7 @@ from typing import Any
 
 from actors.config import StudentConfig, TeacherConfig
 from cluster.config import CampaignConfig
-from cluster.loop.followers import Followers
+from cluster.loop.weight_sync import EmaTeachers
 
 
 class Learner:
@@ -37,18 +37,18 @@ class Teacher:
         self.loaded.append(arguments)
 
 
-def make() -> tuple[Followers, dict[str, Teacher]]:
+def make() -> tuple[EmaTeachers, dict[str, Teacher]]:
     fleets = {"mean": Teacher(), "frozen": Teacher()}
     teachers = {"mean": TeacherConfig("s", ema_decay=0.9), "frozen": TeacherConfig("t")}
     config = CampaignConfig(name="x", student=StudentConfig("s"), teachers=teachers)
-    return Followers(config, fleets, Learner()), fleets  # type: ignore[arg-type]
+    return EmaTeachers(config, fleets, Learner()), fleets  # type: ignore[arg-type]
 
 
 def test_every_version_is_given_to_the_teachers_that_follow_and_to_no_other() -> None:
     async def scenario() -> None:
-        followers, fleets = make()
+        ema, fleets = make()
         for _ in range(2):
-            await followers.load(await followers.publish())
+            await ema.load(await ema.publish())
         assert fleets["mean"].loaded == [published(1), published(2)]
         assert fleets["frozen"].loaded == [] and fleets["frozen"].prepare is None
 
@@ -57,18 +57,18 @@ def test_every_version_is_given_to_the_teachers_that_follow_and_to_no_other() ->
 
 def test_a_new_actor_is_given_the_newest_average_also_when_that_changes_meanwhile() -> None:
     async def scenario() -> None:
-        followers, fleets = make()
+        ema, fleets = make()
         given: list[tuple] = []
 
         async def load(*arguments: str) -> None:
             given.append(arguments)
             if len(given) == 1:
-                await followers.load(await followers.publish())
+                await ema.load(await ema.publish())
 
         handle = SimpleNamespace(load_weights=SimpleNamespace(remote=load))
         await fleets["mean"].prepare(handle)
         assert given == []  # nothing has been published: its files are the average
-        await followers.load(await followers.publish())
+        await ema.load(await ema.publish())
         await fleets["mean"].prepare(handle)
         assert given == [published(1), published(2)]
 
