@@ -1,4 +1,4 @@
-"""Making a vLLM engine in this process: quickly, and on machines without a GPU too."""
+"""Builds vLLM's `LLM` in this process, for the rollout engine and the vLLM teacher: fast, also without a GPU."""
 
 import gc
 import os
@@ -10,22 +10,22 @@ from actors.errors import UserError
 from actors.heartbeat import beat
 
 CPU_KV_CACHE_BYTES = 256 << 20
-"""Without a size of its own, vLLM would take 92% of the machine's memory for each engine."""
+"""KV cache of an engine on a CPU. By default vLLM would take 92% of the machine's memory for each."""
 
 
 @contextmanager
 def importing_vllm() -> Iterator[None]:
-    """Within the block vLLM is imported for the first time.
+    """Context of the first import of vLLM: sets its environment variables and pauses the garbage collector.
 
-    That makes millions of objects that stay; collecting them again and again would take seconds of the start.
+    The import creates millions of objects that stay. Scanning them again and again would take seconds.
     """
     import torch
 
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     if not torch.cuda.is_available():
-        # The first request with log-probs would otherwise compile for ten seconds, and need a C++ compiler.
+        # Otherwise the first request with log-probs compiles for ten seconds, and needs a C++ compiler.
         os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
-        # Tensor-parallel workers of several actors would all be bound to the first core.
+        # Otherwise the tensor-parallel workers of all actors are bound to the first core.
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     gc.disable()
@@ -37,8 +37,9 @@ def importing_vllm() -> Iterator[None]:
 
 
 def build_llm(options: dict[str, Any], more: dict[str, Any], key: str) -> Any:
-    """A vllm.LLM without a tokenizer. `more` are the user's own options, of the configuration key `key`, and win.
+    """Builds a vllm.LLM without a tokenizer.
 
+    more: the user's own options, which take precedence; key: the configuration key that they come from.
     UserError: vLLM does not know one of them.
     """
     import torch
@@ -47,12 +48,12 @@ def build_llm(options: dict[str, Any], more: dict[str, Any], key: str) -> Any:
         from vllm import LLM
     options = {"skip_tokenizer_init": True, "disable_log_stats": True, **options}
     if options["tensor_parallel_size"] > 1:
-        # In an actor with a placement group vLLM would ask Ray for more actors; the GPUs are this actor's own.
+        # In an actor with a placement group vLLM would ask Ray for more actors, but this actor has all GPUs it needs.
         options["distributed_executor_backend"] = "mp"
     if not torch.cuda.is_available():
         options |= {"kv_cache_memory_bytes": CPU_KV_CACHE_BYTES, "enforce_eager": True}
         _skip_model_inspection(options["model"])
-        _look_into_dictionaries_alone()
+        _skip_objects_without_dictionary()
     gc.disable()
     try:
         llm: Any = LLM(**options | more)
@@ -65,7 +66,7 @@ def build_llm(options: dict[str, Any], more: dict[str, Any], key: str) -> Any:
 
 
 def _counted(step: Callable[[], Any]) -> Callable[[], Any]:
-    """An engine's step that tells that it was taken."""
+    """vLLM's step with a heartbeat."""
 
     def counted() -> Any:
         beat()
@@ -74,11 +75,12 @@ def _counted(step: Callable[[], Any]) -> Callable[[], Any]:
     return counted
 
 
-def _look_into_dictionaries_alone() -> None:
-    """vLLM's CPU kernels are put in place wherever modules hold others, in the `vars` of all that they hold.
+def _skip_objects_without_dictionary() -> None:
+    """Makes vLLM's patching of CPU kernels pass over objects whose `vars` are no dictionary.
 
-    Where numba was loaded before, as it is by a delta, that meets llvmlite's library, which answers to any name, `__dict__`
-    too, with a function. The names are private to vLLM: without them, nothing is changed.
+    vLLM looks into the `vars` of everything that modules hold. Where numba is loaded (deltas load it), it finds
+    llvmlite's library there, which answers any attribute, `__dict__` too, with a function. The names are private to
+    vLLM: where they are missing, nothing is changed.
     """
     with suppress(ImportError):
         from vllm.triton_utils import dispatcher
@@ -92,9 +94,9 @@ def _dictionary(value: Any) -> Mapping[str, Any]:
 
 
 def _skip_model_inspection(model: str) -> None:
-    """On its first run on a machine vLLM inspects the model class in a subprocess, which imports vLLM again: 8 s.
+    """Inspects the model's class in this process. By default vLLM uses a subprocess, which imports vLLM again: 8 s.
 
-    The class is inspected in this process instead. The names are private to vLLM: without them, it takes the 8 s.
+    vLLM does so on its first run on a machine. The names are private to vLLM: where they are missing, it takes the 8 s.
     """
     try:
         from transformers import AutoConfig

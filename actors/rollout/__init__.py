@@ -1,1 +1,1 @@
-"""The rollout actor, and the engine that samples for it."""
+"""The rollout actor, and the engines that sample for it."""

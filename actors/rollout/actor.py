@@ -1,4 +1,4 @@
-"""The rollout actor: samples trajectories with the newest weights it was given. A plain class, values in, values out."""
+"""The rollout actor: samples trajectories with the newest weights that it has. A plain class, values in, values out."""
 
 import asyncio
 import os
@@ -22,7 +22,10 @@ from actors.weights.delta import DeltaVersion, Receiver
 
 @contextmanager
 def _ends_with_the_engine() -> Iterator[None]:
-    """Ends the process when its engine has failed: whoever supervises it sees a dead actor, and replaces it."""
+    """Ends the process when its engine has failed. The fleet sees a dead actor and replaces it.
+
+    The exit is immediate: an engine's threads and CUDA state cannot be trusted to shut down any more.
+    """
     try:
         yield
     except EngineError:
@@ -31,7 +34,7 @@ def _ends_with_the_engine() -> Iterator[None]:
 
 
 class RolloutActor(BatchedCalls):
-    """One vLLM engine. Methods are coroutines, so that calls overlap and the engine batches them together."""
+    """One engine. Methods are coroutines, so that calls overlap and the engine batches their requests."""
 
     def __init__(
         self,
@@ -46,8 +49,13 @@ class RolloutActor(BatchedCalls):
         verifier: VerifierConfig | None = None,
         adapter: LoraConfig | None = None,
     ):
-        """keep_weights: a copy of the weights stays on the host, which deltas are applied to. verifier: of the rewards that
-        are given to responses whose requests come with a reference. adapter: what is published are adapters like it."""
+        """Builds the engine, without weights: `load_weights` comes before `generate`.
+
+        model, config, sampling, stop_token_ids, seed, support_size, trust_remote_code, adapter: see Engine.__init__.
+        keep_weights: keep a copy of the weights on the host, which deltas are applied to.
+        verifier: computes the rewards of responses whose requests have a reference.
+        UserError: the engine or the verifier refuses its configuration.
+        """
         super().__init__()
         self._sampling = sampling
         self._reported_seconds = 0.0
@@ -68,7 +76,12 @@ class RolloutActor(BatchedCalls):
         )
 
     async def generate(self, requests: Requests, greedy: bool = False) -> tuple[RolloutCounts, Trajectories]:
-        """Samples every request; returns when the last has finished."""
+        """Samples B requests: (counts for the campaign process, their Trajectories in the same order).
+
+        Returns when the last response has ended. Responses are judged in a helper thread where the requests have
+        references. Errors: AbortedError after `abort`; WeightError before the first `load_weights`. An EngineError ends
+        the process.
+        """
         with _ends_with_the_engine():
             trajectories = await asyncio.wrap_future(self._engine.generate(requests, self._sampling, greedy=greedy))
         if self._judge and requests.references:
@@ -80,6 +93,7 @@ class RolloutActor(BatchedCalls):
                 requests.references,
             )
             trajectories = replace(trajectories, rewards=rewards.astype(np.float32))
+        # Calls overlap, so an engine's seconds belong to no single call: each reports those since the last report.
         busy_seconds = self._engine.busy_seconds - self._reported_seconds
         self._reported_seconds += busy_seconds
         counts = RolloutCounts(
@@ -91,31 +105,30 @@ class RolloutActor(BatchedCalls):
         return counts, trajectories
 
     async def prefetch(self, bucket: np.ndarray) -> None:
-        """Nothing: to call it, Ray has brought the bucket to this node, while the learner still fills the next one."""
+        """Does nothing. To pass the argument, Ray has pulled the bucket to this node, before `load_weights` needs it."""
 
     async def load_weights(self, *published: np.ndarray | WeightVersion | DeltaVersion) -> float:
-        """Verifies and loads a weight version, or what changed since the one before; returns the seconds that the
-        engine stood still for it. published: of each rank of the learner its buckets, and then their manifest.
+        """Verifies and loads a weight version, dense or as a delta. Returns the seconds without sampling.
 
-        What needs no engine, the checksums and the decoding, is done while the engine goes on. WeightError: it is not
-        whole, does not fit the model, or is a change of a version that is not here; the engine keeps what it has.
+        published: for each rank of the learner its buckets ([bytes] uint8), then their manifest. Checksums are verified
+        and deltas decoded in a helper thread, while the engine goes on. WeightError: damaged, for another model, or a
+        delta from a version that is not held; the engine then keeps the weights that it has.
         """
         ranks = await asyncio.to_thread(self._receiver.receive, *published)
         loaded = await asyncio.to_thread(self._engine.load_weights, *join(ranks))
         with _ends_with_the_engine():
             stood_still = await asyncio.wrap_future(loaded)
-        self._receiver.hold(ranks)
+        self._receiver.hold(ranks)  # only now: after an error the old version is still the base of the next delta
         return stood_still or 0.0
 
     async def abort(self, ids: np.ndarray | None = None) -> None:
-        """Gives up what is being generated, or of it these ids [B, 3]; the calls that asked for it end in AbortedError."""
+        """Gives up the requests with these ids [B, 3], or all of them. Their calls end with AbortedError."""
         await asyncio.wrap_future(self._engine.abort(ids))
         if ids is None:
             self.discard()
 
     async def status(self) -> dict[str, float | int | None]:
-        """Version of the weights, tokens sampled and busy seconds: what tells a working actor from a hung one; and how
-        many responses it writes at a time."""
+        """The engine's attributes: responses at a time, version of the weights, tokens sampled, seconds of work."""
         return {
             "seats": self._engine.seats,
             "policy_version": self._engine.version,
@@ -124,5 +137,5 @@ class RolloutActor(BatchedCalls):
         }
 
     async def close(self) -> None:
-        """Ends the engine's thread."""
+        """Closes the engine."""
         self._engine.close()

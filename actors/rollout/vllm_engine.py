@@ -1,8 +1,8 @@
-"""A vLLM engine and the one thread that drives it.
+"""The vLLM engine: an `Engine` that drives vLLM from one thread.
 
-Everything that touches the engine is a command, run by that thread between two engine steps: requests of one call
-enter together, and weights change only between steps, so an engine never computes with a mixture of versions.
-With one GPU (or none) the engine lives in this process and reads weights in place.
+Everything that touches vLLM is a command, which that thread runs between two of vLLM's steps. So the requests of one
+call enter together, and weights change only between steps: no step computes with a mixture of versions. With one GPU
+(or none) vLLM runs in this process and reads the weights in place.
 """
 
 import itertools
@@ -31,17 +31,18 @@ T = TypeVar("T")
 
 
 class _Command(NamedTuple):
-    """What to do between two engine steps."""
+    """A function to run between two steps of the engine."""
 
     do: Callable[[], Any]
     future: Future
-    """Of what that returns."""
+    """Gets the result or the error of `do`."""
     turn: Literal["next", "idle", "any"]
-    """In the order of arrival; then, and once no request runs; or, while such a one waits, before it."""
+    """next: first in, first out. idle: the same, but only once no request is running. any: as `next`, and it may overtake
+    a waiting `idle` command (an abort must not wait for what it aborts)."""
 
 
 class _Call:
-    """The requests of one `generate`, until the last of them has finished."""
+    """The requests of one `generate`, until the last of them has finished. Used in the engine's thread only."""
 
     def __init__(self, requests: Requests, support_size: int):
         self.future: Future = Future()
@@ -66,7 +67,7 @@ class _Call:
 
 
 class VllmEngine:
-    """Samples trajectories with continuous batching; its weights are those of a published version, never a checkpoint's."""
+    """Samples trajectories with vLLM's continuous batching. Its weights come from published versions only."""
 
     def __init__(
         self,
@@ -80,13 +81,13 @@ class VllmEngine:
         trust_remote_code: bool = False,
         adapter: LoraConfig | None = None,
     ):
-        """Builds the engine with random weights: `load_weights` must come before `generate`.
+        """See Engine.__init__. The weights are random, or those of the model's files where an adapter is published.
 
-        adapter: the versions are adapters of this kind, of a model whose weights are those of its files. support_size: how many of the most likely tokens are recorded at each position, for teachers to score. UserError where vLLM refuses an option of `config.engine`.
+        UserError: vLLM does not know an option of `config.engine`.
         """
         self.version: int | None = None
         self.busy_seconds = 0.0
-        """Spent in engine steps since the engine was built."""
+        """Seconds spent in vLLM's steps."""
         self.tokens_sampled = 0
         self._tensor_parallel = config.tensor_parallel_size > 1
         self._wait_for_running, self._recompute_kv = config.on_new_weights == "wait", config.recompute_kv
@@ -103,12 +104,19 @@ class VllmEngine:
         self._llm = _build(model, config, sampling, support_size, seed, trust_remote_code, more)
         self._engine = self._llm.llm_engine
         self.seats: int = self._engine.vllm_config.scheduler_config.max_num_seqs
-        """Requests that one step serves; others wait inside."""
+        """Requests that one step serves. vLLM queues the others."""
         self._thread = threading.Thread(target=self._run, name="vllm-engine", daemon=True)
         self._thread.start()
 
     def generate(self, requests: Requests, sampling: SamplingConfig, *, greedy: bool = False) -> Future:
-        """Samples all B requests; the future's result is their Trajectories, in the order of the requests."""
+        """Samples B requests; the future's result is their Trajectories, in the order of the requests.
+
+        Log-probs are vLLM's, computed in float32 from the logits of the weights' dtype, after temperature, top-k and
+        top-p. Each request has a random generator of its own, seeded with `requests.seeds`, so its sample does not
+        depend on the requests beside it. A response may span several versions of the weights; each token has its own.
+        Any thread may call this. Errors of the future: see Engine.generate; and vLLM's own for a prompt that does not
+        fit into the model's context.
+        """
         call = _Call(requests, self._support_size)
 
         def enter() -> None:
@@ -118,7 +126,8 @@ class VllmEngine:
                 params = self._sampling_params(sampling, int(requests.seeds[place]), greedy)
                 name = str(next(self._names))
                 entry: dict[str, Any] = {"prompt_token_ids": prompt.tolist()}
-                if not self._recompute_kv:  # keys and values of old weights stay, but for requests that know them only
+                if not self._recompute_kv:
+                    # The prefix cache keeps the keys and values of old weights; the salt hides them from new requests.
                     entry["cache_salt"] = str(self.version)
                 self._engine.add_request(name, entry, params, lora_request=self._request)
                 self._waiting[name] = (call, place)
@@ -127,12 +136,11 @@ class VllmEngine:
         return call.future
 
     def load_weights(self, manifest: WeightVersion, buckets: Sequence[np.ndarray]) -> Future:
-        """Replaces all weights between two steps; the future's result is the seconds that the engine stood still.
+        """Replaces all weights between two steps; the future's result is the seconds without a step.
 
-        Requests that run go on with the new ones, or, with `on_new_weights: wait`, end before, while those that come
-        later wait. The bytes are verified, and names and shapes compared with the model's, before anything is touched:
-        vLLM cannot take back an update that fails halfway, so such an engine refuses all further work. All that is done
-        by whoever calls, while the engine goes on; it stands still for the replacement alone.
+        Running requests go on with the new weights. With `on_new_weights: wait` they end first, and later requests wait.
+        Names and shapes are compared with the model's in the caller's thread, before anything is touched: vLLM cannot
+        undo an update that fails halfway. If one fails there all the same, the engine refuses all further work.
         """
 
         def load() -> float:
@@ -154,7 +162,7 @@ class VllmEngine:
         return self._submit(load, "idle" if self._wait_for_running else "next")
 
     def _check_tensors(self, manifest: WeightVersion) -> None:
-        """WeightError unless the version has the model's tensors: what is missing would stay as vLLM has found it."""
+        """WeightError unless the version has exactly the model's tensors. A missing one would silently keep old values."""
         if self._adapter is not None:
             check_adapter(manifest, self._tensors, self._adapter.rank)
             return
@@ -169,7 +177,7 @@ class VllmEngine:
             )
 
     def abort(self, ids: np.ndarray | None = None) -> Future:
-        """Gives up all requests, or those for these ids [B, 3]: their calls fail with AbortedError."""
+        """Gives up the requests with these ids [B, 3], or all. Their calls end with AbortedError."""
         wanted = None if ids is None else {tuple(row) for row in ids.tolist()}
 
         def abort() -> None:
@@ -184,12 +192,12 @@ class VllmEngine:
         return self._submit(abort, "any")
 
     def close(self) -> None:
-        """Ends the thread; what is still being generated is lost."""
+        """Ends the thread. What is still being generated is lost."""
         self._commands.put(None)
         self._thread.join(timeout=10)
 
     def apply_model(self, function: Callable[[Any], T]) -> Future:
-        """Runs a function of the engine's torch module between two steps; the future's result is its list of one."""
+        """Runs a function of vLLM's torch module between two steps. Result: a list of its value in each worker."""
         return self._submit(lambda: self._llm.apply_model(function))
 
     def _replace_weights(self, manifest: WeightVersion, buckets: Sequence[np.ndarray]) -> None:
@@ -201,6 +209,7 @@ class VllmEngine:
             raise WeightError("vLLM kept the prefix cache of the old weights")
 
     def _replace_model(self, manifest: WeightVersion, buckets: Sequence[np.ndarray]) -> None:
+        # vLLM's tensor-parallel workers are other processes, which map the buckets from shared memory.
         with tempfile.TemporaryDirectory(dir="/dev/shm" if self._tensor_parallel else None) as folder:
             update: dict[str, Any] = {"manifest": manifest}
             if self._tensor_parallel:
@@ -238,6 +247,7 @@ class VllmEngine:
     def _run(self) -> None:
         arrived: deque[_Command | None] = deque()
         while True:
+            # Takes all commands that have come; blocks only when there is nothing to step for and nothing to do.
             while not self._commands.empty() or not (self._waiting or arrived):
                 arrived.append(self._commands.get())
             if None in arrived:
@@ -254,7 +264,7 @@ class VllmEngine:
                     command.future.set_exception(error)
 
     def _take(self, arrived: "deque[_Command | None]") -> _Command | None:
-        """The command whose turn it is; None where the next is a step of the engine."""
+        """Removes and returns the command to run now. None: the engine steps first."""
         if not arrived:
             return None
         if self._waiting and arrived[0] is not None and arrived[0].turn == "idle":
@@ -273,7 +283,7 @@ class VllmEngine:
                     call, place = self._waiting[output.request_id]
                     call.finish(place, output.outputs[0])
                     del self._waiting[output.request_id]
-        except Exception as error:  # every waiting and later call learns of it
+        except Exception as error:  # vLLM's state is unknown: every waiting and later call fails
             self._failure = error
             for call, _ in self._waiting.values():
                 call.fail(EngineError(f"the vLLM engine has failed: {error!r}"))
@@ -304,7 +314,7 @@ def _build(
         "seed": seed,
         "weight_transfer_config": {"backend": BACKEND},
         "worker_extension_cls": "actors.rollout.vllm_worker.WorkerExtension",
-        # Log-probs of the distribution that is sampled from; at temperature 1 without filters both modes agree.
+        # Log-probs of the distribution that is sampled from. At temperature 1 without filters both modes agree.
         "logprobs_mode": "raw_logprobs"
         if (sampling.temperature, sampling.top_p, sampling.top_k) == (1.0, 1.0, 0)
         else "processed_logprobs",
@@ -312,8 +322,8 @@ def _build(
         **more,
     }
     if not torch.cuda.is_available():
-        # A prompt that is read in several steps draws in each; vLLM takes a draw back in a way that only the generators
-        # of GPUs know, and fails here. Whole prompts, then: also where keys and values are computed again.
+        # With chunked prefill vLLM samples after each chunk and then rewinds the request's random generator, which only
+        # generators on GPUs support. So prompts are prefilled in one step, also after new weights.
         options["enable_chunked_prefill"] = False
     return build_llm(options, config.engine, "rollout.engine")
 

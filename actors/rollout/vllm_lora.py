@@ -1,8 +1,8 @@
-"""A student's adapter in a vLLM engine: what is published is the adapter alone, and the model beside it stays as it is.
+"""LoRA adapters in the vLLM engine, for `student.lora.publish: adapter`: versions hold the adapter, the model is constant.
 
-vLLM adds it to the output of each layer (`W x + scale * B (A x)`), as the learner does. A version replaces the one before
-under the same number, between two steps; requests that run go on with it.
-Shapes: O, I rows and columns of a layer's weight, r rank.
+vLLM adds the adapter to the output of each layer, W x + scale * B (A x), as the learner does. A version replaces the one
+before under the same id, between two steps; running requests go on with it.
+Shapes: O and I are rows and columns of a layer's weight, r is the rank; A [r, I], B [O, r].
 """
 
 import json
@@ -18,11 +18,11 @@ from actors.errors import WeightError
 from actors.weights.buckets import WeightVersion, shapes, unpack
 
 BEFORE, DOWN, UP = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
-"""In the names of peft's files, which are those of a published adapter."""
+"""Parts of the tensor names in peft's files and in a published adapter."""
 
 
 def adapter_options(lora: LoraConfig) -> dict[str, Any]:
-    """What vLLM must be told so that it can take the adapter."""
+    """Options of vLLM's engine that make room for the adapter. vLLM has rooms for certain ranks only."""
     from vllm.config.lora import MaxLoRARanks
 
     room = min(rank for rank in get_args(MaxLoRARanks) if rank >= lora.rank)
@@ -30,14 +30,17 @@ def adapter_options(lora: LoraConfig) -> dict[str, Any]:
 
 
 def adapter_request() -> Any:
-    """What a request carries to be answered with the adapter; one object serves all."""
+    """The LoRARequest of every request, which selects the adapter."""
     from vllm.lora.request import LoRARequest
 
     return LoRARequest("student", 1, "published")
 
 
 def load_adapter(engine: Any, lora: LoraConfig, manifest: WeightVersion, buckets: Sequence[np.ndarray]) -> None:
-    """Puts the version in the place of the one before, in all of the engine's workers, and tells the engine its number."""
+    """Replaces the adapter in all of vLLM's workers, and sets the version that new tokens are recorded with.
+
+    vLLM reads adapters from directories only, so this writes one in shared memory. WeightError: vLLM refused it.
+    """
     from safetensors.torch import save_file
     from vllm.lora.request import LoRARequest
 
@@ -61,8 +64,10 @@ def load_adapter(engine: Any, lora: LoraConfig, manifest: WeightVersion, buckets
 
 
 def check_adapter(manifest: WeightVersion, model: Mapping[str, tuple[int, ...]], rank: int) -> None:
-    """WeightError unless the version is an adapter of this rank: for some layers of the model, by their names and shapes
-    [O, I], one matrix [r, I] and one [O, r] each."""
+    """WeightError unless the version is an adapter of this rank: matrices [r, I] and [O, r] for some of the model's layers.
+
+    model: tensor name -> shape of the model, with [O, I] for each layer's weight.
+    """
     found = shapes(manifest)
     expected: dict[str, tuple[int, ...]] = {}
     for name in found:

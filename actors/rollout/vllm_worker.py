@@ -1,7 +1,7 @@
-"""What runs inside vLLM's own workers: a weight-transfer engine that loads a weight version from host memory.
+"""Loads weight versions inside vLLM's workers: a weight-transfer engine that reads from host memory.
 
-vLLM finds the class through its registry (`weight_transfer_config={"backend": "understudy"}`); workers in other
-processes import this module because it is named as `worker_extension_cls`.
+vLLM finds the class in its registry, by `weight_transfer_config={"backend": "understudy"}`. Workers in other processes
+import this module, and so register the class, because it is named as `worker_extension_cls`.
 """
 
 import os
@@ -26,19 +26,19 @@ BACKEND = "understudy"
 
 @dataclass
 class HostInitInfo(WeightTransferInitInfo):
-    """Nothing is set up beforehand: no process group, no fixed membership."""
+    """Empty: no process group, no fixed membership."""
 
 
 @dataclass
 class HostUpdateInfo(WeightTransferUpdateInfo):
-    """A whole weight version, already verified."""
+    """A complete weight version with verified checksums."""
 
     manifest: Any
     """WeightVersion."""
     buckets: Any = None
-    """uint8 arrays, when the engine lives in this process: read in place."""
+    """uint8 arrays, read in place. For a worker in the engine's process; else None."""
     paths: Any = None
-    """Files in shared memory, when it does not: mapped, not sent."""
+    """Files in shared memory, which are mapped. For workers in other processes; else None."""
 
 
 class HostWeightTransferEngine(WeightTransferEngine[HostInitInfo, HostUpdateInfo]):
@@ -51,10 +51,10 @@ class HostWeightTransferEngine(WeightTransferEngine[HostInitInfo, HostUpdateInfo
         """Nothing to set up."""
 
     def start_weight_update(self) -> None:
-        """Puts the layers back into the state in which a checkpoint can be loaded."""
+        """Returns the layers to the state in which a checkpoint can be loaded."""
         if current_platform.is_cpu():
-            # The CPU backend packs experts only when it makes their kernel: without a new one they stay unpacked, and
-            # are read as if they were packed.
+            # The CPU backend packs experts only when it builds their kernel. With the old kernel the new experts would
+            # stay unpacked and be read as if they were packed.
             for module in self.model.modules():
                 method: Any = getattr(module, "quant_method", None)
                 if getattr(method, "moe_kernel", None) is not None:
@@ -70,10 +70,10 @@ class HostWeightTransferEngine(WeightTransferEngine[HostInitInfo, HostUpdateInfo
         )
 
     def finish_weight_update(self) -> None:
-        """Converts the layers to the form in which they compute."""
+        """Converts the layers to the form in which they compute (fused, transposed, packed)."""
         finalize_layerwise_reload(self.model, self.model_config)
         if current_platform.is_cpu():
-            # The CPU backend computes from a packed copy, and a reload leaves that of a tied output head as it was.
+            # The CPU backend computes from packed copies, and a reload does not renew that of a tied output head.
             for module in self.model.modules():
                 if isinstance(module, VocabParallelEmbedding) and hasattr(module, "cpu_linear"):
                     module.quant_method.process_weights_after_loading(module)
@@ -83,12 +83,12 @@ class HostWeightTransferEngine(WeightTransferEngine[HostInitInfo, HostUpdateInfo
 
 
 def _mapped(path: str) -> np.ndarray:
-    """A file as a bucket, which is empty where a rank of the learner has no rows of anything in it."""
+    """A file as a bucket. mmap refuses empty files, which come from ranks of the learner without rows."""
     return np.memmap(path, np.uint8, "r") if os.path.getsize(path) else np.empty(0, np.uint8)
 
 
 class WorkerExtension:
-    """Mixed into vLLM's workers; it exists so that they import this module."""
+    """A base class of vLLM's workers, so that they import this module. Empty."""
 
 
 if BACKEND not in WeightTransferEngineFactory._registry:

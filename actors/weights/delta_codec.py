@@ -1,17 +1,26 @@
-"""The code of what changed in one tensor: kernels that numba compiles to vector instructions.
+"""The lossless code of the changes in one tensor: kernels that numba compiles to vector instructions.
 
-A tensor is coded in blocks. A block is a header of two uint32 (bytes that follow it, changed elements) and two lists of
-numbers, one of each for every changed element: how many unchanged ones lie before it, and how far it moved in the order
-of the numbers of its dtype, where down 1, up 1, down 2, up 2 are 0, 1, 2, 3. Where more than two fifths changed, a plane
-says which, in place of the first list. Where nothing changed nothing follows; the new elements follow as they are where
-that is no longer than their code.
+Blocks. A tensor is coded in blocks of BLOCK elements. A block is a header of two uint32 (number of bytes after it, number
+of changed elements) and two lists with a number for each changed element:
 
-A list is a byte `order`, and planes: the lowest bit of every number, then the next, `order` of them. What lies above is
-coded in levels: a plane of those that are not 0; these go on, less 1. From the level `unary` on, a plane of their lowest
-bits follows, and they go on halved. So a list is Golomb-Rice code, in which an outlier goes over into Exp-Golomb code.
-In a plane the first bit is the lowest of its byte, and each plane begins with a byte.
+    gap     how many unchanged elements lie between it and the changed element before
+    step    how far it moved in the order of its dtype's numbers: down 1, up 1, down 2, up 2 are 0, 1, 2, 3
 
-numba does not check indices. What is read from a code is checked here before it is used as a length.
+Where more than two fifths of the elements changed, a plane of bits replaces the gaps. A block without changes is a header
+only. A block whose code would not be shorter holds its new elements unchanged.
+
+Lists. A list is Golomb-Rice code, written in planes. A byte `order` comes first, then `order` planes: bit 0 of every
+number, bit 1, and so on. The rest of each number, shifted right by `order`, is coded in levels: a plane with a bit for
+each number that is not yet 0; those continue, decreased by 1. From level `unary` on, each continuing number also writes its
+lowest bit and is halved, so that outliers cost a logarithm (Exp-Golomb code), not their size. In a plane the first bit
+is the lowest of its byte. Each plane starts on a new byte.
+
+Why by hand. In plain numba loops the same code takes 4 to 10 times as long to encode and 1.4 to 15 times as long to apply
+(docs/benchmarks.md): numba has no names for the instructions that turn comparisons into masks, and that move elements by
+a mask. The few that are needed are given to it as LLVM's, in the section "Vector instructions".
+
+Safety. numba does not check indices. Every length that is read from a code is checked before it is used, so damaged or
+malicious codes are refused and never read or write outside the arrays.
 """
 
 from collections.abc import Callable
@@ -27,28 +36,29 @@ from numba.core.codegen import get_host_cpu_features
 from numba.extending import intrinsic
 
 BLOCK = 1 << 16
-"""Elements that are coded together: few enough for the cache, and for positions of 16 bits."""
+"""Elements of a block: few enough for the L2 cache, and for positions of 16 bits."""
 _HEADER = 8
-"""Bytes of the header of a block."""
+"""Bytes of a block's header."""
 
 _GAPS, _STEPS = np.int64(4), np.int64(1)
-"""`unary` of both lists, by measured sizes: gaps are nearly geometric, steps have heavy tails."""
+"""`unary` of the two lists, chosen by measured sizes: gaps are nearly geometric, steps have heavy tails."""
 _LEVELS = 40
-"""More than numbers of 32 bits can have."""
+"""More levels than a number of 32 bits can have."""
 
 _ZERO: Any = np.int64(0)
-"""A plain 0 would be a type of its own, and cost a compilation of its own wherever it is passed on."""
+"""An int64 0. numba types a literal 0 differently, and would compile every function that it is passed to once more."""
 
 _LANES = 32
-"""Elements of a vector. Arrays of numbers have room for one behind the last, since vectors are read and written whole."""
+"""Elements of a vector. Arrays of numbers have room for one more vector at the end: vectors are read and written whole."""
 _NATIVE = {16} if "+avx512vbmi2" in get_host_cpu_features() else set()
-"""Bits of elements that the processor moves together by a mask; others go one by one, without a branch. (LLVM 20 has a
-substitute for `vector.compress` that is wrong where a vector is too long for the processor.)"""
+"""Element sizes, in bits, for which the processor moves a vector's elements by a mask in one instruction (AVX-512 VBMI2).
+Other sizes and processors move them one by one, without branches. (LLVM 20 could emulate `vector.compress`, but wrongly
+for vectors that are longer than the processor's.)"""
 _WORD = ir.IntType(_LANES)
 
 
 class _Cache(FunctionCache):
-    """What numba has compiled, on disk for other processes. A disk that fails costs seconds, and not the campaign."""
+    """Compiled kernels on disk, shared by processes. A disk that fails costs a compilation, not the campaign."""
 
     def load_overload(self, *arguments: Any) -> Any:
         try:
@@ -66,16 +76,16 @@ _kernel = njit(nogil=True)
 
 def _cached_kernel(function: Callable[..., Any]) -> Any:
     kernel = _kernel(function)
-    with suppress(RuntimeError):  # there is no directory that can be written to
+    with suppress(RuntimeError):  # no directory can be written to
         kernel._cache = _Cache(function)
     return kernel
 
 
-# Vector instructions: each on _LANES elements of an array from an index on, and on a word of as many bits, one for each.
+# Vector instructions. Each works on _LANES elements of an array, from an index on, and on a word with a bit for each.
 
 
 def _built(emit: Callable[..., Any]) -> Callable[..., Any]:
-    """What numba calls to build an instruction: `emit`, given one pointer for each array and the index after it."""
+    """The function that numba calls to build an instruction: it calls `emit` with a pointer for each (array, index)."""
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         operands, rest = [], iter(zip(signature.args, arguments, strict=True))
@@ -108,7 +118,7 @@ def _splat(builder: Any, value: Any) -> Any:
 
 
 def _masked(builder: Any, name: str, operand: Any, bits: Any, otherwise: Any) -> Any:
-    """LLVM's `name` of an operand, a mask and a vector."""
+    """Calls LLVM's masked operation `name`."""
     operands = [operand, builder.bitcast(bits, ir.VectorType(ir.IntType(1), _LANES)), otherwise]
     signature = ir.FunctionType(otherwise.type, [each.type for each in operands])
     name = f"llvm.{name}.v{_LANES}i{otherwise.type.element.width}"
@@ -142,7 +152,7 @@ def _nonzero(_: Any, values: Any, at: Any, mask: Any) -> Any:
 
 @intrinsic
 def _compress(_: Any, source: Any, at: Any, bits: Any, target: Any, to: Any) -> Any:
-    """Writes source[at + i] for each bit i that is set to target[to:], and then anything."""
+    """Writes source[at + i], for each set bit i, to target[to:]. What follows them in the vector is undefined."""
 
     def emit(builder: Any, place: Any, bits: Any, to: Any) -> None:
         _write_some(builder, _read(builder, place, _vector(place)), bits, to)
@@ -152,7 +162,7 @@ def _compress(_: Any, source: Any, at: Any, bits: Any, target: Any, to: Any) -> 
 
 @intrinsic
 def _positions(_: Any, first: Any, bits: Any, target: Any, to: Any) -> Any:
-    """Writes first + i for each bit i that is set to target[to:], and then anything."""
+    """Writes first + i, for each set bit i, to target[to:]. What follows them in the vector is undefined."""
 
     def emit(builder: Any, first: Any, bits: Any, to: Any) -> None:
         lanes = ir.Constant(_vector(to), list(range(_LANES)))
@@ -163,7 +173,7 @@ def _positions(_: Any, first: Any, bits: Any, target: Any, to: Any) -> Any:
 
 @intrinsic
 def _expand(_: Any, source: Any, at: Any, bits: Any, target: Any, to: Any) -> Any:
-    """Writes to target[to + i] the next of source[at:] if bit i is set, else 1. Reads up to _LANES elements."""
+    """target[to + i] = the next element of source[at:] if bit i is set, else 1. Reads up to _LANES elements."""
 
     def emit(builder: Any, place: Any, bits: Any, to: Any) -> None:
         vector = _vector(to)
@@ -186,7 +196,7 @@ def _expand(_: Any, source: Any, at: Any, bits: Any, target: Any, to: Any) -> An
 
 @intrinsic
 def _add(_: Any, values: Any, at: Any, bits: Any, amount: Any) -> Any:
-    """Adds `amount` to values[at + i] for each bit i that is set."""
+    """Adds `amount` to values[at + i], for each set bit i."""
 
     def emit(builder: Any, place: Any, bits: Any, amount: Any) -> None:
         mask = builder.bitcast(bits, ir.VectorType(ir.IntType(1), _LANES))
@@ -198,23 +208,23 @@ def _add(_: Any, values: Any, at: Any, bits: Any, amount: Any) -> Any:
 
 @intrinsic
 def _ones(_: Any, bits: Any) -> Any:
-    """How many bits are set."""
+    """Number of set bits."""
     return types.intp(types.uint32), _built(lambda builder, bits: builder.zext(builder.ctpop(bits), ir.IntType(64)))
 
 
 @intrinsic
 def _store(_: Any, word: Any, out: Any, at: Any) -> Any:
-    """Writes four bytes, the lowest first."""
+    """Writes four bytes, little-endian."""
     return types.void(types.uint32, out, types.intp), _built(_write)
 
 
 @intrinsic
 def _load(_: Any, code: Any, at: Any) -> Any:
-    """Reads four bytes, the lowest first."""
+    """Reads four bytes, little-endian."""
     return types.uint32(code, types.intp), _built(lambda builder, place: _read(builder, place, _WORD))
 
 
-# Planes. n bits are in ceil(n / 8) bytes, of which writing may touch three more.
+# Planes. A plane of n bits has ceil(n / 8) bytes. Writing one may touch three bytes more.
 
 
 @_kernel
@@ -224,7 +234,7 @@ def _bytes(bits: int) -> int:
 
 @_kernel
 def _write_plane(values: np.ndarray, n: int, bit: int, out: np.ndarray, at: int) -> int:
-    """Of each number, whether it has `bit`, 1 or 2 or 4..."""
+    """Writes a plane with bit `bit` (1, 2, 4, ...) of each of n numbers. Returns the index after it."""
     for i in range(0, n, _LANES):
         _store(_nonzero(values, i, bit), out, at + (i >> 3))
     return at + _bytes(n)
@@ -232,7 +242,7 @@ def _write_plane(values: np.ndarray, n: int, bit: int, out: np.ndarray, at: int)
 
 @_kernel
 def _word(code: np.ndarray, at: int, i: int, n: int) -> np.uint32:
-    """Bits i to i + 31 of the plane of n bits that begins at `at`; reads nothing behind it."""
+    """Bits i to i + 31 of the plane of n bits at `at`. Reads nothing beyond the plane."""
     at, left = at + (i >> 3), n - i
     if left >= _LANES:
         return _load(code, at)
@@ -244,6 +254,7 @@ def _word(code: np.ndarray, at: int, i: int, n: int) -> np.uint32:
 
 @_kernel
 def _add_plane(code: np.ndarray, at: int, n: int, bit: int, values: np.ndarray) -> int:
+    """Adds `bit` to each number whose bit is set in the plane. Returns the index after the plane."""
     for i in range(0, n, _LANES):
         _add(values, i, _word(code, at, i, n), bit)
     return at + _bytes(n)
@@ -251,6 +262,7 @@ def _add_plane(code: np.ndarray, at: int, n: int, bit: int, values: np.ndarray) 
 
 @_kernel
 def _set_bits(code: np.ndarray, at: int, n: int) -> int:
+    """Number of set bits in a plane."""
     found = _ZERO
     for i in range(0, n, _LANES):
         found += _ones(_word(code, at, i, n))
@@ -259,19 +271,22 @@ def _set_bits(code: np.ndarray, at: int, n: int) -> int:
 
 @_kernel
 def _spread(code: np.ndarray, at: int, n: int, values: np.ndarray, kept: int) -> None:
-    """The `kept` values go to where the plane's bits are set, 1 to the others; backwards, since none goes to the left."""
+    """Moves the `kept` values to the plane's set bits, in place, and writes 1 elsewhere. The inverse of compressing.
+
+    From the end backwards: values only move to the right, so none is overwritten before it is read.
+    """
     for i in range((n - 1) // _LANES * _LANES, -1, -_LANES):
         bits = _word(code, at, i, n)
         kept -= _ones(bits)
         _expand(values, kept, bits, values, i)
 
 
-# Lists of numbers. Levels deal with what lies above the order, plus 1: going on is to be more than 1.
+# Lists of numbers. Levels code the numbers shifted by `order`, plus 1, so that a number continues if it is above 1.
 
 
 @_kernel
 def _order(values: np.ndarray, n: int) -> int:
-    """The lowest order at which at most 64% of a sample go on: its list is within 2% of the shortest."""
+    """The lowest order at which at most 64% of a sample of the numbers continue. Within 2% of the shortest list."""
     order, more, seen = -1, 1, 1
     while 25 * more > 16 * seen:
         order, more, seen = order + 1, 0, 0
@@ -283,7 +298,10 @@ def _order(values: np.ndarray, n: int) -> int:
 
 @_kernel
 def _write_numbers(values: np.ndarray, n: int, unary: int, out: np.ndarray, at: int, end: int) -> int:
-    """Where the list ends, or `end` if it may not fit. Overwrites the values; zeros must follow them."""
+    """Writes the list of n numbers at `at`. Returns the index after it, or `end` if it may not fit.
+
+    Overwrites the values. _LANES zeros must follow them.
+    """
     word = values.dtype.type
     order = _order(values, n)
     if at + 1 + order * _bytes(n) + 4 > end:
@@ -320,13 +338,14 @@ def _write_numbers(values: np.ndarray, n: int, unary: int, out: np.ndarray, at: 
 
 @_kernel
 def _read_numbers(code: np.ndarray, at: int, end: int, n: int, unary: int, values: np.ndarray) -> int:
-    """Where the list of n numbers ends, or -1 if that is behind `end`."""
+    """Reads the list of n numbers at `at` into `values`. Returns the index after it, or -1 if it exceeds `end`."""
     word = values.dtype.type
     if not 0 <= at < end or code[at] > 8 * values.itemsize:
         return -1
     order, planes = np.int64(code[at]), at + 1
     at = planes + order * _bytes(n)
     counts, starts, level = np.empty(_LEVELS, np.int64), np.empty(_LEVELS, np.int64), 0
+    # First pass: where each level's plane starts, and how many numbers it has. Checks all lengths against `end`.
     kept = n
     while kept:
         counts[level], starts[level] = kept, at
@@ -337,6 +356,7 @@ def _read_numbers(code: np.ndarray, at: int, end: int, n: int, unary: int, value
         if level >= unary:
             at += _bytes(kept)
         level += 1
+    # Second pass, from the last level to the first: undoes what writing did.
     while level:
         level -= 1
         here, start = counts[level], starts[level]
@@ -361,13 +381,17 @@ def _read_numbers(code: np.ndarray, at: int, end: int, n: int, unary: int, value
 
 @_kernel
 def _ordered(bits: int, top: int) -> int:
-    """Bit patterns of floats <-> integers in the order of the numbers (-0.0 just below 0.0); its own inverse."""
+    """Bit patterns of floats <-> integers in the order of the floats (-0.0 just below 0.0). Its own inverse.
+
+    Floats are sign and magnitude: positive patterns are in order already, negative ones are in reverse order, which
+    flipping all bits but the sign (bit `top`) corrects.
+    """
     return bits ^ ((bits >> top) & ((1 << top) - 1))
 
 
 @_kernel
 def _many(count: int, n: int) -> bool:
-    """Whether a plane of n bits says in less time, and as few bytes, which `count` elements changed."""
+    """Whether a plane of n bits codes the positions of `count` changes faster than gaps, and about as short."""
     return 5 * count > 2 * n
 
 
@@ -375,16 +399,20 @@ def _many(count: int, n: int) -> bool:
 def _write_block(
     old: np.ndarray, new: np.ndarray, gaps: np.ndarray, steps: np.ndarray, out: np.ndarray, at: int
 ) -> int:
-    """Where the block ends, at most _HEADER + new.nbytes behind `at`."""
+    """Writes a block at `at`. Returns the index after it, at most `at` + _HEADER + new.nbytes.
+
+    gaps, steps: scratch, with room for one vector more than the block's elements.
+    """
     n, top, word = len(old), 8 * old.itemsize - 1, steps.dtype.type
     for i in range(n):
+        # The difference wraps around, as integers of this size do; reading wraps back.
         step = _ordered(new[i], top) - _ordered(old[i], top)
         steps[i] = word(step << 1) ^ word(-((step >> top) & 1))
     steps[n : n + _LANES] = 0
     start, full, count = at + _HEADER, at + _HEADER + new.nbytes, _ZERO
     for i in range(0, n, _LANES):
         bits = _nonzero(steps, i, ~word(0))
-        _store(bits, out, start + (i >> 3))
+        _store(bits, out, start + (i >> 3))  # the plane of changes; gaps may overwrite it below
         _positions(i, bits, gaps, count)
         _compress(steps, i, bits, steps, count)
         count += _ones(bits)
@@ -394,7 +422,7 @@ def _write_block(
         gaps[i] = position - last - 1
         last = position
     for i in range(count):
-        steps[i] -= word(1)
+        steps[i] -= word(1)  # a changed element's step is never 0
     gaps[count : count + _LANES] = 0
     steps[count : count + _LANES] = 0
     end = start
@@ -404,7 +432,7 @@ def _write_block(
         else:
             end = _write_numbers(gaps, count, _GAPS, out, start, full)
         end = _write_numbers(steps, count, _STEPS, out, end, full)
-    if end == full:
+    if end == full:  # the code is not shorter than the elements
         out[start:full] = new.view(np.uint8)
     _store(np.uint32(end - start), out, at)
     _store(np.uint32(count), out, at + 4)
@@ -413,7 +441,7 @@ def _write_block(
 
 @_kernel
 def _scatter(gaps: np.ndarray, steps: np.ndarray, count: int, moves: np.ndarray) -> bool:
-    """moves = the steps, plus 1, at their places, 0 elsewhere; or False, if there are not as many places."""
+    """Writes each step plus 1 to its position in `moves`, and 0 elsewhere. False: a position is beyond the block."""
     reach, place = count, np.uint64(0)
     for i in range(count):
         reach += gaps[i]
@@ -431,7 +459,7 @@ def _scatter(gaps: np.ndarray, steps: np.ndarray, count: int, moves: np.ndarray)
 def _read_block(
     code: np.ndarray, at: int, old: np.ndarray, new: np.ndarray, gaps: np.ndarray, steps: np.ndarray
 ) -> int:
-    """Where the block ends, or -1 if it is damaged."""
+    """Reads the block at `at` into `new`. Returns the index after it, or -1 if it is damaged."""
     n, top, start = len(old), 8 * old.itemsize - 1, at + _HEADER
     if start > len(code):
         return -1
@@ -441,7 +469,7 @@ def _read_block(
     if end - start == new.nbytes:
         new.view(np.uint8)[:] = code[start:end]
         return end
-    if _many(count, n):  # so it is if there are more than n
+    if _many(count, n):  # true also for a damaged count above n, which the plane then contradicts
         at = start + _bytes(n)
         if at > end or _set_bits(code, start, n) != count:
             return -1
@@ -468,6 +496,7 @@ def _read_block(
 
 @_cached_kernel
 def _write_tensor(old: np.ndarray, new: np.ndarray, gaps: np.ndarray, steps: np.ndarray, out: np.ndarray) -> int:
+    """Writes all blocks of a tensor. Returns the number of bytes."""
     at = _ZERO
     for start in range(0, len(old), BLOCK):
         at = _write_block(old[start : start + BLOCK], new[start : start + BLOCK], gaps, steps, out, at)
@@ -476,6 +505,7 @@ def _write_tensor(old: np.ndarray, new: np.ndarray, gaps: np.ndarray, steps: np.
 
 @_cached_kernel
 def _read_tensor(code: np.ndarray, old: np.ndarray, new: np.ndarray, gaps: np.ndarray, steps: np.ndarray) -> bool:
+    """Reads all blocks of a tensor. False: the code is damaged, or has other than `len(old)` elements."""
     at = _ZERO
     for start in range(0, len(old), BLOCK):
         at = _read_block(code, at, old[start : start + BLOCK], new[start : start + BLOCK], gaps, steps)
@@ -485,33 +515,40 @@ def _read_tensor(code: np.ndarray, old: np.ndarray, new: np.ndarray, gaps: np.nd
 
 
 def _fixed(array: np.ndarray) -> np.ndarray:
-    """A view that cannot be written to, as those of the object store: numba compiles for either kind."""
+    """A read-only view. Arrays of the object store are read-only, and numba would compile once for each kind."""
     view = array.view()
     view.setflags(write=False)
     return view
 
 
 def _scratch(old: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Memory for a block's gaps and steps. New for each call, since calls run in several threads."""
     room = min(len(old), BLOCK) + _LANES
     return np.empty(room, np.uint16), np.empty(room, f"u{old.itemsize}")
 
 
 def room(nbytes: int) -> int:
-    """Bytes that `encode` may write to for a tensor of so many."""
+    """Bytes of `out` that `encode` needs for a tensor of `nbytes`: the tensor, headers, and what planes may touch more."""
     return nbytes + _HEADER * (1 + nbytes // BLOCK) + 4
 
 
 def encode(old: np.ndarray, new: np.ndarray, out: np.ndarray) -> int:
-    """Writes the code of `new` to `out`; returns how many bytes that are.
+    """Encodes `new` relative to `old` into `out`. Returns the number of bytes, at most nbytes + 8 for each block.
 
-    old, new: [elements] int16 or int32, bit patterns of floats.
-    out: [bytes] uint8, `room` for them.
+    old, new: [elements] int16 or int32, bit patterns of floats; read only.
+    out: [at least room(new.nbytes)] uint8.
+    Releases the GIL. The first call of a process for each dtype compiles (seconds), or loads the result from disk.
     """
     assert old.shape == new.shape and len(out) >= room(new.nbytes)
     return _write_tensor(_fixed(old), _fixed(new), *_scratch(old), out)
 
 
 def decode(code: np.ndarray, old: np.ndarray, new: np.ndarray) -> bool:
-    """Writes the new elements to `new`, which has the shape of `old`. False: this is no code of so many elements."""
+    """Decodes `code` relative to `old` into `new`: the inverse of `encode`. Releases the GIL.
+
+    code: [bytes] uint8. old, new: [elements] int16 or int32; `new` is written to.
+    False: `code` is no code for this number of elements; `new` is then undefined. A code that is damaged but well-formed
+    gives other elements, which the checksums of delta.py find.
+    """
     assert old.shape == new.shape
     return _read_tensor(_fixed(code), _fixed(old), new, *_scratch(old))
