@@ -4,8 +4,8 @@
 
 fp32 masters of about 10M parameters (normal, scale 0.02, as models are initialised), gradients of a changing noise
 around a fixed direction, cast to bf16 after each step. The last `MEASURED` steps are coded, when the moments are warm.
-The bound is that of independent elements: the entropy of "changed or not" at each position, and that of the steps.
-Times are the best of several, over one memcpy of the new weights in the same process.
+The bound holds for independent elements: the entropy of "changed or not" at each position, plus that of the steps.
+Times are the best of several, over one memcpy of the new weights in the same process. OMP_NUM_THREADS sets the threads.
 """
 
 import argparse
@@ -35,7 +35,7 @@ def shapes() -> dict[str, tuple[int, ...]]:
 
 
 def version(number: int, parameters: dict[str, torch.nn.Parameter]) -> tuple[WeightVersion, list[np.ndarray]]:
-    """The parameters in bf16, as they are published."""
+    """The parameters in bf16, as they are published: (manifest, buckets)."""
     *buckets, manifest = pack(number, list(parameters.items()), "bfloat16", 64 << 20)
     assert isinstance(manifest, WeightVersion)
     return manifest, [bucket for bucket in buckets if isinstance(bucket, np.ndarray)]
@@ -52,13 +52,13 @@ def best(call: Callable[[], object], times: int) -> float:
 
 
 def entropy(counts: np.ndarray) -> float:
-    """Bits of all symbols together."""
+    """Entropy of all symbols together, in bits."""
     counts = counts[counts > 0].astype(np.float64)
     return float(-(counts * np.log2(counts / counts.sum())).sum())
 
 
 def bound(old: list[np.ndarray], new: list[np.ndarray]) -> tuple[float, float]:
-    """(bytes, share of changed elements), from a derivation of the order that is not the codec's."""
+    """(bytes, share of changed elements). Derives the order of floats independently of the codec."""
 
     def order(buckets: list[np.ndarray]) -> np.ndarray:
         bits = np.concatenate(buckets).view(np.uint16).astype(np.int64)

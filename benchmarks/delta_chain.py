@@ -1,11 +1,11 @@
-"""Chained deltas under faults: is what a reader holds ever neither the old version nor the new? Prints counts.
+"""Chained deltas under faults: checks that a reader always holds the old version or the new one. Prints counts.
 
     python -m benchmarks.delta_chain [--deltas 1000] [--seed 0]
 
-A writer moves weights a little and publishes deltas. On the way each may be damaged (a flipped bit in the payload, or in
-a field of the manifest), come twice, out of order, or not at all; a reader may be killed (it comes back empty) before or
-after it has applied one. After every event the bytes that a reader holds are hashed and looked up among the versions.
-A reader that cannot apply what it got asks for the last whole version and the deltas after it, as a new actor does.
+A writer changes weights a little and publishes deltas. On the way each may be damaged (a flipped bit in the payload, or in
+a field of the manifest), come twice, out of order, or not at all. A reader may be killed, and then holds nothing, before or
+after it has applied one. After every event the reader's bytes are hashed and looked up among those of all versions. A
+reader that cannot apply a delta asks for the last dense version and the deltas after it, as a new actor does.
 """
 
 import argparse
@@ -27,7 +27,7 @@ Delta = tuple[DeltaVersion, np.ndarray]
 
 
 def digest(buckets: list[np.ndarray]) -> str:
-    """Of all bytes."""
+    """SHA-256 of all bytes."""
     found = hashlib.sha256()
     for bucket in buckets:
         found.update(bucket)
@@ -35,7 +35,7 @@ def digest(buckets: list[np.ndarray]) -> str:
 
 
 def damaged(delta: Delta, draw: random.Random) -> Delta:
-    """The same with one bit, or one field, that is wrong."""
+    """A copy with one wrong bit or one wrong field."""
     manifest, payload = delta
     if draw.random() < 0.7 and len(payload):
         wrong = payload.copy()
@@ -48,12 +48,12 @@ def damaged(delta: Delta, draw: random.Random) -> Delta:
 
 
 def apply(receiver: Receiver, delta: Delta) -> None:
-    """As a rollout actor does: all of it, or WeightError and nothing."""
+    """Applies a delta as a rollout actor does: completely, or not at all with WeightError."""
     receiver.hold(receiver.receive(delta[1], delta[0]))
 
 
 def run(deltas: int, seed: int) -> Counter[str]:
-    """What happened."""
+    """Publishes that many deltas; counts of what happened."""
     draw, rng = random.Random(seed), np.random.default_rng(seed)
     weights = torch.from_numpy(rng.normal(0, 0.02, 60_000).astype(np.float32))
     counts: Counter[str] = Counter()

@@ -1,10 +1,10 @@
-"""A weight version from one process to four, against one memory copy and against a pickled state_dict: prints a table.
+"""Time to bring a weight version from one process to four, over one memory copy and a pickled state_dict. Prints a table.
 
     python -m benchmarks.publish [--mebibytes 512] [--readers 4] [--rounds 5]
 
-`versions` is what a campaign does (cluster/loop/weight_sync.py): buckets are laid out with checksums, streamed into the object
-store, read there in place, and verified by every reader. `pickled state_dict` is what is simplest: pickle.dumps, one
-object, pickle.loads in every reader, no check. Engines are left out of both. Best of several rounds, in turn.
+`versions` is what a campaign does (cluster/loop/weight_sync.py): it lays out buckets with checksums and streams them into the
+object store, where every reader verifies them in place. `pickled state_dict` is the simplest way: pickle.dumps, one object,
+pickle.loads in every reader, no check. Neither includes an engine. The ways take turns; the best of several rounds counts.
 """
 
 import argparse
@@ -31,7 +31,7 @@ BUCKET_BYTES = 64 << 20
 
 
 class Writer:
-    """A learner that has weights in bfloat16 and no optimiser."""
+    """A learner with weights in bfloat16 and without an optimizer."""
 
     def __init__(self, mebibytes: int):
         self._version = 0
@@ -42,7 +42,7 @@ class Writer:
         """Alive."""
 
     def publish(self, delta: bool = False) -> Iterator[Any]:
-        """As the learner."""
+        """Publishes a version as the learner does."""
         self._version += 1
         yield from self._publisher.full(self._version, list(self._weights.items()), "bfloat16")
 
@@ -58,7 +58,7 @@ class Reader:
         """Alive."""
 
     def prefetch(self, bucket: np.ndarray) -> None:
-        """As the rollout actor."""
+        """Does nothing, as in the rollout actor."""
 
     def load_weights(self, *published: np.ndarray | WeightVersion) -> float:
         """Verifies every tensor."""
@@ -66,12 +66,12 @@ class Reader:
         return 0.0
 
     def unpickle(self, content: bytes) -> int:
-        """Makes tensors of it."""
+        """Unpickles the state_dict."""
         return len(pickle.loads(content))
 
 
 def fleet(role: str, actor: type, *arguments: Any, replicas: int = 1) -> Fleet:
-    """Of real actors."""
+    """A fleet of real actors."""
     return Fleet(
         role, actor, arguments, {}, replicas=replicas, resources=Resources(0.1, 0), max_restarts=0,
         start_timeout_seconds=120.0, on_event=lambda kind, **_: None,
@@ -79,7 +79,7 @@ def fleet(role: str, actor: type, *arguments: Any, replicas: int = 1) -> Fleet:
 
 
 async def measure(mebibytes: int, readers: int, rounds: int) -> dict[str, float]:
-    """Seconds, the best of the rounds."""
+    """Way -> seconds, the best of the rounds."""
     writer, reading = fleet("learner", Writer, mebibytes), fleet("rollout", Reader, replicas=readers)
     best: dict[str, float] = {}
     source = np.random.default_rng(0).integers(0, 255, mebibytes << 20, dtype=np.uint8)
@@ -110,7 +110,7 @@ async def measure(mebibytes: int, readers: int, rounds: int) -> dict[str, float]
 
 
 def main() -> None:
-    """See the module's docstring."""
+    """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mebibytes", type=int, default=512)
     parser.add_argument("--readers", type=int, default=4)
