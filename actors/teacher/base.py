@@ -130,7 +130,10 @@ class Teacher:
         return first
 
     def _counted(self, scores: TeacherScores, trained: np.ndarray, start: float) -> TeacherCounts:
-        """The counts of a call that began at `start`; adds its time to the busy seconds. trained: [N] bool: the tokens that count."""
+        """The counts of a call that began at `start`; adds its time to the busy seconds.
+
+        trained: [N] bool, tokens whose missing scores are counted; the others are context (see Trajectories).
+        """
         seconds = time.perf_counter() - start
         self._busy_seconds += seconds
         return TeacherCounts(int(np.isnan(scores.logprobs[trained]).sum()), seconds)

@@ -6,7 +6,6 @@ what follows a rule, is explained in `alignment.py`. Shapes: N tokens of the stu
 """
 
 import time
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -122,8 +121,7 @@ class CrossTokenizerTeacher(Teacher):
         rows = np.flatnonzero([len(read) > 0 for read in tokens])  # backends need not know empty responses
         flat = np.concatenate([*tokens, np.zeros(0, np.int32)])
         zeros = np.zeros(len(flat), np.float32)
-        found = replace(
-            written,
+        found = Trajectories(  # of the fields with a default, a teacher with the signal `sampled` reads none
             ids=written.ids[rows],
             prompt_tokens=ragged_rows(prompts.tokens, prompts.offsets, rows),
             prompt_offsets=offsets_of(np.diff(prompts.offsets)[rows]),
@@ -132,7 +130,5 @@ class CrossTokenizerTeacher(Teacher):
             behaviour_logprobs=zeros,
             policy_versions=zeros.astype(np.int32),
             finish_reasons=written.finish_reasons[rows],
-            support_ids=np.zeros((0, 0), np.int32),
-            rewards=np.zeros(0, np.float32),
         )
         return found, np.concatenate(groups), np.concatenate(our_groups)

@@ -1,5 +1,6 @@
 """The scores of a teacher with another tokenizer, against plain forward passes over its own tokens."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,7 @@ def test_what_the_teacher_cannot_read_has_no_score_and_is_counted(models: dict[s
         "response_offsets": offsets_of([len(smile) - 1, 1, 1]),
         "behaviour_logprobs": -np.ones(len(smile) + 1, np.float32),
         "policy_versions": np.zeros(len(smile) + 1, np.int32),
+        "trained": np.ones(len(smile) + 1, bool),
     })  # fmt: skip
     theirs = AutoTokenizer.from_pretrained(models["sentencepiece"])
     counts, scores = make(models, "finer", "sentencepiece").score(broken.ids, broken, prompts=prompts(theirs, 3))
@@ -142,6 +144,16 @@ def test_what_the_teacher_cannot_read_has_no_score_and_is_counted(models: dict[s
     only = broken.ids[1:]
     counts, scores = make(models, "finer", "sentencepiece").score(only, broken, prompts=prompts(theirs, 2))
     assert counts.missing == 2, "of responses of which nothing can be read, the model is not asked"
+
+
+def test_tokens_that_are_context_are_read_and_their_missing_scores_are_not_counted(models: dict[str, Path]) -> None:
+    ours, theirs = (AutoTokenizer.from_pretrained(models[name]) for name in ("byte_level", "finer"))
+    teacher, t = make(models, "byte_level", "finer"), written(ours, ["the answer " * 60, "is 15"], stopped=1)
+    mixed = replace(t, trained=np.arange(len(t.response_tokens)) % 3 > 0)
+    counts, scores = teacher.score(mixed.ids, mixed, prompts=prompts(theirs, 2))
+    expected = teacher.score(t.ids, t, prompts=prompts(theirs, 2))[1].logprobs
+    np.testing.assert_array_equal(scores.logprobs, expected)
+    assert counts.missing == np.isnan(expected[mixed.trained]).sum() > 0
 
 
 def test_what_lies_beyond_the_teachers_context_has_no_score(models: dict[str, Path]) -> None:
