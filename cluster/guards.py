@@ -1,9 +1,8 @@
-"""Guards: what is watched in the metrics of every update, and what is to be done when one of them goes wrong. Pure.
+"""Guards watch one metric of every update and act when it is out of bounds. Pure, standard library only.
 
-A guard compares one metric with a bound, which is a number or a multiple of the metric's own running mean. When the
-metric has been out of bounds for so many updates in a row, the guard acts. Everything that it remembers is in
-`GuardState`, which travels in the checkpoints: a campaign that goes on judges as one that was never interrupted.
-Standard library only.
+The bound is a number, or a multiple of the metric's own running mean. A guard acts after a given number of updates in a
+row out of bounds. Its memory, `GuardState`, is saved in the checkpoints, so a resumed campaign decides as one that was
+never interrupted.
 """
 
 import math
@@ -17,31 +16,31 @@ from actors.errors import UserError
 
 @dataclass
 class GuardConfig:
-    """Watches one metric of every update (docs/metrics.md), and acts when it is out of bounds for some updates in a row."""
+    """Watches one metric of every update (docs/metrics.md) and acts when it is out of bounds for several updates in a row."""
 
     metric: str = "???"
-    """A key of metrics.jsonl, such as `reverse_kl`; not an evaluation's, a total, or a time."""
+    """A metric that docs/metrics.md marks with G, such as `reverse_kl`; not an evaluation's, a total, or a time."""
     above: float | None = None
     """Out of bounds above this."""
     below: float | None = None
     """Out of bounds below this."""
     relative_to_updates: int | None = number(None, minimum=2)
-    """The bounds are multiples of the metric's running mean over about so many updates within bounds; until so many have
-    been seen, and where the mean is not positive, the guard is silent. Null: the bounds are in the metric's own unit."""
+    """The bounds are multiples of the metric's running mean over about this many updates within bounds. The guard does not
+    act before it has seen this many, nor while the mean is not positive. Null: the bounds are in the metric's own unit."""
     updates: int = number(1, minimum=1)
-    """It acts when the metric is out of bounds in so many updates in a row."""
+    """The guard acts after this many updates in a row out of bounds."""
     action: Literal["none", "warn", "lower_rate", "roll_back", "stop"] = "warn"
-    """`warn` writes it down. `lower_rate` multiplies the learning rate by `rate_factor`. `roll_back` goes back to the last
-    checkpoint from before the metric went out of bounds, lowers the rate too, and goes on with other prompts. `stop` ends
-    the campaign with an error. `none` turns the guard off."""
+    """`warn` records an event. `lower_rate` multiplies the learning rate by `rate_factor`. `roll_back` continues from the
+    last checkpoint from before the metric went out of bounds, with a lower rate and other prompts. `stop` ends the
+    campaign with an error. `none` turns the guard off."""
     rate_factor: float = number(0.5, above=0, maximum=1)
-    """For `lower_rate` and `roll_back`: what the learning rate is multiplied by from then on."""
+    """For `lower_rate` and `roll_back`: factor on the learning rate from then on."""
     at_most: int = number(3, minimum=1)
-    """For `lower_rate` and `roll_back`: how often. The campaign is stopped where it would have to be done once more."""
+    """For `lower_rate` and `roll_back`: how often the guard may do it. After that it stops the campaign instead."""
 
 
 def default_guards() -> dict[str, GuardConfig]:
-    """What every campaign is told about, unless it turns them off."""
+    """The guards of every campaign. They warn; the configuration can change them or turn them off."""
     return {
         "kl_rises": GuardConfig("reverse_kl", above=3.0, relative_to_updates=20, updates=3),
         "length_rises": GuardConfig("response_length_mean", above=3.0, relative_to_updates=20, updates=3),
@@ -52,14 +51,14 @@ def default_guards() -> dict[str, GuardConfig]:
 
 @dataclass(frozen=True)
 class Watch:
-    """What one guard remembers."""
+    """The memory of one guard."""
 
     mean: float = 0.0
     """Running mean of the values within bounds."""
     seen: int = 0
-    """Of how many values."""
+    """Number of values in the mean."""
     streak: int = 0
-    """Updates in a row that were out of bounds."""
+    """Updates in a row out of bounds, up to now."""
     since: int = 0
     """The first update of the streak."""
     acted: int = 0
@@ -68,11 +67,11 @@ class Watch:
 
 @dataclass(frozen=True)
 class GuardState:
-    """What all guards remember, and what they have changed."""
+    """The memory of all guards, and their factor on the learning rate."""
 
     watches: dict[str, Watch] = field(default_factory=dict)
     rate_scale: float = 1.0
-    """What the learning rate of the schedule is multiplied by."""
+    """Factor on the learning rate of the schedule."""
 
     def to_json(self) -> dict[str, Any]:
         """For the checkpoint."""
@@ -81,12 +80,12 @@ class GuardState:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> "GuardState":
-        """The inverse of `to_json`; {} for a checkpoint from before there were guards."""
+        """The inverse of `to_json`. Checkpoints of releases without guards have {}."""
         watches = {name: Watch(**watch) for name, watch in content.get("watches", {}).items()}
         return cls(watches, content.get("rate_scale", 1.0))
 
     def rolled_back(self, then: "GuardState") -> "GuardState":
-        """As the guards were at an earlier update, but for what they have done since."""
+        """The state at an earlier update, but with the number of actions and the rate factor of now."""
         watches = {
             name: replace(then.watches.get(name, Watch()), acted=watch.acted) for name, watch in self.watches.items()
         }
@@ -95,28 +94,28 @@ class GuardState:
 
 @dataclass(frozen=True)
 class Finding:
-    """One guard that acts, and why."""
+    """An action of one guard, and its reason."""
 
     guard: str
     action: Literal["warn", "lower_rate", "roll_back", "stop"]
     metric: str
     value: float
     bound: float
-    """What the value was compared with."""
+    """The bound, in the metric's unit."""
     step: int
     """The update that was judged."""
     since: int
     """The first update of those in a row that were out of bounds."""
     reason: str
-    """One line: metric, value, bound, for how long; and that it has acted too often, where that is why it stops."""
+    """One line: metric, value, bound, for how long; and whether it stops because it has acted too often."""
 
 
 def judge(
     guards: Mapping[str, GuardConfig], state: GuardState, record: Mapping[str, Any]
 ) -> tuple[GuardState, list[Finding]]:
-    """The state after an update with these metrics (a line of metrics.jsonl), and what is to be done about them.
+    """The guards' state after an update, and the actions that are due. record: the update's line of metrics.jsonl.
 
-    A metric that was not measured, or is no number, leaves its guards as they were.
+    A metric that is absent or NaN leaves its guards unchanged.
     """
     watches, scale, findings = dict(state.watches), state.rate_scale, []
     for name, guard in guards.items():
@@ -135,8 +134,11 @@ def judge(
 
 
 def _seen(guard: GuardConfig, watch: Watch, value: float, step: int) -> tuple[Watch, str]:
-    """The guard's memory with one more value; `above` or `below` where it is out of bounds. What is out of bounds does
-    not move the mean that it is compared with."""
+    """(the guard's memory with one more value, `above` or `below` for a value out of bounds, else "").
+
+    Values out of bounds are left out of the running mean: otherwise a slow rise would raise its own bound.
+    mean_n = mean_(n-1) + (value - mean_(n-1)) / min(n, relative_to_updates).
+    """
     side = ""
     if (unit := _unit(guard, watch)) is not None:
         if guard.above is not None and value > guard.above * unit:
@@ -154,7 +156,7 @@ def _seen(guard: GuardConfig, watch: Watch, value: float, step: int) -> tuple[Wa
 
 
 def _unit(guard: GuardConfig, watch: Watch) -> float | None:
-    """What the bounds are multiples of; None while there is nothing to compare with."""
+    """What the bounds are multiples of; None while the guard has no mean to compare with."""
     if guard.relative_to_updates is None:
         return 1.0
     return watch.mean if watch.seen >= guard.relative_to_updates and watch.mean > 0 else None
@@ -180,8 +182,11 @@ def _ordinal(count: int) -> str:
 
 
 def check_guards(guards: Mapping[str, GuardConfig], metrics: Iterable[str], checkpointed_updates: int) -> None:
-    """UserError for a guard that cannot work. `metrics` are those that the campaign's updates have; among the last
-    `checkpointed_updates` updates there is always a checkpoint."""
+    """UserError for a guard that cannot work.
+
+    metrics: those that guards may watch in this campaign. checkpointed_updates: a checkpoint from within this many of
+    the last updates always exists.
+    """
     for name, guard in guards.items():
         key, known = f"guards.{name}", sorted(metrics)
         if guard.action == "none":

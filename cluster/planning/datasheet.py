@@ -1,9 +1,9 @@
-"""What a stage would cost on hardware that one does not have yet: estimates from data sheets. Pure.
+"""Estimates seconds and memory of each stage on a GPU from its data sheet, before one has that GPU. Pure.
 
 A forward pass takes 2 FLOPs for each parameter and token, a training step 6, 8 with gradient checkpointing (Kaplan et
 al. 2020, section 2.1; Chowdhery et al. 2022, appendix B). Sampling reads the weights and the cache of every running
-sequence once a step: it is bound by memory (Pope et al. 2022, section 2). What is reached of the data sheet's figures
-is taken from published runs (EFFICIENCY); a measured run is better than any of this.
+sequence once a step: it is bound by memory (Pope et al. 2022, section 2). EFFICIENCY, the share of the data sheet's
+figures that is reached, is from published runs. A measured run is more accurate than these estimates.
 """
 
 from dataclasses import dataclass
@@ -11,14 +11,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Gpu:
-    """From the data sheet."""
+    """Figures of the data sheet."""
 
     flops: float
     """Dense bfloat16 FLOPs a second."""
     bandwidth: float
-    """Bytes a second of its memory."""
+    """Memory bandwidth, bytes a second."""
     memory: float
-    """Bytes."""
+    """Memory, bytes."""
 
 
 GPUS = {
@@ -30,17 +30,17 @@ GPUS = {
     "B200": Gpu(2250e12, 8.0e12, 180e9),
 }
 EFFICIENCY = {"prefill": 0.4, "decode": 0.6, "train": 0.35}
-"""Share of the data sheet's figure that is reached: of FLOPs, of bandwidth, of FLOPs."""
+"""Share of the data sheet's figure that is reached: FLOPs in prefill and training, bandwidth in decoding."""
 
 
 @dataclass(frozen=True)
 class ModelSize:
-    """What of a model decides time and memory."""
+    """The properties of a model that determine time and memory."""
 
     parameters: float
     """All of them."""
     active_parameters: float
-    """Those that one token meets; fewer than all in a mixture of experts."""
+    """Parameters that compute one token; fewer than all in a mixture of experts."""
     cache_bytes_per_token: float
     """Keys and values of one token over all layers, 2 bytes each."""
     vocabulary: int
@@ -49,19 +49,21 @@ class ModelSize:
 
 @dataclass(frozen=True)
 class Load:
-    """What one update asks for."""
+    """The work of one update."""
 
     trajectories: int
     prompt_tokens: float
-    """Mean of a prompt."""
+    """Mean length of a prompt."""
     response_tokens: float
-    """Mean of a response."""
+    """Mean length of a response."""
 
 
 def rollout_seconds(load: Load, student: ModelSize, gpu: Gpu, gpus: float, concurrency: int) -> float:
-    """Of one engine for one update: prompts at the speed of FLOPs, responses at that of memory or FLOPs.
+    """Seconds of one engine for one update. Prompts are bound by FLOPs, responses by memory or FLOPs.
 
-    gpus: its tensor-parallel ranks. concurrency: sequences that run at a time, at most; the cache's room limits it too.
+    gpus: its tensor-parallel ranks. concurrency: most sequences that run at a time; the cache's size limits them too.
+    One decoding step takes max(bytes read / bandwidth, 2 x parameters x sequences / FLOPs); on average half of each
+    response is in the cache.
     """
     context = load.prompt_tokens + load.response_tokens
     running = max(1.0, min(concurrency, load.trajectories, cached_sequences(load, student, gpu, gpus)))
@@ -81,27 +83,29 @@ def cached_sequences(load: Load, student: ModelSize, gpu: Gpu, gpus: float) -> f
 
 
 def teacher_seconds(load: Load, teacher: ModelSize, gpu: Gpu, gpus: float) -> float:
-    """Of one teacher actor for one update: one forward pass over prompts and responses."""
+    """Seconds of one teacher actor for one update: one forward pass over prompts and responses."""
     tokens = load.trajectories * (load.prompt_tokens + load.response_tokens)
     return 2 * teacher.active_parameters * tokens / (gpu.flops * gpus * EFFICIENCY["prefill"])
 
 
 def learner_seconds(load: Load, student: ModelSize, gpu: Gpu, gpus: float, checkpointing: bool) -> float:
-    """Of the learner for one update over all its ranks: forward and backward, and the forward again where it is
-    recomputed."""
+    """Seconds of the learner for one update on all its ranks: forward, backward, and with checkpointing the forward again."""
     tokens = load.trajectories * (load.prompt_tokens + load.response_tokens)
     passes = 8 if checkpointing else 6
     return passes * student.active_parameters * tokens / (gpu.flops * gpus * EFFICIENCY["train"])
 
 
 def teacher_bytes(teacher: ModelSize, microbatch_tokens: int, head_chunk_tokens: int) -> tuple[float, float]:
-    """(weights in bfloat16, activations: hidden states of a micro-batch and the head's chunk in float32)."""
+    """(bytes of the bfloat16 weights, bytes of a micro-batch's hidden states and of one float32 chunk of the head)."""
     activations = 2 * 8 * microbatch_tokens * teacher.hidden + 2 * 4 * head_chunk_tokens * teacher.vocabulary
     return 2 * teacher.parameters, activations
 
 
 def learner_bytes(student: ModelSize, ranks: int) -> tuple[float, float]:
-    """Of one rank (its share of float32 weights, gradients and AdamW's two moments, 16 bytes a parameter; what it computes
-    with: a bfloat16 copy, or, of several ranks, embedding and head, which they gather, see docs/scaling.md)."""
+    """(bytes of one rank's optimiser state, bytes of the weights that it computes with).
+
+    The state is float32 weights, gradients and AdamW's two moments: 16 bytes for each parameter of its share. One rank
+    computes with a bfloat16 copy; several ranks gather embedding and head (docs/scaling.md).
+    """
     gathered = 14 * student.vocabulary * student.hidden
     return 16 * student.parameters / ranks, 2 * student.parameters if ranks == 1 else gathered

@@ -1,9 +1,9 @@
-"""Which role limits a campaign, what another actor of it would give, and how many of each to start. Pure.
+"""Predicts throughput: the role that limits a campaign, the gain of one more actor, the best numbers of actors. Pure.
 
-A campaign is a pipeline of stages. One update asks of stage s a work of W_s actor-seconds, which its n_s actors share.
-Overlapped (pipeline.max_staleness >= 1) an update takes as long as the slowest stage, max_s W_s / n_s; strictly
-on-policy the stages wait for one another, and it takes their sum. What scheduling, waiting and transport add is one
-factor, `overhead`, measured where there was a run to measure. This is the bottleneck law of a closed queueing network
+A campaign is a pipeline of stages. For one update, stage s has W_s actor-seconds of work, shared by its n_s actors.
+With pipeline.max_staleness >= 1 the stages overlap, and an update takes as long as the slowest: max_s W_s / n_s. With
+0 they take turns, and an update takes the sum. Scheduling, waiting and transport add one factor, `overhead`, which is
+measured where there is a run. This is the bottleneck law of a closed queueing network
 (Denning and Buzen, 1978, "The operational analysis of queueing network models").
 """
 
@@ -16,35 +16,35 @@ ORDINALS = ("", "first", "second", "third", "fourth", "fifth", "sixth", "seventh
 
 @dataclass(frozen=True)
 class Stage:
-    """What one role has to do for one update."""
+    """The work of one role for one update."""
 
     role: str
     """`rollout`, `teacher` or `learner`."""
     work_seconds: float
     """Seconds that one actor alone would need for one update."""
     replicas: float = 1
-    """A mean, where it has changed."""
+    """Number of actors; the mean, if it changed."""
     gpus_per_replica: float = 1.0
 
     @property
     def scalable(self) -> bool:
-        """Whether another actor would share the work: a learner's ranks are decided by its size."""
+        """Whether another actor would share the work. The learner's ranks depend on the model's size instead."""
         return self.role != "learner"
 
     @property
     def seconds(self) -> float:
-        """Of one update, shared by the actors that there are."""
+        """Seconds for one update, with all its actors."""
         return self.work_seconds / self.replicas
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A number of actors for each role, and what is to be expected of it."""
+    """A number of actors for each role, and the throughput that it gives."""
 
     stages: tuple[Stage, ...]
     overlapped: bool
     overhead: float = 1.0
-    """Measured seconds of an update over those of this model."""
+    """Measured seconds of an update divided by the predicted ones."""
 
     @property
     def update_seconds(self) -> float:
@@ -54,25 +54,25 @@ class Plan:
 
     @property
     def gpus(self) -> float:
-        """GPUs that all actors take together."""
+        """GPUs of all actors together."""
         return sum(stage.replicas * stage.gpus_per_replica for stage in self.stages)
 
     def utilisation(self) -> dict[str, float]:
-        """Role -> share of the time that its actors work."""
+        """Role -> share of the time in which its actors work."""
         return {stage.role: stage.seconds / self.update_seconds for stage in self.stages}
 
     @property
     def bottleneck(self) -> Stage:
-        """The stage that takes longest."""
+        """The slowest stage."""
         return max(self.stages, key=lambda stage: stage.seconds)
 
     def scaled(self, role: str, replicas: float) -> "Plan":
-        """The same with another number of actors of one role."""
+        """The same plan with another number of actors of one role."""
         stages = tuple(replace(s, replicas=replicas) if s.role == role else s for s in self.stages)
         return replace(self, stages=stages)
 
     def gain(self, role: str) -> float:
-        """What one more actor of the role would add to the throughput: 0.38 is +38%. 0 where the role does not scale."""
+        """Gain in throughput from one more actor of the role: 0.38 is +38%. 0 for a role that cannot be scaled."""
         stage = next(stage for stage in self.stages if stage.role == role)
         if not stage.scalable:
             return 0.0
@@ -99,10 +99,10 @@ def measured(
     overlapped: bool,
     publish_seconds: float = 0.0,
 ) -> Plan:
-    """The plan that a run has followed, from its summary.json: `busy`, `updates`, `loop_seconds`.
+    """The plan of a finished run, from `busy`, `updates` and `loop_seconds` of its summary.json.
 
-    replicas, gpus: by role, of that run. publish_seconds: mean of an update, which the learner spends on it besides.
-    ValueError: the run took no update, or a role did nothing.
+    replicas, gpus: role -> actors, and GPUs of one of them. publish_seconds: mean seconds for which the learner publishes
+    weights after an update. ValueError: the run took no update, or a role did nothing.
     """
     updates = summary["updates"]
     if not updates or any(summary["busy"][role] <= 0 for role in replicas):
@@ -121,11 +121,11 @@ def measured(
 
 
 def for_gpus(plan: Plan, gpus: float) -> Plan:
-    """The numbers of actors that make the most of so many GPUs: one of each role, then the next where it gives most.
+    """The best numbers of actors for `gpus` GPUs: start with one of each role, then add where it gains most.
 
-    For overlapped stages, raising the slowest until the GPUs are spent minimises the maximum; for stages in sequence
-    the gains diminish, and the largest for each GPU is the best (both are exact where actors take the same number of
-    GPUs). ValueError: the GPUs do not suffice for one actor of each role.
+    For overlapped stages, adding to the slowest until no GPU is left minimises the maximum. For stages that take turns,
+    gains diminish, so the largest gain for each GPU is the best choice. Both are exact if all actors take the same
+    number of GPUs. ValueError: `gpus` is not enough for one actor of each role.
     """
     best = replace(plan, stages=tuple(replace(s, replicas=1) if s.scalable else s for s in plan.stages))
     if best.gpus > gpus + 1e-9:
@@ -142,13 +142,13 @@ def for_gpus(plan: Plan, gpus: float) -> Plan:
 
 
 def _tied(plan: Plan) -> bool:
-    """Whether two scalable stages are the slowest together: one more of either gives nothing, one of each does."""
+    """Whether several scalable stages are equally slow: one more actor of one gains nothing, one more of each does."""
     slowest = [s for s in plan.stages if s.seconds > plan.bottleneck.seconds * (1 - 1e-9)]
     return plan.overlapped and len(slowest) > 1 and all(stage.scalable for stage in slowest)
 
 
 def table(plans: Sequence[tuple[str, Plan]]) -> list[list[str]]:
-    """Rows for the terminal, a heading first: of each plan its roles, then all of it; [rows][columns] of text."""
+    """Rows of text for the terminal, [rows][columns]: a heading, then for each plan its roles and a total."""
     rows = [["", "role", "actors", "GPUs", "s/update", "busy", "one more"]]
     for name, plan in plans:
         use = plan.utilisation()
@@ -165,6 +165,6 @@ def table(plans: Sequence[tuple[str, Plan]]) -> list[list[str]]:
 
 
 def mean_of(rows: Iterable[Mapping[str, Any]], key: str) -> float:
-    """Mean of a metric over the lines that have it; 0 where none has."""
+    """Mean of a metric over the lines that have it; 0 without any."""
     values = [row[key] for row in rows if row.get(key) is not None]
     return sum(values) / len(values) if values else 0.0

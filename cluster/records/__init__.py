@@ -1,1 +1,1 @@
-"""The files of a run directory: written, read back, sent to trackers."""
+"""The files of a run directory: the writer, the readers, and the tables of events and metrics."""

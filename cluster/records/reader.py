@@ -1,4 +1,4 @@
-"""A run as its records tell it, whether it has ended, still goes on, or has crashed: figures, settings, and its pace."""
+"""Reads a run directory, of a campaign that has ended, is running, or has crashed: metrics, events, settings, pace."""
 
 import json
 import os
@@ -22,12 +22,12 @@ from cluster.records.writer import (
 )
 
 BUSY = {"rollout": "busy_rollout", "teacher": "busy_teacher", "learner": "busy_learner"}
-"""Role -> the metric of the seconds that its actors worked."""
+"""Role -> the metric with the seconds that its actors worked."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """What is on disk of one run."""
+    """The content of one run directory."""
 
     path: Path
     name: str
@@ -40,17 +40,17 @@ class Run:
     trajectories: dict[int, Path]
 
     def first(self, key: str) -> Any:
-        """The earliest value of a metric that there is."""
+        """The earliest value of a metric; None without one."""
         return next((row[key] for row in self.metrics if row.get(key) is not None), None)
 
     def last(self, key: str) -> Any:
-        """The newest value of a metric that there is."""
+        """The newest value of a metric; None without one."""
         return next((row[key] for row in reversed(self.metrics) if row.get(key) is not None), None)
 
     @property
     def result(self) -> dict[str, Any]:
-        """summary.json; for a campaign without one, as much of it as the metrics tell."""
-        told = {
+        """summary.json; without one, the same values as far as the metrics give them."""
+        from_metrics = {
             "accuracy_start": self.first("eval/accuracy"),
             "accuracy_end": self.last("eval/accuracy"),
             "accuracy_sampled_start": self.first("eval/accuracy_sampled"),
@@ -64,10 +64,10 @@ class Run:
             "faults": sum(event["kind"] in FAULTS for event in self.events),
             "busy": {role: sum(row.get(key) or 0 for row in self.metrics) for role, key in BUSY.items()},
         }
-        return {**told, **{key: value for key, value in self.summary.items() if value is not None}}
+        return {**from_metrics, **{key: value for key, value in self.summary.items() if value is not None}}
 
     def setting(self, key: str, default: Any = None) -> Any:
-        """One value of the configuration, by its full key."""
+        """A value of the configuration. Example: `run.setting("rollout.replicas", 1)`."""
         node: Any = self.config
         for part in key.split("."):
             node = node.get(part) if isinstance(node, dict) else None
@@ -75,7 +75,7 @@ class Run:
 
 
 def load_run(path: Path) -> Run:
-    """Reads a run directory. Only metrics.jsonl must be there."""
+    """Reads a run directory. Only metrics.jsonl has to exist. UserError: it is no run directory, or a file is broken."""
     if not (path / METRICS_FILE).is_file():
         found = f"no {METRICS_FILE} in it" if path.is_dir() else "a file" if path.exists() else "nothing"
         raise UserError(str(path), found, "the run directory of a campaign that has begun, <output_dir>/<name>")
@@ -93,7 +93,7 @@ def load_run(path: Path) -> Run:
 
 
 def _parsed(text: str) -> dict[str, Any]:
-    """The configuration as a dictionary; {} where it is torn: the text is shown all the same."""
+    """The configuration as a dictionary; {} for invalid YAML, whose text the report shows anyway."""
     try:
         content = yaml.safe_load(text)
     except yaml.YAMLError:
@@ -102,7 +102,7 @@ def _parsed(text: str) -> dict[str, Any]:
 
 
 def with_throughput(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows, with `tokens_per_second` over the time since the line before."""
+    """The rows with `tokens_per_second` added: tokens over seconds since the line before."""
     result: list[dict[str, Any]] = []
     before: tuple[float, float] | None = None
     for row in rows:
@@ -117,7 +117,7 @@ def with_throughput(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def tokens_so_far(row: dict[str, Any]) -> float | None:
-    """`tokens_generated` of a line; the untrained student stands at 0."""
+    """`tokens_generated` of a line; 0 for the untrained student's."""
     return row.get("tokens_generated", 0 if row["step"] == 0 else None)
 
 
@@ -125,16 +125,16 @@ class Pace(NamedTuple):
     """How the loop's time was spent."""
 
     shares: dict[str, float]
-    """Share of the loop's time that one actor of each role works; empty where nothing was measured."""
+    """Role -> share of the loop's time that one of its actors works; empty without measurements."""
     replicas: dict[str, int]
-    """At the end."""
+    """Role -> actors at the end."""
     loop_seconds: float
     over_slowest: float
-    """The loop's time over that of its slowest stage."""
+    """The loop's time divided by the time of its slowest stage."""
 
 
 def pace(run: Run) -> Pace:
-    """From the summary; without one, from the metrics: the loop's time is then that between the first and last line."""
+    """The pace from the summary; without one, from the metrics, with the time between the first and the last line."""
     result = run.result
     teachers = [t for t in run.setting("teachers", {}).values() if isinstance(t, dict)]
     replicas = {

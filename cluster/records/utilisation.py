@@ -1,12 +1,12 @@
-"""Where the seconds of each actor go, and a trace of it for chrome://tracing or ui.perfetto.dev. Pure but for the clock.
+"""Measures how each actor spends its time and what that costs; writes a trace for chrome://tracing or ui.perfetto.dev.
 
-The fleets say when a call to an actor begins and ends. Between these an actor is in one state, so that the seconds of
-all states add up to the wall clock:
+Fleets report when a call to an actor begins and ends. At each moment an actor is in one state, so the seconds of all
+states add up to the wall clock. Everything is pure except for the clock.
 
     busy      at least one call to generate, score, update or save is under way
     loading   its weights are replaced (rollout), or laid out to be published (learner)
-    blocked   nothing to do because the stages after it have not caught up
-    waiting   nothing to do because the stages before it have not caught up
+    blocked   idle because later stages have not caught up
+    waiting   idle because earlier stages have not caught up
     away      it has died, and its replacement is starting
 """
 
@@ -20,12 +20,12 @@ from typing import Any, Protocol
 STATES = ("busy", "loading", "blocked", "waiting", "away")
 TRACE_FILE = "trace.json"
 MAX_SLICES = 40_000
-"""Of a trace; where there are more, those of an actor that lie next to each other are told as one."""
+"""Most slices of a trace; above it, neighbouring slices of an actor are merged."""
 
 LOADS = {"publish": "loading", "away": "away"}
-"""Methods whose calls are not work, and the state they put an actor in."""
+"""Method whose call is not work -> state of the actor meanwhile."""
 IGNORED = frozenset({"status", "abort", "saved", "load_weights"})
-"""Calls that take no time. While weights travel an actor works on; `load_weights` answers how long it stood still."""
+"""Calls that are not counted. An actor keeps working while weights arrive; `load_weights` returns how long it paused."""
 
 
 @dataclass
@@ -34,36 +34,36 @@ class _Track:
 
     role: str
     since: float
-    """When the present state began."""
+    """When the current state began."""
     blocked_before: float
-    """The role's blocked seconds by then."""
+    """The role's blocked seconds at that time."""
     under_way: dict[str, int] = field(default_factory=dict)
-    """Method -> calls."""
+    """Method -> calls under way."""
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STATES, 0.0))
 
     @property
     def doing(self) -> str:
-        """The method that decides the state; "" where there is nothing to do."""
+        """The method that determines the state; "" for an idle actor."""
         return max(self.under_way, key=lambda method: LOADS.get(method) is not None, default="")
 
 
 class Utilisation:
-    """Tracks of all actors, from the moment it is made."""
+    """Tracks all actors, from its creation on."""
 
     def __init__(self, actors: Mapping[str, str], clock: Callable[[], float] = time.perf_counter):
         """actors: name -> role."""
         self._clock, self._start = clock, clock()
         self._blocked: dict[str, tuple[float, float | None]] = {}
-        """Role -> seconds that it has been blocked, and since when it is now (None: it is not)."""
+        """Role -> (seconds blocked so far, start of the current block or None)."""
         self._tracks = {name: _Track(role, self._start, 0.0) for name, role in actors.items()}
         self._slices: list[tuple[str, str, float, float]] = []
-        """(actor, what, start, end) of all that was not idleness."""
+        """(actor, method, start, end) of everything except idle time."""
         self._finest = 1e-4
-        """Gaps of fewer seconds are not shown once there are too many slices."""
+        """Slices with a shorter gap between them, in seconds, are merged once there are too many."""
         self._counters: list[tuple[float, dict[str, int]]] = []
 
     def began(self, actor: str, role: str, method: str) -> None:
-        """A call to an actor is under way."""
+        """A call to an actor begins."""
         if method not in IGNORED:
             track = self._track(actor, role)
             if method not in track.under_way:
@@ -71,7 +71,7 @@ class Utilisation:
             track.under_way[method] = track.under_way.get(method, 0) + 1
 
     def ended(self, actor: str, role: str, method: str, answer: Any = None) -> None:
-        """A call has ended; `load_weights` answers the seconds that the engine stood still, which lie just behind."""
+        """A call has ended. `load_weights` returns the seconds for which the engine paused, just before now."""
         track = self._track(actor, role)
         if method == "load_weights" and isinstance(answer, float):
             self._stood_still(actor, track, answer)
@@ -83,27 +83,27 @@ class Utilisation:
                 track.under_way[method] -= 1
 
     def blocked(self, role: str, is_blocked: bool) -> None:
-        """Whether actors of this role that have nothing to do wait for the stages after them, not for those before."""
+        """Whether idle actors of this role wait for later stages (blocked) instead of earlier ones (waiting)."""
         seconds, since = self._blocked.get(role, (0.0, None))
         if is_blocked != (since is not None):
             now = self._clock()
             self._blocked[role] = (seconds, now) if since is None else (seconds + now - since, None)
 
     def queues(self, depths: dict[str, int]) -> None:
-        """How much waits at each stage, now: a counter of the trace."""
+        """Adds stage -> trajectories that wait for it now, as a counter of the trace."""
         self._counters.append((self._clock(), depths))
         if len(self._counters) > MAX_SLICES // 10:
             self._counters = self._counters[::2]
 
     def seconds(self) -> dict[str, dict[str, float]]:
-        """Actor -> state -> seconds so far; they add up to the time since this was made."""
+        """Actor -> state -> seconds; for each actor they add up to the time since it was first seen."""
         now = self._clock()
         for name, track in self._tracks.items():
             self._pass_time(name, track, now)
         return {name: dict(track.seconds) for name, track in self._tracks.items()}
 
     def write_trace(self, path: Path) -> None:
-        """Trace events in JSON, one track for each actor; times are microseconds since this was made."""
+        """Writes trace events as JSON: one track for each actor, times in microseconds since the creation."""
         self.seconds()
         numbers = {name: number for number, name in enumerate(self._tracks, 1)}
         events: list[dict[str, Any]] = [
@@ -133,7 +133,7 @@ class Utilisation:
         return self._tracks[actor]
 
     def _pass_time(self, actor: str, track: _Track, now: float, state: str = "", what: str = "") -> None:
-        """The present state ends now (or is found to have been another), and the next begins."""
+        """Ends the current state now and begins the next. state, what: given where the time turns out to be another state's."""
         blocked, what = self._blocked_until(track.role, now), what or track.doing
         if what:
             track.seconds[state or LOADS.get(what, "busy")] += now - track.since
@@ -163,7 +163,7 @@ class Utilisation:
 
 
 def _joined(slices: Iterable[tuple[str, str, float, float]], gap: float) -> list[tuple[str, str, float, float]]:
-    """Neighbours of one actor that do the same, with less than `gap` between them, as one slice."""
+    """Merges neighbouring slices of an actor with the same method and less than `gap` seconds between them."""
     last: dict[str, int] = {}
     found: list[tuple[str, str, float, float]] = []
     for actor, what, start, end in slices:
@@ -178,7 +178,7 @@ def _joined(slices: Iterable[tuple[str, str, float, float]], gap: float) -> list
 
 
 def add_up(*parts: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
-    """Seconds by actor and state, over several runs of one campaign."""
+    """Actor -> state -> seconds, summed over several processes of one campaign."""
     total: dict[str, dict[str, float]] = {}
     for part in parts:
         for actor, states in part.items():
@@ -189,7 +189,7 @@ def add_up(*parts: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, flo
 
 
 def mean_actors(actors: Mapping[str, Mapping[str, float]], loop_seconds: float) -> dict[str, float]:
-    """Role -> how many actors there were on average over the loop: fleets grow, shrink, and lose some for a while."""
+    """Role -> mean number of actors over the loop: fleets grow, shrink and lose actors for a while."""
     present: dict[str, float] = {}
     for actor, states in actors.items():
         seconds = sum(states.values()) - states["away"]
@@ -199,7 +199,7 @@ def mean_actors(actors: Mapping[str, Mapping[str, float]], loop_seconds: float) 
 
 
 def role_of(actor: str) -> str:
-    """`teacher.maths-0` -> `teacher`: the teachers are one role, whatever their names."""
+    """`teacher.maths-0` -> `teacher`: all teachers count as one role."""
     return actor.partition("-")[0].partition(".")[0]
 
 
@@ -215,21 +215,21 @@ def by_role(actors: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, fl
 
 
 class Reserved(Protocol):
-    """What one actor of a role holds."""
+    """What an actor of one role reserves."""
 
     @property
     def cpus(self) -> float:
-        """Cores."""
+        """Processor cores."""
 
     @property
     def gpus(self) -> float:
-        """GPUs, or a share of one."""
+        """GPUs; less than 1 for a share of one."""
 
 
 def cost_of(
     actor_seconds: Mapping[str, Mapping[str, float]], reserved: Mapping[str, Reserved], tokens: int
 ) -> dict[str, Any]:
-    """GPU and CPU hours of each role during the loop, and the tokens sampled for each GPU hour (None without GPUs).
+    """GPU and CPU hours of each role during the loop, and sampled tokens per GPU hour (None without GPUs).
 
     actor_seconds: actor -> state -> seconds, over all states, so that they sum to the time that the actor
     was there. reserved: what an actor of each role holds.

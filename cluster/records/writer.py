@@ -1,7 +1,7 @@
-"""What a campaign writes down, and how it is read back: metrics, events, sample trajectories, the summary.
+"""Writes and reads the records of a run: metrics, events, the ledger, sample trajectories, the summary.
 
-One process writes (the campaign), any number read, at any moment: lines are whole or at the very end of the file,
-other files appear by renaming. NaN and infinity, which JSON does not have, are written as null. Standard library only.
+One process writes (the campaign); any number may read at any moment. Only the last line of a file can be incomplete, and
+other files appear by renaming. JSON has no NaN and no infinity: they are written as null. Standard library only.
 """
 
 import json
@@ -35,7 +35,7 @@ SUMMARY_KEYS = (
     "faults",
     "ledger",
 )
-"""summary.json has these; `busy` is seconds for each role, `ledger` the number of trajectories in each state."""
+"""Keys of summary.json. `busy`: role -> seconds. `ledger`: state -> number of trajectories."""
 
 TRAJECTORY_KEYS = (
     "id",
@@ -50,14 +50,14 @@ TRAJECTORY_KEYS = (
     "reference",
     "reward",
 )
-"""Every line of trajectories/step_*.jsonl has these; the lists have one entry for each token of the response."""
+"""Keys of each line of trajectories/step_*.jsonl. Lists have one entry for each token of the response."""
 
 
 class RunRecords:
-    """The writer of one run directory. To go on after a crash, make it anew and call `truncate_after`."""
+    """Writes one run directory. After a crash, create a new one and call `truncate_after`."""
 
     def __init__(self, run_dir: Path, *, max_files: int = 24, max_rows: int = 64):
-        """At most `max_files` files of trajectories are kept, of at most `max_rows` trajectories each."""
+        """max_files: how many files of sample trajectories are kept. max_rows: how many trajectories each of them holds."""
         self.run_dir, self.max_files, self.max_rows = Path(run_dir), max_files, max_rows
         self.run_dir.mkdir(parents=True, exist_ok=True)
         for name in (METRICS_FILE, EVENTS_FILE, LEDGER_FILE):
@@ -65,18 +65,21 @@ class RunRecords:
         steps, events = (read_jsonl(self.run_dir / name) for name in (METRICS_FILE, EVENTS_FILE))
         self._wall_before = max((float(row["wall_seconds"]) for row in [*steps, *events]), default=0.0)
         self.last_step = max((row["step"] for row in steps), default=-1)
-        """Step of the last line of metrics.jsonl, -1 where there is none."""
+        """Step of the last line of metrics.jsonl; -1 without lines."""
         self.on_metrics: Callable[[Mapping[str, Any]], None] | None = None
-        """Called with each line of metrics.jsonl after it is written."""
+        """Called with each line of metrics.jsonl, after it is written."""
         self._started = time.monotonic()
 
     @property
     def wall_seconds(self) -> float:
-        """Seconds that the campaign has run; after a restart it goes on from the last line, downtime not counted."""
+        """Seconds that the campaign has run, without downtime: a restart continues from the last line."""
         return round(self._wall_before + time.monotonic() - self._started, 3)
 
     def metrics(self, record: Mapping[str, Any]) -> None:
-        """Appends the line of one step. Steps ascend; `wall_seconds` is put in where it is missing."""
+        """Appends the line of one step; adds `wall_seconds` where it is missing.
+
+        ValueError: a metric that every line has is missing, or the step is not greater than the last one.
+        """
         row = {**record, "wall_seconds": record.get("wall_seconds", self.wall_seconds)}
         _demand_keys(METRICS_FILE, row, METRIC_KEYS if row.get("step") else STEP_ZERO_KEYS)
         if row["step"] <= self.last_step:
@@ -87,7 +90,7 @@ class RunRecords:
             self.on_metrics(row)
 
     def event(self, kind: str, cause: str = "", **fields: Any) -> None:
-        """Appends what happened: a kind such as `actor_died`, why, and anything that says where (role, actor, step).
+        """Appends an event: a kind such as `actor_died`, its cause, and fields that say where (role, actor, step).
 
         ValueError for a kind that has no row in event_table.py: nobody could describe it.
         """
@@ -97,18 +100,21 @@ class RunRecords:
         _append(self.run_dir / EVENTS_FILE, {**fields, **row})
 
     def closed(self, row: Mapping[str, Any]) -> None:
-        """Appends what became of some trajectories (cluster/state/ledger.py) to ledger.jsonl."""
+        """Appends a row of the ledger (cluster/state/ledger.py): trajectories that were trained on or dropped."""
         _append(self.run_dir / LEDGER_FILE, row)
 
     def keep_closed(self, as_known: Callable[[dict[str, Any]], dict[str, Any] | None]) -> list[dict[str, Any]]:
-        """Has the rows of ledger.jsonl as a checkpoint knows them, without those that it does not know; returns them."""
+        """Rewrites ledger.jsonl with the rows that a checkpoint knows, and returns them.
+
+        as_known: a row -> the row as the checkpoint has it, or None where it does not know it.
+        """
         path = self.run_dir / LEDGER_FILE
         rows = [known for row in read_jsonl(path) if (known := as_known(row)) is not None]
         write_atomically(path, "".join(_to_json(row) + "\n" for row in rows))
         return rows
 
     def keep_trajectories(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Writes the first `max_rows` of `rows` (TRAJECTORY_KEYS) for reading, and thins the files out to `max_files`."""
+        """Writes the first `max_rows` of `rows` (TRAJECTORY_KEYS). Of too many files it deletes some, evenly over the steps."""
         directory = self.run_dir / TRAJECTORIES_DIRECTORY
         directory.mkdir(exist_ok=True)
         lines = []
@@ -121,29 +127,31 @@ class RunRecords:
             files.pop(_most_crowded(list(files))).unlink()
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
-        """Replaces summary.json, as a whole or not at all."""
+        """Replaces summary.json atomically."""
         _demand_keys(SUMMARY_FILE, summary, SUMMARY_KEYS)
         write_atomically(self.run_dir / SUMMARY_FILE, _to_json(summary, indent=2) + "\n")
 
     def flush(self) -> None:
-        """Has the lines that were written so far on disk, also if the machine were to stop now."""
+        """Forces all lines to disk, so that they survive a crash of the machine."""
         for name in (METRICS_FILE, EVENTS_FILE, LEDGER_FILE):
             if (path := self.run_dir / name).exists():
                 with path.open("rb") as file:
                     os.fsync(file.fileno())
 
     def set_aside_after(self, step: int, more: Iterable[Mapping[str, Any]]) -> None:
-        """Moves the lines of updates after `step` from metrics.jsonl to undone.jsonl, with those of `more` that are not
-        written yet: a campaign that is rolled back goes on from `step`."""
+        """Moves the lines of updates after `step` from metrics.jsonl to undone.jsonl; for a rollback to `step`.
+
+        more: lines of such updates that are not written yet.
+        """
         written = [row for row in read_jsonl(self.run_dir / METRICS_FILE) if row["step"] > step]
         for row in (*written, *(row for row in more if row["step"] > max(step, self.last_step))):
             _append(self.run_dir / UNDONE_FILE, row)
         self.truncate_after(step)
 
     def truncate_after(self, step: int) -> None:
-        """Forgets what was recorded of steps after `step`, and the summary: the campaign goes on from there.
+        """Deletes the metrics and trajectories of steps after `step`, and the summary: the campaign continues from there.
 
-        Events stay: they happened. -1 forgets the evaluation of the untrained student too.
+        Events stay, because they happened. -1 deletes the evaluation of the untrained student too.
         """
         rows = [row for row in read_jsonl(self.run_dir / METRICS_FILE) if row["step"] <= step]
         write_atomically(self.run_dir / METRICS_FILE, "".join(_to_json(row) + "\n" for row in rows))
@@ -155,7 +163,7 @@ class RunRecords:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file, one a line; [] where there is no file. A last line that is still being written is left out."""
+    """The JSON objects of a file, one from each line; [] without a file. An incomplete last line is ignored."""
     try:
         lines = Path(path).read_bytes().split(b"\n")
     except FileNotFoundError:
@@ -174,7 +182,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 def read_summary(run_dir: Path) -> dict[str, Any]:
-    """summary.json, or {} for a campaign that has not ended."""
+    """summary.json; {} for a campaign that has not ended."""
     try:
         return json.loads((Path(run_dir) / SUMMARY_FILE).read_text("utf-8"))
     except FileNotFoundError:
@@ -182,7 +190,7 @@ def read_summary(run_dir: Path) -> dict[str, Any]:
 
 
 def trajectory_files(run_dir: Path) -> dict[int, Path]:
-    """step -> file of the trajectories that were kept, in ascending order."""
+    """Step -> file of its sample trajectories, in ascending order."""
     files = sorted((Path(run_dir) / TRAJECTORIES_DIRECTORY).glob("step_*.jsonl"))
     return {int(path.stem.removeprefix("step_")): path for path in files}
 
@@ -193,13 +201,13 @@ def _demand_keys(where: str, row: Mapping[str, Any], keys: Iterable[str]) -> Non
 
 
 def _most_crowded(steps: list[int]) -> int:
-    """The step whose loss leaves the smallest gap; neither the first, where it all began, nor the last."""
+    """The step to delete: the one between the two closest neighbours, but never the first or the last."""
     inner = range(1, len(steps) - 1)
     return steps[min(inner, key=lambda i: steps[i + 1] - steps[i - 1], default=0)]
 
 
 def _finite(value: Any, digits: int | None) -> Any:
-    """`value` as JSON has it: NaN and infinity become null, numpy and torch scalars and arrays become Python's."""
+    """`value` for JSON: NaN and infinity become None; scalars and arrays of numpy and torch become Python values."""
     if isinstance(value, float):
         return (round(value, digits) if digits else value) if math.isfinite(value) else None
     if isinstance(value, Mapping):
@@ -210,18 +218,18 @@ def _finite(value: Any, digits: int | None) -> Any:
 
 
 def _to_json(row: Mapping[str, Any], *, digits: int | None = None, indent: int | None = None) -> str:
-    """One JSON text; TypeError for a value that JSON does not have."""
+    """The JSON text. TypeError for a value that JSON cannot represent."""
     return json.dumps(_finite(row, digits), ensure_ascii=False, allow_nan=False, indent=indent)
 
 
 def _append(path: Path, row: Mapping[str, Any]) -> None:
-    line = _to_json(row).encode(errors="backslashreplace") + b"\n"  # half a surrogate pair becomes JSON's own escape
-    with path.open("ab") as file:  # written and flushed at once: a reader sees the line whole, or torn at the very end
+    line = _to_json(row).encode(errors="backslashreplace") + b"\n"  # half a surrogate pair becomes an escape
+    with path.open("ab") as file:  # one write: a reader sees the complete line, or an incomplete last line
         file.write(line)
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replaces a file's content, on disk as a whole or not at all."""
+    """Replaces a file's content: after a crash it is the old or the new one, never a mixture."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with temporary.open("wb") as file:
         file.write(text.encode(errors="backslashreplace"))
@@ -231,7 +239,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def _cut_torn_line(path: Path) -> None:
-    """Removes what a crash left behind the last newline, so that the next line starts at a line's start."""
+    """Removes an incomplete last line that a crash left, so that the next line does not continue it."""
     if path.exists():
         content = path.read_bytes()
         if not content.endswith(b"\n"):

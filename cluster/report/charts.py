@@ -1,7 +1,7 @@
-"""Line charts and stacked bars as inline SVG: static, coloured by the page's style sheet, light in bytes. Pure.
+"""Line charts and stacked bars as inline SVG. Pure.
 
-The page's script reads `data-x` and `data-y` for what is shown under the pointer; without it the charts are complete
-all the same. Colours are classes, c0 to c7, so that light and dark are decided where the page is read.
+The charts are complete without a script, also in print; the page's script only reads `data-x` and `data-y` for the values
+under the pointer. Colours are classes, c0 to c7, so the reader's browser decides between light and dark.
 """
 
 import itertools
@@ -13,12 +13,12 @@ from typing import NamedTuple
 
 PALETTE_SIZE = 8
 MAX_POINTS = 200
-"""A longer series is drawn as the means of so many parts, on a band from each part's lowest to its highest value."""
+"""A longer series is drawn as this many means, with a band from the lowest to the highest value of each part."""
 
 
 @dataclass(frozen=True)
 class Series:
-    """One line: None among `ys` is a gap. Example: Series("greedy", [0, 10], [0.1, 0.9], dots=True)."""
+    """One line; None in `ys` is a gap. Example: Series("greedy", [0, 10], [0.1, 0.9], dots=True)."""
 
     label: str
     xs: Sequence[float]
@@ -32,17 +32,17 @@ class Series:
 
     @property
     def look(self) -> str:
-        """Its classes in the style sheet."""
+        """Its classes of the style sheet."""
         return f"c{self.colour}" + " dashed" * self.dashed + " faint" * self.faint
 
     @property
     def values(self) -> list[float]:
-        """The values that are there."""
+        """All values except gaps."""
         return [y for y in self.ys if y is not None]
 
 
 class Mark(NamedTuple):
-    """Something that happened at `place` on the x axis. Example: Mark(31, "rolled back", "bad", "length is 80, …")."""
+    """An event at `place` on the x axis. Example: Mark(31, "rolled back", "bad", "length is 80, …")."""
 
     place: float
     name: str
@@ -52,7 +52,7 @@ class Mark(NamedTuple):
 
 @dataclass(frozen=True)
 class Axis:
-    """One direction of a chart: the numbers from `low` to `high` on the pixels from `start` to `stop`."""
+    """One axis of a chart: maps numbers from `low` to `high` to pixels from `start` to `stop`."""
 
     low: float
     high: float
@@ -68,7 +68,7 @@ class Axis:
         return self.start + (self.stop - self.start) * ((value - low) / (high - low) if high > low else 0.5)
 
     def ticks(self, count: int) -> list[float]:
-        """About `count` round numbers within the axis."""
+        """About `count` round numbers on the axis."""
         if self.log:
             powers = range(math.ceil(math.log10(self.low) - 1e-9), math.floor(math.log10(self.high) + 1e-9) + 1)
             return [10.0**power for power in powers][:: max(1, math.ceil(len(powers) / count))]
@@ -78,7 +78,7 @@ class Axis:
 
 
 def thinned(series: Series, limit: int = MAX_POINTS) -> Series:
-    """The series in at most `limit` points, each the mean of its part; `low` and `high` are the part's extremes."""
+    """The series with at most `limit` points: each is the mean of a part, with the part's extremes as `low` and `high`."""
     if len(series.xs) <= limit:
         return series
     bounds = [round(i * len(series.xs) / limit) for i in range(limit + 1)]
@@ -106,8 +106,11 @@ def line_chart(
     size: tuple[int, int] = (400, 190),
     end_labels: bool = False,
 ) -> str:
-    """Lines over a common x. `references` are horizontal lines, `marks` vertical ones; `undone` are drawn behind, and not
-    told under the pointer; `y_limits` are values that the y axis includes at least."""
+    """Lines over a common x axis.
+
+    references: (name, y) of horizontal lines. marks: vertical lines. undone: series that are drawn behind the others and
+    not shown under the pointer. y_limits: values that the y axis includes at least. end_labels: names at the lines' ends.
+    """
     series = [thinned(one) for one in series if one.values]
     x_format = x_format or compact
     x, y = _axes([*series, *undone], references, y_limits, size, right=104 if end_labels else 10)
@@ -143,7 +146,7 @@ def stacked_bars(
     size: tuple[int, int] = (400, 190),
     limit: int = 60,
 ) -> str:
-    """`columns[i]` are the parts, by label, of the bar at xs[i]; neighbours are averaged where there are too many."""
+    """Bars at `xs`; columns[i][j] is the part of bar i that belongs to labels[j]. More than `limit` bars are averaged."""
     share = max(1, math.ceil(len(xs) / limit))
     groups = [slice(i, i + share) for i in range(0, len(xs), share)]
     means = [[sum(part) / len(part) for part in zip(*columns[group], strict=True)] for group in groups]
@@ -167,7 +170,7 @@ def stacked_bars(
 
 
 def compact(value: float) -> str:
-    """Three digits or so: 0.0312, 12, 1.5k, 2.1M, 3e-08."""
+    """About three digits: 0.0312, 12, 12.3k, 2.1M, 3e-8."""
     size = abs(value)
     for limit, sign in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
         if size >= limit * 0.9995:
@@ -207,7 +210,9 @@ def _axes(
     size: tuple[int, int],
     right: float,
 ) -> tuple[Axis, Axis]:
-    """Axes that show all. The y axis is logarithmic where a linear one would show a few peaks above a flat line."""
+    """Axes that include everything. The y axis is logarithmic where a linear one would show peaks above a flat line:
+    all values positive, and the largest above 30 times the median.
+    """
     width, height = size
     xs = [x for one in series for x in one.xs] or [0.0, 1.0]
     ys = [y for one in series for y in (*one.values, *(v for v in (*one.low, *one.high) if v is not None))]
@@ -241,7 +246,7 @@ def _grid(x: Axis, y: Axis, x_format: Callable[[float], str], y_format: Callable
 
 
 def _line(series: Series, x: Axis, y: Axis) -> str:
-    """Band, line and dots of one series; a gap in the values is a gap in the line."""
+    """Band, line and dots of one series."""
     look = series.look
     points = [None if v is None else (x.at(u), y.at(v)) for u, v in zip(series.xs, series.ys, strict=True)]
     band = [
@@ -278,14 +283,14 @@ def _mark(mark: Mark, x: Axis, y: Axis) -> str:
 def _data(
     label: str, xs: Sequence[float], ys: Sequence[float | None], y_format: Callable[[float], str], look: str
 ) -> str:
-    """What the page's script shows under the pointer: positions, and values as they are to be read."""
+    """Positions and formatted values, for the page's script."""
     texts = ";".join("" if value is None else y_format(value) for value in ys)
     places = ";".join(f"{value:.7g}" for value in xs)
     return f'<g class="data {look}" data-label="{escape(label)}" data-x="{places}" data-y="{escape(texts)}"/>'
 
 
 def _end_labels(ends: Sequence[tuple[float, str, str]], left: float, y: Axis) -> str:
-    """Names at the lines' ends, moved apart where they would overlap."""
+    """Names at the lines' ends, moved apart so that they do not overlap."""
     gap, parts, above = 14.0, [], -math.inf
     ordered = sorted(ends)
     lowest = y.start - gap * (len(ordered) - 1)
@@ -302,7 +307,7 @@ def _svg(size: tuple[int, int], label: str, data: str, parts: Sequence[str]) -> 
 
 
 def _round_step(rough: float) -> float:
-    """The nearest of 1, 2, 2.5, 5 times a power of ten that is not smaller."""
+    """The smallest of 1, 2, 2.5, 5 times a power of ten that is at least `rough`."""
     if rough <= 0:
         return 1.0
     power = 10.0 ** math.floor(math.log10(rough))

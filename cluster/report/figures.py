@@ -1,4 +1,4 @@
-"""Which curves a report shows, and how they are read from the lines of metrics.jsonl."""
+"""The charts of a report, drawn from the lines of metrics.jsonl and the rows of metric_table.py."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -26,12 +26,12 @@ Rows = Sequence[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Figure:
-    """One chart of the page. Several keys share it: the first is drawn solid, the second dashed."""
+    """One chart of the page. The first key is drawn solid; others are faint, or dashed for held-out prompts."""
 
     title: str
     note: str
     keys: tuple[tuple[str, str], ...]
-    """(key of metrics.jsonl, what the line is called)."""
+    """(key of metrics.jsonl, name of the line)."""
     form: Callable[[float], str] = compact
     limits: tuple[float | None, float | None] = (None, None)
 
@@ -68,7 +68,7 @@ ACROSS = {"updates": "step", "tokens": "tokens_generated", "time": "wall_seconds
 
 
 def read_series(figure: Figure, runs: Sequence[tuple[str, Rows]], across: str = "step") -> list[Series]:
-    """A line for each run and key. Colour tells the run, dashes the key."""
+    """A line for each run and key. The colour is the run's; the look (solid, faint, dashed) is the key's."""
     series = []
     for run, (name, rows) in enumerate(runs):
         for number, (key, label) in enumerate(figure.keys):
@@ -93,13 +93,13 @@ def read_series(figure: Figure, runs: Sequence[tuple[str, Rows]], across: str = 
 
 @dataclass(frozen=True)
 class Past:
-    """What guards did in a run: their events, and the metrics of the updates that they undid. Empty for several runs."""
+    """The guards' actions in a run: their events, and the metrics of undone updates. Empty for several runs."""
 
     events: Sequence[dict[str, Any]] = ()
     undone: Rows = ()
 
     def marks(self, figure: Figure, across: str = "step") -> list[Mark]:
-        """Where to mark a figure: every action, but a warning only where its metric is drawn."""
+        """The marks of a chart: every action, but warnings only on charts of their metric."""
         keys = [key for key, _ in figure.keys]
         return [
             Mark(float(event[across]), row.label, row.tone, f"{event.get('guard')}: {event.get('cause')}")
@@ -109,7 +109,7 @@ class Past:
         ]
 
     def series(self, figure: Figure) -> list[Series]:
-        """The lines that the updates had before they were undone; each roll back begins a new one."""
+        """The lines of undone updates; each rollback begins a new line."""
         parts: list[list[dict[str, Any]]] = []
         for row in self.undone:
             if not parts or row["step"] <= parts[-1][-1]["step"]:
@@ -119,7 +119,7 @@ class Past:
 
 
 def hero_figures(runs: Sequence[tuple[str, Rows]], teachers: Iterable[float], past: Past) -> str:
-    """Accuracy and reverse KL, each against updates, tokens and time; the page shows one of the three."""
+    """Accuracy and reverse KL, each against updates, tokens and time. The page shows one of the three at a time."""
     parts = []
     for figure in HERO:
         if not read_series(figure, runs):
@@ -147,7 +147,7 @@ def hero_figures(runs: Sequence[tuple[str, Rows]], teachers: Iterable[float], pa
 
 
 def small_figures(figures: Sequence[Figure], runs: Sequence[tuple[str, Rows]], past: Past) -> tuple[str, str]:
-    """(charts, list of what never changed): a flat line is told in a word instead of drawn."""
+    """(charts, list of metrics that never changed): a flat line is given as a number instead."""
     drawn, steady = [], []
     for figure in figures:
         series = read_series(figure, runs)
@@ -210,7 +210,7 @@ def histogram_figure(key: str, name: str, rows: Rows) -> str:
 
 
 def busy_figure(name: str, rows: Rows) -> str:
-    """Seconds that the actors of each role worked for each update, stacked."""
+    """Stacked bars: seconds that the actors of each role worked for each update."""
     rows = [row for row in rows if all(row.get(key) is not None for key in BUSY.values())]
     if not rows:
         return ""
@@ -227,7 +227,7 @@ def busy_figure(name: str, rows: Rows) -> str:
 
 
 def _explained(figure: Figure, runs: Sequence[tuple[str, Rows]]) -> Figure:
-    """With words for its lines: where there are several runs, colours tell those."""
+    """With a note on the second line's look: with several runs, colours stand for runs."""
     if len(runs) == 1 or len(figure.keys) == 1:
         return figure
     look = "dashed" if figure.keys[1][0].startswith("eval/") else "faint"
@@ -240,7 +240,7 @@ def _frame(figure: Figure, chart: str, latest: str) -> str:
 
 
 def _place(row: dict[str, Any], across: str) -> float | None:
-    """Where a row stands on the x axis."""
+    """The x of a row."""
     return tokens_so_far(row) if across == "tokens_generated" else row.get(across)
 
 

@@ -1,8 +1,8 @@
-"""A run directory, or several, as one self-contained HTML page: what was learnt, what limited it, what was written.
+"""Writes one self-contained HTML page about one run or several: results, bottleneck, charts, samples, events.
 
-The page is made from the files of cluster/records/writer.py and from nothing else, so a campaign that is running, or has
-crashed, has one too. Whatever a model, a user or an error wrote is escaped, the page's policy admits no script but its
-own (by its hash), and nothing is loaded from anywhere.
+It needs only the files of cluster/records/writer.py, so it also works for a campaign that is running or has crashed. All
+text from models, users and errors is escaped. The page's security policy allows only its own script, by hash, and the
+page loads nothing.
 """
 
 import base64
@@ -37,12 +37,12 @@ TEMPLATE = Path(__file__).with_name("report.html")
 
 
 def write_report(run_dirs: Sequence[Path], output: Path) -> Path:
-    """Writes the page about these runs to `output`. UserError where a directory is no run, or cannot be read."""
+    """Writes the page about these runs to `output`. UserError: a directory is no run, or cannot be read."""
     return write_page([load_run(Path(run_dir)) for run_dir in run_dirs], output)
 
 
 def write_page(runs: Sequence[Run], output: Path) -> Path:
-    """The page about runs that have been read. UserError where it cannot be written."""
+    """Writes the page about runs that were read already. UserError: `output` cannot be written."""
     template = TEMPLATE.read_text("utf-8")
     script = template.split("<script>", 1)[1].split("</script>", 1)[0]
     page = Template(template).substitute(
@@ -58,7 +58,7 @@ def write_page(runs: Sequence[Run], output: Path) -> Path:
 
 
 def sections(runs: Sequence[Run]) -> dict[str, str]:
-    """The parts of the page, by their names in the template."""
+    """Name in the template -> HTML."""
     one = runs[0] if len(runs) == 1 else None
     names = _distinct_names(runs)
     titled = list(zip([""] if one else names, runs, strict=True))  # a single run needs no title on what is its own
@@ -86,7 +86,7 @@ def sections(runs: Sequence[Run]) -> dict[str, str]:
 
 
 def _groups(curves: Sequence[tuple[str, Rows]], past: Past) -> tuple[str, str]:
-    """(the small figures, by groups; a list of what never changed)."""
+    """(sections of small charts, list of metrics that never changed)."""
     groups, steady = [], []
     for title, figures in GROUPS.items():
         drawn, flat = small_figures(figures, curves, past)
@@ -101,7 +101,7 @@ def _groups(curves: Sequence[tuple[str, Rows]], past: Past) -> tuple[str, str]:
 
 
 def _configuration(names: Sequence[str], runs: Sequence[Run]) -> str:
-    """The configuration as it was resolved; for several runs, first where they differ."""
+    """The resolved configuration; for several runs, first a table of the keys that differ."""
     parts = []
     if len(runs) > 1:
         leaves = [dict(_leaves(run.config)) for run in runs]
@@ -130,7 +130,7 @@ def _configuration(names: Sequence[str], runs: Sequence[Run]) -> str:
 
 
 def _highlighted(text: str) -> str:
-    """YAML with its keys marked."""
+    """YAML with its keys in another colour."""
     lines = []
     for line in text.splitlines():
         key, colon, value = line.partition(":")
@@ -147,7 +147,7 @@ def _leaves(node: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]
 
 
 def _distinct_names(runs: Sequence[Run]) -> list[str]:
-    """The runs' names; with their directories where two have one name."""
+    """The runs' names; runs with the same name get their directories instead."""
     names = [run.name for run in runs]
     return [name if names.count(name) == 1 else str(run.path) for name, run in zip(names, runs, strict=True)]
 

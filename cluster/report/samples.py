@@ -1,4 +1,4 @@
-"""The sample trajectories of a report: text whose tokens are coloured by log pi - log q, with filters. Pure."""
+"""The report's sample trajectories: text with tokens coloured by log pi - log q, and filters."""
 
 from bisect import bisect
 from collections.abc import Sequence
@@ -9,18 +9,18 @@ from typing import Any
 from cluster.records.writer import read_jsonl
 
 LEVELS = (0.1, 0.25, 0.5, 1.0, 2.0, 4.0)
-"""Bounds, in nats, of the shades on either side of white."""
+"""Bounds between the shades, in nats, on either side of white."""
 MAX_STEPS = 7
-"""Steps that are shown of one run: the first, the last, and some between."""
+"""Steps shown for each run: the first, the last, and some between."""
 MAX_ROWS = 16
 MAX_ROW_TOKENS = 400
 """A longer response is cut here."""
 PAGE_TOKENS = 9000
-"""All that is shown together, which bounds the size of the page."""
+"""Tokens on the page in all; bounds its size."""
 
 
 def samples(runs: Sequence[tuple[str, dict[int, Path]]]) -> str:
-    """The section: controls, legend, and the trajectories of (name, step -> file). Those of the last step are shown."""
+    """The section: controls, legend, trajectories; at first those of the last step. runs: (name, step -> file)."""
     shown = {(run, step): path for run, (_, files) in enumerate(runs) for step, path in _spread(files).items()}
     if not shown:
         return "<p class=none>No trajectories were kept.</p>"
@@ -42,7 +42,7 @@ def samples(runs: Sequence[tuple[str, dict[int, Path]]]) -> str:
 
 
 def shade(student: float | None, teacher: float | None) -> str:
-    """The class of a token: p1 to p6 where the student is surer, n1 to n6 where the teacher is, x without a score."""
+    """The CSS class of a token: p1 to p6 if the student gives it more, n1 to n6 if the teacher does, x without a score."""
     if student is None or teacher is None:
         return "x"
     level = bisect(LEVELS, abs(student - teacher))
@@ -73,7 +73,7 @@ def _article(run: int, step: int, row: dict[str, Any], hidden: bool) -> str:
 
 
 def _token(token: str, look: str) -> str:
-    """One token. What cannot be seen is made visible: a line's end, a token without text."""
+    """One token. Line ends, tabs and empty tokens get a visible sign."""
     text = escape(token).replace("\n", "⏎\n").replace("\t", "⇥\t") or "∅"
     return f"<i class={look}>{text}</i>" if look else f"<i>{text}</i>"
 
@@ -83,7 +83,7 @@ def _thousandths(logprobs: Sequence[float | None]) -> str:
 
 
 def _spread(files: dict[int, Path]) -> dict[int, Path]:
-    """At most MAX_STEPS of the steps, the first and the last among them."""
+    """At most MAX_STEPS of the steps, with the first and the last."""
     steps = sorted(files)
     count = min(len(steps), MAX_STEPS)
     wanted = {steps[round(i * (len(steps) - 1) / max(count - 1, 1))] for i in range(count)}
@@ -91,7 +91,7 @@ def _spread(files: dict[int, Path]) -> dict[int, Path]:
 
 
 def _within(rows: Sequence[dict[str, Any]], budget: int) -> list[dict[str, Any]]:
-    """The first rows that fit, and two at least."""
+    """The first rows that fit into `budget` tokens, but at least two."""
     fitting: list[dict[str, Any]] = []
     for row in rows[:MAX_ROWS]:
         budget -= min(len(row["tokens"]), MAX_ROW_TOKENS)
@@ -102,7 +102,7 @@ def _within(rows: Sequence[dict[str, Any]], budget: int) -> list[dict[str, Any]]
 
 
 def _choice(name: str, options: Sequence[tuple[str, str]], chosen: str, title: str = "") -> str:
-    """Buttons of which one is pressed."""
+    """Buttons, one of them pressed."""
     buttons = "".join(
         f'<button data-{name}="{value}" aria-pressed="{"true" if value == chosen else "false"}">{escape(label)}</button>'
         for value, label in options

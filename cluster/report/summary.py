@@ -1,6 +1,4 @@
-"""What came of a run, or of several, in words and tables of HTML: how it ended, what was learnt, what it took, what
-limited it. Whatever a model, a user or an error wrote is escaped. Pure.
-"""
+"""The report's text and tables: how a run ended, what was learnt, what it cost, what limited it. All text is escaped."""
 
 import time
 from collections.abc import Sequence
@@ -16,7 +14,7 @@ DASH = "–"
 
 
 def headline(runs: Sequence[Run]) -> str:
-    """What happened, in a sentence."""
+    """The result in one sentence."""
     if len(runs) > 1:
         ends = [run.result["accuracy_end"] for run in runs if run.result["accuracy_end"] is not None]
         span = f"{percent(min(ends))} to {percent(max(ends))}" if ends else "not measured"
@@ -33,7 +31,7 @@ def headline(runs: Sequence[Run]) -> str:
 
 
 def state(run: Run) -> str:
-    """Whether it has ended, and how."""
+    """Whether the run has ended, and how."""
     last = next((event for event in reversed(run.events) if event["kind"] in (*BEGINNINGS, *ENDS)), None)
     word, tone = "not finished", "warn"
     if last and last["kind"] in ENDS:
@@ -45,7 +43,7 @@ def state(run: Run) -> str:
 
 
 def meta(run: Run) -> str:
-    """Which models, when it began, which seed."""
+    """Models, start and seed."""
     teachers = run.setting("teachers", {})
     names = [str(teacher.get("model", name)) for name, teacher in teachers.items() if isinstance(teacher, dict)]
     parts = []
@@ -59,7 +57,7 @@ def meta(run: Run) -> str:
 
 
 def before_after(run: Run) -> str:
-    """Student before, student after, teacher; and what it took."""
+    """Table of the student before, the student after and the teacher; and the cost."""
     result = run.result
     rows = [
         ("Student, before", "before", "accuracy_start", "accuracy_sampled_start", "reverse_kl_start"),
@@ -86,7 +84,7 @@ def before_after(run: Run) -> str:
 
 
 def _tiles(result: dict[str, Any]) -> str:
-    """What it took, a number a tile."""
+    """The cost: one tile for each number."""
     took = [
         ("updates", _text(result["updates"], "{:,}".format)),
         ("tokens sampled", _text(result["tokens_generated"], "{:,}".format)),
@@ -105,7 +103,7 @@ def _tiles(result: dict[str, Any]) -> str:
 
 
 def _cost(cost: dict[str, Any]) -> list[tuple[str, str]]:
-    """Hours by role, of GPUs where there were any, else of processors."""
+    """Hours of each role: of GPUs if there were any, otherwise of processor cores."""
     kind = "gpu_hours" if cost.get("tokens_per_gpu_hour") else "cpu_hours"
     hours = {role: found for role, found in cost.get(kind, {}).items() if found}
     name = "GPU hours" if kind == "gpu_hours" else "core hours"
@@ -116,7 +114,7 @@ def _cost(cost: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def comparison(names: Sequence[str], runs: Sequence[Run]) -> str:
-    """The same for several runs, a line each."""
+    """The same for several runs, one row each."""
     columns = (
         ("before", "accuracy_start", "{:.1%}".format),
         ("after", "accuracy_end", "{:.1%}".format),
@@ -138,7 +136,7 @@ def comparison(names: Sequence[str], runs: Sequence[Run]) -> str:
 
 
 def bottleneck(run: Run, name: str) -> str:
-    """Which stage sets the pace, in a sentence and three bars."""
+    """The stage that limits the run: a sentence and three bars."""
     shares, replicas, loop, ratio = pace(run)
     if not shares:
         return ""
@@ -152,7 +150,7 @@ def bottleneck(run: Run, name: str) -> str:
         sentence = (
             f"<b>{verdict.capitalize()}.</b> The {slowest} is the slowest stage: "
             f"{f'each of its {count} actors' if count > 1 else 'it'} works {percent(shares[slowest])} of the loop’s {seconds(loop)}. "
-            f"The loop takes {ratio:.2f} times as long as that stage alone; 1 would mean that it never waits."
+            f"The loop takes {ratio:.2f} times as long as that stage alone; 1 would mean that this stage never waits."
         )
         if run.setting("pipeline.max_staleness") == 0:
             sentence += " With <code>pipeline.max_staleness: 0</code> the stages take turns, and their times add up."

@@ -1,4 +1,4 @@
-"""When actors lived and died, and what else happened: the events of a run as lanes over its wall clock. Pure."""
+"""The report's timeline: a lane for each actor over the wall clock, and a list of all events. Pure."""
 
 from collections.abc import Sequence
 from html import escape
@@ -8,12 +8,12 @@ from cluster.records.event_table import BEGINNINGS, ENDS, FAULTS, describe, row_
 from cluster.report.charts import seconds
 
 MAX_LINES = 120
-"""Of the ordinary events only the newest are listed; those that are not ordinary are all listed."""
+"""Most events without a tone, or with a good one, in the list; only the newest. All others are listed."""
 MAX_LANES = 40
 
 
 def timeline(name: str, events: Sequence[dict[str, Any]], wall_seconds: float) -> str:
-    """Lanes and list of one run's events; `name` is the run's, where there are several."""
+    """Lanes and list of one run's events. name: of the run, if the page shows several."""
     title = f"<h3>{escape(name)}</h3>" if name else ""
     if not events:
         return f"{title}<p class=none>No events were recorded.</p>"
@@ -23,7 +23,7 @@ def timeline(name: str, events: Sequence[dict[str, Any]], wall_seconds: float) -
 
 
 def lives(events: Sequence[dict[str, Any]], whole: float) -> dict[str, list[tuple[float, float]]]:
-    """Actor -> the spans of wall-clock seconds during which it was there."""
+    """Actor -> spans (start, end) of wall-clock seconds in which it was alive."""
     spans: dict[str, list[tuple[float, float]]] = {}
     since: dict[str, float] = {}
     before = 0.0
@@ -40,7 +40,9 @@ def lives(events: Sequence[dict[str, Any]], whole: float) -> dict[str, list[tupl
         elif event["kind"] in (*FAULTS, "actor_ended"):
             end(actor, now)
         elif event["kind"] in (*BEGINNINGS, *ENDS):
-            for open_actor in list(since):  # a campaign that begins again had been killed: its actors went with it
+            for open_actor in list(
+                since
+            ):  # a new beginning without an end: the process was killed, and its actors with it
                 end(open_actor, before if event["kind"] in BEGINNINGS else now)
         before = now
     for actor in list(since):

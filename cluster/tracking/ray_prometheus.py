@@ -1,4 +1,4 @@
-"""Metrics for Prometheus: gauges that Ray's agent on this node exports with its own (deploy/grafana.json shows them)."""
+"""Metrics for Prometheus: gauges that Ray's agent on this node exports (deploy/grafana.json shows them)."""
 
 import re
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ class Prometheus:
         self._gauges: dict[str, Gauge] = {}
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """As Tracker."""
+        """Sets the gauges to the step's values."""
         for metric, value in {"step": float(step), **metrics}.items():
             if metric not in self._gauges:
                 name = "understudy_" + re.sub(r"[^a-zA-Z0-9_]", "_", metric)
@@ -22,4 +22,4 @@ class Prometheus:
             self._gauges[metric].set(value, tags={"run": self._name})
 
     def close(self) -> None:
-        """As Tracker: Ray keeps the last values as long as this process lives."""
+        """Does nothing: Ray keeps the last values as long as this process lives."""

@@ -1,7 +1,7 @@
-"""Experiment trackers: what metrics.jsonl gets, others may have too. One interface, a class for each.
+"""Experiment trackers: TensorBoard, Weights & Biases and MLflow get copies of the metrics. One class each.
 
-A tracker is a copy: metrics.jsonl is what a campaign goes on from. One that fails is told once and left out; a campaign
-does not end because a server of curves is away.
+A tracker that fails is reported once and gets nothing more: an unreachable server must not end a campaign. Campaigns
+resume from metrics.jsonl only.
 """
 
 import math
@@ -19,58 +19,58 @@ from cluster.config_file import as_dictionary
 
 
 class Tracker(Protocol):
-    """Where curves go."""
+    """Receives the metrics of each step."""
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """The finite numbers of one step."""
+        """metrics: the finite numbers of one line of metrics.jsonl."""
 
     def close(self) -> None:
-        """After the last step."""
+        """Called after the last step."""
 
 
 class TensorBoard:
-    """Event files below the run directory, for `tensorboard --logdir`."""
+    """Writes event files below the run directory, for `tensorboard --logdir`."""
 
     def __init__(self, run_dir: Path, next_step: int):
-        """next_step: what is there of this step and later ones belongs to a past that was left."""
+        """next_step: older entries from this step on are removed; an earlier process wrote them before a restart."""
         from tensorboardX import SummaryWriter
 
         self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=next_step)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """As Tracker."""
+        """Adds a point to each curve."""
         for name, value in metrics.items():
             self._writer.add_scalar(name if "/" in name else f"train/{name}", value, step)
         self._writer.flush()
 
     def close(self) -> None:
-        """As Tracker."""
+        """Closes the event file."""
         self._writer.close()
 
 
 class WeightsAndBiases:
-    """A run of the project, of the campaign's name; the key comes from the environment (WANDB_API_KEY)."""
+    """A run of the project, named as the campaign. The key comes from the environment (WANDB_API_KEY)."""
 
     def __init__(self, project: str, config: CampaignConfig):
         import wandb
 
         run_dir = config.run_dir.resolve()
-        same = sha256(str(run_dir).encode()).hexdigest()[:12]  # a campaign that is taken up again is the same run
+        same = sha256(str(run_dir).encode()).hexdigest()[:12]  # a resumed campaign continues the same run
         self._run = wandb.init(
             project=project, name=config.name, id=same, dir=run_dir, config=as_dictionary(config), resume="allow"
         )
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """As Tracker."""
+        """Sends the step."""
         self._run.log(dict(metrics), step=step)
 
     def close(self) -> None:
-        """As Tracker."""
+        """Marks the run as finished."""
         self._run.finish()
 
 
 class MLflow:
-    """A run of the experiment `understudy` on the tracking server, which is taken up again by its recorded id."""
+    """A run of the experiment `understudy` on the tracking server. A resumed campaign finds it by its recorded id."""
 
     def __init__(self, uri: str, config: CampaignConfig):
         from mlflow.tracking import MlflowClient
@@ -84,26 +84,26 @@ class MLflow:
         self._run_id = known.read_text()
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """As Tracker."""
+        """Sends the step in one request."""
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
         self._client.log_batch(self._run_id, [Metric(name, value, now, step) for name, value in metrics.items()])
 
     def close(self) -> None:
-        """As Tracker."""
+        """Marks the run as finished."""
         self._client.set_terminated(self._run_id)
 
 
 class Trackers:
-    """All trackers of a campaign, of which none can end it."""
+    """All trackers of a campaign. None of them can end it."""
 
     def __init__(self, trackers: Iterable[Tracker], on_failure: Callable[..., None]):
-        """on_failure: called with `tracker_failed`, the tracker and the cause, once for each."""
+        """on_failure: called once for a tracker that fails, with `tracker_failed`, its name and the cause."""
         self._trackers, self._on_failure = list(trackers), on_failure
 
     def log(self, record: Mapping[str, Any]) -> None:
-        """A line of metrics.jsonl: its finite numbers."""
+        """Sends the finite numbers of a line of metrics.jsonl to all trackers."""
         numbers = {
             name: float(value)
             for name, value in record.items()
@@ -112,14 +112,14 @@ class Trackers:
         self._each(lambda tracker: tracker.log(int(record["step"]), numbers))
 
     def close(self) -> None:
-        """Ends all of them."""
+        """Closes all trackers."""
         self._each(lambda tracker: tracker.close())
 
     def _each(self, act: Callable[[Tracker], None]) -> None:
         for tracker in list(self._trackers):
             try:
                 act(tracker)
-            except Exception as error:  # of a library or a server that is not ours: whatever it is
+            except Exception as error:  # a foreign library or server may raise anything
                 self._trackers.remove(tracker)
                 self._on_failure(
                     "tracker_failed", tracker=type(tracker).__name__, cause=f"{type(error).__name__}: {error}"
@@ -127,7 +127,10 @@ class Trackers:
 
 
 def make_trackers(config: CampaignConfig, next_step: int, more: Iterable[Tracker] = ()) -> list[Tracker]:
-    """Those that the configuration asks for. UserError: a package is not installed, or a server refuses us."""
+    """The trackers that the configuration asks for. UserError: a package is missing, or a server refuses the connection.
+
+    more: further trackers, which come first.
+    """
     tracking = config.tracking
     wanted: list[tuple[str, Any, str, Callable[[], Tracker]]] = [
         (
@@ -149,7 +152,7 @@ def make_trackers(config: CampaignConfig, next_step: int, more: Iterable[Tracker
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 trackers.append(make())
-        except Exception as error:  # of a library that is not ours, on what the user asked for
+        except Exception as error:  # a foreign library may raise anything for what the user asked
             raise UserError(
                 f"tracking.{key}", f"{value} ({type(error).__name__}: {error})", "a tracker that answers"
             ) from error
