@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+Signal = Literal["sampled", "topk", "student_topk", "full", "hidden"]
 
 
 def number(
@@ -183,7 +184,7 @@ class TeacherConfig:
     """Custom Ray resources that one actor reserves, as in `rollout.resources`."""
     dtype: Dtype = "bfloat16"
     """Data type of the weights. Log-probs are computed in float32."""
-    signal: Literal["sampled", "topk", "student_topk", "full", "hidden"] = "sampled"
+    signal: Signal = "sampled"
     """What the teacher sends for each token. `sampled`: the token's log-prob. The others add log-probs over a support:
     `topk` the teacher's top `top_k` tokens, `student_topk` the student's, `full` the whole vocabulary, `hidden` the hidden
     states from which the learner computes the whole vocabulary."""

@@ -6,13 +6,13 @@ its row; it never compares names.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
-from actors.config import TeacherConfig
+from actors.config import Signal, TeacherConfig
 from actors.errors import UserError
 from actors.import_path import import_object, is_import_path
 
-SIGNALS = ("sampled", "topk", "student_topk", "full", "hidden")
+SIGNALS: tuple[str, ...] = get_args(Signal)
 """All values of `teachers.<name>.signal`."""
 
 
