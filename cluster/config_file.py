@@ -108,6 +108,7 @@ def _check_type(where: str, key: str, hint: Any, value: Any) -> None:
     where: the file or the override, for the message. Keys that are absent are not looked for, so that an override can
     be checked by itself. Single values are converted as OmegaConf does it ("2" is a 2).
     """
+    # OmegaConf would refuse the same values, but its messages name its own classes, and not always the key.
     value = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
     if value == MISSING or (isinstance(value, str) and "${" in value):  # no value, or one that is known later
         return
@@ -133,7 +134,7 @@ def _check_type(where: str, key: str, hint: Any, value: Any) -> None:
         if value not in get_args(kind):
             raise UserError(f"{where}{key}", repr(value), f"one of {', '.join(map(str, get_args(kind)))}")
     elif kind is not Any:
-        node, name = SINGLE_VALUES[kind]
+        node, name = SINGLE_VALUES[kind]  # OmegaConf's converters decide which text is a number
         try:
             node(value, is_optional=False)
         except ValidationError as error:
@@ -151,6 +152,7 @@ def _to_object(where: str, content: Any) -> CampaignConfig:
     try:
         merged = OmegaConf.merge(OmegaConf.structured(CampaignConfig), content)
         OmegaConf.resolve(merged)
+        # Only now: an override may have given a required value that the file lacks.
         for key in sorted(OmegaConf.missing_keys(merged)):
             raise UserError(f"{where}: {key}", "nothing", "a value: it has no default")
         return OmegaConf.to_object(merged)  # type: ignore[return-value]

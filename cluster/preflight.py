@@ -80,6 +80,7 @@ def _teacher(config: CampaignConfig, name: str) -> str:
         theirs = load_tokenizer(teacher.tokenizer, teacher.trust_remote_code, f"teachers.{name}.tokenizer")
         make_reader(ours, theirs, f"teachers.{name}.tokenizer", config.prompts.chat)
         reading = f"a tokenizer of its own with {len(theirs)} tokens"
+    # A teacher on other servers has no files here; its own self-test runs when the campaign starts.
     if not backend_of(teacher).has_model_files:
         return f"{', '.join(teacher.urls) or teacher.backend}, asked when the campaign starts" + (
             reading and f"; {reading}"
@@ -87,6 +88,7 @@ def _teacher(config: CampaignConfig, name: str) -> str:
     check_weights(find_model(teacher.model, key, code=teacher.trust_remote_code), key)
     if needs_plan(teacher):
         tensor_parallel_plan(teacher.model, teacher.trust_remote_code, key)
+    # With its own tokenizer the vocabularies need not agree: it sends the log-probs of the student's tokens only.
     if reading:
         return reading
     tokenizers = (ours, load_tokenizer(teacher.model, teacher.trust_remote_code, key))
@@ -95,6 +97,7 @@ def _teacher(config: CampaignConfig, name: str) -> str:
         load_config(teacher.model, teacher.trust_remote_code, key),
     )
     check_tokenizers_agree(*tokenizers, *configs, key)
+    # Output layers are often padded beyond the tokenizer; a support can hold only tokens that both models have.
     vocabulary = min(c.get_text_config().vocab_size for c in configs)
     if "topk" in teacher.signal and teacher.top_k > vocabulary:
         raise UserError(f"teachers.{name}.top_k", teacher.top_k, f"at most {vocabulary}, the vocabulary of the models")

@@ -68,6 +68,7 @@ def trials(config_file: Path, overrides: Sequence[str], methods: Sequence[str], 
             own = [override.partition(":")[2] for override in overrides if override.startswith(f"{method}:")]
             changes = [f"{key}={value}" for key, value in METHODS[method].items()]
             base = load_config(config_file, common)
+            # A reward is compared with those of the prompt's other samples; the number of trajectories stays the same.
             if method == "rl" and base.pipeline.samples_per_prompt == 1:
                 prompts = max(base.trajectories_per_update // RL_SAMPLES, 1)
                 changes += [f"pipeline.prompts_per_update={prompts}", f"pipeline.samples_per_prompt={RL_SAMPLES}"]
@@ -106,7 +107,7 @@ def mean_run(method: str, run_dirs: Sequence[Path]) -> Run:
     runs = [load_run(path) for path in run_dirs]
     rows = [{row["step"]: row for row in run.metrics if "eval/accuracy" in row} for run in runs]
     metrics = []
-    for step in sorted(set.intersection(*map(set, rows))):
+    for step in sorted(set.intersection(*map(set, rows))):  # evaluations that all seeds have
         here = [own[step] for own in rows]
         row: dict[str, Any] = {
             "step": step,

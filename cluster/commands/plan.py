@@ -63,6 +63,7 @@ def from_run(config: CampaignConfig, run_dir: Path) -> Plan:
         )
     except ValueError as error:
         raise UserError("--run", f"{run_dir} ({error})", "a run that has taken updates") from error
+    # Work is proportional to trajectories; the fixed part of an update is ignored (docs/benchmarks.md measures the error).
     share = config.trajectories_per_update / ran.trajectories_per_update
     replicas, gpus = config.replicas, gpus_of(config)
     stages = tuple(
