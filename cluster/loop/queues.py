@@ -219,7 +219,7 @@ class Queues:
 
     def lost_before_scored(self, batch: Sequence[Sampled]) -> None:
         """The node that held sampled trajectories is gone: the same numbers are sampled again, with the same seeds."""
-        self._awaited.subtract(one.oldest_version for one in batch)
+        self._not_awaited(batch)
         self._sample_again(batch)
 
     def lost(self, update: Sequence[Scored]) -> None:
@@ -295,7 +295,7 @@ class Queues:
         await self._drop(self._ready.age(self._state.step), "stale")
         while len(self._ready) < self._update_size or self._step_would_lose():
             scored = await self._scored.get()
-            self._awaited.subtract(one.sampled.oldest_version for one in scored)
+            self._not_awaited(one.sampled for one in scored)
             await self._drop(self._ready.add(scored, self._state.step), "stale")
         return self._ready.take(self._update_size)
 
@@ -307,10 +307,15 @@ class Queues:
             await self._rollout.tell(issued.replica, "abort", issued.ids)
         await self._drop([number for issued in late for number in issued.numbers], "cut")
 
+    def _not_awaited(self, batch: Iterable[Sampled]) -> None:
+        self._awaited.subtract(one.oldest_version for one in batch)
+        for version in [version for version, count in self._awaited.items() if not count]:
+            del self._awaited[version]  # a long campaign has many versions
+
     def _step_would_lose(self) -> bool:
         """Whether one more step of the learner makes a trajectory too stale that only lacks its scores."""
         after = self._state.step + 1
-        return any(count and too_stale(version, after, self._max_staleness) for version, count in self._awaited.items())
+        return any(too_stale(version, after, self._max_staleness) for version in self._awaited)
 
     async def _drop(self, numbers: list[int], reason: str) -> None:
         if numbers:
