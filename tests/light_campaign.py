@@ -142,7 +142,7 @@ def configuration(folder: Path, name: str, **changes: Any) -> Path:
 
 
 def without_ray() -> None:
-    """From now on campaigns of this process are light; it is fit for nothing else afterwards."""
+    """Replaces Ray and vLLM in this process for good: campaigns that it runs from now on are light."""
     torch.set_num_threads(1)
     actors: Any = cluster.roles
     actors.Fleet = LocalFleet
@@ -152,7 +152,7 @@ def without_ray() -> None:
 
 
 def light_room(config: CampaignConfig, private: bool) -> Room:
-    """All that is asked for."""
+    """Room for everything that the configuration asks for."""
     needed = role_resources(config, 0.0, private=True)
     return Room(needed, {role: count for role, (count, _) in needed.items()})
 
@@ -215,8 +215,8 @@ OF_TIME = re.compile(r"wall_seconds|busy.*|publish_.*seconds|loop_seconds|actor_
 
 
 def fingerprint(run_dir: Path) -> dict[str, str]:
-    """File -> hash of all that must not depend on whether a campaign was killed: the checkpoints (weights, optimiser,
-    learner, state), metrics, ledger and kept trajectories; what is a time is left out."""
+    """File -> hash, of the files that must not depend on whether a campaign was killed: checkpoints (weights, optimiser,
+    learner, state), metrics, ledger and kept trajectories. Times are left out."""
     found = {}
     for path in sorted(run_dir.rglob("*")):
         name = str(path.relative_to(run_dir))

@@ -1,4 +1,4 @@
-"""Fleets with a real Ray and actors that hold no model: who gets a call, and what happens when an actor dies."""
+"""Fleets with real Ray and actors without models: which actor gets a call, and what happens when one dies."""
 
 import asyncio
 import os
@@ -395,7 +395,7 @@ def test_an_actor_that_cannot_start_says_why(fault: str, error: type[Exception],
 
 
 def test_an_error_in_a_constructor_arrives_with_all_its_fields() -> None:
-    """Its message cannot be taken apart again: the words between its fields are among them."""
+    """The message alone would be ambiguous: its fields contain the words that separate them."""
 
     async def body(fleet: Fleet, _: Any) -> None:
         with pytest.raises(UserError) as caught:

@@ -1,4 +1,4 @@
-"""The loop with fleets that are made up: the same coroutines, without Ray, in one process and with random delays."""
+"""The real loop with fake fleets: one process, no Ray, random delays."""
 
 import asyncio
 import os
@@ -34,7 +34,7 @@ OF_THE_LEARNER = (
 
 
 class World:
-    """What the made-up fleets share, and what they were seen to do."""
+    """State that the fake fleets share, and a record of what they did."""
 
     def __init__(self, *, bound: int, delay: float = 0.0, seed: int = 0, fail_at: str = "", error: Any = None):
         self.bound, self.delay, self.draw = bound, delay, random.Random(seed)
@@ -42,12 +42,12 @@ class World:
         self.version = 0
         self.trained: list[list[tuple[int, int, int]]] = []
         self.written: dict[tuple, int] = {}
-        """Of each id the version that last wrote it."""
+        """Id -> the version that last sampled it."""
         self.staleness: list[int] = []
         self.under_way = self.most_under_way = 0
         self.interrupt_at: int | None = None
         self.losing: dict[str, float] = {}
-        """How often what a call is given is gone, by method."""
+        """Method -> probability that an object among its arguments is lost."""
         self.stuck_at = ""
 
     async def work(self, what: str) -> None:
@@ -78,7 +78,7 @@ class FakeFleet:
 
 
 class FakeRollout(FakeFleet):
-    """Answers that are ready at about the same time come in one object, as from a real one."""
+    """Answers that are ready at about the same time come in one object, as from a real rollout actor."""
 
     seats = 100
 
@@ -329,7 +329,7 @@ def test_works_overlap_when_staleness_is_allowed(tmp_path: Path) -> None:
 
 def test_what_has_become_too_stale_is_dropped_with_the_reason_and_replaced(tmp_path: Path) -> None:
     class Straggler(FakeRollout):
-        """The first work of all takes until two more updates have been taken without it."""
+        """The first call takes until two more updates have been taken without it."""
 
         async def ask(self, requests: Any, **keywords: Any) -> Any:
             straggles = not hasattr(self, "first")
@@ -354,7 +354,7 @@ def test_what_has_become_too_stale_is_dropped_with_the_reason_and_replaced(tmp_p
 
 def test_what_is_written_and_only_lacks_its_score_is_waited_for(tmp_path: Path) -> None:
     class Busy(FakeTeacher):
-        """Its first call takes as long as many updates."""
+        """The first call takes as long as many updates."""
 
         async def call(self, *arguments: Any, **keywords: Any) -> Any:
             first, self.called = not hasattr(self, "called"), True
@@ -369,7 +369,7 @@ def test_what_is_written_and_only_lacks_its_score_is_waited_for(tmp_path: Path) 
 
 
 class Slow(FakeRollout):
-    """Every ninth trajectory takes as long as many updates, unless it is told to give up."""
+    """Every ninth trajectory takes as long as many updates, unless it is aborted."""
 
     def __init__(self, world: World, replicas: int):
         super().__init__(world, replicas)

@@ -1,4 +1,4 @@
-"""Checkpoints of a campaign: which are kept, what waits for what, and what a failure leaves."""
+"""Checkpoints of a campaign: which are kept, what waits for them, and what a failure leaves."""
 
 import asyncio
 import errno
@@ -18,7 +18,7 @@ from learner.student.checkpoint import checkpoint_steps
 
 
 class SlowLearner:
-    """Copies at once, and has written its part when it is let go on."""
+    """Copies its tensors at once; its files are written when the test says so."""
 
     def __init__(self) -> None:
         self.version, self.error = 0, None

@@ -1,4 +1,4 @@
-"""The ledger against a model that remembers every trajectory's whole life."""
+"""Compares the ledger with a model that keeps the whole history of every trajectory."""
 
 import itertools
 import json

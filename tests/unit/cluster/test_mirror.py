@@ -1,4 +1,4 @@
-"""Copies of checkpoints elsewhere: what is copied, what counts, and a campaign that has lost its disk."""
+"""Mirrored checkpoints: what is copied, which copies count, and a campaign that has lost its disk."""
 
 import shutil
 import time

@@ -1,4 +1,4 @@
-"""Admission never charges more than its capacity, and issues exactly what is needed."""
+"""The pure parts of the queues: slots, trajectories in flight, and the order of updates."""
 
 import asyncio
 import random

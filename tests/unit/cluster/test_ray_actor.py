@@ -1,4 +1,4 @@
-"""What is told of an actor that is lost."""
+"""The messages about a lost actor."""
 
 import pytest
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError

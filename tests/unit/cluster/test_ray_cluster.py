@@ -1,4 +1,4 @@
-"""What each role asks of a cluster, and whether that is there. Pure: no cluster is asked."""
+"""The resources that each role needs, compared with those of a cluster. No cluster is started."""
 
 from contextlib import nullcontext
 from pathlib import Path

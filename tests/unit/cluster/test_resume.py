@@ -1,4 +1,4 @@
-"""Killed at any moment and run again equals undisturbed; the short form of benchmarks/resume.py."""
+"""A campaign that is killed at any moment and resumed equals an undisturbed one; short form of benchmarks/resume.py."""
 
 import json
 import random
@@ -26,7 +26,7 @@ from tests.light_engine import BACKEND
 EARLIER_RELEASE = Path(__file__).parents[2] / "data" / "run_of_0_1"
 """A run directory that was written by release 0.1, see its README."""
 OF_BYTES = ("metrics.jsonl", "campaign.json")
-"""Files that say, among other things, how many bytes travelled."""
+"""Files whose content includes the number of bytes that travelled."""
 
 
 @pytest.fixture(scope="module")

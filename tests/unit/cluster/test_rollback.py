@@ -1,4 +1,4 @@
-"""A campaign, with fleets that are made up, whose entropy rises until a guard does something about it."""
+"""A campaign with fake fleets whose entropy rises until a guard acts."""
 
 import json
 from pathlib import Path
