@@ -42,6 +42,8 @@ class Progress:
         self._every, self._clock, self._printed = plain_every_seconds, clock, float("-inf")
         self._console = console or Console(highlight=False)
         self._reader, self._lock, self._started = StatusReader(run_dir), threading.Lock(), clock()
+        self._seconds_before = self._reader.read({})["wall_seconds"] or 0.0
+        """Of earlier processes of the campaign."""
         self.live: dict[str, Any] = {}
         """The content of status.json. The campaign replaces it; the terminal's thread only reads it."""
         self.roles: dict[str, str] = {}
@@ -79,6 +81,7 @@ class Progress:
     def _status(self) -> dict[str, Any]:
         with self._lock:  # rich refreshes in a thread of its own
             status = self._reader.read({**self.live, "roles": self.roles})
+        status["wall_seconds"] = self._seconds_before + self._clock() - self._started  # it also ticks between updates
         # Until the campaign has reported, the newest event is the end of the process before this one.
         return status if self.live else {**status, "state": "starting"}
 

@@ -51,11 +51,13 @@ def test_commands_are_obeyed_in_order_and_answered(tmp_path: Path) -> None:
 
 def test_what_the_campaign_will_not_do_is_the_senders_error(tmp_path: Path) -> None:
     async def refuse(_: Mapping[str, Any]) -> str:
-        raise UserError("rollout", "9", "fewer")
+        raise UserError("rollout: found in: found", "rolout", "fewer, expected or not", ["rollout"])
 
     def body() -> None:
-        with pytest.raises(UserError, match="rollout: found 9, expected fewer"):
+        with pytest.raises(UserError) as refused:
             control.send(tmp_path, "refuse")
+        known = UserError("rollout: found in: found", "rolout", "fewer, expected or not", ["rollout"])
+        assert refused.value.to_json() == known.to_json()  # also where the text looks like the message's own words
         with pytest.raises(UserError, match="expected one of the commands refuse"):
             control.send(tmp_path, "dance")
 
