@@ -99,7 +99,10 @@ def _own_backend(name: str, key: str) -> Backend:
         raise UserError(key, f"{name} without one", expected)
     promised = {"generate": row.generates, "sample": row.samples, "load_weights": row.follows_student}
     needed = ["score", "score_each", "status", *(method for method, has in promised.items() if has)]
-    missing = [method for method in needed if not callable(getattr(found, method, None))]
+    if hasattr(found, "score_tokens"):  # it extends Teacher, whose `score` calls this
+        needed.append("score_tokens")
+    methods = {method: getattr(found, method, None) for method in needed}
+    missing = [name for name, own in methods.items() if own is None or getattr(own, "__isabstractmethod__", False)]
     unknown = [signal for signal in row.signals if signal not in SIGNALS]
     for what, expected in (
         (f"without {', '.join(missing)}" if missing else "", "a class with these methods (docs/extending.md)"),

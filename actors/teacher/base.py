@@ -4,6 +4,7 @@ A backend is a class that extends `Teacher` and has a row in `backends.py`.
 """
 
 import time
+from abc import abstractmethod
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -56,6 +57,8 @@ class Teacher:
         """Tokens with this id or a higher one have no score: they are padding rows of the student's output layer."""
         self._busy_seconds, self._probe_logprob = 0.0, float("nan")
 
+    # Only marked: teachers that wrap others implement `score` in place of `score_tokens`. backends.py reads the marks.
+    @abstractmethod
     def score_tokens(self, trajectories: Trajectories) -> dict[str, np.ndarray]:
         """The fields of TeacherScores with one row for each of the N response tokens, as `config.signal` asks.
 
@@ -67,6 +70,7 @@ class Teacher:
         """
         raise NotImplementedError
 
+    @abstractmethod
     def generate(self, prompts: Prompts, limits: Limits) -> tuple[np.ndarray, np.ndarray]:
         """Greedy responses to B prompts: (tokens [N] int32, offsets [B + 1]), with the stop tokens that ended them."""
         raise NotImplementedError

@@ -11,6 +11,7 @@ from actors.teacher.backends import BACKENDS, OWN_SETTINGS, SIGNALS, Backend, ba
 
 OWN = """
 from actors.teacher.backends import Backend
+from actors.teacher.base import Teacher
 
 class Complete:
     backend = Backend(signals=("sampled", "topk"), generates=False)
@@ -26,6 +27,9 @@ class Unknown(Complete):
 
 class Hidden(Complete):
     backend = Backend(signals=("hidden",), generates=False)
+
+class Child(Teacher):
+    backend = Backend()
 
 class Plain:
     pass
@@ -77,6 +81,7 @@ def test_a_class_of_the_users_own_brings_its_row() -> None:
         ("own_backend:function", r"expected a class with the class attribute `backend = Backend"),
         ("own_backend:Unknown", r"found own_backend:Unknown with the signal logits, expected some of sampled, topk"),
         ("own_backend:Hidden", r"found own_backend:Hidden with the signal hidden, expected has_model_files=True"),
+        ("own_backend:Child", r"found own_backend:Child without generate, score_tokens, expected a class with these"),
         ("own_backend:Sampling", r"found own_backend:Sampling without generate, sample, load_weights"),
     ],
 )
