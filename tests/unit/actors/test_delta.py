@@ -27,7 +27,7 @@ Version = tuple[WeightVersion, list[np.ndarray]]
 
 
 def version(number: int, tensors: list[np.ndarray], dtype: str = "bfloat16") -> Version:
-    """Bit patterns, three tensors to a bucket, with gaps between them."""
+    """A version of these bit patterns: three tensors in a bucket, with gaps between them."""
     buckets: list[np.ndarray] = []
     entries: list[TensorEntry] = []
     for at in range(0, len(tensors), 3):
@@ -44,7 +44,7 @@ def version(number: int, tensors: list[np.ndarray], dtype: str = "bfloat16") -> 
 
 
 def drift(words: np.ndarray, share: float, rng: np.random.Generator, spread: float = 1.0) -> np.ndarray:
-    """Some elements moved by a few steps, rarely by many."""
+    """A copy with a share of the elements moved by a few steps, rarely by many."""
     sizes = np.minimum(np.ceil(spread / rng.random(len(words))), 30000) * rng.choice([-1, 1], len(words))
     return (words + np.where(rng.random(len(words)) < share, sizes, 0).astype(np.int64)).astype(words.dtype)
 
@@ -54,7 +54,7 @@ def weights(count: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def seal(delta: DeltaVersion, payload: np.ndarray) -> DeltaVersion:
-    """As a sender would sign it that means harm, so that the checks behind the checksum are reached."""
+    """Recomputes the checksum, as a malicious sender would, so that the checks after it are reached."""
     return replace(delta, checksum=codec._seal(delta, payload))
 
 
@@ -163,7 +163,7 @@ def test_share_above_which_a_tensor_travels_dense() -> None:
 
 
 def test_heavy_tails_stay_small() -> None:
-    """Steps across zero are tens of thousands long: they may cost about two words, not thousands of bits."""
+    """Steps across zero have sizes of tens of thousands. Each may cost about two words, not thousands of bits."""
     rng = np.random.default_rng(0)
     old = weights(100_000, rng)
     new = np.where(rng.random(len(old)) < 0.02, old ^ np.uint16(0x8000), old)
@@ -172,7 +172,7 @@ def test_heavy_tails_stay_small() -> None:
 
 
 def decode_slowly(data: bytes, old: list[int], bits: int) -> list[int]:
-    """One block, element by element, from the description of the format alone."""
+    """Decodes one block element by element. Written from the description of the format alone."""
     nbytes, count = int.from_bytes(data[:4], "little"), int.from_bytes(data[4:8], "little")
     assert len(data) == 8 + nbytes
     stream = iter(data[8:])
@@ -227,7 +227,7 @@ def decode_slowly(data: bytes, old: list[int], bits: int) -> list[int]:
 
 
 def guarded(count: int, kind: Any, fill: int) -> tuple[np.ndarray, np.ndarray]:
-    """(an array, that with 64 bytes before and behind it), all of one byte."""
+    """(array, the same with 64 guard bytes on either side), filled with one byte."""
     room = np.full(64 + count * np.dtype(kind).itemsize + 64, fill, np.uint8)
     return room[64:-64].view(kind), room
 
@@ -237,7 +237,7 @@ def intact(rooms: Iterable[np.ndarray], fill: int) -> bool:
 
 
 def code_of(old: np.ndarray, new: np.ndarray, fill: int = 0xA5) -> np.ndarray:
-    """What is written, with no more room than is asked for, over what has been there."""
+    """The code that is written into exactly the room asked for, over old contents, between guard bytes."""
     signed, scratch = np.dtype(f"i{old.itemsize}"), min(len(old), BLOCK) + 32
     sizes = ((scratch, np.uint16), (scratch, old.dtype), (room(old.nbytes), np.uint8))
     arrays, rooms = zip(*(guarded(count, kind, fill) for count, kind in sizes), strict=True)
@@ -275,7 +275,7 @@ def test_code_is_the_same_whatever_lay_in_memory(share: float) -> None:
 
 @pytest.fixture(scope="module")
 def small() -> tuple[Version, Version, DeltaVersion, np.ndarray]:
-    """Tensors of every coding."""
+    """(base, new version, delta, payload) with tensors of every coding."""
     rng = np.random.default_rng(1)
     old = [weights(count, rng) for count in (400, 1, 90, 0, 64)]
     new = [drift(old[0], 0.2, rng, 3), old[1] ^ np.uint16(7), drift(old[2], 0.05, rng), old[3], old[4]]
@@ -297,7 +297,7 @@ def test_a_bit_flip_anywhere_is_refused(small: tuple[Version, Version, DeltaVers
 def test_a_bit_flip_is_refused_or_harmless_behind_the_checksum(
     small: tuple[Version, Version, DeltaVersion, np.ndarray],
 ) -> None:
-    """Padding bits may flip; nothing else may, and nothing but WeightError comes out."""
+    """Flips of padding bits change nothing. All others are refused with WeightError, and with nothing else."""
     base, after, delta, payload = small
     harmless = 0
     for at in range(8 * len(payload)):
@@ -351,7 +351,7 @@ def header(nbytes: int, count: int) -> bytes:
 
 
 LIST = b"\x00\x01\x00"
-"""Of one number: order 0; it goes on once, and then no more."""
+"""A list of one number: order 0; the number continues once."""
 
 
 @pytest.mark.parametrize(
@@ -393,7 +393,7 @@ def test_a_number_without_an_end_is_refused() -> None:
 
 
 def test_nothing_behind_a_code_is_read() -> None:
-    """The page behind it is not mapped."""
+    """The memory page after the code is not mapped: reading it would end the process."""
     rng = np.random.default_rng(5)
     pages = mmap.mmap(-1, 2 * mmap.PAGESIZE)
     place = ctypes.addressof(ctypes.c_char.from_buffer(pages))
@@ -427,7 +427,7 @@ def test_the_shortest_blocks_are_read() -> None:
 
 
 def test_damage_stays_within_the_arrays() -> None:
-    """numba checks no index: what lies around the arrays is not written to, and does not count."""
+    """numba checks no index. Bytes around the arrays are not written to, and have no effect."""
     rng = np.random.default_rng(3)
     refused = read = 0
     for trial in range(4000):
@@ -456,7 +456,7 @@ def test_damage_stays_within_the_arrays() -> None:
 @pytest.mark.parametrize("share", [0.004, 0.02, 0.1, 0.25, 0.5, 0.9])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_order_is_near_the_best(share: float, dtype: str) -> None:
-    """The lists of a block against the shortest that any order gives."""
+    """The size of a block's lists, against the shortest that any order gives."""
     rng = np.random.default_rng(0)
     old = np.full(BLOCK, 0x3C00, WORDS[dtype])
     move = rng.choice([-1, 1], BLOCK) * np.minimum(np.ceil(2 / rng.random(BLOCK)), 900)
@@ -526,7 +526,7 @@ def test_absurd_manifests_are_refused(small: tuple[Version, Version, DeltaVersio
 
 
 def test_another_base_is_refused_and_left_alone(small: tuple[Version, Version, DeltaVersion, np.ndarray]) -> None:
-    """The base has no checksums of its own computed: what it spoils does not have the new version's."""
+    """The base's checksums are not computed again: a tensor that a bad base spoils lacks the new version's checksum."""
     (manifest, buckets), after, delta, payload = small
     with pytest.raises(WeightError):  # applied twice
         apply_delta(delta, payload, *after)
@@ -537,7 +537,7 @@ def test_another_base_is_refused_and_left_alone(small: tuple[Version, Version, D
             rotten = [bucket.copy() for bucket in buckets]
             rotten[place.bucket][at] ^= 16
             kept = [bucket.copy() for bucket in rotten]
-            if entry.coding == "dense":  # of which the base has no part: the new version is right
+            if entry.coding == "dense":  # does not use the base, so the result is right
                 assert same(apply_delta(delta, payload, manifest, rotten)[1], after[1])
             else:  # even where the delta changes nothing
                 with pytest.raises(WeightError, match="has checksum"):
@@ -554,7 +554,7 @@ def test_versions_that_are_laid_out_differently_have_no_delta() -> None:
 
 
 def test_read_only_buckets_serve() -> None:
-    """What the object store hands out cannot be written to."""
+    """Arrays from the object store are read-only."""
     rng = np.random.default_rng(0)
     old = weights(5000, rng)
     base, after = version(0, [old]), version(1, [drift(old, 0.1, rng)])
@@ -569,7 +569,7 @@ class Killed(BaseException):
 
 
 def test_chained_deltas_end_in_old_or_new(monkeypatch: pytest.MonkeyPatch) -> None:
-    """1,000 versions over a wire that cuts, flips, reorders and repeats, to a reader that is killed at work."""
+    """1,000 versions over a wire that cuts, flips, reorders and repeats, to a reader that is killed while it decodes."""
     rng = np.random.default_rng(7)
     decoded = codec._decoded
     fuse = 0
