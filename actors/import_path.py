@@ -1,7 +1,9 @@
 """Imports what the configuration names by its import path, `package.module:name`. Standard library only."""
 
 import importlib
+import os
 import re
+import sys
 from typing import Any
 
 from actors.errors import UserError
@@ -23,6 +25,9 @@ def import_object(path: str, key: str, kind: str) -> Any:
     if not is_import_path(path):
         raise UserError(key, repr(path), f"the import path of {kind}, package.module:name")
     module_name, _, name = path.partition(":")
+    # `python -m cluster` and Ray's workers look for modules in the working directory; the command `understudy` does not.
+    if not {"", os.getcwd()} & set(sys.path):
+        sys.path.append(os.getcwd())
     try:
         module = importlib.import_module(module_name)
     except Exception as error:  # a user's module may raise anything when it is imported

@@ -71,6 +71,15 @@ def test_a_class_of_the_users_own_brings_its_row() -> None:
     assert teacher_class(own).__name__ == "Complete"
 
 
+def test_a_module_in_the_working_directory_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    elsewhere = [path for path in sys.path if path not in ("", str(tmp_path))]
+    monkeypatch.setattr(sys, "path", elsewhere)  # as for the command `understudy`
+    with pytest.raises(UserError, match="No module named 'own_backend'"):
+        backend_of(config("own_backend:Complete"))
+    monkeypatch.chdir(tmp_path)
+    assert backend_of(config("own_backend:Complete")).signals == ("sampled", "topk")
+
+
 @pytest.mark.parametrize(
     ("backend", "message"),
     [
