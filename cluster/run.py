@@ -95,6 +95,7 @@ class Running:
     ):
         """checkpoint: what the learner loads; None: the untrained student. private: the cluster was started for this run."""
         self.config, self.state, self.inputs, self.records, self.progress = config, state, inputs, records, progress
+        progress.read_live = self._live_status
         self.needed, begin, self.short = room_to_begin(config, private)
         records.event("resumed" if checkpoint else "started", step=state.step, process=os.getpid())
         if self.short:
@@ -115,7 +116,7 @@ class Running:
 
     async def to_the_end(self) -> tuple[dict[str, Any], bool]:
         """Runs the campaign; see run_campaign. No actor is left when it ends, by an error too."""
-        watching = [asyncio.create_task(keep_status(self.config.run_dir, self._live_status))]
+        watching = [asyncio.create_task(keep_status(self.config.run_dir, self.progress.refresh))]
         try:
             await self._start()
             orders = handlers(self.fleets, self.needed, self.gate, self.on_event)
@@ -185,7 +186,7 @@ class Running:
 
     def _live_status(self) -> dict[str, Any]:
         """The part of status.json that only this process knows (cluster/console/status.py)."""
-        self.progress.live = {
+        return {
             "roles": self.progress.roles,
             "actors": [
                 {
@@ -201,7 +202,6 @@ class Running:
             "ledger": self.state.ledger.counts(),
             "state": "running" if self.gate.is_set() else "paused",
         }
-        return self.progress.live
 
 
 def build_evaluator(config: CampaignConfig, inputs: Inputs, teachers: dict[str, Fleet]) -> Evaluator | None:

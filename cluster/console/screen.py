@@ -44,8 +44,10 @@ class Progress:
         self._reader, self._lock, self._started = StatusReader(run_dir), threading.Lock(), clock()
         self._seconds_before = self._reader.read({})["wall_seconds"] or 0.0
         """Of earlier processes of the campaign."""
-        self.live: dict[str, Any] = {}
-        """The content of status.json. The campaign replaces it; the terminal's thread only reads it."""
+        self.read_live: Callable[[], dict[str, Any]] = dict
+        """Returns the content of status.json; the campaign sets it."""
+        self._live: dict[str, Any] = {}
+        """Its last answer. The terminal's own thread reads only this: the state of the campaign changes meanwhile."""
         self.roles: dict[str, str] = {}
         """Role -> what it is doing."""
         self._screen: Live | None = None
@@ -56,13 +58,18 @@ class Progress:
     def update(self, metrics: Mapping[str, Any], roles: Mapping[str, str]) -> None:
         """A line of metrics.jsonl has been written."""
         self.doing(roles)
+        self.refresh()
         if self._screen is not None:
             return  # it reads the line at its next refresh
-        status = self._status()
-        last = metrics["step"] >= status["updates"]
+        last = metrics["step"] >= self._reader.config.pipeline.updates
         if "eval/accuracy" in metrics or last or self._clock() - self._printed >= self._every:
             self._printed = self._clock()
-            self._print(status_line(status))
+            self._print(status_line(self._status()))
+
+    def refresh(self) -> dict[str, Any]:
+        """Asks the campaign for the content of status.json, and returns it."""
+        self._live = self.read_live()
+        return self._live
 
     def doing(self, roles: Mapping[str, str]) -> None:
         """What each role is doing now."""
@@ -80,10 +87,10 @@ class Progress:
 
     def _status(self) -> dict[str, Any]:
         with self._lock:  # rich refreshes in a thread of its own
-            status = self._reader.read({**self.live, "roles": self.roles})
+            status = self._reader.read({**self._live, "roles": self.roles})
         status["wall_seconds"] = self._seconds_before + self._clock() - self._started  # it also ticks between updates
         # Until the campaign has reported, the newest event is the end of the process before this one.
-        return status if self.live else {**status, "state": "starting"}
+        return status if self._live else {**status, "state": "starting"}
 
     def _render(self) -> RenderableType:
         return status_screen(self._status(), news=False)  # its events stand above as notes

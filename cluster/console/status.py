@@ -114,7 +114,7 @@ class StatusReader:
     """Reads the status of one run again and again; each time only the lines that were added since."""
 
     def __init__(self, run_dir: Path):
-        self._run_dir, self._config = run_dir, load_config(run_dir / CONFIG_FILE)
+        self._run_dir, self.config = run_dir, load_config(run_dir / CONFIG_FILE)
         self._updates = JsonlTail(run_dir / METRICS_FILE, _Updates)
         self._events = JsonlTail(run_dir / EVENTS_FILE, _Events)
 
@@ -125,7 +125,7 @@ class StatusReader:
         state: `starting`, `running`, `paused`, `finished`, `stopped` (interrupted, with a checkpoint), `failed`, or
         `lost`: it has not written for LOST_AFTER_SECONDS, though no event says that it ended.
         """
-        config, updates, events = self._config, self._updates.read(), self._events.read()
+        config, updates, events = self.config, self._updates.read(), self._events.read()
         summary = read_summary(self._run_dir)
         live = _live(self._run_dir) if live is None else {**live, **_signature()}
         now = time.time() if now is None else now

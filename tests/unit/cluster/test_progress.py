@@ -34,7 +34,7 @@ class Run:
         self.progress = Progress(
             path, Console(file=self.output, width=160, **console), plain_every_seconds=5, clock=self.clock
         )
-        self.progress.live = LIVE
+        self.progress.read_live = lambda: LIVE
 
     def update(self, step: int, **more: object) -> None:
         row = {**dict.fromkeys(METRIC_KEYS, 0.5), "step": step, "wall_seconds": self.clock.now, "dropped": 0}
@@ -95,7 +95,7 @@ def test_on_a_terminal_the_screen_is_that_of_status_and_stays_in_place(tmp_path)
     shown = run.output.getvalue().rsplit("checkpoint step=12", 1)[1]
     for text in ("update 12/60", "accuracy 66.0%", "32 trajectories", "update 3"):
         assert text in shown
-    write_status(run.path, {**run.progress.live, "roles": run.progress.roles})
+    write_status(run.path, {**LIVE, "roles": run.progress.roles})
     console = Console(width=160, record=True, file=io.StringIO())
     console.print(status_screen(read_status(run.path), news=False))
     there = console.export_text()
