@@ -65,6 +65,17 @@ def test_every_module_of_the_reading_order_is_in_the_diagram() -> None:
     assert {path.rpartition("/")[2] for path in reading_order()} <= set(re.findall(r"\w+\.py", diagrams()))
 
 
+def test_the_index_has_a_phrase_for_every_module_and_no_other() -> None:
+    folder, listed = "", []
+    for line in section("## Index of files").splitlines():
+        if heading := re.fullmatch(r"### `([\w/]+/)`", line):
+            folder = heading[1]
+        elif entry := re.fullmatch(r"- `(\w+\.py)`: .+", line):
+            listed.append(folder + entry[1])
+    assert len(listed) == len(set(listed))
+    assert set(listed) >= MODULES
+
+
 @pytest.mark.parametrize(("signal", "estimator"), [("sampled", "immediate"), ("topk", "full"), ("hidden", "full")])
 def test_an_update_runs_through_the_modules_of_the_path_and_those_named_beside_it(
     tmp_path: Path, signal: str, estimator: str
