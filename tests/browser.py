@@ -15,7 +15,7 @@ from typing import Any
 import aiohttp
 
 BROWSER = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), "")
-"""Where it is; "" where there is none."""
+"""Path of the browser; "" without one."""
 
 
 class Page:

@@ -115,14 +115,14 @@ def handlers(
         for role, replicas in sizes.items():
             if replicas > needed[role][0]:
                 check_scaled(needed, role, replicas)
-        told = []
+        changes = []
         for role, replicas in sizes.items():
             before = len(fleets[role].replicas)
             needed[role] = (replicas, needed[role][1])
             fleets[role].resize(replicas)
             on_event("scaled", role=role, before=before, after=replicas)
-            told.append(f"{role}: {before} -> {replicas}")
-        return "; ".join(told)
+            changes.append(f"{role}: {before} -> {replicas}")
+        return "; ".join(changes)
 
     return {"pause": pause, "resume": resume, "stop": stop, "scale": scale}
 

@@ -28,7 +28,7 @@ LOG_RATIO_COLOURS = ((2.0, "bold white on red3"), (0.7, "red"), (0.2, "yellow"))
 
 
 class Progress:
-    """What `run` shows while its campaign goes on: the screen of `status --watch`, or plain lines without a terminal."""
+    """What `run` shows while its campaign runs: the screen of `status --watch`, or plain lines without a terminal."""
 
     def __init__(
         self,

@@ -19,7 +19,7 @@ class Event:
     tone: Tone = ""
     """Colour in the terminal and in the report."""
     label: str = ""
-    """One or two words, where there is no room for the sentence: the campaign's state, the mark of a chart."""
+    """One or two words, for places without room for the sentence: the campaign's state, the mark of a chart."""
     fault: bool = False
     """An actor was lost. Counted in summary.json."""
     begins: bool = False
@@ -35,7 +35,7 @@ class Event:
 EVENTS: dict[str, Event] = {
     # The campaign's process.
     "started": Event("the campaign has started", begins=True, news=False),
-    "resumed": Event("the campaign goes on after update {step}", "warn", begins=True),
+    "resumed": Event("the campaign continues after update {step}", "warn", begins=True),
     "loop_started": Event("the loop has started after update {step}", news=False),
     "interrupted": Event("interrupted after update {step}; a checkpoint is being written", "warn"),
     "stopped": Event("stopped after update {step}; the same command continues it", "warn", "interrupted", ends=True),
@@ -63,7 +63,7 @@ EVENTS: dict[str, Event] = {
     ),
     # Resources.
     "short_of_resources": Event("starting with one actor of each role; more join when there is room ({cause})", "warn"),
-    "waiting_for_resources": Event("{actor} waits: {cause}; the campaign goes on without it", "warn"),
+    "waiting_for_resources": Event("{actor} waits: {cause}; the campaign continues without it", "warn"),
     "object_store_full": Event("{actor} waits: {cause}", "warn"),
     # Checkpoints.
     "checkpoint": Event("checkpoint of update {step} written: {path}", news=False),

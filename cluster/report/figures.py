@@ -190,7 +190,7 @@ HISTOGRAMS = {
 
 
 def histogram_figure(key: str, name: str, rows: Rows) -> str:
-    """The counts of the last tenth of the updates, summed; "" where there is only one bar."""
+    """The counts of the last tenth of the updates, summed; "" for a single bar."""
     histogram, metric = HISTOGRAMS[key], METRICS[key]
     counted = [row[key] for row in rows if row.get(key)]
     last = counted[-max(1, len(counted) // 10) :]

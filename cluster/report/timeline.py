@@ -94,8 +94,8 @@ def _listing(events: Sequence[dict[str, Any]], opened: bool) -> str:
 
 def _details(event: dict[str, Any]) -> str:
     fields = {key: value for key, value in event.items() if key not in ("time", "wall_seconds", "kind", "cause")}
-    told = " ".join(f"<span>{escape(key)} <code>{escape(str(value))}</code></span>" for key, value in fields.items())
-    return told + (f"<p>{escape(str(event['cause']))}</p>" if event.get("cause") else "")
+    listed = " ".join(f"<span>{escape(key)} <code>{escape(str(value))}</code></span>" for key, value in fields.items())
+    return listed + (f"<p>{escape(str(event['cause']))}</p>" if event.get("cause") else "")
 
 
 def _tooltip(event: dict[str, Any]) -> str:

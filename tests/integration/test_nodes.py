@@ -66,7 +66,7 @@ def test_a_campaign_survives_the_loss_of_a_node_and_uses_the_one_that_joins(fold
     assert files(folder / "runs" / "stormy") == files(folder / "runs" / "calm")
     assert metrics(folder / "runs" / "stormy") == metrics(folder / "runs" / "calm")
     assert_ledger_adds_up(folder / "runs" / "stormy", 6, 8, 0)
-    assert "the cluster has no room for 0.2 CPU, 1 roll; the campaign goes on without it" in said
+    assert "the cluster has no room for 0.2 CPU, 1 roll; the campaign continues without it" in said
     assert "trajectories were lost with the node that held them" in said
 
 
@@ -77,7 +77,7 @@ def test_a_campaign_begins_with_the_nodes_that_are_there_and_grows_when_others_c
     told = [(event["kind"], event.get("actor")) for event in events]
     first, second = told.index(("loop_started", None)), told.index(("actor_started", "rollout-1"))
     assert told.index(("short_of_resources", None)) < told.index(("actor_started", "rollout-0")) < first < second
-    assert "it begins with one actor of each role, and takes more as there is room (rollout.replicas: found 2" in said
+    assert "starting with one actor of each role; more join when there is room (rollout.replicas: found 2" in said
     ledger = json.loads((folder / "runs" / "short" / "summary.json").read_text())["ledger"]
     assert ledger["trained"] > 0 and ledger["issued"] == sum(
         count for state, count in ledger.items() if state != "issued"
