@@ -299,9 +299,9 @@ class Campaign:
     async def _take_update(self, update: list[Scored]) -> dict[str, float]:
         """Calls the learner's `update` with all trajectories, and gives each rank the scores of its own; the metrics."""
         config, sampled = self.config.learner, [one.sampled for one in update]
-        costs = np.array([self._queues.tokens_of(one) for one in sampled])
-        scores = scores_by_rank(update, costs, config.minibatches_per_update, config.replicas)
         ids = ids_of(sampled)
+        costs = self._prompts.lengths_of(ids[:, 1]) + np.array([one.length for one in sampled])
+        scores = scores_by_rank(update, costs, config.minibatches_per_update, config.replicas)
         return await self.learner.call(
             "update",
             ids,

@@ -175,8 +175,10 @@ class Queues:
         self._to_sample: asyncio.Queue[Issued] = asyncio.Queue()
         self._group: deque[Issued] = deque()
         """The rest of the group that is being given to a rollout actor."""
-        self._to_score: asyncio.PriorityQueue[tuple[int, int, Sampled]] = asyncio.PriorityQueue()
-        """(version of its oldest token, its number in the ledger, the trajectory)."""
+        self._to_score: list[tuple[int, int, Sampled]] = []
+        """Heap of (version of its oldest token, its number in the ledger, the trajectory)."""
+        self._any_sampled = asyncio.Event()
+        """Set by each answer of a rollout actor."""
         self._scored: asyncio.Queue[list[Scored]] = asyncio.Queue()
         self._ready = ReadyToTrain(self._max_staleness)
         self._awaited: Counter[int] = Counter()
@@ -208,7 +210,8 @@ class Queues:
         for number, row, length, version, truncated in rows:
             one = Sampled(number, TrajectoryId(*row), trajectories, turn, length, version, truncated)
             self._awaited[version] += 1
-            self._to_score.put_nowait((version, number, one))
+            heapq.heappush(self._to_score, (version, number, one))
+        self._any_sampled.set()
 
     def scored(self, batch: Sequence[Sampled], answer: TeacherAnswer) -> None:
         """Teachers have scored a batch, in its order."""
@@ -270,20 +273,22 @@ class Queues:
         A synchronous update is one batch. Otherwise waits until a teacher actor has room, and takes the oldest: at most
         that actor's share of all that wait, and at most the tokens of one forward pass.
         """
-        batch = [(await self._to_score.get())[-1]]
+        while len(self._to_score) < (self._update_size if self._synchronous else 1):
+            self._any_sampled.clear()
+            await self._any_sampled.wait()
         if self._synchronous:
-            while len(batch) < self._update_size:
-                batch.append((await self._to_score.get())[-1])
+            batch = [heapq.heappop(self._to_score)[-1] for _ in range(self._update_size)]
         else:
+            batch = [heapq.heappop(self._to_score)[-1]]
             await asyncio.sleep(0)  # lets the call before begin, so that `room` counts it
             await self._teachers.room(TEACHER_CALLS)
             actors = min(len(fleet.replicas) for fleet in self._teachers.fleets.values())
             # Rounded up. An actor that takes all that waits would leave the others idle.
-            share = -(-self._to_score.qsize() // actors)
-            tokens = self.tokens_of(batch[0])
+            share = -(-len(self._to_score) // actors)
+            tokens = self._tokens_of(batch[0])
             while len(batch) < share and tokens < self._tokens_at_once:
-                batch.append((await self._to_score.get())[-1])
-                tokens += self.tokens_of(batch[-1])
+                batch.append(heapq.heappop(self._to_score)[-1])
+                tokens += self._tokens_of(batch[-1])
         return sorted(batch, key=lambda one: one.number)
 
     async def next_update(self) -> list[Scored]:
@@ -324,8 +329,7 @@ class Queues:
 
     # -------------------------------------------------------------------------------------------------------- measures
 
-    def tokens_of(self, one: Sampled) -> int:
-        """Tokens of prompt and response."""
+    def _tokens_of(self, one: Sampled) -> int:
         start, end = self._prompts.offsets[one.id.prompt : one.id.prompt + 2]
         return int(end - start) + one.length
 
@@ -334,7 +338,7 @@ class Queues:
         return {
             "sample": self._to_sample.qsize() * self._config.pipeline.samples_per_prompt + len(self._group),
             "sampling": len(self.in_flight),
-            "score": self._to_score.qsize(),
+            "score": len(self._to_score),
             "train": len(self._ready),
         }
 
