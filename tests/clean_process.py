@@ -1,7 +1,6 @@
-"""Processes for tests to kill: forked from one that has imported what is slow to import, and has run nothing.
+"""Starts processes that tests can kill. They are forked from a server that has done the slow imports and nothing else.
 
-A fork of the test's own process would not do: once OpenMP has threads there, its copies crash at their first product
-of matrices.
+A fork of the test's own process does not work: once OpenMP has threads there, a copy crashes at its first matrix product.
 """
 
 import multiprocessing
@@ -19,11 +18,11 @@ CONTEXT.set_forkserver_preload(["tests.light_campaign", "tests.tiny_updates"])
 
 
 def start(body: Callable[..., None], *arguments: Any, log: Path | None = None) -> BaseProcess:
-    """Runs a function of a module, whose output and errors go to the end of `log`, in a process of its own.
+    """Runs a function of a module in a process of its own. Output and errors are appended to `log`.
 
-    It ends with 0, with 1 after an exception, or with minus the signal that killed it.
+    Exit code: 0, 1 after an exception, or minus the signal that killed it.
     """
-    with mock.patch.dict(os.environ, OMP_NUM_THREADS="1"):  # of the server, which is started but once
+    with mock.patch.dict(os.environ, OMP_NUM_THREADS="1"):  # of the server, which starts once
         os.environ.pop("TORCH_COMPILE_DISABLE", None)  # vLLM's tests set it in the test's own process
         forkserver.ensure_running()
     process = CONTEXT.Process(target=_run, args=(body, arguments, log), daemon=True)

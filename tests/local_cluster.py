@@ -14,6 +14,8 @@ from pathlib import Path
 
 import psutil
 
+from tests.waiting import PATIENCE_SECONDS, until
+
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
 QUICK_TO_NOTICE = {
@@ -22,8 +24,8 @@ QUICK_TO_NOTICE = {
     "health_check_timeout_ms": 10_000,
     "health_check_failure_threshold": 3,
 }
-"""A node that is gone refuses to be called, which is noticed in two seconds (Ray's own default: fifteen); one that is only
-slow, on a machine with more processes than cores, is given its time."""
+"""A lost node refuses connections, which Ray notices in two seconds with these settings (fifteen with its own). A node that
+is only slow, on a machine with more processes than cores, has ten seconds to answer."""
 
 
 def free_ports(count: int) -> list[int]:
@@ -38,7 +40,7 @@ def free_ports(count: int) -> list[int]:
 
 
 class LocalCluster:
-    """A head, and what nodes are added. Not stopped by `ray stop`, which would stop every Ray on the machine."""
+    """A head, and the nodes that are added. `ray stop` would stop every Ray on the machine, so this class does not use it."""
 
     def __init__(self, folder: Path, *, cpus: float = 2, resources: dict[str, float] | None = None):
         """Starts the head and waits until its job server answers. folder: where its token is kept."""
@@ -66,10 +68,8 @@ class LocalCluster:
             cpus=cpus,
             resources=resources,
         )
-        deadline = time.monotonic() + 60
-        while self.run(BIN / "ray", "job", "list", "--address", self.address).returncode:
-            assert self.nodes[0].is_running() and time.monotonic() < deadline, "the head did not start"
-            time.sleep(1)
+        listing = (BIN / "ray", "job", "list", "--address", self.address)
+        until(lambda: not self.run(*listing).returncode, "a head that answers", self.nodes[0].is_running)
 
     def add_node(self, *, cpus: float = 2, resources: dict[str, float] | None = None) -> None:
         """Starts one more node; not two at a time, since nodes of one IP address wait for each other for ever.
@@ -80,14 +80,14 @@ class LocalCluster:
         where = (f"--address=127.0.0.1:{self._gcs}", f"--temp-dir={self._scratch / str(len(self.nodes))}")
         self._start(*where, cpus=cpus, resources=resources)
 
-    def run(self, *command: object, timeout: float = 250) -> subprocess.CompletedProcess[str]:
+    def run(self, *command: object, timeout: float = PATIENCE_SECONDS) -> subprocess.CompletedProcess[str]:
         """Runs a command as this cluster's operator, from the repository's root."""
         words = list(map(str, command))
         return subprocess.run(words, cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=timeout)
 
-    def understudy(self, *arguments: object, timeout: float = 250) -> subprocess.CompletedProcess[str]:
-        """Likewise `understudy …`; again where the head answers, and the agent that starts jobs is not there yet."""
-        deadline = time.monotonic() + 120
+    def understudy(self, *arguments: object, timeout: float = PATIENCE_SECONDS) -> subprocess.CompletedProcess[str]:
+        """Runs `understudy …`; again where the head answers, but the agent that starts jobs is not there yet."""
+        deadline = time.monotonic() + PATIENCE_SECONDS
         while True:
             done = self.run(sys.executable, "-m", "cluster", *arguments, timeout=timeout)
             if "No available agent" not in done.stdout + done.stderr or time.monotonic() > deadline:
@@ -107,7 +107,7 @@ class LocalCluster:
         processes = [node, *node.children(recursive=True)]
         for process in processes:
             _kill(process)
-        psutil.wait_procs(processes, timeout=10)
+        psutil.wait_procs(processes, timeout=PATIENCE_SECONDS)
         self.nodes.remove(node)
 
     def close(self) -> None:
@@ -122,14 +122,13 @@ class LocalCluster:
             *(f"--num-cpus={cpus:g}", f"--resources={json.dumps(resources or {})}", "--object-store-memory=200000000"),
             *("--dashboard-agent-listen-port=0", "--min-worker-port=0", "--max-worker-port=0", *options),
         ]
-        said = self._folder / f"node-{len(self.nodes)}.log"
-        with said.open("w") as log:
+        output = self._folder / f"node-{len(self.nodes)}.log"
+        with output.open("w") as log:
             process = psutil.Popen(command, env=self.environment, start_new_session=True, stdout=log, stderr=log)
         self.nodes.append(process)
-        deadline = time.monotonic() + 60
-        while "Ray runtime started" not in said.read_text():
-            assert process.poll() is None and time.monotonic() < deadline, said.read_text()[-2000:]
-            time.sleep(0.2)
+        until(
+            lambda: "Ray runtime started" in output.read_text(), f"a node; see {output}", lambda: process.poll() is None
+        )
 
 
 def _command(process: psutil.Process) -> list[str]:

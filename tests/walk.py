@@ -1,12 +1,11 @@
 """The walk of docs/walk.md, step by step: a campaign on a cluster of four nodes is watched, scaled, and loses a node.
 
-A test takes it, and `docs/make_walk.py`, which makes the page's pictures.
+tests/e2e/test_walk.py checks it, and docs/make_walk.py makes the page's pictures from it.
 """
 
 import json
 import re
 import subprocess
-import time
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 from cluster.records.writer import read_jsonl
 from tests.local_cluster import LocalCluster
+from tests.waiting import until
 
 CAMPAIGN = (
     "name=walk",
@@ -26,8 +26,7 @@ CAMPAIGN = (
     "teachers.default.resources={teacher: 1}",
     "learner.resources={learner: 1}",
 )
-"""What is changed of configs/quickstart.yaml: short updates, and which nodes each role may have."""
-PATIENCE_SECONDS = 150
+"""Changes to configs/quickstart.yaml: short updates, and which nodes each role may have."""
 
 
 class Walk:
@@ -41,27 +40,30 @@ class Walk:
             self.cluster.add_node(cpus=1, resources={"rollout": 1})
 
     def submit(self) -> subprocess.CompletedProcess[str]:
-        """As a job."""
+        """Submits the campaign as a job."""
         where = ("--address", self.cluster.address)
         return self.cluster.understudy(
             "submit", "configs/quickstart.yaml", *where, f"output_dir={self.folder}", *CAMPAIGN
         )
 
     def until(self, what: str, condition: Callable[[], object]) -> None:
-        """Waits; AssertionError with the job's events where it does not come, or the campaign has ended before."""
-        deadline = time.monotonic() + PATIENCE_SECONDS
-        while not condition():
-            over = {"finished", "failed", "stopped"} & set(self.kinds()) or time.monotonic() > deadline
-            assert not over or condition(), f"{what} has not happened: {self.events()}"
-            time.sleep(0.5)
+        """Waits. AssertionError with the campaign's events if it ends first."""
+
+        def runs() -> bool:
+            return not {"finished", "failed", "stopped"} & set(self.kinds())
+
+        try:
+            until(condition, what, runs)
+        except AssertionError as error:
+            raise AssertionError(f"{error}: {self.events()}") from None
 
     def events(self, kind: str = "") -> list[dict[str, Any]]:
-        """Of the campaign so far; of one kind."""
+        """The events of the campaign so far, of all kinds or of one."""
         rows = read_jsonl(self.run / "events.jsonl")
         return [row for row in rows if kind in ("", row["kind"])]
 
     def kinds(self) -> list[str]:
-        """Of its events, in their order."""
+        """The kinds of its events, in their order."""
         return [event["kind"] for event in self.events()]
 
     def status(self) -> dict[str, Any]:
@@ -69,12 +71,12 @@ class Walk:
         return json.loads(self.cluster.understudy("status", self.run, "--json").stdout)
 
     def update(self) -> int:
-        """The last one that was taken."""
+        """The number of the last update."""
         rows = read_jsonl(self.run / "metrics.jsonl")
         return int(rows[-1]["step"]) if rows else 0
 
     def wait_for_updates(self, more: int) -> None:
-        """Until so many more have been taken."""
+        """Waits for this many more updates."""
         wanted = self.update() + more
         self.until(f"update {wanted}", lambda: self.update() >= wanted)
 
@@ -84,19 +86,19 @@ class Walk:
             return set(re.findall(r"^(ray_understudy_\w+)\{", answer.read().decode(), re.M))
 
     def scale(self) -> subprocess.CompletedProcess[str]:
-        """A second rollout actor, on a node of its own."""
+        """Adds a rollout actor, on a node of its own."""
         return self.cluster.understudy("scale", self.run, "rollout=2")
 
     def wait_for_actor(self, name: str) -> None:
-        """Until it works."""
+        """Waits until this actor works."""
         self.until(name, lambda: name in [event["actor"] for event in self.events("actor_started")])
 
     def kill_a_node(self) -> None:
-        """One that has a rollout actor; another node with room for it is idle."""
+        """Kills a node that has a rollout actor. Another node with room for it is idle."""
         self.cluster.kill(self.cluster.hosts("RolloutActor")[0])
 
     def wait_for_the_replacement(self) -> None:
-        """Until the lost actor works again, on the idle node. Paused meanwhile, so that updates are left for it."""
+        """Waits until the lost actor works again, on the idle node. The campaign pauses, so that updates are left for it."""
         self.until("the loss", lambda: self.events("actor_died"))
         self.wait_for_updates(2)
         self.cluster.understudy("pause", self.run)
@@ -104,7 +106,7 @@ class Walk:
         self.cluster.understudy("resume", self.run)
 
     def wait_for_the_end(self) -> None:
-        """Until the campaign has finished, and its report is written."""
+        """Waits until the campaign has finished and its report is written."""
         self.until("the end", lambda: self.events("finished") and (self.run / "report.html").exists())
 
     def close(self) -> None:

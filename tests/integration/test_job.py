@@ -10,6 +10,8 @@ import pytest
 
 from tests.local_cluster import BIN, LocalCluster
 
+pytestmark = pytest.mark.integration
+
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
@@ -24,8 +26,6 @@ def submit(cluster: LocalCluster, *arguments: str) -> subprocess.CompletedProces
     return cluster.understudy("submit", "configs/quickstart.yaml", *where, "--follow", *arguments)
 
 
-@pytest.mark.integration
-@pytest.mark.timeout(500)
 def test_the_quickstart_runs_as_a_submitted_job(cluster: LocalCluster, tmp_path: Path) -> None:
     done = submit(
         cluster,
@@ -41,8 +41,6 @@ def test_the_quickstart_runs_as_a_submitted_job(cluster: LocalCluster, tmp_path:
     assert summary["ledger"]["trained"] == 32
 
 
-@pytest.mark.integration
-@pytest.mark.timeout(500)
 def test_a_relative_output_directory_is_refused_inside_a_job(cluster: LocalCluster) -> None:
     ray = (BIN / "ray", "job", "submit", "--address", cluster.address, "--working-dir", ".", "--")
     done = cluster.run(*ray, "python", "-m", "cluster", "run", "configs/quickstart.yaml", "output_dir=runs")
@@ -50,16 +48,12 @@ def test_a_relative_output_directory_is_refused_inside_a_job(cluster: LocalClust
     assert "understudy: output_dir: found runs, expected an absolute path" in done.stdout
 
 
-@pytest.mark.integration
-@pytest.mark.timeout(500)
 def test_the_exit_status_of_a_followed_job_is_that_of_its_run(cluster: LocalCluster, tmp_path: Path) -> None:
     done = submit(cluster, f"output_dir={tmp_path}", "student.model=/nowhere")
     assert done.returncode == 2
     assert "understudy: student.model: found /nowhere" in done.stdout
 
 
-@pytest.mark.integration
-@pytest.mark.timeout(500)
 def test_a_wrong_token_is_one_clear_line(cluster: LocalCluster, tmp_path: Path) -> None:
     wrong = tmp_path / "token"
     wrong.write_text(secrets.token_hex(32))

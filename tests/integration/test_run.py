@@ -6,7 +6,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,14 +19,17 @@ from actors.data.models import load_model
 from cluster.config_file import load_config
 from cluster.records.metric_table import EVALUATION_KEYS, METRIC_KEYS
 from cluster.records.writer import SUMMARY_KEYS, TRAJECTORY_KEYS, read_jsonl
+from tests.light_engine import BACKEND
 from tests.tiny_models import make_tiny_model
 from tests.tiny_tokenizers import byte_level
+from tests.waiting import PATIENCE_SECONDS, until
 
 ROOT = Path(__file__).resolve().parents[2]
 UPDATES = 6
 OF_TIME = re.compile(r"wall_seconds|busy_.*|publish_seconds|loop_seconds")
+LIGHT = f"rollout.backend={BACKEND}"
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(120)]
+pytestmark = pytest.mark.integration
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +65,7 @@ evaluation:
   prompts: {path: heldout.jsonl}
   every_updates: 3
 checkpoint: {every_updates: 1, keep_last: 100}
-ray: {object_store_mebibytes: 100, start_timeout_seconds: 90}
+ray: {object_store_mebibytes: 100, start_timeout_seconds: 600}
 """
     )
     return path
@@ -82,9 +84,9 @@ def start(folder: Path, *overrides: str, what: tuple[str, ...] = ("campaign.yaml
 
 
 def finish(process: subprocess.Popen[str], status: int) -> tuple[str, str]:
-    """What it printed, once it has ended with this status."""
+    """Waits for the process to end with this status; returns its output and its errors."""
     try:
-        out, err = process.communicate(timeout=100)
+        out, err = process.communicate(timeout=PATIENCE_SECONDS)
     except subprocess.TimeoutExpired:
         process.kill()
         raise
@@ -93,10 +95,10 @@ def finish(process: subprocess.Popen[str], status: int) -> tuple[str, str]:
 
 
 def wait_for_step(folder: Path, name: str, step: int, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 90
-    while max((row["step"] for row in read_jsonl(folder / "runs" / name / "metrics.jsonl")), default=-1) < step:
-        assert process.poll() is None and time.monotonic() < deadline, "the campaign did not get that far"
-        time.sleep(0.02)
+    def done() -> bool:
+        return max((row["step"] for row in read_jsonl(folder / "runs" / name / "metrics.jsonl")), default=-1) >= step
+
+    until(done, f"update {step} of {name}", lambda: process.poll() is None)
 
 
 def processes_of(campaign: subprocess.Popen[str]) -> list[psutil.Process]:
@@ -168,20 +170,15 @@ def test_a_checkpoint_is_a_model_that_loads_and_has_learnt(calm: Path, folder: P
     }  # fmt: skip
 
 
-def test_a_finished_campaign_is_not_run_again_and_is_refused_another_configuration(calm: Path, folder: Path) -> None:
+def test_a_finished_campaign_is_not_run_again(calm: Path, folder: Path) -> None:
     before = {path: path.read_bytes() for path in calm.iterdir() if path.is_file()}
-    started = time.monotonic()
     finish(start(folder), 0)
-    line = refusal(folder, "learner.optimizer.learning_rate=0.01")
-    assert "learner.optimizer.learning_rate=0.001 where this one has 0.01" in line
     assert before == {path: path.read_bytes() for path in calm.iterdir() if path.is_file()}
-    assert time.monotonic() - started < 60
 
 
-@pytest.mark.timeout(240)
-def test_killed_given_more_updates_and_interrupted_equals_undisturbed_bit_for_bit(calm: Path, folder: Path) -> None:
+def test_killed_and_interrupted_equals_undisturbed_bit_for_bit(calm: Path, folder: Path) -> None:
     stormy = folder / "runs" / "stormy"
-    process = start(folder, "name=stormy", "pipeline.updates=100")
+    process = start(folder, "name=stormy", "pipeline.updates=10000")
     wait_for_step(folder, "stormy", 2, process)
     family = processes_of(process)
     sockets = [socket for one in family for socket in one.net_connections("inet") if socket.status == "LISTEN"]
@@ -191,17 +188,15 @@ def test_killed_given_more_updates_and_interrupted_equals_undisturbed_bit_for_bi
     assert not (folder / "home" / ".ray").exists()
     process.kill()
     process.communicate()
+    killed_at = read_jsonl(stormy / "metrics.jsonl")[-1]["step"]
 
-    finish(start(folder, "name=stormy", "pipeline.updates=4"), 0)
-    assert json.loads((stormy / "summary.json").read_text())["ledger"]["trained"] == 4 * 8
-
-    process = start(folder, "pipeline.updates=100", what=("--resume", "runs/stormy"))
-    wait_for_step(folder, "stormy", 5, process)
+    process = start(folder, "pipeline.updates=9000", what=("--resume", "runs/stormy"))
+    wait_for_step(folder, "stormy", max(5, killed_at + 2), process)
     process.send_signal(signal.SIGINT)
     _, err = finish(process, 130)
     assert "a checkpoint is written" in err and "Traceback" not in err
     events = {row["kind"]: row for row in read_jsonl(stormy / "events.jsonl")}
-    assert "interrupted" in events and events["configuration_changed"]["changed"] == {"pipeline.updates": [4, 100]}
+    assert "interrupted" in events and events["configuration_changed"]["changed"] == {"pipeline.updates": [10000, 9000]}
     summary = json.loads((stormy / "summary.json").read_text())
     newest = max(path.name for path in (stormy / "checkpoints").iterdir())
     assert newest == f"step_{summary['updates']:08d}"
@@ -216,30 +211,34 @@ def test_killed_given_more_updates_and_interrupted_equals_undisturbed_bit_for_bi
     assert read_jsonl(calm / "ledger.jsonl")[:5] == trained[:5]
     ours, theirs = (read_jsonl(run / "metrics.jsonl") for run in (calm, stormy))
     assert [row["step"] for row in theirs] == list(range(len(theirs)))
-    for mine, other in zip(ours[:6], theirs[:6], strict=True):  # the fourth was evaluated as it was the last for a time
-        assert without_times(mine) == {key: other[key] for key in without_times(mine)}
+    for mine, other in zip(ours[:6], theirs[:6], strict=True):
+        assert without_times(mine) == without_times(other)
 
 
 def kill_a_rank(process: subprocess.Popen[str]) -> None:
-    """Kills the second rank of this campaign's learner."""
+    """SIGKILL for the second rank of this campaign's learner."""
     below = {child.pid: child for child in psutil.Process(process.pid).children(recursive=True)}
     ranks = sorted(pid for pid, child in below.items() if child.cmdline()[:1] == ["ray::LearnerRank"])
     assert len(ranks) == 2, [child.cmdline() for child in below.values()]
     os.kill(ranks[1], signal.SIGKILL)
 
 
-@pytest.mark.timeout(240)
-def test_a_learner_of_two_ranks_that_loses_one_trains_as_one_of_one(calm: Path, folder: Path) -> None:
-    process = start(folder, "name=ranks", "learner.replicas=2", "weights.encoding=delta", "weights.anchor_every=3")
+def test_a_learner_of_two_ranks_that_loses_one_trains_as_one_of_one(folder: Path) -> None:
+    one = folder / "runs" / "one"
+    finish(start(folder, "name=one", LIGHT, "rollout.engine={}"), 0)
+    ranks = folder / "runs" / "ranks"
+    waiting = f"rollout.engine={{wait_at: 2, wait_for: {folder / 'go'}}}"
+    overrides = ("learner.replicas=2", "weights.encoding=delta", "weights.anchor_every=3", LIGHT, waiting)
+    process = start(folder, "name=ranks", *overrides)
     wait_for_step(folder, "ranks", 2, process)
     kill_a_rank(process)
+    (folder / "go").touch()
     finish(process, 0)
-    ranks = folder / "runs" / "ranks"
     summary = json.loads((ranks / "summary.json").read_text())
     assert summary["faults"] == 1 and summary["ledger"]["trained"] == UPDATES * 8
     rows = read_jsonl(ranks / "metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(UPDATES + 1))
-    for mine, other in zip(rows, read_jsonl(calm / "metrics.jsonl"), strict=True):
+    for mine, other in zip(rows, read_jsonl(one / "metrics.jsonl"), strict=True):
         expected = without_times(other)
         assert mine.get("publish_bytes", 0) <= expected.pop("publish_bytes", 0)
         for key, value in expected.items():
@@ -247,7 +246,7 @@ def test_a_learner_of_two_ranks_that_loses_one_trains_as_one_of_one(calm: Path, 
     published = [row["publish_bytes"] for row in rows if "publish_bytes" in row]
     assert min(published) < 0.8 * max(published), "each rank's rows as what has changed in them"
     last = Path("checkpoints", f"step_{UPDATES:08d}", "model.safetensors")
-    ours, theirs = load_file(ranks / last), load_file(calm / last)
+    ours, theirs = load_file(ranks / last), load_file(one / last)
     assert ours.keys() == theirs.keys()
     for name in theirs:
         torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=1e-5)
@@ -271,16 +270,15 @@ def test_a_teacher_with_another_tokenizer_teaches_a_student_whose_adapter_alone_
     assert before["eval/reverse_kl"] > 0 and "eval/accuracy_teacher" in before
 
 
-def test_more_actors_than_the_cluster_holds_are_refused_at_once(folder: Path) -> None:
-    started = time.monotonic()
+def test_more_actors_than_the_cluster_holds_are_refused_before_any_starts(folder: Path) -> None:
     line = refusal(folder, "name=many", "rollout.replicas=500")
-    assert time.monotonic() - started < 60
     assert line.startswith("understudy: rollout.replicas: found 100.4 CPUs asked (rollout 500 x 0.2")
     assert re.search(r"at most the \d+ CPUs of the cluster", line)
+    assert "actor_started" not in {event["kind"] for event in read_jsonl(folder / "runs" / "many" / "events.jsonl")}
 
 
 def test_a_loss_that_is_no_number_ends_with_the_step_and_the_trajectory_and_a_good_checkpoint(folder: Path) -> None:
-    settings = ("name=wild", "learner.optimizer.learning_rate=1e30", "evaluation.prompts=null",
+    settings = ("name=wild", LIGHT, "rollout.engine={}", "learner.optimizer.learning_rate=1e30", "evaluation.prompts=null",
                 "teachers.default={model: teacher, ema_decay: null, signal: hidden}")  # fmt: skip
     out, err = finish(start(folder, *settings), 1)
     assert "Traceback" not in out + err
