@@ -15,7 +15,7 @@ each number that is not yet 0; those continue, decreased by 1. From level `unary
 lowest bit and is halved, so that outliers cost a logarithm (Exp-Golomb code), not their size. In a plane the first bit
 is the lowest of its byte. Each plane starts on a new byte.
 
-Why by hand. Translated to plain numba loops, the code takes 4 to 10 times as long to encode and 1.4 to 15 times to apply
+Why by hand. In plain numba loops the code takes 2.4 to 3 times as long to encode and 1.2 to 4.8 times as long to decode
 (docs/benchmarks.md): numba has no names for the instructions that turn comparisons into masks, and that move elements by
 a mask. The few that are needed are given to it as LLVM's, in the section "Vector instructions".
 

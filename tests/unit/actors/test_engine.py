@@ -11,6 +11,7 @@ from actors.rollout.engine import METHODS, Response, engine_class, make_engine, 
 from actors.rollout.vllm_engine import VllmEngine
 from actors.trajectory import Requests
 from cluster.config_file import load_config
+from cluster.preflight import checks
 
 
 @pytest.fixture
@@ -57,6 +58,18 @@ def test_another_form_is_refused_before_anything_is_imported(backend: str) -> No
         load_config("configs/quickstart.yaml", [f"rollout.backend={backend!r}"])
     config = load_config("configs/quickstart.yaml", ["rollout.backend='no_such_module:Engine'"])
     assert config.rollout.backend == "no_such_module:Engine"
+
+
+def test_check_imports_the_engine_also_offline(module: types.ModuleType) -> None:
+    def check(backend: str) -> str:
+        config = load_config("configs/quickstart.yaml", [f"rollout.backend='{backend}'"])
+        run = dict(checks(config, offline=True))["engine"]
+        assert run is not None
+        return run()
+
+    assert check("own_engines:Complete") == "own_engines:Complete"
+    with pytest.raises(UserError, match="without abort"):
+        check("own_engines:Mute")
 
 
 @pytest.mark.parametrize("support", [0, 2])
