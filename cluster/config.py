@@ -18,6 +18,7 @@ from actors.config import (
 )
 from cluster.guards import GuardConfig, default_guards
 from learner.config import LearnerConfig
+from learner.validation import gives_rewards
 
 
 @dataclass
@@ -155,8 +156,7 @@ class CampaignConfig:
     @property
     def gives_rewards(self) -> bool:
         """Whether training uses rewards, which `evaluation.verifier` gives."""
-        objective = self.learner.objective
-        return objective.estimator == "reward" or objective.reward_weight > 0
+        return gives_rewards(self.learner.objective)
 
     @property
     def replicas(self) -> dict[str, int]:

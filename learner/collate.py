@@ -28,6 +28,7 @@ from actors.trajectory import (
 from learner.config import ObjectiveConfig
 from learner.hidden_states import Head, HiddenStates
 from learner.objective.divergences import extrapolated_teacher
+from learner.objective.estimator_table import estimator_row
 from learner.objective.policy_gradient import reward_cost, token_weights
 from learner.student.sharding import Ranks
 
@@ -241,7 +242,9 @@ def collate(
     behaviour = tensor(
         np.where(written.trained, written.behaviour_logprobs, np.float32(0))
     )  # nobody sampled the others
-    if objective.estimator == "sft":  # the teacher wrote these responses, so it is the behaviour policy
+    if (
+        estimator_row(objective.estimator).text_by == "teacher"
+    ):  # the teacher wrote these responses, so it is the behaviour policy
         behaviour = teacher_logprobs
     batch = UpdateBatch(
         written,

@@ -5,10 +5,8 @@ from typing import Literal
 
 from actors.config import number
 
-Estimator = Literal["trajectory", "to_go", "to_go_expected", "discounted", "immediate", "full", "reward", "sft"]
 TokenRole = Literal["end_of_sequence", "template"]
 Aggregation = Literal["token_mean", "sequence_mean", "sequence_sum", "constant"]
-Divergence = Literal["reverse_kl", "forward_kl", "jsd", "skewed_forward_kl", "skewed_reverse_kl", "entropy_gated_kl"]
 
 
 @dataclass
@@ -43,16 +41,21 @@ class MismatchConfig:
 class ObjectiveConfig:
     """The clipped-ratio on-policy distillation objective; formulas, sources and biases are in docs/objective.md."""
 
-    estimator: Estimator = "immediate"
-    """The coefficient A_t of grad log pi(y_t); `full` is the gradient of the divergence itself over the teacher's support;
-    `reward` knows the reward alone (reinforcement learning), and `sft` learns responses that the teacher has written."""
+    estimator: str = "immediate"
+    """The coefficient A_t of grad log pi(y_t): `trajectory`, `to_go`, `to_go_expected`, `discounted` or `immediate`. Or
+    `full`, the gradient of the divergence itself over the teacher's support; `reward`, the reward alone (reinforcement
+    learning); `sft`, responses that the teacher has written. Or package.module:function of your own (docs/extending.md)."""
     gamma: float = number(1.0, minimum=0, maximum=1)
     """Discount of later tokens, for `discounted` and `to_go_expected`."""
     baseline: Literal["none", "batch_mean", "group_mean", "exact_kl"] = "none"
     """What is subtracted from A_t: the mean of the other trajectories at that position, that of the other samples of the
     prompt, or the exact KL at the context (needs a distribution)."""
-    divergence: Divergence = "reverse_kl"
-    """For `full`: what is minimised at each context."""
+    divergence: str = "reverse_kl"
+    """For `full`, what is minimised at each context: `reverse_kl`, `forward_kl`, `jsd`, `skewed_forward_kl`,
+    `skewed_reverse_kl`, `entropy_gated_kl`, or package.module:function of your own (docs/extending.md)."""
+    cost: str | None = None
+    """package.module:function of your own that takes the place of the log-ratio log pi - log q in A_t, or, with `full`,
+    of that in the expected cost (docs/extending.md). Null: the log-ratio."""
     mixture: float = number(0.5, above=0, maximum=1)
     """For `jsd` and the skewed divergences: beta, or the skew."""
     entropy_threshold: float = number(0.5, minimum=0)

@@ -4,24 +4,36 @@ The formulas are in objective/policy_gradient.py and objective/divergences.py; h
 K support.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
+from actors.errors import UserError
+from actors.import_path import is_import_path
 from learner.collate import Part
 from learner.config import ObjectiveConfig
 from learner.hidden_states import mixture_logprobs
 from learner.objective import divergences
-from learner.objective.policy_gradient import coefficient, corrected_weights, log_importance_weights, position_weights
+from learner.objective.estimator_table import KEY, estimator_row, own_function
+from learner.objective.policy_gradient import (
+    coefficient,
+    corrected_weights,
+    estimator_arguments,
+    log_importance_weights,
+    position_weights,
+)
 
 
 def needs_distribution(objective: ObjectiveConfig) -> bool:
     """Whether the teacher must send a support, not the sampled token's log-prob alone."""
-    return objective.estimator in ("full", "to_go_expected") or objective.baseline == "exact_kl"
+    return estimator_row(objective.estimator).needs_distribution or objective.baseline == "exact_kl"
 
 
 def needs_whole_update(objective: ObjectiveConfig) -> bool:
     """Whether A_t depends on other trajectories, so that it cannot be computed micro-batch by micro-batch."""
-    return objective.estimator != "full" and objective.baseline in ("batch_mean", "group_mean")
+    row = estimator_row(objective.estimator)
+    return row.needs_whole_update or (row.samples_action and objective.baseline in ("batch_mean", "group_mean"))
 
 
 def on_support(logprobs_nV: Tensor, part: Part, rows: slice, objective: ObjectiveConfig) -> tuple[Tensor, Tensor]:
@@ -37,7 +49,9 @@ def on_support(logprobs_nV: Tensor, part: Part, rows: slice, objective: Objectiv
         student, teacher, *reference = map(close, (logprobs_nV.gather(-1, part.support_ids[rows]), *said))
     if reference:
         teacher = divergences.extrapolated_teacher(teacher, reference[0], objective.extrapolation)
-        if objective.estimator == "full":  # a divergence is between distributions; a sum of log-ratios is not
+        if not estimator_row(
+            objective.estimator
+        ).samples_action:  # a divergence is between distributions; a sum of log-ratios is not
             teacher = divergences.renormalised(teacher)
     return student, teacher
 
@@ -49,19 +63,63 @@ def exact_kl(logprobs_nV: Tensor, part: Part, rows: slice, objective: ObjectiveC
 
 def full_cost_is_exact_kl(objective: ObjectiveConfig) -> bool:
     """Whether `full_cost` is the exact KL itself, so that it need not be computed a second time to be measured."""
-    plain = objective.log_ratio_clip is None and objective.log_ratio_power is None and objective.proximal_weight == 1
-    return objective.estimator == "full" and objective.divergence == "reverse_kl" and plain
+    plain = not has_bounded_cost(objective) and objective.proximal_weight == 1
+    return not estimator_row(objective.estimator).samples_action and plain and objective.divergence == "reverse_kl"
+
+
+def has_bounded_cost(objective: ObjectiveConfig) -> bool:
+    """Whether something else takes the place of the plain log-ratio."""
+    return any(found is not None for found in (objective.log_ratio_clip, objective.log_ratio_power, objective.cost))
+
+
+def log_ratio_cost(student: Tensor, teacher: Tensor, objective: ObjectiveConfig) -> Tensor:
+    """The cost of each token, any shape, without gradient: the log-ratio, bounded or replaced as configured."""
+    if objective.cost is not None:
+        return own_function(objective.cost, f"{KEY}.cost")(student.detach(), teacher.detach()).detach()
+    return divergences.bounded_cost(student, teacher, power=objective.log_ratio_power, clip=objective.log_ratio_clip)
+
+
+def check_own_functions(objective: ObjectiveConfig) -> None:
+    """Tries each function of the user's own on a small example. UserError: it raises, or returns another shape or type."""
+    logprobs = torch.randn(3, 5, generator=torch.Generator().manual_seed(0)).log_softmax(-1)
+    teacher = logprobs.flip(0)
+    mask = torch.tensor([[True] * 5, [True] * 4 + [False], [True] * 2 + [False] * 3])
+    row, groups = estimator_row(objective.estimator), torch.tensor([0, 0, 1])
+    tried: dict[str, tuple[str | None, Callable[[Callable[..., Tensor]], Tensor], tuple[int, ...]]] = {
+        "estimator": (
+            objective.estimator,
+            lambda own: own(logprobs - teacher, mask, **estimator_arguments(row, teacher.exp(), 0.5, groups)),
+            (3, 5),
+        ),
+        "divergence": (objective.divergence, lambda own: own(logprobs.clone().requires_grad_(), teacher), (3,)),
+        "cost": (objective.cost, lambda own: own(logprobs, teacher), (3, 5)),
+    }
+    for name, (path, call, shape) in tried.items():
+        if path is None or not is_import_path(path):
+            continue
+        key, expected = f"{KEY}.{name}", f"a float tensor {list(shape)} for a small example (docs/extending.md)"
+        own = own_function(path, key)
+        try:
+            found = call(own)
+        except Exception as error:
+            raise UserError(key, f"{path}: {type(error).__name__}: {error}", expected) from error
+        if not isinstance(found, Tensor) or not found.is_floating_point() or tuple(found.shape) != shape:
+            kind = f"{found.dtype} {list(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+            raise UserError(key, f"{path}: {kind}", expected)
+        if name == "divergence" and not found.requires_grad:
+            raise UserError(
+                key, f"{path}: no gradient", "a divergence that is differentiable in the student's log-probs"
+            )
 
 
 def full_cost(logprobs_nV: Tensor, part: Part, rows: slice, objective: ObjectiveConfig) -> Tensor:
     """[n] the divergence that the estimator `full` minimises at each context."""
     student, teacher = on_support(logprobs_nV, part, rows, objective)
     teacher = divergences.proximal_teacher(student, teacher, objective.proximal_weight)
-    if objective.log_ratio_clip is not None or objective.log_ratio_power is not None:
-        bounded = divergences.bounded_cost(
-            student, teacher, power=objective.log_ratio_power, clip=objective.log_ratio_clip
-        )
-        return divergences.expected_cost(student, bounded)
+    if has_bounded_cost(objective):
+        return divergences.expected_cost(student, log_ratio_cost(student, teacher, objective))
+    if is_import_path(objective.divergence):
+        return own_function(objective.divergence, f"{KEY}.divergence")(student, teacher)
     parameters = {
         "jsd": objective.mixture,
         "skewed_forward_kl": objective.mixture,
@@ -78,7 +136,11 @@ def importance_of(logprobs: Tensor, part: Part, objective: ObjectiveConfig) -> T
     Tokens that are masked were sampled all the same, and count in the weights of those after them.
     """
     mismatch = objective.mismatch
-    level = "before" if objective.estimator == "full" and mismatch.level == "prefix" else mismatch.level
+    level = (
+        "before"
+        if not estimator_row(objective.estimator).samples_action and mismatch.level == "prefix"
+        else mismatch.level
+    )
     written = part.padded(torch.ones_like(part.mask))
     log_weights = log_importance_weights(part.padded(logprobs - part.behaviour_logprobs), written, level)
     return part.flat(corrected_weights(log_weights, mismatch.correction, mismatch.low, mismatch.high))
@@ -88,11 +150,12 @@ def coefficients(
     logprobs: Tensor, kl: Tensor | None, part: Part, groups: Tensor | None, objective: ObjectiveConfig
 ) -> Tensor:
     """[n] A_t of the tokens of a part that holds whole trajectories, from the student's current log-probs [n]."""
-    if objective.estimator == "reward":
+    row = estimator_row(objective.estimator)
+    if row.needs_reward:
         return part.reward_cost
     student = logprobs.detach()
     teacher = divergences.proximal_teacher(student, part.teacher_logprobs, objective.proximal_weight)
-    cost = divergences.bounded_cost(student, teacher, power=objective.log_ratio_power, clip=objective.log_ratio_clip)
+    cost = log_ratio_cost(student, teacher, objective)
     cost = torch.where(part.mask, cost, torch.zeros_like(cost))
     mask_BT = part.padded(part.mask)
     found = coefficient(

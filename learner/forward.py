@@ -23,6 +23,7 @@ from learner.costs import (
 )
 from learner.hidden_states import HiddenStates
 from learner.metrics import UpdateMetrics, agreement
+from learner.objective.estimator_table import estimator_row
 from learner.objective.policy_gradient import surrogate
 from learner.objective.trust_region import ESTIMATORS as TRUST_REGION
 from learner.objective.trust_region import exact, k3
@@ -103,7 +104,8 @@ class Forward:
     def loss(self, part: Part, microbatch: Microbatch, beta: float, collected: UpdateMetrics) -> torch.Tensor:
         """The micro-batch's share of the loss; beta weighs the trust region's KL."""
         objective = self._objective
-        full = objective.estimator == "full"
+        row = estimator_row(objective.estimator)
+        full = not row.samples_action
 
         def reduce(logprobs_nV: torch.Tensor, rows: slice) -> dict[str, torch.Tensor]:
             cost = {"cost": full_cost(logprobs_nV, part, rows, objective)} if full else {}
@@ -121,7 +123,7 @@ class Forward:
         if full_cost_is_exact_kl(objective):
             kl = found["cost"].detach()
         cost, clipped = found.get("cost", -logprobs), torch.zeros_like(part.mask)
-        if objective.estimator not in ("full", "sft"):
+        if row.has_coefficient:
             student = logprobs if objective.recompute_log_ratio else part.behaviour_logprobs
             whole_update = needs_whole_update(objective)
             ours = part.coefficient if whole_update else coefficients(student, kl, part, None, objective)

@@ -25,10 +25,11 @@ from actors.weights.buckets import WeightVersion
 from actors.weights.delta import DeltaVersion
 from learner.collate import NO_TOKENS, UpdateBatch, collate, minibatch_rows
 from learner.config import LearnerConfig
-from learner.costs import coefficients, importance_of, needs_whole_update
+from learner.costs import check_own_functions, coefficients, importance_of, needs_whole_update
 from learner.forward import Forward, exact_forward_kl, exact_reverse_kl, no_columns
 from learner.hidden_states import Head
 from learner.metrics import UpdateMetrics, groups_of, response_metrics
+from learner.objective.estimator_table import estimator_row
 from learner.objective.policy_gradient import effective_sample_size
 from learner.objective.trust_region import adapted_beta, backed_off, k3
 from learner.student.build import build_student
@@ -70,6 +71,7 @@ class Learner:
         the average is kept. masked_role_token_ids: the tokens of `objective.masked_token_roles`. ranks: this process
         among those of the learner; every rank is given the same of all else, and the same calls.
         """
+        check_own_functions(config.objective)
         self._student, self._config = student, config
         self._total_updates = total_updates
         self._publish_dtype = publish_dtype
@@ -307,7 +309,7 @@ class Learner:
         keep_states = objective.trust_region.estimator == "exact"
         if not (whole_update or correct or keep_states):
             return
-        with_kl = whole_update and objective.estimator == "to_go_expected"
+        with_kl = whole_update and estimator_row(objective.estimator).needs_distribution
         found = {name: torch.zeros(len(batch.tensors["mask"]), device=self._device) for name in ("logprobs", "kl")}
         states: list[torch.Tensor] = []
         places = torch.zeros_like(batch.tensors["tokens"])

@@ -7,8 +7,8 @@ from actors.config import TeacherConfig
 from actors.errors import UserError
 from actors.teacher.backends import backend_of
 from learner.config import ObjectiveConfig
+from learner.objective.estimator_table import DIVERGENCES, KEY, estimator_row, own_function
 
-KEY = "learner.objective"
 Contradiction = tuple[bool, str, Any, str]
 """(whether it is there, the key, what was found, what was expected)."""
 
@@ -16,7 +16,12 @@ Contradiction = tuple[bool, str, Any, str]
 def refuse_contradictions(
     objective: ObjectiveConfig, teachers: Mapping[str, TeacherConfig], student_model: str, samples_per_prompt: int
 ) -> None:
-    """UserError for the first contradiction."""
+    """UserError for the first contradiction, or an estimator, divergence or cost that cannot be found."""
+    estimator_row(objective.estimator)
+    if objective.divergence not in DIVERGENCES:
+        own_function(objective.divergence, f"{KEY}.divergence", DIVERGENCES)
+    if objective.cost is not None:
+        own_function(objective.cost, f"{KEY}.cost")
     for wrong, key, found, expected in (
         *_of_teachers(objective, teachers),
         *_of_followers(teachers, student_model),
@@ -59,8 +64,7 @@ def _of_teachers(objective: ObjectiveConfig, teachers: Mapping[str, TeacherConfi
     expected = f"a number other than 1, just when {KEY}.reference_teacher names the reference"
     yield needed, f"{KEY}.extrapolation", objective.extrapolation, expected
     for setting, asked in {
-        "estimator=full": objective.estimator == "full",
-        "estimator=to_go_expected": objective.estimator == "to_go_expected",
+        f"estimator={objective.estimator}": estimator_row(objective.estimator).needs_distribution,
         "baseline=exact_kl": objective.baseline == "exact_kl",
     }.items():
         for name, teacher in teachers.items():
@@ -90,7 +94,12 @@ def _of_tokenizers(objective: ObjectiveConfig, teachers: Mapping[str, TeacherCon
         expected = "null: a teacher with ema_decay has the student's tokenizer"
         yield foreign and teacher.ema_decay is not None, f"{key}.tokenizer", teacher.tokenizer, expected
         expected = "null: with estimator=sft the teacher writes in the student's tokens"
-        yield foreign and objective.estimator == "sft", f"{key}.tokenizer", teacher.tokenizer, expected
+        yield (
+            foreign and estimator_row(objective.estimator).text_by == "teacher",
+            f"{key}.tokenizer",
+            teacher.tokenizer,
+            expected,
+        )
         rivals = [
             other
             for other, its in teachers.items()
@@ -104,7 +113,8 @@ def _of_tokenizers(objective: ObjectiveConfig, teachers: Mapping[str, TeacherCon
 
 
 def _of_estimator(objective: ObjectiveConfig, samples_per_prompt: int) -> Iterator[Contradiction]:
-    o, full = objective, objective.estimator == "full"
+    o, row = objective, estimator_row(objective.estimator)
+    full = not row.samples_action
     lonely = o.baseline == "group_mean" and samples_per_prompt < 2
     expected = f"2 or more: {KEY}.baseline=group_mean is over a prompt's samples"
     yield lonely, "pipeline.samples_per_prompt", samples_per_prompt, expected
@@ -123,16 +133,16 @@ def _of_estimator(objective: ObjectiveConfig, samples_per_prompt: int) -> Iterat
         )
     other = o.divergence != "reverse_kl"
     yield other and not full, f"{KEY}.divergence", o.divergence, "reverse_kl, or estimator=full"
-    discounts = o.estimator in ("discounted", "to_go_expected")
-    yield o.gamma != 1 and not discounts, f"{KEY}.gamma", o.gamma, "1, or estimator=discounted or to_go_expected"
-    distribution = full or o.estimator == "to_go_expected" or o.baseline == "exact_kl"
+    yield o.gamma != 1 and not row.discounts, f"{KEY}.gamma", o.gamma, "1, or estimator=discounted or to_go_expected"
+    distribution = row.needs_distribution or o.baseline == "exact_kl"
     expected = "true: of the distribution that sampled, only the token's log-prob is known"
     yield distribution and not o.recompute_log_ratio, f"{KEY}.recompute_log_ratio", False, expected
 
 
 def _of_reward(objective: ObjectiveConfig, samples_per_prompt: int) -> Iterator[Contradiction]:
-    o, alone = objective, objective.estimator in ("reward", "sft")
-    rewarded = o.estimator == "reward" or o.reward_weight > 0
+    o, row = objective, estimator_row(objective.estimator)
+    alone = row.samples_action and not row.is_coefficient
+    rewarded = gives_rewards(o)
     expected = "2 or more: a reward's cost is its distance from those of the prompt's other samples"
     yield rewarded and samples_per_prompt < 2, "pipeline.samples_per_prompt", samples_per_prompt, expected
     for name, value, default in (
@@ -142,6 +152,7 @@ def _of_reward(objective: ObjectiveConfig, samples_per_prompt: int) -> Iterator[
         ("through_log_ratio", o.through_log_ratio, False),
         ("log_ratio_clip", o.log_ratio_clip, None),
         ("log_ratio_power", o.log_ratio_power, None),
+        ("cost", o.cost, None),
         ("proximal_weight", o.proximal_weight, 1),
         ("reference_teacher", o.reference_teacher, None),
     ):
@@ -150,7 +161,7 @@ def _of_reward(objective: ObjectiveConfig, samples_per_prompt: int) -> Iterator[
 
 
 def _of_sft(objective: ObjectiveConfig, teachers: Mapping[str, TeacherConfig]) -> Iterator[Contradiction]:
-    o, sft = objective, objective.estimator == "sft"
+    o, sft = objective, estimator_row(objective.estimator).text_by == "teacher"
     yield (
         sft and len(teachers) > 1,
         "teachers",
@@ -174,20 +185,23 @@ def _of_sft(objective: ObjectiveConfig, teachers: Mapping[str, TeacherConfig]) -
 
 
 def _of_signal(objective: ObjectiveConfig) -> Iterator[Contradiction]:
-    o = objective
+    o, row = objective, estimator_row(objective.estimator)
     bounds = {
         "log_ratio_clip": o.log_ratio_clip,
         "log_ratio_power": o.log_ratio_power,
+        "cost": o.cost,
         "proximal_weight": None if o.proximal_weight == 1 else o.proximal_weight,
     }
-    bounded = o.divergence != "reverse_kl" and bool(o.log_ratio_clip or o.log_ratio_power)
+    bounded = o.divergence != "reverse_kl" and bool(o.log_ratio_clip or o.log_ratio_power or o.cost)
     yield bounded, f"{KEY}.divergence", o.divergence, "reverse_kl, where the log-ratio is bounded"
     for name, bound in bounds.items():
-        mixed = bound is not None and o.estimator == "to_go_expected"
+        mixed = bound is not None and row.is_coefficient and row.needs_distribution
         expected = "no bound: to_go_expected adds exact KLs, and would mix two different costs"
         yield mixed, f"{KEY}.{name}", bound, expected
-    for name in ("log_ratio_power", "proximal_weight"):
-        unnormalised = bounds[name] is not None and o.reference_teacher is not None and o.estimator != "full"
+    both = o.cost is not None and (o.log_ratio_clip is not None or o.log_ratio_power is not None)
+    yield both, f"{KEY}.cost", o.cost, "null with log_ratio_clip or log_ratio_power: a cost of your own bounds itself"
+    for name in ("log_ratio_power", "cost", "proximal_weight"):
+        unnormalised = bounds[name] is not None and o.reference_teacher is not None and row.samples_action
         expected = "nothing, or estimator=full: at sampled tokens the extrapolated teacher is not normalised"
         yield unnormalised, f"{KEY}.{name}", bounds[name], expected
     yield o.divergence == "jsd" and o.mixture == 1, f"{KEY}.mixture", 1, "a number < 1 for jsd"
@@ -203,6 +217,13 @@ def _of_step(objective: ObjectiveConfig) -> Iterator[Contradiction]:
     yield region.target_kl is not None and region.beta == 0, f"{KEY}.trust_region.beta", 0, expected
     expected = f"at most high={mismatch.high:g}"
     yield mismatch.low > mismatch.high, f"{KEY}.mismatch.low", mismatch.low, expected
-    weighed = o.estimator == "full" and mismatch.correction != "none" and mismatch.level == "token"
+    weighed = (
+        not estimator_row(o.estimator).samples_action and mismatch.correction != "none" and mismatch.level == "token"
+    )
     expected = "prefix or sequence: the estimator full samples no action, and has no token to correct"
     yield weighed, f"{KEY}.mismatch.level", "token", expected
+
+
+def gives_rewards(objective: ObjectiveConfig) -> bool:
+    """Whether the responses that are trained on are given rewards."""
+    return estimator_row(objective.estimator).needs_reward or objective.reward_weight > 0

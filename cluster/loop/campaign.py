@@ -46,6 +46,7 @@ from cluster.records.writer import RunRecords
 from cluster.state.campaign_state import CampaignState
 from cluster.state.checkpoints import Checkpoints
 from cluster.state.rollback import act
+from learner.objective.estimator_table import estimator_row
 
 Batch = TypeVar("Batch", Issued, list[Sampled])
 
@@ -171,7 +172,7 @@ class Campaign:
             in_flight.begin(issued, self._versions.version)
             units = in_flight.expected_tokens(len(asked.prompt_tokens), len(issued))
             try:
-                if self.config.learner.objective.estimator == "sft":
+                if estimator_row(self.config.learner.objective.estimator).text_by == "teacher":
                     counts, reference = await self.teachers.sample(asked, self._versions.version, self.config.sampling)
                 else:
                     counts, reference = await self.rollout.ask(asked, units=units, at=issued.replica)

@@ -21,6 +21,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from learner.objective.estimator_table import KEY, Estimator, estimator_row, own_function
+
 MAX_LOG_RATIO = 20.0
 """Log-ratios of policies are capped here before exp: a stray token gives a large number, not an infinite one."""
 
@@ -119,10 +121,29 @@ def coefficient(
     baseline_name: str = "none",
     group_B: Tensor | None = None,
 ) -> Tensor:
-    """A_t by name: the estimator, less its baseline. 0 outside of the mask."""
-    available = {"kl_BT": kl_BT, "gamma": gamma}
-    values = ESTIMATORS[estimator](log_ratio_BT, mask_BT, **{name: available[name] for name in NEEDS[estimator]})
+    """A_t by name: the estimator, less its baseline. 0 outside of the mask.
+
+    An estimator of the user's own is called as the built-in ones are: log_ratio_BT and mask_BT, and the arguments that
+    its row asks for. Both inputs are 0 / false where there is no token.
+    """
+    row = estimator_row(estimator)
+    function = ESTIMATORS[estimator] if estimator in ESTIMATORS else own_function(estimator, f"{KEY}.estimator")
+    values = function(log_ratio_BT, mask_BT, **estimator_arguments(row, kl_BT, gamma, group_B))
     return _masked(values - baseline(baseline_name, values, mask_BT, kl_BT=kl_BT, group_B=group_B), mask_BT)
+
+
+def estimator_arguments(
+    row: Estimator, kl_BT: Tensor | None, gamma: float, group_B: Tensor | None
+) -> dict[str, Tensor | float | None]:
+    """The arguments that an estimator gets beyond log-ratios and mask."""
+    arguments: dict[str, Tensor | float | None] = {}
+    if row.needs_distribution:
+        arguments["kl_BT"] = kl_BT
+    if row.discounts:
+        arguments["gamma"] = gamma
+    if row.needs_whole_update:
+        arguments["group_B"] = group_B
+    return arguments
 
 
 def reward_cost(reward_B: Tensor, mask_BT: Tensor, group_B: Tensor) -> Tensor:
@@ -156,15 +177,6 @@ ESTIMATORS: dict[str, Callable[..., Tensor]] = {
     "discounted": discounted,
 }
 """By the names of the configuration. `full` is not here: it has no coefficient, but a divergence (divergences.py)."""
-
-NEEDS: dict[str, tuple[str, ...]] = {
-    "trajectory": (),
-    "to_go": (),
-    "to_go_expected": ("kl_BT", "gamma"),
-    "immediate": (),
-    "discounted": ("gamma",),
-}
-"""What an estimator needs beyond log-ratios and mask. kl_BT: the teacher must give a distribution, not a token's score."""
 
 
 def token_weights(mask_N: Tensor, lengths_B: Tensor, aggregation: str, constant: float | None = None) -> Tensor:

@@ -3,15 +3,16 @@
 S sequences as in tests/oracles/enumeration.py; an estimate is sum_t w_t A_t grad log pi(y_t).
 """
 
+import inspect
 from dataclasses import replace
 
 import pytest
 import torch
 
 from learner.objective.divergences import extrapolated_teacher
+from learner.objective.estimator_table import ESTIMATORS as ROWS
 from learner.objective.policy_gradient import (
     ESTIMATORS,
-    NEEDS,
     coefficient,
     discounted_suffix_sum,
     leave_one_out_mean,
@@ -272,8 +273,12 @@ def test_coefficients_carry_no_gradient():
         assert not coefficient(estimator, log_ratio, mask, kl_BT=log_ratio, baseline_name="exact_kl").requires_grad
 
 
-def test_what_an_estimator_needs_is_known_for_each():
-    assert set(NEEDS) == set(ESTIMATORS)
+def test_each_function_has_a_row_and_takes_what_the_row_says():
+    assert {name for name, row in ROWS.items() if row.is_coefficient} == set(ESTIMATORS)
+    for name, function in ESTIMATORS.items():
+        arguments = list(inspect.signature(function).parameters)[2:]
+        expected = {"kl_BT": ROWS[name].needs_distribution, "gamma": ROWS[name].discounts}
+        assert {key: key in arguments for key in expected} == expected, name
 
 
 @pytest.mark.parametrize("gamma", [0.0, 1e-9, 0.5, 0.99, 1.0])
