@@ -15,6 +15,7 @@ from cluster.config import CampaignConfig
 from cluster.fleet.ray_cluster import connected, refuse_relative_output, room_to_begin
 from cluster.inputs import max_prompt_tokens, read_inputs
 from cluster.state.mirror import mirror_of
+from learner.objective.estimator_table import own_functions
 
 
 def checks(config: CampaignConfig, *, offline: bool) -> Iterator[tuple[str, Callable[[], str] | None]]:
@@ -34,6 +35,8 @@ def checks(config: CampaignConfig, *, offline: bool) -> Iterator[tuple[str, Call
         yield f"teacher {name}", check
     if config.rollout.backend != "vllm":
         yield "engine", lambda: _engine(config)
+    if own_functions(config.learner.objective):
+        yield "objective", lambda: _objective(config)
     evaluation = config.evaluation.prompts
     sources = [config.prompts.path, *([evaluation.path] if evaluation else [])]
     yield "prompts", (lambda: _prompts(config)) if here(student.model, *sources) else None
@@ -61,6 +64,13 @@ def _mirror(config: CampaignConfig) -> str:
 def _engine(config: CampaignConfig) -> str:
     engine_class(config.rollout.backend)
     return config.rollout.backend
+
+
+def _objective(config: CampaignConfig) -> str:
+    from learner.costs import check_own_functions  # imports torch, which only these need here
+
+    check_own_functions(config.learner.objective)
+    return f"{', '.join(own_functions(config.learner.objective))}, tried on a small example"
 
 
 def _student(config: CampaignConfig) -> str:

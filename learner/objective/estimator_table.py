@@ -77,6 +77,12 @@ def estimator_row(name: str) -> Estimator:
     return Estimator(**needs)
 
 
+def own_functions(objective: Any) -> list[str]:
+    """The import paths of the user's own functions in an ObjectiveConfig."""
+    named = (objective.estimator, objective.divergence, objective.cost)
+    return [path for path in named if path is not None and is_import_path(path)]
+
+
 def own_function(name: str, key: str, built_in: Any = ()) -> Callable[..., Any]:
     """The function of the user's own at the import path `name`. UserError: there is none."""
     if not is_import_path(name):
