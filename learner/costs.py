@@ -15,7 +15,7 @@ from learner.collate import Part
 from learner.config import ObjectiveConfig
 from learner.hidden_states import mixture_logprobs
 from learner.objective import divergences
-from learner.objective.estimator_table import KEY, estimator_row, own_function
+from learner.objective.estimator_table import DIVERGENCES, KEY, estimator_row, own_function
 from learner.objective.policy_gradient import (
     coefficient,
     corrected_weights,
@@ -118,7 +118,7 @@ def full_cost(logprobs_nV: Tensor, part: Part, rows: slice, objective: Objective
     teacher = divergences.proximal_teacher(student, teacher, objective.proximal_weight)
     if has_bounded_cost(objective):
         return divergences.expected_cost(student, log_ratio_cost(student, teacher, objective))
-    if is_import_path(objective.divergence):
+    if objective.divergence not in DIVERGENCES:
         return own_function(objective.divergence, f"{KEY}.divergence")(student, teacher)
     parameters = {
         "jsd": objective.mixture,
