@@ -166,13 +166,14 @@ class Campaign:
     async def _sample(self) -> None:
         """Issued -> Sampled. Waits for a rollout actor; unblocked by the actors' answers."""
         in_flight = self._queues.in_flight
+        teacher_samples = estimator_row(self.config.learner.objective.estimator).text_by == "teacher"
 
         async def sample(issued: Issued) -> None:
             asked = requests(self._prompts, issued.ids, self.config.seed, judged=self.config.gives_rewards)
             in_flight.begin(issued, self._versions.version)
             units = in_flight.expected_tokens(len(asked.prompt_tokens), len(issued))
             try:
-                if estimator_row(self.config.learner.objective.estimator).text_by == "teacher":
+                if teacher_samples:
                     counts, reference = await self.teachers.sample(asked, self._versions.version, self.config.sampling)
                 else:
                     counts, reference = await self.rollout.ask(asked, units=units, at=issued.replica)
