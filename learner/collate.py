@@ -36,7 +36,7 @@ SHARES_TOLERANCE = 1e-3
 """How far from 1 the shares of a trajectory's teachers may add up to."""
 
 LARGE = ("support_ids", "support_logprobs", "reference_logprobs")
-"""Of what is kept of each token, that which is not a single number."""
+"""Per-token fields wider than a scalar."""
 NO_TOKENS = Microbatch(
     rows=np.zeros(0, np.int64),
     lengths=np.ones(1, np.int64),
@@ -123,8 +123,7 @@ class UpdateBatch:
     mine: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
     """[B] bool: the trajectories that this rank trains on."""
     own: Tensor | None = None
-    """[N] int64: where several ranks share the update, the place of each token among those of this rank's trajectories,
-    of which alone a rank keeps what is large: LARGE. None where all are."""
+    """[N] int64: index into this rank's own tokens; wide fields (LARGE) exist only for those. None with one rank."""
 
     def weigh(self, rows: np.ndarray, objective: ObjectiveConfig) -> None:
         """Sets the weights of the tokens of these rows, which make one step; all others get 0."""
@@ -156,9 +155,9 @@ class UpdateBatch:
             )
         ]
 
-    def whole(self) -> Part:
-        """All tokens of the update, as one part; its padded form is [B, T] in the order of the ids. Without what is LARGE
-        where that is on several ranks."""
+    def all_tokens(self) -> Part:
+        """All tokens of the update as one part; its padded form is [B, T] in the order of the ids. With several ranks,
+        without the wide fields, which exist on one rank only."""
         lengths = self.trajectories.lengths
         rows = np.arange(len(lengths))
         nothing = rows[:0]
@@ -271,9 +270,9 @@ def collate(
         own=None if mine.all() else tensor(np.cumsum(own_tokens) - 1),
     )
     if written.rewards.size:
-        whole = batch.whole()
-        costs = reward_cost(tensor(written.rewards), whole.padded(whole.mask), batch.groups())
-        batch.tensors["reward_cost"] = whole.flat(costs)
+        everything = batch.all_tokens()
+        costs = reward_cost(tensor(written.rewards), everything.padded(everything.mask), batch.groups())
+        batch.tensors["reward_cost"] = everything.flat(costs)
     return batch
 
 

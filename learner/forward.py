@@ -27,7 +27,7 @@ from learner.objective.estimator_table import estimator_row
 from learner.objective.policy_gradient import surrogate
 from learner.objective.trust_region import ESTIMATORS as TRUST_REGION
 from learner.objective.trust_region import exact, k3
-from learner.student.sharding import whole
+from learner.student.sharding import full_tensor
 
 Columns = Callable[[torch.Tensor, slice], dict[str, torch.Tensor]]
 """(log-probs [n, V] of some tokens of a part, which) -> tensors [n, ...] by name."""
@@ -56,8 +56,8 @@ class Forward:
     def as_hidden_states(self, states: torch.Tensor, places: torch.Tensor) -> HiddenStates:
         """What the weights as they are now make of the update's tokens, kept while the weights go on."""
         dtype = torch.bfloat16 if self._half else states.dtype
-        weight, bias = whole(self._weight.detach()).to(dtype, copy=True), self._bias
-        head = (weight, None if bias is None else whole(bias.detach()).to(dtype, copy=True))
+        weight, bias = full_tensor(self._weight.detach()).to(dtype, copy=True), self._bias
+        head = (weight, None if bias is None else full_tensor(bias.detach()).to(dtype, copy=True))
         nothing = torch.zeros(len(states), device=self._device)
         return HiddenStates(states.to(dtype), head, places, nothing, self._temperature)
 
@@ -92,8 +92,8 @@ class Forward:
                 keep(hidden)
             values = chunked_head(
                 hidden,
-                whole(self._weight),
-                None if self._bias is None else whole(self._bias),
+                full_tensor(self._weight),
+                None if self._bias is None else full_tensor(self._bias),
                 partial(named, sampled),
                 chunk_tokens=self._chunk_tokens,
                 temperature=self._temperature,
@@ -102,7 +102,16 @@ class Forward:
         return dict(zip(names, values, strict=True))
 
     def loss(self, part: Part, microbatch: Microbatch, beta: float, collected: UpdateMetrics) -> torch.Tensor:
-        """The micro-batch's share of the loss; beta weighs the trust region's KL."""
+        """[] the micro-batch's share of the loss, in nats; the shares of all micro-batches and ranks add up to the loss.
+
+            loss = sum_n w_n (m_n cost_n + beta KL_n)
+
+        w: `part.weights`, 0 where masked, by the aggregation. m: `part.importance`, from the engine's numerics to pi_old.
+        KL: the estimate of KL(pi_old || pi_theta) of `trust_region.estimator`, [n]. cost [n], by the estimator:
+        with a coefficient A_t (no gradient), max(ratio A, clip(ratio, 1 - low, 1 + high) A) with
+        ratio = pi_theta / pi_old (PPO, arXiv 1707.06347); `full`, the divergence at each context; `sft`, -log pi_theta.
+        part: tensors [n] of the micro-batch on this device. collected: takes the metrics of these tokens.
+        """
         objective = self._objective
         row = estimator_row(objective.estimator)
         full = not row.samples_action

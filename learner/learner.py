@@ -43,7 +43,7 @@ from learner.student.optimizer import (
     optimizer_tensors,
 )
 from learner.student.publishing import MovingAverages, Publisher
-from learner.student.sharding import Ranks, whole
+from learner.student.sharding import Ranks, full_tensor
 from learner.student.tensor_files import BackgroundWrite, StoredTensors, copies, model_tensors, write_tensors
 
 
@@ -264,7 +264,7 @@ class Learner:
                 self._refuse(f"the loss is {total.item()}", batch.trajectories.ids[wrong])
             loss.backward()
         trained = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
-        norm = whole(torch.nn.utils.clip_grad_norm_(trained, self._config.optimizer.max_grad_norm)).item()
+        norm = full_tensor(torch.nn.utils.clip_grad_norm_(trained, self._config.optimizer.max_grad_norm)).item()
         if not math.isfinite(norm):
             self._refuse(f"the gradient's norm is {norm}", batch.trajectories.ids[rows])
         return norm
@@ -324,14 +324,14 @@ class Learner:
         found = {name: self._ranks.sum(column) for name, column in found.items()}  # of others, 0 until here
         if keep_states:
             batch.old_hidden.append(self._forward.as_hidden_states(torch.cat(states), places))
-        whole = batch.whole()
+        everything = batch.all_tokens()
         if correct:
-            batch.tensors["importance"] = importance_of(found["logprobs"], whole, objective)
+            batch.tensors["importance"] = importance_of(found["logprobs"], everything, objective)
             batch.tensors["old_logprobs"] = found["logprobs"]
         if whole_update:
-            student = found["logprobs"] if objective.recompute_log_ratio else whole.behaviour_logprobs
+            student = found["logprobs"] if objective.recompute_log_ratio else everything.behaviour_logprobs
             kl = found["kl"] if with_kl else None
-            batch.tensors["coefficient"] = coefficients(student, kl, whole, batch.groups(), objective)
+            batch.tensors["coefficient"] = coefficients(student, kl, everything, batch.groups(), objective)
 
     def _head_of(self, teacher: TeacherConfig, key: str) -> Head:
         """The teacher's output layer, cut to what the student can write."""

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from actors.config import LoraConfig
 from actors.errors import UserError
-from learner.student.sharding import own_rows, whole
+from learner.student.sharding import full_tensor, own_rows
 from learner.student.tensor_files import StoredTensors
 
 ADAPTER = "default"
@@ -52,10 +52,14 @@ class Merged:
     @torch.no_grad()
     def full_tensor(self) -> Tensor:
         """[O, I] float32; with several ranks, all must ask."""
-        sum_OI = whole(self.weight_OI).float().addmm(whole(self.up_Or), whole(self.down_rI), alpha=self.scale)
+        sum_OI = (
+            full_tensor(self.weight_OI)
+            .float()
+            .addmm(full_tensor(self.up_Or), full_tensor(self.down_rI), alpha=self.scale)
+        )
         if self.lengths_O is None:
             return sum_OI
-        return sum_OI * (whole(self.lengths_O) / torch.linalg.norm(sum_OI, dim=1))[:, None]
+        return sum_OI * (full_tensor(self.lengths_O) / torch.linalg.norm(sum_OI, dim=1))[:, None]
 
 
 def add_adapters(model: PreTrainedModel, lora: LoraConfig, stored: Path | None) -> Any:

@@ -106,8 +106,8 @@ class Ranks:
 
 def owners(costs_B: np.ndarray, steps: Sequence[np.ndarray], ranks: int) -> np.ndarray:
     """[B] the rank that trains on each trajectory. costs_B: what each takes, in tokens; steps: the rows of each optimiser
-    step. Of every step each rank has about the same cost: longest first, to the rank with the least. Whoever hands
-    the ranks what is theirs alone asks here, as they do."""
+    step. Every rank gets about the same cost of each step: longest first, to the rank with the least so far. The driver
+    uses the same function to send each rank the scores of its own trajectories."""
     owner = np.zeros(len(costs_B), np.int64)
     for rows in steps if ranks > 1 else ():
         load = np.zeros(ranks, np.int64)
@@ -123,8 +123,8 @@ def decoder_layers(model: PreTrainedModel) -> list[torch.nn.Module]:
     return [module for module in model.modules() if type(module).__name__ in kinds]
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """The tensor, put together where the ranks hold rows of it each; its gradient is the sum over the ranks."""
+def full_tensor(tensor: Tensor) -> Tensor:
+    """The whole tensor, gathered from the rows of all ranks; its gradient is the sum over the ranks."""
     return tensor.full_tensor(grad_placements=[Partial()]) if isinstance(tensor, DTensor) else tensor
 
 

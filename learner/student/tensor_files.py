@@ -20,7 +20,7 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict, rev
 
 from actors.errors import CheckpointError
 from actors.weights.buckets import Deferred
-from learner.student.sharding import Ranks, own_rows, whole
+from learner.student.sharding import Ranks, full_tensor, own_rows
 
 DTYPES = {
     torch.float64: "F64",
@@ -111,7 +111,7 @@ def _on_first_rank(
 ) -> dict[str, torch.Tensor]:
     found = {}
     for name, tensor in named:
-        one = tensor.full_tensor() if isinstance(tensor, Deferred) else whole(tensor)
+        one = tensor.full_tensor() if isinstance(tensor, Deferred) else full_tensor(tensor)
         if ranks.rank == 0:
             found[name] = one.cpu()
     return revert_weight_conversion(model, found) if found else found

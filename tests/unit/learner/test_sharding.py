@@ -23,7 +23,7 @@ from actors.weights.buckets import join, unpack, verify
 from actors.weights.delta import DeltaVersion, Receiver
 from learner.config import MismatchConfig, ObjectiveConfig, OptimizerConfig, TrustRegionConfig
 from learner.learner import Learner
-from learner.student.sharding import Ranks, own_rows, whole
+from learner.student.sharding import Ranks, full_tensor, own_rows
 from tests import clean_process
 from tests.tiny_models import make_tiny_model
 from tests.tiny_updates import make_learner, received, sampled, teacher_config
@@ -97,7 +97,7 @@ class Published(list):
 
 def state_of(learner: Learner) -> dict[str, Any]:
     """Of one rank; every rank must ask."""
-    gradients = [whole(p.grad).flatten() for p in learner._model.parameters() if p.grad is not None]
+    gradients = [full_tensor(p.grad).flatten() for p in learner._model.parameters() if p.grad is not None]
     weights, average = Published(received(learner.publish())), Published(received(learner.publish_average("mean")))
     return {"gradients": torch.cat(gradients).numpy(), "weights": weights, "average": average}
 
