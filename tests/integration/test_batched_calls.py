@@ -1,4 +1,4 @@
-"""Requests that share calls, with a real Ray and actors that hold no model: who is answered with what, and when."""
+"""Batched calls with real Ray and actors without a model: which request gets which answer, and when."""
 
 import asyncio
 import os
@@ -19,17 +19,23 @@ from cluster.fleet.ray_fleet import Fleet
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("ray_session")]
 ABORTED, DEFECT = 1001, 1002
+FIRST, LAST = -1, -2
+"""In the place of milliseconds: the request is answered when this gate is opened."""
 
 
 class Writer(BatchedCalls):
-    """A rollout actor without a model: the seed of a request says after how many milliseconds it is answered."""
+    """A rollout actor without a model. The seed of a request says when it is answered: milliseconds, or a gate."""
 
     def __init__(self, folder: str):
         super().__init__()
+        self.gates = {gate: asyncio.Event() for gate in (FIRST, LAST)}
         self.folder, self.seen = Path(folder), {"process": os.getpid(), "submits": 0, "collects": 0, "generated": 0}
 
     async def status(self) -> dict[str, int]:
         return self.seen
+
+    async def open(self, gate: int) -> None:
+        self.gates[gate].set()
 
     async def submit(self, client: str, numbered: list[tuple[int, Requests]]) -> None:
         self.seen["submits"] += 1
@@ -45,7 +51,8 @@ class Writer(BatchedCalls):
 
     async def generate(self, requests: Requests) -> tuple[RolloutCounts, Trajectories]:
         self.seen["generated"] += 1
-        await asyncio.sleep(requests.seeds[0] / 1000)
+        when = int(requests.seeds[0])
+        await (self.gates[when].wait() if when < 0 else asyncio.sleep(when / 1000))
         sample = int(requests.ids[0, 2])
         if sample == ABORTED:
             raise AbortedError("aborted")
@@ -87,7 +94,7 @@ def with_fleet(folder: Path, replicas: int, body: Callable[[Fleet, list[str]], A
 
 
 async def written(answer: tuple[RolloutCounts, Any], sample: int) -> Trajectories:
-    """What the reference holds, where the answer is that to this sample."""
+    """The trajectories behind the reference of an answer. Checks those of this sample."""
     counts, reference = answer
     assert counts.lengths.tolist() == [sample + 1]
     found = await reference
@@ -97,19 +104,18 @@ async def written(answer: tuple[RolloutCounts, Any], sample: int) -> Trajectorie
     return found
 
 
-def test_what_is_asked_together_goes_in_one_call_and_what_is_ready_together_comes_in_one(tmp_path: Path) -> None:
+def test_requests_of_one_turn_share_a_call_and_so_do_answers_that_are_ready_together(tmp_path: Path) -> None:
     async def body(fleet: Fleet, _: Any) -> None:
-        order: list[int] = []
-
-        async def ask(sample: int, milliseconds: int) -> tuple[RolloutCounts, Any]:
-            answer = await fleet.ask(request(sample, milliseconds))
-            order.append(sample)
-            return answer
-
-        answers = await asyncio.gather(*(ask(sample, 1500 if sample == 0 else 300) for sample in range(9)))
+        asked = [asyncio.create_task(fleet.ask(request(i, LAST if i == 0 else FIRST))) for i in range(9)]
+        while (await fleet.call_each("status"))[0]["generated"] < 9:
+            await asyncio.sleep(0.01)
+        await fleet.call_each("open", FIRST)
+        await asyncio.gather(*asked[1:])
+        assert not asked[0].done(), "none waits for a slower one"
+        await fleet.call_each("open", LAST)
+        answers = await asyncio.gather(*asked)
         [seen] = await fleet.call_each("status")
         assert (seen["submits"], seen["generated"]) == (1, 9) and seen["collects"] <= 4
-        assert order[-1] == 0 and sorted(order) == list(range(9)), "none waits for a slower one"
         found = [await written(answer, sample) for sample, answer in enumerate(answers)]
         assert found[0].ids.shape == (1, 3)
         assert max(len(one.ids) for one in found) > 2 and len({answer[1] for answer in answers}) == seen["collects"]
@@ -119,7 +125,7 @@ def test_what_is_asked_together_goes_in_one_call_and_what_is_ready_together_come
     with_fleet(tmp_path, 1, body)
 
 
-def test_an_error_is_that_of_one_request_and_an_answer_that_nobody_wants_is_in_nobodys_way(tmp_path: Path) -> None:
+def test_an_error_belongs_to_its_request_and_an_answer_without_a_caller_is_dropped(tmp_path: Path) -> None:
     async def body(fleet: Fleet, events: list[str]) -> None:
         given_up = asyncio.create_task(fleet.ask(request(1, 100)))
         aborted = asyncio.create_task(fleet.ask(request(ABORTED, 150)))
@@ -138,7 +144,7 @@ def test_an_error_is_that_of_one_request_and_an_answer_that_nobody_wants_is_in_n
     with_fleet(tmp_path, 1, body)
 
 
-def test_what_an_actor_that_dies_was_asked_another_answers(tmp_path: Path) -> None:
+def test_requests_to_an_actor_that_dies_are_answered_by_another(tmp_path: Path) -> None:
     async def body(fleet: Fleet, events: list[str]) -> None:
         first = fleet.replicas[0]
         asked = [asyncio.create_task(fleet.ask(request(i, 0 if i < 2 else 800), at=first)) for i in range(6)]
@@ -152,7 +158,7 @@ def test_what_an_actor_that_dies_was_asked_another_answers(tmp_path: Path) -> No
     with_fleet(tmp_path, 2, body)
 
 
-def test_answers_for_which_there_was_no_room_are_sent_again_and_not_made_again(tmp_path: Path) -> None:
+def test_answers_that_did_not_fit_into_the_store_are_collected_again_and_not_generated_again(tmp_path: Path) -> None:
     async def body(fleet: Fleet, events: list[str]) -> None:
         (tmp_path / "full").touch()
         asked = [asyncio.create_task(fleet.ask(request(i, 100 if i < 3 else 400))) for i in range(5)]
