@@ -72,8 +72,10 @@ def send(run_dir: Path, command: str, arguments: Mapping[str, Any] | None = None
         time.sleep(0.1)
     content = json.loads(answer.read_text("utf-8"))
     answer.unlink(missing_ok=True)
-    if not content["done"]:
+    if "error" in content:
         raise UserError.from_json(content["error"])
+    if not content["done"]:  # the campaign runs an earlier release, which answered with the text alone
+        raise CampaignError(content["told"])
     return str(content["told"])
 
 

@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +16,7 @@ from cluster import cli
 from cluster.console import control
 from cluster.console.status import write_status
 from cluster.fleet.ray_actor import Resources
-from cluster.records.writer import RunRecords
+from cluster.records.writer import RunRecords, write_atomically
 from tests.fake_run import make_fake_run
 
 
@@ -62,6 +64,19 @@ def test_what_the_campaign_will_not_do_is_the_senders_error(tmp_path: Path) -> N
             control.send(tmp_path, "dance")
 
     with_campaign(tmp_path, {"refuse": refuse}, body)
+
+
+def test_a_refusal_by_a_campaign_of_an_earlier_release_is_an_error_with_its_text(tmp_path: Path) -> None:
+    def answer() -> None:
+        while not (asked := list((tmp_path / "control").glob("*.command.json"))):
+            time.sleep(0.01)
+        old = json.dumps({"done": False, "told": "rollout: found 0, expected 1"})
+        write_atomically(asked[0].with_name(asked[0].name.replace(".command.", ".answer.")), old)
+
+    earlier = threading.Thread(target=answer, daemon=True)
+    earlier.start()
+    with pytest.raises(CampaignError, match="rollout: found 0, expected 1"):
+        control.send(tmp_path, "scale")
 
 
 def test_a_file_that_is_no_command_harms_nobody(tmp_path: Path) -> None:
