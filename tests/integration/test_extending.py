@@ -1,4 +1,7 @@
-"""A campaign whose teachers are the documented class of the user's own, and a server that is asked over HTTP."""
+"""One campaign with all that users may add, from outside the package: every example of docs/extending.md, as it stands.
+
+Its engine, its estimator and cost, its verifier, and its teacher backend; a second teacher is a server asked over HTTP.
+"""
 
 import json
 import os
@@ -15,17 +18,25 @@ from actors.errors import UserError
 from cluster.config_file import load_config
 from cluster.records.writer import read_jsonl
 from tests.documented import python_examples
-from tests.light_engine import BACKEND
 from tests.tiny_models import make_tiny_model
 from tests.unit.actors.test_http_teacher import Server, logprob, serving
 
 ROOT = Path(__file__).resolve().parents[2]
+EXAMPLES = {
+    "An engine": "plain_engine",
+    "An estimator, a divergence or a cost": "own_objective",
+    "A teacher backend": "counts_teacher",
+    "A verifier": "tolerance",
+}
+"""Section of docs/extending.md -> the module that its example becomes here."""
+
 pytestmark = pytest.mark.integration
 
 
 def make_campaign(folder: Path, url: str, counts: np.ndarray) -> Path:
-    [example] = python_examples("docs/extending.md", "A teacher backend")
-    (folder / "counts_teacher.py").write_text(example)
+    for section, module in EXAMPLES.items():
+        [example] = python_examples("docs/extending.md", section)
+        (folder / f"{module}.py").write_text(example)
     np.save(folder / "counts.npy", counts)
     make_tiny_model(folder / "student", hidden=32, layers=1, context=64)
     rows = [
@@ -35,7 +46,7 @@ def make_campaign(folder: Path, url: str, counts: np.ndarray) -> Path:
     path = folder / "campaign.yaml"
     path.write_text(
         f"""
-name: teachers
+name: own
 output_dir: {folder / "runs"}
 student: {{model: {folder / "student"}}}
 teachers:
@@ -46,18 +57,25 @@ teachers:
     domains: [own]
     cpus_per_replica: 0.2
 prompts: {{path: {folder / "prompts.jsonl"}, domain_field: domain}}
-sampling: {{max_response_tokens: 10}}
-rollout: {{backend: "{BACKEND}", dtype: float32, cpus_per_replica: 0.2}}
-learner: {{compute_dtype: float32, cpus_per_replica: 0.2, optimizer: {{learning_rate: 1e-2}}}}
+sampling: {{max_response_tokens: 10, temperature: 0.9}}
+rollout: {{backend: "plain_engine:PlainEngine", dtype: float32, cpus_per_replica: 0.2}}
+learner:
+  compute_dtype: float32
+  cpus_per_replica: 0.2
+  optimizer: {{learning_rate: 1e-2}}
+  objective: {{estimator: "own_objective:windowed", gamma: 0.5, cost: "own_objective:squashed"}}
 pipeline: {{updates: 2, prompts_per_update: 4, samples_per_prompt: 2}}
-evaluation: {{prompts: {{path: {folder / "prompts.jsonl"}, domain_field: domain}}, teacher: false}}
+evaluation:
+  prompts: {{path: {folder / "prompts.jsonl"}, domain_field: domain}}
+  verifier: {{name: "tolerance:within_one_percent"}}
+  teacher: false
 ray: {{object_store_mebibytes: 100, start_timeout_seconds: 600}}
 """
     )
     return path
 
 
-def test_their_scores_reach_the_campaign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_campaign_with_what_users_add(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     counts = np.random.default_rng(0).integers(0, 50, 102)
     with serving(Server()) as [url]:
         path = make_campaign(tmp_path, url, counts)
@@ -70,10 +88,14 @@ def test_their_scores_reach_the_campaign(tmp_path: Path, monkeypatch: pytest.Mon
             text=True,
         )
     assert done.returncode == 0, done.stderr[-3000:]
-    run = tmp_path / "runs" / "teachers"
+    run = tmp_path / "runs" / "own"
     updates = [row for row in read_jsonl(run / "metrics.jsonl") if row["step"] > 0]
     assert [row["trajectories"] for row in updates] == [8, 16]
     assert [row["missing_scores"] for row in updates] == [0, 0]
+    for update in updates:
+        # The engine loads weights, draws by the seeds and records log-probs as it should: the learner computes the same.
+        assert update["engine_logprob_abs_diff"] < 1e-5
+        assert update["tokens_trained"] > 4 and update["grad_norm"] > 0
 
     tokenizer: Any = load_tokenizer(str(tmp_path / "student"), False, "student.model")
     table = np.log((counts + 1) / (counts + 1).sum())
