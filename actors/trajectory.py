@@ -184,7 +184,13 @@ def _rows_of(ids: np.ndarray, batches: Sequence[Trajectories]) -> np.ndarray:
 
 
 def select_trajectories(ids: np.ndarray, batches: Sequence[Trajectories]) -> Trajectories:
-    """The trajectories with these ids [M, 3], in this order, from batches that hold them and perhaps others."""
+    """The trajectories with these ids [M, 3], in this order, from batches that hold them and perhaps others.
+
+    A batch that is asked for as it is comes back itself: its arrays are not copied, and may be read-only. KeyError names
+    an id that no batch holds.
+    """
+    if len(batches) == 1 and np.array_equal(ids, batches[0].ids):
+        return batches[0]
     rows, named, judged = _rows_of(ids, batches), batches[0].support_ids.size, batches[0].rewards.size
     prompt_offsets = offsets_of(np.concatenate([np.diff(b.prompt_offsets) for b in batches]))
     response_offsets = offsets_of(np.concatenate([b.lengths for b in batches]))

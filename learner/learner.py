@@ -248,8 +248,9 @@ class Learner:
     def _passes(self, batch: UpdateBatch, rows: np.ndarray) -> list[Microbatch]:
         """Micro-batches of those of the rows that are this rank's, with passes over nothing added until all ranks have as
         many: in each pass they gather the layers together."""
-        mine = batch.microbatches(self._pass_tokens, rows[batch.mine[rows]])
-        return mine + [NO_TOKENS] * (int(self._ranks.largest(torch.tensor(len(mine), device=self._device))) - len(mine))
+        passes = batch.microbatches(self._pass_tokens, rows[batch.this_rank_B[rows]])
+        most = int(self._ranks.largest(torch.tensor(len(passes), device=self._device)))
+        return passes + [NO_TOKENS] * (most - len(passes))
 
     def _accumulate(self, batch: UpdateBatch, rows: np.ndarray, collected: UpdateMetrics) -> float:
         """Gradients of the loss of these rows, clipped; returns their norm before that."""

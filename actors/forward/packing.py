@@ -74,11 +74,18 @@ def microbatches(
     response_tokens: np.ndarray,
     response_offsets: np.ndarray,
     token_budget: int,
+    *,
+    rows: np.ndarray | None = None,
 ) -> list[Microbatch]:
-    """Cuts B trajectories (tokens flat, offsets [B + 1]) into forward passes of at most `token_budget` tokens."""
+    """Cuts B trajectories (tokens flat, offsets [B + 1]) into forward passes of at most `token_budget` tokens.
+
+    rows: the trajectories to cut, by number; all of them if not given.
+    """
     prompts, responses = np.diff(prompt_offsets), np.diff(response_offsets)
+    chosen = np.arange(len(prompts)) if rows is None else rows
     out = []
-    for rows in group_by_budget(prompts + responses, token_budget):
+    for group in group_by_budget((prompts + responses)[chosen], token_budget):
+        rows = chosen[group]
         before, after = prompts[rows], responses[rows]
         is_response = np.repeat(np.tile([False, True], len(rows)), np.stack([before, after], 1).reshape(-1))
         input_ids = np.empty(len(is_response), np.int64)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from actors.forward.packing import Microbatch, group_by_budget, microbatches
-from actors.trajectory import offsets_of
+from actors.trajectory import offsets_of, ragged_rows
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=60), st.integers(1, 200))
@@ -55,3 +55,25 @@ def test_the_micro_batches_are_a_function_of_the_lengths_alone(lengths: list[tup
         assert batch.input_ids.size <= budget or len(batch.rows) == 1
         for name in ("rows", "positions", "tokens"):
             np.testing.assert_array_equal(getattr(batch, name), getattr(other, name))
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 9), st.integers(0, 15)), min_size=1, max_size=30),
+    st.data(),
+    st.integers(1, 90),
+)
+def test_rows_are_cut_as_a_selection_of_them_would_be(
+    lengths: list[tuple[int, int]], data: st.DataObject, budget: int
+) -> None:
+    before, after = (np.array(column) for column in zip(*lengths, strict=True))
+    prompts, responses = np.arange(before.sum()), np.arange(after.sum()) + 1000
+    prompt_offsets, response_offsets = offsets_of(before), offsets_of(after)
+    rows = np.array(data.draw(st.lists(st.sampled_from(range(len(lengths))), unique=True)), np.int64)
+    of_rows = [ragged_rows(*flat, rows) for flat in ((prompts, prompt_offsets), (responses, response_offsets))]
+    selected = microbatches(of_rows[0], offsets_of(before[rows]), of_rows[1], offsets_of(after[rows]), budget)
+    direct = microbatches(prompts, prompt_offsets, responses, response_offsets, budget, rows=rows)
+    for one, other in zip(direct, selected, strict=True):
+        for name in ("lengths", "input_ids", "positions"):
+            np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
+        np.testing.assert_array_equal(one.rows, rows[other.rows])
+        np.testing.assert_array_equal(responses[one.tokens], of_rows[1][other.tokens])

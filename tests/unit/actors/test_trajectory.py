@@ -65,6 +65,16 @@ def test_trajectories_are_found_by_id_in_any_batch_and_order() -> None:
     assert chosen.finish_reasons.tolist() == [0, 1]
 
 
+def test_a_batch_that_is_asked_for_as_it_is_comes_back_itself() -> None:
+    ids = [(0, 5, 0), (0, 5, 1)]
+    written = trajectories(ids, [3, 1])
+    assert select_trajectories(np.array(ids), [written]) is written
+    turned = select_trajectories(np.array(ids[::-1]), [written])
+    assert turned.ids.tolist() == [[0, 5, 1], [0, 5, 0]] and turned.response_tokens.tolist() == [3, 0, 1, 2]
+    assert select_trajectories(np.array(ids[:1]), [written]).response_tokens.tolist() == [0, 1, 2]
+    assert len(select_trajectories(np.array(ids), [written, trajectories([(0, 9, 0)], [2])])) == 2
+
+
 def test_an_id_that_no_batch_holds_is_an_error() -> None:
     with pytest.raises(KeyError, match="9"):
         select_trajectories(np.array([(0, 9, 0)]), [trajectories([(0, 1, 0)], [2])])

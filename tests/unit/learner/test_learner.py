@@ -1,7 +1,8 @@
 """The learner: masks, order, precision, publishing, saving and failing."""
 
+import pickle
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,23 @@ def test_an_update_does_not_depend_on_how_its_trajectories_travelled(models: dic
     shuffled = [*(select_scores(p, [scores]) for p in parts), *(select_trajectories(p, [written]) for p in parts)]
     many.update(written.ids, *shuffled)
     assert torch.equal(weights_of(one), weights_of(many))
+
+
+@pytest.mark.filterwarnings("error")
+def test_arrays_that_cannot_be_written_to_are_trained_on_as_others_are(models: dict[str, Path]) -> None:
+    written, scores = sampled(models, "other", "full")
+    written = replace(written, rewards=np.arange(len(written), dtype=np.float32))
+    objective = ObjectiveConfig(estimator="full", reward_weight=0.5)
+    one, other = (make_learner(models, objective=objective) for _ in range(2))
+    one.update(written.ids, written, scores)
+    for batch in (written, scores):  # as they come out of Ray's object store
+        for field in fields(batch):
+            if isinstance(array := getattr(batch, field.name), np.ndarray):
+                array.flags.writeable = False
+    before = pickle.dumps((written, scores), protocol=5)
+    other.update(written.ids, written, scores)
+    assert torch.equal(weights_of(one), weights_of(other))
+    assert pickle.dumps((written, scores), protocol=5) == before
 
 
 def test_missing_scores_leave_numerator_and_denominator(models: dict[str, Path]) -> None:
@@ -188,7 +206,8 @@ def test_tokens_without_a_score_at_the_ends_are_as_if_they_had_not_been_written(
     masked.update(
         written.ids, written, replace(scores, logprobs=np.where(kept, scores.logprobs, np.nan).astype(np.float32))
     )
-    cut = {name: getattr(written, name)[kept] for name in ("response_tokens", "behaviour_logprobs", "policy_versions")}
+    names = ("response_tokens", "behaviour_logprobs", "policy_versions", "trained")
+    cut = {name: getattr(written, name)[kept] for name in names}
     support = {name: getattr(scores, name)[kept] for name in ("logprobs", "support_ids", "support_logprobs")}
     offsets = offsets_of(lengths - 2)
     shorter.update(

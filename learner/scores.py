@@ -1,0 +1,208 @@
+"""Merges the scores that reach this rank, of several batches, teachers and ranks, into one row for each token.
+
+What is one number a token ([N]) every rank gets of all tokens, since weights and coefficients depend on the whole update.
+What is wider ([n, K], hidden states) stays on the rank that trains on the token.
+Shapes: B trajectories and N response tokens of the update; M, n the trajectories and response tokens of this rank (all of
+them with one rank); K support, V vocabulary, H hidden size.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from actors.errors import CampaignError
+from actors.forward.logprobs import from_array
+from actors.trajectory import TeacherScores, Trajectories, TrajectoryId, offsets_of, scores_by_teacher, select_scores
+from learner.hidden_states import Head, HiddenStates
+from learner.student.sharding import Ranks
+
+SHARES_TOLERANCE = 1e-3
+"""How far from 1 the shares of a trajectory's teachers may add up to."""
+
+
+@dataclass(frozen=True, slots=True)
+class MergedScores:
+    """What the teachers say of an update's tokens, in its order: "the teacher" is the mixture of all but the reference."""
+
+    logprobs: np.ndarray
+    """[N] float32: log q of the sampled token, nats; 0 where missing."""
+    reference_logprobs: np.ndarray
+    """[N] float32: the same of the reference teacher; 0 where missing, or without one."""
+    missing: np.ndarray
+    """[N] bool: the token's score, or a part of its support, is not finite, at the teacher or at the reference."""
+    support_ids: np.ndarray
+    """[n, K] int32; [n, 0] where the support is the whole vocabulary or nothing."""
+    support_logprobs: np.ndarray
+    """[n, K] or [n, V] float32, NaN where missing; [n, 0] for the signals without."""
+    reference_support_logprobs: np.ndarray
+    """The same of the reference teacher on the same support; [n, 0] without one."""
+    hidden: list[HiddenStates]
+    """One entry for each teacher that sends hidden states."""
+    reference_hidden: list[HiddenStates]
+
+
+def merge_scores(
+    written: Trajectories,
+    this_rank_B: np.ndarray,
+    batches: Sequence[TeacherScores],
+    reference_teacher: str | None,
+    heads: Mapping[str, Head],
+    ranks: Ranks,
+    device: str,
+) -> MergedScores:
+    """The scores of the tokens of `written`, for this rank; the arguments are those of `collate`.
+
+    CampaignError: scores of a trajectory of this rank are missing. Every rank has to call this, as it sums over ranks.
+    """
+    ids, this_rank_N = written.ids[this_rank_B], np.repeat(this_rank_B, written.lengths)
+    by_reference = [batch for batch in batches if batch.teacher == reference_teacher]
+    by_teachers = [batch for batch in batches if batch.teacher != reference_teacher]
+    _check_shares(ids, by_teachers)
+    teacher = _scores_of(ids, by_teachers)
+    reference = None if reference_teacher is None else _scores_of(ids, by_reference)
+    teacher, reference = _same_widths(teacher, reference, ranks, device)
+    logprobs, reference_logprobs, missing = _of_all_ranks(teacher, reference, this_rank_N, ranks, device)
+
+    def hidden(of: Sequence[TeacherScores], *, of_reference: bool) -> list[HiddenStates]:
+        named = {name: head for name, head in heads.items() if (name == reference_teacher) == of_reference}
+        return _hidden_states(ids, of, named, this_rank_N, ranks, device)
+
+    return MergedScores(
+        logprobs,
+        reference_logprobs,
+        missing,
+        teacher.support_ids,
+        teacher.support_logprobs,
+        teacher.support_logprobs[:, :0] if reference is None else reference.support_logprobs,
+        hidden(by_teachers, of_reference=False),
+        hidden(by_reference, of_reference=True),
+    )
+
+
+def _scores_of(ids: np.ndarray, batches: Sequence[TeacherScores]) -> TeacherScores:
+    """The scores of the trajectories with these ids [M, 3]; without columns where this rank was given nothing."""
+    if not len(ids) and not batches:
+        nothing = np.zeros((0, 0), np.float32)
+        return TeacherScores(
+            ids=ids,
+            response_offsets=offsets_of([]),
+            logprobs=nothing.reshape(-1),
+            teacher="",
+            log_weights=nothing.reshape(-1),
+            support_ids=nothing.astype(np.int32),
+            support_logprobs=nothing,
+        )
+    return select_scores(ids, batches)
+
+
+def _check_shares(ids: np.ndarray, batches: Sequence[TeacherScores]) -> None:
+    """CampaignError names a trajectory that lacks the scores of a teacher: the shares of those it has are not 1."""
+    shares = {tuple(row): 0.0 for row in ids.tolist()}
+    # By teacher and trajectory: a teacher may have scored one twice, and its share counts once.
+    last = {
+        (batch.teacher, tuple(row)): log_weight
+        for batch in batches
+        for row, log_weight in zip(batch.ids.tolist(), batch.log_weights.tolist(), strict=True)
+    }
+    for (_, row), log_weight in last.items():
+        if row in shares:
+            shares[row] += math.exp(log_weight)
+    for row, share in shares.items():
+        if abs(share - 1) > SHARES_TOLERANCE:
+            found = f"scores of teachers with {share:.3g} of the whole weight"
+            raise CampaignError(f"trajectory {TrajectoryId(*row)}: {found} came to the rank that trains on it")
+
+
+def _same_widths(
+    teacher: TeacherScores, reference: TeacherScores | None, ranks: Ranks, device: str
+) -> tuple[TeacherScores, TeacherScores | None]:
+    """The scores, with the number of columns that one rank with all scores would have.
+
+    Vocabularies of teachers may be padded to different sizes, and a rank without trajectories has no scores at all, but
+    computes alongside the others.
+    """
+    if ranks.size == 1:
+        return teacher, reference
+    unknown = np.iinfo(np.int32).max
+    # One collective for the widest top-k support and the narrowest vocabularies: a smallest value is minus the largest of
+    # the negatives. A rank that has no scores does not narrow anything.
+    widths = [scores.support_logprobs.shape[1] if scores else 0 for scores in (teacher, reference)]
+    found = torch.tensor([teacher.support_ids.shape[1], *(-(width or unknown) for width in widths)], device=device)
+    support, *narrowest = ranks.largest(found).tolist()
+
+    def cut(values: np.ndarray, width: int) -> np.ndarray:
+        return values[:, :width] if values.shape[1] else np.zeros((len(values), width), values.dtype)
+
+    def fitted(scores: TeacherScores, narrowest: int) -> TeacherScores:
+        width = 0 if -narrowest == unknown else -narrowest
+        return replace(
+            scores,
+            support_ids=cut(scores.support_ids, support),
+            support_logprobs=cut(scores.support_logprobs, width),
+        )
+
+    return fitted(teacher, narrowest[0]), None if reference is None else fitted(reference, narrowest[1])
+
+
+def _of_all_ranks(
+    teacher: TeacherScores,
+    reference: TeacherScores | None,
+    this_rank_N: np.ndarray,
+    ranks: Ranks,
+    device: str,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(log-probs of the teacher, of the reference teacher, both 0 where missing; whether a score is missing), [N] each.
+
+    A token is missing if its own score, or a part of its support, is not finite, at either teacher.
+    """
+    # A token is with one rank, and 0 on all others: the sum is a copy, without rounding.
+    columns = np.zeros((3, len(this_rank_N)), np.float32)
+    for row, scores in enumerate((teacher, reference)):
+        if scores is not None:
+            known = np.isfinite(scores.logprobs) & np.isfinite(scores.support_logprobs).all(-1)
+            columns[row, this_rank_N] = np.where(known, scores.logprobs, 0)
+            columns[2, this_rank_N] += ~known
+    logprobs, reference_logprobs, missing = ranks.sum(torch.from_numpy(columns).to(device)).cpu().numpy()
+    return logprobs, reference_logprobs, missing > 0
+
+
+def _hidden_states(
+    ids: np.ndarray,
+    batches: Sequence[TeacherScores],
+    heads: Mapping[str, Head],
+    this_rank_N: np.ndarray,
+    ranks: Ranks,
+    device: str,
+) -> list[HiddenStates]:
+    """The hidden states of the teachers with these heads, for the trajectories with these ids [M, 3], whose tokens are
+    those of the update's N where this_rank_N [N] is true.
+
+    Of several ranks each has an entry for every head, also for a teacher that scored none of its trajectories: all ranks
+    have to run the same operations.
+    """
+    _, teachers = scores_by_teacher(ids, batches) if len(ids) and heads else ([], {})
+    out = []
+    for name, head in sorted(heads.items()):
+        if name in teachers:
+            scores = teachers[name]
+            places, log_weights, states = scores.places, scores.log_weights, from_array(scores.hidden).to(device)
+        elif ranks.size > 1:
+            places, log_weights, states = np.zeros(0, np.int64), np.zeros(0, np.float32), head[0][:0]
+        else:
+            continue
+        states_of = np.full(len(this_rank_N), -1, np.int64)
+        states_of[np.flatnonzero(this_rank_N)[places]] = np.arange(len(places))
+        out.append(
+            HiddenStates(
+                # A state that is not finite becomes 0: its score is missing, so the token is masked, but NaN would
+                # reach the other tokens through the sums of the chunk.
+                torch.where(states.isfinite(), states, torch.zeros_like(states)),
+                head,
+                torch.from_numpy(states_of).to(device),
+                torch.from_numpy(log_weights).to(device),
+            )
+        )
+    return out
