@@ -1,11 +1,11 @@
-"""What one long trajectory takes in the learner's memory: an update of a single one, of 4,096 to 32,768 tokens.
+"""Measures the learner's memory for one long trajectory: an update on a single one of 4,096 to 32,768 tokens.
 
     python -m benchmarks.long [--hidden 512] [--layers 4] [--vocabulary 16384] [--tokens 4096 16384 32768]
 
-Random weights, one rank, one thread, bfloat16 with gradient checkpointing; each length in a process of its own. The
-highest resident memory of an update above that before it, less what a short update takes, beside the formula of
-docs/scaling.md: 4 t H L for the inputs of layers, 60 t H for the layer that is computed again, 12 c V for a chunk of the
-head. Prints a table.
+Random weights, one rank, one thread, bfloat16 with gradient checkpointing; each length runs in its own process. Prints a
+table of the update's peak resident memory above the memory before it, minus that of a short update, beside the formula of
+docs/scaling.md in bytes: 4 t H L for the layers' inputs, 60 t H for the layer that is recomputed, 12 c V for a chunk of the
+head (t tokens, H hidden size, L layers, c tokens of a chunk, V vocabulary).
 """
 
 import argparse
@@ -18,16 +18,16 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.ranks import reset_highest, resident
+from benchmarks.ranks import reset_peak, resident
 
 CHUNK = 1024
 """Tokens of a head chunk."""
 SHORT = 64
-"""Tokens of the update that says what does not grow with the trajectory."""
+"""Tokens of the short update, whose memory is the part that does not grow with the trajectory."""
 
 
 def measure(model: Path, tokens: int, answers: Any) -> None:
-    """In this process; answers with (bytes above what was resident before, seconds)."""
+    """Runs one update in this process; puts (peak bytes above the memory before, seconds) into the queue `answers`."""
     import torch
 
     from actors.trajectory import TeacherScores, Trajectories, offsets_of
@@ -62,7 +62,7 @@ def measure(model: Path, tokens: int, answers: Any) -> None:
         head_chunk_tokens=CHUNK,
     )
     learner._optimizer.param_groups[0]["lr"] = 0.0
-    before, start = reset_highest(), time.perf_counter()
+    before, start = reset_peak(), time.perf_counter()
     learner.update(written.ids, written, scores)
     answers.put((resident("VmHWM") - before, time.perf_counter() - start))
 
@@ -76,7 +76,7 @@ def main() -> None:
     options = parser.parse_args()
     from tests.tiny_models import make_tiny_model
 
-    # Else malloc keeps what was freed, and what is resident says little about what is needed.
+    # By default malloc keeps freed memory, and the resident memory would be far above the memory in use.
     os.environ |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     context = multiprocessing.get_context("spawn")
     found: dict[int, tuple[int, float]] = {}

@@ -1,9 +1,9 @@
-"""What one rank of a learner takes in memory, and what publishing takes on top, with 1, 2 and 4 ranks on this machine.
+"""Measures the memory of one learner rank, and the extra memory of publishing, with 1, 2 and 4 ranks on this machine.
 
     python -m benchmarks.ranks [--hidden 512] [--layers 8] [--vocabulary 16384]
 
-Random weights, gloo, float32. Resident memory above that of an idle process, in bytes a parameter of the model; the
-formula is that of docs/scaling.md. Prints JSON.
+Random weights, gloo, float32. The unit is bytes of resident memory above an idle process, for each parameter of the model;
+docs/scaling.md has the formula to compare with. Prints JSON.
 """
 
 import argparse
@@ -20,19 +20,19 @@ SIZES = (1, 2, 4)
 
 
 def resident(field: str) -> int:
-    """VmRSS (now) or VmHWM (the highest since it was reset), bytes."""
+    """Resident memory of this process in bytes. field: VmRSS (now) or VmHWM (the peak since `reset_peak`)."""
     [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field)]
     return int(line.split()[1]) << 10
 
 
-def reset_highest() -> int:
-    """From here on the highest is counted anew; returns what is resident now."""
+def reset_peak() -> int:
+    """Resets the peak VmHWM; returns the resident memory now, in bytes."""
     Path("/proc/self/clear_refs").write_text("5")
     return resident("VmRSS")
 
 
 def measure(rank: int, size: int, model: Path, folder: Path, answers: Any) -> None:
-    """One rank, in this process; answers with (rank, bytes by name)."""
+    """Runs one rank in this process; puts (rank, bytes by phase) into the queue `answers`."""
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     import torch
     import torch.distributed as dist
@@ -47,13 +47,13 @@ def measure(rank: int, size: int, model: Path, folder: Path, answers: Any) -> No
     ranks = None
     if size > 1:
         ranks = Ranks.join(dist.FileStore(str(folder / f"meeting-{size}"), size), rank, size, "cpu")
-    idle = reset_highest()
+    idle = reset_peak()
     learner: Learner = make_learner(models, ranks=ranks, publish_dtype="bfloat16", bucket_bytes=8 << 20)
-    found = {"build_peak": resident("VmHWM") - idle, "built": reset_highest() - idle}
+    found = {"build_peak": resident("VmHWM") - idle, "built": reset_peak() - idle}
     for _ in range(2):
         learner.update(written.ids, written, scores)
-    found |= {"update_peak": resident("VmHWM") - idle, "updated": reset_highest() - idle}
-    before = reset_highest()
+    found |= {"update_peak": resident("VmHWM") - idle, "updated": reset_peak() - idle}
+    before = reset_peak()
     published = 0
     for part in learner.publish():
         published += part.nbytes if isinstance(part, np.ndarray) else 0
@@ -72,7 +72,7 @@ def main() -> None:
 
     from tests.tiny_models import make_tiny_model
 
-    # Else malloc keeps what was freed, and what is resident says little about what is needed.
+    # By default malloc keeps freed memory, and the resident memory would be far above the memory in use.
     os.environ |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as name:

@@ -195,8 +195,8 @@ class Learner:
         merged = merged_tensors(self._model) if self._adapter else None
         weights = copies(model_tensors(self._model, self._ranks, merged))
         adapter = copies(adapter_tensors(self._model)) if self._adapter else {}
-        in_host = {"in_host": self._optimizer.in_host} if isinstance(self._optimizer, OffloadedAdamW) else {}
-        moments = copies(optimizer_tensors(self._model, self._optimizer), **in_host)
+        offloaded = {"host_values": self._optimizer.host_values} if isinstance(self._optimizer, OffloadedAdamW) else {}
+        moments = copies(optimizer_tensors(self._model, self._optimizer), **offloaded)
         averages = copies(self._averages.tensors())
         progress = {"policy_version": self.policy_version, "beta": self._beta}
 
@@ -239,7 +239,9 @@ class Learner:
 
     def _share(self, written: Trajectories) -> np.ndarray:
         """[B] bool: the trajectories that this rank trains on."""
-        return self._ranks.share(np.diff(written.prompt_offsets) + written.lengths, self._minibatches(written))
+        return self._ranks.own_trajectories(
+            np.diff(written.prompt_offsets) + written.lengths, self._minibatches(written)
+        )
 
     def _minibatches(self, trajectories: Trajectories) -> list[np.ndarray]:
         """The rows of each optimiser step of one epoch."""
@@ -249,7 +251,7 @@ class Learner:
         """Micro-batches of those of the rows that are this rank's, with passes over nothing added until all ranks have as
         many: in each pass they gather the layers together."""
         passes = batch.microbatches(self._pass_tokens, rows[batch.this_rank_B[rows]])
-        most = int(self._ranks.largest(torch.tensor(len(passes), device=self._device)))
+        most = int(self._ranks.max(torch.tensor(len(passes), device=self._device)))
         return passes + [NO_TOKENS] * (most - len(passes))
 
     def _accumulate(self, batch: UpdateBatch, rows: np.ndarray, collected: UpdateMetrics) -> float:

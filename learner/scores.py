@@ -131,7 +131,7 @@ def _same_widths(
     # the negatives. A rank that has no scores does not narrow anything.
     widths = [scores.support_logprobs.shape[1] if scores else 0 for scores in (teacher, reference)]
     found = torch.tensor([teacher.support_ids.shape[1], *(-(width or unknown) for width in widths)], device=device)
-    support, *narrowest = ranks.largest(found).tolist()
+    support, *narrowest = ranks.max(found).tolist()
 
     def cut(values: np.ndarray, width: int) -> np.ndarray:
         return values[:, :width] if values.shape[1] else np.zeros((len(values), width), values.dtype)

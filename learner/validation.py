@@ -1,4 +1,8 @@
-"""Settings of the objective that contradict each other, or ask of a teacher what it does not send. Standard library only."""
+"""Refuses settings of the objective that contradict each other or need data that the teachers do not send.
+
+Each generator below checks one topic and yields a row for every rule, in the order in which errors are reported. Standard
+library only.
+"""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -10,37 +14,42 @@ from learner.config import ObjectiveConfig
 from learner.objective.estimator_table import DIVERGENCES, KEY, estimator_row, own_function
 
 Contradiction = tuple[bool, str, Any, str]
-"""(whether it is there, the key, what was found, what was expected)."""
+"""(whether the rule is broken, the key, its value, the expected value)."""
 
 
 def refuse_contradictions(
     objective: ObjectiveConfig, teachers: Mapping[str, TeacherConfig], student_model: str, samples_per_prompt: int
 ) -> None:
-    """UserError for the first contradiction, or an estimator, divergence or cost that cannot be found."""
+    """Checks the objective against its teachers.
+
+    UserError: the first broken rule, or an estimator, divergence or cost that cannot be found.
+    """
     estimator_row(objective.estimator)
     if objective.divergence not in DIVERGENCES:
         own_function(objective.divergence, f"{KEY}.divergence", DIVERGENCES)
     if objective.cost is not None:
         own_function(objective.cost, f"{KEY}.cost")
     for wrong, key, found, expected in (
-        *_of_teachers(objective, teachers),
-        *_of_followers(teachers, student_model),
-        *_of_tokenizers(objective, teachers),
-        *_of_estimator(objective, samples_per_prompt),
-        *_of_reward(objective, samples_per_prompt),
-        *_of_sft(objective, teachers),
-        *_of_signal(objective),
-        *_of_step(objective),
+        *_teachers(objective, teachers),
+        *_ema_teachers(teachers, student_model),
+        *_tokenizers(objective, teachers),
+        *_estimator(objective, samples_per_prompt),
+        *_reward(objective, samples_per_prompt),
+        *_sft(objective, teachers),
+        *_cost(objective),
+        *_step(objective),
     ):
         if wrong:
             raise UserError(key, found, expected)
 
 
-def _of_teachers(objective: ObjectiveConfig, teachers: Mapping[str, TeacherConfig]) -> Iterator[Contradiction]:
+def _teachers(objective: ObjectiveConfig, teachers: Mapping[str, TeacherConfig]) -> Iterator[Contradiction]:
+    """Signals, domains, the reference teacher, and whether the objective's support is sent."""
     signals = sorted({teacher.signal for teacher in teachers.values()})
     supports = {(t.signal, t.top_k if "topk" in t.signal else 0) for t in teachers.values()}
     found = f"the signals {', '.join(signals)}"
     yield len(supports) > 1, "teachers", found, "one signal (and top_k) for all teachers"
+    # Two teachers of one domain are mixed in probability space, which needs the same support for both.
     reference = objective.reference_teacher
     teaching = {name: teacher for name, teacher in teachers.items() if name != reference}
     keyed = [domain for teacher in teaching.values() for domain in teacher.domains or ("every other",)]
@@ -51,7 +60,7 @@ def _of_teachers(objective: ObjectiveConfig, teachers: Mapping[str, TeacherConfi
     if reference is not None:
         key = f"{KEY}.reference_teacher"
         yield reference not in teachers, key, reference, f"one of {', '.join(teachers)}"
-        yield not teaching, key, reference, "another teacher beside it, which teaches"
+        yield not teaching, key, reference, "another teacher beside it, to learn from"
         yield (
             "topk" in signals,
             f"teachers.{reference}.signal",
@@ -74,22 +83,24 @@ def _of_teachers(objective: ObjectiveConfig, teachers: Mapping[str, TeacherConfi
     yield renormalised, f"{KEY}.support", "renormalised", "tail, or a teacher whose signal is topk or student_topk"
 
 
-def _of_followers(teachers: Mapping[str, TeacherConfig], student_model: str) -> Iterator[Contradiction]:
+def _ema_teachers(teachers: Mapping[str, TeacherConfig], student_model: str) -> Iterator[Contradiction]:
+    """Teachers with `ema_decay`, whose weights are an average of the student's."""
     for name, teacher in teachers.items():
         key, follows = f"teachers.{name}", teacher.ema_decay is not None
         yield teacher.ema_decay == 1, f"{key}.ema_decay", 1, "a number < 1, or null for a teacher that stays as it is"
         expected = f"{student_model}, the student's, which a teacher with ema_decay follows"
         yield follows and teacher.model != student_model, f"{key}.model", teacher.model, expected
-        expected = "transformers: the others cannot load the student's weights as it goes (ema_decay)"
+        expected = "transformers: the other backends cannot load new weights during the campaign (ema_decay)"
         yield follows and not backend_of(teacher, key).follows_student, f"{key}.backend", teacher.backend, expected
         expected = "another signal: the head of a teacher with ema_decay changes with every update"
         yield follows and teacher.signal == "hidden", f"{key}.signal", "hidden", expected
 
 
-def _of_tokenizers(objective: ObjectiveConfig, teachers: Mapping[str, TeacherConfig]) -> Iterator[Contradiction]:
+def _tokenizers(objective: ObjectiveConfig, teachers: Mapping[str, TeacherConfig]) -> Iterator[Contradiction]:
+    """Teachers with a tokenizer of their own: they share only the text with the student, no token ids."""
     for name, teacher in teachers.items():
         key, foreign = f"teachers.{name}", teacher.tokenizer is not None
-        expected = "sampled: a teacher with a tokenizer of its own can be asked about the text that was written alone"
+        expected = "sampled: a teacher with its own tokenizer can only score the text, so it sends no other signal"
         yield foreign and teacher.signal != "sampled", f"{key}.signal", teacher.signal, expected
         expected = "null: a teacher with ema_decay has the student's tokenizer"
         yield foreign and teacher.ema_decay is not None, f"{key}.tokenizer", teacher.tokenizer, expected
@@ -100,6 +111,7 @@ def _of_tokenizers(objective: ObjectiveConfig, teachers: Mapping[str, TeacherCon
             teacher.tokenizer,
             expected,
         )
+        # Teachers of the same prompts. One without domains (None) teaches the prompts that no other teacher's domains name.
         rivals = [
             other
             for other, its in teachers.items()
@@ -112,7 +124,8 @@ def _of_tokenizers(objective: ObjectiveConfig, teachers: Mapping[str, TeacherCon
         yield foreign and bool(rivals), f"{key}.tokenizer", teacher.tokenizer, expected
 
 
-def _of_estimator(objective: ObjectiveConfig, samples_per_prompt: int) -> Iterator[Contradiction]:
+def _estimator(objective: ObjectiveConfig, samples_per_prompt: int) -> Iterator[Contradiction]:
+    """Baseline, divergence, discount and log-ratio that the estimator can use."""
     o, row = objective, estimator_row(objective.estimator)
     full = not row.samples_action
     lonely = o.baseline == "group_mean" and samples_per_prompt < 2
@@ -135,11 +148,12 @@ def _of_estimator(objective: ObjectiveConfig, samples_per_prompt: int) -> Iterat
     yield other and not full, f"{KEY}.divergence", o.divergence, "reverse_kl, or estimator=full"
     yield o.gamma != 1 and not row.discounts, f"{KEY}.gamma", o.gamma, "1, or estimator=discounted or to_go_expected"
     distribution = row.needs_distribution or o.baseline == "exact_kl"
-    expected = "true: of the distribution that sampled, only the token's log-prob is known"
+    expected = "true: only the token's log-prob under the sampling distribution is known, not the distribution"
     yield distribution and not o.recompute_log_ratio, f"{KEY}.recompute_log_ratio", False, expected
 
 
-def _of_reward(objective: ObjectiveConfig, samples_per_prompt: int) -> Iterator[Contradiction]:
+def _reward(objective: ObjectiveConfig, samples_per_prompt: int) -> Iterator[Contradiction]:
+    """Rewards, and the settings of a teacher's coefficient that the reward alone does not have."""
     o, row = objective, estimator_row(objective.estimator)
     alone = row.samples_action and not row.is_coefficient
     rewarded = gives_rewards(o)
@@ -160,7 +174,8 @@ def _of_reward(objective: ObjectiveConfig, samples_per_prompt: int) -> Iterator[
         yield alone and value != default, f"{KEY}.{name}", value, expected
 
 
-def _of_sft(objective: ObjectiveConfig, teachers: Mapping[str, TeacherConfig]) -> Iterator[Contradiction]:
+def _sft(objective: ObjectiveConfig, teachers: Mapping[str, TeacherConfig]) -> Iterator[Contradiction]:
+    """Responses written by the teacher."""
     o, sft = objective, estimator_row(objective.estimator).text_by == "teacher"
     yield (
         sft and len(teachers) > 1,
@@ -170,10 +185,11 @@ def _of_sft(objective: ObjectiveConfig, teachers: Mapping[str, TeacherConfig]) -
     )
     for name, teacher in teachers.items():
         other = sft and not backend_of(teacher, f"teachers.{name}").samples
-        expected = f"transformers: {KEY}.estimator=sft has it write, which the others do not"
+        expected = f"transformers: with {KEY}.estimator=sft the teacher writes, and the other backends cannot"
         yield other, f"teachers.{name}.backend", teacher.backend, expected
-        expected = "another signal: the student names no tokens for responses that it has not written"
+        expected = "another signal: the student names no tokens for responses that the teacher wrote"
         yield sft and teacher.signal == "student_topk", f"teachers.{name}.signal", "student_topk", expected
+    # pi_old is the teacher here, so a trust region or a correction would act against the teacher.
     region, never = o.trust_region, "the student's own samples, so another estimator than sft"
     for name, value, default in (
         ("mismatch.correction", o.mismatch.correction, "none"),
@@ -184,7 +200,8 @@ def _of_sft(objective: ObjectiveConfig, teachers: Mapping[str, TeacherConfig]) -
         yield sft and value != default, f"{KEY}.{name}", value, f"{default}, or {never}"
 
 
-def _of_signal(objective: ObjectiveConfig) -> Iterator[Contradiction]:
+def _cost(objective: ObjectiveConfig) -> Iterator[Contradiction]:
+    """Bounds of the log-ratio and costs of the user's own."""
     o, row = objective, estimator_row(objective.estimator)
     bounds = {
         "log_ratio_clip": o.log_ratio_clip,
@@ -207,7 +224,8 @@ def _of_signal(objective: ObjectiveConfig) -> Iterator[Contradiction]:
     yield o.divergence == "jsd" and o.mixture == 1, f"{KEY}.mixture", 1, "a number < 1 for jsd"
 
 
-def _of_step(objective: ObjectiveConfig) -> Iterator[Contradiction]:
+def _step(objective: ObjectiveConfig) -> Iterator[Contradiction]:
+    """Aggregation, trust region and mismatch weights."""
     o, mismatch = objective, objective.mismatch
     constant = (o.aggregation == "constant") != (o.aggregation_constant is not None)
     expected = "a number, just when aggregation=constant"
@@ -225,5 +243,5 @@ def _of_step(objective: ObjectiveConfig) -> Iterator[Contradiction]:
 
 
 def gives_rewards(objective: ObjectiveConfig) -> bool:
-    """Whether the responses that are trained on are given rewards."""
+    """Whether the objective uses rewards of the responses."""
     return estimator_row(objective.estimator).needs_reward or objective.reward_weight > 0

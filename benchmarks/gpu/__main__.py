@@ -31,14 +31,14 @@ def timed(do: Callable[[], Any], repeats: int) -> tuple[float, int]:
     """(median seconds, highest memory in bytes over what was there before), after one run that is not counted."""
     import torch
 
-    from benchmarks.ranks import reset_highest, resident
+    from benchmarks.ranks import reset_peak, resident
 
     on_gpu = torch.cuda.is_available()
     do()
     if on_gpu:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated() if on_gpu else reset_highest()
+    before = torch.cuda.memory_allocated() if on_gpu else reset_peak()
     seconds = []
     for _ in range(repeats):
         start = time.perf_counter()

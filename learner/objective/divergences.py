@@ -1,11 +1,12 @@
-"""Per-token divergences between student pi and teacher q over a support, and what may be done to the teacher's signal.
+"""Divergences between student pi and teacher q at each token, and transformations of the teacher's log-probs.
 
-Shapes: n tokens; K the support: the full vocabulary, or k tokens with or without a bucket for the rest; [n, K] log-probs.
-Divergences are costs [n], differentiable in the student; the teacher's log-probs come without gradient and finite. Rows
-sum to one: a top-k row is completed first, by `with_tail` or `renormalised`.
+Shapes: n tokens; V vocabulary; K support, which is the vocabulary or the top k tokens, with or without one bucket for the
+rest. A row [K] holds log-probs in nats and must sum to one: complete a top-k row with `with_tail` or `renormalised` first.
+A divergence is a cost [n] in nats, differentiable in the student's log-probs. The teacher's log-probs are finite and
+without gradient.
 
-With `estimator: full` the cost *is* differentiated. A number computed over a support must never be used as a detached
-coefficient: it does not depend on the sampled token, so its expected policy gradient is zero.
+Differentiate these costs; do not use one as a detached coefficient. A number computed over a support is the same for
+every sampled token, and a coefficient that does not depend on the token has an expected policy gradient of zero.
 """
 
 import math
@@ -15,59 +16,63 @@ from torch import Tensor
 
 
 def with_tail(logprobs_nK: Tensor) -> Tensor:
-    """[n, K + 1]: the support, and all that is outside of it as one bucket. The default for a top-k support.
+    """[n, K] -> [n, K + 1]: appends log(1 - sum_k p_k), one bucket for all tokens outside the support.
 
-    Merging tokens can only lower a divergence, so what is minimised is a lower bound of the full one that sees when the
-    student puts mass where the teacher's top k is not. The bucket is at least the rounding of one, so that its log is finite.
+    Merging tokens can only lower a divergence, so the result is a lower bound of the divergence over the vocabulary. It
+    still grows when the student moves mass outside the support. This is the default for a top-k support.
     """
     mass = logprobs_nK.logsumexp(-1, keepdim=True)
+    # Rounding can make the mass 1 or more. The bucket keeps at least one machine epsilon, so its log stays finite.
     tail = torch.log(-torch.expm1(mass.clamp(max=-torch.finfo(mass.dtype).eps)))
     return torch.cat([logprobs_nK, tail], -1)
 
 
 def renormalised(logprobs_nK: Tensor) -> Tensor:
-    """[n, K]: the conditional distribution given the support (Revisiting OPD, arXiv 2603.25562).
+    """[n, K] -> [n, K]: log p_k - log sum_j p_j, the distribution given the support (arXiv 2603.25562).
 
-    Blind to how much mass the student has outside; over one token it is always 1, and every divergence always 0.
+    It ignores the student's mass outside the support. Over a support of one token every divergence is 0.
     """
     return logprobs_nK - logprobs_nK.logsumexp(-1, keepdim=True)
 
 
 def on_shared_rows(*logprobs_nV: Tensor) -> list[Tensor]:
-    """Each [n, V'] over the rows that all have, where vocabularies are padded to different sizes; adds up to 1 again.
-
-    Without that, a student could lower a divergence by moving its mass to rows that only it has.
-    """
+    """Cuts each [n, V'] to the smallest V' and renormalises what was cut: models of one family pad their vocabularies
+    to different sizes."""
     width = min(x.shape[1] for x in logprobs_nV)
+    # Without renormalising, the student could lower a divergence by moving mass to the rows that were cut.
     return [x if x.shape[1] == width else renormalised(x[:, :width]) for x in logprobs_nV]
 
 
 def _kl(p_nK: Tensor, q_nK: Tensor) -> Tensor:
-    """sum p (log p - log q) from log-probs; a probability of zero under p adds nothing."""
+    """[n] sum_k p_k (log p_k - log q_k)."""
+    # 0 log 0 = 0. Selecting before the product keeps the gradient of such a term 0 as well, instead of NaN.
     difference = torch.where(p_nK == -torch.inf, torch.zeros_like(p_nK), p_nK - q_nK)
     return (p_nK.exp() * difference).sum(-1)
 
 
 def _mixture(p_nK: Tensor, q_nK: Tensor, weight: float) -> Tensor:
-    """log((1 - weight) p + weight q), 0 < weight < 1."""
+    """[n, K] log((1 - weight) p + weight q), 0 < weight < 1."""
     return torch.logaddexp(p_nK + math.log1p(-weight), q_nK + math.log(weight))
 
 
 def reverse_kl(student_logprobs_nK: Tensor, teacher_logprobs_nK: Tensor) -> Tensor:
-    """KL(pi || q): mode-seeking; the gradient of `immediate` without the variance of the action."""
+    """[n] KL(pi || q) = sum_k pi_k (log pi_k - log q_k): mode-seeking.
+
+    Its gradient is the expectation of the estimator `immediate` over the sampled token, so it has a lower variance.
+    """
     return _kl(student_logprobs_nK, teacher_logprobs_nK)
 
 
 def forward_kl(student_logprobs_nK: Tensor, teacher_logprobs_nK: Tensor) -> Tensor:
-    """KL(q || pi): mass-covering; supervised distillation at the student's contexts."""
+    """[n] KL(q || pi) = sum_k q_k (log q_k - log pi_k): mass-covering (Hinton et al. 2015, at the student's contexts)."""
     return _kl(teacher_logprobs_nK, student_logprobs_nK)
 
 
 def jsd(student_logprobs_nK: Tensor, teacher_logprobs_nK: Tensor, beta: float) -> Tensor:
-    """beta KL(q || m) + (1 - beta) KL(pi || m), m = beta q + (1 - beta) pi, 0 < beta < 1 (GKD, arXiv 2306.13649, eq. 1).
+    """[n] beta KL(q || m) + (1 - beta) KL(pi || m), m = beta q + (1 - beta) pi, 0 < beta < 1 (GKD, arXiv 2306.13649, eq. 1).
 
-    GKD's P is the teacher. jsd / beta tends to KL(q || pi) as beta -> 0 and jsd / (1 - beta) to KL(pi || q) as
-    beta -> 1; TRL returns those two limits at 0 and 1, where this divergence itself is zero.
+    GKD's P is the teacher. The divergence is 0 at beta = 0 and 1. jsd / beta tends to KL(q || pi) as beta -> 0, and
+    jsd / (1 - beta) tends to KL(pi || q) as beta -> 1; TRL returns these limits for beta = 0 and 1.
     """
     assert 0.0 < beta < 1.0
     middle = _mixture(student_logprobs_nK, teacher_logprobs_nK, beta)
@@ -75,59 +80,64 @@ def jsd(student_logprobs_nK: Tensor, teacher_logprobs_nK: Tensor, beta: float) -
 
 
 def skewed_forward_kl(student_logprobs_nK: Tensor, teacher_logprobs_nK: Tensor, skew: float) -> Tensor:
-    """KL(q || skew q + (1 - skew) pi), 0 < skew < 1 (DistiLLM, arXiv 2402.03898: 0.1). Bounded by -log skew."""
+    """[n] KL(q || skew q + (1 - skew) pi), 0 < skew < 1; at most -log skew (DistiLLM, arXiv 2402.03898, skew 0.1)."""
     return _kl(teacher_logprobs_nK, _mixture(student_logprobs_nK, teacher_logprobs_nK, skew))
 
 
 def skewed_reverse_kl(student_logprobs_nK: Tensor, teacher_logprobs_nK: Tensor, skew: float) -> Tensor:
-    """KL(pi || (1 - skew) q + skew pi), 0 < skew < 1 (DistiLLM: 0.1). Bounded by -log skew; gradient through both pi."""
+    """[n] KL(pi || (1 - skew) q + skew pi), 0 < skew < 1; at most -log skew (DistiLLM, arXiv 2402.03898, skew 0.1).
+
+    The gradient flows through pi in both places.
+    """
     return _kl(student_logprobs_nK, _mixture(teacher_logprobs_nK, student_logprobs_nK, skew))
 
 
 def entropy_gated_kl(student_logprobs_nK: Tensor, teacher_logprobs_nK: Tensor, threshold: float) -> Tensor:
-    """KL(pi || q), plus KL(q || pi) where the teacher's entropy is above `threshold` nats (EOPD, arXiv 2603.07079)."""
+    """[n] KL(pi || q), plus KL(q || pi) where the teacher's entropy is above `threshold` nats (EOPD, arXiv 2603.07079)."""
+    # The gate is a constant of the context: the teacher's log-probs carry no gradient.
     entropy_n = -torch.special.xlogy(teacher_logprobs_nK.exp(), teacher_logprobs_nK.exp()).sum(-1)
     gated = torch.where(entropy_n > threshold, forward_kl(student_logprobs_nK, teacher_logprobs_nK), 0.0)
     return reverse_kl(student_logprobs_nK, teacher_logprobs_nK) + gated
 
 
 def expected_cost(student_logprobs_nK: Tensor, cost_nK: Tensor) -> Tensor:
-    """sum_k pi_k sg(cost_k): its gradient is the expectation of cost grad log pi over the action, in closed form.
+    """[n] sum_k pi_k sg(cost_k), where sg stops the gradient.
 
-    With cost = log pi - log q this is the reverse KL's value and gradient (the missing term, E[grad log pi], is zero);
-    with a bounded cost it is what the sampled estimator with that bound has in expectation.
+    Its gradient is E[cost grad log pi] over the sampled token: the expectation of the sampled estimator with this cost.
+    With cost = log pi - log q, value and gradient are those of the reverse KL.
     """
+    # The reverse KL has one more term, the gradient of the log-ratio itself. Its expectation, E[grad log pi], is 0.
     cost = torch.where(student_logprobs_nK == -torch.inf, torch.zeros_like(cost_nK), cost_nK).detach()
     return (student_logprobs_nK.exp() * cost).sum(-1)
 
 
 def proximal_teacher(student_logprobs: Tensor, teacher_logprobs: Tensor, weight: float) -> Tensor:
-    """log(weight q + (1 - weight) pi), pi without gradient, any shape: a teacher no further than the student can go.
+    """log(weight q + (1 - weight) sg(pi)), any shape, 0 < weight <= 1 (TROPD, arXiv 2607.04751, weight 0.2).
 
-    TROPD (arXiv 2607.04751; weight 0.2). However little the teacher thinks of a token, its cost log pi - this is at most
-    -log(1 - weight). weight = 1 is the teacher itself.
+    A token's cost against this teacher is at most -log(1 - weight), however small q is. weight = 1 returns the teacher.
     """
     assert 0.0 < weight <= 1.0
     return teacher_logprobs if weight == 1.0 else _mixture(student_logprobs.detach(), teacher_logprobs, weight)
 
 
 def extrapolated_teacher(teacher_logprobs: Tensor, reference_logprobs: Tensor, strength: float) -> Tensor:
-    """log q + (strength - 1)(log q - log pi_ref), any shape: G-OPD's teacher (arXiv 2602.12125), not normalised.
+    """log q + (strength - 1)(log q - log pi_ref), any shape, not normalised (G-OPD, arXiv 2602.12125).
 
-    max E[strength log(q / pi_ref)] - KL(pi || pi_ref) is the reverse KL to it; 1 is plain OPD, above 1 extrapolates. The
-    missing normaliser is a constant at each context: the discount-0 forms do not see it, and the sequence-level ones
-    must not have it. A divergence over a support wants `renormalised(...)` of it, tail bucket included.
+    Minimising the reverse KL to it maximises E[strength log(q / pi_ref)] - KL(pi || pi_ref). strength = 1 returns q;
+    above 1 extrapolates beyond q. A divergence over a support needs `renormalised(...)` of it, tail bucket included.
     """
+    # The missing normaliser is a constant of the context. It does not change the gradient of the discount-0 estimators.
+    # Sequence-level estimators must not normalise: the constants of later contexts depend on the token.
     return teacher_logprobs + (strength - 1.0) * (teacher_logprobs - reference_logprobs)
 
 
 def bounded_cost(
     student_logprobs: Tensor, teacher_logprobs: Tensor, *, power: float | None = None, clip: float | None = None
 ) -> Tensor:
-    """The log-ratio with its tails bounded, any shape, without gradient: [-clip, clip], or pi^power - q^power.
+    """The bounded log-ratio, any shape, without gradient: clamp(log pi - log q, -clip, clip), or pi^power - q^power.
 
-    The power form (PowerOPD, arXiv 2606.17199; 0.1 to 5) lies in [-1, 1], has the sign of the log-ratio, and tends to
-    power x log-ratio as power -> 0. Both are biased wherever they act.
+    The power form (PowerOPD, arXiv 2606.17199, power 0.1 to 5) lies in [-1, 1] and has the sign of the log-ratio. Divided
+    by `power` it tends to the log-ratio as power -> 0. Both forms bias the gradient where they differ from the log-ratio.
     """
     student, teacher = student_logprobs.detach(), teacher_logprobs.detach()
     if power is not None:

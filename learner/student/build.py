@@ -1,4 +1,4 @@
-"""Builds the student: loads the model, adds adapters, compiles its layers, shards it over the ranks, in this order."""
+"""Builds the student: loads the model, adds adapters, compiles the layers and shards them over the ranks, in this order."""
 
 import os
 import shutil
@@ -18,30 +18,31 @@ from learner.student.sharding import Ranks, decoder_layers
 
 
 class Student(NamedTuple):
-    """The model that is trained."""
+    """The model that the learner trains."""
 
     model: PreTrainedModel
     body: torch.nn.Module
     """The model without its output layer."""
     pass_tokens: int
-    """Tokens of one forward pass; 1 where the model cannot take sequences end to end, so that each has a pass of its own."""
+    """Tokens of one forward pass. 1 if the model cannot take packed sequences: every sequence then has its own pass."""
     adapter: Any
-    """peft's configuration of the adapters; None where all weights are trained."""
+    """peft's configuration of the adapters; None if all weights are trained."""
 
 
 def build_student(
     student: StudentConfig, config: LearnerConfig, checkpoint: str | None, ranks: Ranks, device: str
 ) -> Student:
-    """The student with the weights of `student.model`, or of the directory `checkpoint` where one is given.
+    """Builds the student with the weights of `student.model`, or of the directory `checkpoint`.
 
-    Master weights are float32. With adapters the frozen weights stay in the compute dtype: they are never updated, so
-    they need no more digits. UserError: see load_model, add_adapters, compile_layers, and Ranks.shard.
+    Trained weights are float32. With adapters the frozen weights have the compute dtype: they are never updated, so more
+    precision would be lost in every pass. UserError: see load_model, add_adapters, compile_layers and Ranks.shard.
     """
     lora = student.lora
+    # A checkpoint's model.safetensors holds merged weights. With adapters the frozen weights are those of `student.model`.
     model = load_model(
         student.model if lora or checkpoint is None else checkpoint,
         config.compute_dtype if lora else "float32",
-        device if ranks.size == 1 else "cpu",  # a device has room for its own shard only
+        device if ranks.size == 1 else "cpu",  # with several ranks a device may only have room for its shard
         trust_remote_code=student.trust_remote_code,
         key="student.model",
     )
@@ -60,12 +61,11 @@ def build_student(
 
 
 def compile_layers(model: PreTrainedModel) -> None:
-    """Compiles the forward pass of each decoder layer with torch.compile, once for batches of all sizes.
+    """Compiles the forward of each decoder layer with torch.compile, with dynamic shapes for batches of any size.
 
-    It fuses the many small operations between the matrix products. Call it before the layers are sharded: gathering a
-    layer's weights and recomputing it stay outside. Attention is not compiled, because the boundaries of the sequences
-    differ from pass to pass and would become constants of the compiled code. UserError: compilation is turned off in
-    this process, or there is neither a GPU nor a C++ compiler.
+    Compiling fuses the small operations between the matrix products. Call it before sharding, so that gathering weights
+    and recomputing activations stay outside the compiled code.
+    UserError: torch.compile is disabled in this process, or there is neither a GPU nor a C++ compiler.
     """
     if os.environ.get("TORCH_COMPILE_DISABLE") == "1" or torch._dynamo.config.disable:
         raise UserError("learner.compile", "true, and TORCH_COMPILE_DISABLE", "false, or an environment without it")
@@ -74,6 +74,7 @@ def compile_layers(model: PreTrainedModel) -> None:
     layers = decoder_layers(model)
     if not layers:
         raise UserError("learner.compile", f"true and {type(model).__name__}", "false, or a model of known layers")
+    # The sequence boundaries differ from pass to pass and would become constants of the compiled code.
     attend_uncompiled()
     for layer in layers:
         layer.forward = torch.compile(layer.forward, dynamic=True)

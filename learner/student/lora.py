@@ -1,9 +1,12 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685) through peft: two thin matrices beside each linear layer are trained, and
-the model's own weights stay as they are.
+"""Adds low-rank adapters (LoRA, arXiv 2106.09685) to the student through peft, and merges them for publishing.
 
-What is published and what a checkpoint's model holds is the sum, merged one layer at a time: engines know nothing of
-adapters. Beside it a checkpoint has the adapter alone, `adapter/`, as `PeftModel.from_pretrained` reads it.
-With DoRA (arXiv 2402.09353, eq. 5) the sum's rows are given lengths that are trained too.
+Beside each linear layer's frozen weight W [O, I] two matrices are trained: `down` A [r, I] and `up` B [O, r].
+
+    LoRA   W' = W + s B A                      s = alpha / r, or alpha / sqrt(r) with rank_stabilised
+    DoRA   W'_o = m_o (W + s B A)_o / |(W + s B A)_o|    for each row o, m [O] trained (arXiv 2402.09353, eq. 5)
+
+Unless engines load the adapter itself, W' is published, one merged layer at a time. A checkpoint's model holds W', and its
+directory `adapter/` holds the adapter alone, in the format of `PeftModel.from_pretrained`.
 Shapes: O, I rows and columns of a layer's weight, r rank.
 """
 
@@ -22,51 +25,54 @@ from learner.student.sharding import full_tensor, own_rows
 from learner.student.tensor_files import StoredTensors
 
 ADAPTER = "default"
-"""peft's name for the only one there is."""
+"""peft's name of the only adapter."""
 ADAPTER_FILE = "adapter_model.safetensors"
-BEFORE = "base_model.model."
-"""What peft puts before the names in its files."""
+NAME_PREFIX = "base_model.model."
+"""The prefix of parameter names in peft's files."""
 
 
 @dataclass(frozen=True, slots=True)
 class Merged:
-    """A weight with its adapter added, which is not computed before it is asked for."""
+    """A weight with its adapter added, computed on request: holding all merged weights would take the model's size again."""
 
     weight_OI: Tensor
     down_rI: Tensor
     up_Or: Tensor
     scale: float
-    lengths_O: Tensor | None = None
-    """With DoRA: of the rows of the sum."""
+    magnitudes_O: Tensor | None = None
+    """DoRA's trained norms of the rows; None for LoRA."""
 
     @property
     def shape(self) -> torch.Size:
-        """O, I."""
+        """(O, I)."""
         return self.weight_OI.shape
 
-    def rows(self) -> "Merged":
-        """The rows that this rank has; what they need of the others, `down_rI`, is gathered when they are asked for."""
-        lengths = None if self.lengths_O is None else own_rows(self.lengths_O)[0]
-        return replace(self, weight_OI=own_rows(self.weight_OI)[0], up_Or=own_rows(self.up_Or)[0], lengths_O=lengths)
+    def own_rows(self) -> "Merged":
+        """This rank's rows of the merged weight."""
+        magnitudes = None if self.magnitudes_O is None else own_rows(self.magnitudes_O)[0]
+        # `down` stays sharded: every row of B A needs all of A, which `full_tensor` gathers.
+        return replace(
+            self, weight_OI=own_rows(self.weight_OI)[0], up_Or=own_rows(self.up_Or)[0], magnitudes_O=magnitudes
+        )
 
     @torch.no_grad()
     def full_tensor(self) -> Tensor:
-        """[O, I] float32; with several ranks, all must ask."""
+        """[O, I] float32: W', by the formulas above. A collective: with several ranks, all must call it."""
         sum_OI = (
             full_tensor(self.weight_OI)
             .float()
             .addmm(full_tensor(self.up_Or), full_tensor(self.down_rI), alpha=self.scale)
         )
-        if self.lengths_O is None:
+        if self.magnitudes_O is None:
             return sum_OI
-        return sum_OI * (full_tensor(self.lengths_O) / torch.linalg.norm(sum_OI, dim=1))[:, None]
+        return sum_OI * (full_tensor(self.magnitudes_O) / torch.linalg.norm(sum_OI, dim=1))[:, None]
 
 
 def add_adapters(model: PreTrainedModel, lora: LoraConfig, stored: Path | None) -> Any:
-    """Puts adapters beside the layers and leaves only them to be trained, in float32; returns peft's configuration.
+    """Injects adapters into the model and makes them its only trainable parameters, in float32. Returns peft's config.
 
-    stored: a checkpoint's directory `adapter`, whose adapters they are to be; else new ones, which add nothing yet, the
-    same on every rank. UserError: peft is not installed, or `target_modules` names no layer or the output layer.
+    stored: a checkpoint's directory `adapter/` to load. None: new adapters with B = 0, which change nothing yet.
+    UserError: peft is not installed, or `target_modules` names no layer or the output layer.
     """
     peft = import_peft()
     config = peft.LoraConfig(
@@ -78,12 +84,14 @@ def add_adapters(model: PreTrainedModel, lora: LoraConfig, stored: Path | None) 
         task_type="CAUSAL_LM",
         base_model_name_or_path=model.name_or_path,
     )
+    # Every rank draws the same A, and the process's own random state is left alone.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         try:
             peft.inject_adapter_in_model(config, model)
         except ValueError as error:
             raise UserError("student.lora.target_modules", lora.target_modules, "names of linear layers") from error
+    # The learner applies the head's weight itself, in chunks, and would miss an adapter there.
     if any(name.startswith("lm_head.") and "lora_" in name for name, _ in model.named_parameters()):
         raise UserError("student.lora.target_modules", "the output layer", "layers of the decoder")
     for name, parameter in model.named_parameters():
@@ -92,9 +100,9 @@ def add_adapters(model: PreTrainedModel, lora: LoraConfig, stored: Path | None) 
             parameter.data = parameter.data.float()
     modules: list[Any] = list(model.modules()) if lora.dora else []
     for layer in modules:
-        if lengths := getattr(layer, "lora_magnitude_vector", None):
-            # In float32: peft has rounded them to the weight's dtype.
-            lengths[ADAPTER].weight.data = torch.linalg.norm(layer.base_layer.weight.detach().float(), dim=1)
+        if magnitudes := getattr(layer, "lora_magnitude_vector", None):
+            # Computed again in float32: peft has rounded them to the weight's dtype, and B = 0 must change nothing.
+            magnitudes[ADAPTER].weight.data = torch.linalg.norm(layer.base_layer.weight.detach().float(), dim=1)
     if stored is not None:
         file = StoredTensors(stored / ADAPTER_FILE)
         for name, tensor in adapter_tensors(model).items():
@@ -103,7 +111,7 @@ def add_adapters(model: PreTrainedModel, lora: LoraConfig, stored: Path | None) 
 
 
 def import_peft() -> Any:
-    """The library. UserError: it is not installed."""
+    """The module peft. UserError: it is not installed."""
     try:
         import peft
     except ImportError as error:
@@ -112,13 +120,13 @@ def import_peft() -> Any:
 
 
 def adapter_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
-    """The trained matrices, by their names in peft's file."""
+    """The trained tensors by their names in peft's file."""
     named = ((name, parameter) for name, parameter in model.named_parameters() if "lora_" in name)
-    return {BEFORE + name.replace(f".{ADAPTER}.", "."): parameter.detach() for name, parameter in named}
+    return {NAME_PREFIX + name.replace(f".{ADAPTER}.", "."): parameter.detach() for name, parameter in named}
 
 
 def merged_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor | Merged]]:
-    """The model's weights by the names that they had without adapters, each once, in the same order."""
+    """(name, weight) of the model without adapters, in the model's order; adapted weights are `Merged`."""
     modules: dict[str, Any] = dict(model.named_modules())
     for name, parameter in model.named_parameters():
         if "lora_" in name:
@@ -129,8 +137,8 @@ def merged_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor | Merge
         elif kind != "weight":
             yield f"{layer}.{kind}", parameter.detach()
         else:
-            beside = modules[layer]
-            down, up = (beside.lora_A[ADAPTER].weight, beside.lora_B[ADAPTER].weight)
-            scale, lengths = beside.scaling[ADAPTER], beside.lora_magnitude_vector
-            rows = lengths[ADAPTER].weight.detach() if lengths else None
-            yield f"{layer}.weight", Merged(parameter.detach(), down.detach(), up.detach(), scale, rows)
+            adapted = modules[layer]
+            down, up = adapted.lora_A[ADAPTER].weight, adapted.lora_B[ADAPTER].weight
+            scale, vectors = adapted.scaling[ADAPTER], adapted.lora_magnitude_vector
+            magnitudes = vectors[ADAPTER].weight.detach() if vectors else None
+            yield f"{layer}.weight", Merged(parameter.detach(), down.detach(), up.detach(), scale, magnitudes)

@@ -1,4 +1,7 @@
-"""AdamW, its schedule, and the state of it that a checkpoint keeps."""
+"""Builds AdamW, computes the learning rate, and lists the optimiser's state for checkpoints.
+
+With `learner.offload_optimizer` the two moments of AdamW, 8 bytes a parameter, stay in host memory between steps.
+"""
 
 import math
 from collections.abc import Callable, Iterator
@@ -11,21 +14,28 @@ from learner.config import OptimizerConfig
 from learner.student.sharding import own_rows
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+"""torch's names of AdamW's running means of the gradient and of its square."""
 
 
 class OffloadedAdamW(torch.optim.AdamW):
-    """Between steps the moments in `state` are shells: their shape and layout, but no memory."""
+    """AdamW whose moments are in host memory between steps; the result is bit-equal to torch.optim.AdamW.
+
+    Between steps a moment in `state` is a shell: a tensor with shape and layout, whose storage is freed. A step restores
+    the moments of one parameter at a time.
+    """
 
     def __init__(self, *arguments: Any, **keywords: Any):
-        """As torch.optim.AdamW."""
+        """Takes the arguments of torch.optim.AdamW."""
         super().__init__(*arguments, **keywords)
         self._host: dict[int, Tensor] = {}
-        """By the id of the shell."""
+        """id of a shell -> its values: this rank's rows, in pinned memory where the device is a GPU."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """One step of all parameters that have a gradient."""
+        """One step of all parameters that have a gradient. closure: not supported."""
         assert closure is None
+        # AdamW updates each parameter from its own state alone, so one step of a group is the same as one of each of its
+        # parameters. The base class reads `param_groups`, which therefore holds a single parameter at a time.
         groups = self.param_groups
         try:
             for group in groups:
@@ -33,32 +43,34 @@ class OffloadedAdamW(torch.optim.AdamW):
                     if parameter.grad is None:
                         continue
                     for moment in self._moments(parameter):
-                        self._bring(moment)
+                        self._restore(moment)
                     self.param_groups = [{**group, "params": [parameter]}]
                     super().step()
-                    self.rest(parameter)
+                    self.offload(parameter)
         finally:
             self.param_groups = groups
 
-    def rest(self, parameter: Tensor) -> None:
-        """Sends the parameter's moments to host memory: after its step, and when they have been loaded."""
+    def offload(self, parameter: Tensor) -> None:
+        """Copies the parameter's moments to host memory and frees their storage: after a step or a load."""
         for moment in self._moments(parameter):
             local, _ = own_rows(moment)
             host = self._host.get(id(moment))
             if host is None:
                 host = self._host[id(moment)] = torch.empty_like(local, device="cpu", pin_memory=local.is_cuda)
             host.copy_(local)
+            # The tensor object stays, because torch and checkpoints find the moment by it.
             local.untyped_storage().resize_(0)
 
-    def in_host(self, moment: Tensor) -> Tensor | None:
-        """The values behind a shell, this rank's rows of them; None for what is no shell."""
+    def host_values(self, moment: Tensor) -> Tensor | None:
+        """This rank's rows of an offloaded moment; None if the tensor is not offloaded."""
         return self._host.get(id(moment))
 
     def _moments(self, parameter: Tensor) -> Iterator[Tensor]:
         state = self.state.get(parameter, {})
         return (state[name] for name in MOMENTS if name in state)
 
-    def _bring(self, moment: Tensor) -> None:
+    def _restore(self, moment: Tensor) -> None:
+        """Allocates the storage of a shell again and copies the values back."""
         local, _ = own_rows(moment)
         host = self._host[id(moment)]
         local.untyped_storage().resize_(host.nbytes)
@@ -66,7 +78,10 @@ class OffloadedAdamW(torch.optim.AdamW):
 
 
 def build_optimizer(model: torch.nn.Module, config: OptimizerConfig, *, offload: bool = False) -> torch.optim.AdamW:
-    """AdamW over all trainable parameters; decay acts on matrices, not on norms and biases. offload: moments in host memory."""
+    """AdamW over all trainable parameters. offload: moments in host memory.
+
+    Weight decay acts on matrices only: it would pull the scales of norms, which are near 1, towards 0.
+    """
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
@@ -77,10 +92,13 @@ def build_optimizer(model: torch.nn.Module, config: OptimizerConfig, *, offload:
 
 
 def learning_rate(update: int, total_updates: int, config: OptimizerConfig) -> float:
-    """Rate of the update with this number, counted from 1: linear warm-up, then the schedule.
+    """The learning rate of one update: linear warm-up, then the schedule.
 
-    The last of `total_updates` is taken at `final_fraction` of the peak (unless the schedule is constant).
+    update: its number, counted from 1. With w = warmup_updates, the rate of update u <= w is peak * u / (w + 1). After
+    that p = (u - w) / (total_updates - w) goes from 0 to 1, and the rate is peak * (f + (1 - f) * remaining(p)), where f
+    is `final_fraction`. A constant schedule has f = 1.
     """
+    # w + 1, not w: the first update after the warm-up then continues the line and does not repeat its last rate.
     if update <= config.warmup_updates:
         return config.learning_rate * update / (config.warmup_updates + 1)
     progress = min(1.0, (update - config.warmup_updates) / max(1, total_updates - config.warmup_updates))
@@ -94,8 +112,11 @@ def learning_rate(update: int, total_updates: int, config: OptimizerConfig) -> f
 
 
 def optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """The optimiser's state by parameter name: `<name>.exp_avg`, `<name>.exp_avg_sq`, `<name>.step`; shells, where its
-    values are in host memory."""
+    """The optimiser's state by parameter name: `<name>.exp_avg`, `<name>.exp_avg_sq`, `<name>.step`.
+
+    Names, not torch's parameter indices, so that a checkpoint does not depend on the order of the parameters. Offloaded
+    moments are shells (`OffloadedAdamW.host_values`).
+    """
     return {
         f"{name}.{key}": value
         for name, parameter in model.named_parameters()
@@ -106,13 +127,17 @@ def optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) 
 def load_optimizer_tensors(
     model: torch.nn.Module, optimizer: torch.optim.Optimizer, read: Callable[[str, torch.Tensor], torch.Tensor]
 ) -> None:
-    """The inverse of `optimizer_tensors`. read: (name, a tensor) -> that state, laid out as the tensor is."""
+    """The inverse of `optimizer_tensors`.
+
+    read: (name, template) -> the stored tensor of that name, on the template's device and sharded like it.
+    """
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            moments = {key: read(f"{name}.{key}", parameter.detach()) for key in ("exp_avg", "exp_avg_sq")}
+            moments = {key: read(f"{name}.{key}", parameter.detach()) for key in MOMENTS}
             step = read(f"{name}.step", torch.zeros(()))
-            if isinstance(optimizer, OffloadedAdamW):  # whose memory is given back, which a file's cannot be
+            if isinstance(optimizer, OffloadedAdamW):
+                # A tensor read from a file may be a view of the mapped file, whose storage cannot be resized.
                 moments = {key: value.clone() for key, value in moments.items()}
             optimizer.state[parameter] = {"step": step, **moments}
             if isinstance(optimizer, OffloadedAdamW):
-                optimizer.rest(parameter)
+                optimizer.offload(parameter)

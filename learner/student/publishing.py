@@ -1,6 +1,7 @@
-"""What the learner publishes: weights as buckets in the dtype that engines load, whole or as what changed.
+"""Publishes the learner's weights as buckets in the engines' dtype, dense or as a delta, and keeps teachers' averages.
 
-Each rank lays out the rows that it has, and says what changed in them, without a word to the others: nothing is gathered.
+Each rank packs its own rows and encodes the delta of these rows, without communication: nothing is gathered. An engine
+joins the rows of all ranks (`join` in actors/weights/buckets.py).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,30 +14,36 @@ from actors.weights.delta import DeltaVersion, encode_delta
 from learner.student.lora import Merged
 from learner.student.sharding import own_rows
 
-MOST_OF_DENSE = 0.8
-"""A delta of more than this share of the weights does not travel: decoding it costs more than it saves."""
+MAX_DELTA_SHARE = 0.8
+"""A delta of more bytes than this share of the dense weights is not sent: decoding it costs more than it saves."""
 
 Named = Sequence[tuple[str, torch.Tensor | Merged]]
-"""Names and tensors, in rows over the ranks where there are several."""
+"""(name, tensor) pairs; with several ranks the tensors are sharded by rows."""
 
 
 class Publisher:
-    """Lays out this rank's rows of tensors. An engine puts those of all ranks together (actors/weights/buckets.py, `join`)."""
+    """Packs this rank's rows of each tensor into buckets."""
 
     def __init__(self, bucket_bytes: int, *, keep: bool):
-        """keep: holds on to what `full_or_delta` published, so that a delta can be taken."""
+        """bucket_bytes: the size of a bucket. keep: keeps a copy of the last version, the base of the next delta."""
         self._bucket_bytes, self._keep = bucket_bytes, keep
         self._published: Version | None = None
         self._buffer = Buffer()
 
     def full(self, version: int, named: Named, dtype: str) -> Iterator[np.ndarray | WeightVersion]:
-        """Buckets, each when it is filled, to be copied before the next is asked for; then the manifest."""
+        """Yields each bucket as soon as it is full, then the manifest. dtype: of the published weights.
+
+        The buckets share one buffer: copy a bucket before you ask for the next.
+        """
         return pack(version, _rows(named), dtype, self._bucket_bytes, self._buffer)
 
     def full_or_delta(
         self, version: int, named: Named, dtype: str, *, delta: bool
     ) -> Iterator[np.ndarray | WeightVersion | DeltaVersion]:
-        """delta: what changed since the version that was published before, as one bucket, unless that saves nothing."""
+        """Yields buckets and their manifest, or with `delta` the payload and manifest of the changes since the last version.
+
+        It sends the dense weights when there is no last version, or when the delta is above MAX_DELTA_SHARE.
+        """
         if not self._keep:
             yield from self.full(version, named, dtype)
             return
@@ -44,28 +51,32 @@ class Publisher:
         base, self._published = self._published, (manifest, buckets)
         if delta and base is not None:
             change, payload = encode_delta(*base, manifest, buckets)
-            if change.nbytes < MOST_OF_DENSE * manifest.nbytes:
+            if change.nbytes < MAX_DELTA_SHARE * manifest.nbytes:
                 yield payload
                 yield change
                 return
-        # Not `yield from`: Ray sends into generators, and what they delegate to must take it.
+        # Not `yield from`: Ray calls send() on generators, which a list's iterator does not have.
         for bucket in buckets:  # noqa: UP028
             yield bucket
         yield manifest
 
 
 def _rows(named: Named) -> list[tuple[str, torch.Tensor | Merged]]:
-    """What this rank has of each: all of it, where there is one rank."""
+    """This rank's rows of each tensor; with one rank, all rows."""
     return [
-        (name, tensor.rows() if isinstance(tensor, Merged) else own_rows(tensor.detach())[0]) for name, tensor in named
+        (name, tensor.own_rows() if isinstance(tensor, Merged) else own_rows(tensor.detach())[0])
+        for name, tensor in named
     ]
 
 
 class MovingAverages:
-    """One average, in float32, for each teacher that follows: after each update, decay x average + (1 - decay) x weights."""
+    """Float32 averages of the student's weights, one for each teacher with `ema_decay`.
+
+    After each update: average <- decay * average + (1 - decay) * weights. Each rank averages its own rows.
+    """
 
     def __init__(self, model: torch.nn.Module, decays: Mapping[str, float]):
-        """Starts with the weights as they are; decays: teacher -> decay, 0 < decay < 1."""
+        """Starts from the current weights. decays: teacher -> decay, 0 < decay < 1."""
         self._model, self._decays = model, decays
         self._averages = {
             teacher: {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
@@ -74,21 +85,25 @@ class MovingAverages:
 
     @torch.no_grad()
     def follow(self) -> None:
-        """Takes one step towards the model's weights."""
+        """One step of every average, after an update."""
         parameters = dict(self._model.named_parameters())
         for teacher, average in self._averages.items():
             for name, tensor in average.items():
+                # a + (1 - d) (w - a) is d a + (1 - d) w in one pass over memory.
                 tensor.lerp_(parameters[name], 1 - self._decays[teacher])
 
     def of(self, teacher: str) -> list[tuple[str, torch.Tensor]]:
-        """(name, tensor) of a teacher's weights."""
+        """(name, tensor) pairs of one teacher's weights."""
         return list(self._averages[teacher].items())
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """All of them, for a checkpoint."""
+        """All averages, named `<teacher>/<parameter>`, for a checkpoint."""
         return {f"{teacher}/{name}": tensor for teacher in self._averages for name, tensor in self.of(teacher)}
 
     def load(self, read: Callable[[str, torch.Tensor], torch.Tensor]) -> None:
-        """The inverse of `tensors`. read: (name, a tensor) -> what was stored, laid out as the tensor is."""
+        """The inverse of `tensors`.
+
+        read: (name, template) -> the stored tensor of that name, on the template's device and sharded like it.
+        """
         for name, tensor in self.tensors().items():
             tensor.copy_(read(name, tensor))

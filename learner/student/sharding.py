@@ -1,11 +1,11 @@
-"""The ranks of one learner: processes that hold a share of every tensor each, and take a share of every update.
+"""Shards the student over the learner's ranks, and holds the collectives and the split of an update between ranks.
 
-    weights, moments, gradients   in rows, one block of rows a rank (FSDP2); gathered layer by layer for a pass
-    trajectories                  each on one rank, so that the ranks have about as many tokens
-    what is decided               from sums over all ranks, on every rank alike
+    weights, moments, gradients   sharded by rows, one block of rows a rank (FSDP2); gathered layer by layer for a pass
+    trajectories                  each trained on one rank; all ranks have about the same number of tokens
+    decisions                     taken from sums over all ranks, so every rank decides the same
 
-A learner of one rank goes through the same calls, which do nothing then. Every rank makes the same calls in the same
-order: a collective that one of them leaves out keeps the others waiting. Shapes: B trajectories of the update, R ranks.
+A learner of one rank makes the same calls, which then do nothing. Every rank must make the same collective calls in the
+same order: when one rank skips a call, the others wait for it. Shapes: B trajectories of the update, R ranks.
 """
 
 from collections.abc import Sequence
@@ -22,28 +22,29 @@ from transformers import PreTrainedModel
 from actors.errors import UserError
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
-"""A rank that the others do not hear from for so long has failed."""
+"""A collective that takes longer than this has failed: one of the ranks is lost."""
 
 
 class Ranks:
-    """This process among the R of its learner; by default the only one."""
+    """This process's rank and the number of ranks R of its learner; by default rank 0 of 1."""
 
     def __init__(self, rank: int = 0, size: int = 1):
-        """With several, torch.distributed has been initialised with this rank and size."""
+        """size > 1: torch.distributed must have been initialised with this rank and size."""
         self.rank, self.size = rank, size
 
     @classmethod
     def join(cls, store: dist.Store, rank: int, size: int, device: str) -> "Ranks":
-        """Waits until all ranks of a learner have met at the store. One learner a process."""
+        """Initialises torch.distributed and waits for all ranks at the store. At most one learner a process."""
         backend = "nccl" if device == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=COLLECTIVE_TIMEOUT)
         return cls(rank, size)
 
     def shard(self, model: PreTrainedModel, device: str, compute_dtype: torch.dtype) -> None:
-        """Leaves this rank its rows of every tensor, on its device; a layer is gathered for as long as it computes.
+        """Shards every parameter by rows (FSDP2) and moves this rank's rows to its device.
 
-        Layers are gathered in the compute dtype, embedding, last norm and head in float32, as autocast has them on one
-        rank; gradients are added up in float32. UserError: the model does not say what its layers are.
+        A layer is gathered while it computes: decoder layers in the compute dtype; embedding, last norm and head in
+        float32, the dtypes of autocast on one rank. Gradients are summed in float32.
+        UserError: the model does not name its layer classes.
         """
         if self.size == 1:
             return
@@ -59,45 +60,48 @@ class Ranks:
         )
         for layer in layers:
             fully_shard(layer, mesh=mesh, mp_policy=mixed)
+        # The body owns what no layer owns: embedding and last norm.
         body, head = model.base_model, model.get_output_embeddings()
         fully_shard(body, mesh=mesh, reshard_after_forward=True)
         if head.weight is not model.get_input_embeddings().weight and not isinstance(head.weight, DTensor):
-            model.tie_weights()  # a tied head is given the sharded embedding
+            model.tie_weights()  # sharding replaced the embedding's parameter; tie the head to the new one
         if not isinstance(head.weight, DTensor):
-            fully_shard(head, mesh=mesh)  # never run as a module: learner/forward.py takes its weight
+            fully_shard(head, mesh=mesh)  # its forward is never called: learner/forward.py reads its weight
         for module in model.modules():
-            if isinstance(module, FSDPModule):  # sums: the loss is weighed by the tokens of all ranks
+            if isinstance(module, FSDPModule):
+                # Sum, not mean: the loss weights already divide by the tokens of all ranks.
                 module.set_gradient_divide_factor(1.0)
-                module.set_force_sum_reduction_for_comms(True)  # gloo has no other reduction
+                module.set_force_sum_reduction_for_comms(True)  # gloo has no mean reduction
         assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
 
-    def share(self, costs_B: np.ndarray, steps: Sequence[np.ndarray]) -> np.ndarray:
-        """[B] bool: the trajectories that are this rank's, as `owners` has them."""
+    def own_trajectories(self, costs_B: np.ndarray, steps: Sequence[np.ndarray]) -> np.ndarray:
+        """[B] bool: the trajectories that this rank trains on. Arguments: see `owners`."""
         return owners(costs_B, steps, self.size) == self.rank
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum over the ranks, of the same shape."""
+        """The element-wise sum over the ranks, without gradient."""
         if self.size > 1:
             values = values.detach().clone()
             dist.all_reduce(values)
         return values
 
-    def largest(self, values: Tensor) -> Tensor:
-        """The largest over the ranks, element by element."""
+    def max(self, values: Tensor) -> Tensor:
+        """The element-wise maximum over the ranks."""
         if self.size > 1:
             values = values.clone()
             dist.all_reduce(values, dist.ReduceOp.MAX)
         return values
 
     def concatenate(self, values: Tensor) -> Tensor:
-        """[n_r, ...] of each rank -> [sum n_r, ...], in the order of the ranks."""
+        """[n_r, ...] on each rank r -> [sum_r n_r, ...] in the order of the ranks, on every rank."""
         if self.size == 1:
             return values
         counts = [torch.zeros((), dtype=torch.int64, device=values.device) for _ in range(self.size)]
         dist.all_gather(counts, torch.tensor(len(values), device=values.device))
-        most = int(max(counts))
-        kind = torch.uint8 if values.dtype == torch.bool else values.dtype
-        padded = values.new_zeros((most, *values.shape[1:]), dtype=kind)
+        # all_gather needs equal shapes, so each rank pads to the longest; it does not take bool.
+        longest = int(max(counts))
+        dtype = torch.uint8 if values.dtype == torch.bool else values.dtype
+        padded = values.new_zeros((longest, *values.shape[1:]), dtype=dtype)
         padded[: len(values)] = values
         parts = [torch.empty_like(padded) for _ in counts]
         dist.all_gather(parts, padded)
@@ -105,12 +109,16 @@ class Ranks:
 
 
 def owners(costs_B: np.ndarray, steps: Sequence[np.ndarray], ranks: int) -> np.ndarray:
-    """[B] the rank that trains on each trajectory. costs_B: what each takes, in tokens; steps: the rows of each optimiser
-    step. Every rank gets about the same cost of each step: longest first, to the rank with the least so far. The driver
-    uses the same function to send each rank the scores of its own trajectories."""
+    """[B] the rank that trains on each trajectory.
+
+    costs_B: tokens of each trajectory, prompt and response. steps: the rows of each optimiser step. Within a step the
+    longest trajectory goes first, to the rank with the fewest tokens so far, so all ranks get about the same cost. The
+    driver calls the same function to send each rank the scores of its own trajectories.
+    """
     owner = np.zeros(len(costs_B), np.int64)
     for rows in steps if ranks > 1 else ():
         load = np.zeros(ranks, np.int64)
+        # A stable sort: the driver and every rank must break ties alike.
         for row in rows[np.argsort(-costs_B[rows], kind="stable")]:
             owner[row] = load.argmin()
             load[owner[row]] += costs_B[row]
@@ -118,20 +126,22 @@ def owners(costs_B: np.ndarray, steps: Sequence[np.ndarray], ranks: int) -> np.n
 
 
 def decoder_layers(model: PreTrainedModel) -> list[torch.nn.Module]:
-    """The layers, as the model says what they are; none where it does not."""
-    kinds = set(getattr(model, "_no_split_modules", None) or ())
-    return [module for module in model.modules() if type(module).__name__ in kinds]
+    """The model's decoder layers, by the class names in its `_no_split_modules`; empty if it names none."""
+    classes = set(getattr(model, "_no_split_modules", None) or ())
+    return [module for module in model.modules() if type(module).__name__ in classes]
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """The whole tensor, gathered from the rows of all ranks; its gradient is the sum over the ranks."""
+    """The tensor with all its rows, gathered from all ranks. A collective; its gradient is summed over the ranks."""
     return tensor.full_tensor(grad_placements=[Partial()]) if isinstance(tensor, DTensor) else tensor
 
 
 def own_rows(tensor: Tensor) -> tuple[Tensor, int]:
-    """(rows that this rank holds, number of the first) along the first axis: all of them where nothing is sharded."""
+    """(this rank's rows of the tensor, the index of the first); all rows and 0 if the tensor is not sharded."""
     if not isinstance(tensor, DTensor):
         return tensor, 0
     local = tensor.to_local()
-    chunk = -(-tensor.shape[0] // tensor.device_mesh.size())  # as torch.chunk cuts
+    chunk = -(
+        -tensor.shape[0] // tensor.device_mesh.size()
+    )  # FSDP splits as torch.chunk: the last rank may have fewer rows, or none
     return local, min(tensor.device_mesh.get_local_rank() * chunk, tensor.shape[0])

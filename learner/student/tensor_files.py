@@ -1,7 +1,8 @@
-"""How the learner writes its tensors while it goes on: it copies them, and a thread writes the copies as safetensors.
+"""Writes the learner's tensors as safetensors in a background thread, and reads them back by rows.
 
-The file holds whole tensors, however many ranks write it: rows of a tensor lie one after the other in it, so each rank
-writes the rows that it holds into their place, and nothing is ever gathered. Any number of ranks reads them.
+A save copies the tensors to host memory, which is all that training waits for; a thread writes the copies. All ranks
+write one file: the rows of a tensor are contiguous in it, so each rank writes its rows at their offset and nothing is
+gathered. Any number of ranks can read the file.
 """
 
 import json
@@ -34,29 +35,29 @@ DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-"""Their names in a safetensors file."""
+"""The dtypes' names in a safetensors file."""
 
 
 class BackgroundWrite:
-    """Writes in a thread, one thing at a time, while its owner goes on."""
+    """Runs writes in a thread, one at a time."""
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._under_way: Future[None] | None = None
 
     def start(self, write: Callable[[], None]) -> None:
-        """Begins, when the one before has ended. CheckpointError: that one could not be written."""
-        self._end()
+        """Waits for the write before, then starts this one. CheckpointError: the write before failed."""
+        self._finish()
         self._under_way = self._thread.submit(write)
 
     def done(self) -> bool:
-        """Whether nothing is being written. CheckpointError: it could not be written; said once."""
+        """Whether no write is running. CheckpointError: the last write failed; raised once."""
         if self._under_way is not None and not self._under_way.done():
             return False
-        self._end()
+        self._finish()
         return True
 
-    def _end(self) -> None:
+    def _finish(self) -> None:
         write, self._under_way = self._under_way, None
         try:
             if write is not None:
@@ -67,18 +68,18 @@ class BackgroundWrite:
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Some rows of a tensor, or all of it, in this process's memory."""
+    """A copy of this rank's rows of a tensor, or of all its rows."""
 
     shape: tuple[int, ...]
-    """Of the whole tensor."""
+    """Shape of the tensor with the rows of all ranks."""
     first: int
-    """Number of the first of these rows."""
+    """Index of the first row in `values`."""
     values: torch.Tensor
     """[rows, ...] contiguous, on the CPU."""
 
     @property
     def nbytes(self) -> int:
-        """Of the whole tensor."""
+        """Bytes of the tensor with the rows of all ranks."""
         return torch.Size(self.shape).numel() * self.values.element_size()
 
 
@@ -87,18 +88,21 @@ def model_tensors(
     ranks: Ranks | None = None,
     merged: Iterable[tuple[str, torch.Tensor | Deferred]] | None = None,
 ) -> dict[str, torch.Tensor]:
-    """The tensors of a model directory as `save_pretrained` names and lays them out, one of each that is tied.
+    """The tensors of model.safetensors, with the names and shapes of `save_pretrained`; tied tensors once.
 
-    With several ranks, each has its rows. But where a checkpoint has other tensors than the model in memory (experts
-    one by one, or `merged` with adapters), they are gathered in turn on the first rank, which alone returns them.
+    merged: (name, weight) of a model with adapters, instead of the model's own tensors. With several ranks each returns
+    its rows, without communication. Exception: if the file's tensors differ from those in memory (`merged`, or experts
+    that are one tensor in memory and one file entry each), all ranks gather them in turn, and only rank 0 returns them.
     """
     if merged is not None:
         return _on_first_rank(model, ranks or Ranks(), merged)
     state = model.state_dict(keep_vars=True)
-    places: dict[int, torch.Tensor] = {}  # which are one, transformers tells by where they lie, and rows lie anywhere
-    stand_ins = {name: places.setdefault(id(tensor), torch.zeros(1)) for name, tensor in state.items()}
+    # transformers finds tied tensors by their storage, which sharded tensors hide: give it one stand-in for each tensor.
+    stand_in_of: dict[int, torch.Tensor] = {}
+    stand_ins = {name: stand_in_of.setdefault(id(tensor), torch.zeros(1)) for name, tensor in state.items()}
     state = {name: state[name].detach() for name in remove_tied_weights_from_state_dict(stand_ins, model)}
     if ranks is not None and ranks.size > 1:
+        # Converting empty tensors shows whether the file has the same tensors as memory.
         shapes = {name: torch.empty(tensor.shape, device="meta") for name, tensor in state.items()}
         if revert_weight_conversion(model, shapes).keys() == state.keys():
             return state
@@ -109,36 +113,42 @@ def model_tensors(
 def _on_first_rank(
     model: PreTrainedModel, ranks: Ranks, named: Iterable[tuple[str, torch.Tensor | Deferred]]
 ) -> dict[str, torch.Tensor]:
+    """The tensors in the file's layout on rank 0, nothing on the others; gathered one at a time. A collective."""
     found = {}
     for name, tensor in named:
-        one = tensor.full_tensor() if isinstance(tensor, Deferred) else full_tensor(tensor)
+        gathered = tensor.full_tensor() if isinstance(tensor, Deferred) else full_tensor(tensor)
         if ranks.rank == 0:
-            found[name] = one.cpu()
+            found[name] = gathered.cpu()
     return revert_weight_conversion(model, found) if found else found
 
 
 def copies(
-    tensors: Mapping[str, torch.Tensor], in_host: Callable[[torch.Tensor], torch.Tensor | None] = lambda _: None
+    tensors: Mapping[str, torch.Tensor], host_values: Callable[[torch.Tensor], torch.Tensor | None] = lambda _: None
 ) -> dict[str, Rows]:
-    """The tensors, or this rank's rows of them, as they are now. in_host: where these values are, if not in the tensor."""
+    """Copies this rank's rows of each tensor to host memory.
+
+    host_values: tensor -> its values if they are already in host memory (offloaded moments), else None.
+    """
     found = {}
     for name, tensor in tensors.items():
         own, first = own_rows(tensor.detach())
-        held = in_host(tensor)
-        values = (own if held is None else held).to("cpu", copy=True).contiguous()
+        offloaded = host_values(tensor)
+        values = (own if offloaded is None else offloaded).to("cpu", copy=True).contiguous()
         found[name] = Rows(tuple(tensor.shape), first, values)
     return found
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Rows], *, begin: bool = True) -> None:
-    """A safetensors file: 8 bytes with the header's length, the header in JSON, the data.
+    """Writes a safetensors file: 8 bytes with the header's length, the header in JSON, the data.
 
-    Several processes may write one file at once, each the rows that it has, of the same tensors; one of them writes
-    its beginning. The library's own `save_file` keeps the interpreter's lock while it writes, and the learner would
-    wait as long. Source: the section Format of https://github.com/huggingface/safetensors.
+    Several ranks may write one file at once: each passes its rows of the same tensors, and one of them has `begin`, with
+    which it also writes the header. OSError: the file cannot be written.
+    Source: the section Format of https://github.com/huggingface/safetensors.
     """
+    # Not safetensors' `save_file`, which holds the GIL while it writes: training would stand still for that time.
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    ordered = sorted(tensors.items(), key=lambda item: (-item[1].values.element_size(), item[0]))  # each one aligned
+    # Largest elements first, so that every tensor is aligned to its element size. Every rank computes the same offsets.
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].values.element_size(), item[0]))
     offset = 0
     for name, rows in ordered:
         end = offset + rows.nbytes
@@ -147,6 +157,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Rows], *, begin: bool = True
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     text = len(text).to_bytes(8, "little") + text
+    # Without O_TRUNC: another rank may have written its rows already.
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT, 0o644), "wb", buffering=0) as file:
         end = file.write(text) if begin else 0
         for name, rows in ordered:
@@ -157,12 +168,12 @@ def write_tensors(path: Path, tensors: Mapping[str, Rows], *, begin: bool = True
                 file.seek(place)
             data = rows.values.reshape(-1).view(torch.uint8).numpy().data
             end = place + len(data)
-            while len(data):
+            while len(data):  # an unbuffered write may write less than it was given
                 data = data[file.write(data) :]
 
 
 class StoredTensors:
-    """A safetensors file, read tensor by tensor, and of each the rows that are wanted."""
+    """A safetensors file, from which each rank reads its own rows of one tensor at a time."""
 
     def __init__(self, path: Path):
         self._file = safe_open(path, "pt")
@@ -172,7 +183,7 @@ class StoredTensors:
         return len(self._names)
 
     def like(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """The stored tensor of this name, on the device and over the ranks as `tensor` is. KeyError: there is none."""
+        """The stored tensor of this name, on the device of `tensor` and sharded like it. KeyError: it is not in the file."""
         if name not in self._names:
             raise KeyError(name)
         if not isinstance(tensor, DTensor):

@@ -73,5 +73,5 @@ def test_a_parameter_without_a_gradient_stays_as_it_is() -> None:
     optimizer.step()
     assert torch.equal(still, torch.ones(3)) and not torch.equal(moved, torch.ones(3))
     assert still not in optimizer.state and all(
-        optimizer.in_host(optimizer.state[moved][n]) is not None for n in MOMENTS
+        optimizer.host_values(optimizer.state[moved][n]) is not None for n in MOMENTS
     )

@@ -178,7 +178,7 @@ def run_ranks(size: int, *arguments: Any, body: Any = run_rank, folder: Path) ->
         clean_process.start(body, rank, size, *arguments, log=folder / f"log-{size}-{rank}") for rank in range(size)
     ]
     for rank, process in enumerate(processes):
-        process.join(60)
+        process.join(600)
         assert process.exitcode == 0, (folder / f"log-{size}-{rank}").read_text()[-4000:]
 
 
@@ -343,9 +343,9 @@ def test_adapters_are_written_as_of_one_rank(material: Material, found: dict) ->
 
 def test_trajectories_are_shared_out_by_their_tokens() -> None:
     costs, steps = np.array([9, 1, 1, 1, 9, 2, 2, 2]), [np.arange(0, 8, 2), np.arange(1, 8, 2)]
-    shares = [Ranks(rank, 3).share(costs, steps) for rank in range(3)]
+    shares = [Ranks(rank, 3).own_trajectories(costs, steps) for rank in range(3)]
     assert (np.sum(shares, axis=0) == 1).all()
     for rows in steps:
         loads = [costs[rows][share[rows]].sum() for share in shares]
         assert max(loads) <= max(9, -(-costs[rows].sum() // 3) + 1)
-    assert Ranks().share(costs, steps).all()
+    assert Ranks().own_trajectories(costs, steps).all()
