@@ -1,4 +1,4 @@
-"""The types that cross processes: what is asked of a rollout actor, what it wrote, and what a teacher said about it.
+"""The types that cross processes: requests to a rollout actor, the trajectories that it wrote, a teacher's scores of them.
 
 Flat ragged arrays with offsets, never a Python object for each token. Row i of a ragged field `x` is
 `x[x_offsets[i]:x_offsets[i + 1]]`. Shapes: B trajectories, P prompt tokens in all, N response tokens in all,
@@ -16,11 +16,11 @@ FINISH_REASONS = ("stop", "length", "abort")
 """What `Trajectories.finish_reasons` indexes, in vLLM's words."""
 
 EVALUATION_EPOCH = -1
-"""The epoch of trajectories that are sampled to be looked at and are never trained on."""
+"""The epoch of trajectories that are sampled for an evaluation and are never trained on."""
 
 
 class TrajectoryId(NamedTuple):
-    """Names one sample for ever: a retry keeps the id and the seed. Example: TrajectoryId(epoch=0, prompt=17, sample=3)."""
+    """Names one sample permanently: a retry keeps the id and the seed. Example: TrajectoryId(epoch=0, prompt=17, sample=3)."""
 
     epoch: int
     prompt: int
@@ -43,7 +43,7 @@ class Requests:
     prompt_offsets: np.ndarray
     """[B + 1] int64."""
     references: tuple[str | None, ...] = ()
-    """[B] what the responses are compared with, where they are to be given a reward; else empty."""
+    """[B] reference answers for the verifier, where responses get a reward; else empty."""
 
     @property
     def prompts(self) -> list[np.ndarray]:
@@ -73,7 +73,7 @@ class Limits(NamedTuple):
 
 
 class RolloutCounts(NamedTuple):
-    """What the campaign process must know of a batch of trajectories without opening it."""
+    """What the campaign process needs to know about a batch of trajectories: it never fetches the arrays."""
 
     lengths: np.ndarray
     """[B] response tokens."""
@@ -82,7 +82,7 @@ class RolloutCounts(NamedTuple):
     truncated: np.ndarray
     """[B] bool: it was cut at the length limit."""
     busy_seconds: float
-    """Seconds this engine has worked since it last said so."""
+    """Seconds that this engine has worked since its last report."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,7 +135,7 @@ class Trajectories:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TeacherScores:
-    """What one teacher thinks of the same tokens. A missing or non-finite score is NaN, and masks its token."""
+    """One teacher's scores of the same tokens. A missing or non-finite score is NaN, and masks its token."""
 
     ids: np.ndarray
     """[B, 3] int64: epoch, prompt, sample."""
@@ -170,9 +170,10 @@ def offsets_of(lengths: Iterable[int]) -> np.ndarray:
 
 
 def ragged_rows(values: np.ndarray, offsets: np.ndarray, rows: Sequence[int] | np.ndarray) -> np.ndarray:
-    """The named rows of a ragged field ([N, ...], with [B + 1] offsets), one after the other."""
+    """The rows with these numbers of a ragged field ([N, ...], with [B + 1] offsets), one after the other."""
     rows = np.asarray(rows, np.int64)
-    lengths = offsets[rows + 1] - offsets[rows]  # of these alone: a prompt set has millions
+    lengths = offsets[rows + 1] - offsets[rows]  # not of all rows: a prompt set has millions
+    # Element i of the result is element `within` of its row: its number in the result, less where its row begins there.
     within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
     return values[np.repeat(offsets[rows], lengths) + within]
 
@@ -214,7 +215,7 @@ def select_trajectories(ids: np.ndarray, batches: Sequence[Trajectories]) -> Tra
 
 
 class OneTeacher(NamedTuple):
-    """What one teacher said of some of an update's N tokens, its batches put together."""
+    """The scores of one teacher for some of an update's N tokens, from all its batches."""
 
     places: np.ndarray
     """[M] int64: which of the N tokens."""
@@ -241,21 +242,24 @@ def scores_by_teacher(ids: np.ndarray, batches: Sequence[TeacherScores]) -> tupl
     }
     offsets = offsets_of(length[row] for row in wanted)
     teachers = {}
-    for name, own in sorted(by_name.items()):  # a mixture's rounding depends on the order: not on who answered first
-        place = {tuple(row): i for i, row in enumerate(np.concatenate([b.ids for b in own]).tolist())}
+    # Sorted: a mixture's rounding depends on the order of its teachers, and must not depend on which answered first.
+    for name, of_teacher in sorted(by_name.items()):
+        place = {tuple(row): i for i, row in enumerate(np.concatenate([b.ids for b in of_teacher]).tolist())}
         targets = np.array([i for i, row in enumerate(wanted) if row in place], np.int64)
         sources = np.array([place[wanted[i]] for i in targets], np.int64)
-        own_offsets = offsets_of(np.concatenate([np.diff(b.response_offsets) for b in own]))
+        score_offsets = offsets_of(np.concatenate([np.diff(b.response_offsets) for b in of_teacher]))
         wide = {
-            field: ragged_rows(np.concatenate([getattr(b, field) for b in own]), own_offsets, sources)
-            if any(getattr(b, field).shape[1] for b in own)
-            else np.zeros((np.diff(offsets)[targets].sum(), 0), getattr(own[0], field).dtype)
+            field: ragged_rows(np.concatenate([getattr(b, field) for b in of_teacher]), score_offsets, sources)
+            if any(getattr(b, field).shape[1] for b in of_teacher)
+            else np.zeros((np.diff(offsets)[targets].sum(), 0), getattr(of_teacher[0], field).dtype)
             for field in WIDE_FIELDS
         }
         teachers[name] = OneTeacher(
             places=ragged_rows(np.arange(offsets[-1]), offsets, targets),
-            log_weights=np.repeat(np.concatenate([b.log_weights for b in own])[sources], np.diff(offsets)[targets]),
-            logprobs=ragged_rows(np.concatenate([b.logprobs for b in own]), own_offsets, sources),
+            log_weights=np.repeat(
+                np.concatenate([b.log_weights for b in of_teacher])[sources], np.diff(offsets)[targets]
+            ),
+            logprobs=ragged_rows(np.concatenate([b.logprobs for b in of_teacher]), score_offsets, sources),
             **wide,
         )
     return offsets, teachers
@@ -268,19 +272,19 @@ def select_scores(ids: np.ndarray, batches: Sequence[TeacherScores]) -> TeacherS
     log sum_i w_i q_i; a score that one of them lacks is missing. KeyError names an id that nobody has scored.
     """
     offsets, teachers = scores_by_teacher(ids, batches)
-    width = min(own.support_logprobs.shape[1] for own in teachers.values())  # padded vocabularies may differ
+    width = min(scores.support_logprobs.shape[1] for scores in teachers.values())  # padded vocabularies may differ
     logprobs = np.full(offsets[-1], -np.inf, np.float32)
     support_logprobs = np.full((offsets[-1], width), -np.inf, np.float32)
     chosen_ids = np.zeros((offsets[-1], batches[0].support_ids.shape[1]), np.int32)
-    for own in teachers.values():
-        into = own.places
-        chosen_ids[into] = own.support_ids
-        if len(teachers) == 1 and not own.log_weights.any():  # nothing to mix: the values as they are, no arithmetic
-            logprobs[into], support_logprobs[into] = own.logprobs, own.support_logprobs
+    for scores in teachers.values():
+        into = scores.places
+        chosen_ids[into] = scores.support_ids
+        if len(teachers) == 1 and not scores.log_weights.any():  # nothing to mix: the values as they are, no arithmetic
+            logprobs[into], support_logprobs[into] = scores.logprobs, scores.support_logprobs
             continue
-        weighted = own.log_weights[:, None] + own.support_logprobs[:, :width]
+        weighted = scores.log_weights[:, None] + scores.support_logprobs[:, :width]
         with np.errstate(invalid="ignore"):  # a missing score is NaN, and stays so
-            logprobs[into] = np.logaddexp(logprobs[into], own.log_weights + own.logprobs)
+            logprobs[into] = np.logaddexp(logprobs[into], scores.log_weights + scores.logprobs)
             support_logprobs[into] = np.logaddexp(support_logprobs[into], weighted)
     return TeacherScores(
         ids=np.asarray(ids, np.int64),

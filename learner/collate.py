@@ -6,6 +6,7 @@ trajectories of a micro-batch, T the longest of their responses; K support, V vo
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -124,6 +125,13 @@ class UpdateBatch:
         mask = self.tensors["mask"] & torch.repeat_interleave(chosen, lengths)
         self.tensors["weights"] = token_weights(mask, lengths, objective.aggregation, objective.aggregation_constant)
 
+    def set_rewards(self, reward_B: Tensor) -> None:
+        """Sets the cost of the responses' rewards. It is relative to other samples of the prompt, so it is computed for
+        the whole update, before the first micro-batch."""
+        all_tokens = self.all_tokens()
+        costs = reward_cost(reward_B, all_tokens.padded(all_tokens.mask), self.groups())
+        self.tensors["reward_cost"] = all_tokens.flat(costs)
+
     def microbatches(self, token_budget: int, rows: np.ndarray) -> list[Microbatch]:
         """Forward passes of at most `token_budget` tokens over the trajectories of `rows`."""
         t = self.trajectories
@@ -137,8 +145,9 @@ class UpdateBatch:
         lengths = self.trajectories.lengths
         rows = np.arange(len(lengths))
         nothing = rows[:0]
-        everything = Microbatch(rows, nothing, nothing, nothing, tokens=np.arange(lengths.sum()))
-        return self.part(everything, wide=self.wide_places is None)
+        # Lengths, tokens and positions of a forward pass are not needed: none is made.
+        all_rows = Microbatch(rows, nothing, nothing, nothing, tokens=np.arange(lengths.sum()))
+        return self.part(all_rows, wide=self.wide_places is None)
 
     def groups(self) -> Tensor:
         """[B] the same number for all samples of one prompt."""
@@ -165,6 +174,11 @@ class UpdateBatch:
             rows=torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths)).to(self.device),
             shape=(len(lengths), int((columns[trained] + 1).max(initial=0))),
         )
+
+
+def _tensor(values: np.ndarray, device: str) -> Tensor:
+    # Copied where they are read-only: arrays of trajectories may lie in Ray's object store.
+    return torch.from_numpy(np.require(values, requirements=["C", "W"])).to(device)
 
 
 def minibatch_rows(trajectories: int, count: int) -> list[np.ndarray]:
@@ -194,11 +208,7 @@ def collate(
     teachers, and perhaps of others. heads: output layers of the teachers that send hidden states, by name.
     policy_version: of the weights that the update starts from. CampaignError: scores of a trajectory are missing.
     """
-
-    def tensor(values: np.ndarray) -> Tensor:
-        # Copied where they are read-only: arrays of trajectories may lie in Ray's object store.
-        return torch.from_numpy(np.require(values, requirements=["C", "W"])).to(device)
-
+    tensor = partial(_tensor, device=device)
     scores = merge_scores(written, this_rank_B, batches, objective.reference_teacher, heads, ranks, device)
     this_rank_N = np.repeat(this_rank_B, written.lengths)
     mask = written.trained & ~scores.missing & ~np.isin(written.response_tokens, list(masked_token_ids))
@@ -217,32 +227,25 @@ def collate(
     if estimator_row(objective.estimator).text_by == "teacher":
         behaviour = teacher_logprobs  # the teacher wrote these responses, so it is the behaviour policy
     zeros = torch.zeros(len(mask), device=device)
-    batch = UpdateBatch(
-        written,
-        {
-            "tokens": tensor(written.response_tokens.astype(np.int64)),
-            "behaviour_logprobs": behaviour,
-            "teacher_logprobs": teacher_logprobs,
-            "mask": tensor(mask),
-            "trained": tensor(written.trained),
-            "weights": zeros,  # set for each step, by `weigh`
-            "coefficient": zeros,  # set where it takes the whole update, by the learner's look-ahead
-            "reward_cost": zeros,
-            "old_logprobs": behaviour,  # unless a mismatch of engine and learner is corrected: then the learner's own
-            "importance": torch.ones(len(mask), device=device),
-            "on_policy": tensor(written.trained & (written.policy_versions == policy_version)),
-            "support_ids": tensor(scores.support_ids.astype(np.int64)),
-            "support_logprobs": where_known(scores.support_logprobs),
-            "reference_logprobs": where_known(scores.reference_support_logprobs),
-        },
-        device,
-        scores.hidden,
-        scores.reference_hidden,
-        this_rank_B=this_rank_B,
-        wide_places=None if this_rank_B.all() else tensor(np.cumsum(this_rank_N) - 1),
-    )
+    tensors = {
+        "tokens": tensor(written.response_tokens.astype(np.int64)),
+        "behaviour_logprobs": behaviour,
+        "teacher_logprobs": teacher_logprobs,
+        "mask": tensor(mask),
+        "trained": tensor(written.trained),
+        "weights": zeros,  # set for each step, by `weigh`
+        "coefficient": zeros,  # set by the learner's look-ahead, where it depends on the whole update
+        "reward_cost": zeros,  # set below, where there are rewards
+        "old_logprobs": behaviour,  # the learner's own instead, where the engine's numerics are corrected
+        "importance": torch.ones_like(zeros),
+        "on_policy": tensor(written.trained & (written.policy_versions == policy_version)),
+        "support_ids": tensor(scores.support_ids.astype(np.int64)),
+        "support_logprobs": where_known(scores.support_logprobs),
+        "reference_logprobs": where_known(scores.reference_support_logprobs),
+    }
+    wide_places = None if this_rank_B.all() else tensor(np.cumsum(this_rank_N) - 1)
+    hidden = scores.hidden, scores.reference_hidden
+    batch = UpdateBatch(written, tensors, device, *hidden, this_rank_B=this_rank_B, wide_places=wide_places)
     if written.rewards.size:
-        all_tokens = batch.all_tokens()
-        costs = reward_cost(tensor(written.rewards), all_tokens.padded(all_tokens.mask), batch.groups())
-        batch.tensors["reward_cost"] = all_tokens.flat(costs)
+        batch.set_rewards(tensor(written.rewards))
     return batch

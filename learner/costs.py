@@ -38,20 +38,21 @@ def needs_whole_update(objective: ObjectiveConfig) -> bool:
 
 def on_support(logprobs_nV: Tensor, part: Part, rows: slice, objective: ObjectiveConfig) -> tuple[Tensor, Tensor]:
     """Student's and teacher's log-probs over the teacher's support, [n, K] each, for some tokens of a part."""
-    said = [mixture_logprobs(part.hidden, rows) if part.hidden else part.support_logprobs[rows]]
+    sources = [mixture_logprobs(part.hidden, rows) if part.hidden else part.support_logprobs[rows]]
     if objective.reference_teacher is not None:
         hidden = part.reference_hidden
-        said.append(mixture_logprobs(hidden, rows) if hidden else part.reference_logprobs[rows])
+        sources.append(mixture_logprobs(hidden, rows) if hidden else part.reference_logprobs[rows])
     if not part.support_ids.shape[1]:
-        student, teacher, *reference = divergences.on_shared_rows(logprobs_nV, *said)
+        student, teacher, *reference = divergences.on_shared_rows(logprobs_nV, *sources)
     else:
+        # Teacher and student are closed in the same way: two top-k supports as they are would not be distributions, and
+        # their KL could be negative.
         close = divergences.with_tail if objective.support == "tail" else divergences.renormalised
-        student, teacher, *reference = map(close, (logprobs_nV.gather(-1, part.support_ids[rows]), *said))
+        student, teacher, *reference = map(close, (logprobs_nV.gather(-1, part.support_ids[rows]), *sources))
     if reference:
         teacher = divergences.extrapolated_teacher(teacher, reference[0], objective.extrapolation)
-        if not estimator_row(
-            objective.estimator
-        ).samples_action:  # a divergence is between distributions; a sum of log-ratios is not
+        if not estimator_row(objective.estimator).samples_action:
+            # Extrapolated log-probs do not sum to 1. A divergence needs a distribution; a sum of log-ratios does not.
             teacher = divergences.renormalised(teacher)
     return student, teacher
 
@@ -94,6 +95,7 @@ def check_own_functions(objective: ObjectiveConfig) -> None:
         "divergence": (objective.divergence, lambda own: own(logprobs.clone().requires_grad_(), teacher), (3,)),
         "cost": (objective.cost, lambda own: own(logprobs, teacher), (3, 5)),
     }
+    # A small ragged example (3 responses, 2 prompts) shows a wrong shape or dtype before a campaign starts.
     for name, (path, call, shape) in tried.items():
         if path is None or not is_import_path(path):
             continue
@@ -113,10 +115,14 @@ def check_own_functions(objective: ObjectiveConfig) -> None:
 
 
 def full_cost(logprobs_nV: Tensor, part: Part, rows: slice, objective: ObjectiveConfig) -> Tensor:
-    """[n] the divergence that the estimator `full` minimises at each context."""
+    """[n] D(pi(. | c_t), q(. | c_t)) in nats, the divergence that the estimator `full` minimises at each context.
+
+    logprobs_nV: log pi, with gradient. rows: which tokens of the part. UserError: see `coefficients`.
+    """
     student, teacher = on_support(logprobs_nV, part, rows, objective)
     teacher = divergences.proximal_teacher(student, teacher, objective.proximal_weight)
     if has_bounded_cost(objective):
+        # A bounded cost has no divergence of its own: its expectation under pi takes the place of sum_v pi_v r_v.
         return divergences.expected_cost(student, log_ratio_cost(student, teacher, objective))
     if objective.divergence not in DIVERGENCES:
         return own_function(objective.divergence, f"{KEY}.divergence")(student, teacher)
@@ -131,16 +137,16 @@ def full_cost(logprobs_nV: Tensor, part: Part, rows: slice, objective: Objective
 
 
 def importance_of(logprobs: Tensor, part: Part, objective: ObjectiveConfig) -> Tensor:
-    """[n] weights from pi_behaviour to pi_old, of log-probs `logprobs`, for a part that holds whole trajectories.
+    """[n] importance weights pi_old / pi_behaviour, truncated or masked (`mismatch.correction`), without unit.
 
-    Tokens that are masked were sampled all the same, and count in the weights of those after them.
+    logprobs: [n] log pi_old, the learner's own at the start of the update. part: holds whole trajectories. The formulas
+    are those of `log_importance_weights` and `corrected_weights`. Weights are 0 at tokens that are not trained.
     """
     mismatch = objective.mismatch
-    level = (
-        "before"
-        if not estimator_row(objective.estimator).samples_action and mismatch.level == "prefix"
-        else mismatch.level
-    )
+    level: str = mismatch.level
+    if level == "prefix" and not estimator_row(objective.estimator).samples_action:
+        level = "before"  # a divergence samples no action at t: only the context needs the correction
+    # `trained`, and not `mask`: a token without a score was sampled all the same, and is in the context of later ones.
     written = part.padded(torch.ones_like(part.mask))
     log_weights = log_importance_weights(part.padded(logprobs - part.behaviour_logprobs), written, level)
     return part.flat(corrected_weights(log_weights, mismatch.correction, mismatch.low, mismatch.high))
@@ -149,14 +155,23 @@ def importance_of(logprobs: Tensor, part: Part, objective: ObjectiveConfig) -> T
 def coefficients(
     logprobs: Tensor, kl: Tensor | None, part: Part, groups: Tensor | None, objective: ObjectiveConfig
 ) -> Tensor:
-    """[n] A_t of the tokens of a part that holds whole trajectories, from the student's current log-probs [n]."""
+    """[n] the coefficient A_t of grad log pi(y_t), in nats, without gradient; 0 at masked tokens.
+
+        A_t = w_t (estimator(c) - b)_t + reward_weight reward_cost_t
+
+    c: the cost of each token, its log-ratio log pi - log q unless it is bounded or replaced. b: the baseline. w: the
+    position weights. The formulas are in objective/policy_gradient.py. logprobs: [n] log pi of the sampled tokens. kl: [n]
+    KL(pi || q) at each context, None where the estimator needs none. part: holds whole trajectories, since A_t sums over
+    later tokens. groups: [b] equal for samples of one prompt; None where A_t depends on no other trajectory.
+    UserError: a function of the user's own cannot be imported.
+    """
     row = estimator_row(objective.estimator)
     if row.needs_reward:
         return part.reward_cost
-    student = logprobs.detach()
+    student = logprobs.detach()  # A_t is a factor of the score function; its own gradient is not part of the theorem
     teacher = divergences.proximal_teacher(student, part.teacher_logprobs, objective.proximal_weight)
     cost = log_ratio_cost(student, teacher, objective)
-    cost = torch.where(part.mask, cost, torch.zeros_like(cost))
+    cost = torch.where(part.mask, cost, torch.zeros_like(cost))  # teacher log-probs of masked tokens are placeholders
     mask_BT = part.padded(part.mask)
     found = coefficient(
         objective.estimator,

@@ -1,4 +1,4 @@
-"""One forward pass: from a micro-batch to what the objective makes of it, and to its share of the loss.
+"""One forward pass of the student over a micro-batch, and the micro-batch's share of the loss.
 
 Shapes: n tokens of the micro-batch or of a chunk of it, H hidden size, V vocabulary.
 """
@@ -54,7 +54,12 @@ class Forward:
         self._device, self._temperature, self._named_by_student = device, temperature, named_by_student
 
     def as_hidden_states(self, states: torch.Tensor, places: torch.Tensor) -> HiddenStates:
-        """What the weights as they are now make of the update's tokens, kept while the weights go on."""
+        """Hidden states [N', H] of the current weights as pi_old over the whole vocabulary, for the exact trust region.
+
+        places: [N] the row of each of the update's tokens in `states`. Kept in the compute dtype: 2H bytes a token, where
+        log-probs would be 4V.
+        """
+        # The head is copied: the optimiser changes the weights in place, and pi_old must stay what it was.
         dtype = torch.bfloat16 if self._half else states.dtype
         weight, bias = full_tensor(self._weight.detach()).to(dtype, copy=True), self._bias
         head = (weight, None if bias is None else full_tensor(bias.detach()).to(dtype, copy=True))
@@ -87,6 +92,7 @@ class Forward:
         beat()
         with torch.autocast(self._device, torch.bfloat16, enabled=self._half):
             hidden = hidden_states(self._body, microbatch.input_ids, microbatch.lengths, self._device)
+            # Prompts need no log-probs, and the head is the costliest layer of a small model.
             hidden = hidden[torch.from_numpy(microbatch.positions).to(self._device)]
             if keep is not None:
                 keep(hidden)
@@ -130,19 +136,25 @@ class Forward:
         found = self.columns(part, microbatch, reduce, measure)
         logprobs, kl = found["logprobs"], found.get("kl")
         if full_cost_is_exact_kl(objective):
-            kl = found["cost"].detach()
+            kl = found["cost"].detach()  # the cost is the KL to be measured: one pass over [n, V] serves both
+        # Without a coefficient: the divergence of `full`, or the negative log-likelihood of `sft`.
         cost, clipped = found.get("cost", -logprobs), torch.zeros_like(part.mask)
         if row.has_coefficient:
             student = logprobs if objective.recompute_log_ratio else part.behaviour_logprobs
             whole_update = needs_whole_update(objective)
-            ours = part.coefficient if whole_update else coefficients(student, kl, part, None, objective)
-            cost, clipped = self._surrogate(logprobs, part, ours)
+            # Computed here, A_t costs no pass of its own, but sees only the trajectories of this micro-batch.
+            a_t = part.coefficient if whole_update else coefficients(student, kl, part, None, objective)
+            cost, clipped = self._surrogate(logprobs, part, a_t)
         elif full and objective.reward_weight:
-            judged, clipped = self._surrogate(logprobs, part, objective.reward_weight * part.reward_cost)
-            cost = cost + judged
+            # The divergence needs no sampled action, a reward does: it has its own clipped ratio.
+            of_reward, clipped = self._surrogate(logprobs, part, objective.reward_weight * part.reward_cost)
+            cost = cost + of_reward
         region = objective.trust_region.estimator
         forward_kl = found["forward_kl"] if region == "exact" else TRUST_REGION[region](logprobs, part.old_logprobs)
+        # Filled, not multiplied by 0: a masked token may hold NaN. The importance weight corrects the cost alone; the
+        # trust region holds at the contexts as they were sampled.
         cost = (part.importance * cost + beta * forward_kl).masked_fill(~part.mask, 0.0)
+        # A sum, no mean: the weights have the denominators of the whole step, over all micro-batches and ranks.
         loss = (part.weights * cost).sum()
         with torch.no_grad():
             columns = {

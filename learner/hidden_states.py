@@ -1,7 +1,7 @@
 """Log-probs over the whole vocabulary from hidden states and a head, a few tokens at a time.
 
-A hidden state is what a head turns into log-probs: with 2H bytes a token in bfloat16 instead of 4V, and a head that is
-loaded once, a teacher's whole distribution reaches the learner. The weights that an update started from are kept in the same way.
+A head turns a hidden state into log-probs. A state takes 2H bytes a token in bfloat16, log-probs take 4V, and the head is
+loaded once: so a teacher can send its whole distribution. The learner keeps pi_old over the vocabulary in the same way.
 Shapes: N tokens of the update, n of a chunk, M tokens that one source knows of, H hidden size, V vocabulary.
 """
 
@@ -17,7 +17,7 @@ Head = tuple[Tensor, Tensor | None]
 
 @dataclass(frozen=True, slots=True)
 class HiddenStates:
-    """What one model made of some tokens, short of its head."""
+    """The hidden states of one model for some tokens, and its head."""
 
     states_MH: Tensor
     """In the dtype that the product with the head is taken in."""
@@ -33,7 +33,10 @@ class HiddenStates:
         return replace(self, places=self.places[tokens_n])
 
     def logprobs(self, rows: slice | Tensor) -> Tensor:
-        """[n, V] float32, with the log of its share added; -inf where this model was not asked. Without gradient."""
+        """[n, V] float32 log q + log share, without gradient; -inf where this model was not asked.
+
+        log q = log_softmax((states @ weight.T + bias) / temperature), in nats
+        """
         places_n = self.places[rows]
         known = places_n >= 0
         with torch.no_grad(), torch.autocast(self.states_MH.device.type, enabled=False):
@@ -43,6 +46,7 @@ class HiddenStates:
             logprobs = logprobs + self.log_weights_M[picked, None]
             if known.all():
                 return logprobs
+            # -inf is the log of no share: such rows leave the other models of a mixture as they are.
             return logprobs.new_full((len(places_n), logprobs.shape[1]), -torch.inf).index_put((known,), logprobs)
 
 

@@ -1,8 +1,8 @@
-"""The learner: the one role that changes weights. A plain class, values in, values out.
+"""The learner trains the student: it is the one role that changes weights. A plain class, values in, values out.
 
-An update takes B trajectories with their teacher scores through one optimiser step. Shapes: N response tokens of the
-update, n of a micro-batch, V vocabulary, K support; [B, T] is padded by trajectory. A learner may be several ranks, each
-a process with this class (sharding.py): all that is said of "this rank" is said of the whole where there is one.
+An update takes B trajectories with their teacher scores through one or more optimiser steps. Shapes: N response tokens of
+the update, n of a micro-batch, V vocabulary, K support; [B, T] is padded by trajectory. A learner may have several ranks,
+each a process with this class (student/sharding.py). With one rank, "this rank" has everything.
 """
 
 import math
@@ -67,9 +67,10 @@ class Learner:
     ):
         """Loads the student, or, where `checkpoint` names a directory, the state that was saved there.
 
-        teachers: by name; of those that send hidden states the head is loaded too, and of those that follow the student
-        the average is kept. masked_role_token_ids: the tokens of `objective.masked_token_roles`. ranks: this process
-        among those of the learner; every rank is given the same of all else, and the same calls.
+        teachers: by name. The learner loads the heads of those that send hidden states, and keeps the averages of those
+        that follow the student. masked_role_token_ids: the tokens of `objective.masked_token_roles`. ranks: this process
+        among those of the learner; all other arguments, and all calls, are the same on every rank. UserError: a function
+        of the user's own fails.
         """
         check_own_functions(config.objective)
         self._student, self._config = student, config
@@ -98,6 +99,7 @@ class Learner:
             temperature=temperature,
             named_by_student=any(teacher.signal == "student_topk" for teacher in teachers.values()),
         )
+        # A teacher that sends hidden states leaves the product with its head to the learner.
         sending = {name: teacher for name, teacher in teachers.items() if teacher.signal == "hidden"}
         self._heads = {name: self._head_of(teacher, f"teachers.{name}.model") for name, teacher in sending.items()}
         following = {name: t.ema_decay for name, t in teachers.items() if t.ema_decay is not None}
@@ -105,10 +107,10 @@ class Learner:
         self._average_dtypes = {name: teachers[name].dtype for name in following}
         self.policy_version, self._beta = 0, config.objective.trust_region.beta
         if checkpoint:
-            self._take_up(Path(checkpoint, "training"))
+            self._restore(Path(checkpoint, "training"))
 
-    def _take_up(self, training: Path) -> None:
-        """What a checkpoint has besides the weights."""
+    def _restore(self, training: Path) -> None:
+        """Loads what a checkpoint has besides the weights: version, beta, moments, averages."""
         state = read_json(training / "learner.json")
         self.policy_version, self._beta = state["policy_version"], state["beta"]
         moments = StoredTensors(training / "optimizer.safetensors")
@@ -124,12 +126,16 @@ class Learner:
         rate_scale: float = 1.0,
         domains: Sequence[str | None] | None = None,
     ) -> dict[str, float]:
-        """The optimiser steps of one update, on the trajectories with these ids [B, 3]; returns its metrics.
+        """Trains on the trajectories with these ids [B, 3]; returns the metrics of the update (docs/metrics.md).
 
-        The batches hold the trajectories and their scores, in any order and perhaps with others. With several ranks,
-        each is given all trajectories, and the scores of those that it trains on (`owners` in student/sharding.py). The
-        update is a function of `ids` and of what was written and scored. NonFiniteLossError: the step was not taken.
-        rate_scale multiplies the schedule's learning rate; domains [B] of the prompts, to measure each.
+        The update has `epochs_per_update` times `minibatches_per_update` AdamW steps on the loss of `Forward.loss`, which
+        ratio and trust region keep near the weights that it starts from. The policy version grows by one.
+        batches: hold the trajectories and their scores, in any order and perhaps with others. With several ranks, each is
+        given all trajectories, and the scores of those that it trains on (`owners` in student/sharding.py). rate_scale:
+        factor of the schedule's learning rate. domains: [B] of the prompts, to measure each.
+        The result depends on `ids`, trajectories and scores, not on how they are batched.
+        KeyError: a trajectory is missing. CampaignError: scores are missing. NonFiniteLossError: loss or gradient is not
+        finite; that step was not taken.
         """
         start = time.perf_counter()
         written = select_trajectories(ids, [b for b in batches if isinstance(b, Trajectories)])
@@ -147,6 +153,7 @@ class Learner:
         )
         self._look_ahead(batch)
         rate = rate_scale * learning_rate(self.policy_version + 1, self._total_updates, self._config.optimizer)
+        # Set here, by no scheduler: the rate is a function of the version, so a resumed run has the same.
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         collected, scale = UpdateMetrics(), 1.0
@@ -154,7 +161,7 @@ class Learner:
             norm = self._accumulate(batch, rows, collected)
             scale = self._step(batch, rows)
             if scale < 1:
-                break
+                break  # cut at the KL limit: a further step would go beyond it
         self.policy_version += 1
         self._averages.follow()
         groups = self._groups(ids, scores, domains)
@@ -165,7 +172,7 @@ class Learner:
         if target is not None:
             # After the last step: before it, a single on-policy step has not moved yet.
             self._beta = adapted_beta(self._beta, self._forward_kl(batch, np.arange(len(ids))), target)
-        metrics["busy_seconds"] = (time.perf_counter() - start) * self._ranks.size  # as of all actors of a role
+        metrics["busy_seconds"] = (time.perf_counter() - start) * self._ranks.size  # summed over the role's processes
         self._busy_seconds += metrics["busy_seconds"]
         return metrics
 
@@ -191,6 +198,7 @@ class Learner:
 
         Each rank its own rows, all into the same files: they must see the same file system.
         """
+        # Copies, since the next update changes the weights while the thread writes.
         first = self._ranks.rank == 0
         merged = merged_tensors(self._model) if self._adapter else None
         weights = copies(model_tensors(self._model, self._ranks, merged))
@@ -248,22 +256,25 @@ class Learner:
         return minibatch_rows(len(trajectories), self._config.minibatches_per_update)
 
     def _passes(self, batch: UpdateBatch, rows: np.ndarray) -> list[Microbatch]:
-        """Micro-batches of those of the rows that are this rank's, with passes over nothing added until all ranks have as
-        many: in each pass they gather the layers together."""
+        """This rank's micro-batches of the rows, followed by NO_TOKENS until all ranks have the same number.
+
+        In each pass the ranks gather the layers together: one that stopped earlier would leave the others waiting.
+        """
         passes = batch.microbatches(self._pass_tokens, rows[batch.this_rank_B[rows]])
         most = int(self._ranks.max(torch.tensor(len(passes), device=self._device)))
         return passes + [NO_TOKENS] * (most - len(passes))
 
     def _accumulate(self, batch: UpdateBatch, rows: np.ndarray, collected: UpdateMetrics) -> float:
-        """Gradients of the loss of these rows, clipped; returns their norm before that."""
+        """Accumulates the gradient of the loss of these rows, and clips it; returns its norm before clipping."""
         batch.weigh(rows, self._config.objective)
         self._optimizer.zero_grad(set_to_none=True)
         for microbatch in self._passes(batch, rows):
             loss = self._forward.loss(batch.part(microbatch), microbatch, self._beta, collected)
+            # The sum, so that all ranks refuse together: one that raised alone would leave the others in `backward`.
             total = self._ranks.sum(loss.detach())
             if not torch.isfinite(total):
-                own = torch.from_numpy(microbatch.rows if not torch.isfinite(loss) else microbatch.rows[:0])
-                wrong = self._ranks.concatenate(own.to(self._device)).cpu().numpy()
+                rows_here = torch.from_numpy(microbatch.rows if not torch.isfinite(loss) else microbatch.rows[:0])
+                wrong = self._ranks.concatenate(rows_here.to(self._device)).cpu().numpy()
                 self._refuse(f"the loss is {total.item()}", batch.trajectories.ids[wrong])
             loss.backward()
         trained = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
@@ -273,14 +284,18 @@ class Learner:
         return norm
 
     def _step(self, batch: UpdateBatch, rows: np.ndarray) -> float:
-        """Takes the step; where it goes beyond the trust region's hard limit, only this share of it."""
+        """Takes the step, shortened where it goes beyond `trust_region.max_kl`; returns the share taken, in [0, 1].
+
+        The line search of TRPO (arXiv 1502.05477, appendix C): the KL is measured after the step, on a straight line
+        between the weights before and after.
+        """
         limit = self._config.objective.trust_region.max_kl
         parameters = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
         before = [p.detach().clone() for p in parameters] if limit is not None else []
         self._optimizer.step()
         if limit is None:
             return 1.0
-        after = [p.detach().clone() for p in parameters]
+        after = [p.detach().clone() for p in parameters]  # each trial starts from both ends: rounding does not add up
 
         def measure(scale: float) -> float:
             with torch.no_grad():
@@ -293,25 +308,30 @@ class Learner:
 
     @torch.no_grad()
     def _forward_kl(self, batch: UpdateBatch, rows: np.ndarray) -> float:
-        """KL(pi_old || pi_theta), nats a token, with the weights as they are: exact where the trust region is, else k3."""
+        """KL(pi_old || pi_theta) of the current weights, mean in nats a token: exact if the trust region is, else k3."""
         sums = torch.zeros(2, dtype=torch.float64, device=self._device)
         for microbatch in self._passes(batch, rows):
             part = batch.part(microbatch)
             found = self._forward.columns(part, microbatch, partial(exact_forward_kl, part))
+            # k3 and not k1: each of its terms is at least 0, so a small sample does not hide a KL behind a negative one.
             forward_kl = found.get("forward_kl", k3(found["logprobs"], part.old_logprobs))
             sums += torch.stack([(forward_kl * part.mask).sum(), part.mask.sum()])
+        # One division at the end, by the tokens of all ranks: each token counts the same.
         total, tokens = self._ranks.sum(sums).tolist()
         return total / max(tokens, 1.0)
 
     @torch.no_grad()
     def _look_ahead(self, batch: UpdateBatch) -> None:
-        """One pass without gradients, where the objective needs to know more of the update than a micro-batch shows:
-        pi_old of the learner's own, and coefficients whose baseline is other trajectories."""
+        """A pass over the update without gradients, before the first step, if the objective needs one.
+
+        It computes what a micro-batch cannot: the learner's own pi_old (to correct the engine's numerics, or for an exact
+        KL), and coefficients that depend on other trajectories.
+        """
         objective = self._config.objective
         whole_update, correct = needs_whole_update(objective), objective.mismatch.correction != "none"
         keep_states = objective.trust_region.estimator == "exact"
         if not (whole_update or correct or keep_states):
-            return
+            return  # pi_old is then pi_behaviour, as it was recorded, and the update needs no extra pass
         with_kl = whole_update and estimator_row(objective.estimator).needs_distribution
         found = {name: torch.zeros(len(batch.tensors["mask"]), device=self._device) for name in ("logprobs", "kl")}
         states: list[torch.Tensor] = []
@@ -324,25 +344,28 @@ class Learner:
             places[index] = sum(map(len, states)) + torch.arange(len(index), device=self._device)
             for name, column in self._forward.columns(part, microbatch, reduce, keep=keep).items():
                 found[name][index] = column
-        found = {name: self._ranks.sum(column) for name, column in found.items()}  # of others, 0 until here
+        # Each token is 0 on all ranks but its own, so the sum fills in the others' tokens exactly.
+        found = {name: self._ranks.sum(column) for name, column in found.items()}
         if keep_states:
             batch.old_hidden.append(self._forward.as_hidden_states(torch.cat(states), places))
-        everything = batch.all_tokens()
+        all_tokens = batch.all_tokens()
         if correct:
-            batch.tensors["importance"] = importance_of(found["logprobs"], everything, objective)
+            # From here on the ratio is to the learner's own pi_old; the weight carries what lies before it.
+            batch.tensors["importance"] = importance_of(found["logprobs"], all_tokens, objective)
             batch.tensors["old_logprobs"] = found["logprobs"]
         if whole_update:
-            student = found["logprobs"] if objective.recompute_log_ratio else everything.behaviour_logprobs
+            student = found["logprobs"] if objective.recompute_log_ratio else all_tokens.behaviour_logprobs
             kl = found["kl"] if with_kl else None
-            batch.tensors["coefficient"] = coefficients(student, kl, everything, batch.groups(), objective)
+            batch.tensors["coefficient"] = coefficients(student, kl, all_tokens, batch.groups(), objective)
 
     def _head_of(self, teacher: TeacherConfig, key: str) -> Head:
-        """The teacher's output layer, cut to what the student can write."""
+        """The teacher's output layer, cut to the student's vocabulary: vocabularies are padded to different sizes."""
         weight, bias = load_head(teacher.model, teacher.dtype, self._device, teacher.trust_remote_code, key)
         rows = slice(self._vocabulary)
         return weight[rows], None if bias is None else bias[rows]
 
     def _refuse(self, what: str, ids: np.ndarray) -> NoReturn:
+        """Raises NonFiniteLossError with the first of these trajectories; the gradient is dropped, so no step follows."""
         self._optimizer.zero_grad(set_to_none=True)
         names = ", ".join(str(TrajectoryId(*row)) for row in ids[:4].tolist()) + (" …" if len(ids) > 4 else "")
         raise NonFiniteLossError(

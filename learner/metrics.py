@@ -1,7 +1,7 @@
-"""What is measured of one update while it is taken: the metrics of metrics.jsonl that the learner knows (docs/metrics.md).
+"""Measures an update while it is taken: the metrics of metrics.jsonl that the learner knows (docs/metrics.md).
 
-Nothing here needs a pass over [n, V] that training does not make anyway: columns of one number a token are collected,
-and the most likely tokens of student and teacher are compared at a few tokens of each chunk.
+Nothing here needs a pass over [n, V] that training does not make anyway: it collects columns of one number a token, and
+compares the most likely tokens of student and teacher at a few tokens of each chunk.
 Shapes: N tokens of the update, n of a micro-batch or chunk, B trajectories, K support, V vocabulary.
 """
 
@@ -19,46 +19,46 @@ from learner.objective.policy_gradient import effective_sample_size
 from learner.student.sharding import Ranks
 
 COMPARED = 64
-"""At about so many tokens of a chunk, evenly spread, the most likely tokens are compared."""
+"""About this many tokens of a chunk, evenly spread, have their most likely tokens compared."""
 TOP = 8
-"""Of so many most likely tokens the overlap is taken."""
+"""The overlap is that of this many most likely tokens."""
 LOG_RATIO_BIN, LOG_RATIO_BINS = 0.5, 17
-"""The histogram of log-ratios: the bins' width in nats, and how many, around 0; the outermost have all that lies beyond."""
+"""The histogram of log-ratios: width of a bin in nats, and number of bins, around 0. The outermost are open."""
 AGREEMENT = ("top1_agreement", "top8_overlap", "student_support_mass", "teacher_support_mass")
 
 
 def agreement(logprobs_nV: Tensor, part: Part, rows: slice, *, named_by_student: bool = False) -> Tensor:
-    """[1, 5] sums over some tokens of a chunk: those of AGREEMENT (NaN what is not known), and how many tokens.
+    """[1, 5] sums over some tokens of a chunk: those of AGREEMENT (NaN if not known), and the number of tokens.
 
-    top1_agreement: whether student and teacher hold the same token most likely; top8_overlap: the share of the teacher's
-    8 that are among the student's 8 (arXiv 2604.13016: it rises in a healthy run). The masses: what student and teacher
-    give to the tokens of a top-k support. Of the tokens that the student named (`student_topk`) only the masses are
-    known; of the sampled token alone, nothing is.
+    top1_agreement: student and teacher have the same most likely token. top8_overlap: share of the teacher's 8 most likely
+    tokens that are among the student's 8 (arXiv 2604.13016: it rises in a healthy run). The masses: probability that
+    student and teacher give to the tokens of a top-k support. A support that the student chose (`student_topk`) shows the
+    masses only; the sampled token alone shows nothing.
     """
     count, ids = len(logprobs_nV), part.support_ids
     places = torch.arange(0, count, max(1, count // COMPARED), device=logprobs_nV.device)
     places = places[part.mask[rows][places]]
-    student, whole = logprobs_nV[places], places + rows.start
+    student, of_part = logprobs_nV[places], places + rows.start  # numbers in the chunk, and in the part
     sums = [torch.full((), torch.nan, device=logprobs_nV.device)] * 4
     if ids.shape[1]:
-        teacher, support = part.support_logprobs[whole], ids[whole]
+        teacher, support = part.support_logprobs[of_part], ids[of_part]
         sums[2], sums[3] = student.gather(-1, support).exp().sum(), teacher.exp().sum()
     elif part.hidden or part.support_logprobs.shape[1]:
-        teacher = mixture_logprobs(part.hidden, whole) if part.hidden else part.support_logprobs[whole]
+        teacher = mixture_logprobs(part.hidden, of_part) if part.hidden else part.support_logprobs[of_part]
         support = torch.arange(teacher.shape[1], device=teacher.device).expand_as(teacher)
     else:
         return torch.stack([*sums, torch.zeros_like(sums[0])])[None]
     if not named_by_student:
         k = min(TOP, support.shape[1], student.shape[1])
-        theirs = support.gather(-1, teacher.topk(k).indices)
-        ours = student.topk(k).indices
-        sums[0] = (theirs[:, 0] == ours[:, 0]).float().sum()
-        sums[1] = (theirs[:, :, None] == ours[:, None]).any(-1).float().mean(-1).sum()
+        teacher_ids = support.gather(-1, teacher.topk(k).indices)
+        student_ids = student.topk(k).indices
+        sums[0] = (teacher_ids[:, 0] == student_ids[:, 0]).float().sum()
+        sums[1] = (teacher_ids[:, :, None] == student_ids[:, None]).any(-1).float().mean(-1).sum()
     return torch.stack([*sums, torch.full_like(sums[0], len(places))])[None]
 
 
 class UpdateMetrics:
-    """Collects one number a token for each metric, and keeps them on the device until the end."""
+    """Collects one number a token for each metric, on the device: a copy for each micro-batch would wait for the GPU."""
 
     def __init__(self) -> None:
         self._loss: Tensor | None = None
@@ -71,7 +71,7 @@ class UpdateMetrics:
         rows = torch.from_numpy(trajectories).to(part.rows.device)[part.rows]
         self._loss = loss.detach() + (0 if self._loss is None else self._loss)
         self._agreement.append(columns["agreement"])
-        own = {
+        collected = {
             **{name: column for name, column in columns.items() if name != "agreement"},
             "behaviour_logprobs": part.behaviour_logprobs,
             "teacher_logprobs": part.teacher_logprobs,
@@ -80,12 +80,14 @@ class UpdateMetrics:
             "on_policy": part.on_policy,
             "trajectory": rows,
         }
-        for name, column in own.items():
+        for name, column in collected.items():
             self._columns.setdefault(name, []).append(column.detach())
 
     def means(self, groups: Mapping[str, np.ndarray], ranks: Ranks) -> dict[str, Any]:
-        """The update's metrics, by their names in metrics.jsonl, over the tokens of all ranks. groups: prefix of a name
-        -> [B] bool, which trajectories it is about."""
+        """The update's metrics over the tokens of all ranks, by their names in metrics.jsonl.
+
+        groups: prefix of a name -> [B] bool, the trajectories of that group.
+        """
         assert self._loss is not None
         column = {name: ranks.concatenate(torch.cat(parts)) for name, parts in self._columns.items()}
         mask, tokens = column["mask"], int(column["mask"].sum())
@@ -93,8 +95,10 @@ class UpdateMetrics:
         log_ratios = (kept["logprobs"] - kept["teacher_logprobs"]).cpu().numpy()
         tails = np.quantile(log_ratios, [0.01, 0.99]) if tokens else [np.nan, np.nan]
         moved = kept["logprobs"] - kept["old_logprobs"]
+        # Only tokens that these very weights sampled: for older ones the difference is training, not numerics.
         engine = (column["logprobs"] - column["behaviour_logprobs"])[column["on_policy"]]
         *agreed, compared = ranks.sum(torch.cat(self._agreement).double().sum(0)).tolist()
+        # Means over all tokens, not means of the micro-batches' means: these have different numbers of tokens.
         means = ("reverse_kl", "forward_kl_old", "entropy", "clip_fraction")
         return {
             "loss": ranks.sum(self._loss).item(),
@@ -124,12 +128,12 @@ def _mean(values: Tensor, nothing: float = 0.0) -> float:
 
 
 def _by_group(trajectory_N: Tensor, reverse_kl_N: Tensor, groups: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """Of the tokens trained on: each group's share and its reverse KL."""
+    """Each group's share of the tokens that were trained on, and its reverse KL."""
     found = {}
     for name, rows_B in groups.items():
-        own = torch.from_numpy(rows_B).to(trajectory_N.device)[trajectory_N]
-        found[f"{name}/token_share"] = _mean(own)
-        found[f"{name}/reverse_kl"] = _mean(reverse_kl_N[own], nothing=float("nan"))
+        in_group = torch.from_numpy(rows_B).to(trajectory_N.device)[trajectory_N]
+        found[f"{name}/token_share"] = _mean(in_group)
+        found[f"{name}/reverse_kl"] = _mean(reverse_kl_N[in_group], nothing=float("nan"))
     return found
 
 
@@ -142,20 +146,21 @@ def groups_of(
     ranks: Ranks | None = None,
     device: str = "cpu",
 ) -> dict[str, np.ndarray]:
-    """`teacher/<name>` and `domain/<name>` -> [B] bool: which of the trajectories with these ids [B, 3] the teacher has
-    scored, or have a prompt of the domain. Nothing where there is one teacher; nothing without domains [B].
+    """`teacher/<name>` and `domain/<name>` -> [B] bool: the trajectories with these ids [B, 3] that the teacher has scored,
+    or that have a prompt of the domain.
 
-    scores: with several ranks, those that this rank was given; teachers then names all that there may be.
+    No teachers if there is only one; no domains without domains [B]. scores: those that this rank was given. teachers:
+    the names of all teachers, for several ranks.
     """
     scored: dict[str, set[tuple[int, ...]]] = {name: set() for name in teachers}
     for batch in scores:
         scored.setdefault(batch.teacher, set()).update(map(tuple, batch.ids.tolist()))
     names, wanted = sorted(scored), [tuple(row) for row in ids.tolist()]
     by_teacher = np.array([[row in scored[name] for row in wanted] for name in names], bool).reshape(-1, len(ids))
-    if ranks is not None and ranks.size > 1:
+    if ranks is not None and ranks.size > 1:  # each rank knows of its own trajectories only
         by_teacher = ranks.sum(torch.from_numpy(by_teacher).int().to(device)).bool().cpu().numpy()
     groups = {f"teacher/{name}": rows for name, rows in zip(names, by_teacher, strict=True) if rows.any()}
-    if len(groups) < 2:
+    if len(groups) < 2:  # the one teacher's metrics are those of the update
         groups = {}
     for domain in sorted({domain for domain in domains or () if domain is not None}):
         groups[f"domain/{domain}"] = np.array([domain == other for other in domains or ()])
@@ -163,7 +168,7 @@ def groups_of(
 
 
 def response_metrics(trajectories: Trajectories) -> dict[str, float]:
-    """Of the responses as they were sampled: how long the longest is, how many ended by themselves, and repetition."""
+    """Measures the responses as they were sampled: longest length, share that ended by a stop token, repetition, reward."""
     stopped = trajectories.finish_reasons == FINISH_REASONS.index("stop")
     return {
         "response_length_max": int(trajectories.trained_lengths.max()),
@@ -176,12 +181,13 @@ def response_metrics(trajectories: Trajectories) -> dict[str, float]:
 def repetition(tokens_N: np.ndarray, lengths_B: np.ndarray, n: int = 4) -> float:
     """1 - distinct n-grams / n-grams, mean over the responses that have one (seq-rep-4, Welleck et al., arXiv 1908.04319).
 
-    0 where nothing is said twice; a loop of m tokens over a length L has 1 - m / (L - n + 1). 0 without any n-gram.
+    0 if no n-gram occurs twice, or there is none; a loop of m tokens over a length L has 1 - m / (L - n + 1).
     """
     row_N = np.repeat(np.arange(len(lengths_B)), lengths_B)
     starts = np.flatnonzero(row_N[: len(row_N) - n + 1] == row_N[n - 1 :]) if len(row_N) >= n else np.zeros(0, np.int64)
     if not len(starts):
         return 0.0
+    # Sorted by response and n-gram, equal n-grams are neighbours: each first one is a distinct one.
     keys = [tokens_N[starts + place] for place in range(n)] + [row_N[starts]]
     order = np.lexsort(keys)
     new = np.ones(len(order), bool)

@@ -28,6 +28,9 @@ MAX_LOG_RATIO = 20.0
 
 
 def _masked(values: Tensor, mask: Tensor) -> Tensor:
+    """The values without gradient, 0 outside of the mask."""
+    # Detached: a coefficient is a factor of grad log pi. If the gradient went through r_t as well, it would add
+    # grad log pi once more (see through_log_ratio in `surrogate`). `where`, not a product: 0 * NaN is NaN.
     return torch.where(mask, values.detach(), torch.zeros_like(values))
 
 
@@ -38,6 +41,7 @@ def discounted_suffix_sum(x_BT: Tensor, gamma: float) -> Tensor:
     tokens, and no power of 1 / gamma that could overflow on a long response.
     """
     assert x_BT.ndim == 2 and 0.0 <= gamma <= 1.0
+    # Below the smallest float, gamma^window adds nothing more, and the loop ends early.
     window, total = 1, x_BT
     while window < x_BT.shape[1] and (weight := gamma**window) > 0.0:
         total = total + weight * torch.nn.functional.pad(total[:, window:], (0, window))
@@ -72,6 +76,7 @@ def to_go_expected(log_ratio_BT: Tensor, mask_BT: Tensor, kl_BT: Tensor, gamma: 
     not that of the contexts they lead to. KL_t' of a top-k teacher (tail as a bucket) is a lower bound of the exact one,
     and the estimate is biased by as much.
     """
+    # Shifted by one: KL_t of the own position is what r_t samples; counting it too would double it.
     later = discounted_suffix_sum(_masked(kl_BT, mask_BT), gamma)
     return _masked(log_ratio_BT + gamma * torch.nn.functional.pad(later[:, 1:], (0, 1)), mask_BT)
 
@@ -87,6 +92,7 @@ def leave_one_out_mean(values_BT: Tensor, mask_BT: Tensor, group_B: Tensor) -> T
     sums, counts = torch.zeros_like(values), torch.zeros_like(values)
     sums.index_add_(0, index_B, values)
     counts.index_add_(0, index_B, mask_BT.to(values.dtype))
+    # Alone at a position: sum and own value cancel, and 0 / 1 is the baseline 0.
     return (sums[index_B] - values) / (counts[index_B] - 1).clamp(min=1)
 
 
@@ -105,7 +111,7 @@ def baseline(
     if name == "exact_kl":
         assert kl_BT is not None
         return _masked(kl_BT, mask_BT)
-    if name == "batch_mean":
+    if name == "batch_mean":  # one group with all trajectories in it
         group_B = torch.zeros(len(values_BT), dtype=torch.long, device=values_BT.device)
     assert name in ("batch_mean", "group_mean") and group_B is not None
     return leave_one_out_mean(values_BT, mask_BT, group_B)
@@ -121,10 +127,13 @@ def coefficient(
     baseline_name: str = "none",
     group_B: Tensor | None = None,
 ) -> Tensor:
-    """A_t by name: the estimator, less its baseline. 0 outside of the mask.
+    """[B, T] A_t = estimator_t - baseline_t, in nats, without gradient; 0 outside of the mask.
 
-    An estimator of the user's own is called as the built-in ones are: log_ratio_BT and mask_BT, and the arguments that
-    its row asks for. Both inputs are 0 / false where there is no token.
+    estimator: a key of ESTIMATORS, or the import path of a function, which is called in the same way: log_ratio_BT,
+    mask_BT, and the arguments that its row asks for. log_ratio_BT: r_t, or another cost of each token; 0 where there is no
+    token. kl_BT: KL_t, for an estimator or baseline that needs a distribution. gamma: the discount, in [0, 1]. group_B:
+    equal for samples of one prompt, for an estimator or baseline that compares them. UserError: the function of the
+    user's own cannot be imported. Source: docs/objective.md, and the theorem at the head of this module.
     """
     row = estimator_row(estimator)
     function = ESTIMATORS[estimator] if estimator in ESTIMATORS else own_function(estimator, f"{KEY}.estimator")
@@ -154,8 +163,9 @@ def reward_cost(reward_B: Tensor, mask_BT: Tensor, group_B: Tensor) -> Tensor:
     the group's standard deviation: that weighs prompts by difficulty, which is another objective.
     """
     assert reward_B.ndim == 1
-    reward_B1, everyone = reward_B[:, None], torch.ones_like(reward_B[:, None], dtype=torch.bool)
-    advantage = reward_B1 - leave_one_out_mean(reward_B1, everyone, group_B)
+    # One column: a response has one reward, whatever its length.
+    reward_B1, all_B1 = reward_B[:, None], torch.ones_like(reward_B[:, None], dtype=torch.bool)
+    advantage = reward_B1 - leave_one_out_mean(reward_B1, all_B1, group_B)
     return _masked(-advantage.expand(mask_BT.shape), mask_BT)
 
 
@@ -191,9 +201,10 @@ def token_weights(mask_N: Tensor, lengths_B: Tensor, aggregation: str, constant:
     Masked tokens, and trajectories without any token left, leave numerator and denominator.
     """
     assert mask_N.ndim == 1 and lengths_B.ndim == 1
-    mask = mask_N.double()
+    mask = mask_N.double()  # float32 cannot count beyond 2^24 tokens exactly
     row_N = torch.repeat_interleave(torch.arange(len(lengths_B), device=mask_N.device), lengths_B)
     tokens_B = torch.zeros(len(lengths_B), dtype=torch.double, device=mask_N.device).index_add_(0, row_N, mask)
+    # At least 1 below: with no token left every weight is 0, and not 0 / 0.
     sequences = (tokens_B > 0).sum().clamp(min=1)
     if aggregation == "token_mean":
         denominator = tokens_B.sum().clamp(min=1)
@@ -226,14 +237,16 @@ def surrogate(
     the policy gradient: the literal E[ratio (log pi_theta - log q)]. Without a clip that is a baseline of -1 (no effect
     in expectation, more variance); with one, or with weights that depend on y_t, it is another objective.
     """
+    # The gradient of the ratio is ratio * grad log pi: at ratio 1 the policy gradient of the theorem.
     ratio = (logprobs_n - old_logprobs_n).clamp(max=MAX_LOG_RATIO).exp()
     cost_n = coefficient_n.detach()
     if through_log_ratio:
-        cost_n = cost_n + (logprobs_n - logprobs_n.detach())
+        cost_n = cost_n + (logprobs_n - logprobs_n.detach())  # adds 0 to the value, and grad log pi to the gradient
     low = None if clip_low is None else 1 - clip_low
     high = None if clip_high is None else 1 + clip_high
     plain = ratio * cost_n
     bounded = plain if low is None and high is None else ratio.clamp(low, high) * cost_n
+    # The larger cost is the pessimistic one. Where it is the bounded one, the ratio is constant and has no gradient.
     cost, clipped = torch.maximum(plain, bounded), bounded > plain
     if dual_clip is not None:
         assert dual_clip > 1.0
@@ -255,6 +268,7 @@ def log_importance_weights(log_ratio_BT: Tensor, mask_BT: Tensor, level: str) ->
     if level == "prefix":
         log_ratio = log_ratio.cumsum(1)
     elif level == "before":
+        # Shifted by one: the product is empty at t = 1, and its log is 0.
         log_ratio = torch.nn.functional.pad(log_ratio[:, :-1].cumsum(1), (1, 0))
     elif level == "sequence":
         log_ratio = log_ratio.sum(1, keepdim=True).expand_as(log_ratio)
@@ -278,5 +292,6 @@ def corrected_weights(log_weights: Tensor, correction: str, low: float, high: fl
 
 def effective_sample_size(log_weights: Tensor, mask: Tensor) -> Tensor:
     """[] (sum w)^2 / (n sum w^2) over the mask, in (0, 1]: the fraction of tokens that the weights leave (Kish). Any shape."""
+    # In shares w / sum w, by softmax: the square of a large weight would overflow.
     shares = log_weights.masked_fill(~mask, -torch.inf).flatten().softmax(0)
     return 1 / (mask.sum() * shares.square().sum())
