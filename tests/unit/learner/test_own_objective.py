@@ -11,6 +11,8 @@ import torch
 
 from actors.config import TeacherConfig
 from actors.errors import UserError
+from cluster.config_file import load_config
+from cluster.preflight import checks
 from learner.config import ObjectiveConfig
 from learner.costs import check_own_functions
 from learner.validation import refuse_contradictions
@@ -123,6 +125,20 @@ def test_a_function_that_does_not_work_is_refused_when_the_learner_starts(
     for start in (lambda: check_own_functions(objective), lambda: make_learner(models, objective=objective)):
         with pytest.raises(UserError, match=message):
             start()
+
+
+def test_check_tries_the_functions_also_offline(own: str) -> None:
+    def check(cost: str) -> str:
+        settings = [
+            f"learner.objective.{key}='{value}'" for key, value in (("estimator", f"{own}:windowed"), ("cost", cost))
+        ]
+        run = dict(checks(load_config("configs/quickstart.yaml", settings), offline=True))["objective"]
+        assert run is not None
+        return run()
+
+    assert check(f"{own}:squashed") == f"{own}:windowed, {own}:squashed, tried on a small example"
+    with pytest.raises(UserError, match=r"learner.objective.cost: found own_objective:windowed: TypeError"):
+        check(f"{own}:windowed")
 
 
 @pytest.mark.parametrize(
