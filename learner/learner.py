@@ -190,7 +190,7 @@ class Learner:
 
     def publish_average(self, teacher: str) -> Iterator[np.ndarray | WeightVersion]:
         """The same of the moving average that this teacher is, in its dtype."""
-        averages, dtype = self._averages.of(teacher), self._average_dtypes[teacher]
+        averages, dtype = self._averages.weights_of(teacher), self._average_dtypes[teacher]
         yield from self._publisher.full(self.policy_version, averages, dtype)
 
     def save(self, directory: str) -> None:

@@ -49,9 +49,9 @@ def _teachers(objective: ObjectiveConfig, teachers: Mapping[str, TeacherConfig])
     supports = {(t.signal, t.top_k if "topk" in t.signal else 0) for t in teachers.values()}
     found = f"the signals {', '.join(signals)}"
     yield len(supports) > 1, "teachers", found, "one signal (and top_k) for all teachers"
-    # Two teachers of one domain are mixed in probability space, which needs the same support for both.
     reference = objective.reference_teacher
     teaching = {name: teacher for name, teacher in teachers.items() if name != reference}
+    # Teachers of one domain are mixed in probability space, which needs the same support for all: `topk` has its own each.
     keyed = [domain for teacher in teaching.values() for domain in teacher.domains or ("every other",)]
     shared = next((domain for domain in keyed if keyed.count(domain) > 1), None)
     found = f"several teachers with signal=topk for the domain {shared}"
@@ -157,7 +157,7 @@ def _reward(objective: ObjectiveConfig, samples_per_prompt: int) -> Iterator[Con
     o, row = objective, estimator_row(objective.estimator)
     alone = row.samples_action and not row.is_coefficient
     rewarded = gives_rewards(o)
-    expected = "2 or more: a reward's cost is its distance from those of the prompt's other samples"
+    expected = "2 or more: a reward is compared with those of the prompt's other samples"
     yield rewarded and samples_per_prompt < 2, "pipeline.samples_per_prompt", samples_per_prompt, expected
     for name, value, default in (
         ("reward_weight", o.reward_weight, 0),

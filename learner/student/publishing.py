@@ -92,13 +92,13 @@ class MovingAverages:
                 # a + (1 - d) (w - a) is d a + (1 - d) w in one pass over memory.
                 tensor.lerp_(parameters[name], 1 - self._decays[teacher])
 
-    def of(self, teacher: str) -> list[tuple[str, torch.Tensor]]:
+    def weights_of(self, teacher: str) -> list[tuple[str, torch.Tensor]]:
         """(name, tensor) pairs of one teacher's weights."""
         return list(self._averages[teacher].items())
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """All averages, named `<teacher>/<parameter>`, for a checkpoint."""
-        return {f"{teacher}/{name}": tensor for teacher in self._averages for name, tensor in self.of(teacher)}
+        return {f"{teacher}/{name}": tensor for teacher in self._averages for name, tensor in self.weights_of(teacher)}
 
     def load(self, read: Callable[[str, torch.Tensor], torch.Tensor]) -> None:
         """The inverse of `tensors`.

@@ -1,4 +1,4 @@
-"""Adapters: only they are trained; what is published and saved is the student with them."""
+"""Adapters: only they are trained, and the published and saved model is the student with the adapters merged."""
 
 import json
 import time

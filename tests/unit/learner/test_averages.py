@@ -1,4 +1,4 @@
-"""Moving averages of the student's weights, as the learner keeps, publishes, saves and restores them."""
+"""The learner keeps, publishes, saves and restores moving averages of the student's weights."""
 
 import time
 from pathlib import Path

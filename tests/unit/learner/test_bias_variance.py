@@ -1,4 +1,4 @@
-"""The table of docs/objective.md is what the enumeration gives, and says what the text says it says."""
+"""The tables of docs/objective.md are those of the enumeration, and support the statements of the text."""
 
 import re
 from pathlib import Path

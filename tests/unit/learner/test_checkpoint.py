@@ -1,4 +1,4 @@
-"""Checkpoint directories: whole or not there."""
+"""Checkpoint directories are complete or absent, also after a crash at any file operation."""
 
 import os
 import sys
@@ -66,7 +66,7 @@ def test_what_a_killed_process_left_is_not_a_checkpoint(tmp_path: Path) -> None:
     assert latest_checkpoint(tmp_path) == tmp_path / "step_00000010"
     make(tmp_path, 11)
     assert latest_checkpoint(tmp_path) == tmp_path / "step_00000011"
-    prune(tmp_path, {10, 11})  # takes the leftovers away
+    prune(tmp_path, {10, 11})  # removes the leftovers
     assert not (tmp_path / ".step_00000011.0a.partial").exists()
 
 
@@ -128,7 +128,7 @@ def test_whenever_a_process_is_killed_what_has_a_steps_name_is_whole(tmp_path: P
             directory = step_directory(folder, step)
             assert (directory / "weights").read_text() == (directory / "training" / "state").read_text()
         assert checkpoint_steps(folder)
-        assert not killed_before(10_000, folder)  # the next process is not troubled by what is left
+        assert not killed_before(10_000, folder)  # the next process works despite the leftovers
         assert sorted(path.name for path in folder.iterdir()) == ["step_00000006", "step_00000007"]
         if not killed:
             break

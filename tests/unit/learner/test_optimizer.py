@@ -1,4 +1,4 @@
-"""The schedule, by hand, and the optimiser's state by name."""
+"""The learning-rate schedule against numbers by hand, and the optimiser's state by parameter name."""
 
 import pytest
 import torch

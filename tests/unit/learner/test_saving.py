@@ -1,4 +1,4 @@
-"""The learner writes while it goes on; what it writes is what it was, and reads like any model directory."""
+"""Saving in the background: training continues, the file holds the state at the time of the call, transformers reads it."""
 
 import os
 import random
@@ -37,7 +37,7 @@ def mixture_of_experts() -> PreTrainedModel:
 
 @pytest.mark.parametrize("kind", ["tied", "untied", "llama", "experts"])
 def test_a_model_is_written_as_transformers_writes_it(kind: str, tmp_path: Path) -> None:
-    if kind == "experts":  # in memory they are one tensor, in a checkpoint one for each expert
+    if kind == "experts":  # one tensor in memory, one file entry for each expert
         model = mixture_of_experts()
     else:
         options = {"tied": {"tie": True}, "untied": {"tie": False}, "llama": {"architecture": "llama"}}[kind]
@@ -70,13 +70,13 @@ def test_training_goes_on_while_what_was_is_written(models: dict[str, Path], tmp
     before = {name: tensor.clone() for name, tensor in model_tensors(learner._model).items()}
     (tmp_path / "saved").mkdir()
     pipe = tmp_path / "saved" / "model.safetensors"
-    os.mkfifo(pipe)  # nobody reads it yet: the writer cannot go on
+    os.mkfifo(pipe)  # without a reader the writer blocks
     learner.save(str(tmp_path / "saved"))
     for one in (learner, undisturbed):
         one.update(written.ids, written, scores)
     assert not learner.saved()
     with pipe.open("rb") as file:
-        pipe.unlink()  # so that it is not among what is flushed
+        pipe.unlink()  # a pipe cannot be flushed to disk
         found = load(file.read())
     finish(learner)
     assert found.keys() == before.keys() and all(torch.equal(found[name], before[name]) for name in before)
@@ -94,7 +94,7 @@ def save_until_the_disk_is_full(models: dict[str, Path], folder: Path) -> None:
     with pytest.raises(CheckpointError, match=r"^File too large \("):
         finish(learner)
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    learner.save(str(folder / "again"))  # it has not suffered
+    learner.save(str(folder / "again"))  # the learner still works
     finish(learner)
 
 

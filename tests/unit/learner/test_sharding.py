@@ -1,4 +1,4 @@
-"""A learner of several ranks, each a process with gloo, is the learner of one: same metrics, weights, bytes, files."""
+"""Learners of 2 and 4 ranks (processes with gloo) have the metrics, weights, published bytes and files of one rank."""
 
 import os
 import pickle
@@ -30,7 +30,7 @@ from tests.tiny_updates import make_learner, received, sampled, teacher_config
 
 SIZES = (2, 4)
 STEADY = OptimizerConfig(learning_rate=1e-3, warmup_updates=0, epsilon=1e-5)
-"""Adam divides by the gradient's size: where that is rounding alone, so would the step be."""
+"""Adam divides by the size of the gradient. If that is only rounding error, so is the step without this epsilon."""
 FULL = ObjectiveConfig(estimator="full")
 SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {"signal": "topk"},
@@ -69,11 +69,11 @@ if find_spec("peft"):
 
 @dataclass
 class Material:
-    """What all learners of a test are given."""
+    """The inputs of all learners of a test."""
 
     models: dict[str, Path]
     batches: dict[str, tuple[Trajectories, TeacherScores]]
-    """By the teacher's signal."""
+    """Trajectories and scores by the teacher's signal."""
     folder: Path
 
     def learner(self, name: str, ranks: Ranks | None, **changes: Any) -> Learner:
@@ -96,7 +96,7 @@ class Published(list):
 
 
 def state_of(learner: Learner) -> dict[str, Any]:
-    """Of one rank; every rank must ask."""
+    """The full weights on one rank. A collective: all ranks must call it."""
     gradients = [full_tensor(p.grad).flatten() for p in learner._model.parameters() if p.grad is not None]
     weights, average = Published(received(learner.publish())), Published(received(learner.publish_average("mean")))
     return {"gradients": torch.cat(gradients).numpy(), "weights": weights, "average": average}
@@ -109,7 +109,7 @@ def save(learner: Learner, folder: Path) -> None:
 
 
 def trial(material: Material, ranks: Ranks | None) -> dict[str, Any]:
-    """Everything that is compared, by setting; leaves a checkpoint and what became of the learner after it."""
+    """Everything that is compared, by setting. Saves a checkpoint and takes one more update after it."""
     size = ranks.size if ranks else 1
     found: dict[str, Any] = {}
     for name in SETTINGS:
@@ -140,7 +140,7 @@ def trial(material: Material, ranks: Ranks | None) -> dict[str, Any]:
 
 
 def changes(material: Material, ranks: Ranks | None) -> dict[str, list[Any]]:
-    """Two versions, the second as what changed and as a whole."""
+    """Two versions; the second both as a delta and dense."""
     learner = material.learner("plain", ranks, publish_dtype="bfloat16", keep_published=True)
     learner._optimizer.param_groups[0]["lr"] = 1e-6
     first = Published(received(learner.publish()))
@@ -153,7 +153,7 @@ def changes(material: Material, ranks: Ranks | None) -> dict[str, list[Any]]:
 
 
 def refused(material: Material, ranks: Ranks) -> dict[str, Any]:
-    """What each rank says of a trajectory with a log-prob that is no number."""
+    """The error of each rank for a trajectory with a NaN log-prob, and whether its weights are unchanged."""
     written, scores = material.batches["topk"]
     bad = written.behaviour_logprobs.copy()
     bad[: written.response_offsets[1]] = np.nan
@@ -162,7 +162,7 @@ def refused(material: Material, ranks: Ranks) -> dict[str, Any]:
     with pytest.raises(NonFiniteLossError) as error:
         learner.update(written.ids, replace(written, behaviour_logprobs=bad), scores)
     after = Published(received(learner.publish()))
-    return {"refusal": str(error.value), "unchanged": before[-1] == after[-1]}  # checksums and all
+    return {"refusal": str(error.value), "unchanged": before[-1] == after[-1]}  # the manifest, checksums included
 
 
 def run_rank(rank: int, size: int, material: Material) -> None:
@@ -196,7 +196,7 @@ def material(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.fixture(scope="module")
 def found(material: Material) -> dict[int, dict[str, Any]]:
-    """By the number of ranks: what the first of them found, and what all have published."""
+    """Number of ranks -> the results of rank 0, and the published versions of all ranks."""
     for size in SIZES:
         run_ranks(size, material, folder=material.folder)
     files = {size: [material.folder / f"found-{size}-{rank}" for rank in range(size)] for size in SIZES}
@@ -205,14 +205,14 @@ def found(material: Material) -> dict[int, dict[str, Any]]:
 
 
 def together(found: list[Any]) -> Any:
-    """What the first rank found, but of what was published that of every rank."""
+    """The results of rank 0, with the published versions of every rank."""
     if isinstance(found[0], dict):
         return {key: together([own[key] for own in found]) for key in found[0]}
     return found if isinstance(found[0], Published) else found[0]
 
 
 def tensors(ranks: list[Published], receiver: Receiver | None = None) -> dict[str, torch.Tensor]:
-    """What an engine is given of a version, by name; the receiver holds it afterwards."""
+    """The tensors that an engine gets for a version, by name; afterwards the receiver holds this version."""
     receiver = receiver or Receiver(False)
     version = receiver.receive(*(part for own in ranks for part in own))
     receiver.hold(version)
@@ -227,7 +227,7 @@ def assert_same_bits(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tens
 
 
 def assert_equal(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
-    """To 1e-6: metrics, gradients, weights, averages."""
+    """Equal to 1e-6: metrics, gradients, weights, averages."""
     for mine, other in zip(ours["metrics"], theirs["metrics"], strict=True):
         expected = {key: value for key, value in other.items() if key != "busy_seconds"}
         counts = (metrics["log_ratio_histogram"] for metrics in (mine, expected))

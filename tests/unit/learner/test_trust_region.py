@@ -1,4 +1,4 @@
-"""KL(pi_old || pi_theta) and what is done about it."""
+"""Estimators of KL(pi_old || pi_theta), the adaptive weight, and the back-off of a step."""
 
 import math
 
@@ -37,7 +37,7 @@ def test_k3_is_never_negative_and_varies_less_than_k1_near_the_old_policy():
 
 
 def test_at_the_old_policy_value_and_gradient_of_k3_are_zero():
-    """So a penalty does nothing in the first step of an update that is on-policy."""
+    """A penalty therefore has no effect in the first step of an on-policy update."""
     logprobs = torch.tensor([-1.0, -3.0], requires_grad=True)
     cost = k3(logprobs, logprobs.detach())
     assert torch.equal(cost, torch.zeros(2))
