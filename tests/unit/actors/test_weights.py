@@ -126,23 +126,20 @@ def test_each_side_computes_the_checksum_of_each_tensor_once(monkeypatch: pytest
     assert counted == every
 
 
-def test_tensors_are_worked_on_side_by_side_and_the_first_error_is_raised() -> None:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        together = threading.Barrier(2)  # breaks unless two threads meet
+def test_tensors_are_worked_on_side_by_side_and_the_first_error_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Not torch.set_num_threads: it does nothing in a process in which vLLM has been used.
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    together = threading.Barrier(2)  # breaks unless two threads meet
 
-        def meet(number: int, fails: bool) -> int:
-            together.wait(timeout=600)
-            if fails:
-                raise WeightError(f"tensor {number}")
-            return number
+    def meet(number: int, fails: bool) -> int:
+        together.wait(timeout=600)
+        if fails:
+            raise WeightError(f"tensor {number}")
+        return number
 
-        assert in_threads(meet, range(4), [False] * 4, nbytes=SMALL_BYTES) == [0, 1, 2, 3]
-        with pytest.raises(WeightError, match="tensor 2"):
-            in_threads(meet, range(4), [False, False, True, True], nbytes=SMALL_BYTES)
-    finally:
-        torch.set_num_threads(before)
+    assert in_threads(meet, range(4), [False] * 4, nbytes=SMALL_BYTES) == [0, 1, 2, 3]
+    with pytest.raises(WeightError, match="tensor 2"):
+        in_threads(meet, range(4), [False, False, True, True], nbytes=SMALL_BYTES)
     assert in_threads(lambda a: a + threading.active_count(), [1], nbytes=10) == [1 + threading.active_count()]
 
 
