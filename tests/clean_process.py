@@ -20,7 +20,7 @@ CONTEXT.set_forkserver_preload(["tests.light_campaign", "tests.tiny_updates"])
 def start(body: Callable[..., None], *arguments: Any, log: Path | None = None) -> BaseProcess:
     """Runs a function of a module in a process of its own. Output and errors are appended to `log`.
 
-    Exit code: 0, 1 after an exception, or minus the signal that killed it.
+    Exit code: 0, that of a SystemExit, 1 after another exception, or minus the signal that killed it.
     """
     with mock.patch.dict(os.environ, OMP_NUM_THREADS="1"):  # of the server, which starts once
         os.environ.pop("TORCH_COMPILE_DISABLE", None)  # vLLM's tests set it in the test's own process
@@ -37,8 +37,12 @@ def _run(body: Callable[..., None], arguments: tuple, log: Path | None) -> None:
         os.dup2(file, 2)
     try:
         body(*arguments)
+        status: Any = 0
+    except SystemExit as error:
+        status = error.code
     except BaseException as error:
-        print(repr(error), flush=True)
-        os._exit(1)
+        print(repr(error))
+        status = 1
     sys.stdout.flush()
-    os._exit(0)
+    sys.stderr.flush()
+    os._exit(status or 0)

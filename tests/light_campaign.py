@@ -22,9 +22,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 
+import cluster.cli
 import cluster.roles
 import cluster.run
 from actors.trajectory import Requests
@@ -73,8 +75,7 @@ class LocalFleet:
             bound = getattr(replica.actor, method)
             if inspect.iscoroutinefunction(bound):
                 return await bound(*values, **keywords)
-            result = await asyncio.to_thread(bound, *values, **keywords)
-            return list(result) if inspect.isgenerator(result) else result
+            return await asyncio.to_thread(_result, bound, values, keywords)
 
     async def call(
         self, method: str, *arguments: Any, returns: int = 1, units: int = 1, at: Any = None, **keywords: Any
@@ -108,6 +109,15 @@ class LocalFleet:
 
     def close(self) -> None:
         pass
+
+
+def _result(bound: Any, values: list[Any], keywords: dict[str, Any]) -> Any:
+    """What a method returns, or all that a generator yields."""
+    result = bound(*values, **keywords)
+    if not inspect.isgenerator(result):
+        return result
+    # Copies, as in the object store: the learner fills the same buffer again.
+    return [value.copy() if isinstance(value, np.ndarray) else value for value in result]
 
 
 def make_folder(folder: Path) -> Path:
@@ -168,6 +178,13 @@ def run_here(config_file: Path, dies_at: int | None = None) -> None:
     if dies_at is not None:
         die_at_operation(config.run_dir, dies_at)
     cluster.run.run_campaign(config)
+
+
+def run_command_here(folder: Path, *arguments: str) -> None:
+    """Does what `python -m cluster ARGUMENTS` does in this folder; ends in SystemExit with its exit status."""
+    os.chdir(folder)
+    without_ray()
+    cluster.cli.main(list(arguments))
 
 
 def die_at_operation(folder: Path, number: int) -> None:

@@ -16,9 +16,10 @@ import torch
 from safetensors.torch import load_file
 
 from actors.data.models import load_model
-from cluster.config_file import load_config
+from cluster.config_file import load_config, write_config
 from cluster.records.metric_table import EVALUATION_KEYS, METRIC_KEYS
 from cluster.records.writer import SUMMARY_KEYS, TRAJECTORY_KEYS, read_jsonl
+from tests import clean_process, light_campaign
 from tests.light_engine import BACKEND
 from tests.tiny_models import make_tiny_model
 from tests.tiny_tokenizers import byte_level
@@ -225,7 +226,11 @@ def kill_a_rank(process: subprocess.Popen[str]) -> None:
 
 def test_a_learner_of_two_ranks_that_loses_one_trains_as_one_of_one(folder: Path) -> None:
     one = folder / "runs" / "one"
-    finish(start(folder, "name=one", LIGHT, "rollout.engine={}"), 0)
+    alone = folder / "one.yaml"
+    write_config(load_config(folder / "campaign.yaml", ["name=one", LIGHT, "rollout.engine={}"]), alone)
+    process = clean_process.start(light_campaign.run_command_here, folder, "run", "one.yaml", log=folder / "one.log")
+    process.join()
+    assert process.exitcode == 0, (folder / "one.log").read_text()
     ranks = folder / "runs" / "ranks"
     waiting = f"rollout.engine={{wait_at: 2, wait_for: {folder / 'go'}}}"
     overrides = ("learner.replicas=2", "weights.encoding=delta", "weights.anchor_every=3", LIGHT, waiting)
@@ -277,15 +282,24 @@ def test_more_actors_than_the_cluster_holds_are_refused_before_any_starts(folder
     assert "actor_started" not in {event["kind"] for event in read_jsonl(folder / "runs" / "many" / "events.jsonl")}
 
 
-def test_a_loss_that_is_no_number_ends_with_the_step_and_the_trajectory_and_a_good_checkpoint(folder: Path) -> None:
-    settings = ("name=wild", LIGHT, "rollout.engine={}", "learner.optimizer.learning_rate=1e30", "evaluation.prompts=null",
-                "teachers.default={model: teacher, ema_decay: null, signal: hidden}")  # fmt: skip
-    out, err = finish(start(folder, *settings), 1)
-    assert "Traceback" not in out + err
-    [line] = err.splitlines()
+def test_a_loss_that_is_no_number_ends_with_the_step_and_the_trajectory_and_a_good_checkpoint(tmp_path: Path) -> None:
+    config_file = light_campaign.configuration(
+        light_campaign.make_folder(tmp_path),
+        "wild",
+        learner={"optimizer": {"learning_rate": 1e30}},
+        evaluation={"prompts": None},
+        checkpoint={"every_updates": 1},
+        teachers={"default": {"model": str(tmp_path / "teacher"), "dtype": "float32", "signal": "hidden"}},
+    )
+    log = tmp_path / "log"
+    process = clean_process.start(light_campaign.run_command_here, tmp_path, "run", str(config_file), log=log)
+    process.join()
+    said = log.read_text()
+    assert process.exitcode == 1 and "Traceback" not in said, said
+    [line] = [line for line in said.splitlines() if line.startswith("understudy:")]
     assert re.match(r"understudy: update 2: the (loss|gradient's norm) is .* \(trajectories \d+/\d+/\d+", line)
     assert "the last checkpoint is good" in line
-    wild = folder / "runs" / "wild"
+    wild = tmp_path / "runs" / "wild"
     assert [path.name for path in (wild / "checkpoints").iterdir()] == ["step_00000001"]
     load_model(str(wild / "checkpoints" / "step_00000001"), "float32", "cpu", False, "a")
     assert [row["step"] for row in read_jsonl(wild / "metrics.jsonl")] == [1]

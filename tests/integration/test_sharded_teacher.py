@@ -60,6 +60,7 @@ def test_two_ranks_score_and_write_what_one_does_and_a_rank_that_is_lost_ends_th
 
 
 @pytest.mark.usefixtures("ray_session")
+@pytest.mark.nightly
 def test_an_actor_that_has_lost_a_rank_is_replaced_and_leaves_nothing_behind(tmp_path: Path) -> None:
     path, t, events = make_tiny_model(tmp_path / "m", heads_of_keys=2), written(), []
     config = TeacherConfig(str(path), dtype="float32", signal="sampled", tensor_parallel_size=2)
@@ -82,7 +83,8 @@ def test_an_actor_that_has_lost_a_rank_is_replaced_and_leaves_nothing_behind(tmp
             fleet.close()
 
     asyncio.run(run())
-    assert events == ["actor_started", "actor_died", "actor_started", "actor_restarted"]
+    told = [event for event in events if event != "waiting_for_resources"]  # on a busy machine
+    assert told == ["actor_started", "actor_died", "actor_started", "actor_restarted"]
 
 
 def test_a_model_without_a_plan_is_refused(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from tests.tiny_models import make_tiny_model
 
 
 def of_ranks(model: torch.nn.Module, version: int) -> list[tuple[WeightVersion, list[np.ndarray]]]:
-    """What a learner of three ranks publishes, of which the last has no rows."""
+    """The parts of a version that three ranks of a learner publish. The last rank has no rows."""
     cut = {name: [*tensor.detach().chunk(2), tensor.detach()[:0]] for name, tensor in model.named_parameters()}
     return [
         pack_all(version, [(name, parts[rank]) for name, parts in cut.items()], "float32", 50_000) for rank in range(3)
@@ -64,6 +64,7 @@ def test_two_ranks_sample_from_the_published_weights(tmp_path: Path) -> None:
 
 @pytest.mark.integration
 @pytest.mark.usefixtures("ray_session")
+@pytest.mark.nightly
 def test_an_actor_whose_engine_process_dies_is_replaced_and_leaves_nothing_behind(tmp_path: Path) -> None:
     make_tiny_model(tmp_path / "model", context=2048)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
@@ -102,7 +103,8 @@ def test_an_actor_whose_engine_process_dies_is_replaced_and_leaves_nothing_behin
             family = psutil.Process(fleet.replicas[0].process).children(recursive=True)
             assert len(family) >= 2, "an engine of two ranks has a process for each"
             call = asyncio.create_task(fleet.call("generate", asked))
-            await asyncio.sleep(0.5)
+            while not (await fleet.replicas[0].handle.status.remote())["busy_seconds"]:  # at work
+                await asyncio.sleep(0.01)
             assert not call.done()
             family[-1].kill()
             await call

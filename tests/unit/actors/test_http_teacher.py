@@ -70,7 +70,7 @@ def serving(*servers: Server) -> Iterator[list[str]]:
         for server in servers:
             app = web.Application()
             app.router.add_post("/v1/completions", server.complete)
-            runner = web.AppRunner(app)
+            runner = web.AppRunner(app, shutdown_timeout=0.1)  # a request may be in flight when a test ends
             await runner.setup()
             runners.append(runner)
             site = web.TCPSite(runner, "127.0.0.1", 0)
