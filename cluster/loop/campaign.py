@@ -45,7 +45,7 @@ from cluster.loop.work import Issued, Sampled, Scored, ids_of, scores_by_rank, t
 from cluster.records.writer import RunRecords
 from cluster.state.campaign_state import CampaignState
 from cluster.state.checkpoints import Checkpoints
-from cluster.state.rollback import act
+from cluster.state.rollback import apply_findings
 from learner.objective.estimator_table import estimator_row
 
 Batch = TypeVar("Batch", Issued, list[Sampled])
@@ -228,7 +228,7 @@ class Campaign:
                 published.record = self._record(update, metrics, published)
                 self.state.pending.append(published.record)
                 self.state.guards, findings = judge(self.config.guards, self.state.guards, published.record)
-                act(findings, self.state.guards.rate_scale, self.config, self._reporter.event)
+                apply_findings(findings, self.state.guards.rate_scale, self.config, self._reporter.event)
                 await self._queues.cut()
                 await self._checkpoints.save_if_due(self.state, self.learner)
                 self._reporter.doing("learner", "idle")
@@ -275,9 +275,9 @@ class Campaign:
         await self._reporter.begin()
 
     async def _for_each(
-        self, get: Callable[[], Awaitable[Batch]], act: Callable[[Batch], Awaitable[None]], role: str
+        self, get: Callable[[], Awaitable[Batch]], handle: Callable[[Batch], Awaitable[None]], role: str
     ) -> None:
-        """Calls `act` with each batch that `get` gives, many at a time; the first error ends all.
+        """Calls `handle` with each batch that `get` gives, many at a time; the first error ends all.
 
         `get` waits for room, which bounds how many there are.
         """
@@ -287,7 +287,7 @@ class Campaign:
             nonlocal under_way
             under_way += len(batch)
             self._reporter.doing(role, f"{under_way} trajectories")
-            await act(batch)
+            await handle(batch)
             under_way -= len(batch)
             self._reporter.doing(role, f"{under_way} trajectories" if under_way else "idle")
 

@@ -28,21 +28,23 @@ class RollBack(Exception):
         self.finding = finding
 
 
-def act(findings: Iterable[Finding], rate_scale: float, config: CampaignConfig, tell: Callable[..., None]) -> None:
+def apply_findings(
+    findings: Iterable[Finding], rate_scale: float, config: CampaignConfig, on_event: Callable[..., None]
+) -> None:
     """Reports the guards' findings of one update. GuardError: a guard ends the campaign. RollBack: a guard undoes updates.
 
-    tell: called with the event's kind and fields. rate_scale: the factor on the learning rate after the findings.
+    on_event: called with the event's kind and fields. rate_scale: the factor on the learning rate after the findings.
     """
     worst = sorted(findings, key=lambda finding: list(GUARD_EVENTS).index(finding.action))
     for finding in worst:
         if finding.action in ("warn", "lower_rate"):
             scaled = {"rate_scale": rate_scale} if finding.action == "lower_rate" else {}
-            tell(GUARD_EVENTS[finding.action], **fields(finding), **scaled)
+            on_event(GUARD_EVENTS[finding.action], **fields(finding), **scaled)
     if worst and worst[-1].action == "roll_back":
         raise RollBack(worst[-1])
     if worst and worst[-1].action == "stop":
         finding = worst[-1]
-        tell(GUARD_EVENTS["stop"], **fields(finding))
+        on_event(GUARD_EVENTS["stop"], **fields(finding))
         checkpoint = last_good(config, finding)
         good = f"{checkpoint} is from before that" if checkpoint else "there is no checkpoint from before that"
         raise GuardError(f"guards.{finding.guard}: update {finding.step}: {finding.reason}; {good}")
@@ -67,7 +69,7 @@ def last_good(config: CampaignConfig, finding: Finding) -> Path | None:
 
 
 def roll_back(
-    config: CampaignConfig, now: CampaignState, finding: Finding, records: RunRecords, tell: Callable[..., None]
+    config: CampaignConfig, now: CampaignState, finding: Finding, records: RunRecords, on_event: Callable[..., None]
 ) -> tuple[CampaignState, Path | None]:
     """Undoes updates on disk; returns the state to continue from and its checkpoint (None: the untrained student).
 
@@ -94,7 +96,7 @@ def roll_back(
         prune(checkpoints, [step for step in checkpoint_steps(checkpoints) if step <= then.step])
     fit_records(config, records, state)
     dropped = now.ledger.trained - state.ledger.trained
-    tell(
+    on_event(
         GUARD_EVENTS["roll_back"],
         **fields(finding),
         to_step=state.step,

@@ -115,10 +115,10 @@ class Trackers:
         """Closes all trackers."""
         self._each(lambda tracker: tracker.close())
 
-    def _each(self, act: Callable[[Tracker], None]) -> None:
+    def _each(self, call: Callable[[Tracker], None]) -> None:
         for tracker in list(self._trackers):
             try:
-                act(tracker)
+                call(tracker)
             except Exception as error:  # a foreign library or server may raise anything
                 self._trackers.remove(tracker)
                 self._on_failure(
