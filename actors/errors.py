@@ -64,7 +64,7 @@ class StoreFullError(CampaignError):
 
 
 class AbortedError(CampaignError):
-    """A rollout actor aborted a request, because it was told to."""
+    """A rollout actor aborted a request, because the campaign asked for it."""
 
 
 class WeightError(ActorFaultError):

@@ -1,4 +1,4 @@
-"""Imports what the configuration names by its import path, `package.module:name`. Standard library only."""
+"""Imports functions and classes by their import path in the configuration, `package.module:name`. Standard library only."""
 
 import importlib
 import os

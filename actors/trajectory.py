@@ -1,6 +1,6 @@
-"""The types that cross processes: requests to a rollout actor, the trajectories that it wrote, a teacher's scores of them.
+"""The types that cross processes: requests to a rollout actor, its trajectories, and a teacher's scores of these.
 
-Flat ragged arrays with offsets, never a Python object for each token. Row i of a ragged field `x` is
+Flat ragged arrays with offsets, never a Python object for each token: Ray sends arrays without pickling their elements. Row i of a ragged field `x` is
 `x[x_offsets[i]:x_offsets[i + 1]]`. Shapes: B trajectories, P prompt tokens in all, N response tokens in all,
 K support size, V vocabulary size.
 """
@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 FINISH_REASONS = ("stop", "length", "abort")
-"""What `Trajectories.finish_reasons` indexes, in vLLM's words."""
+"""The values that `Trajectories.finish_reasons` indexes, in vLLM's words."""
 
 EVALUATION_EPOCH = -1
 """The epoch of trajectories that are sampled for an evaluation and are never trained on."""
@@ -106,16 +106,17 @@ class Trajectories:
     finish_reasons: np.ndarray
     """[B] uint8: index into FINISH_REASONS."""
     support_ids: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.int32))
-    """[N, K] int32: the tokens that the student held most likely when it sampled, for teachers that are asked about
-    these (`student_topk`); [0, 0] where none is."""
+    """[N, K] int32: the student's most likely tokens at sampling time, for teachers with the signal `student_topk`; [0, 0]
+    if there are none."""
     rewards: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
-    """[B] float32, where the responses were given rewards; else [0]."""
+    """[B] float32; [0] if the responses have no rewards."""
     trained: np.ndarray = None  # type: ignore[assignment]
     """[N] bool: whether the student wrote the token, so that it is trained on. The others are context: text that an
-    environment put into the response. Left out: all true."""
+    environment put into the response. Default: all true."""
 
     def __post_init__(self) -> None:
         if self.trained is None:
+            # The only way to set a field of a frozen dataclass; the default depends on another field.
             object.__setattr__(self, "trained", np.ones(len(self.response_tokens), bool))
 
     def __len__(self) -> int:
@@ -173,7 +174,7 @@ def ragged_rows(values: np.ndarray, offsets: np.ndarray, rows: Sequence[int] | n
     """The rows with these numbers of a ragged field ([N, ...], with [B + 1] offsets), one after the other."""
     rows = np.asarray(rows, np.int64)
     lengths = offsets[rows + 1] - offsets[rows]  # not of all rows: a prompt set has millions
-    # Element i of the result is element `within` of its row: its number in the result, less where its row begins there.
+    # `within` is an element's index in its row: its index in the result minus the start of its row in the result.
     within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
     return values[np.repeat(offsets[rows], lengths) + within]
 
@@ -187,8 +188,8 @@ def _rows_of(ids: np.ndarray, batches: Sequence[Trajectories]) -> np.ndarray:
 def select_trajectories(ids: np.ndarray, batches: Sequence[Trajectories]) -> Trajectories:
     """The trajectories with these ids [M, 3], in this order, from batches that hold them and perhaps others.
 
-    A batch that is asked for as it is comes back itself: its arrays are not copied, and may be read-only. KeyError names
-    an id that no batch holds.
+    If `ids` are exactly those of a single batch, that batch is returned: its arrays are not copied, and may be read-only.
+    KeyError names an id that no batch holds.
     """
     if len(batches) == 1 and np.array_equal(ids, batches[0].ids):
         return batches[0]
@@ -231,7 +232,7 @@ class OneTeacher(NamedTuple):
 def scores_by_teacher(ids: np.ndarray, batches: Sequence[TeacherScores]) -> tuple[np.ndarray, dict[str, OneTeacher]]:
     """([B + 1] offsets of the responses with these ids [B, 3], in this order; teacher -> its scores of them).
 
-    Where a teacher has scored an id in several batches, the last one counts. KeyError names an id that nobody has scored.
+    If a teacher has scored an id in several batches, the last one counts. KeyError names an id without a score.
     """
     by_name: dict[str, list[TeacherScores]] = {}
     for batch in batches:
@@ -268,8 +269,8 @@ def scores_by_teacher(ids: np.ndarray, batches: Sequence[TeacherScores]) -> tupl
 def select_scores(ids: np.ndarray, batches: Sequence[TeacherScores]) -> TeacherScores:
     """The scores with these ids [B, 3], in this order, from batches of one kind of signal; hidden states are left out.
 
-    Where several teachers have scored a trajectory, the result is their mixture in probability space,
-    log sum_i w_i q_i; a score that one of them lacks is missing. KeyError names an id that nobody has scored.
+    If several teachers have scored a trajectory, the result is their mixture in probability space, log sum_i w_i q_i; a
+    score that one of them lacks is missing. KeyError names an id without a score.
     """
     offsets, teachers = scores_by_teacher(ids, batches)
     width = min(scores.support_logprobs.shape[1] for scores in teachers.values())  # padded vocabularies may differ

@@ -1,8 +1,8 @@
 """Log-probs over the whole vocabulary from hidden states and a head, a few tokens at a time.
 
-A head turns a hidden state into log-probs. A state takes 2H bytes a token in bfloat16, log-probs take 4V, and the head is
-loaded once: so a teacher can send its whole distribution. The learner keeps pi_old over the vocabulary in the same way.
-Shapes: N tokens of the update, n of a chunk, M tokens that one source knows of, H hidden size, V vocabulary.
+A head turns a hidden state into log-probs. A state takes 2H bytes a token in bfloat16, its log-probs take 4V bytes, and
+the head is loaded once: so a teacher can send its whole distribution. The learner keeps pi_old over the vocabulary in the
+same way. Shapes: N tokens of the update, n of a chunk, M tokens with a state in one source, H hidden size, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -20,10 +20,10 @@ class HiddenStates:
     """The hidden states of one model for some tokens, and its head."""
 
     states_MH: Tensor
-    """In the dtype that the product with the head is taken in."""
+    """In the dtype of the product with the head."""
     head: Head
     places: Tensor
-    """[N] int64: the row of each token in the states; -1 where this model was not asked."""
+    """[N] int64: the row of each token in the states; -1 where this model has no state for the token."""
     log_weights_M: Tensor
     """Log of its share in a mixture."""
     temperature: float = 1.0
@@ -33,7 +33,7 @@ class HiddenStates:
         return replace(self, places=self.places[tokens_n])
 
     def logprobs(self, rows: slice | Tensor) -> Tensor:
-        """[n, V] float32 log q + log share, without gradient; -inf where this model was not asked.
+        """[n, V] float32 log q + log share, without gradient; -inf where this model has no state for the token.
 
         log q = log_softmax((states @ weight.T + bias) / temperature), in nats
         """

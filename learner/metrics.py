@@ -1,7 +1,7 @@
-"""Measures an update while it is taken: the metrics of metrics.jsonl that the learner knows (docs/metrics.md).
+"""Measures an update while it runs: the learner's metrics in metrics.jsonl (docs/metrics.md).
 
-Nothing here needs a pass over [n, V] that training does not make anyway: it collects columns of one number a token, and
-compares the most likely tokens of student and teacher at a few tokens of each chunk.
+The metrics need no pass over [n, V] beyond those of training: they come from columns of one number a token, and from a
+comparison of the student's and the teacher's most likely tokens at a few tokens of each chunk.
 Shapes: N tokens of the update, n of a micro-batch or chunk, B trajectories, K support, V vocabulary.
 """
 
@@ -19,21 +19,21 @@ from learner.objective.policy_gradient import effective_sample_size
 from learner.student.sharding import Ranks
 
 COMPARED = 64
-"""About this many tokens of a chunk, evenly spread, have their most likely tokens compared."""
+"""The most likely tokens are compared at about this many tokens of a chunk, evenly spread: top-k costs a pass over [n, V]."""
 TOP = 8
-"""The overlap is that of this many most likely tokens."""
+"""The overlap compares this many most likely tokens."""
 LOG_RATIO_BIN, LOG_RATIO_BINS = 0.5, 17
 """The histogram of log-ratios: width of a bin in nats, and number of bins, around 0. The outermost are open."""
 AGREEMENT = ("top1_agreement", "top8_overlap", "student_support_mass", "teacher_support_mass")
 
 
 def agreement(logprobs_nV: Tensor, part: Part, rows: slice, *, named_by_student: bool = False) -> Tensor:
-    """[1, 5] sums over some tokens of a chunk: those of AGREEMENT (NaN if not known), and the number of tokens.
+    """[1, 5] sums over some tokens of a chunk: the four of AGREEMENT (NaN if unknown), and the number of tokens.
 
     top1_agreement: student and teacher have the same most likely token. top8_overlap: share of the teacher's 8 most likely
     tokens that are among the student's 8 (arXiv 2604.13016: it rises in a healthy run). The masses: probability that
-    student and teacher give to the tokens of a top-k support. A support that the student chose (`student_topk`) shows the
-    masses only; the sampled token alone shows nothing.
+    student and teacher give to the tokens of a top-k support. A support that the student chose (`student_topk`) gives the
+    masses only. The signal `sampled` gives none of the four.
     """
     count, ids = len(logprobs_nV), part.support_ids
     places = torch.arange(0, count, max(1, count // COMPARED), device=logprobs_nV.device)
@@ -58,7 +58,7 @@ def agreement(logprobs_nV: Tensor, part: Part, rows: slice, *, named_by_student:
 
 
 class UpdateMetrics:
-    """Collects one number a token for each metric, on the device: a copy for each micro-batch would wait for the GPU."""
+    """Collects one number a token for each metric. Stays on the device: a copy to the host would wait for the GPU."""
 
     def __init__(self) -> None:
         self._loss: Tensor | None = None
@@ -95,8 +95,9 @@ class UpdateMetrics:
         log_ratios = (kept["logprobs"] - kept["teacher_logprobs"]).cpu().numpy()
         tails = np.quantile(log_ratios, [0.01, 0.99]) if tokens else [np.nan, np.nan]
         moved = kept["logprobs"] - kept["old_logprobs"]
-        # Only tokens that these very weights sampled: for older ones the difference is training, not numerics.
+        # Only tokens sampled with the current weights: for older ones the difference also contains training.
         engine = (column["logprobs"] - column["behaviour_logprobs"])[column["on_policy"]]
+        # In float64: sums of float32 over millions of tokens would lose digits.
         *agreed, compared = ranks.sum(torch.cat(self._agreement).double().sum(0)).tolist()
         # Means over all tokens, not means of the micro-batches' means: these have different numbers of tokens.
         means = ("reverse_kl", "forward_kl_old", "entropy", "clip_fraction")
@@ -111,13 +112,14 @@ class UpdateMetrics:
             "ratio_max": moved.max().exp().item() if tokens else 0.0,
             "importance_ess": effective_sample_size(moved, torch.ones_like(moved, dtype=torch.bool)).item(),
             "engine_logprob_abs_diff": _mean(engine.abs(), nothing=float("nan")),
+            # v == v is false for NaN: metrics that are unknown are left out.
             **{name: v / compared for name, v in zip(AGREEMENT, agreed, strict=True) if compared and v == v},
             **_by_group(kept["trajectory"], kept["reverse_kl"], groups),
         }
 
 
 def log_ratio_histogram(log_ratio_N: np.ndarray) -> list[int]:
-    """[LOG_RATIO_BINS] tokens whose log pi - log q, in nats, is nearest to 0.5 (i - 8)."""
+    """[LOG_RATIO_BINS] counts: entry i counts the tokens whose log pi - log q, in nats, is nearest to 0.5 (i - 8)."""
     last = LOG_RATIO_BINS // 2
     places = np.clip(np.rint(log_ratio_N / LOG_RATIO_BIN), -last, last).astype(np.int64) + last
     return np.bincount(places, minlength=LOG_RATIO_BINS).tolist()
@@ -187,7 +189,7 @@ def repetition(tokens_N: np.ndarray, lengths_B: np.ndarray, n: int = 4) -> float
     starts = np.flatnonzero(row_N[: len(row_N) - n + 1] == row_N[n - 1 :]) if len(row_N) >= n else np.zeros(0, np.int64)
     if not len(starts):
         return 0.0
-    # Sorted by response and n-gram, equal n-grams are neighbours: each first one is a distinct one.
+    # After sorting by response and n-gram, equal n-grams are neighbours, and each first one counts as distinct.
     keys = [tokens_N[starts + place] for place in range(n)] + [row_N[starts]]
     order = np.lexsort(keys)
     new = np.ones(len(order), bool)

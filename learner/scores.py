@@ -1,7 +1,7 @@
-"""Merges the scores that reach this rank, of several batches, teachers and ranks, into one row for each token.
+"""Merges the scores of several batches, teachers and ranks into one row for each token.
 
-What is one number a token ([N]) every rank gets of all tokens, since weights and coefficients depend on the whole update.
-What is wider ([n, K], hidden states) stays on the rank that trains on the token.
+Every rank gets the fields with one number a token ([N]) for all tokens, since weights and coefficients depend on the
+whole update. Wider fields ([n, K], hidden states) stay on the rank that trains on the token.
 Shapes: B trajectories and N response tokens of the update; M, n the trajectories and response tokens of this rank (all of
 them with one rank); K support, V vocabulary, H hidden size.
 """
@@ -20,12 +20,12 @@ from learner.hidden_states import Head, HiddenStates
 from learner.student.sharding import Ranks
 
 SHARES_TOLERANCE = 1e-3
-"""How far from 1 the shares of a trajectory's teachers may add up to."""
+"""Tolerance for the sum of a trajectory's shares, which is 1: the shares are logs in float32."""
 
 
 @dataclass(frozen=True, slots=True)
 class MergedScores:
-    """What the teachers say of an update's tokens, in its order: "the teacher" is the mixture of all but the reference."""
+    """The scores of an update's tokens, in its order. "The teacher" is the mixture of all teachers but the reference."""
 
     logprobs: np.ndarray
     """[N] float32: log q of the sampled token, nats; 0 where missing."""
@@ -55,7 +55,7 @@ def merge_scores(
 ) -> MergedScores:
     """The scores of the tokens of `written`, for this rank; the arguments are those of `collate`.
 
-    CampaignError: scores of a trajectory of this rank are missing. Every rank has to call this, as it sums over ranks.
+    CampaignError: scores of a trajectory of this rank are missing. A collective: all ranks must call it.
     """
     ids, this_rank_N = written.ids[this_rank_B], np.repeat(this_rank_B, written.lengths)
     by_reference = [batch for batch in batches if batch.teacher == reference_teacher]
@@ -83,7 +83,7 @@ def merge_scores(
 
 
 def _scores_of(ids: np.ndarray, batches: Sequence[TeacherScores]) -> TeacherScores:
-    """The scores of the trajectories with these ids [M, 3]; without columns where this rank was given nothing."""
+    """The scores of the trajectories with these ids [M, 3]; without columns if this rank trains on no trajectory."""
     if not len(ids) and not batches:
         nothing = np.zeros((0, 0), np.float32)
         return TeacherScores(
@@ -99,7 +99,7 @@ def _scores_of(ids: np.ndarray, batches: Sequence[TeacherScores]) -> TeacherScor
 
 
 def _check_shares(ids: np.ndarray, batches: Sequence[TeacherScores]) -> None:
-    """CampaignError names a trajectory that lacks the scores of a teacher: the shares of those it has are not 1."""
+    """CampaignError names a trajectory that lacks the scores of a teacher: its shares do not add up to 1."""
     shares = {tuple(row): 0.0 for row in ids.tolist()}
     # By teacher and trajectory: a teacher may have scored one twice, and its share counts once.
     last = {
@@ -119,16 +119,16 @@ def _check_shares(ids: np.ndarray, batches: Sequence[TeacherScores]) -> None:
 def _same_widths(
     teacher: TeacherScores, reference: TeacherScores | None, ranks: Ranks, device: str
 ) -> tuple[TeacherScores, TeacherScores | None]:
-    """The scores, with the number of columns that one rank with all scores would have.
+    """The scores, cut or filled to the same number of columns on all ranks.
 
-    Vocabularies of teachers may be padded to different sizes, and a rank without trajectories has no scores at all, but
-    computes alongside the others.
+    Vocabularies of teachers may be padded to different sizes. A rank without trajectories has no scores, but must run the
+    same operations as the others.
     """
     if ranks.size == 1:
         return teacher, reference
     unknown = np.iinfo(np.int32).max
-    # One collective for the widest top-k support and the narrowest vocabularies: a smallest value is minus the largest of
-    # the negatives. A rank that has no scores does not narrow anything.
+    # One collective for the widest top-k support and the narrowest vocabularies: min(x) = -max(-x). A rank without scores
+    # passes the largest number, which no minimum chooses.
     widths = [scores.support_logprobs.shape[1] if scores else 0 for scores in (teacher, reference)]
     found = torch.tensor([teacher.support_ids.shape[1], *(-(width or unknown) for width in widths)], device=device)
     support, *narrowest = ranks.max(found).tolist()
@@ -158,7 +158,7 @@ def _of_all_ranks(
 
     A token is missing if its own score, or a part of its support, is not finite, at either teacher.
     """
-    # A token is with one rank, and 0 on all others: the sum is a copy, without rounding.
+    # Only one rank has a value for a token, all others have 0: the sum copies it, without rounding.
     columns = np.zeros((3, len(this_rank_N)), np.float32)
     for row, scores in enumerate((teacher, reference)):
         if scores is not None:
@@ -177,11 +177,10 @@ def _hidden_states(
     ranks: Ranks,
     device: str,
 ) -> list[HiddenStates]:
-    """The hidden states of the teachers with these heads, for the trajectories with these ids [M, 3], whose tokens are
-    those of the update's N where this_rank_N [N] is true.
+    """The hidden states of the teachers with these heads, for the trajectories with these ids [M, 3].
 
-    Of several ranks each has an entry for every head, also for a teacher that scored none of its trajectories: all ranks
-    have to run the same operations.
+    this_rank_N: [N] bool, the tokens of these trajectories among the update's. With several ranks each rank has an entry
+    for every head, also for a teacher that scored none of its trajectories: all ranks must run the same operations.
     """
     _, teachers = scores_by_teacher(ids, batches) if len(ids) and heads else ([], {})
     out = []

@@ -1,8 +1,8 @@
 """Finds and loads Hugging Face models; every fault in their files becomes a UserError of one line.
 
-A hub name is resolved to a local directory first. torch and transformers are imported only inside the functions that
-need them. `key` is always the configuration key that names the model, for example "student.model". Shapes: V vocabulary
-size of the model, H hidden size.
+A hub name is resolved to a local directory first. torch and transformers, which take seconds to import, are imported
+only inside the functions that need them. `key` is always the configuration key that names the model, for example
+"student.model". Shapes: V vocabulary size of the model, H hidden size.
 """
 
 from __future__ import annotations
@@ -99,7 +99,8 @@ def load_model(
 
         split = {"distributed_config": DistributedConfig(tp_plan="auto", tp_size=ranks)}
     try:
-        logging.set_verbosity_error()  # it would print a table of the faults that are reported below in one line
+        # transformers would print a table of the faults that are reported below in one line.
+        logging.set_verbosity_error()
         with as_user_error(key, path, "a causal language model with sdpa attention"):
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 path,
@@ -108,7 +109,7 @@ def load_model(
                 attn_implementation="sdpa",
                 use_safetensors=True,
                 trust_remote_code=trust_remote_code,
-                ignore_mismatched_sizes=True,
+                ignore_mismatched_sizes=True,  # shapes that differ are then in the report, and refused below
                 output_loading_info=True,
                 **split,
             )
@@ -143,13 +144,13 @@ def load_head(
     path = find_model(model, key, code=trust_remote_code)
     config = load_config(str(path), trust_remote_code, key)
     check_weights(path, key)
+    # On the device "meta" a model has names and shapes, and no memory.
     with torch.device("meta"), as_user_error(key, path, "a causal language model"):
         network: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
         network.tie_weights()
     head = network.get_output_embeddings()
-    named = list(
-        network.named_parameters(remove_duplicate=False)
-    )  # the files hold a tied weight under only one of its names
+    # With duplicates: the files hold a tied weight under only one of its names.
+    named = list(network.named_parameters(remove_duplicate=False))
 
     def read(wanted: torch.Tensor) -> torch.Tensor:
         names = [name for name, parameter in named if parameter is wanted]
@@ -178,7 +179,7 @@ def check_weights(model_dir: Path | str, key: str) -> None:
         if not (path / name).is_file():
             raise UserError(key, f"{path} without {name}", "every file that model.safetensors.index.json names")
         with as_user_error(key, path / name, "a whole safetensors file"), safe_open(path / name, "numpy"):
-            pass
+            pass  # opening compares the file's size with its header
 
 
 def context_length(config: PreTrainedConfig) -> int:
@@ -193,10 +194,10 @@ def context_length(config: PreTrainedConfig) -> int:
 def response_head(model: PreTrainedModel, key: str) -> tuple[torch.nn.Module, torch.Tensor, torch.Tensor | None]:
     """(body, weight [V, H], bias [V] or None) with logits = body(input_ids).last_hidden_state @ weight.T + bias.
 
-    `chunked_head` computes the logits from these three, so the architecture must do nothing else to them. To verify
-    that, the model runs once on four tokens while a hook replaces the head's output by known numbers. The head's input
-    must equal the body's output, and the model's logits those numbers, exactly: a soft cap or a scale changes them
-    however small it is. UserError: the architecture does more, or the weights are not finite.
+    `chunked_head` computes the logits from these three, so the architecture must not change them in another way. To
+    verify this, the model runs once on four tokens while a hook replaces the head's output by known numbers. The head's
+    input must equal the body's output, and the model's logits must equal the known numbers, exactly: a scale or a soft
+    cap changes them. UserError: the architecture does more, or the weights are not finite.
     """
     import torch
 
@@ -208,6 +209,7 @@ def response_head(model: PreTrainedModel, key: str) -> tuple[torch.nn.Module, to
 
     def replace_logits(_module: Any, arguments: Any, output: torch.Tensor) -> torch.Tensor:
         seen["input"] = arguments[0]
+        # Not the real output: logits of an untrained model are so close to 0 that a soft cap would round to nothing.
         seen["output"] = (
             torch.linspace(-200, 200, output.numel(), device=output.device).to(output.dtype).view_as(output)
         )
@@ -238,18 +240,19 @@ def response_head(model: PreTrainedModel, key: str) -> tuple[torch.nn.Module, to
 
 @contextmanager
 def as_user_error(key: str, what: object, expected: str) -> Iterator[None]:
-    """Turns any exception that a library raises while it reads `what` into a UserError on `key`."""
+    """Turns any exception that a library raises in this context into a UserError: `key`: found `what`, expected ..."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:
+        # Two lines: libraries put the cause first, and then pages of advice.
         reason = " ".join(str(error).strip().splitlines()[:2])[:200]
         raise UserError(key, f"{what} ({type(error).__name__}: {reason})", expected) from error
 
 
 def expected_tensors(model: str, trust_remote_code: bool, key: str) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of the parameters that config.json describes, tied ones once. Reads no weights."""
+    """Name -> shape of the parameters that config.json describes; tied parameters once. Reads no weights."""
     import torch
     from transformers import AutoModelForCausalLM
 

@@ -1,7 +1,7 @@
-"""Prompts are read, rendered and tokenised once, and then issued in a seeded order.
+"""Reads, renders and tokenises the prompts once, and issues them in a seeded order.
 
-The k-th prompt that a campaign issues is a pure function of k and the seed, so a checkpoint needs only the cursor k.
-Order and seeds are made from hashes and raw generator streams, which are the same in every release of the libraries.
+The k-th prompt that a campaign issues is a pure function of k and the seed, so a checkpoint stores only the cursor k.
+Order and seeds come from hashes and raw generator streams, which are the same in every release of the libraries.
 
 Shapes: M prompts, P prompt tokens in all, B requests.
 """
@@ -63,7 +63,7 @@ class PromptSet:
         return self.tokens[self.offsets[prompt] : self.offsets[prompt + 1]]
 
     def lengths_of(self, prompts: np.ndarray) -> np.ndarray:
-        """Numbers of prompts [B] -> their lengths [B]. Takes no time for other prompts; a set may hold millions."""
+        """Numbers of prompts [B] -> their lengths [B]. Costs nothing for the other prompts; a set may hold millions."""
         return self.offsets[prompts + 1] - self.offsets[prompts]
 
 
@@ -76,10 +76,10 @@ def load_prompts(
 ) -> PromptSet:
     """Reads, renders and tokenises every prompt of the file or dataset that `config` names.
 
-    max_prompt_tokens: the context length minus the room for a response. key: where the configuration stands, for
-    example "prompts" or "evaluation.prompts". template: replaces the prompt's text by what a teacher with privileged
-    information reads, with `{field}` for fields of the record. UserError: a file that is missing, empty or broken; or
-    the first record with a missing field, a wrong type or a prompt that is too long, with its line counted from 1.
+    max_prompt_tokens: the context length minus the room for a response. key: the section's configuration key, for
+    example "prompts" or "evaluation.prompts". template: the text that a teacher with privileged information reads in
+    place of the prompt, with `{field}` for fields of the record. UserError: the file is missing, empty or broken; or a
+    record lacks a field, has a wrong type or too long a prompt. It names the first such record, counted from 1.
     """
     if config.chat and not tokenizer.chat_template:
         raise UserError(f"{key}.chat", "true, and a tokenizer without a chat template", "a chat template, or false")
@@ -99,11 +99,12 @@ def load_prompts(
             references.append(_text_field(record, config.reference_field, where, f"{key}.reference_field"))
             domains.append(_text_field(record, config.domain_field, where, f"{key}.domain_field"))
             numbers.append(number)
-        # A chat template writes its own special tokens; around a plain text the tokenizer puts them.
+        # A chat template writes the special tokens itself. The tokenizer adds them to a plain text only.
         rows = tokenizer(
             texts[-len(batch) :], add_special_tokens=not config.chat, return_attention_mask=False, verbose=False
         )["input_ids"]
         lengths += map(len, rows)
+        # Arrays, batch by batch: lists of Python integers take ten times the memory, and a set may hold millions of prompts.
         tokens.append(np.fromiter(chain.from_iterable(rows), np.int32))
     if not texts:
         raise UserError(config.path, "no records", "at least one prompt")
@@ -134,7 +135,7 @@ def prompt_order(seed: int, epoch: int, count: int, shuffle: bool) -> np.ndarray
         # NumPy guarantees the raw stream of a bit generator for all releases, but not that of `permutation`.
         keys = np.random.Philox(key=_hash(f"order/{seed}/{epoch}")).random_raw(count)
         order = np.argsort(keys, kind="stable")
-    order.flags.writeable = False
+    order.flags.writeable = False  # all callers share the cached array
     return order
 
 
@@ -163,6 +164,7 @@ def requests(prompt_set: PromptSet, ids: np.ndarray, campaign_seed: int, *, judg
 
 
 def _hash(text: str) -> int:
+    # Not Python's `hash`, which differs between processes.
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
@@ -188,6 +190,7 @@ def _jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 continue
             where, expected = f"{path}, line {number}", "a JSON object on each line"
             try:
+                # A byte-order mark can only be at the start of the file; some editors write one.
                 record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
             except (ValueError, RecursionError) as error:
                 raise UserError(where, f"{line.strip()[:60]!r} ({error})", expected) from error
@@ -225,7 +228,8 @@ def _dataset(path: Path, config: PromptsConfig, key: str, template: str | None) 
     if path.is_dir():
         name, subset = str(path), ""
     elif not is_offline_mode():
-        HfApi().repo_info(name, repo_type="dataset")  # fails at once; load_dataset would try for half a minute
+        # Fails at once if the hub does not answer; load_dataset would retry for half a minute.
+        HfApi().repo_info(name, repo_type="dataset")
     datasets.disable_progress_bars()
     found = datasets.load_dataset(name, subset or None, split=config.split)
     yield from (
@@ -291,6 +295,7 @@ def _render(
             text = tokenizer.apply_chat_template(
                 messages, **{"add_generation_prompt": True, **config.chat_template_arguments, "tokenize": False}
             )
+    # JSON may hold half a surrogate pair, which tokenizers refuse with an error that names no record.
     with as_user_error(where, "a prompt that is not Unicode text", "no lone surrogates"):
         text.encode()
     return text

@@ -57,6 +57,7 @@ def template_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     messages = [{"role": role, "content": "…"} for role in ("user", "assistant")]
     written = tokenizer.apply_chat_template(messages, tokenize=False)
     opened = tokenizer.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True)
+    # The tokens of the content itself are subtracted: they are not the template's.
     content, *around = tokenizer(["…", written, opened], add_special_tokens=False)["input_ids"]
     added = set(tokenizer.get_added_vocab().values()) - set(content)
     return sorted({token for row in around for token in row} & added)
@@ -98,7 +99,7 @@ def check_tokenizers_agree(
 
 
 def template_difference(student_tok: PreTrainedTokenizerBase, teacher_tok: PreTrainedTokenizerBase) -> str | None:
-    """A remark if the teacher's own chat template differs. It is no error: the teacher reads the student's prompts."""
+    """A remark if the teacher's chat template differs. Not an error: the teacher reads the student's rendered prompts."""
     if not student_tok.chat_template or not teacher_tok.chat_template:
         return None
     ours, theirs = (

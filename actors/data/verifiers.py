@@ -143,7 +143,7 @@ def _user_function(name: str, key: str) -> Verifier:
     function = import_object(name, f"{key}.name", "a function")
     try:
         signature = inspect.signature(function)
-    except ValueError:  # some functions written in C do not tell; the first call does
+    except ValueError:  # some functions written in C have no signature; a wrong one then fails in the first call
         signature = None
     if signature is not None:
         try:

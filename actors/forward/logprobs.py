@@ -1,8 +1,8 @@
 """Log-probs from hidden states: the one implementation, which teachers and the learner share.
 
-The output layer is applied to a chunk of tokens at a time, and each chunk's log-probs [n, V] are reduced to what is
-needed of them before the next chunk. The [N, V] array of a batch never exists: with V = 150,000, 4,096 tokens would
-need 2.5 GB for each of several copies. The backward pass computes each chunk's log-probs again.
+The output layer is applied to one chunk of tokens at a time, and a callback reduces the chunk's log-probs [n, V] to a few
+numbers a token before the next chunk. The [N, V] array of a batch never exists: with V = 150,000, 4,096 tokens would need
+2.5 GB for each of several copies. The backward pass computes each chunk's log-probs again.
 
 Shapes: N tokens, n tokens of a chunk, H hidden size, V vocabulary.
 """
@@ -39,7 +39,9 @@ def chunked_head(
     of the weight is summed over the chunks in the weight's dtype.
     """
     device = hidden_NH.device.type
+    # The backward pass runs outside the caller's autocast. So autocast is off, and both passes cast to this dtype themselves.
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_NH.dtype
+    # Without tokens there is one empty chunk, so that the outputs still have their columns and dtypes.
     chunks = [slice(start, start + chunk_tokens) for start in range(0, max(len(hidden_NH), 1), chunk_tokens)]
     with torch.autocast(device, enabled=False):
         return _ChunkedHead.apply(hidden_NH, weight_VH, bias_V, reduce, measure, chunks, temperature, dtype)
@@ -65,8 +67,11 @@ class _ChunkedHead(torch.autograd.Function):
         dtype: torch.dtype,
     ) -> tuple[torch.Tensor, ...]:
         ctx.save_for_backward(hidden_NH, weight_VH, bias_V)
+        # Not the casts: they would hold a second copy of the weight until the backward pass.
         ctx.how = reduce, chunks, temperature, dtype
-        ctx.set_materialize_grads(False)
+        ctx.set_materialize_grads(
+            False
+        )  # an output that the loss does not use has the gradient None, not [N, ...] zeros
         weight, bias = weight_VH.to(dtype), None if bias_V is None else bias_V.to(dtype)
         parts = []
         for chunk in chunks:
@@ -120,6 +125,7 @@ def _grad_of_logits(
     With g the gradient at the log-probs l, and since dl_j / dz_i = [i = j] - softmax(z)_i, it is
     g - softmax(z) * sum(g). grads: the gradients [N, ...] at the outputs; those of `reduce` come first.
     """
+    # Autograd differentiates `reduce` alone. The softmax is done by hand, in place, to save two arrays of [n, V].
     leaf = logprobs_nV.detach().requires_grad_()
     with torch.enable_grad():
         columns = reduce(leaf, chunk)
@@ -131,7 +137,7 @@ def _grad_of_logits(
 
 
 def to_array(tensor: torch.Tensor) -> np.ndarray:
-    """The tensor as a numpy array, without loss: bfloat16, which numpy does not have, as its bits in uint16."""
+    """The tensor as a numpy array, without loss. numpy has no bfloat16: its bits become uint16."""
     tensor = tensor.detach().cpu()
     return tensor.view(torch.int16).numpy().view(np.uint16) if tensor.dtype == torch.bfloat16 else tensor.numpy()
 
@@ -144,7 +150,7 @@ def from_array(array: np.ndarray) -> torch.Tensor:
 
 
 def token_logprobs(logprobs_nV: torch.Tensor, tokens_n: torch.Tensor) -> torch.Tensor:
-    """Log-probs of the given tokens: [n, V], [n] -> [n]."""
+    """Log-prob of one token in each row: log-probs [n, V], token ids [n] -> [n]."""
     return logprobs_nV.gather(-1, tokens_n[:, None]).squeeze(-1)
 
 

@@ -1,10 +1,9 @@
-"""Packing: trajectories lie end to end in one row of tokens, nothing is padded, and each token sees its own sequence
-only.
+"""Packs trajectories end to end into rows of tokens, without padding; each token attends to its own sequence only.
 
-`microbatches` cuts trajectories into rows of at most a number of tokens. `use_packed_attention` changes how a model's
-layers attend, and `hidden_states` runs the model on such a row. On GPUs one kernel takes all sequences of a row
-(torch's variable-length flash attention). Elsewhere neighbours of equal length are computed as a batch. Either way the
-cost is that of the sequences, never of the row squared.
+`microbatches` groups trajectories into rows of at most a number of tokens. `use_packed_attention` replaces the attention
+of a model's layers, and `hidden_states` runs the model on such a row. On GPUs one kernel computes all sequences of a row
+(torch's variable-length flash attention). Elsewhere neighbours of equal length are computed as a batch. In both cases
+attention costs the sum of the squared lengths, not the square of the row's length.
 
 Shapes: B trajectories, N response tokens in all; b sequences of T tokens together, and n response tokens, in one
 micro-batch; h heads of size d; s neighbours of equal length L.
@@ -125,23 +124,24 @@ class Packing:
 
 @torch.no_grad()
 def use_packed_attention(model: PreTrainedModel) -> bool:
-    """Makes the model's layers attend within packed sequences. Returns False, and changes nothing, where they cannot.
+    """Makes the model's layers attend within packed sequences. Returns False, and changes nothing, if they cannot.
 
-    A row must give the hidden states that its sequences give alone. That fails for layers that carry a state from token
-    to token (linear attention, state spaces, convolutions), and for models whose attention cannot be replaced. Layers
-    that declare such a kind are refused by name; the rest is found by comparing a row of two sequences with the second
-    one alone. A caller that gets False gives each sequence a pass of its own.
+    The hidden states of a packed row must equal those of its sequences computed alone. This fails for layers that carry
+    a state from token to token (linear attention, state spaces, convolutions), and for models whose attention cannot be
+    replaced. Layers that declare such a kind are refused by name. Others are found by a test: a row of two sequences is
+    compared with its second sequence alone. After False the caller runs each sequence in its own pass.
     """
     if not set(getattr(model.config.get_text_config(), "layer_types", None) or ()) <= KNOWN_LAYERS:
         return False
     AttentionInterface.register(NAME, _attend)
     AttentionMaskInterface.register(NAME, _mask)
+    # transformers has a public setter for the attention, but only this private name tells which one is set.
     before = model.config._attn_implementation
     device = str(model.get_input_embeddings().weight.device)
     tokens = np.arange(7) % model.config.get_text_config().vocab_size
     alone = hidden_states(model.base_model, tokens[4:], np.array([3]), device)
     model.set_attn_implementation(NAME)
-    if model.config._attn_implementation == NAME:
+    if model.config._attn_implementation == NAME:  # set_attn_implementation only warns if a model does not support it
         together = hidden_states(model.base_model, tokens, np.array([4, 3]), device)[4:]
         # Half precision differs by rounding, a state that leaks from the first sequence by much more.
         if (together - alone).abs().max() <= 0.05 * alone.abs().max():
@@ -151,7 +151,7 @@ def use_packed_attention(model: PreTrainedModel) -> bool:
 
 
 def attend_uncompiled() -> None:
-    """Keeps `_attend` out of what torch.compile compiles: it would compile again for every new set of lengths."""
+    """Excludes `_attend` from torch.compile, which would compile it again for every new set of lengths."""
     AttentionInterface.register(NAME, torch.compiler.disable(_attend))
 
 
@@ -160,6 +160,7 @@ def hidden_states(body: torch.nn.Module, tokens: np.ndarray, lengths: np.ndarray
 
     Several sequences in a row need a model for which `use_packed_attention` returned True.
     """
+    # A single sequence takes transformers' usual path, which every model supports.
     packed: dict[str, Any] = {}
     if len(lengths) > 1:
         starts = np.cumsum(lengths) - lengths
@@ -172,7 +173,7 @@ def hidden_states(body: torch.nn.Module, tokens: np.ndarray, lengths: np.ndarray
 
 
 def _mask(*, attention_mask: torch.Tensor | None = None, **options: Any) -> torch.Tensor | None:
-    """No mask for packed rows, whose limits are in the packing; transformers' own for padded prompts (generation)."""
+    """No mask for packed rows, since the packing has their limits; transformers' mask for padded prompts (generation)."""
     return None if attention_mask is None else sdpa_mask(attention_mask=attention_mask, **options)
 
 
@@ -193,6 +194,7 @@ def _attend(
     if packing is None or options.get("position_bias") is not None:
         return _attend_batch(module, query, key, value, attention_mask, **options), None
     if query.is_cuda:
+        # The kernel takes half precision only. Under autocast query and key may still be float32 after the rotary embedding.
         kind = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else query.dtype
         if kind != torch.float32 and query.shape[-1] <= FLASH_HEAD and not options.get("dropout"):
             return _attend_flash(query.to(kind), key.to(kind), value.to(kind), packing, **options), None

@@ -98,6 +98,7 @@ class RolloutActor(BatchedCalls):
         self._reported_seconds += busy_seconds
         counts = RolloutCounts(
             trajectories.lengths,
+            # reduceat needs segments that are not empty: every response has at least one token.
             np.minimum.reduceat(trajectories.policy_versions, trajectories.response_offsets[:-1]),
             trajectories.finish_reasons == FINISH_REASONS.index("length"),
             busy_seconds,
@@ -105,7 +106,7 @@ class RolloutActor(BatchedCalls):
         return counts, trajectories
 
     async def prefetch(self, bucket: np.ndarray) -> None:
-        """Does nothing. To pass the argument, Ray has pulled the bucket to this node, before `load_weights` needs it."""
+        """Does nothing: passing the argument makes Ray pull the bucket to this node before `load_weights` needs it."""
 
     async def load_weights(self, *published: np.ndarray | WeightVersion | DeltaVersion) -> float:
         """Verifies and loads a weight version, dense or as a delta. Returns the seconds without sampling.
@@ -122,9 +123,9 @@ class RolloutActor(BatchedCalls):
         return stood_still or 0.0
 
     async def abort(self, ids: np.ndarray | None = None) -> None:
-        """Gives up the requests with these ids [B, 3], or all of them. Their calls end with AbortedError."""
+        """Aborts the requests with these ids [B, 3], or all of them. Their calls end with AbortedError."""
         await asyncio.wrap_future(self._engine.abort(ids))
-        if ids is None:
+        if ids is None:  # the campaign starts again: nobody will collect the answers of the one before
             self.discard()
 
     async def status(self) -> dict[str, float | int | None]:

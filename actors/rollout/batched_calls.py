@@ -3,8 +3,8 @@
     submit    the requests of a client, each with a number that the client chose; returns at once
     collect   all answers that are ready for this client, by number; waits until there is one
 
-A call to a Ray actor costs the campaign process 0.2 to 0.3 ms of processor time, about as much as everything else that it
-does for a trajectory. The other half, in the campaign process, is cluster/fleet/ray_batched_calls.py.
+A call to a Ray actor costs the campaign process 0.2 to 0.3 ms of processor time, about as much as all its other work for
+a trajectory. The campaign process's half is cluster/fleet/ray_batched_calls.py.
 """
 
 import asyncio
@@ -21,7 +21,7 @@ Answer = RolloutCounts | Exception
 
 
 class _Client:
-    """The answers that are ready for one client, in the order in which they were finished."""
+    """The answers that are ready for one client, in the order of completion."""
 
     def __init__(self) -> None:
         self._ready: list[tuple[int, Answer, Trajectories | None]] = []
@@ -64,7 +64,7 @@ class BatchedCalls:
         """Starts to generate for each of these requests; their answers wait for `client` to collect them."""
         for number, requests in numbered:
             task = asyncio.create_task(self._answer(self._clients[client], number, requests))
-            self._running.add(task)
+            self._running.add(task)  # asyncio itself holds only a weak reference to a task
             task.add_done_callback(self._running.discard)
 
     async def collect(self, client: str, again: bool) -> tuple[list[tuple[int, Answer]], Trajectories | None]:
@@ -75,7 +75,7 @@ class BatchedCalls:
         return await self._clients[client].collect(again)
 
     def discard(self) -> None:
-        """Cancels what is being generated and drops all answers: their clients are gone."""
+        """Cancels all running requests and drops all answers: their clients are gone."""
         for task in self._running:
             task.cancel()
         for client in self._clients.values():
@@ -86,7 +86,7 @@ class BatchedCalls:
             client.add(number, *await self.generate(requests))
         except (UserError, CampaignError) as error:
             client.add(number, error, None)
-        except Exception as error:  # the client gets what a call of its own would have raised
+        except Exception as error:  # the client gets the error that a separate Ray call would have raised
             traceback.print_exc()
             client.add(number, ActorFaultError(f"generate failed: {type(error).__name__}: {error}"), None)
 

@@ -25,7 +25,7 @@ ATTRIBUTES = ("version", "seats", "busy_seconds", "tokens_sampled")
 
 
 class Engine(Protocol):
-    """Samples trajectories with the weights that it was given last.
+    """Samples trajectories with the weights that were loaded last.
 
     Threads: the rollout actor calls the methods from its event loop's thread and from helper threads, so calls may
     overlap. `generate`, `load_weights` and `abort` must return at once, with a `concurrent.futures.Future`; an engine
@@ -70,7 +70,7 @@ class Engine(Protocol):
         stop_token_ids: tokens that end a response, in addition to `sampling.stop_token_ids`.
         support_size: K, how many of the most likely tokens `generate` records at each position; 0 for most teachers.
         seed: the campaign's seed. Each request has a seed of its own.
-        adapter: versions hold only LoRA matrices, of this kind, for the model whose weights are those of its files.
+        adapter: if set, versions hold only the matrices of this LoRA adapter, and the model's weights come from its files.
         UserError: an option that the engine does not know or does not support.
         """
 
@@ -80,10 +80,10 @@ class Engine(Protocol):
         A response ends with a stop token, which is part of it (finish reason "stop"), or after
         `sampling.max_response_tokens` tokens ("length"). greedy: take the most likely token, for evaluations.
 
-        Each token is recorded with its log-prob under the distribution that it was drawn from, i.e. after temperature,
-        top-k and top-p: log pi_old(y_t | c_t). The learner divides by these probabilities, so they have to be exact to
-        rounding; and with the version of the weights that computed it. A request's sample depends on its seed, not on
-        the other requests of the call. `trajectories_of` puts responses together.
+        Each token is recorded with the version of the weights that computed it, and with its log-prob under the
+        distribution that it was drawn from, i.e. after temperature, top-k and top-p: log pi_old(y_t | c_t). The learner
+        divides by these probabilities, so they have to be exact up to rounding. A request's sample depends on its seed,
+        not on the other requests of the call. `trajectories_of` collates responses.
 
         Errors of the future: AbortedError after `abort`; WeightError before the first `load_weights`; EngineError.
         """
@@ -102,14 +102,14 @@ class Engine(Protocol):
         """
 
     def abort(self, ids: np.ndarray | None = None) -> Future:
-        """Gives up the requests with these ids [B, 3], or all. Their calls end with AbortedError. Result: None.
+        """Aborts the requests with these ids [B, 3], or all. Their calls end with AbortedError. Result: None.
 
-        The campaign aborts responses that would be too stale to train on, and everything before it begins anew. An
-        engine that cannot abort may return a future that is done: the responses are then discarded later.
+        The campaign aborts responses that would be too stale to train on, and all requests before it starts again. An
+        engine that cannot abort may return a completed future: the responses are then discarded later.
         """
 
     def close(self) -> None:
-        """Ends the engine's threads and frees its memory. What is still being generated is lost."""
+        """Ends the engine's threads and frees its memory. Running requests are lost."""
 
 
 class Response(NamedTuple):
@@ -128,7 +128,7 @@ class Response(NamedTuple):
 
 
 def trajectories_of(requests: Requests, responses: Sequence[Response]) -> Trajectories:
-    """Puts the responses to B requests together, in the order of the requests: one flat array for each field, [N]."""
+    """Collates the responses to B requests, in the order of the requests: one flat array for each field, [N]."""
     tokens = [np.asarray(one.tokens, np.int32) for one in responses]
     supports = [one.support_ids for one in responses if one.support_ids is not None]
     offsets = offsets_of(map(len, tokens))

@@ -1,8 +1,10 @@
 """The vLLM engine: an `Engine` that drives vLLM from one thread.
 
-Everything that touches vLLM is a command, which that thread runs between two of vLLM's steps. So the requests of one
-call enter together, and weights change only between steps: no step computes with a mixture of versions. With one GPU
-(or none) vLLM runs in this process and reads the weights in place.
+vLLM's engine is not thread-safe. So every call into it is a command, which that thread runs between two engine steps.
+All requests of one `generate` therefore enter in the same step, and weights change only between steps: no step computes
+with a mixture of versions. With one GPU (or none) vLLM runs in this process and reads the weights in place.
+
+Why not AsyncLLM: it always starts a second process, which costs 5 to 13 s and a copy of the weights in each update.
 """
 
 import itertools
@@ -37,8 +39,8 @@ class _Command(NamedTuple):
     future: Future
     """Gets the result or the error of `do`."""
     turn: Literal["next", "idle", "any"]
-    """next: first in, first out. idle: the same, but only once no request is running. any: as `next`, and it may overtake
-    a waiting `idle` command (an abort must not wait for what it aborts)."""
+    """next: first in, first out. idle: the same, but it waits until no request is running. any: as `next`, but it may
+    overtake a waiting `idle` command: an abort must not wait for the requests that it aborts."""
 
 
 class _Call:
@@ -92,10 +94,12 @@ class VllmEngine:
         self._tensor_parallel = config.tensor_parallel_size > 1
         self._wait_for_running, self._recompute_kv = config.on_new_weights == "wait", config.recompute_kv
         self._stop_token_ids = sorted({*stop_token_ids, *sampling.stop_token_ids})
+        # Before vLLM starts, which takes seconds: a fault in the model's files is then found at once.
         self._tensors = expected_tensors(model, trust_remote_code, "student.model")
         self._failure: BaseException | None = None
         self._waiting: dict[str, tuple[_Call, int]] = {}
         self._commands: queue.Queue[_Command | None] = queue.Queue()
+        # vLLM's request ids. Not the trajectory ids: a retry has the same one while the first request may still run.
         self._names = itertools.count()
         self._support_size = support_size
         self._adapter = adapter
@@ -132,15 +136,16 @@ class VllmEngine:
                 self._engine.add_request(name, entry, params, lora_request=self._request)
                 self._waiting[name] = (call, place)
 
+        # The command's future is not the call's: the command ends when the requests have entered.
         self._submit(enter).add_done_callback(lambda entered: call.fail(entered.exception()))
         return call.future
 
     def load_weights(self, manifest: WeightVersion, buckets: Sequence[np.ndarray]) -> Future:
         """Replaces all weights between two steps; the future's result is the seconds without a step.
 
-        Running requests go on with the new weights. With `on_new_weights: wait` they end first, and later requests wait.
-        Names and shapes are compared with the model's in the caller's thread, before anything is touched: vLLM cannot
-        undo an update that fails halfway. If one fails there all the same, the engine refuses all further work.
+        Running requests continue with the new weights. With `on_new_weights: wait` they end first, and later requests
+        wait. Names and shapes are compared with the model's in the caller's thread, before vLLM changes anything: vLLM
+        cannot undo an update that fails halfway. After such a failure the engine refuses all further work.
         """
 
         def load() -> float:
@@ -162,7 +167,7 @@ class VllmEngine:
         return self._submit(load, "idle" if self._wait_for_running else "next")
 
     def _check_tensors(self, manifest: WeightVersion) -> None:
-        """WeightError unless the version has exactly the model's tensors. A missing one would silently keep old values."""
+        """WeightError unless the version has exactly the model's tensors: vLLM accepts an incomplete version silently."""
         if self._adapter is not None:
             check_adapter(manifest, self._tensors, self._adapter.rank)
             return
@@ -177,7 +182,10 @@ class VllmEngine:
             )
 
     def abort(self, ids: np.ndarray | None = None) -> Future:
-        """Gives up the requests with these ids [B, 3], or all. Their calls end with AbortedError."""
+        """Aborts the requests with these ids [B, 3], or all. Their calls end with AbortedError.
+
+        A call ends when one of its requests is aborted. Its other requests run on, and their responses are dropped.
+        """
         wanted = None if ids is None else {tuple(row) for row in ids.tolist()}
 
         def abort() -> None:
@@ -192,7 +200,7 @@ class VllmEngine:
         return self._submit(abort, "any")
 
     def close(self) -> None:
-        """Ends the thread. What is still being generated is lost."""
+        """Ends the thread. Running requests are lost."""
         self._commands.put(None)
         self._thread.join(timeout=10)
 
@@ -205,11 +213,14 @@ class VllmEngine:
             load_adapter(self._engine, self._adapter, manifest, buckets)
         else:
             self._replace_model(manifest, buckets)
+        # Without reset_running_requests vLLM resets nothing while a request runs. Running requests lose their blocks, too,
+        # and are prefilled again with the new weights.
         if self._recompute_kv and not self._engine.reset_prefix_cache(reset_running_requests=True):
             raise WeightError("vLLM kept the prefix cache of the old weights")
 
     def _replace_model(self, manifest: WeightVersion, buckets: Sequence[np.ndarray]) -> None:
-        # vLLM's tensor-parallel workers are other processes, which map the buckets from shared memory.
+        # vLLM's tensor-parallel workers are other processes, which map the buckets from shared memory: vLLM does not
+        # serialise arrays in an update unless VLLM_ALLOW_INSECURE_SERIALIZATION is set.
         with tempfile.TemporaryDirectory(dir="/dev/shm" if self._tensor_parallel else None) as folder:
             update: dict[str, Any] = {"manifest": manifest}
             if self._tensor_parallel:
@@ -233,9 +244,9 @@ class VllmEngine:
             max_tokens=sampling.max_response_tokens,
             stop_token_ids=self._stop_token_ids,
             seed=seed,
-            logprobs=self._support_size,
-            flat_logprobs=True,
-            detokenize=False,
+            logprobs=self._support_size,  # 0: of the sampled token only
+            flat_logprobs=True,  # lists of numbers; by default vLLM makes a dictionary of objects for each token
+            detokenize=False,  # the engine has no tokenizer
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
 
@@ -250,7 +261,7 @@ class VllmEngine:
             # Takes all commands that have come; blocks only when there is nothing to step for and nothing to do.
             while not self._commands.empty() or not (self._waiting or arrived):
                 arrived.append(self._commands.get())
-            if None in arrived:
+            if None in arrived:  # from `close`, which does not wait for the commands before it
                 return
             command = self._take(arrived)
             if command is None:
@@ -268,6 +279,7 @@ class VllmEngine:
         if not arrived:
             return None
         if self._waiting and arrived[0] is not None and arrived[0].turn == "idle":
+            # `next` commands stay behind it: new requests would keep the engine busy, and the weights would never load.
             found = next((command for command in arrived if command is not None and command.turn == "any"), None)
             if found is not None:
                 arrived.remove(found)
@@ -278,6 +290,7 @@ class VllmEngine:
         start = time.perf_counter()
         try:
             for output in self._engine.step():
+                # The second check skips the end of a request that `abort` has taken out of `_waiting`.
                 if output.finished and output.request_id in self._waiting:
                     self.tokens_sampled += len(output.outputs[0].token_ids)
                     call, place = self._waiting[output.request_id]
@@ -309,7 +322,7 @@ def _build(
         "model": model,
         "dtype": config.dtype,
         "tensor_parallel_size": config.tensor_parallel_size,
-        "load_format": "dummy",
+        "load_format": "dummy",  # random weights: a version replaces them before the first request
         "trust_remote_code": trust_remote_code,
         "seed": seed,
         "weight_transfer_config": {"backend": BACKEND},
@@ -318,22 +331,22 @@ def _build(
         "logprobs_mode": "raw_logprobs"
         if (sampling.temperature, sampling.top_p, sampling.top_k) == (1.0, 1.0, 0)
         else "processed_logprobs",
-        "max_logprobs": max(support_size, 1),
+        "max_logprobs": max(support_size, 1),  # vLLM refuses requests for more; its default is 20
         **more,
     }
     if not torch.cuda.is_available():
-        # With chunked prefill vLLM samples after each chunk and then rewinds the request's random generator, which only
-        # generators on GPUs support. So prompts are prefilled in one step, also after new weights.
+        # With chunked prefill vLLM samples after each chunk and then rewinds the request's random generator. Only
+        # generators on GPUs can be rewound, so on a CPU each prompt is prefilled in one step, also after new weights.
         options["enable_chunked_prefill"] = False
     return build_llm(options, config.engine, "rollout.engine")
 
 
 def _response(completion: Any, support_size: int) -> Response:
-    """vLLM's completion as a response. A version is a span of tokens there; here each token has its own."""
+    """Converts vLLM's completion. vLLM records one version for a span of tokens; a Response has one for each token."""
     versions = np.empty(len(completion.token_ids), np.int32)
     for span in completion.weight_versions:
         versions[span.start : span.end] = int(span.version)
-    # At each position vLLM lists the sampled token first, then the most likely ones that were asked for.
+    # At each position vLLM lists the sampled token first, then the `support_size` most likely tokens.
     logprobs = np.asarray(completion.logprobs.logprobs, np.float32)[:: support_size + 1]
     listed = np.asarray(completion.logprobs.token_ids, np.int32).reshape(-1, support_size + 1)
     return Response(completion.token_ids, logprobs, versions, completion.finish_reason, listed[:, 1:])

@@ -1,7 +1,7 @@
 """LoRA adapters in the vLLM engine, for `student.lora.publish: adapter`: versions hold the adapter, the model is constant.
 
-vLLM adds the adapter to the output of each layer, W x + scale * B (A x), as the learner does. A version replaces the one
-before under the same id, between two steps; running requests go on with it.
+vLLM adds the adapter to the output of each layer, W x + scale * B (A x), as the learner does. A new version replaces the
+last one under the same id, between two steps; running requests continue with the new version.
 Shapes: O and I are rows and columns of a layer's weight, r is the rank; A [r, I], B [O, r].
 """
 
@@ -22,10 +22,11 @@ BEFORE, DOWN, UP = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
 
 
 def adapter_options(lora: LoraConfig) -> dict[str, Any]:
-    """Options of vLLM's engine that make room for the adapter. vLLM has rooms for certain ranks only."""
+    """Options of vLLM's engine that reserve memory for the adapter. vLLM reserves for certain ranks only."""
     from vllm.config.lora import MaxLoRARanks
 
     room = min(rank for rank in get_args(MaxLoRARanks) if rank >= lora.rank)
+    # load_format: the model's weights come from its files, since a version holds the adapter alone.
     return {"enable_lora": True, "max_loras": 1, "max_lora_rank": room, "load_format": "auto"}
 
 
@@ -33,11 +34,13 @@ def adapter_request() -> Any:
     """The LoRARequest of every request, which selects the adapter."""
     from vllm.lora.request import LoRARequest
 
+    # vLLM looks the adapter up by the id 1 and reads the path only if it is not loaded. `load_adapter` runs before any
+    # request, so the path need not exist.
     return LoRARequest("student", 1, "published")
 
 
 def load_adapter(engine: Any, lora: LoraConfig, manifest: WeightVersion, buckets: Sequence[np.ndarray]) -> None:
-    """Replaces the adapter in all of vLLM's workers, and sets the version that new tokens are recorded with.
+    """Replaces the adapter in all of vLLM's workers, and sets the version that vLLM records for new tokens.
 
     vLLM reads adapters from directories only, so this writes one in shared memory. WeightError: vLLM refused it.
     """
@@ -58,6 +61,7 @@ def load_adapter(engine: Any, lora: LoraConfig, manifest: WeightVersion, buckets
             {name: tensor.contiguous() for name, tensor in tensors.items()}, Path(folder, "adapter_model.safetensors")
         )
         Path(folder, "adapter_config.json").write_text(json.dumps(described))
+        # load_inplace: without it vLLM keeps the adapter that it already has under this id.
         if not engine.add_lora(LoRARequest("student", 1, folder, load_inplace=True)):
             raise WeightError(f"vLLM has not taken the adapter of version {manifest.version}")
     engine.set_weight_version(str(manifest.version))

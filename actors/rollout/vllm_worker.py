@@ -1,7 +1,7 @@
 """Loads weight versions inside vLLM's workers: a weight-transfer engine that reads from host memory.
 
-vLLM finds the class in its registry, by `weight_transfer_config={"backend": "understudy"}`. Workers in other processes
-import this module, and so register the class, because it is named as `worker_extension_cls`.
+`weight_transfer_config={"backend": "understudy"}` selects the class in vLLM's registry. Workers in other processes
+register it when they import this module; they import it because `worker_extension_cls` names it.
 """
 
 import os
@@ -26,7 +26,7 @@ BACKEND = "understudy"
 
 @dataclass
 class HostInitInfo(WeightTransferInitInfo):
-    """Empty: no process group, no fixed membership."""
+    """Empty: weights come from host memory, so workers join no process group with the learner."""
 
 
 @dataclass
@@ -36,9 +36,9 @@ class HostUpdateInfo(WeightTransferUpdateInfo):
     manifest: Any
     """WeightVersion."""
     buckets: Any = None
-    """uint8 arrays, read in place. For a worker in the engine's process; else None."""
+    """uint8 arrays, read in place, for a worker in the engine's process; else None."""
     paths: Any = None
-    """Files in shared memory, which are mapped. For workers in other processes; else None."""
+    """Paths of files in shared memory, which workers in other processes map; else None."""
 
 
 class HostWeightTransferEngine(WeightTransferEngine[HostInitInfo, HostUpdateInfo]):
@@ -59,6 +59,7 @@ class HostWeightTransferEngine(WeightTransferEngine[HostInitInfo, HostUpdateInfo
                 method: Any = getattr(module, "quant_method", None)
                 if getattr(method, "moe_kernel", None) is not None:
                     method.moe_kernel = None
+        # Not `model.load_weights` alone: vLLM has packed, fused or transposed the layers, and on a CPU freed the originals.
         initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: HostUpdateInfo) -> None:
@@ -73,7 +74,7 @@ class HostWeightTransferEngine(WeightTransferEngine[HostInitInfo, HostUpdateInfo
         """Converts the layers to the form in which they compute (fused, transposed, packed)."""
         finalize_layerwise_reload(self.model, self.model_config)
         if current_platform.is_cpu():
-            # The CPU backend computes from packed copies, and a reload does not renew that of a tied output head.
+            # The CPU backend computes from packed copies, and a reload does not renew the copy of a tied output head.
             for module in self.model.modules():
                 if isinstance(module, VocabParallelEmbedding) and hasattr(module, "cpu_linear"):
                     module.quant_method.process_weights_after_loading(module)
@@ -83,7 +84,7 @@ class HostWeightTransferEngine(WeightTransferEngine[HostInitInfo, HostUpdateInfo
 
 
 def _mapped(path: str) -> np.ndarray:
-    """A file as a bucket. mmap refuses empty files, which come from ranks of the learner without rows."""
+    """Maps a file as a bucket. mmap refuses empty files; a learner's rank without rows publishes an empty bucket."""
     return np.memmap(path, np.uint8, "r") if os.path.getsize(path) else np.empty(0, np.uint8)
 
 
@@ -91,5 +92,6 @@ class WorkerExtension:
     """A base class of vLLM's workers, so that they import this module. Empty."""
 
 
+# vLLM raises if a name is registered twice, and has no public way to ask. The check makes a second import harmless.
 if BACKEND not in WeightTransferEngineFactory._registry:
     WeightTransferEngineFactory.register_engine(BACKEND, HostWeightTransferEngine)

@@ -1,7 +1,7 @@
 """Aligns the tokens of two tokenizers on one text, by the bytes that they stand for. Pure functions.
 
-The student and a teacher with another tokenizer cut the same bytes at different places. A *group* is what lies between
-two neighbouring places where both cut: some tokens of the student, and the teacher's tokens for the same bytes.
+The student and a teacher with another tokenizer cut the same bytes at different places. A *group* holds the tokens
+between two neighbouring places where both cut: the student's tokens, and the teacher's tokens for the same bytes.
 
     student   | the | an | swer | is |          tokens
     teacher   | the | ans | wer | is |
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PROBES = ("a b", "7 + 8 = 15\n", "def f(x):\n    return x", "é – 日本 🙂")
-"""Texts that the pieces of their tokens must spell exactly, or the tokenizer is refused."""
+"""Texts that the pieces of their tokens must spell exactly; else the tokenizer is refused."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,7 @@ def spelling_of(tokenizer: PreTrainedTokenizerBase, key: str) -> Spelling:
     """
     if not tokenizer.is_fast:
         raise UserError(key, f"the slow tokenizer {type(tokenizer).__name__}", "a fast one (tokenizer.json)")
+    # The decoder says how tokens become text. Its steps can be read only from its JSON form.
     backend = tokenizer.backend_tokenizer
     decoder = json.loads(backend.to_str())["decoder"] or {"type": "none"}
     steps = decoder["decoders"] if decoder["type"] == "Sequence" else [decoder]
@@ -203,6 +204,7 @@ class Reader:
             our_groups[first:place] = np.where(ours >= 0, ours + base, -1)
             groups = np.concatenate([groups, theirs + base])
             read += found
+        # A full context may cut a group in two. Half a group has no exact log-prob, so the whole group goes.
         kept = groups[:room] if len(groups) <= room else groups[:room][groups[:room] < groups[room]]
         our_groups[our_groups > kept.max(initial=-1)] = -1
         return read[: len(kept)], kept, our_groups

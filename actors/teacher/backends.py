@@ -1,8 +1,7 @@
-"""The teacher backends: what each of them can do, and which class does it. Standard library only.
+"""The table of teacher backends: the abilities and the class of each. Standard library only.
 
-`teachers.<name>.backend` names a row of BACKENDS, or a class of the user's own, `package.module:Class`, that has such a
-row as its class attribute `backend`. Code outside this folder that has to know what a backend can do reads a field of
-its row; it never compares names.
+`teachers.<name>.backend` names a row of BACKENDS, or a user's class, `package.module:Class`, whose class attribute
+`backend` is such a row. Code outside this folder reads a backend's abilities from its row; it never compares names.
 """
 
 from dataclasses import dataclass
@@ -45,7 +44,7 @@ class Backend:
 
 
 OWN_SETTINGS = ("urls", "api_key_variable", "engine")
-"""Keys of TeacherConfig that only some backends read, and whose default is to be empty."""
+"""Keys of TeacherConfig that only some backends read. They are empty by default."""
 
 BACKENDS = {
     "transformers": Backend(
@@ -91,7 +90,7 @@ def backend_of(teacher: TeacherConfig, key: str = "teacher") -> Backend:
 
 
 def _own_backend(name: str, key: str) -> Backend:
-    """The row of a class of the user's own, after a check that row and class fit together."""
+    """The row of a user's class, after a check that the class has what its row promises."""
     found: Any = import_object(name, key, "a class")
     row = getattr(found, "backend", None)
     if not isinstance(found, type) or not isinstance(row, Backend):

@@ -1,4 +1,4 @@
-"""What all teacher backends share: from trajectories to scores, the text that a model reads, and the self-test. Pure.
+"""The base class of the teacher backends: turns trajectories into scores, and runs the self-test.
 
 A backend is a class that extends `Teacher` and has a row in `backends.py`.
 """
@@ -30,7 +30,7 @@ UNBOUNDED = 2**31 - 1
 
 
 class TeacherCounts(NamedTuple):
-    """What the campaign process has to know of a batch of scores; it never opens the scores themselves."""
+    """What the campaign process needs to know about a batch of scores: it never fetches the scores themselves."""
 
     missing: int
     """Tokens without a score. They are masked in training."""
@@ -39,16 +39,16 @@ class TeacherCounts(NamedTuple):
 
 
 class Teacher:
-    """Base class of the teacher backends. A backend implements `score_tokens`, and what its row promises.
+    """Base class of the teacher backends. A backend implements `score_tokens`, and the methods that its row promises.
 
-    Its constructor takes (config, key, vocabulary), and ends with `self_test`. Each actor makes one call at a time.
+    Its constructor takes (config, key, vocabulary), and ends with `self_test`. An actor runs one call at a time.
     """
 
     backend: Backend
     """Row of a class of the user's own; the rows of the built-in classes are in backends.py."""
 
     def __init__(self, config: TeacherConfig, key: str = "teacher", vocabulary: int | None = None):
-        """config: the teacher's section. key: where it stands, for errors, for example "teachers.default".
+        """config: the teacher's section. key: the section's configuration key, for errors, e.g. "teachers.default".
 
         vocabulary: V, rows of the student's output layer; None if it is not known.
         """
@@ -57,14 +57,15 @@ class Teacher:
         """Tokens with this id or a higher one have no score: they are padding rows of the student's output layer."""
         self._busy_seconds, self._probe_logprob = 0.0, float("nan")
 
-    # Only marked: teachers that wrap others implement `score` in place of `score_tokens`. backends.py reads the marks.
+    # Teacher is not an ABC: a teacher that wraps another one overrides `score` and needs no `score_tokens`. backends.py
+    # reads the marks, to refuse a user's class that lacks a method.
     @abstractmethod
     def score_tokens(self, trajectories: Trajectories) -> dict[str, np.ndarray]:
         """The fields of TeacherScores with one row for each of the N response tokens, as `config.signal` asks.
 
         Always `logprobs` [N] float32, log q(y_t | c_t) in nats at temperature 1. With `topk` and `student_topk` also
         `support_ids` [N, K] int32 and `support_logprobs` [N, K] float32; with `full` `support_logprobs` [N, V]; with
-        `hidden` `hidden` [N, H]. NaN: the model does not say. Arrays must be writable.
+        `hidden` `hidden` [N, H]. NaN: the log-prob is missing. Arrays must be writable.
 
         Long work has to call `actors.heartbeat.beat()` from time to time (docs/extending.md).
         """
@@ -100,9 +101,11 @@ class Teacher:
         fields = {"support_ids": nothing.astype(np.int32), "support_logprobs": nothing, "hidden": nothing}
         fields |= self.score_tokens(trajectories)
         known = trajectories.response_tokens < self.vocabulary
+        # Comparisons with NaN are false, so NaN is not known.
         known &= (fields["logprobs"] > PLAUSIBLE[0]) & (fields["logprobs"] <= PLAUSIBLE[1])
         support = fields["support_logprobs"]
         known &= (np.isfinite(support) & (support <= PLAUSIBLE[1])).all(-1)
+        # One mark is enough: the learner masks a token whose log-prob is NaN, whatever its support holds.
         fields["logprobs"][~known] = np.nan
         scores = TeacherScores(
             ids=trajectories.ids,
@@ -116,7 +119,7 @@ class Teacher:
     def score_each(self, *arguments: Any, **keywords: Any) -> tuple[Any, ...]:
         """The same as `score`, in 1 + B values: the counts, and a TeacherScores for each of the B trajectories.
 
-        A learner of several ranks asks for this: each value travels only to the rank that trains on its trajectory.
+        For a learner of several ranks: Ray then sends each value only to the rank that trains on its trajectory.
         """
         counts, scores = self.score(*arguments, **keywords)
         return counts, *split_scores(scores)
@@ -159,7 +162,7 @@ def texts_of(trajectories: Trajectories, vocabulary: int) -> list[list[int]]:
 
 
 def probe(vocabulary: int) -> Trajectories:
-    """One trajectory of up to 31 response tokens, which every teacher of this vocabulary can score."""
+    """One trajectory of up to 31 response tokens, which every teacher with this vocabulary can score."""
     length = min(32, vocabulary - 1)
     tokens = np.arange(1, length + 1, dtype=np.int32)
     zeros = np.zeros(length - 1, np.float32)
@@ -177,16 +180,17 @@ def probe(vocabulary: int) -> Trajectories:
 
 
 def check_probe(key: str, first: np.ndarray, second: np.ndarray, vocabulary: int, *, repeats: float = 0.0) -> float:
-    """Mean log-prob of the probe, from two answers to it, after a check that they can be scores.
+    """Mean log-prob of the probe, after a check that the two answers `first` and `second` are plausible scores.
 
-    A model that was loaded wrongly still answers: with the same log-prob for all tokens, or with others each time.
-    repeats: nats by which two answers may differ. CampaignError: scores that are not finite, uniform, or not
+    A wrongly loaded model still answers: with the same log-prob for all tokens, or with different ones each time.
+    repeats: nats by which the two answers may differ. CampaignError: scores that are not finite, uniform, or not
     repeatable.
     """
     uniform = -np.log(vocabulary)
     for fault, found in (
         ("scores are not finite", not np.isfinite(first).all()),
         ("scores are uniform: its weights are not those of the files", np.abs(first - uniform).max() < 1e-4),
+        # `not ... <=`, so that NaN fails the test.
         ("scores differ when asked twice", not np.abs(first - second).max() <= repeats),
     ):
         if found:

@@ -1,8 +1,7 @@
-"""A teacher with a tokenizer of its own: it reads the student's text, and its scores are brought back to the student's
-tokens.
+"""A teacher with its own tokenizer: it reads the student's text, and its scores are mapped back to the student's tokens.
 
-It wraps a teacher of any backend, which sees trajectories of its own tokens and nothing else. What is exact here, and
-what follows a rule, is explained in `alignment.py`. Shapes: N tokens of the student, M of the teacher.
+It wraps a teacher of any backend, which only sees trajectories in its own tokens. `alignment.py` explains which log-probs
+are exact and which follow a rule. Shapes: N tokens of the student, M of the teacher.
 """
 
 import time
@@ -61,8 +60,8 @@ class CrossTokenizerTeacher(Teacher):
         """See Teacher. prompts is required: the prompts in the teacher's own tokens.
 
         Groups of tokens that spell the same bytes have an exact log-prob, the sum of the teacher's tokens' in it. It is
-        divided among the student's tokens of the group (see `shares`). From the first token on that the teacher cannot
-        read, tokens have no score: NaN, counted as missing.
+        divided among the student's tokens of the group (see `shares`). The first token that the teacher cannot read and
+        all later ones have no score: NaN, counted as missing.
         """
         assert prompts is not None, "the student's prompts are tokens of another tokenizer"
         start = time.perf_counter()
@@ -71,6 +70,7 @@ class CrossTokenizerTeacher(Teacher):
         sums: np.ndarray = np.zeros(0)
         if len(read):
             scored = self._teacher.score(read.ids, read)[1].logprobs
+            # A missing score (NaN) makes the sum of its group NaN: a partial sum is not the group's log-prob.
             sums = np.bincount(groups, scored.astype(np.float64))
         nothing = np.empty((len(written.response_tokens), 0), np.float32)
         scores = TeacherScores(
@@ -87,8 +87,8 @@ class CrossTokenizerTeacher(Teacher):
     def generate(self, prompts: Prompts, limits: Limits) -> tuple[np.ndarray, np.ndarray]:
         """Greedy responses to B prompts in the teacher's tokens, as the student's tokens [N] and offsets [B + 1].
 
-        limits: the length counts the teacher's tokens. A response that one of the teacher's stop tokens ended gets the
-        first of the student's.
+        limits: the length counts the teacher's tokens. If one of the teacher's stop tokens ended a response, it gets the
+        student's first stop token in its place.
         """
         tokens, offsets = self._teacher.generate(prompts, Limits(limits.max_response_tokens, self._stop))
         rows = []
@@ -104,9 +104,9 @@ class CrossTokenizerTeacher(Teacher):
         return {**self._teacher.status(), "busy_seconds": self._busy_seconds}
 
     def _translate(self, written: Trajectories, prompts: Prompts) -> tuple[Trajectories, np.ndarray, np.ndarray]:
-        """(trajectories in the teacher's tokens, group of each of those [M], group of each of the student's [N]).
+        """(trajectories in the teacher's tokens, group of each teacher token [M], group of each student token [N]).
 
-        Groups are numbered through all trajectories. Trajectories of which the teacher can read nothing are left out.
+        Group numbers continue from one trajectory to the next. Trajectories without a readable token are left out.
         """
         stop = FINISH_REASONS.index("stop")
         rooms = self._context - np.diff(prompts.offsets)

@@ -1,13 +1,13 @@
-"""A teacher that is served elsewhere: any OpenAI-compatible server that returns the log-probs of a prompt's tokens.
+"""The teacher backend `http`: any OpenAI-compatible server that returns the log-probs of a prompt's tokens.
 
-Prompt and response are sent together as the prompt of `/completions`, as token ids. Two dialects are known, and the
-constructor finds out which one the servers speak: vLLM's `prompt_logprobs`, and `echo` with `logprobs` and token ids in
-place of tokens (vLLM, SGLang and others). A log-prob that a server leaves out is a missing score, never a number.
+Prompt and response are sent together as the prompt of `/completions`, as token ids. The constructor detects which of two
+dialects the servers speak: vLLM's `prompt_logprobs`, or `echo` with `logprobs` and token ids in place of tokens (vLLM,
+SGLang and others). If a server leaves a log-prob out, the token's score is missing; it never becomes a number.
 
-A request that fails is retried, on another server where there are several. A server that fails again and again is left
-alone for a while (a circuit breaker), and the others take its work.
+A failed request is retried, on the least busy server. A server that fails several times in a row gets no requests for a
+while (a circuit breaker), and the other servers take its work.
 
-No method is a coroutine: Ray would run such a class in an event loop, where the constructor could not wait for answers.
+No method is a coroutine: Ray would run the class in an event loop, where the constructor could not wait for answers.
 """
 
 import os
@@ -28,13 +28,15 @@ from actors.teacher.base import Teacher, probe, texts_of
 from actors.trajectory import Limits, Prompts, Trajectories, offsets_of
 
 ATTEMPTS = 6
-"""Attempts at one request, over all servers. The waits between them grow from FIRST_WAIT_SECONDS to a minute."""
+"""Attempts at one request, over all servers. The wait between them starts at FIRST_WAIT_SECONDS and doubles each time."""
 FIRST_WAIT_SECONDS = 0.5
 FAILURES_TO_OPEN = 3
-"""Failures in a row after which a server is left alone."""
+"""Failures in a row that open a server's circuit: it then gets no requests."""
 OPEN_SECONDS = 30.0
+"""How long a circuit stays open."""
 REPEATS = 0.05
 """Nats by which an answer may differ when asked again: the server batches our requests with those of other clients."""
+# Timeouts, conflicts, rate limits, and faults of a server or gateway. Any other status would be the same in a retry.
 TRANSIENT = {408, 409, 425, 429, 500, 502, 503, 504}
 
 
@@ -45,12 +47,14 @@ class _Server:
     under_way: int = 0
     failures: int = 0
     """In a row."""
-    closed_until: float = 0.0
+    open_until: float = 0.0
+    """The circuit is open until this time (time.monotonic)."""
 
     def failed(self) -> None:
+        # Only a success sets `failures` to 0. So after OPEN_SECONDS a single failure opens the circuit again.
         self.failures += 1
         if self.failures >= FAILURES_TO_OPEN:
-            self.closed_until = time.monotonic() + OPEN_SECONDS
+            self.open_until = time.monotonic() + OPEN_SECONDS
 
 
 class HttpTeacher(Teacher):
@@ -63,7 +67,7 @@ class HttpTeacher(Teacher):
         or the environment variable with the servers' key is not set.
         """
         super().__init__(config, key, vocabulary)
-        # Omit: the client would send the user's own OPENAI_API_KEY to the servers.
+        # Without Omit the client would send the user's own OPENAI_API_KEY to the servers.
         self._headers: dict[str, Any] = {"Authorization": openai.Omit()}
         if config.api_key_variable is not None:
             secret = os.environ.get(config.api_key_variable)
@@ -108,7 +112,7 @@ class HttpTeacher(Teacher):
 
     def _scoring_request(self, text: list[int]) -> dict[str, Any]:
         count = self.config.top_k if self.config.signal == "topk" else 0
-        # The one new token is thrown away; not every server accepts max_tokens=0.
+        # The new token is discarded. Not 0: some servers refuse max_tokens=0.
         request = {"prompt": text, "max_tokens": 1}
         if not self._echo:
             return {**request, "prompt_logprobs": count}
@@ -129,13 +133,14 @@ class HttpTeacher(Teacher):
     def _read(self, answer: dict[str, Any], text: Sequence[int], length: int) -> tuple[np.ndarray, np.ndarray]:
         """(log-probs, token ids), [length, 1 + K] each, for the last `length` tokens of the text.
 
-        Column 0 is the token of the text, the others are the K likeliest tokens there. NaN: the server left it out.
+        Column 0 is the token of the text, the others are the K likeliest tokens there. NaN: the server sent no log-prob.
         """
         count = self.config.top_k if self.config.signal == "topk" else 0
         logprobs, ids = np.full((length, 1 + count), np.nan, np.float32), np.zeros((length, 1 + count), np.int32)
         places = _echoed(_choice(answer)) if self._echo else _prompt_logprobs(answer)
         for row, place in enumerate(range(len(text) - length, min(len(text), len(places)))):
             here = {token: value for token, value in places[place].items() if value is not None}
+            # Servers list the text's own token, too, so there may be K + 1: the sort drops one that is not among the K.
             likeliest = sorted(here.items(), key=lambda pair: -pair[1])[:count]
             logprobs[row, 0] = here.get(text[place], np.nan)
             for column, (token, value) in enumerate(likeliest, 1):
@@ -153,9 +158,9 @@ class HttpTeacher(Teacher):
             if attempt:
                 time.sleep(min(60.0, FIRST_WAIT_SECONDS * 2 ** (attempt - 1)))
             with self._choosing:
-                # Servers that are left alone come last: where all are, one must be asked all the same.
+                # Servers with an open circuit come last. They are not left out: if all circuits are open, one is asked.
                 now = time.monotonic()
-                server = min(self._servers, key=lambda s: (s.closed_until > now, s.under_way))
+                server = min(self._servers, key=lambda s: (s.open_until > now, s.under_way))
                 server.under_way += 1
             beat()
             try:
@@ -176,8 +181,8 @@ class HttpTeacher(Teacher):
         raise CampaignError(f"{self.key}: no server answers after {ATTEMPTS} attempts; the last: {problem}")
 
     def _post(self, server: _Server, request: dict[str, Any]) -> dict[str, Any]:
-        # The client looks at every element of its own arguments and makes an object of every log-prob of its own answers.
-        # That takes 4 times the processor time, so the request is in extra_body, and the answer is taken raw.
+        # The client validates each element of its own arguments and makes an object of each log-prob in an answer. That
+        # takes 4 times the processor time. So the request goes into extra_body, and the answer is read as raw JSON.
         answer = server.client.completions.with_raw_response.create(
             model=self.config.model, prompt="", extra_headers=self._headers, extra_body={"temperature": 0, **request}
         )
@@ -188,7 +193,10 @@ class HttpTeacher(Teacher):
 
 
 def _client(url: str, timeout_seconds: float) -> openai.OpenAI:
-    """A client that takes nothing from the environment, where keys and names for OpenAI's own service may be set."""
+    """A client that ignores the environment, where keys and names for OpenAI's own service may be set.
+
+    max_retries=0: `_ask` retries, so that a retry can go to another server and each failure counts for the circuit.
+    """
     connection = openai.DefaultHttpxClient(trust_env=False)
     client = openai.OpenAI(base_url=url, api_key="none", timeout=timeout_seconds, max_retries=0, http_client=connection)
     client.organization = client.project = None
@@ -217,6 +225,6 @@ def _echoed(choice: dict[str, Any]) -> list[dict[int, float | None]]:
 
 
 def _token_id(token: str) -> int:
-    """`token_id:123` -> 123; -1 for a token that is given as text."""
+    """`token_id:123` -> 123; -1 for a token that the server writes as text."""
     name, _, number = token.partition(":")
     return int(number) if name == "token_id" and number.isdigit() else -1

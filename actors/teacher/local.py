@@ -20,14 +20,14 @@ from actors.weights.delta import Receiver
 
 
 class LocalTeacher(Teacher):
-    """One Hugging Face model. It is frozen, or is given new weights after each update (`ema_decay`)."""
+    """One Hugging Face model. It is frozen, or loads new weights after each update (`ema_decay`)."""
 
     def __init__(self, config: TeacherConfig, key: str = "teacher", vocabulary: int | None = None):
         """Loads the model and runs the self-test.
 
-        vocabulary: rows of the student's output layer. Further rows of the teacher's are cut off, so that its log-probs
-        are normalised over the tokens that the student can write. UserError: model files that are missing or broken, or
-        an architecture that `response_head` does not know. CampaignError: see `self_test`.
+        vocabulary: rows of the student's output layer. Further rows of the teacher's output layer are cut off, so that
+        its log-probs are normalised over the tokens that the student can write. UserError: model files are missing or
+        broken, or `response_head` refuses the architecture. CampaignError: see `self_test`.
         """
         super().__init__(config, key, vocabulary)
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -58,6 +58,7 @@ class LocalTeacher(Teacher):
         published: for each rank of the learner its buckets, followed by their manifest. WeightError: the version is
         damaged, or of another model; the weights are then unchanged.
         """
+        # Dense versions only, so the receiver keeps no base for deltas.
         manifest, buckets = join(Receiver(False).receive(*published))
         parameters = dict(self._model.named_parameters())
         if shapes(manifest) != {name: tuple(parameter.shape) for name, parameter in parameters.items()}:
@@ -78,7 +79,7 @@ class LocalTeacher(Teacher):
         }
         with_ids = signal in ("topk", "student_topk")
         hidden_dtype = to_array(self._weight[:0]).dtype
-        # The first three in the order in which `reduce` returns them.
+        # The first three in the order in which `reduce` returns them: the loop below zips names with values.
         fields = {
             "logprobs": np.empty(total, np.float32),
             "support_logprobs": np.empty((total, width.get(signal, 0)), np.float32),
@@ -117,7 +118,7 @@ class LocalTeacher(Teacher):
         return fields
 
     def _compare(self, scored: np.ndarray) -> None:
-        """CampaignError: the probe's scores are not those of a plain forward pass of the model."""
+        """CampaignError: the probe's scores differ from a plain forward pass: packing or the chunked head is wrong."""
         written = probe(self.vocabulary)
         text = np.concatenate([written.prompt_tokens, written.response_tokens]).astype(np.int64)
         with torch.inference_mode():
@@ -167,6 +168,7 @@ class LocalTeacher(Teacher):
         and the behaviour log-prob 0, which sft does not read. The result is a function of the requests and their order.
         """
         start = time.perf_counter()
+        # transformers samples a batch from torch's global generator: requests cannot have seeds of their own.
         torch.manual_seed(int(requests.seeds[0]))
         tokens, offsets = self.generate(
             prompts or Prompts(requests.prompt_tokens, requests.prompt_offsets),

@@ -1,8 +1,8 @@
-"""A teacher whose layers are divided among several GPUs of a node by transformers' own tensor-parallel plan.
+"""A teacher whose layers are sharded over several GPUs of a node by transformers' own tensor-parallel plan.
 
-Each rank is a process with a LocalTeacher. All get the same calls, and so take part in the sums of every layer; the
-first rank, which is the actor's process, answers. If a rank fails, the others would wait for it forever in a
-collective, so the actor's process ends, and the fleet replaces the actor.
+Each rank is a process with a LocalTeacher. All ranks run the same calls, since every layer sums over the ranks. Rank 0 is
+the actor's process and returns the results. If a rank failed, the others would wait for it forever in a collective, so
+the actor's process exits, and the fleet replaces the actor.
 """
 
 import multiprocessing
@@ -36,12 +36,13 @@ class ShardedTeacher(Teacher):
             raise UserError(f"{key}.tensor_parallel_size", size, f"at most {gpus}, the GPUs that its actor has")
         tensor_parallel_plan(config.model, config.trust_remote_code, f"{key}.model")
         self._pipes: list[Connection] = []
+        # The folder is kept until the self-test in `_load` is over: NCCL meets in its file at the first collective.
         with tempfile.TemporaryDirectory() as folder:
             for rank in range(1, size):
                 ours, theirs = multiprocessing.get_context("spawn").Pipe()
                 work = (rank, size, folder, config, key, vocabulary, theirs)
                 multiprocessing.get_context("spawn").Process(target=_serve, args=work, daemon=True).start()
-                theirs.close()
+                theirs.close()  # with this end closed, a send to a rank that has died fails
                 self._pipes.append(ours)
             self._teacher = _load(0, size, folder, config, key, vocabulary)
 
@@ -64,11 +65,12 @@ class ShardedTeacher(Teacher):
     def _on_all(self, method: str, arguments: tuple, keywords: dict[str, Any]) -> Any:
         """Calls the method on every rank, and returns the first rank's result."""
         try:
+            # The other ranks first: this rank's own call waits for them in its first collective.
             for pipe in self._pipes:
                 pipe.send((method, arguments, keywords))
             return getattr(self._teacher, method)(*arguments, **keywords)
         except Exception:
-            # The other ranks may be inside a collective: no exception could get them out of it.
+            # The other ranks may be inside a collective, which no exception can interrupt.
             traceback.print_exc()
             os._exit(13)
 
@@ -95,7 +97,8 @@ def _serve(
     vocabulary: int | None,
     calls: Connection,
 ) -> None:
-    """The process of a further rank: repeats the first rank's calls until that process has gone."""
+    """The process of a further rank: repeats rank 0's calls until that process has gone."""
+    # Without OMP_NUM_THREADS torch would use all cores in every rank.
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     teacher = _load(rank, size, folder, config, key, vocabulary)
     while True:

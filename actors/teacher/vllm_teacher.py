@@ -1,8 +1,8 @@
-"""A teacher that vLLM runs: for models that need several GPUs, or one of vLLM's quantisations.
+"""The teacher backend `vllm`: for models that need several GPUs, or one of vLLM's quantisations.
 
-vLLM computes the log-probs of a prompt's tokens (`prompt_logprobs`); the trajectory is sent as the prompt, and one
-token, which is thrown away, is sampled after it. The log-probs stay the tensors that the engine computed: vLLM would
-otherwise make a Python object of each, which takes far longer (benchmarks/teacher_path.py). Nothing is detokenised.
+vLLM computes the log-probs of a prompt's tokens (`prompt_logprobs`), so the trajectory is sent as the prompt. vLLM always
+samples at least one token after it, which is discarded. The log-probs stay in the tensors that the engine computed: by
+default vLLM makes a Python object of each, which takes far longer (benchmarks/teacher_path.py).
 vLLM cannot send the signals `student_topk` and `hidden`, so the backend's row in backends.py does not have them.
 """
 
@@ -19,7 +19,7 @@ from actors.trajectory import Limits, Prompts, Trajectories, offsets_of
 from actors.vllm_startup import build_llm, importing_vllm
 
 REPEATS = 0.02
-"""Nats by which an answer may differ when asked again: the engine cuts other batches, and kernels round by shape."""
+"""Nats by which an answer may differ when asked again: the engine may batch differently, and rounding depends on shapes."""
 
 
 class VllmTeacher(Teacher):
@@ -37,11 +37,11 @@ class VllmTeacher(Teacher):
             "dtype": config.dtype,
             "tensor_parallel_size": config.tensor_parallel_size,
             "trust_remote_code": config.trust_remote_code,
-            "max_logprobs": -1,
-            "logprobs_mode": "raw_logprobs",
+            "max_logprobs": -1,  # no limit; by default vLLM refuses more than 20
+            "logprobs_mode": "raw_logprobs",  # at temperature 1, whatever a request's temperature is
             # Requests that ask for the log-probs of their prompt do not read the prefix cache.
             "enable_prefix_caching": False,
-            # vLLM holds [tokens of a step, vocabulary] log-probs at a time.
+            # Bounds memory: vLLM holds [tokens of a step, vocabulary] log-probs at a time.
             "max_num_batched_tokens": config.microbatch_tokens,
         }
         keep_tensors()
@@ -59,6 +59,7 @@ class VllmTeacher(Teacher):
         params = SamplingParams(prompt_logprobs=self._asked, max_tokens=1, temperature=0.0, detokenize=False)
         answers = self._llm.generate([{"prompt_token_ids": text} for text in texts], params, use_tqdm=False)
         tokens, logprobs = flat_rows([answer.prompt_logprobs for answer in answers], trajectories.lengths)
+        # The rows are cut from the end of the kept chunks; a shift by one would otherwise go unnoticed.
         asked = np.minimum(trajectories.response_tokens, self._rows - 1)
         assert np.array_equal(tokens[:, 0], asked), "vLLM has scored other tokens than it was asked for"
         return {"logprobs": logprobs[:, 0].copy(), **self._support(tokens[:, 1:], logprobs[:, 1:])}
@@ -112,6 +113,7 @@ def flat_rows(answers: Sequence[Any], lengths: np.ndarray) -> tuple[np.ndarray, 
     answers: one list for each of B prompts. lengths: [B], how many of its last tokens to keep; they add up to N.
     Column 0 is the prompt's own token, the others are the most likely tokens.
     """
+    # Entry 0 is None: nothing predicts a prompt's first token.
     parts = [[np.concatenate([t[field].numpy() for t in kept[1:]]) for kept in answers] for field in (0, 1)]
     tokens, logprobs = (
         np.concatenate([row[-length:] for row, length in zip(rows, lengths, strict=True)]) for rows in parts

@@ -1,10 +1,11 @@
 """Weight versions: the form in which the learner publishes weights and every engine loads them.
 
-A version is a few contiguous uint8 buckets and a manifest that says where each tensor lies in them. Buckets go through
-the object store once and are read in place: tensors are views, and are copied only where a view is not possible.
+A version is a few contiguous uint8 buckets and a manifest with the place of each tensor in them. Buckets go through the
+object store once and are read in place: tensors are views, and are copied only where a view is not possible. Not a
+dictionary of torch tensors: Ray copies these, which takes seconds for each GB in every actor.
 
-Where the learner has several ranks, each publishes its own rows: buckets, and a manifest of these rows. `join` makes one
-version of them. In it a tensor is several entries with one name, whose rows follow each other in the order of the ranks.
+If the learner has several ranks, each publishes buckets with its own rows, and their manifest. `join` joins them to one
+version, in which a tensor has one entry for each rank, all with the same name, in the order of the ranks.
 """
 
 import warnings
@@ -75,7 +76,7 @@ def torch_dtype(name: str) -> torch.dtype:
 
 
 def as_tensor(buffer: np.ndarray, dtype: str, shape: tuple[int, ...], offset: int, nbytes: int) -> torch.Tensor:
-    """A tensor that views `nbytes` bytes of a uint8 buffer, from `offset` on. Do not write to it."""
+    """A tensor that views `nbytes` bytes of a uint8 buffer, from `offset` on. Write to it only if you own the buffer."""
     if not nbytes:  # a rank that has no rows of this tensor; frombuffer refuses an empty view
         return torch.empty(shape, dtype=torch_dtype(dtype))
     with warnings.catch_warnings():
@@ -95,7 +96,7 @@ def lay_out(shapes: Iterable[tuple[str, tuple[int, ...]]], dtype: str, bucket_by
     """
     itemsize = torch_dtype(dtype).itemsize
     buckets: list[list[TensorEntry]] = []
-    end = bucket_bytes + 1
+    end = bucket_bytes + 1  # beyond a bucket, so the first tensor opens one
     for name, shape in shapes:
         nbytes = int(np.prod(shape, dtype=np.int64)) * itemsize
         start = -(-end // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
@@ -108,7 +109,7 @@ def lay_out(shapes: Iterable[tuple[str, tuple[int, ...]]], dtype: str, bucket_by
 
 
 class Buffer:
-    """Memory that every bucket is filled in. New memory would cost as much again, for the kernel to map its pages."""
+    """One block of memory for all buckets in turn. Fresh memory would cost more than the copy, in page faults."""
 
     def __init__(self) -> None:
         self._bytes = np.empty(0, np.uint8)
@@ -129,7 +130,7 @@ def pack(
 ) -> Iterator[np.ndarray | WeightVersion]:
     """Lays out named tensors as a weight version: yields each bucket ([bytes] uint8) once it is filled, then the manifest.
 
-    Tensors are cast to `dtype`, and each gets its checksum here, the only time on the publishing side.
+    Tensors are cast to `dtype`. Their checksums are computed here, once on the publishing side.
     buffer: the memory of all buckets. The caller must copy a bucket before it asks for the next, as Ray does.
     """
     tensors = dict(named_tensors)
@@ -144,6 +145,7 @@ def pack(
             tensor = tensors[place.name]
             view.copy_(tensor.full_tensor() if isinstance(tensor, Deferred) else tensor.detach())
             beat()
+            # Of the bytes in the bucket, right after they are written: they are still in the cache.
             data = bucket[place.offset : place.offset + place.nbytes]
             entries.append(replace(place, checksum=_checksum(data)))
         sizes.append(len(bucket))
@@ -234,7 +236,7 @@ def join(ranks: Sequence[Version]) -> tuple[WeightVersion, list[np.ndarray]]:
 
 
 def shapes(manifest: WeightVersion) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of each tensor, with the rows of all ranks. Parts whose rows do not fit together count as the last."""
+    """Name -> shape of each tensor, with the rows of all ranks. If two parts have different columns, the last one counts."""
     found: dict[str, tuple[int, ...]] = {}
     for entry in manifest.tensors:
         before = found.get(entry.name)
@@ -251,5 +253,6 @@ def unpack(manifest: WeightVersion, buckets: Sequence[np.ndarray]) -> Iterator[t
     for entry in manifest.tensors:
         entries.setdefault(entry.name, []).append(entry)
     for name, parts in entries.items():
+        # A rank without rows of this tensor has an empty part; without it a single part needs no copy.
         rows = [as_tensor(buckets[e.bucket], e.dtype, e.shape, e.offset, e.nbytes) for e in parts if e.nbytes]
         yield name, rows[0] if len(rows) == 1 else torch.cat(rows)

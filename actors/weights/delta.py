@@ -1,12 +1,11 @@
-"""Weight deltas: a lossless code of what changed between two weight versions, in the dtype that engines load.
+"""Weight deltas: a lossless code of the changes between two weight versions, in the dtype that engines load.
 
-An optimizer step leaves most 16-bit weights as they are, or moves them by one step of their dtype. So bit patterns are
-mapped to integers in the order of the numbers, and the positions and sizes of the changes are coded
-(actors/weights/delta_codec.py). This module has what surrounds the code: manifests, checksums, and the receiver.
+An optimizer step leaves most 16-bit weights unchanged, or moves them to a neighbouring number of their dtype. So bit
+patterns are mapped to integers in the order of the numbers, and the positions and sizes of the changes are coded
+(actors/weights/delta_codec.py). This module holds the rest: manifests, checksums, and the receiver.
 
-Checksums, each computed once on either side: one for each tensor of the new version (by `pack`, and after decoding), and
-one for the delta's manifest and payload. The base needs none of its own: a base that has decayed gives a tensor with
-another checksum than the new version's.
+Each side computes each checksum once: one for each tensor of the new version (in `pack`, and after decoding), and one for
+the delta's manifest and payload. The base is not checked again: a damaged base decodes to a tensor with a wrong checksum.
 """
 
 from collections.abc import Sequence
@@ -48,14 +47,14 @@ class DeltaVersion:
 
     base_version: int
     new: WeightVersion
-    """The version that applying it gives. It has the layout of the base."""
+    """Manifest of the new version, i.e. the result of applying the delta. It has the layout of the base."""
     entries: tuple[DeltaEntry, ...]
     checksum: int
     """xxh3-64 of all fields above and the payload."""
 
     @property
     def version(self) -> int:
-        """The policy version that applying it gives."""
+        """Number of the new policy version."""
         return self.new.version
 
     @property
@@ -65,13 +64,14 @@ class DeltaVersion:
 
 
 def _seal(delta: DeltaVersion, payload: np.ndarray) -> int:
+    # The repr of dataclasses of strings and integers is the same in every process.
     digest = xxhash.xxh3_64(repr(replace(delta, checksum=0)).encode())
     digest.update(memoryview(payload))  # type: ignore[arg-type]
     return digest.intdigest()
 
 
 def _integers(entry: TensorEntry) -> np.dtype | None:
-    """The integer dtype with the bits of one element; None for dtypes that have no code (they travel dense)."""
+    """The integer dtype of the same size; None for dtypes without a code, whose tensors are sent dense."""
     dtype = torch_dtype(entry.dtype)
     return np.dtype(f"i{dtype.itemsize}") if dtype.is_floating_point and dtype.itemsize in (2, 4) else None
 
@@ -87,10 +87,10 @@ def encode_delta(
     new_buckets: Sequence[np.ndarray],
     max_share: float = 1.0,
 ) -> tuple[DeltaVersion, np.ndarray]:
-    """Codes what changed from a base version to a new one: (manifest, payload [bytes] uint8).
+    """Encodes the changes from a base version to a new one: (manifest, payload [bytes] uint8).
 
-    The buckets are only read. A tensor whose code is not smaller than `max_share` of its bytes travels dense, so the
-    payload is never larger than the new version. Tensors are coded side by side, in as many threads as torch may use.
+    The buckets are only read. A tensor whose code is not smaller than `max_share` of its bytes is sent dense, so the
+    payload is never larger than the new version. Tensors are encoded in parallel, in as many threads as torch may use.
     WeightError: the versions have different layouts.
     """
     if _layout(base_manifest) != _layout(new_manifest):
@@ -111,6 +111,7 @@ def encode_delta(
         return DeltaEntry("dense", new.nbytes, base.checksum), new_bytes
 
     coded = in_threads(encode_tensor, base_manifest.tensors, new_manifest.tensors, nbytes=new_manifest.nbytes)
+    # The empty array: a rank without rows has no codes, and concatenate needs at least one.
     payload = np.concatenate([np.empty(0, np.uint8), *(code for _, code in coded)])
     delta = DeltaVersion(base_manifest.version, new_manifest, tuple(entry for entry, _ in coded), 0)
     return replace(delta, checksum=_seal(delta, payload)), payload
@@ -141,7 +142,7 @@ def apply_delta(
         new = window(place, buckets)
         if not _decoded(entry, code, place, window(place, base_buckets), new):
             raise WeightError(f"delta: {place.name} is damaged: {entry.nbytes} bytes, {entry.coding}")
-        verify_tensor(delta.version, place, new)  # while it is in the cache
+        verify_tensor(delta.version, place, new)  # here, while the tensor is still in the cache
 
     in_threads(decode_tensor, delta.new.tensors, delta.entries, codes, nbytes=delta.new.nbytes)
     return delta.new, buckets
@@ -193,7 +194,7 @@ class Receiver:
     def _apply(self, rank: int, delta: DeltaVersion, buckets: list[np.ndarray]) -> Version:
         if rank >= len(self._held):
             raise WeightError(f"a delta from version {delta.base_version}, and no version is held")
-        if self._held[rank][0] == delta.new:  # the same delta again: a retried call
+        if self._held[rank][0] == delta.new:  # a retried call: the first one has already loaded this delta
             return self._held[rank]
         return apply_delta(delta, buckets[0], *self._held[rank])
 

@@ -3,11 +3,11 @@
 Blocks. A tensor is coded in blocks of BLOCK elements. A block is a header of two uint32 (number of bytes after it, number
 of changed elements) and two lists with a number for each changed element:
 
-    gap     how many unchanged elements lie between it and the changed element before
-    step    how far it moved in the order of its dtype's numbers: down 1, up 1, down 2, up 2 are 0, 1, 2, 3
+    gap     number of unchanged elements between it and the changed element before
+    step    distance that it moved in the order of its dtype's numbers: down 1, up 1, down 2, up 2 are 0, 1, 2, 3
 
-Where more than two fifths of the elements changed, a plane of bits replaces the gaps. A block without changes is a header
-only. A block whose code would not be shorter holds its new elements unchanged.
+If more than two fifths of the elements changed, a plane of bits replaces the gaps. A block without changes is a header
+only. If the code of a block would not be shorter than its elements, the block holds the new elements as they are.
 
 Lists. A list is Golomb-Rice code, written in planes. A byte `order` comes first, then `order` planes: bit 0 of every
 number, bit 1, and so on. The rest of each number, shifted right by `order`, is coded in levels: a plane with a bit for
@@ -15,9 +15,9 @@ each number that is not yet 0; those continue, decreased by 1. From level `unary
 lowest bit and is halved, so that outliers cost a logarithm (Exp-Golomb code), not their size. In a plane the first bit
 is the lowest of its byte. Each plane starts on a new byte.
 
-Why by hand. In plain numba loops the code takes 2.4 to 3 times as long to encode and 1.2 to 4.8 times as long to decode
-(docs/benchmarks.md): numba has no names for the instructions that turn comparisons into masks, and that move elements by
-a mask. The few that are needed are given to it as LLVM's, in the section "Vector instructions".
+Why by hand. Plain numba loops take 2.4 to 3 times as long to encode and 1.2 to 4.8 times as long to decode
+(docs/benchmarks.md): numba has no functions for the instructions that turn comparisons into masks and that move elements
+by a mask. The section "Vector instructions" defines the few that the code needs, in LLVM's terms.
 
 Safety. numba does not check indices. Every length that is read from a code is checked before it is used, so damaged or
 malicious codes are refused and never read or write outside the arrays.
@@ -286,11 +286,11 @@ def _spread(code: np.ndarray, at: int, n: int, values: np.ndarray, kept: int) ->
 
 @_kernel
 def _order(values: np.ndarray, n: int) -> int:
-    """The lowest order at which at most 64% of a sample of the numbers continue. Within 2% of the shortest list."""
+    """The lowest order at which at most 64% of a sample of the numbers continue. The list is within 2% of the shortest."""
     order, more, seen = -1, 1, 1
     while 25 * more > 16 * seen:
         order, more, seen = order + 1, 0, 0
-        for i in range(0, n, 8 * _LANES):
+        for i in range(0, n, 8 * _LANES):  # every eighth vector is sample enough
             more += _ones(_nonzero(values, i, ~values.dtype.type((1 << order) - 1)))
             seen += min(_LANES, n - i)
     return order
@@ -324,7 +324,7 @@ def _write_numbers(values: np.ndarray, n: int, unary: int, out: np.ndarray, at: 
             kept += _ones(bits)
         at += _bytes(n)
         n = kept
-        values[n : n + _LANES] = 0
+        values[n : n + _LANES] = 0  # what _compress left there is undefined, and the next level reads whole vectors
         if level < unary:
             for i in range(n):
                 values[i] -= word(1)
@@ -345,6 +345,7 @@ def _read_numbers(code: np.ndarray, at: int, end: int, n: int, unary: int, value
     order, planes = np.int64(code[at]), at + 1
     at = planes + order * _bytes(n)
     counts, starts, level = np.empty(_LEVELS, np.int64), np.empty(_LEVELS, np.int64), 0
+    # Levels have to be undone from the last to the first, but only reading them in order shows where each one starts.
     # First pass: where each level's plane starts, and how many numbers it has. Checks all lengths against `end`.
     kept = n
     while kept:
@@ -391,7 +392,7 @@ def _ordered(bits: int, top: int) -> int:
 
 @_kernel
 def _many(count: int, n: int) -> bool:
-    """Whether a plane of n bits codes the positions of `count` changes faster than gaps, and about as short."""
+    """Whether to code the positions of `count` changes as a plane of n bits: faster than gaps, and about as short."""
     return 5 * count > 2 * n
 
 
@@ -407,6 +408,7 @@ def _write_block(
     for i in range(n):
         # The difference wraps around, as integers of this size do; reading wraps back.
         step = _ordered(new[i], top) - _ordered(old[i], top)
+        # Zigzag code: steps of both signs become small numbers without a sign.
         steps[i] = word(step << 1) ^ word(-((step >> top) & 1))
     steps[n : n + _LANES] = 0
     start, full, count = at + _HEADER, at + _HEADER + new.nbytes, _ZERO
@@ -515,7 +517,7 @@ def _read_tensor(code: np.ndarray, old: np.ndarray, new: np.ndarray, gaps: np.nd
 
 
 def _fixed(array: np.ndarray) -> np.ndarray:
-    """A read-only view. Arrays of the object store are read-only, and numba would compile once for each kind."""
+    """A read-only view: numba compiles read-only and writable arrays separately, and the object store has read-only ones."""
     view = array.view()
     view.setflags(write=False)
     return view
@@ -528,7 +530,7 @@ def _scratch(old: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def room(nbytes: int) -> int:
-    """Bytes of `out` that `encode` needs for a tensor of `nbytes`: the tensor, headers, and what planes may touch more."""
+    """Bytes of `out` that `encode` needs for a tensor of `nbytes`: tensor, headers, and bytes written beyond a plane."""
     return nbytes + _HEADER * (1 + nbytes // BLOCK) + 4
 
 
@@ -547,8 +549,8 @@ def decode(code: np.ndarray, old: np.ndarray, new: np.ndarray) -> bool:
     """Decodes `code` relative to `old` into `new`: the inverse of `encode`. Releases the GIL.
 
     code: [bytes] uint8. old, new: [elements] int16 or int32; `new` is written to.
-    False: `code` is no code for this number of elements; `new` is then undefined. A code that is damaged but well-formed
-    gives other elements, which the checksums of delta.py find.
+    False: `code` is not a code for this number of elements; `new` is then undefined. A code that is damaged but well
+    formed decodes to wrong elements, which the checksums of delta.py find.
     """
     assert old.shape == new.shape
     return _read_tensor(_fixed(code), _fixed(old), new, *_scratch(old))

@@ -37,6 +37,8 @@ def build_student(
     Trained weights are float32. With adapters the frozen weights have the compute dtype: they are never updated, so more
     precision would be lost in every pass. UserError: see load_model, add_adapters, compile_layers and Ranks.shard.
     """
+    # Checks by forward passes come before compiling and sharding, which would make them slow or collective. Adapters come
+    # before sharding, so that they are sharded, too.
     lora = student.lora
     # A checkpoint's model.safetensors holds merged weights. With adapters the frozen weights are those of `student.model`.
     model = load_model(
@@ -56,7 +58,7 @@ def build_student(
     ranks.shard(model, device, getattr(torch, config.compute_dtype))
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.train()
+        model.train()  # transformers checkpoints activations in training mode only
     return Student(model, body, pass_tokens, adapter)
 
 
@@ -74,7 +76,8 @@ def compile_layers(model: PreTrainedModel) -> None:
     layers = decoder_layers(model)
     if not layers:
         raise UserError("learner.compile", f"true and {type(model).__name__}", "false, or a model of known layers")
-    # The sequence boundaries differ from pass to pass and would become constants of the compiled code.
+    # Sequence boundaries differ from pass to pass, and would become constants in the compiled code.
     attend_uncompiled()
     for layer in layers:
+        # The method, not the module: compiling the module would add `_orig_mod` to every parameter's name.
         layer.forward = torch.compile(layer.forward, dynamic=True)

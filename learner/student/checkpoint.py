@@ -46,6 +46,7 @@ def latest_checkpoint(checkpoints: Path) -> Path | None:
 
 def new_directory(target: Path) -> Path:
     """Makes an empty directory with a unique name beside `target`. Fill it, then `commit` or `discard` it."""
+    # A leading dot and a suffix: no name of a step, so a reader never takes it for a checkpoint, and `prune` finds it.
     partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
     partial.mkdir(parents=True)
     return partial
@@ -57,13 +58,13 @@ def commit(partial: Path, target: Path) -> None:
     flush(partial)
     doomed = _set_aside(target) if target.exists() else None
     os.replace(partial, target)
-    _fsync(target.parent)
+    _fsync(target.parent)  # a rename is on disk only once its directory is
     if doomed:
         shutil.rmtree(doomed)
 
 
 def discard(partial: Path) -> None:
-    """Removes a directory that is not to be committed."""
+    """Removes a directory of `new_directory` without committing it."""
     shutil.rmtree(partial, ignore_errors=True)
 
 

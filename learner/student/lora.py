@@ -28,7 +28,7 @@ ADAPTER = "default"
 """peft's name of the only adapter."""
 ADAPTER_FILE = "adapter_model.safetensors"
 NAME_PREFIX = "base_model.model."
-"""The prefix of parameter names in peft's files."""
+"""Prefix of the parameter names in peft's files."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +84,7 @@ def add_adapters(model: PreTrainedModel, lora: LoraConfig, stored: Path | None) 
         task_type="CAUSAL_LM",
         base_model_name_or_path=model.name_or_path,
     )
-    # Every rank draws the same A, and the process's own random state is left alone.
+    # All ranks must draw the same A. The fork restores the process's own random state afterwards.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         try:
@@ -97,11 +97,11 @@ def add_adapters(model: PreTrainedModel, lora: LoraConfig, stored: Path | None) 
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name)
         if parameter.requires_grad:
-            parameter.data = parameter.data.float()
+            parameter.data = parameter.data.float()  # in half precision small updates would round to nothing
     modules: list[Any] = list(model.modules()) if lora.dora else []
     for layer in modules:
         if magnitudes := getattr(layer, "lora_magnitude_vector", None):
-            # Computed again in float32: peft has rounded them to the weight's dtype, and B = 0 must change nothing.
+            # In float32: peft has rounded the norms to the weight's dtype, and a new adapter (B = 0) must change nothing.
             magnitudes[ADAPTER].weight.data = torch.linalg.norm(layer.base_layer.weight.detach().float(), dim=1)
     if stored is not None:
         file = StoredTensors(stored / ADAPTER_FILE)

@@ -58,7 +58,7 @@ class OffloadedAdamW(torch.optim.AdamW):
             if host is None:
                 host = self._host[id(moment)] = torch.empty_like(local, device="cpu", pin_memory=local.is_cuda)
             host.copy_(local)
-            # The tensor object stays, because torch and checkpoints find the moment by it.
+            # The tensor object stays: torch's state and `_host` refer to it.
             local.untyped_storage().resize_(0)
 
     def host_values(self, moment: Tensor) -> Tensor | None:
@@ -94,7 +94,7 @@ def build_optimizer(model: torch.nn.Module, config: OptimizerConfig, *, offload:
 def learning_rate(update: int, total_updates: int, config: OptimizerConfig) -> float:
     """The learning rate of one update: linear warm-up, then the schedule.
 
-    update: its number, counted from 1. With w = warmup_updates, the rate of update u <= w is peak * u / (w + 1). After
+    update: number of the update, counted from 1. With w = warmup_updates, the rate of update u <= w is peak * u / (w + 1). After
     that p = (u - w) / (total_updates - w) goes from 0 to 1, and the rate is peak * (f + (1 - f) * remaining(p)), where f
     is `final_fraction`. A constant schedule has f = 1.
     """

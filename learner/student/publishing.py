@@ -15,7 +15,7 @@ from learner.student.lora import Merged
 from learner.student.sharding import own_rows
 
 MAX_DELTA_SHARE = 0.8
-"""A delta of more bytes than this share of the dense weights is not sent: decoding it costs more than it saves."""
+"""A delta above this share of the dense weights' bytes is not sent: decoding it costs more time than it saves."""
 
 Named = Sequence[tuple[str, torch.Tensor | Merged]]
 """(name, tensor) pairs; with several ranks the tensors are sharded by rows."""

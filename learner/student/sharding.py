@@ -62,6 +62,7 @@ class Ranks:
             fully_shard(layer, mesh=mesh, mp_policy=mixed)
         # The body owns what no layer owns: embedding and last norm.
         body, head = model.base_model, model.get_output_embeddings()
+        # By default FSDP would keep the root gathered after the forward pass.
         fully_shard(body, mesh=mesh, reshard_after_forward=True)
         if head.weight is not model.get_input_embeddings().weight and not isinstance(head.weight, DTensor):
             model.tie_weights()  # sharding replaced the embedding's parameter; tie the head to the new one
@@ -141,7 +142,6 @@ def own_rows(tensor: Tensor) -> tuple[Tensor, int]:
     if not isinstance(tensor, DTensor):
         return tensor, 0
     local = tensor.to_local()
-    chunk = -(
-        -tensor.shape[0] // tensor.device_mesh.size()
-    )  # FSDP splits as torch.chunk: the last rank may have fewer rows, or none
+    # FSDP splits rows as torch.chunk does: the last ranks may have fewer rows, or none.
+    chunk = -(-tensor.shape[0] // tensor.device_mesh.size())
     return local, min(tensor.device_mesh.get_local_rank() * chunk, tensor.shape[0])

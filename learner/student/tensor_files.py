@@ -1,8 +1,8 @@
 """Writes the learner's tensors as safetensors in a background thread, and reads them back by rows.
 
-A save copies the tensors to host memory, which is all that training waits for; a thread writes the copies. All ranks
-write one file: the rows of a tensor are contiguous in it, so each rank writes its rows at their offset and nothing is
-gathered. Any number of ranks can read the file.
+A save copies the tensors to host memory; training waits for this copy only, and a thread writes it to disk. All ranks
+write one file: a tensor's rows are contiguous in it, so each rank writes its rows at their offset, and nothing is gathered.
+Any number of ranks can read the file.
 """
 
 import json
@@ -62,7 +62,7 @@ class BackgroundWrite:
         try:
             if write is not None:
                 write.result()
-        except OSError as error:
+        except OSError as error:  # a full disk, for example; other errors are defects, and stay as they are
             raise CheckpointError(f"{error.strerror or error} ({error.filename or 'while writing'})") from error
 
 
@@ -97,12 +97,13 @@ def model_tensors(
     if merged is not None:
         return _on_first_rank(model, ranks or Ranks(), merged)
     state = model.state_dict(keep_vars=True)
-    # transformers finds tied tensors by their storage, which sharded tensors hide: give it one stand-in for each tensor.
+    # transformers finds tied tensors by their storage, which a sharded tensor does not expose. So each tensor gets a
+    # stand-in, the same one under all its names.
     stand_in_of: dict[int, torch.Tensor] = {}
     stand_ins = {name: stand_in_of.setdefault(id(tensor), torch.zeros(1)) for name, tensor in state.items()}
     state = {name: state[name].detach() for name in remove_tied_weights_from_state_dict(stand_ins, model)}
     if ranks is not None and ranks.size > 1:
-        # Converting empty tensors shows whether the file has the same tensors as memory.
+        # Converting tensors without memory shows whether the file has the same tensors as the model.
         shapes = {name: torch.empty(tensor.shape, device="meta") for name, tensor in state.items()}
         if revert_weight_conversion(model, shapes).keys() == state.keys():
             return state
@@ -168,7 +169,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Rows], *, begin: bool = True
                 file.seek(place)
             data = rows.values.reshape(-1).view(torch.uint8).numpy().data
             end = place + len(data)
-            while len(data):  # an unbuffered write may write less than it was given
+            while len(data):  # one call of an unbuffered file may write only a part
                 data = data[file.write(data) :]
 
 
