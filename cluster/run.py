@@ -116,6 +116,7 @@ class Running:
 
     async def to_the_end(self) -> tuple[dict[str, Any], bool]:
         """Runs the campaign; see run_campaign. No actor is left when it ends, by an error too."""
+        # From the beginning, since loading models takes minutes; commands only once there are actors to scale.
         watching = [asyncio.create_task(keep_status(self.config.run_dir, self.progress.refresh))]
         try:
             await self._start()
@@ -130,7 +131,7 @@ class Running:
         except BaseException as error:
             details = "".join(traceback.format_exception(error))
             cause = f"{type(error).__name__}: {error}"
-            with contextlib.suppress(OSError):  # on a full disk the error that was raised first says so
+            with contextlib.suppress(OSError):  # on a full disk this fails too, and must not hide the first error
                 self.records.event("failed", cause=cause, step=self.state.step, traceback=details)
             raise
         finally:
@@ -142,7 +143,7 @@ class Running:
 
     async def _start(self) -> None:
         await asyncio.gather(*(fleet.start() for fleet in (self.learner, *self.fleets.values())))
-        if self.short:
+        if self.short:  # the missing actors join when the cluster has room
             for role, fleet in self.fleets.items():
                 fleet.resize(self.needed[role][0])
 
@@ -170,7 +171,7 @@ class Running:
                     raise CampaignError(f"{error}; {replaced}") from error
                 await asyncio.sleep(budget.pause())
                 budget.count()
-                faults = self.state.faults
+                faults = self.state.faults  # events stay on record, so their count does not go back either
                 self.state, checkpoint = take_up(self.config, self.records)
                 self.state.faults = faults
             except RollBack as wanted:
@@ -180,7 +181,7 @@ class Running:
     async def _replace_learner(self, checkpoint: Path | None) -> None:
         lost = self.learner
         self.learner = build_learner(self.config, self.inputs, checkpoint, self.needed, self.on_event)
-        self.learner.inherit(lost)
+        self.learner.inherit(lost)  # first: another job could take the place while the new learner starts
         await self.learner.start(patient=True)
         self.on_event("learner_restored", step=self.state.step, checkpoint=str(checkpoint))
 

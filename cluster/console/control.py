@@ -50,7 +50,7 @@ async def _obey_one(path: Path, handlers: Mapping[str, Handler]) -> None:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         unknown = UserError(path.name, repr(error), f"one of the commands {', '.join(handlers)}")
         answer = {"done": False, "error": unknown.to_json()}
-    path.unlink(missing_ok=True)
+    path.unlink(missing_ok=True)  # it is missing if `send` has withdrawn it
     write_atomically(path.with_name(path.name.replace(".command.", ".answer.")), json.dumps(answer) + "\n")
 
 
@@ -61,6 +61,7 @@ def send(run_dir: Path, command: str, arguments: Mapping[str, Any] | None = None
     """
     folder = run_dir / CONTROL_DIRECTORY
     folder.mkdir(exist_ok=True)
+    # In the order of names `obey` reads commands in the order in which they were sent; two senders never share a name.
     name = f"{time.time_ns():020d}-{os.getpid()}"
     path, answer = folder / f"{name}.command.json", folder / f"{name}.answer.json"
     write_atomically(path, json.dumps({"command": command, "arguments": dict(arguments or {})}) + "\n")
@@ -109,7 +110,9 @@ def handlers(
 
     async def stop(_: Mapping[str, Any]) -> str:
         gate.set()
-        asyncio.get_running_loop().call_later(0.5, os.kill, os.getpid(), signal.SIGINT)  # after the answer
+        asyncio.get_running_loop().call_later(
+            0.5, os.kill, os.getpid(), signal.SIGINT
+        )  # later, so that the answer is written
         return "stopping after the update under way, with a checkpoint; the same command continues from it"
 
     async def scale(wanted: Mapping[str, Any]) -> str:

@@ -128,11 +128,12 @@ async def place(
 ) -> PlacementGroup | None:
     """A placement group with these bundles; waits without limit until the cluster has room.
 
-    held, nodes: the group that is held already and the nodes that it is on; it is kept unless one of them is gone.
+    held, nodes: the group that is already reserved, and its nodes; it is kept unless one of its nodes is gone.
     on_wait: called once, if there is no room after 5 seconds. Returns None where no bundle reserves anything.
     """
     if not any(bundles):
         return None
+    # In a thread: the question to the cluster blocks, and the campaign's event loop must go on.
     if held is not None and not await asyncio.to_thread(_live, nodes):
         remove_placement_group(held)
         held = None
@@ -140,6 +141,7 @@ async def place(
         held = placement_group(bundles, strategy="PACK")
     start, reported = time.monotonic(), False
     try:
+        # Polled: `held.ready()` would start a worker process in the group only to report that there is room.
         while not held.wait(0):
             await asyncio.sleep(0.02 if time.monotonic() - start < 1 else 0.5)
             if not reported and time.monotonic() - start > 5:
@@ -192,6 +194,7 @@ async def wait_until_built(handle: Any, name: str) -> None:
 
 async def whereabouts(handle: Any) -> tuple[str, int]:
     """An actor's node (Ray's id) and process number."""
+    # `__ray_call__` runs a function in the actor's process, so the classes of the roles need no method for it.
     return await handle.__ray_call__.remote(_whereabouts)
 
 
@@ -325,6 +328,7 @@ def _steps(_actor: Any) -> int:
 def _kill_tree(process: int) -> None:
     with suppress(psutil.NoSuchProcess):
         first = psutil.Process(process)
+        # The children are listed and killed before their parent: they would no longer be its children after its end.
         for one in [*first.children(recursive=True), first]:
             with suppress(psutil.NoSuchProcess):
                 one.kill()

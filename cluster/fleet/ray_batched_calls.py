@@ -37,7 +37,7 @@ class BatchedCaller:
         number = next(self._numbers)
         self._waiting[number] = answer = asyncio.get_running_loop().create_future()
         self._unsent.append((number, requests))
-        if len(self._unsent) == 1:  # the first of this turn: its task runs when the turn is over, and takes all
+        if len(self._unsent) == 1:  # the first of this turn: its task runs in the next turn, and sends all
             self._start(self._submit())
         if not self._collecting:
             self._collecting = True
@@ -51,7 +51,7 @@ class BatchedCaller:
         numbered, self._unsent = self._unsent, []
         try:
             await self._patiently(lambda: invoke(self.handle, "submit", (self._client, numbered), 1))
-        except Exception as error:  # for those that were submitted
+        except Exception as error:  # every request of this call gets it
             self._fail([number for number, _ in numbered], error)
 
     async def _collect(self) -> None:
@@ -67,9 +67,10 @@ class BatchedCaller:
                         future.set_exception(answer)
                     else:
                         future.set_result((answer, reference))
-        except Exception as error:  # the actor has died: for all that wait
+        except Exception as error:  # the actor has died: every waiting request gets it
             self._fail(list(self._waiting), error)
         finally:
+            # No await since the last test of `_waiting`: a request cannot come in between and miss its collector.
             self._collecting = False
 
     async def _collect_once(self) -> Any:

@@ -98,6 +98,7 @@ def role_resources(config: CampaignConfig, cluster_gpus: float, *, private: bool
             return explicit
         if cluster_gpus == 0:
             return 0.0
+        # Shares are rounded down to hundredths, so that their sum is never above one GPU.
         return default if cluster_gpus > 1 or default == 0 or ranks > 1 else int(100 / actors) / 100
 
     environment = {} if private or cluster_gpus else dict(CPU_THREADS)
@@ -122,7 +123,7 @@ def check_fits(needed: dict[str, tuple[int, Resources]], there: dict[str, float]
             for name, (_, resources) in needed.items()
         }
         asked = {name: needed[name][0] * amount for name, amount in one.items()}
-        if sum(asked.values()) > there.get(kind, 0.0) + 1e-9:
+        if sum(asked.values()) > there.get(kind, 0.0) + 1e-9:  # sums of fractions of a GPU have rounding errors
             largest = max(asked, key=lambda name: asked[name])
             key = "teachers" + largest.removeprefix("teacher") if largest.startswith("teacher.") else largest
             parts = ", ".join(f"{name} {needed[name][0]} x {one[name]:g}" for name in asked)

@@ -20,7 +20,7 @@ from cluster.fleet.ray_batched_calls import BatchedCaller
 from cluster.fleet.supervision import Supervisor
 
 ATTEMPTS = 2
-"""Actors on which a call may fail; after the last of them the call itself is taken to be at fault."""
+"""Number of actors on which a call may fail; after that the call itself is considered the cause."""
 
 
 class Fleet(Supervisor):
@@ -50,7 +50,7 @@ class Fleet(Supervisor):
         """
 
         async def do(replica: Replica) -> Any:
-            handle = replica.handle
+            handle = replica.handle  # retries stay with this actor; after its death the replica may hold another one
             return await self._patiently(replica, lambda: invoke(handle, method, arguments, returns, keywords))
 
         return await self._on_a_replica(method, units, at, do)
@@ -88,7 +88,7 @@ class Fleet(Supervisor):
     async def tell(self, replica: Replica, method: str, *arguments: Any) -> None:
         """Calls a method of this actor and waits until it has ended. Does nothing if the actor is dead or dies."""
         if replica.alive:
-            with suppress(ActorLostError):  # the call whose work it has will notice
+            with suppress(ActorLostError):  # the call that waits for this actor's work reports the loss
                 await invoke(replica.handle, method, arguments, 1)
 
     def tell_nodes(self, method: str, *arguments: Any) -> None:
@@ -115,7 +115,7 @@ class Fleet(Supervisor):
             raise
         finally:
             self._ended(replica, method)
-            if self._failure:
+            if self._failure:  # replaces the actor's error: callers handle LearnerLostError, not the errors of an actor
                 raise self._failure
 
     async def room(self, calls: int) -> Replica:
@@ -135,7 +135,7 @@ class Fleet(Supervisor):
         failures = 0
         while True:
             replica = at if at is not None and at.alive else await self._least_busy()
-            handle = replica.handle
+            handle = replica.handle  # `_lost` compares it: a late error must not end the next actor in this place
             replica.under_way += units
             replica.calls += 1
             self._began(replica, method)
@@ -145,7 +145,7 @@ class Fleet(Supervisor):
                 self._lost(replica, handle, _kind(error), error)
             except ActorFaultError as error:
                 failures += 1
-                if failures == ATTEMPTS:  # it would make one actor after the other fail
+                if failures == ATTEMPTS:  # this call would make one actor after the other fail
                     raise
                 self._lost(replica, handle, _kind(error), error)
             finally:

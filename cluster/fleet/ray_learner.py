@@ -53,6 +53,7 @@ class LearnerRank:
 
     def listen(self, host: str) -> int:
         """Rank 0 only: listens at `host`, on no other interface, for the other ranks; returns the port."""
+        # A socket of our own, because TCPStore would listen on all interfaces. `detach` hands it over to the store.
         listening = socket.create_server((host, 0))
         port = listening.getsockname()[1]
         self._store = dist.TCPStore(
@@ -65,7 +66,7 @@ class LearnerRank:
 
         host, port: where rank 0 listens. arguments, keywords: of Learner.
         """
-        if host == LOOPBACK:
+        if host == LOOPBACK:  # Gloo would otherwise listen at the machine's address, which other machines can reach
             os.environ["GLOO_SOCKET_IFNAME"] = "lo"
         store = self._store or dist.TCPStore(host, port, is_master=False)
         ranks = Ranks.join(store, self._rank, self._size, "cuda" if torch.cuda.is_available() else "cpu")
@@ -115,8 +116,8 @@ class LearnerGroup(Fleet):
         """Calls a method on every rank and waits for all; gives the first rank's answer.
 
         Where the answers are booleans it gives whether all are true. A PerRank among the arguments is replaced, on
-        each rank, by that rank's own arguments: Ray transfers to each node only what its ranks were given. `returns`
-        and `at` are not supported. LearnerLostError: a rank is lost. Other errors are those of Fleet.call.
+        each rank, by that rank's own arguments: Ray transfers to each node only its ranks' arguments. `returns` and
+        `at` are not supported. LearnerLostError: a rank is lost. Other errors are those of Fleet.call.
         """
         assert returns == 1 and at is None
 
@@ -138,6 +139,7 @@ class LearnerGroup(Fleet):
     def inherit(self, lost: Supervisor) -> None:
         """Takes over the placement group of a lost group; see Supervisor.inherit."""
         assert isinstance(lost, LearnerGroup)
+        # Moved before `super().inherit` closes the lost group, which would give up its place.
         self._placement, lost._placement = lost._placement, None
         super().inherit(lost)
 
@@ -183,7 +185,7 @@ class LearnerGroup(Fleet):
         tasks = [asyncio.create_task(one(replica)) for replica in self.replicas]
         try:
             _, waiting = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
-            if waiting:
+            if waiting:  # one has failed: see GRACE_SECONDS
                 await asyncio.wait(waiting, timeout=GRACE_SECONDS)
             errors = [task.exception() for task in tasks if task.done()]
             self._end_if_lost(handles, errors)

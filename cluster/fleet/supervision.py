@@ -98,7 +98,7 @@ class Supervisor:
         self.restarts = 0
         self.replicas = [Replica(f"{role}-{i}") for i in range(replicas)]
         self._named = replicas
-        """Names that were given; a name is not used again."""
+        """Number of names used so far; a name is never used again."""
         self._leaving: list[Replica] = []
         self._actor_class, self._arguments, self._keywords = actor_class, arguments, keywords
         self._resources, self._max_restarts = resources, max_restarts
@@ -152,13 +152,14 @@ class Supervisor:
 
     def inherit(self, lost: "Supervisor") -> None:
         """Takes over the reserved places of a fleet that is lost, so that nobody else gets them, and ends its actors."""
+        # Moved before `close`, which gives up the places that the lost fleet still holds.
         for replica, before in zip(self.replicas, lost.replicas, strict=True):
             replica.placement, replica.node, before.placement = before.placement, before.node, None
         lost.close()
 
     def close(self) -> None:
         """Ends all actors at once."""
-        for task in self._tasks:
+        for task in self._tasks:  # first: the watch would report the deaths, and start replacements
             task.cancel()
         for replica in (*self.replicas, *self._leaving):
             replica.kill()
@@ -253,6 +254,7 @@ class Supervisor:
             else:
                 if now != steps or not replica.busy:
                     steps, since = now, time.monotonic()
+                # An idle actor takes no steps: time counts from the first call after the idle time, or the last answer.
                 elif time.monotonic() - max(since, replica.busy_since) > self._hang_timeout:
                     self._hangs(replica, handle, f"it has made no progress for {self._hang_timeout:g} s")
 
@@ -260,7 +262,7 @@ class Supervisor:
         if replica.handle is handle:
             end_processes(replica)  # a stopped process does not react to Ray's kill
             self._lost(replica, handle, "actor_hung", f"{cause} (ray.hang_timeout_seconds)")
-            replica.kill()  # also one that was to leave, which `_lost` leaves alone
+            replica.kill()  # `_lost` ignores a replica that is leaving
 
     def _lost(self, replica: Replica, handle: Any, kind: str, cause: Exception | str) -> None:
         """Reports the loss and begins to replace the actor; where it may not be replaced, the fleet fails.
@@ -274,6 +276,7 @@ class Supervisor:
         self._on_event(kind, actor=replica.name, cause=str(cause))
         if self._max_restarts is None:
             failure = LearnerLostError(f"{replica.name} {EVENTS[kind].label}: {cause}")
+            # As `raise ... from` would; callers raise it later, from where they wait.
             failure.__cause__ = cause if isinstance(cause, Exception) else None
             self._fail(failure)
         else:
@@ -301,11 +304,12 @@ class Supervisor:
                     cause = str(error)
                     self._on_event("actor_died", actor=replica.name, cause=cause)
             self._on_event("actor_restarted", actor=replica.name, restarts=replica.restarts)
-        except Exception as error:  # also an unknown one: callers that wait for an actor must hear of it
+        except Exception as error:  # of any kind: otherwise the callers would wait for this actor for ever
             self._fail(error)
 
     def _fail(self, error: Exception) -> None:
         self._failure = error
+        # In the background: `_lost` calls this from code that cannot wait for the condition's lock.
         self._in_background(self._notify())
 
     # ---------------------------------------------------------------------------------------------------- bookkeeping

@@ -102,6 +102,7 @@ class Campaign:
         """
         interrupted = asyncio.Event()
         loop = asyncio.get_running_loop()
+        # By default SIGINT would cancel the main task in the middle of an update, and SIGTERM would kill the process.
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, interrupted.set)
         stages = {
@@ -113,6 +114,7 @@ class Campaign:
                 "score": self._score,
                 "train": self._train,
                 "publish": self._publish,
+                # A fleet that fails for good ends the loop, even while no stage calls it.
                 **{fleet.role: fleet.watched for fleet in (self.rollout, self.learner, *self.teachers.fleets.values())},
             }.items()
         }
@@ -127,17 +129,18 @@ class Campaign:
                 loop.remove_signal_handler(number)
             for task in stages:
                 task.cancel()
+            # The first error is already on its way to the caller; those of the other stages follow from it.
             await asyncio.gather(*stages, return_exceptions=True)
             await self._checkpoints.close()
             self._clock.write_trace(self.config.run_dir)
 
     async def _settle(self, done: set[asyncio.Task]) -> None:
         """The first of the stages has ended: raises its error; after an interrupt, writes a checkpoint."""
-        for task in done:
+        for task in done:  # several may end in one turn of the event loop: an error goes before an interrupt
             task.result()
         names = {task.get_name() for task in done}
         if "interrupt" in names:
-            async with self._learner_turn:  # lets an update that has begun finish first
+            async with self._learner_turn:  # an update that has begun finishes first
                 self._records.event("interrupted", step=self.state.step)
                 await self._checkpoints.save(self.state, self.learner)
                 await self._checkpoints.settle()
@@ -170,6 +173,7 @@ class Campaign:
 
         async def sample(issued: Issued) -> None:
             asked = requests(self._prompts, issued.ids, self.config.seed, judged=self.config.gives_rewards)
+            # Before the call: the actor may load newer weights during it, and the oldest token decides the staleness.
             in_flight.begin(issued, self._versions.version)
             units = in_flight.expected_tokens(len(asked.prompt_tokens), len(issued))
             try:
@@ -178,9 +182,9 @@ class Campaign:
                 else:
                     counts, reference = await self.rollout.ask(asked, units=units, at=issued.replica)
             except AbortedError:
-                return  # they were cut; the ledger has them as dropped
+                return  # `Queues.cut` aborted them, and has dropped them in the ledger
             if not in_flight.end(issued):
-                return  # they were cut while the answer was on its way
+                return  # `Queues.cut` dropped them while the answer was on its way
             self.state.tokens_generated += int(counts.lengths.sum())
             self.state.busy["rollout"] += counts.busy_seconds
             self._queues.sampled(issued, counts, reference)
@@ -211,7 +215,7 @@ class Campaign:
         """Scored -> weight versions. Waits for the trajectories of a whole update; unblocked by score."""
         while self.state.step < self.config.pipeline.updates:
             update = await self._queues.next_update()
-            async with self._learner_turn:  # so that the checkpoint of an interrupt never sees half a step
+            async with self._learner_turn:  # the checkpoint of an interrupt must not see half a step
                 self._reporter.doing("learner", f"update {self.state.step + 1}")
                 try:
                     metrics = await self._take_update(update)
@@ -226,8 +230,10 @@ class Campaign:
                 published.averages = await self._ema_teachers.publish()
                 published.trained = len(update)
                 published.record = self._record(update, metrics, published)
+                # Before the checkpoint: a campaign that resumes from it must still write this line of metrics.jsonl.
                 self.state.pending.append(published.record)
                 self.state.guards, findings = judge(self.config.guards, self.state.guards, published.record)
+                # Before the checkpoint: an update that a guard rejects gets none.
                 apply_findings(findings, self.state.guards.rate_scale, self.config, self._reporter.event)
                 await self._queues.cut()
                 await self._checkpoints.save_if_due(self.state, self.learner)
@@ -248,7 +254,7 @@ class Campaign:
         self._started.set()
         self._clock.start([self.rollout, self.learner, *self.teachers.fleets.values()])
         self._records.event("loop_started", step=self.state.step)
-        if self.state.step >= self.config.pipeline.updates:
+        if self.state.step >= self.config.pipeline.updates:  # resumed after the last update: no version will come
             self._all_published.set()
         while True:
             published = await self._to_publish.get()
@@ -267,7 +273,7 @@ class Campaign:
 
     async def _start(self) -> None:
         """Loads the learner's weights into every rollout actor; in a new campaign, evaluates student and teacher."""
-        self.rollout.prepare = self._versions.give
+        self.rollout.prepare = self._versions.give  # first: an actor may be replaced while the weights load
         await self.rollout.call_each("abort")  # what a loop before this one left under way (lost learner, rollback)
         self._queues.seats = (await self.rollout.call("status"))["seats"]
         await self._versions.load(await self._versions.publish())

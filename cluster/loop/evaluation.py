@@ -56,6 +56,7 @@ class Evaluator:
         `eval/reverse_kl` is a Monte-Carlo estimate of KL(pi || q) in nats a token: the mean of log pi(y_t) - log q(y_t)
         over the tokens y_t that pi has sampled, without those that lack a score.
         """
+        # Both at once: the engines batch them, and a long response of one does not delay the other.
         (greedy, greedy_seconds), (sampled, sampled_seconds) = await asyncio.gather(
             self._sample(rollout, GREEDY), self._sample(rollout, SAMPLED)
         )

@@ -126,6 +126,7 @@ class ReadyToTrain:
         self._max_staleness = max_staleness
         self._heap: list[tuple[int, int, Scored]] = []
         """(version of its oldest token, its number in the ledger, the trajectory)."""
+        # Numbers differ, so heapq never compares two trajectories, which have no order.
 
     def __len__(self) -> int:
         return len(self._heap)
@@ -174,9 +175,10 @@ class Queues:
         """Numbers that an earlier run of the campaign issued and did not train; they are issued first."""
         self._to_sample: asyncio.Queue[Issued] = asyncio.Queue()
         self._group: deque[Issued] = deque()
-        """The rest of the group that is being given to a rollout actor."""
+        """The trajectories of the current group that are not with a rollout actor yet."""
         self._to_score: list[tuple[int, int, Sampled]] = []
         """Heap of (version of its oldest token, its number in the ledger, the trajectory)."""
+        # No asyncio.PriorityQueue: a batch takes several entries at once, and its size depends on how many there are.
         self._any_sampled = asyncio.Event()
         """Set by each answer of a rollout actor."""
         self._scored: asyncio.Queue[list[Scored]] = asyncio.Queue()
@@ -184,7 +186,7 @@ class Queues:
         self._awaited: Counter[int] = Counter()
         """Version -> trajectories whose oldest token has it, and that are sampled and not in `_ready` yet."""
         self._turns = itertools.count()
-        """Numbers the answers of rollout and teacher actors, so that the last of an id's answers can be told."""
+        """Numbers the answers of rollout and teacher actors: of several answers for an id, the last one is valid."""
         self._tokens_at_once = min(teacher.microbatch_tokens for teacher in config.teachers.values())
 
     # ------------------------------------------------------------------------------------------------- what comes in
@@ -248,7 +250,7 @@ class Queues:
         epoch, prompt = position_to_id(cursor, self._config.seed, len(self._prompts), self._config.prompts.shuffle)
         return epoch, prompt, sample
 
-    # ---------------------------------------------------------------------------------------- what each stage is given
+    # ----------------------------------------------------------------------------------------- what each stage takes
 
     async def next_to_sample(self) -> Issued:
         """One trajectory of the oldest group; all of a group go to one actor. In a synchronous campaign, a whole part.
@@ -260,7 +262,9 @@ class Queues:
             if self._synchronous:
                 return issued
             await asyncio.sleep(0)  # lets the calls for the last group begin, so that `room` counts them
-            few_more = self.seats // 8 + 1  # they wait in the actor, so that a seat that falls free is taken at once
+            few_more = (
+                self.seats // 8 + 1
+            )  # these wait in the actor, which fills a free seat without asking the campaign
             replica = await self._rollout.room(self.seats + few_more)
             for row, number in enumerate(issued.numbers):
                 self._group.append(Issued([number], issued.ids[row : row + 1], replica))
@@ -274,13 +278,13 @@ class Queues:
         that actor's share of all that wait, and at most the tokens of one forward pass.
         """
         while len(self._to_score) < (self._update_size if self._synchronous else 1):
-            self._any_sampled.clear()
+            self._any_sampled.clear()  # no answer is missed: the event loop runs nothing between the test and the wait
             await self._any_sampled.wait()
         if self._synchronous:
             batch = [heapq.heappop(self._to_score)[-1] for _ in range(self._update_size)]
         else:
             batch = [heapq.heappop(self._to_score)[-1]]
-            await asyncio.sleep(0)  # lets the call before begin, so that `room` counts it
+            await asyncio.sleep(0)  # lets the previous call begin, so that `room` counts it
             await self._teachers.room(TEACHER_CALLS)
             actors = min(len(fleet.replicas) for fleet in self._teachers.fleets.values())
             # Rounded up. An actor that takes all that waits would leave the others idle.
@@ -292,10 +296,10 @@ class Queues:
         return sorted(batch, key=lambda one: one.number)
 
     async def next_update(self) -> list[Scored]:
-        """The trajectories of the next update, oldest weights first, given in the order of the ledger.
+        """The trajectories of the next update: those with the oldest weights, in the order of the ledger.
 
-        Those that are too stale are dropped and replaced. Trajectories that are sampled, and that this update would make
-        too stale, are waited for: their scores come soon, and sampling is what costs.
+        Drops and replaces trajectories that are too stale. Waits for the scores of sampled trajectories that this update
+        would make too stale: scores come soon, and sampling is the expensive part.
         """
         await self._drop(self._ready.age(self._state.step), "stale")
         while len(self._ready) < self._update_size or self._step_would_lose():
@@ -306,7 +310,7 @@ class Queues:
 
     async def cut(self) -> None:
         """Makes rollout actors give up what would be too stale to train on, even if it ended now."""
-        # Removed before the actors are told: an answer that is on its way already is not wanted either.
+        # Removed before the calls to `abort`: `InFlight.end` then also rejects an answer that is already on its way.
         late = self.in_flight.cut(self._state.step, self._max_staleness)
         for issued in late:
             await self._rollout.tell(issued.replica, "abort", issued.ids)

@@ -87,6 +87,7 @@ class Reporter:
             self._state.start = record
             self._write({"step": 0, "policy_version": 0, **record})
         for record in list(self._state.pending):
+            # The earlier process may have written the line after the checkpoint that still lists it as pending.
             if record["step"] > self._records.last_step:
                 await self.finish_update(record)
 
@@ -95,9 +96,8 @@ class Reporter:
         step = record["step"]
         due = step == self._config.pipeline.updates or step % self._config.evaluation.every_updates == 0
         newest = self._versions.newest
-        if (
-            due and newest is not None and newest.version == step
-        ):  # else: an earlier process was killed before this, and those weights are gone
+        # An update that an earlier process left unwritten is not evaluated: the actors no longer hold its weights.
+        if due and newest is not None and newest.version == step:
             record |= await self._evaluate(step)
         self.clock.count()
         self._state.pending = [other for other in self._state.pending if other["step"] > step]
@@ -130,7 +130,7 @@ class Reporter:
                 break
             except LostObjectError as error:
                 self._records.event("lost_objects", str(error), evaluation=version)
-        # The evaluation of the untrained student is before the loop: it is no part of the loop's busy seconds.
+        # The evaluation of the untrained student comes before the loop, so the loop's busy seconds do not include it.
         if self.clock.started:
             for role, seconds in busy.items():
                 self._state.busy[role] += seconds

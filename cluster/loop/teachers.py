@@ -54,7 +54,7 @@ class PromptRoutes(NamedTuple):
     """[prompts] teacher -> log of its share in the mixture."""
     privileged: dict[str, PromptSet]
     """Teacher -> the same prompts as it reads them, for teachers with a `prompt_template` or a `tokenizer`."""
-    stop_token_ids: list[int] = []  # noqa: RUF012
+    stop_token_ids: list[int] = []  # noqa: RUF012 (nothing changes it in place)
     """Tokens that end a response that a teacher generates; the first of them is its end of text."""
 
 

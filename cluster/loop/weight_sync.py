@@ -5,7 +5,7 @@ the last dense version, its *anchor*, and the deltas after it. It drops everythi
 
     learner    each rank: bucket 0, bucket 1, ... manifest      each bucket travels while the next is filled
     node       one pull of each bucket, however many rollout actors it has
-    actor      verifies, decodes a delta onto its base; then the engine stops and is given the complete version
+    actor      verifies, decodes a delta onto its base; then the engine pauses and loads the complete version
 """
 
 import time
@@ -85,13 +85,14 @@ class ObjectStoreTransport:
     async def publish(self) -> Published:
         """Streams the learner's weights into the object store. A delta, unless an anchor is due or it saves too little."""
         start = time.perf_counter()
+        # An empty chain has no base for a delta; a long one makes new actors decode many deltas.
         anchored = 0 < len(self._chain) < self._config.anchor_every
         delta = self._config.encoding == "delta" and anchored
         # Each bucket is pulled by the nodes of the rollout actors while the learner still fills the next one.
         ranks = await self._learner.stream("publish", *([True] if delta else []), on_item=self._prefetch)
         try:
             manifests = await fetched(references[-1] for references in ranks)
-        except LostObjectError as error:
+        except LostObjectError as error:  # no other copy of this version exists: the campaign goes back to a checkpoint
             raise LearnerLostError(f"{LOST}: {error}") from error
         return Published(
             manifests[0].version,
@@ -103,10 +104,10 @@ class ObjectStoreTransport:
         )
 
     async def load(self, published: Published) -> None:
-        """See WeightTransport. An actor that is lost meanwhile is replaced, and its successor is given the version."""
+        """See WeightTransport. An actor that is lost meanwhile is replaced; its successor gets the version by `give`."""
         start = time.perf_counter()
         self._chain = [*(self._chain if published.delta else []), published]
-        self.newest = published
+        self.newest = published  # before the calls: actors that start during them load this version through `give`
         loading = [replica for replica in self._rollout.replicas if replica.alive]
         await _load(self._rollout, published.references)
         for replica in loading:

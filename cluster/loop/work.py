@@ -42,7 +42,7 @@ class Sampled:
     """One trajectory that a rollout actor has sampled.
 
     Example: Sampled(number=13, id=TrajectoryId(0, 40, 1), trajectories=ObjectRef(...), turn=5, length=118,
-    oldest_version=3, truncated=False): 118 tokens, the first of them by the weights of version 3.
+    oldest_version=3, truncated=False): 118 tokens, the first one sampled with the weights of version 3.
     """
 
     number: int
@@ -82,8 +82,8 @@ def ids_of(sampled: Iterable[Sampled]) -> np.ndarray:
 def trajectories_of(sampled: Iterable[Sampled]) -> list[Any]:
     """The references that hold these trajectories, each once, in the order in which they were sampled.
 
-    The order matters: a trajectory that was lost and sampled again may be in two objects, the old one of which is still
-    needed for another trajectory. Readers take the last.
+    The order matters: a trajectory that was lost and sampled again may be in two objects, and the older object may still
+    be needed for another trajectory. Readers take the last.
     """
     in_order = sorted(sampled, key=lambda one: one.turn)
     return each_once(one.trajectories for one in in_order)

@@ -114,7 +114,7 @@ class RunRecords:
         return rows
 
     def keep_trajectories(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Writes the first `max_rows` of `rows` (TRAJECTORY_KEYS). Of too many files it deletes some, evenly over the steps."""
+        """Writes the first `max_rows` of `rows` (TRAJECTORY_KEYS). Deletes files beyond `max_files`, evenly over the steps."""
         directory = self.run_dir / TRAJECTORIES_DIRECTORY
         directory.mkdir(exist_ok=True)
         lines = []
@@ -224,6 +224,7 @@ def _to_json(row: Mapping[str, Any], *, digits: int | None = None, indent: int |
 
 def _append(path: Path, row: Mapping[str, Any]) -> None:
     line = _to_json(row).encode(errors="backslashreplace") + b"\n"  # half a surrogate pair becomes an escape
+    # Opened for each line: `write_atomically` may have replaced the file since the last one.
     with path.open("ab") as file:  # one write: a reader sees the complete line, or an incomplete last line
         file.write(line)
 
@@ -234,7 +235,7 @@ def write_atomically(path: Path, text: str) -> None:
     with temporary.open("wb") as file:
         file.write(text.encode(errors="backslashreplace"))
         file.flush()
-        os.fsync(file.fileno())
+        os.fsync(file.fileno())  # before the rename: after a power failure the name could stand for an empty file
     temporary.replace(path)
 
 

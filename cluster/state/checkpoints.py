@@ -66,7 +66,7 @@ class Checkpoints:
         # JSON now: training changes the state while the files are written.
         content = json.dumps(state.to_json())
         self._task = asyncio.create_task(self._write(state.step, content, state, learner, copied))
-        self._task.add_done_callback(lambda _: copied.set())
+        self._task.add_done_callback(lambda _: copied.set())  # also after an error before the copy, so that `save` ends
         await copied.wait()
         if self._task.done():
             await self.finish()
@@ -74,7 +74,7 @@ class Checkpoints:
     async def finish(self) -> None:
         """Waits for the checkpoint that is being written. CheckpointError: it could not be written."""
         if (task := self._task) is not None:
-            await asyncio.wait([task])  # several may wait; none takes it along when it is cancelled
+            await asyncio.wait([task])  # not `await task`: cancelling one that waits would cancel the checkpoint
             self._task = None
             task.result()
 
@@ -104,16 +104,17 @@ class Checkpoints:
             try:
                 await learner.call("save", str(partial))
                 copied.set()
-                # Polled, not awaited in one call: the learner trains on, and makes one call at a time.
+                # Polled: the learner runs one call at a time, so one long call would keep it from training.
                 while not await learner.call("saved"):
                     await asyncio.sleep(POLL_SECONDS)
                 (partial / STATE_FILE).write_text(content, "utf-8")
                 await asyncio.to_thread(self._records.flush)  # the state assumes that these rows are on disk
                 await asyncio.to_thread(commit, partial, target)
-            except BaseException:
+            except BaseException:  # also CancelledError, from `close`
                 discard(partial)
                 raise
             self._records.event("checkpoint", step=step, path=str(target))
+            # The mirrored checkpoint may still be being copied.
             keep = steps_to_keep(checkpoint_steps(self._directory), state, self._config)
             await asyncio.to_thread(prune, self._directory, {*keep, self._mirrored})
             self._mirror_newest()

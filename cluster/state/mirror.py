@@ -50,7 +50,7 @@ class Mirror:
 
     def steps(self) -> list[int]:
         """Steps with a complete copy, ascending."""
-        self._fs.invalidate_cache()
+        self._fs.invalidate_cache()  # fsspec caches listings, and would not see what `push` has added since
         if not self._fs.exists(str(self._root)):
             return []
         names = [PurePosixPath(path).name for path in self._fs.ls(str(self._root), detail=False)]

@@ -67,6 +67,8 @@ def claimed(config: CampaignConfig) -> Iterator[dict[str, Any]]:
     run_dir = config.run_dir
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
+        # The file is never removed: two processes could then hold locks on two files of this name. The lock ends with
+        # the process, however that ends.
         lock = (run_dir / ".lock").open("a")
     except OSError as error:
         raise UserError("output_dir", f"{config.output_dir} ({error.strerror})", "a directory to write to") from error
