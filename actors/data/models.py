@@ -43,6 +43,7 @@ def find_model(model: str, key: str, *, weights: bool = True, code: bool = False
             siblings = [str(p) for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
             raise UserError(key, path, "an existing directory: " + MODEL_DIRECTORY, siblings)
     else:
+        # Patterns: many repositories hold the weights several times, in other formats.
         from huggingface_hub import snapshot_download
 
         patterns = [*SMALL_FILES, *(["*.safetensors"] if weights else []), *(["*.py"] if code else [])]

@@ -36,13 +36,14 @@ def stop_token_ids(model_dir: Path | str, tokenizer: PreTrainedTokenizerBase) ->
     if file.is_file():
         eos = json.loads(file.read_text("utf-8")).get("eos_token_id")
         found.update(eos if isinstance(eos, list) else [eos])
-    return sorted(found - {None})
+    return sorted(found - {None})  # a tokenizer may have no eos, and the file may say null
 
 
 def end_token_id(tokenizer: PreTrainedTokenizerBase, chat: bool) -> int | None:
     """The token that ends an answer. In a chat: the special token that the template writes after it. Else: eos."""
     if not chat or not tokenizer.chat_template:
         return tokenizer.eos_token_id
+    # "…" marks the answer: templates do not write it themselves, and do not strip it as they strip white space.
     messages = [{"role": role, "content": "…"} for role in ("user", "assistant")]
     after = str(tokenizer.apply_chat_template(messages, tokenize=False)).rpartition("…")[2]
     special = {id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special}

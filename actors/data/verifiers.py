@@ -130,8 +130,10 @@ def _math(key: str) -> Verifier:
 
     def verify(response: str, reference: str | None) -> float:
         gold = _given(reference, key)
+        # math-verify finds nothing in some texts, for example a bare "x", which then would not equal itself.
         if response.strip() == gold.strip():
             return 1.0
+        # Outside delimiters math-verify finds numbers and fractions only.
         if "$" not in gold and "\\boxed" not in gold:
             gold = f"${gold}$"
         return float(math_verify.verify(math_verify.parse(gold), math_verify.parse(response)))
@@ -156,6 +158,7 @@ def _user_function(name: str, key: str) -> Verifier:
         with as_user_error(f"{key}.name", f"{name}, which failed", "a reward for (response, reference)"):
             returned = function(response, reference)
         try:
+            # float("1") would accept a text, which is most likely a mistake in the function.
             reward = math.nan if isinstance(returned, str | bytes) else float(returned)
         except (TypeError, ValueError):
             reward = math.nan

@@ -128,6 +128,7 @@ def shared_groups(ours: Sequence[bytes], theirs: Sequence[bytes]) -> tuple[np.nd
     """
     text, other = b"".join(ours), b"".join(theirs)
     agree = next((i for i, (a, b) in enumerate(zip(text, other, strict=False)) if a != b), min(len(text), len(other)))
+    # A place in the text is an index of a byte, not of a character: byte-level tokens may cut a character in two.
     our_ends, their_ends = (np.cumsum([len(piece) for piece in pieces], dtype=np.int64) for pieces in (ours, theirs))
     shared = np.intersect1d(our_ends, their_ends)
     shared = shared[shared <= agree]
@@ -150,6 +151,7 @@ def shares(groups: np.ndarray, sums: np.ndarray, logprobs: np.ndarray) -> np.nda
     and a token that the student was certain of (l_t = 0) gets 0. If the student was certain of all tokens of a
     group, the shares are equal. The shares of a group add up to its sum. NaN where `groups` [N] is -1.
     """
+    # Rounding may give a log-prob just above 0, which would make a share negative.
     surprise = np.where(np.isfinite(logprobs), -np.minimum(logprobs.astype(np.float64), 0), 0)
     inside = groups >= 0
     own = groups[inside]

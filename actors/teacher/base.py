@@ -132,6 +132,7 @@ class Teacher:
         """Scores a probe of the vocabulary twice and returns the scores. CampaignError: see `check_probe`."""
         size = vocabulary or self.vocabulary
         written = probe(size)
+        # Through `score`, so that the probe also tests the masks.
         first, second = (self.score(written.ids, written)[1].logprobs for _ in range(2))
         self._probe_logprob = check_probe(self.key, first, second, size, repeats=repeats)
         return first

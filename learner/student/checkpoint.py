@@ -83,6 +83,7 @@ def prune(checkpoints: Path, keep: Collection[int]) -> list[int]:
     removed = [step for step in checkpoint_steps(checkpoints) if step not in keep]
     for step in removed:
         shutil.rmtree(_set_aside(step_directory(checkpoints, step)))
+    # Of a process that was killed while it wrote or removed.
     for leftover in (*checkpoints.glob(".step_*.removed"), *checkpoints.glob(".step_*.partial")):
         shutil.rmtree(leftover, ignore_errors=True)
     return removed
