@@ -1,7 +1,7 @@
 """Guards watch one metric of every update and act when it is out of bounds. Pure, standard library only.
 
-The bound is a number, or a multiple of the metric's own running mean. A guard acts after a given number of updates in a
-row out of bounds. Its memory, `GuardState`, is saved in the checkpoints, so a resumed campaign decides as one that was
+The bound is a number, or a multiple of the metric's own running mean. A guard acts after `updates` updates in a row
+out of bounds. Its memory, `GuardState`, is saved in the checkpoints, so a resumed campaign decides as one that was
 never interrupted.
 """
 
@@ -123,6 +123,7 @@ def judge(
         if guard.action == "none" or value is None or math.isnan(value):
             continue
         watch, side = _seen(guard, watches.get(name, Watch()), float(value), int(record["step"]))
+        # A guard warns once for each streak. `>=` for the others: a resumed campaign may have a lower `updates`.
         due = watch.streak == guard.updates if guard.action == "warn" else watch.streak >= guard.updates
         if side and due:
             finding = _finding(name, guard, watch, float(value), side, int(record["step"]))

@@ -73,7 +73,7 @@ def read_inputs(config: CampaignConfig) -> Inputs:
 
 
 def _read(config: CampaignConfig, source: PromptsConfig, tokenizer: Any, key: str) -> tuple[PromptSet, PromptRoutes]:
-    """The prompts as the student reads them; and which teacher scores which prompt, and what it reads in its place."""
+    """The prompts as the student reads them, and the routes: the teachers of each prompt, and their view of it."""
     prompts = load_prompts(source, tokenizer, max_prompt_tokens(config), key)
     own = {
         name: load_tokenizer(teacher.tokenizer, teacher.trust_remote_code, f"teachers.{name}.tokenizer")

@@ -29,8 +29,8 @@ def build_fleets(
 ) -> dict[str, Fleet]:
     """The fleets `rollout` and `teacher.<name>`, not started.
 
-    needed: role -> (actors, resources of one actor). begin: role -> actors to start with, where the cluster has no room
-    for all of them yet.
+    needed: role -> (actors, resources of one actor). begin: role -> actors to start with; fewer than `needed` where the
+    cluster has no room for all yet.
     """
 
     def fleet(role: str, actor: type, *arguments: Any, **keywords: Any) -> Fleet:

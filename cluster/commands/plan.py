@@ -31,7 +31,7 @@ CALIBRATION_UPDATES = 4
 
 
 def gpus_of(config: CampaignConfig) -> dict[str, float]:
-    """Role -> GPUs of one actor, where each actor has its own. Of several teachers, the largest number."""
+    """Role -> GPUs of one actor, where each actor has its own. With several teachers, the largest number."""
 
     def of(explicit: float | None, default: float) -> float:
         return default if explicit is None else explicit

@@ -88,8 +88,8 @@ def handlers(
 ) -> dict[str, Handler]:
     """Command -> its handler.
 
-    fleets: role -> fleet, of the roles that can be scaled. needed: role -> (actors, what one of them takes); `scale`
-    updates it. gate: set while new prompts are issued. on_event: records an event.
+    fleets: role -> fleet, for the roles that can be scaled. needed: role -> (actors, resources of one); `scale` updates
+    it. gate: set while new prompts are issued. on_event: records an event.
     """
 
     async def pause(_: Mapping[str, Any]) -> str:
@@ -116,6 +116,7 @@ def handlers(
         return "stopping after the update under way, with a checkpoint; the same command continues from it"
 
     async def scale(wanted: Mapping[str, Any]) -> str:
+        # All sizes are checked before the first fleet changes: a command is carried out completely or not at all.
         sizes = {role: _size(role, value, fleets) for role, value in wanted.items()}
         for role, replicas in sizes.items():
             if replicas > needed[role][0]:

@@ -43,11 +43,11 @@ class Progress:
         self._console = console or Console(highlight=False)
         self._reader, self._lock, self._started = StatusReader(run_dir), threading.Lock(), clock()
         self._seconds_before = self._reader.read({})["wall_seconds"] or 0.0
-        """Of earlier processes of the campaign."""
+        """Wall-clock seconds of earlier processes of the campaign."""
         self.read_live: Callable[[], dict[str, Any]] = dict
         """Returns the content of status.json; the campaign sets it."""
         self._live: dict[str, Any] = {}
-        """Its last answer. The terminal's own thread reads only this: the state of the campaign changes meanwhile."""
+        """The last answer of `read_live`. rich's thread reads only this copy: the campaign's state keeps changing."""
         self.roles: dict[str, str] = {}
         """Role -> what it is doing."""
         self._screen: Live | None = None
@@ -93,7 +93,7 @@ class Progress:
         return status if self._live else {**status, "state": "starting"}
 
     def _render(self) -> RenderableType:
-        return status_screen(self._status(), news=False)  # its events stand above as notes
+        return status_screen(self._status(), news=False)  # `note` has printed the events above the screen
 
     def _print(self, text: str) -> None:
         # No markup, so that brackets in an error's text stay; no wrapping, so that a log has one line for one event.

@@ -91,9 +91,9 @@ class _Events:
     """What the status needs of the lines of events.jsonl."""
 
     kind: str = ""
-    """The last event that tells whether the campaign runs."""
+    """Kind of the last event that shows whether the campaign runs."""
     cause: str = ""
-    """Of the last event."""
+    """Cause of the last event."""
     faults: int = 0
     checkpoint: dict[str, Any] = field(default_factory=dict)
     news: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=NEWS))

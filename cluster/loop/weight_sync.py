@@ -123,6 +123,7 @@ class ObjectStoreTransport:
             first = self._chain.index(given) + 1 if given in self._chain else 0
             given = self._chain[first]
             await handle.load_weights.remote(*given.references)
+        # Looked up by the handle: the fleet calls this before the actor counts as alive, and passes no replica.
         for replica in self._rollout.replicas:
             if replica.handle is handle and given is not None:
                 replica.version = given.version

@@ -38,7 +38,7 @@ class ModelSize:
     """The properties of a model that determine time and memory."""
 
     parameters: float
-    """All of them."""
+    """Number of all parameters."""
     active_parameters: float
     """Parameters that compute one token; fewer than all in a mixture of experts."""
     cache_bytes_per_token: float

@@ -128,7 +128,7 @@ def for_gpus(plan: Plan, gpus: float) -> Plan:
     number of GPUs. ValueError: `gpus` is not enough for one actor of each role.
     """
     best = replace(plan, stages=tuple(replace(s, replicas=1) if s.scalable else s for s in plan.stages))
-    if best.gpus > gpus + 1e-9:
+    if best.gpus > gpus + 1e-9:  # sums of fractions of a GPU have rounding errors
         raise ValueError(f"one actor of each role takes {best.gpus:g} GPUs")
     while True:
         affordable = [s for s in best.stages if s.scalable and 0 < s.gpus_per_replica <= gpus - best.gpus + 1e-9]
@@ -142,7 +142,7 @@ def for_gpus(plan: Plan, gpus: float) -> Plan:
 
 
 def _tied(plan: Plan) -> bool:
-    """Whether several scalable stages are equally slow: one more actor of one gains nothing, one more of each does."""
+    """Whether several scalable stages are equally slow. One more actor of one gains nothing; one of each does."""
     slowest = [s for s in plan.stages if s.seconds > plan.bottleneck.seconds * (1 - 1e-9)]
     return plan.overlapped and len(slowest) > 1 and all(stage.scalable for stage in slowest)
 

@@ -260,8 +260,8 @@ METRICS: dict[str, Metric] = {
 }  # fmt: skip
 
 METRIC_KEYS = tuple(key for key, metric in METRICS.items() if metric.always and not key.startswith("eval/"))
-"""Every update's line of metrics.jsonl has these. Those whose unit says "total" count from the start of the campaign, so
-that a curve can be drawn against them; all others are of the update alone."""
+"""Every update's line of metrics.jsonl has these. Metrics whose unit says "total" count from the start of the campaign,
+so that a curve can be drawn against them; all others belong to the update alone."""
 
 EVALUATION_KEYS = tuple(key for key, metric in METRICS.items() if metric.always and key.startswith("eval/"))
 """Lines of evaluation steps have these besides. Step 0, the untrained student, has them and STEP_ZERO_KEYS alone;

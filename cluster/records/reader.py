@@ -186,7 +186,7 @@ class JsonlTail(Generic[Kept]):
                 added = file.read()
         except FileNotFoundError:
             return self._make()
-        complete = added[: added.rfind(b"\n") + 1]  # the rest is still being written
+        complete = added[: added.rfind(b"\n") + 1]  # the campaign is still writing the rest
         for line in complete.splitlines():
             try:
                 self._kept.add(json.loads(line))

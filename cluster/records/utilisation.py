@@ -44,6 +44,7 @@ class _Track:
     @property
     def doing(self) -> str:
         """The method that determines the state; "" for an idle actor."""
+        # A method of LOADS wins over work at the same time.
         return max(self.under_way, key=lambda method: LOADS.get(method) is not None, default="")
 
 
@@ -133,7 +134,7 @@ class Utilisation:
         return self._tracks[actor]
 
     def _pass_time(self, actor: str, track: _Track, now: float, state: str = "", what: str = "") -> None:
-        """Ends the current state now and begins the next. state, what: given where the time turns out to be another state's."""
+        """Ends the current state now and begins the next. state, what: override the state and its method."""
         blocked, what = self._blocked_until(track.role, now), what or track.doing
         if what:
             track.seconds[state or LOADS.get(what, "busy")] += now - track.since
@@ -146,6 +147,7 @@ class Utilisation:
 
     def _stood_still(self, actor: str, track: _Track, seconds: float) -> None:
         now = self._clock()
+        # The pause lies in the past, but not before the last change of state: that time is counted already.
         self._pass_time(actor, track, max(now - seconds, track.since))
         self._pass_time(actor, track, now, "loading", "load_weights")
 

@@ -46,6 +46,7 @@ class CampaignState:
     faults: int = 0
     """Events that are faults (an actor died, hung ...), over all runs of the campaign."""
     _busy_before: dict[str, float] = field(default_factory=lambda: dict.fromkeys(ROLES, 0.0))
+    """`busy` at the last call of `busy_since_last_step`."""
 
     def busy_since_last_step(self) -> dict[str, float]:
         """Role -> seconds of work since the last call; called once an update."""
@@ -80,10 +81,11 @@ class CampaignState:
             busy=dict(content["busy"]),
             start=content["start"],
             pending=content["pending"],
+            # JSON has turned the keys into text.
             evaluations={int(step): metrics for step, metrics in content["evaluations"].items()},
             missing_scores=content["missing_scores"],
             loop_seconds=content["loop_seconds"],
-            # Absent in checkpoints of campaigns that were begun before there were guards and seconds by actor.
+            # Checkpoints of releases without guards, or without seconds for each actor, lack these keys.
             guards=GuardState.from_json(content.get("guards", {})),
             actor_seconds=content.get("actor_seconds", {}),
             faults=content["faults"],

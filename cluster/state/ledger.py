@@ -93,7 +93,7 @@ class Ledger:
         ones are issued again under their old numbers.
         """
         assert then.trained <= self.trained
-        ledger = Ledger.from_json(self.to_json())
+        ledger = Ledger.from_json(self.to_json())  # a copy with all open trajectories in the state issued
         ledger.step, ledger.trained = then.step, then.trained
         ledger.dropped[ROLLED_BACK] += self.trained - then.trained
         return ledger
@@ -133,6 +133,7 @@ class Ledger:
         closed = sorted(
             (span[0], span[1], kind) for row in rows for kind in ("trained", "dropped") for span in row.get(kind, [])
         )
+        # Sorted by start, so any overlap shows between neighbours.
         for (_, end, _), (start, _, _) in itertools.pairwise(closed):
             if start < end:
                 raise ValueError(f"trajectory {start} is there twice")

@@ -46,7 +46,7 @@ def config_of(run_dir: Path, overrides: Sequence[str]) -> CampaignConfig:
 
     UserError: it is no run directory, or an override names a key of WHERE.
     """
-    run_dir = Path(os.path.abspath(run_dir))
+    run_dir = Path(os.path.abspath(run_dir))  # `.` has no name, and the name of the directory becomes the campaign's
     if not (run_dir / CONFIG_FILE).is_file():
         raise UserError("--resume", run_dir, f"a run directory: one with {CONFIG_FILE}")
     for override in overrides:
@@ -113,6 +113,7 @@ def take_up(config: CampaignConfig, records: RunRecords) -> tuple[CampaignState,
 
 def fit_records(config: CampaignConfig, records: RunRecords, state: CampaignState) -> None:
     """Removes the records of steps after this state, and adds to the state evaluations that came after its checkpoint."""
+    # -1: without the evaluation of the untrained student in the state, it is repeated, and its line written again.
     records.truncate_after(state.step if state.step or state.start else -1)
     # A step is evaluated after its checkpoint is written, so the newest evaluation may be in the metrics only.
     for row in read_jsonl(config.run_dir / METRICS_FILE):

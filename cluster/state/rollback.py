@@ -1,8 +1,8 @@
 """Carries out the guards' findings: events, an end with an error, or a rollback to an earlier checkpoint.
 
 After a rollback the campaign continues from the weights of an earlier update, with new prompts and a lower learning
-rate. The ledger drops the trajectories that were trained since (reason `rolled_back`), so that each trajectory is in the
-weights once or has a reason why not. The metrics of the undone updates are moved to undone.jsonl.
+rate. The ledger drops the trajectories that were trained since (reason `rolled_back`): each trajectory is either in the
+weights once, or has a reason for its absence. The metrics of the undone updates are moved to undone.jsonl.
 """
 
 from collections.abc import Callable, Iterable
@@ -35,6 +35,7 @@ def apply_findings(
 
     on_event: called with the event's kind and fields. rate_scale: the factor on the learning rate after the findings.
     """
+    # From the mildest to the strongest: all warnings and lowered rates are reported before a rollback or an end.
     worst = sorted(findings, key=lambda finding: list(GUARD_EVENTS).index(finding.action))
     for finding in worst:
         if finding.action in ("warn", "lower_rate"):
@@ -92,6 +93,7 @@ def roll_back(
     if checkpoint:
         write_state(state, checkpoint / STATE_FILE)
     checkpoints = config.run_dir / "checkpoints"
+    # Newer checkpoints hold the rejected weights; the next resume would load the newest of them.
     if checkpoints.is_dir():
         prune(checkpoints, [step for step in checkpoint_steps(checkpoints) if step <= then.step])
     fit_records(config, records, state)

@@ -13,8 +13,8 @@ def summarise(
 ) -> dict[str, Any]:
     """The content of summary.json, at the end of a run.
 
-    needed: role -> (actors at the end, resources of one). wall_over_slowest_stage compares the loop's seconds with the
-    seconds of the stage that worked longest, if its actors had never waited: 1.0 is the bound of the pipeline.
+    needed: role -> (actors at the end, resources of one). wall_over_slowest_stage divides the loop's seconds by the
+    working seconds of the slowest stage's mean actor. 1.0 is the bound of the pipeline: that stage never waits.
     """
     end = state.evaluations[max(state.evaluations)] if state.evaluations else {}
     at_the_end: dict[str, int] = {}

@@ -116,7 +116,7 @@ class Trackers:
         self._each(lambda tracker: tracker.close())
 
     def _each(self, call: Callable[[Tracker], None]) -> None:
-        for tracker in list(self._trackers):
+        for tracker in list(self._trackers):  # a copy: failing trackers are removed meanwhile
             try:
                 call(tracker)
             except Exception as error:  # a foreign library or server may raise anything
