@@ -17,7 +17,7 @@ class UserError(Exception):
 
     def __init__(self, where: str, found: object, expected: str, choices: Iterable[str] = ()):
         """where: a configuration key or a path. found: the value there, or what is wrong with it. expected: what would
-        be right. choices: the valid names, of which the one nearest to `found` is suggested."""
+        be right. choices: the valid names; the message suggests the one nearest to `found`."""
         self.where, self.found, self.expected = where, found, expected
         nearest = difflib.get_close_matches(str(found), list(choices), n=1)
         hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""

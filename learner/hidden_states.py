@@ -51,7 +51,7 @@ class HiddenStates:
 
 
 def mixture_logprobs(sources: Sequence[HiddenStates], rows: slice | Tensor) -> Tensor:
-    """[n, V] log sum_i w_i q_i over the sources, each of which knows some of the tokens."""
+    """[n, V] log sum_i w_i q_i over the sources i that have a state for the token."""
     first, *others = (source.logprobs(rows) for source in sources)
     for other in others:
         width = min(first.shape[1], other.shape[1])  # padded vocabularies may differ

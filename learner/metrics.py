@@ -148,18 +148,17 @@ def groups_of(
     ranks: Ranks | None = None,
     device: str = "cpu",
 ) -> dict[str, np.ndarray]:
-    """`teacher/<name>` and `domain/<name>` -> [B] bool: the trajectories with these ids [B, 3] that the teacher has scored,
-    or that have a prompt of the domain.
+    """`teacher/<name>` or `domain/<name>` -> [B] bool: which of the trajectories the teacher has scored, or have the domain.
 
-    No teachers if there is only one; no domains without domains [B]. scores: those that this rank was given. teachers:
-    the names of all teachers, for several ranks.
+    A single teacher makes no group. ids: [B, 3]. domains: [B], or None for no groups of domains. scores: those on this
+    rank. teachers: the names of all teachers, which a rank needs if there are several ranks.
     """
     scored: dict[str, set[tuple[int, ...]]] = {name: set() for name in teachers}
     for batch in scores:
         scored.setdefault(batch.teacher, set()).update(map(tuple, batch.ids.tolist()))
     names, wanted = sorted(scored), [tuple(row) for row in ids.tolist()]
     by_teacher = np.array([[row in scored[name] for row in wanted] for name in names], bool).reshape(-1, len(ids))
-    if ranks is not None and ranks.size > 1:  # each rank knows of its own trajectories only
+    if ranks is not None and ranks.size > 1:  # each rank has the scores of its own trajectories only
         by_teacher = ranks.sum(torch.from_numpy(by_teacher).int().to(device)).bool().cpu().numpy()
     groups = {f"teacher/{name}": rows for name, rows in zip(names, by_teacher, strict=True) if rows.any()}
     if len(groups) < 2:  # the one teacher's metrics are those of the update

@@ -104,7 +104,7 @@ def load_prompts(
             texts[-len(batch) :], add_special_tokens=not config.chat, return_attention_mask=False, verbose=False
         )["input_ids"]
         lengths += map(len, rows)
-        # Arrays, batch by batch: lists of Python integers take ten times the memory, and a set may hold millions of prompts.
+        # Arrays, batch by batch: lists of Python integers take about ten times the memory.
         tokens.append(np.fromiter(chain.from_iterable(rows), np.int32))
     if not texts:
         raise UserError(config.path, "no records", "at least one prompt")

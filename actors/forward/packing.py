@@ -78,7 +78,7 @@ def microbatches(
 ) -> list[Microbatch]:
     """Cuts B trajectories (tokens flat, offsets [B + 1]) into forward passes of at most `token_budget` tokens.
 
-    rows: the trajectories to cut, by number; all of them if not given.
+    rows: numbers of the trajectories to cut; None: all.
     """
     prompts, responses = np.diff(prompt_offsets), np.diff(response_offsets)
     chosen = np.arange(len(prompts)) if rows is None else rows

@@ -64,6 +64,7 @@ class _Call:
             self.future.set_result(trajectories_of(self._requests, responses))
 
     def fail(self, error: BaseException | None) -> None:
+        # Several requests of the call may fail, one after the other: the first error counts.
         if error is not None and not self.future.done():
             self.future.set_exception(error)
 
@@ -243,7 +244,7 @@ class VllmEngine:
             top_k=0 if greedy else sampling.top_k,
             max_tokens=sampling.max_response_tokens,
             stop_token_ids=self._stop_token_ids,
-            seed=seed,
+            seed=seed,  # of the request, so that its sample does not depend on the batch
             logprobs=self._support_size,  # 0: of the sampled token only
             flat_logprobs=True,  # lists of numbers; by default vLLM makes a dictionary of objects for each token
             detokenize=False,  # the engine has no tokenizer

@@ -98,7 +98,7 @@ def _own_backend(name: str, key: str) -> Backend:
         raise UserError(key, f"{name} without one", expected)
     promised = {"generate": row.generates, "sample": row.samples, "load_weights": row.follows_student}
     needed = ["score", "score_each", "status", *(method for method, has in promised.items() if has)]
-    if hasattr(found, "score_tokens"):  # it extends Teacher, whose `score` calls this
+    if hasattr(found, "score_tokens"):  # the class extends Teacher, whose `score` calls this method
         needed.append("score_tokens")
     methods = {method: getattr(found, method, None) for method in needed}
     missing = [name for name, own in methods.items() if own is None or getattr(own, "__isabstractmethod__", False)]

@@ -85,9 +85,8 @@ class Teacher:
     ) -> tuple[TeacherCounts, TeacherScores]:
         """Scores the trajectories with these ids [B, 3], in this order; the batches hold them, and perhaps others.
 
-        prompts: the B prompts that this teacher reads in place of the student's, where it has privileged information.
-        The response is the same. log_weights: [B] log of this teacher's share in a mixture, passed on in the scores; 0
-        if not given.
+        prompts: the B prompts that a teacher with privileged information reads in place of the student's; the response
+        is the same. log_weights: [B] log of this teacher's share in a mixture, copied into the scores; None: 0.
 
         A token has the score NaN, and is counted as missing, where its log-prob or a part of its support is missing,
         not finite or implausible (PLAUSIBLE), or where its id is beyond `vocabulary`. The result depends on `ids` and

@@ -54,7 +54,7 @@ def new_directory(target: Path) -> Path:
 
 def commit(partial: Path, target: Path) -> None:
     """Flushes a directory to disk and renames it to `target`, replacing an existing one."""
-    # All data is on disk before the rename: after a crash the name never stands for an incomplete directory.
+    # All data is on disk before the rename: after a crash no incomplete directory has a step's name.
     flush(partial)
     doomed = _set_aside(target) if target.exists() else None
     os.replace(partial, target)
