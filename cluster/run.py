@@ -50,7 +50,7 @@ def run_campaign(config: CampaignConfig) -> tuple[dict[str, Any], bool]:
     refuse_relative_output(config)
     check_models(config)
     with claimed(config) as changed:
-        records = RunRecords(config.run_dir)
+        records = RunRecords(config.run_dir)  # within the lock: it repairs files that another process might be writing
         if changed:
             records.event("configuration_changed", changed=changed)
         state, _ = load_state(config)

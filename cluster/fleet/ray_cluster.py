@@ -44,6 +44,7 @@ def connected(config: CampaignConfig) -> Iterator[bool]:
         os.environ.update({name: os.environ.get(name, value) for name, value in CPU_THREADS.items()})
         if not any(name in os.environ for name in TOKEN_SETTINGS):
             os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # Ray would leave one in the home directory
+        # Nothing of a private cluster is reachable from other machines.
         options = {"include_dashboard": False, "_node_ip_address": LOOPBACK}
         if config.ray.object_store_mebibytes:
             options["object_store_memory"] = config.ray.object_store_mebibytes << 20

@@ -71,7 +71,7 @@ class Fleet(Supervisor):
         """
 
         async def one(replica: Replica) -> list[Any]:
-            handle, answer = replica.handle, None
+            handle, answer = replica.handle, None  # the handle of now: the replica may get another actor meanwhile
             self._began(replica, method)
             try:
                 answer = await invoke(handle, method, arguments, 1)

@@ -110,6 +110,7 @@ class Supervisor:
         """Why the fleet cannot go on; raised for every caller."""
         self._tasks: set[asyncio.Task] = set()
         self._starting: dict[Replica, asyncio.Task] = {}
+        """Replica -> the task that starts it; cancelled if the fleet shrinks meanwhile."""
         self._budgets: defaultdict[Replica, Restarts] = defaultdict(lambda: Restarts(max_restarts or 0))
         self.prepare: Callable[[Any], Awaitable[None]] | None = None
         """Called with each new actor's handle before it gets work: gives it the current weights."""
@@ -139,7 +140,7 @@ class Supervisor:
         by_load = sorted(self.replicas, key=lambda replica: (replica.alive, replica.under_way))
         for replica in by_load[: len(self.replicas) - replicas]:
             self.replicas.remove(replica)
-            self._leaving.append(replica)
+            self._leaving.append(replica)  # so that `close` ends it even if it still works
             replica.alive = False  # it gets no more work
             self._in_background(self._leave(replica))
 

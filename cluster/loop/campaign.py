@@ -161,6 +161,7 @@ class Campaign:
         while True:
             if self._gate is not None:
                 await self._gate.wait()  # `understudy pause`
+            # Asked before, since `acquire` does not say whether it had to wait.
             self._clock.utilisation.blocked("rollout", not slots.has_room(wanted))
             count = await slots.acquire(wanted)
             self._clock.utilisation.blocked("rollout", False)
@@ -301,7 +302,7 @@ class Campaign:
             async with asyncio.TaskGroup() as group:
                 while True:
                     group.create_task(one(await get()))
-        except ExceptionGroup as errors:  # the others were cancelled because of the first
+        except ExceptionGroup as errors:  # unpacked, because callers catch errors by their types
             raise errors.exceptions[0] from None
 
     async def _take_update(self, update: list[Scored]) -> dict[str, float]:

@@ -152,6 +152,7 @@ class ReadyToTrain:
     def take(self, count: int) -> list[Scored]:
         """Removes the `count` oldest; returns them in the order of the ledger."""
         taken = [heapq.heappop(self._heap)[-1] for _ in range(count)]
+        # Sorted, so that the minibatches of the same trajectories do not depend on which actor was faster.
         return sorted(taken, key=lambda one: one.sampled.number)
 
 
@@ -166,6 +167,7 @@ class Queues:
         self._max_staleness = config.pipeline.max_staleness
         self._synchronous = self._max_staleness == 0
         self._update_size = config.trajectories_per_update
+        # Open trajectories of an earlier run are part of this number: they take slots when they are issued again.
         remaining = (config.pipeline.updates - state.step) * self._update_size
         self.slots = Slots(self._update_size, self._max_staleness, remaining)
         self.in_flight = InFlight()
@@ -266,6 +268,7 @@ class Queues:
                 self.seats // 8 + 1
             )  # these wait in the actor, which fills a free seat without asking the campaign
             replica = await self._rollout.room(self.seats + few_more)
+            # One call for each trajectory: it goes on to the teachers without waiting for the rest of its group.
             for row, number in enumerate(issued.numbers):
                 self._group.append(Issued([number], issued.ids[row : row + 1], replica))
         return self._group.popleft()

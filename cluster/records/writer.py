@@ -60,6 +60,7 @@ class RunRecords:
         """max_files: how many files of sample trajectories are kept. max_rows: how many trajectories each of them holds."""
         self.run_dir, self.max_files, self.max_rows = Path(run_dir), max_files, max_rows
         self.run_dir.mkdir(parents=True, exist_ok=True)
+        # First: a crash may have torn the last line of a file that is appended to.
         for name in (METRICS_FILE, EVENTS_FILE, LEDGER_FILE):
             _cut_torn_line(self.run_dir / name)
         steps, events = (read_jsonl(self.run_dir / name) for name in (METRICS_FILE, EVENTS_FILE))
@@ -158,6 +159,7 @@ class RunRecords:
         for kept, path in trajectory_files(self.run_dir).items():
             if kept > step:
                 path.unlink()
+        # A summary means that the campaign has ended.
         (self.run_dir / SUMMARY_FILE).unlink(missing_ok=True)
         self.last_step = max((row["step"] for row in rows), default=-1)
 
@@ -231,6 +233,7 @@ def _append(path: Path, row: Mapping[str, Any]) -> None:
 
 def write_atomically(path: Path, text: str) -> None:
     """Replaces a file's content: after a crash it is the old or the new one, never a mixture."""
+    # In the same directory, since a rename is atomic only within a file system.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with temporary.open("wb") as file:
         file.write(text.encode(errors="backslashreplace"))

@@ -90,7 +90,7 @@ class Checkpoints:
         if self._task is not None:
             await asyncio.wait([self._task], timeout=CLOSE_SECONDS)
             self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+            await asyncio.gather(self._task, return_exceptions=True)  # until its partial directory is removed
         if self._copying is not None:
             await asyncio.wait([self._copying], timeout=CLOSE_SECONDS)
             self._copying.cancel()

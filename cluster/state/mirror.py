@@ -41,7 +41,7 @@ class Mirror:
         try:
             self._fs, root = fsspec.core.url_to_fs(url)
             self._root = PurePosixPath(root, run_dir.name)
-            self.steps()
+            self.steps()  # reads once, so that a wrong URL is an error now and not at the first checkpoint
         except Exception as error:  # each file system has its own errors
             raise UserError(
                 KEY, f"{url} ({type(error).__name__}: {error})", "a URL that fsspec can write to"
