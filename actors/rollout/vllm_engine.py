@@ -47,7 +47,7 @@ class _Call:
     """The requests of one `generate`, until the last of them has finished. Used in the engine's thread only."""
 
     def __init__(self, requests: Requests, support_size: int):
-        self.future: Future = Future()
+        self.future = _uncancellable()
         self._support_size = support_size
         self._requests = requests
         self._completions: list[Any] = [None] * len(requests.ids)
@@ -154,7 +154,7 @@ class VllmEngine:
             try:
                 self._replace_weights(manifest, buckets)
             except Exception as error:
-                self._failure = error
+                self._fail(error)  # not one token more from weights that are half replaced
                 raise WeightError(f"version {manifest.version} could not be loaded: {error}") from error
             self.version = manifest.version
             return time.perf_counter() - start
@@ -252,7 +252,7 @@ class VllmEngine:
         )
 
     def _submit(self, do: Callable[[], T], turn: Literal["next", "idle", "any"] = "next") -> Future:
-        future: Future = Future()
+        future = _uncancellable()
         self._commands.put(_Command(do, future, turn))
         return future
 
@@ -297,12 +297,27 @@ class VllmEngine:
                     call, place = self._waiting[output.request_id]
                     call.finish(place, output.outputs[0])
                     del self._waiting[output.request_id]
-        except Exception as error:  # vLLM's state is unknown: every waiting and later call fails
-            self._failure = error
-            for call, _ in self._waiting.values():
-                call.fail(EngineError(f"the vLLM engine has failed: {error!r}"))
-            self._waiting.clear()
+        except Exception as error:
+            self._fail(error)
         self.busy_seconds += time.perf_counter() - start
+
+    def _fail(self, error: Exception) -> None:
+        """Fails every waiting call; later ones are refused. The state of vLLM, or its weights, are unknown."""
+        self._failure = error
+        for call, _ in self._waiting.values():
+            call.fail(EngineError(f"the vLLM engine has failed: {error!r}"))
+        self._waiting.clear()
+
+
+def _uncancellable() -> Future:
+    """A future whose caller may give up without effect on it.
+
+    A coroutine that is cancelled while it waits cancels the future, too, unless it counts as running. The engine would
+    then fail when it sets the result, and with it every other call.
+    """
+    future: Future = Future()
+    future.set_running_or_notify_cancel()
+    return future
 
 
 def _build(
