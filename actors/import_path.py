@@ -1,9 +1,11 @@
 """Imports functions and classes by their import path in the configuration, `package.module:name`. Standard library only."""
 
 import importlib
+import inspect
 import os
 import re
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 from actors.errors import UserError
@@ -30,11 +32,29 @@ def import_object(path: str, key: str, kind: str) -> Any:
         sys.path.append(os.getcwd())
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:  # a user's module may raise anything when it is imported
+    except (
+        Exception,
+        SystemExit,
+    ) as error:  # a user's module may do anything when it is imported, also end the process
         reason = " ".join(str(error).strip().splitlines()[:2])[:200]
         raise UserError(key, f"{path} ({type(error).__name__}: {reason})", "a module that can be imported") from error
     found = getattr(module, name, None)
-    if not callable(found):
+    if found is not None and not callable(found):
+        raise UserError(key, f"{path}, which is of type {type(found).__name__}", kind)
+    if found is None:
         others = [f"{module_name}:{other}" for other, value in vars(module).items() if callable(value)]
         raise UserError(key, path, f"{kind} in {getattr(module, '__file__', module_name)}", others)
     return found
+
+
+def check_call(function: Any, arguments: int, keywords: Iterable[str], key: str, path: str, call: str) -> None:
+    """UserError unless `function` can be called with this many arguments and these keywords. Calls nothing.
+
+    key: the configuration key that names `path`. call: how it will be called, for the message.
+    """
+    try:
+        inspect.signature(function).bind(*range(arguments), **dict.fromkeys(keywords))
+    except TypeError as error:
+        raise UserError(key, f"{path} ({error})", f"{call} (docs/extending.md)") from error
+    except ValueError:  # a function of C has no signature to look at
+        return

@@ -47,6 +47,14 @@ def read_inputs(config: CampaignConfig) -> Inputs:
         raise UserError(
             "sampling.stop_token_ids", "none", "at least one, since the student has no end-of-sequence token"
         )
+    model_config = load_config(student.model, student.trust_remote_code, "student.model")
+    vocabulary = model_config.get_text_config().vocab_size
+    for key, ids in (
+        ("sampling.stop_token_ids", config.sampling.stop_token_ids),
+        ("learner.objective.masked_token_ids", config.learner.objective.masked_token_ids),
+    ):
+        if unknown := [token for token in ids if not 0 <= token < vocabulary]:
+            raise UserError(key, unknown[0], f"ids of the student's tokens, 0 to {vocabulary - 1}")
     prompts, prompt_routes = _read(config, config.prompts, tokenizer, "prompts")
     prompt_routes = prompt_routes._replace(stop_token_ids=stop)
     if (reference := config.learner.objective.reference_teacher) is not None:
@@ -68,7 +76,7 @@ def read_inputs(config: CampaignConfig) -> Inputs:
         make_verifier(config.evaluation.verifier, "evaluation.verifier"),
         stop,
         _masked_role_token_ids(config, tokenizer, stop),
-        load_config(student.model, student.trust_remote_code, "student.model").get_text_config().vocab_size,
+        vocabulary,
     )
 
 

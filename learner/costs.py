@@ -81,7 +81,7 @@ def log_ratio_cost(student: Tensor, teacher: Tensor, objective: ObjectiveConfig)
 
 
 def check_own_functions(objective: ObjectiveConfig) -> None:
-    """Tries each function of the user's own on a small example. UserError: it raises, or returns another shape or type."""
+    """Tries each function of the user's own on a small example. UserError: an exception, another shape or type, or NaN."""
     logprobs = torch.randn(3, 5, generator=torch.Generator().manual_seed(0)).log_softmax(-1)
     teacher = logprobs.flip(0)
     mask = torch.tensor([[True] * 5, [True] * 4 + [False], [True] * 2 + [False] * 3])
@@ -103,11 +103,14 @@ def check_own_functions(objective: ObjectiveConfig) -> None:
         own = own_function(path, key)
         try:
             found = call(own)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise UserError(key, f"{path}: {type(error).__name__}: {error}", expected) from error
         if not isinstance(found, Tensor) or not found.is_floating_point() or tuple(found.shape) != shape:
             kind = f"{found.dtype} {list(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
             raise UserError(key, f"{path}: {kind}", expected)
+        # At masked positions an estimator may return anything.
+        if not found[mask if name == "estimator" else ...].isfinite().all():
+            raise UserError(key, f"{path}: NaN or infinity", "finite numbers for a small example (docs/extending.md)")
         if name == "divergence" and not found.requires_grad:
             raise UserError(
                 key, f"{path}: no gradient", "a divergence that is differentiable in the student's log-probs"

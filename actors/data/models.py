@@ -246,7 +246,7 @@ def as_user_error(key: str, what: object, expected: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # code of the user's own may also end the process
         # Two lines: libraries put the cause first, and then pages of advice.
         reason = " ".join(str(error).strip().splitlines()[:2])[:200]
         raise UserError(key, f"{what} ({type(error).__name__}: {reason})", expected) from error

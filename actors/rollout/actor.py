@@ -12,9 +12,9 @@ import numpy as np
 from actors.config import LoraConfig, RolloutConfig, SamplingConfig, VerifierConfig
 from actors.data.tokenizer import load_tokenizer
 from actors.data.verifiers import make_verifier, rewards_of
-from actors.errors import EngineError
+from actors.errors import CampaignError, EngineError
 from actors.rollout.batched_calls import BatchedCalls
-from actors.rollout.engine import make_engine
+from actors.rollout.engine import check_answer, make_engine
 from actors.trajectory import FINISH_REASONS, Requests, RolloutCounts, Trajectories
 from actors.weights.buckets import WeightVersion, join
 from actors.weights.delta import DeltaVersion, Receiver
@@ -84,6 +84,7 @@ class RolloutActor(BatchedCalls):
         """
         with _ends_with_the_engine():
             trajectories = await asyncio.wrap_future(self._engine.generate(requests, self._sampling, greedy=greedy))
+        check_answer(requests, trajectories)
         if self._judge and requests.references:
             rewards = await asyncio.to_thread(
                 rewards_of,
@@ -119,6 +120,11 @@ class RolloutActor(BatchedCalls):
         loaded = await asyncio.to_thread(self._engine.load_weights, *join(ranks))
         with _ends_with_the_engine():
             stood_still = await asyncio.wrap_future(loaded)
+        if self._engine.version != join(ranks)[0].version:
+            expected = f"expected {join(ranks)[0].version} (docs/extending.md)"
+            raise CampaignError(
+                f"rollout.backend: after a load the engine's version is {self._engine.version}, {expected}"
+            )
         self._receiver.hold(ranks)  # only now: after an error the old version is still the base of the next delta
         return stood_still or 0.0
 

@@ -11,12 +11,12 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from actors.config import LoraConfig, RolloutConfig, SamplingConfig
-from actors.errors import UserError
-from actors.import_path import import_object
+from actors.errors import CampaignError, UserError
+from actors.import_path import check_call, import_object
 from actors.trajectory import FINISH_REASONS, Requests, Trajectories, offsets_of
 from actors.weights.buckets import WeightVersion, unpack
 
-__all__ = ["Engine", "Response", "engine_class", "make_engine", "trajectories_of", "unpack"]
+__all__ = ["Engine", "Response", "check_answer", "engine_class", "make_engine", "trajectories_of", "unpack"]
 
 BUILT_IN = {"vllm": "actors.rollout.vllm_engine:VllmEngine"}
 """Import paths by `rollout.backend`."""
@@ -122,7 +122,7 @@ class Response(NamedTuple):
     versions: ArrayLike
     """[n] version of the weights that sampled each token."""
     finish_reason: str
-    """One of FINISH_REASONS."""
+    """`stop` (a stop token ended it), `length` (the limit did) or `abort`."""
     support_ids: np.ndarray | None = None
     """[n, K] the most likely tokens at each position, most likely first; None where K is 0."""
 
@@ -145,13 +145,31 @@ def trajectories_of(requests: Requests, responses: Sequence[Response]) -> Trajec
     )
 
 
+def check_answer(requests: Requests, trajectories: Trajectories) -> None:
+    """CampaignError unless an engine has answered every request, in their order, and with log-probs that are numbers."""
+    if not np.array_equal(trajectories.ids, requests.ids):
+        raise CampaignError(
+            f"rollout.backend: the engine answered {len(trajectories)} of {len(requests.ids)} requests, or in another "
+            "order; expected one trajectory for each request, in the order of the requests (docs/extending.md)"
+        )
+    if not np.isfinite(trajectories.behaviour_logprobs).all():
+        raise CampaignError("rollout.backend: the engine recorded a log-prob that is not finite (docs/extending.md)")
+
+
 def engine_class(backend: str) -> type[Engine]:
-    """The class that `rollout.backend` names. UserError: it cannot be imported, or a method of `Engine` is missing."""
+    """The class that `rollout.backend` names. UserError: it cannot be imported, or a method of `Engine` is missing or takes other arguments."""
     found = import_object(BUILT_IN.get(backend, backend), "rollout.backend", "a class")
     missing = [name for name in METHODS if not callable(getattr(found, name, None))]
     if not isinstance(found, type) or missing:
         expected = f"a class with the methods {', '.join(METHODS)} (docs/extending.md)"
         raise UserError("rollout.backend", f"{backend} without {', '.join(missing) or 'being a class'}", expected)
+    options = ("stop_token_ids", "support_size", "seed", "trust_remote_code", "adapter")
+    check_call(found, 3, options, "rollout.backend", backend, f"Class(model, config, sampling, {', '.join(options)})")
+    call = "generate(requests, sampling, greedy=False)"
+    check_call(found.generate, 3, ("greedy",), "rollout.backend", f"{backend}.generate", call)
+    check_call(
+        found.load_weights, 3, (), "rollout.backend", f"{backend}.load_weights", "load_weights(manifest, buckets)"
+    )
     return found
 
 

@@ -4,12 +4,13 @@
 `backend` is such a row. Code outside this folder reads a backend's abilities from its row; it never compares names.
 """
 
+import inspect
 from dataclasses import dataclass
 from typing import Any, get_args
 
 from actors.config import Signal, TeacherConfig
 from actors.errors import UserError
-from actors.import_path import import_object, is_import_path
+from actors.import_path import check_call, import_object, is_import_path
 
 SIGNALS: tuple[str, ...] = get_args(Signal)
 """All values of `teachers.<name>.signal`."""
@@ -95,7 +96,7 @@ def _own_backend(name: str, key: str) -> Backend:
     row = getattr(found, "backend", None)
     if not isinstance(found, type) or not isinstance(row, Backend):
         expected = "a class with the class attribute `backend = Backend(...)` (docs/extending.md)"
-        raise UserError(key, f"{name} without one", expected)
+        raise UserError(key, f"{name} without the attribute `backend`", expected)
     promised = {"generate": row.generates, "sample": row.samples, "load_weights": row.follows_student}
     needed = ["score", "score_each", "status", *(method for method, has in promised.items() if has)]
     if hasattr(found, "score_tokens"):  # the class extends Teacher, whose `score` calls this method
@@ -103,8 +104,12 @@ def _own_backend(name: str, key: str) -> Backend:
     methods = {method: getattr(found, method, None) for method in needed}
     missing = [name for name, own in methods.items() if own is None or getattr(own, "__isabstractmethod__", False)]
     unknown = [signal for signal in row.signals if signal not in SIGNALS]
+    # Ray would make the whole actor asynchronous, and run its calls side by side.
+    coroutines = [method for method, _ in inspect.getmembers(found, inspect.iscoroutinefunction)]
+    subclass = "a subclass of actors.teacher.base.Teacher with these methods (docs/extending.md)"
     for what, expected in (
-        (f"without {', '.join(missing)}" if missing else "", "a class with these methods (docs/extending.md)"),
+        (f"without {', '.join(missing)}" if missing else "", subclass),
+        (f"with the coroutine {coroutines[0]}" if coroutines else "", "methods that are no coroutines"),
         (f"with the signal {unknown[0]}" if unknown else "", f"some of {', '.join(SIGNALS)}"),
         (
             "with the signal hidden" if "hidden" in row.signals and not row.has_model_files else "",
@@ -113,6 +118,7 @@ def _own_backend(name: str, key: str) -> Backend:
     ):
         if what:
             raise UserError(key, f"{name} {what}", expected)
+    check_call(found, 3, (), key, name, "Class(config, key, vocabulary)")
     return row
 
 

@@ -128,10 +128,11 @@ def check_fits(needed: dict[str, tuple[int, Resources]], there: dict[str, float]
             largest = max(asked, key=lambda name: asked[name])
             key = "teachers" + largest.removeprefix("teacher") if largest.startswith("teacher.") else largest
             parts = ", ".join(f"{name} {needed[name][0]} x {one[name]:g}" for name in asked)
+            smaller = f"; {key}.{unit.lower()}_per_replica may be a fraction" if kind in ("CPU", "GPU") else ""
             raise UserError(
                 f"{key}.replicas",
                 f"{sum(asked.values()):g} {unit} asked ({parts})",
-                f"at most the {there.get(kind, 0.0):g} {unit} of {where}",
+                f"at most the {there.get(kind, 0.0):g} {unit} of {where}{smaller}",
             )
 
 

@@ -15,6 +15,7 @@ from actors.teacher.base import Teacher
 
 class Complete:
     backend = Backend(signals=("sampled", "topk"), generates=False)
+    def __init__(self, config, key, vocabulary): ...
     def score(self): ...
     def score_each(self): ...
     def status(self): ...
@@ -27,6 +28,12 @@ class Unknown(Complete):
 
 class Hidden(Complete):
     backend = Backend(signals=("hidden",), generates=False)
+
+class Narrow(Complete):
+    def __init__(self, config): ...
+
+class Coroutine(Complete):
+    async def score(self): ...
 
 class Child(Teacher):
     backend = Backend()
@@ -41,6 +48,7 @@ def function(): ...
 @pytest.fixture(autouse=True)
 def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "own_backend.py").write_text(OWN)
+    (tmp_path / "ends_backend.py").write_text("raise SystemExit(0)")
     monkeypatch.syspath_prepend(str(tmp_path))
     sys.modules.pop("own_backend", None)
 
@@ -90,7 +98,19 @@ def test_a_module_in_the_working_directory_is_found(tmp_path: Path, monkeypatch:
         ("own_backend:function", r"expected a class with the class attribute `backend = Backend"),
         ("own_backend:Unknown", r"found own_backend:Unknown with the signal logits, expected some of sampled, topk"),
         ("own_backend:Hidden", r"found own_backend:Hidden with the signal hidden, expected has_model_files=True"),
-        ("own_backend:Child", r"found own_backend:Child without generate, score_tokens, expected a class with these"),
+        (
+            "own_backend:Child",
+            r"found own_backend:Child without generate, score_tokens, expected a subclass of .*Teacher",
+        ),
+        ("own_backend:Narrow", r"found own_backend:Narrow \(.*\), expected Class\(config, key, vocabulary\)"),
+        (
+            "own_backend:Coroutine",
+            r"found own_backend:Coroutine with the coroutine score, expected methods that are no",
+        ),
+        (
+            "ends_backend:Complete",
+            r"found ends_backend:Complete \(SystemExit: 0\), expected a module that can be imported",
+        ),
         ("own_backend:Sampling", r"found own_backend:Sampling without generate, sample, load_weights"),
     ],
 )

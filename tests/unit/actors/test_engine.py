@@ -1,13 +1,14 @@
 import sys
 import types
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from actors.config import RolloutConfig, SamplingConfig
-from actors.errors import UserError
-from actors.rollout.engine import METHODS, Response, engine_class, make_engine, trajectories_of
+from actors.errors import CampaignError, UserError
+from actors.rollout.engine import METHODS, Response, check_answer, engine_class, make_engine, trajectories_of
 from actors.rollout.vllm_engine import VllmEngine
 from actors.trajectory import Requests
 from cluster.config_file import load_config
@@ -17,9 +18,11 @@ from cluster.preflight import checks
 @pytest.fixture
 def module() -> Iterator[types.ModuleType]:
     found = types.ModuleType("own_engines")
-    methods = {name: lambda self: None for name in METHODS}
+    methods = {name: lambda self, *_, **__: None for name in (*METHODS, "__init__")}
     found.Complete = type("Complete", (), methods)  # type: ignore[attr-defined]
     found.Mute = type("Mute", (), {name: methods[name] for name in METHODS if name != "abort"})  # type: ignore[attr-defined]
+    narrow = {"__init__": lambda self, model: None}, {"generate": lambda self, requests, sampling: None}
+    found.Narrow, found.NoGreedy = (type("Narrow", (), methods | own) for own in narrow)  # type: ignore[attr-defined]
     found.number = 3  # type: ignore[attr-defined]
     sys.modules["own_engines"] = found
     yield found
@@ -36,7 +39,12 @@ def test_the_class_is_found_by_its_name(module: types.ModuleType) -> None:
     [
         ("own_engines:Mute", "without abort, expected a class with the methods generate, load_weights, abort, close"),
         ("own_engines:Compleat", "did you mean 'own_engines:Complete'"),
-        ("own_engines:number", "expected a class in"),
+        ("own_engines:number", "own_engines:number, which is of type int, expected a class"),
+        ("own_engines:Narrow", r"Narrow \(.*argument.*\), expected Class\(model, config, sampling, stop_token_ids"),
+        (
+            "own_engines:NoGreedy",
+            r"NoGreedy.generate \(.*'greedy'\), expected generate\(requests, sampling, greedy=False",
+        ),
         ("no_such_module:Engine", r"no_such_module:Engine \(ModuleNotFoundError: No module named"),
         ("sglang", "'sglang', expected the import path of a class, package.module:name"),
     ],
@@ -70,6 +78,27 @@ def test_check_imports_the_engine_also_offline(module: types.ModuleType) -> None
     assert check("own_engines:Complete") == "own_engines:Complete"
     with pytest.raises(UserError, match="without abort"):
         check("own_engines:Mute")
+
+
+def test_an_answer_is_one_trajectory_for_each_request_in_their_order_with_finite_log_probs() -> None:
+    requests = Requests(
+        ids=np.array([[0, 0, 0], [0, 0, 1]]),
+        seeds=np.array([1, 2]),
+        prompt_tokens=np.array([5, 5], np.int32),
+        prompt_offsets=np.array([0, 1, 2]),
+    )
+    good = trajectories_of(
+        requests, [Response([1, 2], [-0.5, -1.0], [0, 0], "stop"), Response([3], [-2.0], [0], "stop")]
+    )
+    check_answer(requests, good)
+    fewer, swapped = replace(good, ids=good.ids[:1]), replace(good, ids=good.ids[::-1])
+    for wrong, message in (
+        (fewer, "answered 1 of 2 requests"),
+        (swapped, "or in another order"),
+        (replace(good, behaviour_logprobs=np.array([-0.5, np.nan, -2.0])), "not finite"),
+    ):
+        with pytest.raises(CampaignError, match=f"^rollout.backend: .*{message}"):
+            check_answer(requests, wrong)
 
 
 @pytest.mark.parametrize("support", [0, 2])

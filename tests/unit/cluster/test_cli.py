@@ -218,6 +218,20 @@ def test_roles_name_the_tokens_of_the_template_and_those_that_end_a_response(wor
         assert inputs.tokenizer.convert_ids_to_tokens(inputs.masked_role_token_ids) == expected
 
 
+@pytest.mark.parametrize(
+    ("key", "token"), [("sampling.stop_token_ids", -3), ("learner.objective.masked_token_ids", 99999)]
+)
+def test_a_token_that_the_student_does_not_have_is_refused(work: Here, key: str, token: int) -> None:
+    with pytest.raises(UserError, match=rf"^{key}: found {token}, expected ids of the student's tokens, 0 to \d+$"):
+        read_inputs(load_config(work / "campaign.yaml", [f"{key}=[{token}]"]))
+
+
+def test_a_target_above_the_teachers_own_accuracy_is_refused_before_anything_runs(work: Here) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["compare", str(work / "campaign.yaml"), "--target", "2"])
+    assert ended.value.code == 2 and not (work / "runs").exists()
+
+
 def test_a_reference_scores_every_prompt_that_is_trained_on_and_teaches_none(work: Here) -> None:
     overrides = ["teachers.base.model=teacher", "learner.objective.reference_teacher=base",
                  "learner.objective.extrapolation=1.25"]  # fmt: skip

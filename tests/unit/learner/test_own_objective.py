@@ -24,6 +24,8 @@ UNCLIPPED = {"clip_low": None, "clip_high": None}
 WRONG = """
 import torch
 def fails(a, b, **more): raise RuntimeError("no luck")
+def ends(a, b, **more): raise SystemExit(0)
+def divides(a, b, **more): return a / (b - b)
 def short(a, b, **more): return a[:, :1]
 def number(a, b, **more): return 3.0
 def whole(a, b, **more): return torch.ones(a.shape, dtype=torch.int64)
@@ -112,6 +114,8 @@ def test_a_cost_of_ones_own_takes_the_place_of_the_log_ratio(models: dict[str, P
     ("settings", "message"),
     [
         ({"estimator": "wrong_objective:fails"}, r"estimator: found wrong_objective:fails: RuntimeError: no luck"),
+        ({"estimator": "wrong_objective:ends"}, r"estimator: found wrong_objective:ends: SystemExit: 0"),
+        ({"cost": "wrong_objective:divides"}, r"cost: found wrong_objective:divides: NaN or infinity, expected finite"),
         ({"estimator": "wrong_objective:short"}, r"short: torch.float32 \[3, 1\], expected a float tensor \[3, 5\]"),
         ({"cost": "wrong_objective:number"}, r"cost: found wrong_objective:number: float, expected a float tensor"),
         ({"cost": "wrong_objective:whole"}, r"whole: torch.int64"),
