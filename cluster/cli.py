@@ -279,8 +279,8 @@ def _compare(options: argparse.Namespace) -> int:
         seeds = [int(seed) for seed in options.seeds.split(",")]
     except ValueError as error:
         raise UserError("--seeds", options.seeds, "whole numbers with commas between them") from error
-    if not 0 < options.target <= 1:
-        raise UserError("--target", options.target, "a share of the teacher's accuracy, above 0 and at most 1")
+    if not 0 <= options.target <= 1:
+        raise UserError("--target", options.target, "a share of the teacher's accuracy, 0 to 1")
     found = trials(options.config, options.overrides, options.methods.split(","), seeds)
     from cluster.run import run_campaign
 

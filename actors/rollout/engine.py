@@ -158,7 +158,7 @@ def check_answer(requests: Requests, trajectories: Trajectories) -> None:
 
 def engine_class(backend: str) -> type[Engine]:
     """The class that `rollout.backend` names. UserError: it cannot be imported, or a method of `Engine` is missing or takes other arguments."""
-    found = import_object(BUILT_IN.get(backend, backend), "rollout.backend", "a class")
+    found: Any = import_object(BUILT_IN.get(backend, backend), "rollout.backend", "a class")
     missing = [name for name in METHODS if not callable(getattr(found, name, None))]
     if not isinstance(found, type) or missing:
         expected = f"a class with the methods {', '.join(METHODS)} (docs/extending.md)"

@@ -91,7 +91,7 @@ def used_mebibytes() -> float:
     return (ray.cluster_resources()[key] - ray.available_resources().get(key, 0)) / (1 << 20)
 
 
-@pytest.mark.parametrize("count", [200, pytest.param(1000, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("count", [80, pytest.param(1000, marks=pytest.mark.nightly)])
 @pytest.mark.parametrize("encoding", ["dense", "delta"])
 def test_the_object_store_does_not_fill_over_many_versions(encoding: str, count: int) -> None:
     async def body(made: Any) -> None:
@@ -104,7 +104,7 @@ def test_the_object_store_does_not_fill_over_many_versions(encoding: str, count:
                 await asyncio.sleep(0.3)  # raylets report what they hold with a delay
                 bound = used_mebibytes() + 2
             elif number % 33 == 10:
-                # Objects go a moment after their last reference. 200 versions that stayed would be 160 MiB.
+                # Objects go a moment after their last reference. 80 versions that stayed would be 64 MiB.
                 async with asyncio.timeout(120):
                     while used_mebibytes() > bound:
                         await asyncio.sleep(0.05)

@@ -281,7 +281,10 @@ def test_code_of_the_users_own_is_imported_and_tried(work: Here, monkeypatch: py
     line = refusal(work, "evaluation.verifier.name=own_code:verify")
     assert "evaluation.verifier.name: found own_code:verify, which returned None, expected a finite reward" in line
     line = refusal(work, "teachers.default.backend=own_code:Teacher")
-    assert "teachers.default.backend: found own_code:Teacher without one, expected a class with" in line
+    assert (
+        "teachers.default.backend: found own_code:Teacher without the attribute `backend`, expected a class with"
+        in line
+    )
 
 
 def test_a_report_of_what_is_no_run_is_refused(work: Here) -> None:
