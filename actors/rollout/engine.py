@@ -157,20 +157,24 @@ def check_answer(requests: Requests, trajectories: Trajectories) -> None:
 
 
 def engine_class(backend: str) -> type[Engine]:
-    """The class that `rollout.backend` names. UserError: it cannot be imported, or a method of `Engine` is missing or takes other arguments."""
+    """The class that `rollout.backend` names.
+
+    UserError: it cannot be imported, or a method of `Engine` is missing or takes other arguments.
+    """
     found: Any = import_object(BUILT_IN.get(backend, backend), "rollout.backend", "a class")
     missing = [name for name in METHODS if not callable(getattr(found, name, None))]
     if not isinstance(found, type) or missing:
         expected = f"a class with the methods {', '.join(METHODS)} (docs/extending.md)"
         raise UserError("rollout.backend", f"{backend} without {', '.join(missing) or 'being a class'}", expected)
     options = ("stop_token_ids", "support_size", "seed", "trust_remote_code", "adapter")
-    check_call(found, 3, options, "rollout.backend", backend, f"Class(model, config, sampling, {', '.join(options)})")
-    call = "generate(requests, sampling, greedy=False)"
-    check_call(found.generate, 3, ("greedy",), "rollout.backend", f"{backend}.generate", call)
-    check_call(
-        found.load_weights, 3, (), "rollout.backend", f"{backend}.load_weights", "load_weights(manifest, buckets)"
-    )
-    return found
+    own: Any = found
+    for function, keywords, name, call in (
+        (own, options, "", f"Class(model, config, sampling, {', '.join(options)})"),
+        (own.generate, ("greedy",), ".generate", "generate(requests, sampling, greedy=False)"),
+        (own.load_weights, (), ".load_weights", "load_weights(manifest, buckets)"),
+    ):
+        check_call(function, 3, keywords, "rollout.backend", backend + name, call)
+    return own
 
 
 def make_engine(model: str, config: RolloutConfig, sampling: SamplingConfig, **options: Any) -> Engine:
