@@ -1,0 +1,1 @@
+"""The roles that run models without changing them, and the types that pass between roles."""

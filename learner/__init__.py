@@ -1,0 +1,1 @@
+"""The one role that changes weights."""
