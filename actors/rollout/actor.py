@@ -117,14 +117,13 @@ class RolloutActor(BatchedCalls):
         delta from a version that is not held; the engine then keeps the weights that it has.
         """
         ranks = await asyncio.to_thread(self._receiver.receive, *published)
-        loaded = await asyncio.to_thread(self._engine.load_weights, *join(ranks))
+        manifest, buckets = join(ranks)
+        loaded = await asyncio.to_thread(self._engine.load_weights, manifest, buckets)
         with _ends_with_the_engine():
             stood_still = await asyncio.wrap_future(loaded)
-        if self._engine.version != join(ranks)[0].version:
-            expected = f"expected {join(ranks)[0].version} (docs/extending.md)"
-            raise CampaignError(
-                f"rollout.backend: after a load the engine's version is {self._engine.version}, {expected}"
-            )
+        if self._engine.version != manifest.version:
+            found = f"after a load the engine's version is {self._engine.version}"
+            raise CampaignError(f"rollout.backend: {found}, expected {manifest.version} (docs/extending.md)")
         self._receiver.hold(ranks)  # only now: after an error the old version is still the base of the next delta
         return stood_still or 0.0
 

@@ -156,7 +156,7 @@ class HttpTeacher(Teacher):
         problem = ""
         for attempt in range(ATTEMPTS):
             if attempt:
-                time.sleep(min(60.0, FIRST_WAIT_SECONDS * 2 ** (attempt - 1)))
+                time.sleep(FIRST_WAIT_SECONDS * 2 ** (attempt - 1))
             with self._choosing:
                 # Servers with an open circuit come last. They are not left out: if all circuits are open, one is asked.
                 now = time.monotonic()

@@ -155,7 +155,7 @@ def pace(run: Run) -> Pace:
 
 
 class Fold(Protocol):
-    """What is kept of the lines of a file."""
+    """A summary of the lines of a file, which grows line by line."""
 
     def add(self, row: dict[str, Any]) -> None:
         """Takes in one line."""
@@ -165,18 +165,18 @@ Kept = TypeVar("Kept", bound=Fold)
 
 
 class JsonlTail(Generic[Kept]):
-    """What is kept of a growing file of JSON lines. Each read parses only the complete lines that were added since.
+    """Summarises a growing file of JSON lines. Each read parses only the complete lines that were added since the last.
 
     A file that was replaced, for example after a rollback, is read from its start.
     """
 
     def __init__(self, path: Path, make: Callable[[], Kept]):
-        """make: what is kept of an empty file."""
+        """make: returns the summary of an empty file."""
         self._path, self._make, self._kept = path, make, make()
         self._inode, self._offset = -1, 0
 
     def read(self) -> Kept:
-        """What is kept of the file as it is now. ValueError for a line that is no JSON."""
+        """Reads the new lines and returns the summary of the whole file. ValueError: a line is not JSON."""
         try:
             with self._path.open("rb") as file:
                 there = os.fstat(file.fileno())

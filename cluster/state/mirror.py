@@ -93,7 +93,7 @@ class Mirror:
         target = step_directory(checkpoints, steps[-1])
         partial = new_directory(target)
         try:
-            # File by file, not get(recursive=True): only names that COMPLETE lists, none of which leads elsewhere.
+            # File by file, not get(recursive=True): only names that COMPLETE lists, and none that leads out of the folder.
             for name, size in sizes.items():
                 self._fetch(source / name, partial / _within(name), size)
             if (partial / RECORDS).exists():
