@@ -1,16 +1,21 @@
+import asyncio
 import sys
 import types
 from collections.abc import Iterator
+from concurrent.futures import Future
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 
 from actors.config import RolloutConfig, SamplingConfig
 from actors.errors import CampaignError, UserError
+from actors.rollout.actor import RolloutActor
 from actors.rollout.engine import METHODS, Response, check_answer, engine_class, make_engine, trajectories_of
 from actors.rollout.vllm_engine import VllmEngine
 from actors.trajectory import Requests
+from actors.weights.buckets import WeightVersion
 from cluster.config_file import load_config
 from cluster.preflight import checks
 
@@ -99,6 +104,21 @@ def test_an_answer_is_one_trajectory_for_each_request_in_their_order_with_finite
     ):
         with pytest.raises(CampaignError, match=f"^rollout.backend: .*{message}"):
             check_answer(requests, wrong)
+
+
+def test_an_engine_that_does_not_say_which_version_it_holds_is_refused_and_the_version_not_kept() -> None:
+    done: Future = Future()
+    done.set_result(None)
+    held: list[object] = []
+    ranks = [(WeightVersion(7, (), ()), [])]
+    actor: Any = RolloutActor.__new__(RolloutActor)
+    actor._receiver = types.SimpleNamespace(receive=lambda *_: ranks, hold=held.append)
+    actor._engine = types.SimpleNamespace(load_weights=lambda *_: done, version=None)
+    with pytest.raises(CampaignError, match=r"^rollout.backend: after a load the engine's version is None, expected 7"):
+        asyncio.run(actor.load_weights())
+    assert not held
+    actor._engine.version = 7
+    assert asyncio.run(actor.load_weights()) == 0.0 and held == [ranks]
 
 
 @pytest.mark.parametrize("support", [0, 2])
