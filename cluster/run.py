@@ -20,7 +20,7 @@ from cluster.console.screen import Progress
 from cluster.console.status import keep_status
 from cluster.fleet.ray_cluster import connected, refuse_relative_output, room_to_begin
 from cluster.fleet.ray_fleet import Fleet
-from cluster.fleet.supervision import Restarts
+from cluster.fleet.supervision import Repeated, Restarts
 from cluster.inputs import Inputs, read_inputs
 from cluster.loop.campaign import Campaign
 from cluster.loop.evaluation import Evaluator
@@ -161,7 +161,7 @@ class Running:
             "progress": self.progress,
             "gate": self.gate,
         }
-        most, budget = self.config.ray.max_restarts, Restarts(self.config.ray.max_restarts)
+        most, budget, again = self.config.ray.max_restarts, Restarts(self.config.ray.max_restarts), Repeated()
         while True:
             try:
                 return await Campaign(self.config, self.state, learner=self.learner, **parts).run()
@@ -171,9 +171,11 @@ class Running:
                     raise CampaignError(f"{error}; {replaced}") from error
                 await asyncio.sleep(budget.pause())
                 budget.count()
-                faults = self.state.faults  # events stay on record, so their count does not go back either
+                failed_at, faults = self.state.step, self.state.faults
                 self.state, checkpoint = take_up(self.config, self.records)
-                self.state.faults = faults
+                self.state.faults = faults  # events stay on record, so their count does not go back either
+                if again.seen(self.state.step, failed_at, error):
+                    raise CampaignError(f"{error}; {again.told(self.state.step)}") from error
             except RollBack as wanted:
                 self.state, checkpoint = roll_back(self.config, self.state, wanted.finding, self.records, self.on_event)
             await self._replace_learner(checkpoint)
@@ -183,7 +185,7 @@ class Running:
         self.learner = build_learner(self.config, self.inputs, checkpoint, self.needed, self.on_event)
         self.learner.inherit(lost)  # first: another job could take the place while the new learner starts
         await self.learner.start(patient=True)
-        self.on_event("learner_restored", step=self.state.step, checkpoint=str(checkpoint))
+        self.on_event("learner_restored", step=self.state.step, checkpoint=str(checkpoint or "the untrained student"))
 
     def _live_status(self) -> dict[str, Any]:
         """The part of status.json that only this process knows (cluster/console/status.py)."""

@@ -7,7 +7,7 @@ each a process with this class (student/sharding.py). With one rank, "this rank"
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -16,8 +16,7 @@ import numpy as np
 import torch
 
 from actors.config import StudentConfig, TeacherConfig, publishes_adapter
-from actors.data.models import load_head
-from actors.data.tokenizer import load_tokenizer
+from actors.data.models import find_model, load_head
 from actors.errors import NonFiniteLossError
 from actors.forward.packing import Microbatch
 from actors.trajectory import TeacherScores, Trajectories, TrajectoryId, select_trajectories
@@ -35,6 +34,7 @@ from learner.objective.trust_region import adapted_beta, backed_off, k3
 from learner.student.build import build_student
 from learner.student.checkpoint import flush, read_json, write_json
 from learner.student.lora import ADAPTER_FILE, adapter_tensors, merged_tensors
+from learner.student.model_files import read_model_files, write_model_files
 from learner.student.optimizer import (
     OffloadedAdamW,
     build_optimizer,
@@ -44,7 +44,15 @@ from learner.student.optimizer import (
 )
 from learner.student.publishing import MovingAverages, Publisher
 from learner.student.sharding import Ranks, full_tensor
-from learner.student.tensor_files import BackgroundWrite, StoredTensors, copies, model_tensors, write_tensors
+from learner.student.tensor_files import (
+    BackgroundWrite,
+    StoredTensors,
+    checkpoint_error,
+    copies,
+    dtype_of,
+    model_tensors,
+    write_tensors,
+)
 
 
 class Learner:
@@ -87,6 +95,8 @@ class Learner:
         )
         head: Any = self._model.get_output_embeddings()
         self._vocabulary = len(head.weight)
+        directory = find_model(student.model, "student.model", code=student.trust_remote_code)
+        self._files = read_model_files(directory, "student.model") if self._ranks.rank == 0 else {}
         self._optimizer = build_optimizer(self._model, config.optimizer, offload=config.offload_optimizer)
         teachers = teachers or {}
         self._teachers = set(teachers)
@@ -197,7 +207,15 @@ class Learner:
         """Copies the state as it is now, which a thread then writes to `directory` (learner/student/checkpoint.py).
 
         Each rank its own rows, all into the same files: they must see the same file system.
+        CheckpointError: the write before failed, or there is no memory for the copy. The learner is well after it.
         """
+        try:
+            self._write.start(self._writing(directory))
+        except Exception as error:
+            raise checkpoint_error(error) from error
+
+    def _writing(self, directory: str) -> Callable[[], None]:
+        """Copies the state, and returns the function that writes the copy."""
         # Copies, since the next update changes the weights while the thread writes.
         first = self._ranks.rank == 0
         merged = merged_tensors(self._model) if self._adapter else None
@@ -207,14 +225,13 @@ class Learner:
         moments = copies(optimizer_tensors(self._model, self._optimizer), **offloaded)
         averages = copies(self._averages.tensors())
         progress = {"policy_version": self.policy_version, "beta": self._beta}
+        dtype = dtype_of(weights)
 
         def write() -> None:
             training = Path(directory, "training")
             training.mkdir(parents=True, exist_ok=True)
             if first:
-                self._model.save_pretrained(directory, state_dict={})  # everything but the weights
-                tokenizer = load_tokenizer(self._student.model, self._student.trust_remote_code, "student.model")
-                tokenizer.save_pretrained(directory)
+                write_model_files(self._files, Path(directory), dtype)
                 write_json(training / "learner.json", progress)
             if self._adapter:
                 self._adapter.save_pretrained(Path(directory, "adapter"))
@@ -226,7 +243,7 @@ class Learner:
                 write_tensors(training / "averages.safetensors", averages, begin=first)
             flush(Path(directory))
 
-        self._write.start(write)
+        return write
 
     def saved(self) -> bool:
         """Whether what `save` copied is on disk. CheckpointError: it cannot be written."""

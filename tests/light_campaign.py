@@ -29,6 +29,7 @@ import yaml
 import cluster.cli
 import cluster.roles
 import cluster.run
+from actors.errors import ActorFaultError, CampaignError, LearnerLostError, UserError
 from actors.trajectory import Requests
 from cluster.config import CampaignConfig
 from cluster.config_file import load_config
@@ -64,7 +65,7 @@ class LocalFleet:
             for i in range(replicas)
         ]
 
-    async def start(self) -> None:
+    async def start(self, *, patient: bool = False) -> None:
         for replica in self.replicas:
             replica.actor, replica.turn, replica.alive = self._make(), asyncio.Lock(), True
             self._on_event("actor_started", actor=replica.name)
@@ -73,9 +74,17 @@ class LocalFleet:
         values = [argument.value if isinstance(argument, Reference) else argument for argument in arguments]
         async with replica.turn:
             bound = getattr(replica.actor, method)
-            if inspect.iscoroutinefunction(bound):
-                return await bound(*values, **keywords)
-            return await asyncio.to_thread(_result, bound, values, keywords)
+            try:
+                if inspect.iscoroutinefunction(bound):
+                    return await bound(*values, **keywords)
+                return await asyncio.to_thread(_result, bound, values, keywords)
+            except (UserError, CampaignError):
+                raise
+            except Exception as error:
+                if self.role != "learner":
+                    raise
+                cause = ActorFaultError(f"{method} failed: {type(error).__name__}: {error}")
+                raise LearnerLostError(f"learner-0 failed: {cause}") from cause
 
     async def call(
         self, method: str, *arguments: Any, returns: int = 1, units: int = 1, at: Any = None, **keywords: Any
@@ -106,6 +115,9 @@ class LocalFleet:
         while all(replica.calls >= calls for replica in self.replicas):
             await asyncio.sleep(0.001)
         return min(self.replicas, key=lambda replica: (replica.calls >= calls, replica.under_way))
+
+    def inherit(self, lost: Any) -> None:
+        pass
 
     def close(self) -> None:
         pass

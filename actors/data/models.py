@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel
 
-SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
+SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
 CONTEXT_NAMES = ("max_position_embeddings", "max_seq_len")
 MODEL_DIRECTORY = "a Hugging Face model directory (config.json, safetensors, tokenizer)"
 
@@ -86,7 +86,7 @@ def load_model(
     do not match config.json.
     """
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, GenerationConfig
     from transformers.utils import logging
 
     path = find_model(model, key, code=trust_remote_code)
@@ -112,6 +112,7 @@ def load_model(
                 trust_remote_code=trust_remote_code,
                 ignore_mismatched_sizes=True,  # shapes that differ are then in the report, and refused below
                 output_loading_info=True,
+                generation_config=GenerationConfig(),  # nothing here generates with it, and transformers refuses some
                 **split,
             )
     finally:

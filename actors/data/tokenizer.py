@@ -30,12 +30,19 @@ def load_tokenizer(model: str, trust_remote_code: bool, key: str) -> PreTrainedT
 
 
 def stop_token_ids(model_dir: Path | str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens that end a response, ascending: the tokenizer's eos, and those of generation_config.json if it exists."""
+    """Tokens that end a response, ascending: the tokenizer's eos, and those of generation_config.json if it exists.
+
+    UserError: generation_config.json is no JSON object, or its eos_token_id is neither an id nor a list of ids.
+    """
     found = {tokenizer.eos_token_id}
     file = Path(model_dir) / "generation_config.json"
     if file.is_file():
-        eos = json.loads(file.read_text("utf-8")).get("eos_token_id")
-        found.update(eos if isinstance(eos, list) else [eos])
+        with as_user_error(str(file), "no JSON object", "a JSON object, or no such file"):
+            eos = dict(json.loads(file.read_text("utf-8"))).get("eos_token_id")
+        for token in eos if isinstance(eos, list) else [eos]:
+            if token is not None and type(token) is not int:
+                raise UserError(str(file), f"eos_token_id {eos!r}", "the id of a token, or a list of ids")
+            found.add(token)
     return sorted(found - {None})  # a tokenizer may have no eos, and the file may say null
 
 

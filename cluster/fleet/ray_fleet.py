@@ -13,7 +13,7 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
-from actors.errors import ActorFaultError, StoreFullError
+from actors.errors import ActorFaultError, CampaignError, StoreFullError
 from actors.trajectory import Requests, RolloutCounts
 from cluster.fleet.ray_actor import ActorLostError, Replica, invoke, streamed
 from cluster.fleet.ray_batched_calls import BatchedCaller
@@ -132,7 +132,7 @@ class Fleet(Supervisor):
         self, method: str, units: int, at: Replica | None, do: Callable[[Replica], Awaitable[Any]]
     ) -> Any:
         """Runs `do` on the least busy replica, or on `at`; on another one as often as actors are lost under it."""
-        failures = 0
+        failures = losses = 0
         while True:
             replica = at if at is not None and at.alive else await self._least_busy()
             handle = replica.handle  # `_lost` compares it: a late error must not end the next actor in this place
@@ -142,7 +142,12 @@ class Fleet(Supervisor):
             try:
                 return await do(replica)
             except ActorLostError as error:
+                losses += 1
                 self._lost(replica, handle, _kind(error), error)
+                if self._max_restarts is not None and losses > self._max_restarts + ATTEMPTS:
+                    raise CampaignError(
+                        f"{method}: {losses} actors of {self.role} died of the same call: {error}"
+                    ) from error
             except ActorFaultError as error:
                 failures += 1
                 if failures == ATTEMPTS:  # this call would make one actor after the other fail

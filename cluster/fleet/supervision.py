@@ -10,12 +10,13 @@ waiting and every later call raises LearnerLostError.
 """
 
 import asyncio
+import re
 import time
 from collections import defaultdict, deque
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
-from actors.errors import CampaignError, LearnerLostError, UserError
+from actors.errors import ActorFaultError, CampaignError, LearnerLostError, UserError
 from cluster.fleet.ray_actor import (
     ActorLostError,
     DiedAtStartError,
@@ -70,6 +71,40 @@ class Restarts:
     def count(self) -> None:
         """Records a restart that happens now."""
         self._times.append(time.monotonic())
+
+
+class Repeated:
+    """Remembers how the learner was lost, so that nothing that fails in the same way at the same step is tried a third time.
+
+    `Restarts` counts within an hour; a fault that comes back after two hours of updates would be repeated for ever.
+    """
+
+    def __init__(self) -> None:
+        self._seen: set[tuple[object, ...]] = set()
+
+    def seen(self, back_to: int, failed_at: int, error: LearnerLostError) -> bool:
+        """Records a loss; whether the campaign has gone back to this step before, for the same cause.
+
+        back_to: the step of the checkpoint. failed_at: the step that was reached. An error that the learner raised is the
+        same wherever it comes. A process that ended without one may have been ended from outside (a node was taken
+        away), so it also has to have ended at the same step.
+        """
+        raised = isinstance(error.__cause__, ActorFaultError)
+        way = (back_to, same_cause(error), None if raised else failed_at)
+        before = way in self._seen
+        self._seen.add(way)
+        return before
+
+    @staticmethod
+    def told(back_to: int) -> str:
+        """The end of the message about a cause that was seen before."""
+        origin = f"the checkpoint of step {back_to}" if back_to else "the untrained student"
+        return f"it was so before, after {origin} was taken up, so it is not tried a third time"
+
+
+def same_cause(error: Exception | str) -> str:
+    """The text of an error without what differs each time: numbers, addresses, and ids of processes and nodes."""
+    return re.sub(r"0x[0-9a-f]+|\b[0-9a-f]{16,}\b|\d+(?:\.\d+)*", "#", str(error))
 
 
 class Supervisor:
@@ -285,13 +320,14 @@ class Supervisor:
 
     async def _replace(self, replica: Replica, cause: str) -> None:
         """Starts an actor in the lost one's place, again within the restart budget; a spent budget fails the fleet."""
-        budget = self._budgets[replica]
+        budget, failed_starts = self._budgets[replica], 0
         try:
             while not replica.alive and replica in self.replicas:
-                if budget.spent():
+                # The starts that fail in a row are counted besides: of a model that loads for minutes few fit into an hour.
+                if (spent := budget.spent()) or failed_starts > (self._max_restarts or 0):
                     raise CampaignError(
-                        f"{replica.name} was lost {self._max_restarts or 0} times within an hour and once more "
-                        f"(ray.max_restarts), the last time because: {cause}; see events.jsonl for the others, and run "
+                        f"{replica.name} was lost {self._max_restarts or 0} times {'within an hour' if spent else 'in a row'} "
+                        f"and once more (ray.max_restarts), the last time because: {cause}; see events.jsonl for the others, and run "
                         "the same command again to go on from the last checkpoint"
                     )
                 await asyncio.sleep(budget.pause())
@@ -302,6 +338,7 @@ class Supervisor:
                     await self._start(replica, patient=True)
                 except CampaignError as error:
                     replica.kill()
+                    failed_starts += 1
                     cause = str(error)
                     self._on_event("actor_died", actor=replica.name, cause=cause)
             self._on_event("actor_restarted", actor=replica.name, restarts=replica.restarts)

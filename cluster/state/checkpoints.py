@@ -11,6 +11,7 @@ checkpoint is being written at a time; the end of the campaign, or an interrupt,
 
 import asyncio
 import json
+import re
 from pathlib import Path
 
 from actors.errors import CheckpointError
@@ -141,13 +142,15 @@ class Checkpoints:
 
     def _explain(self, step: int, error: Exception) -> str:
         cause = f"{error.strerror} ({error.filename})" if isinstance(error, OSError) else str(error)
-        return f"the checkpoint of step {step} could not be written: {cause}; {what_is_good(self._directory)}"
+        # The learner's own OSErrors come as text, `No space left on device (file)`; other errors name their type first.
+        way_out = "mend this" if re.match(r"\w+Error: ", cause) else "make room"
+        return f"the checkpoint of step {step} could not be written: {cause}; {what_is_good(self._directory, way_out)}"
 
 
-def what_is_good(checkpoints: Path) -> str:
-    """For messages: the newest good checkpoint, and how to go on from it."""
+def what_is_good(checkpoints: Path, way_out: str = "make room") -> str:
+    """For messages: the newest good checkpoint, and how to go on from it. way_out: what the user does first."""
     good = latest_checkpoint(checkpoints)
-    return f"{good} is good: make room, and run the same command again" if good else "there is no checkpoint before it"
+    return f"{good} is good: {way_out}, and run the same command again" if good else "there is no checkpoint before it"
 
 
 def steps_to_keep(steps: list[int], state: CampaignState, config: CheckpointConfig) -> set[int]:

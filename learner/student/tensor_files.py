@@ -7,6 +7,7 @@ Any number of ranks can read the file.
 
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -46,7 +47,7 @@ class BackgroundWrite:
         self._under_way: Future[None] | None = None
 
     def start(self, write: Callable[[], None]) -> None:
-        """Waits for the write before, then starts this one. CheckpointError: the write before failed."""
+        """Waits for the write before, then starts this one. CheckpointError: the write before failed, for any reason."""
         self._finish()
         self._under_way = self._thread.submit(write)
 
@@ -62,8 +63,19 @@ class BackgroundWrite:
         try:
             if write is not None:
                 write.result()
-        except OSError as error:  # a full disk, for example; other errors are defects, and stay as they are
-            raise CheckpointError(f"{error.strerror or error} ({error.filename or 'while writing'})") from error
+        except (
+            Exception
+        ) as error:  # of any kind: the weights are whole, and a learner that starts anew would fail again
+            raise checkpoint_error(error) from error
+
+
+def checkpoint_error(error: Exception) -> CheckpointError:
+    """The error of a save that failed, with the whole message: the learner itself is well."""
+    if isinstance(error, CheckpointError):
+        return error
+    if isinstance(error, OSError):
+        return CheckpointError(f"{error.strerror or error} ({error.filename or 'while writing'})")
+    return CheckpointError(f"{type(error).__name__}: {' '.join(str(error).split())}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +149,14 @@ def copies(
         values = (own if offloaded is None else offloaded).to("cpu", copy=True).contiguous()
         found[name] = Rows(tuple(tensor.shape), first, values)
     return found
+
+
+def dtype_of(tensors: Mapping[str, Rows]) -> str:
+    """The dtype that most bytes of these tensors have, for example "float32"; "float32" without tensors."""
+    nbytes: Counter[str] = Counter()
+    for rows in tensors.values():
+        nbytes[str(rows.values.dtype).removeprefix("torch.")] += rows.nbytes
+    return nbytes.most_common(1)[0][0] if nbytes else "float32"
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Rows], *, begin: bool = True) -> None:

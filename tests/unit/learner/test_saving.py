@@ -156,3 +156,65 @@ def test_nothing_in_a_checkpoint_is_pickled(models: dict[str, Path], tmp_path: P
             read_json(path)
         elif path.suffix == ".safetensors":
             load_file(path)
+
+
+GENERATION_CONFIGS = {
+    "greedy with a temperature": '{"temperature": 0.6, "top_p": 0.9}',
+    "nothing that transformers knows": '{"of_our_own": [1, {"a": null}], "top_k": 5,\n "do_sample": false}',
+    "several answers": '{"num_return_sequences": 3}',
+    "a wrong type": '{"temperature": "hot"}',
+    "beams": '{"early_stopping": true, "num_beams": 1, "cache_implementation": "nope"}',
+}
+
+
+@pytest.mark.parametrize("kind", GENERATION_CONFIGS)
+def test_files_beside_the_weights_are_in_each_checkpoint_as_they_came(kind: str, tmp_path: Path) -> None:
+    model = make_tiny_model(tmp_path / "student", hidden=32, layers=1)
+    config = (model / "config.json").read_text().replace('"float32"', '"bfloat16"')
+    config = config.replace("{", '{\n    "of_our_own":   {"x": [1, 2.50]},', 1)
+    files = {
+        "generation_config.json": GENERATION_CONFIGS[kind],
+        "config.json": config,
+        "chat_template.jinja": "{{ messages }}  ",
+        "additional_chat_templates/tool.jinja": "{{ tools }}",
+        "modeling_ours.py": "class Ours: ...",
+        "added_tokens.json": '{"<more>": 101}',
+        "preprocessor_config.json": "{}",
+        "merges.txt": "a b\n",
+        "vocabulary.tiktoken": "YQ== 0",
+    }
+    others = ("pytorch_model.bin", "model.safetensors.index.json.bak.pt", "training/campaign.json", ".cache/x.py")
+    for name, text in {**files, **dict.fromkeys(others, "{}")}.items():
+        (model / name).parent.mkdir(exist_ok=True)
+        (model / name).write_text(text)
+    files |= {name: (model / name).read_text() for name in ("tokenizer.json", "tokenizer_config.json")}
+    learner = make_learner({"student": model})
+    shutil.rmtree(model)  # a cache may be cleaned while the campaign runs
+    learner.save(str(tmp_path / "saved"))
+    finish(learner)
+    for name, text in files.items():
+        wanted = text.replace('"bfloat16"', '"float32"') if name == "config.json" else text
+        assert (tmp_path / "saved" / name).read_text() == wanted, name
+    assert not any((tmp_path / "saved" / name).exists() for name in others)
+    weights = load_file(tmp_path / "saved" / "model.safetensors")
+    assert all(torch.equal(weights[name], tensor) for name, tensor in model_tensors(learner._model).items())
+
+
+@pytest.mark.parametrize("when", ["copying", "writing"])
+def test_a_save_that_fails_for_any_reason_leaves_the_learner_alive_and_says_all(
+    when: str, models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise ValueError("GenerationConfig is invalid:\n- `temperature`: `do_sample` is not set")
+
+    learner = make_learner(models)
+    with monkeypatch.context() as patch:
+        patch.setattr(f"learner.learner.{'copies' if when == 'copying' else 'write_model_files'}", fail)
+        with pytest.raises(
+            CheckpointError, match=r"^ValueError: GenerationConfig is invalid: - `temperature`: `do_sample`"
+        ):
+            learner.save(str(tmp_path / "saved"))
+            finish(learner)
+    learner.save(str(tmp_path / "again"))
+    finish(learner)
+    assert (tmp_path / "again" / "model.safetensors").exists()
