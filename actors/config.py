@@ -62,11 +62,14 @@ class PromptsConfig:
     """Where prompts come from and how they are turned into tokens."""
 
     path: str = "???"
-    """A .jsonl or .parquet file, or the name of a Hugging Face dataset, with its subset after a colon: `openai/gsm8k:main`."""
+    """A .jsonl, .jsonl.gz or .parquet file, a directory that `save_to_disk` wrote or that holds data files, or the name of a
+    Hugging Face dataset, with its subset after a colon: `openai/gsm8k:main`."""
     split: str = "train"
     """Split to read when `path` is a Hugging Face dataset."""
     prompt_field: str = "prompt"
     """Field with the prompt: a string, or a list of chat messages with `role` and `content`."""
+    tools_field: str = "tools"
+    """Field with the tools that the chat template describes, a list of JSON schemas. Records need not have it."""
     reference_field: str | None = "answer"
     """Field with the reference answer that verifiers read; null when there is none."""
     domain_field: str | None = None
@@ -74,7 +77,8 @@ class PromptsConfig:
     chat: bool = True
     """Render with the tokenizer's chat template (a plain string becomes one user message). False: the text as it is."""
     chat_template_arguments: dict[str, Any] = field(default_factory=dict)
-    """Further arguments of the chat template, for example `enable_thinking: false`."""
+    """Further arguments of the chat template, for example `enable_thinking: false`. With `continue_final_message: true`
+    every prompt ends with a message of the assistant, which the student continues."""
     limit: int | None = number(None, minimum=1)
     """Read at most this many records, from the start of the file."""
     shuffle: bool = True

@@ -9,28 +9,24 @@ Shapes: M prompts, P prompt tokens in all, B requests.
 from __future__ import annotations
 
 import hashlib
-import json
+import math
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain, islice
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from actors.config import PromptsConfig
-from actors.data.models import as_user_error, looks_local
+from actors.data.messages import called_tools, messages_of, name_of, tools_of
+from actors.data.models import as_user_error
+from actors.data.prompt_files import BATCH, field_of, read_records
 from actors.errors import UserError
 from actors.trajectory import Requests, offsets_of, ragged_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-BATCH = 1024
-"""Records that are tokenised in one call."""
-
 
 TEMPLATE_FIELD = re.compile(r"\{(\w+)\}")
 """`{field}` in the prompt template of a teacher with privileged information."""
@@ -83,7 +79,14 @@ def load_prompts(
     """
     if config.chat and not tokenizer.chat_template:
         raise UserError(f"{key}.chat", "true, and a tokenizer without a chat template", "a chat template, or false")
-    unit, records = _records(config, key, template)
+    fields = [
+        (f"{key}.prompt_field", config.prompt_field),
+        (f"{key}.reference_field", config.reference_field),
+        (f"{key}.domain_field", config.domain_field),
+        *(("prompt_template", name) for name in TEMPLATE_FIELD.findall(template or "") if name != "prompt"),
+    ]
+    needed = [(field_key, name) for field_key, name in fields if name is not None]
+    unit, records = read_records(config, key, needed, [config.tools_field])
     numbers: list[int] = []
     references: list[str | None] = []
     domains: list[str | None] = []
@@ -94,7 +97,7 @@ def load_prompts(
     while batch := list(islice(records, BATCH)):
         for number, record in batch:
             where = f"{config.path}, {unit} {number}"
-            prompt = _field(record, config.prompt_field, where, f"{key}.prompt_field")
+            prompt = field_of(record, config.prompt_field, where, f"{key}.prompt_field")
             texts.append(_render(prompt, record, template, config, tokenizer, where))
             references.append(_text_field(record, config.reference_field, where, f"{key}.reference_field"))
             domains.append(_text_field(record, config.domain_field, where, f"{key}.domain_field"))
@@ -168,94 +171,11 @@ def _hash(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
-def _records(config: PromptsConfig, key: str, template: str | None) -> tuple[str, Iterator[tuple[int, dict[str, Any]]]]:
-    """("line" or "row", iterator of (number from 1, record)); the word is used in messages."""
-    path = Path(config.path).expanduser()
-    if path.suffix in (".jsonl", ".parquet") or path.is_file() or (looks_local(config.path) and not path.is_dir()):
-        if not path.is_file():
-            near = [str(p) for p in path.parent.glob("*")]
-            raise UserError(f"{key}.path", path, f"an existing .jsonl or .parquet file (from {Path.cwd()})", near)
-        if path.suffix == ".jsonl":
-            return "line", _jsonl(path)
-        if path.suffix != ".parquet":
-            raise UserError(f"{key}.path", config.path, "a .jsonl or .parquet file, or the name of a dataset")
-        return "row", _arrow_rows(_parquet(path, config, key, template), config.path, key)
-    return "row", _arrow_rows(_dataset(path, config, key, template), config.path, key)
-
-
-def _jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            where, expected = f"{path}, line {number}", "a JSON object on each line"
-            try:
-                # A byte-order mark can only be at the start of the file; some editors write one.
-                record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-            except (ValueError, RecursionError) as error:
-                raise UserError(where, f"{line.strip()[:60]!r} ({error})", expected) from error
-            if not isinstance(record, dict):
-                raise UserError(where, f"{line.strip()[:60]!r}, a JSON {type(record).__name__}", expected)
-            yield number, record
-
-
-def _columns(names: list[str], config: PromptsConfig, key: str, template: str | None) -> list[str]:
-    """The columns to read. UserError: one of them is not among `names`."""
-    wanted = [
-        (f"{key}.prompt_field", config.prompt_field),
-        (f"{key}.reference_field", config.reference_field),
-        (f"{key}.domain_field", config.domain_field),
-        *(("prompt_template", name) for name in TEMPLATE_FIELD.findall(template or "") if name != "prompt"),
-    ]
-    present = [(field_key, name) for field_key, name in wanted if name is not None]
-    for field_key, name in present:
-        _field(dict.fromkeys(names), name, config.path, field_key)
-    return list(dict.fromkeys(name for _, name in present))
-
-
-def _parquet(path: Path, config: PromptsConfig, key: str, template: str | None) -> Iterator[Any]:
-    from pyarrow import parquet
-
-    file = parquet.ParquetFile(path)
-    yield from file.iter_batches(BATCH, columns=_columns(file.schema_arrow.names, config, key, template))
-
-
-def _dataset(path: Path, config: PromptsConfig, key: str, template: str | None) -> Iterator[Any]:
-    import datasets
-    from huggingface_hub import HfApi, is_offline_mode
-
-    name, _, subset = config.path.partition(":")
-    if path.is_dir():
-        name, subset = str(path), ""
-    elif not is_offline_mode():
-        # Fails at once if the hub does not answer; load_dataset would retry for half a minute.
-        HfApi().repo_info(name, repo_type="dataset")
-    datasets.disable_progress_bars()
-    found = datasets.load_dataset(name, subset or None, split=config.split)
-    yield from (
-        found.select_columns(_columns(found.column_names, config, key, template)).with_format("arrow").iter(BATCH)
-    )
-
-
-def _arrow_rows(batches: Iterator[Any], path: str, key: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    expected = "a Parquet file, a directory of data files, or a dataset (owner/name or owner/name:subset) on a hub that answers"
-    number = 0
-    with as_user_error(f"{key}.path", path, expected):
-        for batch in batches:
-            for record in batch.to_pylist():
-                number += 1
-                yield number, record
-
-
-def _field(record: dict[str, Any], name: str, where: str, key: str) -> Any:
-    if name not in record:
-        raise UserError(key, name, f"a field of {where} ({', '.join(record)})", record)
-    return record[name]
-
-
 def _text_field(record: dict[str, Any], name: str | None, where: str, key: str) -> str | None:
-    value = None if name is None else _field(record, name, where, key)
-    if isinstance(value, list | dict | bytes):
+    value = None if name is None else field_of(record, name, where, key)
+    if isinstance(value, float) and math.isnan(value):  # how pandas writes a number that is not there
+        value = None
+    if isinstance(value, list | dict | bytes) or value in (math.inf, -math.inf):
         raise UserError(where, f"{name} = {str(value)[:60]}", "a string, a number or null")
     return None if value is None else str(value)
 
@@ -263,10 +183,15 @@ def _text_field(record: dict[str, Any], name: str | None, where: str, key: str) 
 def _fill(template: str, prompt: str, record: dict[str, Any], where: str) -> str:
     """The template with `{prompt}` and each `{field}` replaced by the prompt's text and the record's field."""
 
-    def field_of(match: re.Match[str]) -> str:
-        return prompt if match[1] == "prompt" else str(_field(record, match[1], where, "prompt_template"))
+    def value_of(match: re.Match[str]) -> str:
+        if match[1] == "prompt":
+            return prompt
+        value = _text_field(record, match[1], where, "prompt_template")
+        if value is None:
+            raise UserError(where, f"{match[1]} = null", "a string or a number, since prompt_template names it")
+        return value
 
-    return TEMPLATE_FIELD.sub(field_of, template)
+    return TEMPLATE_FIELD.sub(value_of, template)
 
 
 def _render(
@@ -278,37 +203,47 @@ def _render(
     where: str,
 ) -> str:
     """The text of one prompt as the student reads it; with a template, as a privileged teacher reads it."""
-    if not _is_prompt(prompt, config.chat):
-        expected = "a string, or a list of messages with role and content that does not end with the assistant's"
-        raise UserError(
-            where,
-            f"{config.prompt_field} = {str(prompt)[:80]!r}",
-            expected if config.chat else "a string (chat is false)",
-        )
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    if template is not None:
-        *before, last = messages
-        messages = [*before, {**last, "content": _fill(template, last["content"], record, where)}]
-    text = messages[-1]["content"]
     if config.chat:
-        with as_user_error(where, "a prompt that the chat template refuses", "messages that it accepts"):
-            text = tokenizer.apply_chat_template(
-                messages, **{"add_generation_prompt": True, **config.chat_template_arguments, "tokenize": False}
-            )
+        text = _render_chat(prompt, record, template, config, tokenizer, where)
+    elif not isinstance(prompt, str) or not prompt:
+        raise UserError(where, f"{config.prompt_field} = {str(prompt)[:80]!r}", "a string (chat is false)")
+    else:
+        text = prompt if template is None else _fill(template, prompt, record, where)
     # JSON may hold half a surrogate pair, which tokenizers refuse with an error that names no record.
     with as_user_error(where, "a prompt that is not Unicode text", "no lone surrogates"):
         text.encode()
     return text
 
 
-def _is_prompt(prompt: Any, chat: bool) -> bool:
-    if isinstance(prompt, str):
-        return bool(prompt)
-    if not chat or not isinstance(prompt, list) or not prompt:
-        return False
-    well_formed = all(
-        isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
-        for message in prompt
-    )
-    # A conversation that already ends with an answer would teach the student only to stop.
-    return well_formed and prompt[-1]["role"] != "assistant"
+def _render_chat(
+    prompt: Any,
+    record: dict[str, Any],
+    template: str | None,
+    config: PromptsConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    where: str,
+) -> str:
+    continued = bool(config.chat_template_arguments.get("continue_final_message"))
+    try:
+        messages = messages_of(prompt, continued=continued)
+    except ValueError as error:
+        expected = "a string, or a list of messages with role and content that does not end with the assistant's"
+        raise UserError(where, f"{config.prompt_field} = {str(prompt)[:80]!r} ({error})", expected) from error
+    try:
+        tools = tools_of(record.get(config.tools_field))
+    except ValueError as error:
+        found = f"{config.tools_field} = {str(record[config.tools_field])[:80]!r} ({error})"
+        raise UserError(where, found, "a list of JSON schemas, one for each tool, or null") from error
+    if template is not None:
+        place = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=-1)
+        messages[place]["content"] = _fill(template, messages[place]["content"], record, where)
+    arguments = {"add_generation_prompt": not continued, **config.chat_template_arguments, "tokenize": False}
+    if tools:
+        arguments["tools"] = tools
+    with as_user_error(where, "a prompt that the chat template refuses", "messages that it accepts"):
+        text = str(tokenizer.apply_chat_template(messages, **arguments))
+    # Many templates know nothing of tools, and would leave them out.
+    for name in [*called_tools(messages), *map(name_of, tools or [])]:
+        if name not in text:
+            raise UserError(where, f"the tool {name!r}, which the chat template leaves out", "a template with tools")
+    return text
