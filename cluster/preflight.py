@@ -3,8 +3,9 @@
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Literal
 
-from actors.data.models import check_weights, find_model, load_config, tensor_parallel_plan
+from actors.data.models import check_fit, load_config, tensor_parallel_plan
 from actors.data.tokenizer import check_tokenizers_agree, load_tokenizer, template_difference
 from actors.data.verifiers import make_verifier
 from actors.errors import UserError
@@ -77,7 +78,7 @@ def _student(config: CampaignConfig) -> str:
     student = config.student
     if student.lora is not None and find_spec("peft") is None:
         raise UserError("student.lora", "no library peft", "pip install peft accelerate")
-    check_weights(find_model(student.model, "student.model", code=student.trust_remote_code), "student.model")
+    check_fit(student.model, student.trust_remote_code, "student.model", quantised="refused")
     tokenizer = load_tokenizer(student.model, student.trust_remote_code, "student.model")
     return f"{len(tokenizer)} tokens, prompts of at most {max_prompt_tokens(config)}"
 
@@ -95,7 +96,8 @@ def _teacher(config: CampaignConfig, name: str) -> str:
         return f"{', '.join(teacher.urls) or teacher.backend}, asked when the campaign starts" + (
             reading and f"; {reading}"
         )
-    check_weights(find_model(teacher.model, key, code=teacher.trust_remote_code), key)
+    reader: Literal["transformers", "elsewhere"] = "transformers" if teacher.backend == "transformers" else "elsewhere"
+    check_fit(teacher.model, teacher.trust_remote_code, key, quantised=reader)
     if needs_plan(teacher):
         tensor_parallel_plan(teacher.model, teacher.trust_remote_code, key)
     # With its own tokenizer the vocabularies need not agree: it sends the log-probs of the student's tokens only.

@@ -7,13 +7,18 @@ only inside the functions that need them. `key` is always the configuration key 
 
 from __future__ import annotations
 
-import json
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+from actors.data.weight_files import (
+    FLOATS,
+    refuse_misfit,
+    refuse_quantised,
+    refuse_two_heads,
+    stored_tensors,
+)
 from actors.errors import UserError
 
 if TYPE_CHECKING:
@@ -85,20 +90,29 @@ def load_model(
     tensor is an error, never a random initialisation. UserError: see `find_model` and `check_weights`; or the weights
     do not match config.json.
     """
-    import torch
-    from transformers import AutoModelForCausalLM, GenerationConfig
-    from transformers.utils import logging
-
     path = find_model(model, key, code=trust_remote_code)
     config = load_config(str(path), trust_remote_code, key)
-    check_weights(path, key)
-    logging.disable_progress_bar()
-    verbosity = logging.get_verbosity()
     split: dict[str, Any] = {}
     if ranks > 1:
         from transformers.distributed import DistributedConfig
 
         split = {"distributed_config": DistributedConfig(tp_plan="auto", tp_size=ranks)}
+    network: Any = _load(path, config, dtype, trust_remote_code, key, **split)
+    return network.to(device).eval()
+
+
+def _load(
+    path: Path, config: PreTrainedConfig, dtype: str, trust_remote_code: bool, key: str, **how: Any
+) -> PreTrainedModel:
+    """Loads a model, and refuses files that do not hold what config.json describes. how: more for `from_pretrained`."""
+    import torch
+    from transformers import AutoModelForCausalLM, GenerationConfig
+    from transformers.utils import logging
+
+    stored = stored_tensors(path, key)
+    refuse_quantised(path, stored, config, key)
+    logging.disable_progress_bar()
+    verbosity = logging.get_verbosity()
     try:
         # transformers would print a table of the faults that are reported below in one line.
         logging.set_verbosity_error()
@@ -113,22 +127,14 @@ def load_model(
                 ignore_mismatched_sizes=True,  # shapes that differ are then in the report, and refused below
                 output_loading_info=True,
                 generation_config=GenerationConfig(),  # nothing here generates with it, and transformers refuses some
-                **split,
+                **how,
             )
     finally:
         logging.set_verbosity(verbosity)
     network, report = loaded
-    absent, unused = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
-    if report["mismatched_keys"]:
-        name, stored, wanted = sorted(report["mismatched_keys"])[0]
-        raise UserError(key, f"{path} with {name} of shape {list(stored)}", f"{list(wanted)}, as config.json says")
-    if absent:
-        raise UserError(key, f"{path} without {len(absent)} tensors, first {absent[0]}", "all weights of config.json")
-    if unused:
-        warnings.warn(
-            f"{path} holds {len(unused)} tensors that its config.json has no use for, first {unused[0]}", stacklevel=2
-        )
-    return network.to(device).eval()
+    refuse_misfit(path, report, network, key)
+    refuse_two_heads(path, stored, network, key)
+    return network
 
 
 def load_head(
@@ -145,7 +151,7 @@ def load_head(
 
     path = find_model(model, key, code=trust_remote_code)
     config = load_config(str(path), trust_remote_code, key)
-    check_weights(path, key)
+    stored = stored_tensors(path, key)
     # On the device "meta" a model has names and shapes, and no memory.
     with torch.device("meta"), as_user_error(key, path, "a causal language model"):
         network: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
@@ -156,32 +162,43 @@ def load_head(
 
     def read(wanted: torch.Tensor) -> torch.Tensor:
         names = [name for name, parameter in named if parameter is wanted]
-        for file in sorted(path.glob("*.safetensors")):
-            with safe_open(file, "pt") as tensors:
-                for name in set(names) & set(tensors.keys()):
+        prefix = f"{network.base_model_prefix}."
+        for name in (*names, *(name.removeprefix(prefix) for name in names)):  # files may lack the prefix
+            if name in stored and stored[name].dtype in FLOATS:
+                with safe_open(stored[name].file, "pt") as tensors:
                     return tensors.get_tensor(name).to(device, getattr(torch, dtype))
-        raise UserError(key, f"{path} without {' or '.join(names)}", "the weights of the output layer")
+        raise UserError(
+            key, f"{path} without {' or '.join(names)} in floating point", "the weights of the output layer"
+        )
 
     return read(head.weight), None if head.bias is None else read(head.bias)
 
 
 def check_weights(model_dir: Path | str, key: str) -> None:
-    """Reads the header of every safetensors file. UserError: no file, or one is missing, corrupt or truncated."""
-    from safetensors import safe_open
+    """Reads the header of every safetensors file. UserError: see `stored_tensors`."""
+    stored_tensors(model_dir, key)
 
-    path = Path(model_dir)
-    index = path / "model.safetensors.index.json"
-    names = sorted(p.name for p in path.glob("*.safetensors"))
-    if index.is_file():
-        with as_user_error(key, index, "a JSON object with weight_map"):
-            names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
-    if not names:
-        raise UserError(key, f"{path} without *.safetensors", MODEL_DIRECTORY)
-    for name in names:
-        if not (path / name).is_file():
-            raise UserError(key, f"{path} without {name}", "every file that model.safetensors.index.json names")
-        with as_user_error(key, path / name, "a whole safetensors file"), safe_open(path / name, "numpy"):
-            pass  # opening compares the file's size with its header
+
+def check_fit(
+    model: str,
+    trust_remote_code: bool,
+    key: str,
+    *,
+    quantised: Literal["refused", "transformers", "elsewhere"] = "transformers",
+) -> None:
+    """Checks that the files hold the weights that config.json describes. Reads headers, and needs no memory.
+
+    quantised: what reads weights that config.json calls quantised. `elsewhere`: an engine, which checks them itself.
+    UserError: see `load_model`.
+    """
+    path = find_model(model, key, code=trust_remote_code)
+    config = load_config(str(path), trust_remote_code, key)
+    if quantised == "transformers" or getattr(config, "quantization_config", None) is None:
+        _load(path, config, "float32", trust_remote_code, key, device_map="meta")
+    elif quantised == "elsewhere":
+        stored_tensors(path, key)
+    else:
+        raise UserError(key, f"{path} with quantised weights (quantization_config)", f"weights of {', '.join(FLOATS)}")
 
 
 def context_length(config: PreTrainedConfig) -> int:
