@@ -136,7 +136,10 @@ class Trajectories:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TeacherScores:
-    """One teacher's scores of the same tokens. A missing or non-finite score is NaN, and masks its token."""
+    """One teacher's scores of the same tokens. A missing or non-finite score is NaN.
+
+    A token whose log-prob is NaN is masked. An entry of a support that is NaN is left out of the support.
+    """
 
     ids: np.ndarray
     """[B, 3] int64: epoch, prompt, sample."""
@@ -177,6 +180,14 @@ def ragged_rows(values: np.ndarray, offsets: np.ndarray, rows: Sequence[int] | n
     # `within` is an element's index in its row: its index in the result minus the start of its row in the result.
     within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
     return values[np.repeat(offsets[rows], lengths) + within]
+
+
+def normalised(logprobs_NV: np.ndarray) -> np.ndarray:
+    """[N, V] log-probs less the log of their sum: the distribution given that the token is one of these V."""
+    most = logprobs_NV.max(-1, keepdims=True, initial=-np.inf)
+    with np.errstate(invalid="ignore", divide="ignore"):  # a missing score is NaN, and stays so
+        total = np.log(np.exp(logprobs_NV - most).sum(-1, keepdims=True)) + most
+    return (logprobs_NV - total).astype(np.float32)
 
 
 def _rows_of(ids: np.ndarray, batches: Sequence[Trajectories]) -> np.ndarray:
@@ -266,24 +277,30 @@ def scores_by_teacher(ids: np.ndarray, batches: Sequence[TeacherScores]) -> tupl
     return offsets, teachers
 
 
-def select_scores(ids: np.ndarray, batches: Sequence[TeacherScores]) -> TeacherScores:
+def select_scores(ids: np.ndarray, batches: Sequence[TeacherScores], width: int | None = None) -> TeacherScores:
     """The scores with these ids [B, 3], in this order, from batches of one kind of signal; hidden states are left out.
 
     If several teachers have scored a trajectory, the result is their mixture in probability space, log sum_i w_i q_i; a
-    score that one of them lacks is missing. KeyError names an id without a score.
+    score, or an entry of a support, that one of them lacks is missing. Over the whole vocabulary, a distribution is cut to
+    the tokens that all teachers have, and normalised. width: the number of these tokens; by default that of these
+    batches. KeyError names an id without a score.
     """
     offsets, teachers = scores_by_teacher(ids, batches)
-    width = min(scores.support_logprobs.shape[1] for scores in teachers.values())  # padded vocabularies may differ
+    if width is None:
+        width = min(scores.support_logprobs.shape[1] for scores in teachers.values())  # padded vocabularies may differ
     logprobs = np.full(offsets[-1], -np.inf, np.float32)
     support_logprobs = np.full((offsets[-1], width), -np.inf, np.float32)
     chosen_ids = np.zeros((offsets[-1], batches[0].support_ids.shape[1]), np.int32)
     for scores in teachers.values():
         into = scores.places
         chosen_ids[into] = scores.support_ids
+        support = scores.support_logprobs
+        # Cut before they are mixed: what is left of each teacher's distribution must sum to its share.
+        support = support if support.shape[1] == width else normalised(support[:, :width])
         if len(teachers) == 1 and not scores.log_weights.any():  # nothing to mix: the values as they are, no arithmetic
-            logprobs[into], support_logprobs[into] = scores.logprobs, scores.support_logprobs
+            logprobs[into], support_logprobs[into] = scores.logprobs, support
             continue
-        weighted = scores.log_weights[:, None] + scores.support_logprobs[:, :width]
+        weighted = scores.log_weights[:, None] + support
         with np.errstate(invalid="ignore"):  # a missing score is NaN, and stays so
             logprobs[into] = np.logaddexp(logprobs[into], scores.log_weights + scores.logprobs)
             support_logprobs[into] = np.logaddexp(support_logprobs[into], weighted)

@@ -64,7 +64,7 @@ class Part:
     support_ids: Tensor
     """[n, K] int64; [n, 0] where the support is the whole vocabulary."""
     support_logprobs: Tensor
-    """[n, K] or [n, V] float32."""
+    """[n, K] or [n, V] float32. NaN: an entry of a support that a teacher has no score for."""
     reference_logprobs: Tensor
     """[n, K] or [n, V] float32: of the reference teacher on the same support; [n, 0] without one."""
     hidden: Sequence[HiddenStates]

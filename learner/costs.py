@@ -48,7 +48,8 @@ def on_support(logprobs_nV: Tensor, part: Part, rows: slice, objective: Objectiv
         # Teacher and student are closed in the same way: two top-k supports as they are would not be distributions, and
         # their KL could be negative.
         close = divergences.with_tail if objective.support == "tail" else divergences.renormalised
-        student, teacher, *reference = map(close, (logprobs_nV.gather(-1, part.support_ids[rows]), *sources))
+        on_entries = divergences.without_missing(logprobs_nV.gather(-1, part.support_ids[rows]), *sources)
+        student, teacher, *reference = map(close, on_entries)
     if reference:
         teacher = divergences.extrapolated_teacher(teacher, reference[0], objective.extrapolation)
         if not estimator_row(objective.estimator).samples_action:

@@ -5,7 +5,7 @@ the head is loaded once: so a teacher can send its whole distribution. The learn
 same way. Shapes: N tokens of the update, n of a chunk, M tokens with a state in one source, H hidden size, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -50,10 +50,18 @@ class HiddenStates:
             return logprobs.new_full((len(places_n), logprobs.shape[1]), -torch.inf).index_put((known,), logprobs)
 
 
+def same_rows(heads: Mapping[str, Head], vocabulary: int) -> dict[str, Head]:
+    """The heads, cut to the rows that all of them and the student's `vocabulary` have.
+
+    Vocabularies are padded to different sizes. Each teacher's distribution is then normalised over the same tokens.
+    """
+    rows = slice(min([vocabulary, *(len(weight) for weight, _ in heads.values())]))
+    return {name: (weight[rows], None if bias is None else bias[rows]) for name, (weight, bias) in heads.items()}
+
+
 def mixture_logprobs(sources: Sequence[HiddenStates], rows: slice | Tensor) -> Tensor:
-    """[n, V] log sum_i w_i q_i over the sources i that have a state for the token."""
+    """[n, V] log sum_i w_i q_i over the sources i that have a state for the token; their heads have the same rows."""
     first, *others = (source.logprobs(rows) for source in sources)
     for other in others:
-        width = min(first.shape[1], other.shape[1])  # padded vocabularies may differ
-        first = torch.logaddexp(first[:, :width], other[:, :width])
+        first = torch.logaddexp(first, other)
     return first

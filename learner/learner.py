@@ -26,7 +26,7 @@ from learner.collate import NO_TOKENS, UpdateBatch, collate, minibatch_rows
 from learner.config import LearnerConfig
 from learner.costs import check_own_functions, coefficients, importance_of, needs_whole_update
 from learner.forward import Forward, exact_forward_kl, exact_reverse_kl, no_columns
-from learner.hidden_states import Head
+from learner.hidden_states import Head, same_rows
 from learner.metrics import UpdateMetrics, groups_of, response_metrics
 from learner.objective.estimator_table import estimator_row
 from learner.objective.policy_gradient import effective_sample_size
@@ -111,7 +111,8 @@ class Learner:
         )
         # A teacher that sends hidden states leaves the product with its head to the learner.
         sending = {name: teacher for name, teacher in teachers.items() if teacher.signal == "hidden"}
-        self._heads = {name: self._head_of(teacher, f"teachers.{name}.model") for name, teacher in sending.items()}
+        heads = {name: self._head_of(teacher, f"teachers.{name}.model") for name, teacher in sending.items()}
+        self._heads = same_rows(heads, self._vocabulary)
         following = {name: t.ema_decay for name, t in teachers.items() if t.ema_decay is not None}
         self._averages = MovingAverages(self._model, following)
         self._average_dtypes = {name: teachers[name].dtype for name in following}
@@ -376,10 +377,7 @@ class Learner:
             batch.tensors["coefficient"] = coefficients(student, kl, all_tokens, batch.groups(), objective)
 
     def _head_of(self, teacher: TeacherConfig, key: str) -> Head:
-        """The teacher's output layer, cut to the student's vocabulary: vocabularies are padded to different sizes."""
-        weight, bias = load_head(teacher.model, teacher.dtype, self._device, teacher.trust_remote_code, key)
-        rows = slice(self._vocabulary)
-        return weight[rows], None if bias is None else bias[rows]
+        return load_head(teacher.model, teacher.dtype, self._device, teacher.trust_remote_code, key)
 
     def _refuse(self, what: str, ids: np.ndarray) -> NoReturn:
         """Raises NonFiniteLossError with the first of these trajectories; the gradient is dropped, so no step follows."""

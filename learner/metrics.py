@@ -42,7 +42,10 @@ def agreement(logprobs_nV: Tensor, part: Part, rows: slice, *, named_by_student:
     sums = [torch.full((), torch.nan, device=logprobs_nV.device)] * 4
     if ids.shape[1]:
         teacher, support = part.support_logprobs[of_part], ids[of_part]
-        sums[2], sums[3] = student.gather(-1, support).exp().sum(), teacher.exp().sum()
+        missing = teacher.isnan()  # entries that the teacher has no score for
+        teacher = teacher.masked_fill(missing, -torch.inf)
+        sums[2] = student.gather(-1, support).masked_fill(missing, -torch.inf).exp().sum()
+        sums[3] = teacher.exp().sum()
     elif part.hidden or part.support_logprobs.shape[1]:
         teacher = mixture_logprobs(part.hidden, of_part) if part.hidden else part.support_logprobs[of_part]
         support = torch.arange(teacher.shape[1], device=teacher.device).expand_as(teacher)

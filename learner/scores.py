@@ -8,7 +8,7 @@ them with one rank); K support, V vocabulary, H hidden size.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -32,7 +32,8 @@ class MergedScores:
     reference_logprobs: np.ndarray
     """[N] float32: the same of the reference teacher; 0 where missing, or without one."""
     missing: np.ndarray
-    """[N] bool: the token's score, or a part of its support, is not finite, at the teacher or at the reference."""
+    """[N] bool: the token's score, its whole support, or a part of its distribution over the vocabulary, is not finite, at
+    the teacher or at the reference."""
     support_ids: np.ndarray
     """[n, K] int32; [n, 0] where the support is the whole vocabulary or nothing."""
     support_logprobs: np.ndarray
@@ -61,9 +62,9 @@ def merge_scores(
     by_reference = [batch for batch in batches if batch.teacher == reference_teacher]
     by_teachers = [batch for batch in batches if batch.teacher != reference_teacher]
     _check_shares(ids, by_teachers)
-    teacher = _scores_of(ids, by_teachers)
-    reference = None if reference_teacher is None else _scores_of(ids, by_reference)
-    teacher, reference = _same_widths(teacher, reference, ranks, device)
+    support, width, reference_width = _widths(by_teachers, by_reference, ranks, device)
+    teacher = _scores_of(ids, by_teachers, support, width)
+    reference = None if reference_teacher is None else _scores_of(ids, by_reference, support, reference_width)
     logprobs, reference_logprobs, missing = _of_all_ranks(teacher, reference, this_rank_N, ranks, device)
 
     def hidden(of: Sequence[TeacherScores], *, of_reference: bool) -> list[HiddenStates]:
@@ -82,20 +83,23 @@ def merge_scores(
     )
 
 
-def _scores_of(ids: np.ndarray, batches: Sequence[TeacherScores]) -> TeacherScores:
-    """The scores of the trajectories with these ids [M, 3]; without columns if this rank trains on no trajectory."""
+def _scores_of(ids: np.ndarray, batches: Sequence[TeacherScores], support: int, width: int) -> TeacherScores:
+    """The scores of the trajectories with these ids [M, 3], which may be none.
+
+    support, width: columns of `support_ids` and `support_logprobs` where the batches have any.
+    """
     if not len(ids) and not batches:
-        nothing = np.zeros((0, 0), np.float32)
+        nothing = np.zeros(0, np.float32)
         return TeacherScores(
             ids=ids,
             response_offsets=offsets_of([]),
-            logprobs=nothing.reshape(-1),
+            logprobs=nothing,
             teacher="",
-            log_weights=nothing.reshape(-1),
-            support_ids=nothing.astype(np.int32),
-            support_logprobs=nothing,
+            log_weights=nothing,
+            support_ids=np.zeros((0, support), np.int32),
+            support_logprobs=np.zeros((0, width), np.float32),
         )
-    return select_scores(ids, batches)
+    return select_scores(ids, batches, width)
 
 
 def _check_shares(ids: np.ndarray, batches: Sequence[TeacherScores]) -> None:
@@ -116,35 +120,25 @@ def _check_shares(ids: np.ndarray, batches: Sequence[TeacherScores]) -> None:
             raise CampaignError(f"trajectory {TrajectoryId(*row)}: {found} came to the rank that trains on it")
 
 
-def _same_widths(
-    teacher: TeacherScores, reference: TeacherScores | None, ranks: Ranks, device: str
-) -> tuple[TeacherScores, TeacherScores | None]:
-    """The scores, cut or filled to the same number of columns on all ranks.
+def _widths(
+    by_teachers: Sequence[TeacherScores], by_reference: Sequence[TeacherScores], ranks: Ranks, device: str
+) -> tuple[int, int, int]:
+    """Columns on all ranks: of `support_ids`, and of `support_logprobs` of the teachers and of the reference.
 
-    Vocabularies of teachers may be padded to different sizes. A rank without trajectories has no scores, but must run the
-    same operations as the others.
+    Vocabularies of teachers may be padded to different sizes; the narrowest counts. A rank without trajectories has no
+    scores, but must run the same operations as the others.
     """
-    if ranks.size == 1:
-        return teacher, reference
     unknown = np.iinfo(np.int32).max
-    # One collective for the widest top-k support and the narrowest vocabularies: min(x) = -max(-x). A rank without scores
-    # passes the largest number, which no minimum chooses.
-    widths = [scores.support_logprobs.shape[1] if scores else 0 for scores in (teacher, reference)]
-    found = torch.tensor([teacher.support_ids.shape[1], *(-(width or unknown) for width in widths)], device=device)
-    support, *narrowest = ranks.max(found).tolist()
-
-    def cut(values: np.ndarray, width: int) -> np.ndarray:
-        return values[:, :width] if values.shape[1] else np.zeros((len(values), width), values.dtype)
-
-    def fitted(scores: TeacherScores, narrowest: int) -> TeacherScores:
-        width = 0 if -narrowest == unknown else -narrowest
-        return replace(
-            scores,
-            support_ids=cut(scores.support_ids, support),
-            support_logprobs=cut(scores.support_logprobs, width),
-        )
-
-    return fitted(teacher, narrowest[0]), None if reference is None else fitted(reference, narrowest[1])
+    support = max((batch.support_ids.shape[1] for batch in by_teachers), default=0)
+    narrowest = [
+        min((batch.support_logprobs.shape[1] for batch in of), default=0) or unknown
+        for of in (by_teachers, by_reference)
+    ]
+    # One collective: min(x) = -max(-x). A rank without scores passes the largest number, which no minimum chooses.
+    found = torch.tensor([support, *(-width for width in narrowest)], device=device)
+    support, *widths = ranks.max(found).tolist()
+    width, of_reference = (0 if -width == unknown else -width for width in widths)
+    return support, width, of_reference
 
 
 def _of_all_ranks(
@@ -156,13 +150,16 @@ def _of_all_ranks(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(log-probs of the teacher, of the reference teacher, both 0 where missing; whether a score is missing), [N] each.
 
-    A token is missing if its own score, or a part of its support, is not finite, at either teacher.
+    A token is missing if its own score is not finite at either teacher, or nothing of a support that the teacher or the
+    student chose, or not all of the vocabulary.
     """
     # Only one rank has a value for a token, all others have 0: the sum copies it, without rounding.
     columns = np.zeros((3, len(this_rank_N)), np.float32)
     for row, scores in enumerate((teacher, reference)):
         if scores is not None:
-            known = np.isfinite(scores.logprobs) & np.isfinite(scores.support_logprobs).all(-1)
+            entries = np.isfinite(scores.support_logprobs)
+            chosen = scores.support_ids.shape[1] > 0
+            known = np.isfinite(scores.logprobs) & (entries.any(-1) if chosen else entries.all(-1))
             columns[row, this_rank_N] = np.where(known, scores.logprobs, 0)
             columns[2, this_rank_N] += ~known
     logprobs, reference_logprobs, missing = ranks.sum(torch.from_numpy(columns).to(device)).cpu().numpy()

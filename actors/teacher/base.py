@@ -54,7 +54,8 @@ class Teacher:
         """
         self.config, self.key, self.name = config, key, key.rpartition(".")[2]
         self.vocabulary = vocabulary or UNBOUNDED
-        """Tokens with this id or a higher one have no score: they are padding rows of the student's output layer."""
+        """Ids below it have a score: those that student and teacher both have a row for. The backend lowers it to the
+        teacher's rows."""
         self._busy_seconds, self._probe_logprob = 0.0, float("nan")
 
     # Teacher is not an ABC: a teacher that wraps another one overrides `score` and needs no `score_tokens`. backends.py
@@ -88,9 +89,11 @@ class Teacher:
         prompts: the B prompts that a teacher with privileged information reads in place of the student's; the response
         is the same. log_weights: [B] log of this teacher's share in a mixture, copied into the scores; None: 0.
 
-        A token has the score NaN, and is counted as missing, where its log-prob or a part of its support is missing,
-        not finite or implausible (PLAUSIBLE), or where its id is beyond `vocabulary`. The result depends on `ids` and
-        on the trajectories, not on the batches that they came in. KeyError: an id that no batch holds.
+        A token has the score NaN, and is counted as missing, where its log-prob is missing, not finite or implausible
+        (PLAUSIBLE), where its id is not below `vocabulary`, or where nothing is left of its support. A single entry of
+        a support of which the same holds is NaN, with the id 0; the others keep theirs. In the context, the last row of
+        the vocabulary stands for ids that the teacher has no row for. The result depends on `ids` and on the
+        trajectories, not on the batches that they came in. KeyError: an id that no batch holds.
         """
         start = time.perf_counter()
         trajectories = select_trajectories(ids, batches)
@@ -98,12 +101,19 @@ class Teacher:
             trajectories = replace(trajectories, prompt_tokens=prompts[0], prompt_offsets=prompts[1])
         nothing = np.empty((len(trajectories.response_tokens), 0), np.float32)
         fields = {"support_ids": nothing.astype(np.int32), "support_logprobs": nothing, "hidden": nothing}
-        fields |= self.score_tokens(trajectories)
+        fields |= self.score_tokens(known_context(trajectories, self.vocabulary))
         known = trajectories.response_tokens < self.vocabulary
         # Comparisons with NaN are false, so NaN is not known.
         known &= (fields["logprobs"] > PLAUSIBLE[0]) & (fields["logprobs"] <= PLAUSIBLE[1])
-        support = fields["support_logprobs"]
-        known &= (np.isfinite(support) & (support <= PLAUSIBLE[1])).all(-1)
+        support_ids, support = fields["support_ids"], fields["support_logprobs"]
+        entries = np.isfinite(support) & (support <= PLAUSIBLE[1])
+        if support_ids.shape[1]:
+            entries &= (support_ids >= 0) & (support_ids < self.vocabulary)
+            fields["support_ids"] = np.where(entries, support_ids, 0).astype(np.int32)
+            fields["support_logprobs"] = np.where(entries, support, np.float32(np.nan))
+            known &= entries.any(-1)
+        else:  # the whole vocabulary, which is no distribution where one of its entries is missing
+            known &= entries.all(-1)
         # One mark is enough: the learner masks a token whose log-prob is NaN, whatever its support holds.
         fields["logprobs"][~known] = np.nan
         scores = TeacherScores(
@@ -146,16 +156,30 @@ class Teacher:
         return TeacherCounts(int(np.isnan(scores.logprobs[trained]).sum()), seconds)
 
 
-def texts_of(trajectories: Trajectories, vocabulary: int) -> list[list[int]]:
-    """[B] prompt and response of each trajectory as one list of token ids, for engines that take a text as a prompt.
+def known_context(trajectories: Trajectories, vocabulary: int) -> Trajectories:
+    """The trajectories with `vocabulary` - 1 in place of every id that is not below `vocabulary`.
 
-    Response tokens beyond `vocabulary` become its last token: an engine without a row for a token fails the whole
-    request. `Teacher.score` masks their scores.
+    A model has no embedding for such an id: it would be an error in the whole batch, or a fault of the GPU.
     """
-    responses = np.minimum(trajectories.response_tokens, vocabulary - 1)
+    last = np.int32(vocabulary - 1)
+    prompt, response = trajectories.prompt_tokens, trajectories.response_tokens
+    if max(prompt.max(initial=0), response.max(initial=0)) <= last:
+        return trajectories
+    return replace(trajectories, prompt_tokens=np.minimum(prompt, last), response_tokens=np.minimum(response, last))
+
+
+def known_prompts(prompts: Prompts, limits: Limits, vocabulary: int) -> tuple[Prompts, Limits]:
+    """The same for prompts to answer, and the limits without stop tokens that the model cannot write."""
+    stop = [token for token in limits.stop_token_ids if token < vocabulary]
+    tokens = np.minimum(prompts.tokens, np.int32(vocabulary - 1))
+    return Prompts(tokens, prompts.offsets), limits._replace(stop_token_ids=stop)
+
+
+def texts_of(trajectories: Trajectories) -> list[list[int]]:
+    """[B] prompt and response of each trajectory as one list of token ids, for engines that take a text as a prompt."""
     pairs = zip(
         Prompts(trajectories.prompt_tokens, trajectories.prompt_offsets).rows(),
-        np.split(responses, trajectories.response_offsets[1:-1]),
+        np.split(trajectories.response_tokens, trajectories.response_offsets[1:-1]),
         strict=True,
     )
     return [np.concatenate(pair).tolist() for pair in pairs]

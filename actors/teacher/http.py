@@ -121,7 +121,7 @@ class HttpTeacher(Teacher):
 
     def score_tokens(self, trajectories: Trajectories) -> dict[str, np.ndarray]:
         """See Teacher. CampaignError: a server refuses, or none answers within ATTEMPTS attempts."""
-        texts = texts_of(trajectories, self.vocabulary)
+        texts = texts_of(trajectories)
         answers = self._ask_all(self._scoring_request(text) for text in texts)
         read = [
             self._read(answer, text, int(length))

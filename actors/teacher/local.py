@@ -13,7 +13,7 @@ from actors.errors import CampaignError, WeightError
 from actors.forward.logprobs import chunked_head, to_array, token_logprobs
 from actors.forward.packing import hidden_states, microbatches, use_packed_attention
 from actors.heartbeat import beat
-from actors.teacher.base import Teacher, probe
+from actors.teacher.base import Teacher, known_prompts, probe
 from actors.trajectory import FINISH_REASONS, Limits, Prompts, Requests, RolloutCounts, Trajectories, offsets_of
 from actors.weights.buckets import WeightVersion, join, shapes, unpack
 from actors.weights.delta import Receiver
@@ -48,7 +48,8 @@ class LocalTeacher(Teacher):
         if vocabulary is not None:
             self._weight = self._weight[:vocabulary]
             self._bias = None if self._bias is None else self._bias[:vocabulary]
-        self.vocabulary = len(self._weight)
+        embedding: Any = self._model.get_input_embeddings()
+        self.vocabulary = min(len(self._weight), len(embedding.weight))
         self._compare(self.self_test())
 
     @torch.no_grad()
@@ -89,8 +90,7 @@ class LocalTeacher(Teacher):
         tokens = torch.from_numpy(trajectories.response_tokens.astype(np.int64)).to(self._device)
 
         def reduce(chunk_nV: torch.Tensor, rows: slice) -> tuple[torch.Tensor, ...]:
-            # Ids beyond the vocabulary are clamped to one that can be looked up; their scores become NaN afterwards.
-            sampled = token_logprobs(chunk_nV, tokens[places[rows]].clamp(max=vocabulary - 1))
+            sampled = token_logprobs(chunk_nV, tokens[places[rows]])
             if signal == "topk":
                 return (sampled, *torch.topk(chunk_nV, width[signal], dim=-1))
             if signal == "student_topk":
@@ -130,9 +130,12 @@ class LocalTeacher(Teacher):
 
     def generate(self, prompts: Prompts, limits: Limits, **options: Any) -> tuple[np.ndarray, np.ndarray]:
         """Responses to B prompts: see Teacher. options: of transformers' `generate`; greedy by default."""
+        prompts, limits = known_prompts(prompts, limits, self.vocabulary)
         rows, stop = prompts.rows(), limits.stop_token_ids
         width = max(map(len, rows))
-        pad = stop[0]  # any token will do: the mask hides it in prompts, and responses are cut at their stop token
+        pad = [*stop, 0][
+            0
+        ]  # any token will do: the mask hides it in prompts, and responses are cut at their stop token
         input_ids = torch.full((len(rows), width), pad)
         mask = torch.zeros_like(input_ids)
         for row, prompt in enumerate(rows):  # padded on the left, so that all responses begin in one column
@@ -143,12 +146,12 @@ class LocalTeacher(Teacher):
                 input_ids=input_ids.to(self._device),
                 attention_mask=mask.to(self._device),
                 max_new_tokens=limits.max_response_tokens,
-                eos_token_id=stop,
+                eos_token_id=stop or None,
                 pad_token_id=pad,
                 logits_processor=[_beat],
                 **{"do_sample": False} | options,
             )[:, width:]
-        is_stop = torch.isin(written, torch.tensor(stop, device=written.device)).cpu().numpy()
+        is_stop = torch.isin(written, torch.tensor(stop, device=written.device, dtype=written.dtype)).cpu().numpy()
         lengths = np.where(is_stop.any(1), is_stop.argmax(1) + 1, written.shape[1])
         responses = [row[:length] for row, length in zip(written.cpu().numpy(), lengths, strict=True)]
         return np.concatenate(responses).astype(np.int32), offsets_of(lengths)

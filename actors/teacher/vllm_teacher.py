@@ -14,8 +14,8 @@ import numpy as np
 from actors.config import TeacherConfig
 from actors.data.models import load_config
 from actors.errors import UserError
-from actors.teacher.base import Teacher, texts_of
-from actors.trajectory import Limits, Prompts, Trajectories, offsets_of
+from actors.teacher.base import Teacher, known_prompts, texts_of
+from actors.trajectory import Limits, Prompts, Trajectories, normalised, offsets_of
 from actors.vllm_startup import build_llm, importing_vllm
 
 REPEATS = 0.02
@@ -52,7 +52,7 @@ class VllmTeacher(Teacher):
         """See Teacher. UserError: a trajectory is longer than the engine's context."""
         from vllm import SamplingParams
 
-        texts = texts_of(trajectories, self._rows)
+        texts = texts_of(trajectories)
         room = self._llm.llm_engine.model_config.max_model_len
         if (longest := max(map(len, texts), default=0)) >= room:
             raise UserError(f"{self.key}.engine.max_model_len", room, f"more than {longest} tokens")
@@ -60,8 +60,9 @@ class VllmTeacher(Teacher):
         answers = self._llm.generate([{"prompt_token_ids": text} for text in texts], params, use_tqdm=False)
         tokens, logprobs = flat_rows([answer.prompt_logprobs for answer in answers], trajectories.lengths)
         # The rows are cut from the end of the kept chunks; a shift by one would otherwise go unnoticed.
-        asked = np.minimum(trajectories.response_tokens, self._rows - 1)
-        assert np.array_equal(tokens[:, 0], asked), "vLLM has scored other tokens than it was asked for"
+        assert np.array_equal(tokens[:, 0], trajectories.response_tokens), (
+            "vLLM has scored other tokens than it was asked for"
+        )
         return {"logprobs": logprobs[:, 0].copy(), **self._support(tokens[:, 1:], logprobs[:, 1:])}
 
     def _support(self, tokens: np.ndarray, logprobs: np.ndarray) -> dict[str, np.ndarray]:
@@ -71,13 +72,14 @@ class VllmTeacher(Teacher):
         if self.config.signal == "full":  # vLLM orders by log-prob, TeacherScores by token id
             by_token = np.empty((len(tokens), self._rows), np.float32)
             np.put_along_axis(by_token, tokens.astype(np.int64), logprobs, axis=1)
-            return {"support_logprobs": by_token[:, : self.vocabulary]}
+            return {"support_logprobs": normalised(by_token[:, : self.vocabulary])}
         return {}
 
     def generate(self, prompts: Prompts, limits: Limits) -> tuple[np.ndarray, np.ndarray]:
         """Greedy responses: see Teacher."""
         from vllm import SamplingParams
 
+        prompts, limits = known_prompts(prompts, limits, self.vocabulary)
         params = SamplingParams(
             max_tokens=limits.max_response_tokens,
             temperature=0.0,

@@ -14,6 +14,9 @@ import math
 import torch
 from torch import Tensor
 
+NO_MASS = -1e4
+"""Log of a probability that is 0 in float32 and whose log-sum-exp has a gradient."""
+
 
 def with_tail(logprobs_nK: Tensor) -> Tensor:
     """[n, K] -> [n, K + 1]: appends log(1 - sum_k p_k), one bucket for all tokens outside the support.
@@ -33,6 +36,17 @@ def renormalised(logprobs_nK: Tensor) -> Tensor:
     It ignores the student's mass outside the support. Over a support of one token every divergence is 0.
     """
     return logprobs_nK - logprobs_nK.logsumexp(-1, keepdim=True)
+
+
+def without_missing(*logprobs_nK: Tensor) -> list[Tensor]:
+    """Leaves the entries of a support out that are NaN in one of its log-probs [n, K], by giving them no mass in any.
+
+    Their mass goes to the tail bucket, or is not counted where a support is renormalised: in the student as in the
+    teacher, so the divergence is that over the smaller support.
+    """
+    missing = torch.stack([x.detach().isnan() for x in logprobs_nK]).any(0)
+    # Finite, since the gradient of log-sum-exp at -inf and -inf is NaN; exp() of it is exactly 0.
+    return [x.masked_fill(missing, NO_MASS) for x in logprobs_nK] if missing.any() else list(logprobs_nK)
 
 
 def on_shared_rows(*logprobs_nV: Tensor) -> list[Tensor]:

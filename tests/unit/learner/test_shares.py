@@ -59,10 +59,10 @@ class Material:
 
 
 def spoiled(scores: TeacherScores, token: int) -> TeacherScores:
-    """A part of this token's support is missing, or where there is none all of its score."""
+    """This token has no support left, or where there is none no score."""
     logprobs, support, hidden = scores.logprobs.copy(), scores.support_logprobs.copy(), scores.hidden.copy()
     if support.size:
-        support[token, 0] = np.nan
+        support[token] = np.nan
     else:
         logprobs[token], hidden[token] = np.nan, np.nan
     return replace(scores, logprobs=logprobs, support_logprobs=support, hidden=hidden)
