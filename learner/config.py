@@ -149,7 +149,8 @@ class LearnerConfig:
     head_chunk_tokens: int = number(1024, minimum=1)
     """Tokens per application of the language-model head: [chunk, vocabulary] is the largest array."""
     gradient_checkpointing: bool = False
-    """Recompute the layers' activations in the backward pass: less memory, about a third more time."""
+    """Recompute the layers' activations in the backward pass: less memory, about a third more time, the same numbers.
+    (Dropout is off in the learner, with or without it.)"""
     compile: bool = False
     """Compile the decoder layers with torch.compile: the first update is slower, later ones are faster. Rounding differs."""
     offload_optimizer: bool = False

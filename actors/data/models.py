@@ -92,6 +92,9 @@ def load_model(
     """
     path = find_model(model, key, code=trust_remote_code)
     config = load_config(str(path), trust_remote_code, key)
+    cap = getattr(config.get_text_config(), "attn_logit_softcapping", None)
+    if cap is not None:  # transformers leaves the cap out without a word
+        raise UserError(key, f"{path} with attn_logit_softcapping={cap}", "null: sdpa attention has no soft cap")
     split: dict[str, Any] = {}
     if ranks > 1:
         from transformers.distributed import DistributedConfig

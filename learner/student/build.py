@@ -1,17 +1,25 @@
-"""Builds the student: loads the model, adds adapters, compiles the layers and shards them over the ranks, in this order."""
+"""Builds the student: loads the model, adds adapters, compiles the layers and shards them over the ranks, in this order.
+
+The student stays in evaluation mode: in training mode some models drop activations, layers or experts at random, under
+many names. The policy that is trained must be the one that was sampled.
+"""
 
 import os
 import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from torch.utils.checkpoint import checkpoint as recomputed
 from transformers import PreTrainedModel
 
 from actors.config import StudentConfig
 from actors.data.models import load_model, response_head
 from actors.errors import UserError
-from actors.forward.packing import attend_uncompiled, use_packed_attention
+from actors.forward.packing import attend_uncompiled, hidden_states, use_packed_attention
 from learner.config import LearnerConfig
 from learner.student.lora import add_adapters
 from learner.student.sharding import Ranks, decoder_layers
@@ -53,13 +61,50 @@ def build_student(
     model.requires_grad_(True)
     stored = Path(checkpoint, "adapter") if checkpoint else None
     adapter = add_adapters(model, lora, stored) if lora else None
+    model.eval()  # new modules, of adapters for example, are in training mode
+    check_repeatable(model)
     if config.compile:
         compile_layers(model)
-    ranks.shard(model, device, getattr(torch, config.compute_dtype))
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.train()  # transformers checkpoints activations in training mode only
+        recompute_layers(model)
+    ranks.shard(model, device, getattr(torch, config.compute_dtype))
     return Student(model, body, pass_tokens, adapter)
+
+
+def check_repeatable(model: PreTrainedModel) -> None:
+    """UserError: two passes over the same tokens differ, as with dropout that is on in evaluation mode.
+
+    The ratio of such a model is not 1 before the first step, and its gradient is that of another policy.
+    """
+    tokens = np.arange(32) % model.config.get_text_config().vocab_size
+    device = str(model.get_input_embeddings().weight.device)
+    with torch.no_grad():
+        first, second = (hidden_states(model.base_model, tokens, np.array([32]), device) for _ in range(2))
+    # Kernels of GPUs may add in another order; what is dropped at random makes a much larger difference.
+    if not (first - second).abs().max() <= 0.01 * first.abs().max():
+        found = f"{type(model).__name__}, whose hidden states of the same tokens differ from pass to pass"
+        raise UserError("student.model", found, "a model without dropout or noise in evaluation mode")
+
+
+def recompute_layers(model: PreTrainedModel) -> None:
+    """Drops the activations inside each decoder layer, and computes them again in the backward pass.
+
+    Not by transformers' `gradient_checkpointing_enable`, which needs the training mode. Call it after compiling and
+    before sharding: a layer's weights are then gathered once for the recomputation and the backward pass.
+    UserError: the model does not name its layer classes.
+    """
+    layers = decoder_layers(model)
+    if not layers:
+        found = f"true and {type(model).__name__}"
+        raise UserError("learner.gradient_checkpointing", found, "false, or a model of known layers")
+    for layer in layers:
+        layer.forward = partial(_forward_recomputed, layer.forward)
+
+
+def _forward_recomputed(forward: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*arguments, **keywords)
+    return recomputed(forward, *arguments, use_reentrant=False, **keywords)
 
 
 def compile_layers(model: PreTrainedModel) -> None:

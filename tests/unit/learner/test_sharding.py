@@ -25,6 +25,7 @@ from learner.config import MismatchConfig, ObjectiveConfig, OptimizerConfig, Tru
 from learner.learner import Learner
 from learner.student.sharding import Ranks, full_tensor, own_rows
 from tests import clean_process
+from tests.tiny_architectures import ARCHITECTURES, make_architecture
 from tests.tiny_models import make_tiny_model
 from tests.tiny_updates import make_learner, received, sampled, teacher_config
 
@@ -37,6 +38,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "untied": {"signal": "topk", "student": "untied", "objective": FULL},
     "experts": {"student": "experts", "objective": FULL},
     "recomputed": {"gradient_checkpointing": True, "objective": FULL},
+    "recomputed with dropout": {"student": "dropping", "gradient_checkpointing": True, "objective": FULL},
     "many passes": {"microbatch_tokens": 1, "minibatches_per_update": 2, "epochs_per_update": 2},
     "sequences": {"objective": ObjectiveConfig(aggregation="sequence_mean", estimator="to_go")},
     "whole update": {
@@ -189,6 +191,7 @@ def material(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) 
     models = {
         **models,
         "experts": experts,
+        "dropping": make_architecture(folder / "dropping", *ARCHITECTURES["gpt2"]),
         "untied": make_tiny_model(folder / "untied", hidden=32, layers=2, tie=False, vocab_extra=2),
     }
     return Material(models, {s: sampled(models, "other", s) for s in ("full", "topk", "hidden")}, folder)
