@@ -80,8 +80,9 @@ def check_repeatable(model: PreTrainedModel) -> None:
     device = str(model.get_input_embeddings().weight.device)
     with torch.no_grad():
         first, second = (hidden_states(model.base_model, tokens, np.array([32]), device) for _ in range(2))
-    # Kernels of GPUs may add in another order; what is dropped at random makes a much larger difference.
-    if not (first - second).abs().max() <= 0.01 * first.abs().max():
+    # Kernels of GPUs may add in another order; what is dropped at random makes a much larger difference. NaN is not
+    # random: an update names the trajectory that meets it.
+    if (first - second).nan_to_num().abs().max() > 0.01 * first.nan_to_num().abs().max():
         found = f"{type(model).__name__}, whose hidden states of the same tokens differ from pass to pass"
         raise UserError("student.model", found, "a model without dropout or noise in evaluation mode")
 
