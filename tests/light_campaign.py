@@ -61,7 +61,10 @@ class LocalFleet:
         self._make = lambda: actor_class(*arguments, **keywords)
         self._on_event = on_event
         self.replicas = [
-            SimpleNamespace(name=f"{role}-{i}", alive=False, under_way=0, calls=0, restarts=0, version=None)
+            SimpleNamespace(
+                **{"name": f"{role}-{i}", "alive": False, "under_way": 0, "calls": 0, "restarts": 0, "version": None},
+                **{"handle": None, "behind": False, "silent": "", "silent_since": 0.0},
+            )
             for i in range(replicas)
         ]
 

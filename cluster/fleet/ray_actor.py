@@ -86,7 +86,18 @@ class Replica:
     """When the first of these began, or the last answer came; seconds of time.monotonic()."""
     restarts: int = 0
     alive: bool = False
-    """Whether it takes work."""
+    """Whether it has started and is neither lost nor leaving."""
+    behind: bool = False
+    """Whether the fleet went on without its answer to a call to each actor. It gets no work until it has caught up."""
+    tardy: bool = False
+    """Whether it was late for the last call to each actor: the next one does not wait for it."""
+    silent: str = ""
+    """What is missing: `has not answered` or `has made no progress`; empty for an actor that does both. A silent one gets
+    no work, and what it has goes to another."""
+    silent_since: float = 0.0
+    """Time of its last sign of life, where it is silent; seconds of time.monotonic()."""
+    patience: set[asyncio.Timeout] = field(default_factory=set)
+    """A timeout without a limit for each unanswered call that may move to another actor; it is set when that is due."""
     node: str = ""
     """Ray's id of the actor's node."""
     process: int = 0
@@ -94,6 +105,11 @@ class Replica:
     """The BatchedCaller of its actor (ray_batched_calls.py), from the first `ask` on."""
     version: int | None = None
     """The weight version that a rollout actor holds."""
+
+    @property
+    def takes_work(self) -> bool:
+        """Whether it gets new calls."""
+        return self.alive and not self.behind and not self.silent
 
     def began(self) -> None:
         """A call has been sent."""

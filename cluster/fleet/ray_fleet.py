@@ -17,7 +17,7 @@ from actors.errors import ActorFaultError, CampaignError, StoreFullError
 from actors.trajectory import Requests, RolloutCounts
 from cluster.fleet.ray_actor import ActorLostError, Replica, invoke, streamed
 from cluster.fleet.ray_batched_calls import BatchedCaller
-from cluster.fleet.supervision import Supervisor
+from cluster.fleet.supervision import LATE_SECONDS, Supervisor
 
 ATTEMPTS = 2
 """Number of actors on which a call may fail; after that the call itself is considered the cause."""
@@ -61,35 +61,59 @@ class Fleet(Supervisor):
         Waits for these requests only. The reference may hold other trajectories too. units, at: see `call`.
         """
         return await self._on_a_replica(
-            "generate", units, at, lambda replica: self._batched(replica).generate(requests)
+            "generate",
+            units,
+            at,
+            lambda replica: self._batched(replica).generate(requests),
+            leave=("abort", requests.ids),
         )
 
     async def call_each(self, method: str, *arguments: Any) -> list[Any]:
-        """Calls a method of every living actor at once, and waits for all answers, in the order of the replicas.
+        """Calls a method of every living actor at once; the answers, in the order of the replicas.
 
-        An actor that is lost meanwhile is replaced, and left out of the answers.
+        An actor that is lost meanwhile is replaced, and left out of the answers. So is one that is late: it is left
+        behind, and gets no work until it has answered and `prepare` has brought it to where the others are. The call
+        waits for at least one answer. Actors that are behind already are not called.
         """
+        calls = {
+            replica: asyncio.create_task(self._one_of_each(replica, method, arguments))
+            for replica in self.replicas
+            if replica.alive and not replica.behind
+        }
+        try:
+            await _most(calls)
+        except BaseException:
+            for call in calls.values():
+                call.cancel()
+            raise
+        for replica, call in calls.items():
+            replica.tardy = replica.tardy and not call.done()
+            if not call.done():
+                self._leave_behind(replica, method, call)
+        return [value for call in calls.values() if call.done() for value in call.result()]
 
-        async def one(replica: Replica) -> list[Any]:
-            handle, answer = replica.handle, None  # the handle of now: the replica may get another actor meanwhile
-            self._began(replica, method)
-            try:
-                answer = await invoke(handle, method, arguments, 1)
-                return [answer]
-            except (ActorLostError, ActorFaultError) as error:
-                self._lost(replica, handle, _kind(error), error)
-            finally:
-                self._ended(replica, method, answer)
-            return []
-
-        answers = await asyncio.gather(*(one(replica) for replica in self.replicas if replica.alive))
-        return [value for answer in answers for value in answer]
+    async def _one_of_each(self, replica: Replica, method: str, arguments: tuple) -> list[Any]:
+        """[its answer], or [] if the actor is lost."""
+        handle, answer = replica.handle, None  # the handle of now: the replica may get another actor meanwhile
+        self._began(replica, method)
+        try:
+            answer = await invoke(handle, method, arguments, 1)
+            return [answer]
+        except (ActorLostError, ActorFaultError) as error:
+            self._lost(replica, handle, _kind(error), error)
+        finally:
+            self._ended(replica, method, answer)
+        return []
 
     async def tell(self, replica: Replica, method: str, *arguments: Any) -> None:
-        """Calls a method of this actor and waits until it has ended. Does nothing if the actor is dead or dies."""
+        """Calls a method of this actor and waits until it has ended; not for one that is dead, dies, or is late."""
         if replica.alive:
-            with suppress(ActorLostError):  # the call that waits for this actor's work reports the loss
-                await invoke(replica.handle, method, arguments, 1)
+            told = self._in_background(self._told(replica.handle, method, arguments))
+            await asyncio.wait([told], timeout=LATE_SECONDS if replica.takes_work else 0)
+
+    async def _told(self, handle: Any, method: str, arguments: tuple) -> None:
+        with suppress(ActorLostError):  # the call that waits for this actor's work reports the loss
+            await invoke(handle, method, arguments, 1)
 
     def tell_nodes(self, method: str, *arguments: Any) -> None:
         """Calls a method of one living actor on each node. Returns at once; answers and errors are ignored."""
@@ -124,23 +148,42 @@ class Fleet(Supervisor):
             while True:
                 if self._failure:
                     raise self._failure
-                if free := [replica for replica in self.replicas if replica.alive and replica.calls < calls]:
+                if free := [replica for replica in self.replicas if replica.takes_work and replica.calls < calls]:
                     return min(free, key=_load)
                 await self._changed.wait()
 
     async def _on_a_replica(
-        self, method: str, units: int, at: Replica | None, do: Callable[[Replica], Awaitable[Any]]
+        self,
+        method: str,
+        units: int,
+        at: Replica | None,
+        do: Callable[[Replica], Awaitable[Any]],
+        leave: tuple[Any, ...] = ("status",),
     ) -> Any:
-        """Runs `do` on the least busy replica, or on `at`; on another one as often as actors are lost under it."""
-        failures = losses = 0
+        """Runs `do` on the least busy replica, or on `at`; on another one as often as actors are lost under it.
+
+        Once it also moves away from a silent actor, whose answer then counts no more. Once only: work that makes every
+        actor silent ends on the second one, or with it. leave: the method, and its arguments, that the silent actor is
+        then called with; it answers when it is done with the work, or has given it up.
+        """
+        failures, losses, moved = 0, 0, False
         while True:
-            replica = at if at is not None and at.alive else await self._least_busy()
+            replica = at if at is not None and at.takes_work else await self._least_busy()
             handle = replica.handle  # `_lost` compares it: a late error must not end the next actor in this place
             replica.under_way += units
             replica.calls += 1
             self._began(replica, method)
+            patience = asyncio.timeout(None)
+            if not moved:
+                replica.patience.add(patience)
             try:
-                return await do(replica)
+                async with patience:
+                    return await do(replica)
+            except TimeoutError:
+                if not patience.expired():
+                    raise
+                moved = True
+                self._in_background(self._left(replica, handle, *leave))
             except ActorLostError as error:
                 losses += 1
                 self._lost(replica, handle, _kind(error), error)
@@ -154,10 +197,20 @@ class Fleet(Supervisor):
                     raise
                 self._lost(replica, handle, _kind(error), error)
             finally:
+                replica.patience.discard(patience)
                 self._ended(replica, method)
                 replica.under_way -= units
                 replica.calls -= 1
                 await self._notify()
+
+    async def _left(self, replica: Replica, handle: Any, method: str, *arguments: Any) -> None:
+        """Counts a silent actor as busy until it is done with the work that has moved to another."""
+        self._began(replica, method)
+        try:
+            with suppress(ActorLostError, ActorFaultError):  # the watch notices it too
+                await invoke(handle, method, arguments, 1)
+        finally:
+            self._ended(replica, method)
 
     async def _patiently(self, replica: Replica, do: Callable[[], Awaitable[Any]]) -> Any:
         """Runs `do`, again each second while the object store is full, for as long as an actor may hang."""
@@ -180,15 +233,31 @@ class Fleet(Supervisor):
 
     async def _least_busy(self) -> Replica:
         async with self._changed:
-            await self._changed.wait_for(lambda: self._failure or any(r.alive for r in self.replicas))
+            await self._changed.wait_for(lambda: self._failure or any(r.takes_work for r in self.replicas))
         if self._failure:
             raise self._failure
-        return min((r for r in self.replicas if r.alive), key=_load)
+        return min((r for r in self.replicas if r.takes_work), key=_load)
 
 
 def _kind(error: ActorLostError | ActorFaultError) -> str:
     """The event that reports this error."""
     return "actor_died" if isinstance(error, ActorLostError) else "actor_failed"
+
+
+async def _most(calls: dict[Replica, asyncio.Task]) -> None:
+    """Waits for all of these calls but the late ones, and for at least one answer."""
+    prompt = [call for replica, call in calls.items() if not (replica.tardy or replica.silent)]
+    start, waiting = time.monotonic(), set(prompt or calls.values())
+    while waiting:
+        done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        if any(call.result() for call in done):
+            break
+    else:  # all of these were lost
+        waiting = {call for call in calls.values() if not call.done()}
+        if waiting:
+            await asyncio.wait(waiting)
+    if waiting:
+        await asyncio.wait(waiting, timeout=max(LATE_SECONDS, 2 * (time.monotonic() - start)))
 
 
 def _load(replica: Replica) -> int:

@@ -2,6 +2,8 @@
 
     start     reserve a place -> create the actor -> wait for its constructor -> `prepare` it -> it gets work
     watch     ask it every few seconds how many steps it has taken; silence, or work without steps, is a hang
+    silent    before it counts as a hang: its calls go to other actors, and it gets no new ones until it is heard again
+    behind    it was late for what every actor must do (load weights): the others go on, and it catches up
     lost      it died, hangs or failed: end it, report the event, and start another in its place
     resize    more or fewer actors while the others work on
 
@@ -33,6 +35,8 @@ from cluster.fleet.ray_actor import (
 from cluster.records.event_table import EVENTS
 from cluster.records.utilisation import Utilisation
 
+MUTE, STUCK = "has not answered", "has made no progress"
+"""What a silent actor does not do (Replica.silent)."""
 OnEvent = Callable[..., None]
 """Called with the kind of event and its fields."""
 STARTS = 3
@@ -41,6 +45,13 @@ STARTS = 3
 WINDOW_SECONDS = 3600.0
 RECENT_SECONDS = 60.0
 LONGEST_PAUSE_SECONDS = 30.0
+
+WATCH_SECONDS = 5.0
+"""Between two questions of the watch."""
+SILENT_SECONDS = 10.0
+"""After this long without an answer to the watch, or after a quarter of the hang time-out, an actor is silent."""
+LATE_SECONDS = 5.0
+"""A call to each actor waits this long for the others after the first answer, or twice as long as that took."""
 
 
 class Restarts:
@@ -232,11 +243,11 @@ class Supervisor:
             ) from error
         if replica not in self.replicas:  # the fleet has shrunk meanwhile
             return
-        replica.alive = True
+        replica.alive, replica.behind, replica.tardy, replica.silent = True, False, False, ""
         self._record("ended", replica, "away")
         self._on_event("actor_started", actor=replica.name)
         self._in_background(self._watch(replica))
-        await self._notify()
+        await self._available()
 
     async def _create(self, replica: Replica) -> None:
         """Creates the actor in its place, and waits until it is ready for work."""
@@ -278,21 +289,90 @@ class Supervisor:
         """Notices an actor that dies while nobody calls it, does not answer, or makes no progress with its calls."""
         handle, steps, since = replica.handle, -1, time.monotonic()
         while replica.handle is handle:
-            await asyncio.sleep(min(self._hang_timeout / 4, 10.0))
+            await asyncio.sleep(min(self._hang_timeout / 4, WATCH_SECONDS))
             try:
-                async with asyncio.timeout(self._hang_timeout):
-                    now = await steps_of(handle)
+                now = await self._steps_of(replica, handle)
             except TimeoutError:
                 self._hangs(replica, handle, f"it has not answered for {self._hang_timeout:g} s")
+                continue
             except ActorLostError as error:
                 self._lost(replica, handle, "actor_died", error)
                 return
-            else:
-                if now != steps or not replica.busy:
-                    steps, since = now, time.monotonic()
-                # An idle actor takes no steps: time counts from the first call after the idle time, or the last answer.
-                elif time.monotonic() - max(since, replica.busy_since) > self._hang_timeout:
-                    self._hangs(replica, handle, f"it has made no progress for {self._hang_timeout:g} s")
+            stuck = replica.silent == STUCK
+            if now != steps or not replica.busy:
+                steps, since = now, time.monotonic()
+                await self._heard(replica, handle)
+                continue
+            # An idle actor takes no steps: time counts from the first call after the idle time, or the last answer.
+            last = replica.silent_since if stuck else max(since, replica.busy_since)
+            if time.monotonic() - last > self._hang_timeout:
+                self._hangs(replica, handle, f"it {STUCK} for {self._hang_timeout:g} s")
+            elif time.monotonic() - last > self._hang_timeout / 4:
+                self._falls_silent(replica, handle, STUCK, last)
+            elif replica.silent:
+                await self._heard(replica, handle)
+
+    async def _steps_of(self, replica: Replica, handle: Any) -> int:
+        """The actor's steps. An answer that is late makes it silent. TimeoutError: no answer within the hang time-out."""
+        asked, question = time.monotonic(), asyncio.create_task(steps_of(handle))
+        try:
+            async with asyncio.timeout(self._hang_timeout):
+                await asyncio.wait([question], timeout=min(self._hang_timeout / 4, SILENT_SECONDS))
+                if not question.done():
+                    self._falls_silent(replica, handle, MUTE, asked)
+                return await question
+        finally:
+            question.cancel()
+
+    def _falls_silent(self, replica: Replica, handle: Any, how: str, since: float) -> None:
+        """The actor gets no new work, and its calls go to others. It may be heard again, or is replaced as one that hangs."""
+        if replica.handle is handle and replica.alive and not replica.silent:
+            replica.silent, replica.silent_since = how, since
+            cause = f"it {how} for {time.monotonic() - since:.0f} s"
+            self._on_event("actor_silent", actor=replica.name, cause=cause)
+            self._move_calls()
+
+    async def _heard(self, replica: Replica, handle: Any) -> None:
+        """The actor gives signs of life."""
+        if replica.silent and replica.handle is handle:
+            seconds, replica.silent = time.monotonic() - replica.silent_since, ""
+            self._on_event("actor_heard", actor=replica.name, seconds=round(seconds, 1))
+            await self._available()
+
+    def _move_calls(self) -> None:
+        """Lets the calls of silent actors go to others, if there are others. A call moves once."""
+        if any(replica.takes_work for replica in self.replicas):
+            for replica in self.replicas:
+                if replica.silent:
+                    for patience in replica.patience:
+                        patience.reschedule(asyncio.get_running_loop().time())
+
+    def _leave_behind(self, replica: Replica, what: str, call: asyncio.Task) -> None:
+        """The fleet goes on without this actor, which gets no work until it has caught up."""
+        replica.behind = replica.tardy = True
+        self._on_event("left_behind", actor=replica.name, cause=f"{what} takes it longer than the others")
+        self._in_background(self._catch_up(replica, replica.handle, call))
+
+    async def _catch_up(self, replica: Replica, handle: Any, call: asyncio.Task) -> None:
+        """Waits for the answer that was late, and brings the actor to where the others are."""
+        try:
+            await call  # a lost actor is no error here: its successor starts where the others are
+            while replica.handle is handle and replica.alive and (prepare := self.prepare):
+                with errors_of("catching up"):
+                    await prepare(handle)
+                if prepare == self.prepare:  # a loop that starts after a lost learner has other weights to give
+                    break
+        except CampaignError as error:
+            self._lost(replica, handle, "actor_died" if isinstance(error, ActorLostError) else "actor_failed", error)
+        if replica.handle is handle and replica.alive:
+            replica.behind = False
+            self._on_event("caught_up", actor=replica.name)
+            await self._available()
+
+    async def _available(self) -> None:
+        """An actor takes work again."""
+        self._move_calls()
+        await self._notify()
 
     def _hangs(self, replica: Replica, handle: Any, cause: str) -> None:
         if replica.handle is handle:

@@ -315,8 +315,7 @@ class Queues:
         """Makes rollout actors give up what would be too stale to train on, even if it ended now."""
         # Removed before the calls to `abort`: `InFlight.end` then also rejects an answer that is already on its way.
         late = self.in_flight.cut(self._state.step, self._max_staleness)
-        for issued in late:
-            await self._rollout.tell(issued.replica, "abort", issued.ids)
+        await asyncio.gather(*(self._rollout.tell(issued.replica, "abort", issued.ids) for issued in late))
         await self._drop([number for issued in late for number in issued.numbers], "cut")
 
     def _not_awaited(self, batch: Iterable[Sampled]) -> None:

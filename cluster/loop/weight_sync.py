@@ -61,10 +61,12 @@ class WeightTransport(Protocol):
         """Takes a copy of the learner's weights; later updates do not change it. LearnerLostError: the learner died."""
 
     async def load(self, published: Published) -> None:
-        """Loads a version into every living rollout actor, and makes it `newest`. Returns when all have it."""
+        """Loads a version into every living rollout actor, and makes it `newest`. Returns when all have it that are not
+        left behind (Fleet.call_each); these get no work before they have it."""
 
     async def give(self, handle: Any) -> None:
-        """Loads `newest` into one new actor, also when it changes meanwhile. Awaited before the actor gets work."""
+        """Loads `newest` into one actor that is new or was left behind, also when it changes meanwhile. Awaited before
+        the actor gets work."""
 
 
 class ObjectStoreTransport:
@@ -75,6 +77,8 @@ class ObjectStoreTransport:
         self._learner, self._rollout, self._config = learner, rollout, config
         self._chain: list[Published] = []
         """The last dense version and all deltas after it, up to the newest."""
+        self._sent: dict[Any, int] = {}
+        """Handle -> the version that was last sent to the actor."""
 
     @property
     def version(self) -> int:
@@ -108,21 +112,27 @@ class ObjectStoreTransport:
         start = time.perf_counter()
         self._chain = [*(self._chain if published.delta else []), published]
         self.newest = published  # before the calls: actors that start during them load this version through `give`
-        loading = [replica for replica in self._rollout.replicas if replica.alive]
+        loading = [replica for replica in self._rollout.replicas if replica.alive and not replica.behind]
+        known = {replica.handle for replica in self._rollout.replicas}
+        self._sent = {handle: version for handle, version in self._sent.items() if handle in known}
+        self._sent |= {replica.handle: published.version for replica in loading}
         await _load(self._rollout, published.references)
         for replica in loading:
-            replica.version = published.version
+            if not replica.behind:
+                replica.version = published.version
         published.seconds += time.perf_counter() - start
         if published.record:
             published.record["publish_seconds"] = published.seconds
 
     async def give(self, handle: Any) -> None:
-        """See WeightTransport. A new actor has no base, so it loads the anchor and then every delta after it."""
-        given: Published | None = None
+        """See WeightTransport. A new actor has no base, so it loads the anchor and then every delta after it. One that was
+        left behind has loaded what it was sent, and goes on from there."""
+        given = next((one for one in self._chain if one.version == self._sent.get(handle)), None)
         while given is not self.newest:  # loading takes a while, and a newer version may come
             first = self._chain.index(given) + 1 if given in self._chain else 0
             given = self._chain[first]
             await handle.load_weights.remote(*given.references)
+            self._sent[handle] = given.version
         # Looked up by the handle: the fleet calls this before the actor counts as alive, and passes no replica.
         for replica in self._rollout.replicas:
             if replica.handle is handle and given is not None:

@@ -56,6 +56,10 @@ EVENTS: dict[str, Event] = {
     ),
     "actor_restarted": Event("{actor} is back (restart {restarts})", "good"),
     "actor_ended": Event("{actor} has ended"),
+    "actor_silent": Event("{actor} is silent; its work goes to others ({cause})", "warn"),
+    "actor_heard": Event("{actor} is heard again, after {seconds} s"),
+    "left_behind": Event("{actor} is left behind; it gets no work until it has caught up ({cause})", "warn"),
+    "caught_up": Event("{actor} has caught up"),
     "start_failed": Event("{actor} died while it started; it is started again ({cause})", "warn"),
     "learner_restored": Event("the learner is back, as it was after update {step} ({checkpoint})", "good"),
     "lost_objects": Event(

@@ -64,7 +64,10 @@ class FakeFleet:
     def __init__(self, world: World, replicas: int):
         self.world, self.replicas = (
             world,
-            [SimpleNamespace(name=f"{type(self).__name__}-{i}", version=0, alive=True) for i in range(replicas)],
+            [
+                SimpleNamespace(name=f"{type(self).__name__}-{i}", version=0, alive=True, handle=i, behind=False)
+                for i in range(replicas)
+            ],
         )
         self.role = type(self).__name__
         self.restarts = 0
