@@ -26,7 +26,7 @@ from cluster.loop.campaign import Campaign
 from cluster.loop.evaluation import Evaluator
 from cluster.loop.teachers import Teachers
 from cluster.preflight import check_models
-from cluster.records.event_table import FAULTS, describe
+from cluster.records.event_table import describe
 from cluster.records.writer import REPORT_FILE, RunRecords, read_summary
 from cluster.report.page import write_report
 from cluster.roles import build_fleets, build_learner
@@ -95,6 +95,7 @@ class Running:
     ):
         """checkpoint: what the learner loads; None: the untrained student. private: the cluster was started for this run."""
         self.config, self.state, self.inputs, self.records, self.progress = config, state, inputs, records, progress
+        state.faults = records.faults  # the checkpoint does not know those after it
         progress.read_live = self._live_status
         self.needed, begin, self.short = room_to_begin(config, private)
         records.event("resumed" if checkpoint else "started", step=state.step, process=os.getpid())
@@ -112,7 +113,7 @@ class Running:
         """Writes an event to events.jsonl and to the screen, and counts it if it is a fault."""
         self.records.event(kind, **fields)
         self.progress.note(describe(kind, fields))
-        self.state.faults += kind in FAULTS
+        self.state.faults = self.records.faults
 
     async def to_the_end(self) -> tuple[dict[str, Any], bool]:
         """Runs the campaign; see run_campaign. No actor is left when it ends, by an error too."""

@@ -111,6 +111,12 @@ class Replica:
         """Whether it gets new calls."""
         return self.alive and not self.behind and not self.silent
 
+    @property
+    def readiness(self) -> int:
+        """How near it is to work: 0 waits for room, then has room, a process, a built actor, is alive, 5 takes work."""
+        steps = (self.placement is not None, self.handle is not None, self.process, self.alive, self.takes_work)
+        return sum(map(bool, steps))
+
     def began(self) -> None:
         """A call has been sent."""
         if not self.busy:
@@ -126,7 +132,7 @@ class Replica:
         """Ends the actor at once, if it has one; its place stays reserved."""
         if self.handle is not None:
             ray.kill(self.handle)
-            self.handle = None
+            self.handle, self.process = None, 0
         self.alive = False
 
     def give_up_place(self) -> None:

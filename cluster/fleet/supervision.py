@@ -182,8 +182,8 @@ class Supervisor:
             self._named += 1
             self.replicas.append(replica)
             self._starting[replica] = self._in_background(self._join(replica))
-        # Those that have not started go first, then those with the least work.
-        by_load = sorted(self.replicas, key=lambda replica: (replica.alive, replica.under_way))
+        # Those that are furthest from work go first, then those with the least work.
+        by_load = sorted(self.replicas, key=lambda replica: (replica.readiness, replica.under_way))
         for replica in by_load[: len(self.replicas) - replicas]:
             self.replicas.remove(replica)
             self._leaving.append(replica)  # so that `close` ends it even if it still works

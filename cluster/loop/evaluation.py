@@ -48,6 +48,8 @@ class Evaluator:
         self._prompts, self._tokenizer, self._verifier, self._teachers = prompts, tokenizer, verifier, teachers
         self._seed, self._max_tokens, self._stop = seed, max_response_tokens, stop_token_ids
         self._keep = keep_trajectories
+        self.trajectories = 2 * len(prompts)
+        """Responses that the student gives in one evaluation."""
 
     async def student(self, rollout: Fleet) -> tuple[dict[str, float], list[dict[str, Any]], dict[str, float]]:
         """Evaluates the weights that the rollout actors hold now.

@@ -108,9 +108,9 @@ class Reporter:
         self._records.event(kind, **fields)
         self._progress.note(describe(kind, fields))
 
-    def lost(self, trajectories: int, error: LostObjectError) -> None:
+    def lost(self, trajectories: int, error: LostObjectError, **fields: Any) -> None:
         """Records that trajectories were lost with the node that held them. The caller samples them again."""
-        self.event("lost_objects", cause=str(error), trajectories=trajectories, step=self._state.step)
+        self.event("lost_objects", cause=str(error), trajectories=trajectories, step=self._state.step, **fields)
 
     def doing(self, role: str, what: str) -> None:
         """Shows what a role is doing."""
@@ -129,7 +129,7 @@ class Reporter:
                 metrics, rows, busy = await self._evaluator.student(self._rollout)
                 break
             except LostObjectError as error:
-                self._records.event("lost_objects", str(error), evaluation=version)
+                self.lost(self._evaluator.trajectories, error, evaluation=version)
         # The evaluation of the untrained student comes before the loop, so the loop's busy seconds do not include it.
         if self.clock.started:
             for role, seconds in busy.items():

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from cluster.records.event_table import EVENTS
+from cluster.records.event_table import EVENTS, FAULTS
 from cluster.records.metric_table import METRIC_KEYS, STEP_ZERO_KEYS
 
 METRICS_FILE, EVENTS_FILE, SUMMARY_FILE = "metrics.jsonl", "events.jsonl", "summary.json"
@@ -67,6 +67,8 @@ class RunRecords:
         self._wall_before = max((float(row["wall_seconds"]) for row in [*steps, *events]), default=0.0)
         self.last_step = max((row["step"] for row in steps), default=-1)
         """Step of the last line of metrics.jsonl; -1 without lines."""
+        self.faults = sum(row.get("kind") in FAULTS for row in events)
+        """Events that are faults, over all runs of the campaign."""
         self.on_metrics: Callable[[Mapping[str, Any]], None] | None = None
         """Called with each line of metrics.jsonl, after it is written."""
         self._started = time.monotonic()
@@ -98,6 +100,7 @@ class RunRecords:
         if kind not in EVENTS:
             raise ValueError(f"{EVENTS_FILE}: the event {kind} has no row in cluster/records/event_table.py")
         row = {"time": round(time.time(), 3), "wall_seconds": self.wall_seconds, "kind": kind, "cause": cause}
+        self.faults += kind in FAULTS
         _append(self.run_dir / EVENTS_FILE, {**fields, **row})
 
     def closed(self, row: Mapping[str, Any]) -> None:

@@ -182,7 +182,7 @@ class FakeLearner(FakeFleet):
 
 class FakeEvaluator:
     def __init__(self, world: World):
-        self.world, self.seen = world, []
+        self.world, self.seen, self.trajectories = world, [], 8
 
     async def student(self, rollout: FakeRollout) -> tuple[dict[str, float], list[Any], dict[str, float]]:
         await self.world.work("evaluate")
