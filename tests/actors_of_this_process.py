@@ -22,12 +22,15 @@ class Handle:
 
     def __init__(self, actor: Any):
         self._actor, self._turn = actor, asyncio.Lock()
+        self._calls: list[asyncio.Future] = []
         self.awake, self.dead, self.steps = asyncio.Event(), asyncio.Event(), 0
         self.awake.set()
 
     def __getattr__(self, method: str) -> Any:
         def remote(*arguments: Any, **keywords: Any) -> asyncio.Future:
-            return asyncio.ensure_future(self._answer(method, arguments, keywords))
+            call = asyncio.ensure_future(self._answer(method, arguments, keywords))
+            self._calls.append(call)
+            return asyncio.shield(call)  # as with Ray, a caller that gives up does not end the call
 
         return SimpleNamespace(remote=remote)
 

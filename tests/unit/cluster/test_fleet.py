@@ -2,13 +2,18 @@
 
 import asyncio
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from cluster.config import WeightsConfig
 from cluster.fleet import ray_fleet, supervision
 from cluster.fleet.ray_fleet import Fleet
+from cluster.loop.weight_sync import ObjectStoreTransport, Published
+from cluster.records.event_table import FAULTS
 from tests.actors_of_this_process import Events, with_fleet
+from tests.light_campaign import Reference
 
 
 class Worker:
@@ -150,3 +155,95 @@ def test_a_single_actor_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
         assert await call == [1] and not only.behind
 
     with_fleet(monkeypatch, Worker, body, replicas=1)
+
+
+def test_an_actor_that_was_only_slow_is_done_with_its_old_work_before_it_is_heard_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class SlowAtFirst(Worker):
+        async def work(self, what: str) -> "Worker":
+            await asyncio.sleep(0.0 if self.done or what != "a" else 0.4)
+            return await super().work(what)
+
+    async def body(fleet: Fleet, events: Events) -> None:
+        first, second = fleet.replicas
+        second.handle._actor.done.append("quick")
+        assert await fleet.call("work", "a", at=first) is second.handle._actor and first.silent
+        assert not first.handle._actor.done
+        await until(lambda: first.takes_work)
+        assert first.handle._actor.done == ["a"] and "actor_hung" not in kinds(events)
+
+    with_fleet(monkeypatch, SlowAtFirst, body, hang_timeout=0.8)
+
+
+def test_scaling_down_keeps_the_actor_that_is_nearest_to_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def body(fleet: Fleet, events: Events) -> None:
+        room, ready = asyncio.Event(), asyncio.Event()
+        made = asyncio.Event()
+
+        async def place(*_: Any) -> None:
+            if made.is_set():  # the last of them
+                await room.wait()
+            made.set()
+
+        async def prepare(handle: Any) -> None:
+            await ready.wait()
+
+        monkeypatch.setattr(supervision, "place", place)
+        fleet.prepare = prepare
+        fleet.resize(3)
+        first, built, _ = fleet.replicas
+        await until(lambda: built.handle is not None and made.is_set())
+        fleet.resize(2)
+        assert fleet.replicas == [first, built]
+        ready.set()
+        await until(lambda: built.takes_work)
+        first.handle.awake.clear()
+        await until(lambda: first.silent)
+        fleet.resize(1)
+        assert fleet.replicas == [built], "a silent one goes before one that works"
+        first.handle.awake.set()
+
+    with_fleet(monkeypatch, Worker, body, replicas=1)
+
+
+@pytest.mark.parametrize("encoding", ["dense", "delta"])
+def test_an_actor_that_was_left_behind_loads_every_delta_that_it_lacks(
+    monkeypatch: pytest.MonkeyPatch, encoding: str
+) -> None:
+    class Engine(Worker):
+        async def load_weights(self, version: int, base: int | None) -> float:
+            assert base in (None, self.version), f"a delta from {base} onto {self.version}"
+            self.version = version
+            return 0.1
+
+    class Learner:
+        version = 0
+
+        async def stream(self, method: str, delta: bool = False, on_item: Any = None) -> list[list[Any]]:
+            manifest = SimpleNamespace(version=self.version, nbytes=1, **({"base_version": 0} if delta else {}))
+            return [[Reference(manifest)]]
+
+    class Transport(ObjectStoreTransport):
+        async def publish(self) -> Published:
+            published = await super().publish()
+            base = published.version - 1 if published.delta else None
+            published.references = [published.version, base]
+            return published
+
+    async def body(fleet: Fleet, events: Events) -> None:
+        learner: Any = Learner()
+        transport = Transport(learner, fleet, WeightsConfig(encoding=encoding))  # type: ignore[arg-type]
+        fleet.prepare = transport.give
+        first, second = fleet.replicas
+        for learner.version in range(5):
+            if learner.version == 2:
+                first.handle.awake.clear()
+            await transport.load(await transport.publish())
+        assert (first.version, second.version) == (1, 4) and first.behind
+        first.handle.awake.set()
+        await until(lambda: first.takes_work)
+        assert first.handle._actor.version == first.version == 4
+        assert not [kind for kind in kinds(events) if kind in FAULTS]
+
+    with_fleet(monkeypatch, Engine, body)
