@@ -192,6 +192,9 @@ class TeacherConfig:
     """What the teacher sends for each token. `sampled`: the token's log-prob. The others add log-probs over a support:
     `topk` the teacher's top `top_k` tokens, `student_topk` the student's, `full` the whole vocabulary, `hidden` the hidden
     states from which the learner computes the whole vocabulary."""
+    temperature: float | None = number(None, above=0)
+    """Divides this teacher's logits. Null: the student's, `sampling.temperature`, so that a teacher with the student's
+    weights is the student's own policy. 1: its distribution as it is; an `http` teacher can send no other."""
     top_k: int = number(64, minimum=2)
     """Size of the support when `signal` is `topk` or `student_topk`."""
     ema_decay: float | None = number(None, above=0, maximum=1)

@@ -146,7 +146,7 @@ class TeacherScores:
     response_offsets: np.ndarray
     """[B + 1] int64, as in the trajectories that were scored."""
     logprobs: np.ndarray
-    """[N] float32: log q(y_t | c_t), at temperature 1."""
+    """[N] float32: log q(y_t | c_t), at the teacher's temperature."""
     teacher: str
     """The teacher's name in the configuration."""
     log_weights: np.ndarray

@@ -64,7 +64,7 @@ def build_fleets(
         trust_remote_code=config.student.trust_remote_code,
     )
     fleets = {"rollout": rollout}
-    for name, teacher in _with_local_models(config.teachers).items():
+    for name, teacher in _as_actors_need(config).items():
         role, key = f"teacher.{name}", f"teachers.{name}"
         actor = teacher_class(teacher, key)
         if teacher.tokenizer is None:
@@ -100,7 +100,7 @@ def build_learner(
             "bucket_bytes": config.weights.bucket_mebibytes << 20,
             "keep_published": config.weights.encoding == "delta",
             "checkpoint": str(checkpoint.resolve()) if checkpoint else None,
-            "teachers": _with_local_models(config.teachers),
+            "teachers": _as_actors_need(config),
             "masked_role_token_ids": inputs.masked_role_token_ids,
         },
         replicas=replicas,
@@ -116,14 +116,16 @@ def _local_student(config: CampaignConfig) -> StudentConfig:
     return replace(config.student, model=_local(config.student.model))
 
 
-def _with_local_models(teachers: dict[str, TeacherConfig]) -> dict[str, TeacherConfig]:
+def _as_actors_need(config: CampaignConfig) -> dict[str, TeacherConfig]:
+    """The teachers with absolute paths, and with the student's temperature where they have none of their own."""
     return {
         name: replace(
             teacher,
             model=_local(teacher.model) if backend_of(teacher, f"teachers.{name}").has_model_files else teacher.model,
             tokenizer=None if teacher.tokenizer is None else _local(teacher.tokenizer),
+            temperature=config.sampling.temperature if teacher.temperature is None else teacher.temperature,
         )
-        for name, teacher in teachers.items()
+        for name, teacher in config.teachers.items()
     }
 
 

@@ -114,6 +114,10 @@ def _backend(config: CampaignConfig, key: str, teacher: TeacherConfig) -> Iterat
     size, follows = teacher.tensor_parallel_size, teacher.ema_decay is not None
     expected = f"1 with {'ema_decay' if follows else f'backend: {backend}'}"
     yield size > 1 and (follows or not row.tensor_parallel), f"{key}.tensor_parallel_size", size, expected
+    temperature = teacher.temperature if teacher.temperature is not None else config.sampling.temperature
+    found = temperature if teacher.temperature is not None else f"null, so sampling.temperature, {temperature:g}"
+    expected = f"1: the backend {backend} sends log-probs at temperature 1 only"
+    yield temperature != 1 and not row.tempers, f"{key}.temperature", found, expected
     for name in OWN_SETTINGS:
         ignored = bool(getattr(teacher, name)) and name not in row.settings
         readers = " or ".join(other for other, its in BACKENDS.items() if name in its.settings)

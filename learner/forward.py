@@ -21,7 +21,7 @@ from learner.costs import (
     needs_distribution,
     needs_whole_update,
 )
-from learner.hidden_states import HiddenStates
+from learner.hidden_states import Head, HiddenStates
 from learner.metrics import UpdateMetrics, agreement
 from learner.objective.estimator_table import estimator_row
 from learner.objective.policy_gradient import surrogate
@@ -62,9 +62,9 @@ class Forward:
         # The head is copied: the optimiser changes the weights in place, and pi_old must stay what it was.
         dtype = torch.bfloat16 if self._half else states.dtype
         weight, bias = full_tensor(self._weight.detach()).to(dtype, copy=True), self._bias
-        head = (weight, None if bias is None else full_tensor(bias.detach()).to(dtype, copy=True))
+        bias = None if bias is None else full_tensor(bias.detach()).to(dtype, copy=True)
         nothing = torch.zeros(len(states), device=self._device)
-        return HiddenStates(states.to(dtype), head, places, nothing, self._temperature)
+        return HiddenStates(states.to(dtype), Head(weight, bias, self._temperature), places, nothing)
 
     def columns(
         self,

@@ -7,12 +7,20 @@ same way. Shapes: N tokens of the update, n of a chunk, M tokens with a state in
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-Head = tuple[Tensor, Tensor | None]
-"""(weight [V, H], bias [V] or None)."""
+
+class Head(NamedTuple):
+    """An output layer, and what its logits are divided by."""
+
+    weight: Tensor
+    """[V, H]."""
+    bias: Tensor | None
+    """[V]."""
+    temperature: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +34,6 @@ class HiddenStates:
     """[N] int64: the row of each token in the states; -1 where this model has no state for the token."""
     log_weights_M: Tensor
     """Log of its share in a mixture."""
-    temperature: float = 1.0
 
     def at(self, tokens_n: Tensor) -> "HiddenStates":
         """The same for some of the tokens, in this order."""
@@ -41,8 +48,9 @@ class HiddenStates:
         known = places_n >= 0
         with torch.no_grad(), torch.autocast(self.states_MH.device.type, enabled=False):
             picked = places_n[known]
-            logits = torch.nn.functional.linear(self.states_MH[picked], *self.head).float()
-            logprobs = torch.log_softmax(logits / self.temperature if self.temperature != 1.0 else logits, -1)
+            weight, bias, temperature = self.head
+            logits = torch.nn.functional.linear(self.states_MH[picked], weight, bias).float()
+            logprobs = torch.log_softmax(logits if temperature == 1.0 else logits / temperature, -1)
             logprobs = logprobs + self.log_weights_M[picked, None]
             if known.all():
                 return logprobs
@@ -55,8 +63,11 @@ def same_rows(heads: Mapping[str, Head], vocabulary: int) -> dict[str, Head]:
 
     Vocabularies are padded to different sizes. Each teacher's distribution is then normalised over the same tokens.
     """
-    rows = slice(min([vocabulary, *(len(weight) for weight, _ in heads.values())]))
-    return {name: (weight[rows], None if bias is None else bias[rows]) for name, (weight, bias) in heads.items()}
+    rows = slice(min([vocabulary, *(len(head.weight) for head in heads.values())]))
+    return {
+        name: head._replace(weight=head.weight[rows], bias=None if head.bias is None else head.bias[rows])
+        for name, head in heads.items()
+    }
 
 
 def mixture_logprobs(sources: Sequence[HiddenStates], rows: slice | Tensor) -> Tensor:

@@ -377,7 +377,8 @@ class Learner:
             batch.tensors["coefficient"] = coefficients(student, kl, all_tokens, batch.groups(), objective)
 
     def _head_of(self, teacher: TeacherConfig, key: str) -> Head:
-        return load_head(teacher.model, teacher.dtype, self._device, teacher.trust_remote_code, key)
+        head = load_head(teacher.model, teacher.dtype, self._device, teacher.trust_remote_code, key)
+        return Head(*head, 1.0 if teacher.temperature is None else teacher.temperature)
 
     def _refuse(self, what: str, ids: np.ndarray) -> NoReturn:
         """Raises NonFiniteLossError with the first of these trajectories; the gradient is dropped, so no step follows."""

@@ -75,7 +75,8 @@ def sampled(
     rng = np.random.default_rng(0)
     lengths, prompts = rng.integers(3, 9, 6), np.full(6, 4)
     blank = random_trajectories(rng, [(0, i // 2, i % 2) for i in range(6)], prompts, lengths)
-    own = LocalTeacher(teacher_config(models, "student", "topk")).score(blank.ids, blank)[1]
+    temperature = {"temperature": changes.get("temperature")}
+    own = LocalTeacher(teacher_config(models, "student", "topk", **temperature)).score(blank.ids, blank)[1]
     written = replace(blank, behaviour_logprobs=own.logprobs, support_ids=own.support_ids)
     return written, LocalTeacher(teacher_config(models, teacher, signal, **changes)).score(blank.ids, written)[1]
 

@@ -239,7 +239,7 @@ class VllmEngine:
         from vllm.sampling_params import RequestOutputKind
 
         return SamplingParams(
-            temperature=0.0 if greedy else sampling.temperature,
+            temperature=0.0 if greedy else 1.0,  # the model's own logits are tempered: `shape_logits`
             top_p=1.0 if greedy else sampling.top_p,
             top_k=0 if greedy else sampling.top_k,
             max_tokens=sampling.max_response_tokens,
@@ -343,10 +343,8 @@ def _build(
         "seed": seed,
         "weight_transfer_config": {"backend": BACKEND},
         "worker_extension_cls": "actors.rollout.vllm_worker.WorkerExtension",
-        # Log-probs of the distribution that is sampled from. At temperature 1 without filters both modes agree.
-        "logprobs_mode": "raw_logprobs"
-        if (sampling.temperature, sampling.top_p, sampling.top_k) == (1.0, 1.0, 0)
-        else "processed_logprobs",
+        # Log-probs of the distribution that is sampled from. Without filters both modes agree.
+        "logprobs_mode": "raw_logprobs" if (sampling.top_p, sampling.top_k) == (1.0, 0) else "processed_logprobs",
         "max_logprobs": max(support_size, 1),  # vLLM refuses requests for more; its default is 20
         **more,
     }
@@ -354,7 +352,9 @@ def _build(
         # With chunked prefill vLLM samples after each chunk and then rewinds the request's random generator. Only
         # generators on GPUs can be rewound, so on a CPU each prompt is prefilled in one step, also after new weights.
         options["enable_chunked_prefill"] = False
-    return build_llm(options, config.engine, "rollout.engine")
+    llm = build_llm(options, config.engine, "rollout.engine")
+    llm.collective_rpc("shape_logits", args=(sampling.temperature,))
+    return llm
 
 
 def _response(completion: Any, support_size: int) -> Response:

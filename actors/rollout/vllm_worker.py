@@ -19,6 +19,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmb
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.platforms import current_platform
 
+from actors.vllm_logits import WorkerExtension as LogitsExtension
 from actors.weights.buckets import WeightVersion, unpack
 
 BACKEND = "understudy"
@@ -88,8 +89,8 @@ def _mapped(path: str) -> np.ndarray:
     return np.memmap(path, np.uint8, "r") if os.path.getsize(path) else np.empty(0, np.uint8)
 
 
-class WorkerExtension:
-    """A base class of vLLM's workers, so that they import this module. Empty."""
+class WorkerExtension(LogitsExtension):
+    """A base class of vLLM's workers, so that they import this module."""
 
 
 # vLLM raises if a name is registered twice, and has no public way to ask. The check makes a second import harmless.

@@ -33,6 +33,9 @@ class Backend:
     start, and its context length bounds the prompts. False: `model` is only a name that is passed on."""
     uses_gpu: bool = False
     """An actor reserves `tensor_parallel_size` GPUs where `gpus_per_replica` is null and the cluster has GPUs."""
+    tempers: bool = False
+    """It scores at `Teacher.temperature`. False: it sends log-probs at temperature 1 only, which cannot be turned into
+    others, since that takes the whole distribution."""
     tensor_parallel: bool = False
     """`tensor_parallel_size` may be above 1."""
     settings: tuple[str, ...] = ()
@@ -56,6 +59,7 @@ BACKENDS = {
         follows_student=True,
         has_model_files=True,
         uses_gpu=True,
+        tempers=True,
         tensor_parallel=True,
     ),
     "vllm": Backend(
@@ -63,6 +67,7 @@ BACKENDS = {
         signals=("sampled", "topk", "full"),
         has_model_files=True,
         uses_gpu=True,
+        tempers=True,
         tensor_parallel=True,
         settings=("engine",),
     ),

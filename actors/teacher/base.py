@@ -56,6 +56,8 @@ class Teacher:
         self.vocabulary = vocabulary or UNBOUNDED
         """Ids below it have a score: those that student and teacher both have a row for. The backend lowers it to the
         teacher's rows."""
+        self.temperature = 1.0 if config.temperature is None else config.temperature
+        """Divides the logits of everything that is scored. The campaign puts the student's where the user gave none."""
         self._busy_seconds, self._probe_logprob = 0.0, float("nan")
 
     # Teacher is not an ABC: a teacher that wraps another one overrides `score` and needs no `score_tokens`. backends.py
@@ -64,7 +66,7 @@ class Teacher:
     def score_tokens(self, trajectories: Trajectories) -> dict[str, np.ndarray]:
         """The fields of TeacherScores with one row for each of the N response tokens, as `config.signal` asks.
 
-        Always `logprobs` [N] float32, log q(y_t | c_t) in nats at temperature 1. With `topk` and `student_topk` also
+        Always `logprobs` [N] float32, log q(y_t | c_t) in nats at `temperature`. With `topk` and `student_topk` also
         `support_ids` [N, K] int32 and `support_logprobs` [N, K] float32; with `full` `support_logprobs` [N, V]; with
         `hidden` `hidden` [N, H]. NaN: the log-prob is missing. Arrays must be writable.
 
@@ -104,7 +106,7 @@ class Teacher:
         fields |= self.score_tokens(known_context(trajectories, self.vocabulary))
         known = trajectories.response_tokens < self.vocabulary
         # Comparisons with NaN are false, so NaN is not known.
-        known &= (fields["logprobs"] > PLAUSIBLE[0]) & (fields["logprobs"] <= PLAUSIBLE[1])
+        known &= (fields["logprobs"] > PLAUSIBLE[0] / min(self.temperature, 1.0)) & (fields["logprobs"] <= PLAUSIBLE[1])
         support_ids, support = fields["support_ids"], fields["support_logprobs"]
         entries = np.isfinite(support) & (support <= PLAUSIBLE[1])
         if support_ids.shape[1]:

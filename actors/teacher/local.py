@@ -110,7 +110,14 @@ class LocalTeacher(Teacher):
             places = torch.from_numpy(batch.tokens).to(self._device)
             states = hidden_states(self._body, batch.input_ids, batch.lengths, self._device)
             states = states[torch.from_numpy(batch.positions).to(self._device)]
-            scored = chunked_head(states, self._weight, self._bias, reduce, chunk_tokens=self.config.head_chunk_tokens)
+            scored = chunked_head(
+                states,
+                self._weight,
+                self._bias,
+                reduce,
+                chunk_tokens=self.config.head_chunk_tokens,
+                temperature=self.temperature,
+            )
             for name, values in zip(fields, scored, strict=False):
                 fields[name][batch.tokens] = values.cpu().numpy()
             if signal == "hidden":
@@ -123,7 +130,7 @@ class LocalTeacher(Teacher):
         text = np.concatenate([written.prompt_tokens, written.response_tokens]).astype(np.int64)
         with torch.inference_mode():
             tokens = torch.from_numpy(text).to(self._device)[None]
-            logits = self._model(tokens, use_cache=False).logits[0, :-1, : self.vocabulary].float()
+            logits = self._model(tokens, use_cache=False).logits[0, :-1, : self.vocabulary].float() / self.temperature
             plain = token_logprobs(torch.log_softmax(logits, -1), tokens[0, 1:]).cpu().numpy()
         if np.abs(scored - plain).max() > (1e-3 if self.config.dtype == "float32" else 0.2):
             raise CampaignError(f"{self.key} fails its self-test: scores differ from a plain forward pass")
@@ -166,7 +173,7 @@ class LocalTeacher(Teacher):
     ) -> tuple[RolloutCounts, Trajectories]:
         """Samples the B requested responses from the teacher, for the student to copy (`estimator: sft`).
 
-        sampling: as for the student. prompts: the B prompts that the teacher reads in place of the student's, where it
+        sampling: as for the student, but for a temperature of the teacher's own. prompts: the B prompts that the teacher reads in place of the student's, where it
         has privileged information. Tokens get this policy version, since the teacher's responses do not become stale,
         and the behaviour log-prob 0, which sft does not read. The result is a function of the requests and their order.
         """
@@ -177,7 +184,7 @@ class LocalTeacher(Teacher):
             prompts or Prompts(requests.prompt_tokens, requests.prompt_offsets),
             Limits(sampling.max_response_tokens, stop_token_ids),
             do_sample=True,
-            temperature=sampling.temperature,
+            temperature=sampling.temperature if self.config.temperature is None else self.temperature,
             top_p=sampling.top_p,
             top_k=sampling.top_k,
         )

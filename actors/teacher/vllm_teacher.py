@@ -16,6 +16,7 @@ from actors.data.models import load_config
 from actors.errors import UserError
 from actors.teacher.base import Teacher, known_prompts, texts_of
 from actors.trajectory import Limits, Prompts, Trajectories, normalised, offsets_of
+from actors.vllm_logits import EXTENSION
 from actors.vllm_startup import build_llm, importing_vllm
 
 REPEATS = 0.02
@@ -38,7 +39,8 @@ class VllmTeacher(Teacher):
             "tensor_parallel_size": config.tensor_parallel_size,
             "trust_remote_code": config.trust_remote_code,
             "max_logprobs": -1,  # no limit; by default vLLM refuses more than 20
-            "logprobs_mode": "raw_logprobs",  # at temperature 1, whatever a request's temperature is
+            "logprobs_mode": "raw_logprobs",  # of the logits as `shape_logits` leaves them, whatever a request asks for
+            "worker_extension_cls": EXTENSION,
             # Requests that ask for the log-probs of their prompt do not read the prefix cache.
             "enable_prefix_caching": False,
             # Bounds memory: vLLM holds [tokens of a step, vocabulary] log-probs at a time.
@@ -46,6 +48,7 @@ class VllmTeacher(Teacher):
         }
         keep_tensors()
         self._llm = build_llm(options, config.engine, f"{key}.engine")
+        self._llm.collective_rpc("shape_logits", args=(self.temperature,))
         self.self_test(repeats=REPEATS)
 
     def score_tokens(self, trajectories: Trajectories) -> dict[str, np.ndarray]:

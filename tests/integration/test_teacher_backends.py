@@ -42,10 +42,10 @@ def config(signal: str, **changes: Any) -> TeacherConfig:
     return TeacherConfig(MODEL, dtype="float32", signal=signal, top_k=TOP_K, **changes)  # type: ignore[arg-type]
 
 
-def compare(teacher: Any, signal: str) -> None:
+def compare(teacher: Any, signal: str, temperature: float = 1.0) -> None:
     """Compares every field of its scores, and its greedy responses, with those of LocalTeacher."""
     t = written()
-    ours = LocalTeacher(config(signal), "teachers.wise", VOCABULARY)
+    ours = LocalTeacher(config(signal, temperature=temperature), "teachers.wise", VOCABULARY)
     expected, found = ours.score(t.ids, t)[1], teacher.score(t.ids, t)[1]
     np.testing.assert_allclose(found.logprobs, expected.logprobs, atol=1e-4)
     np.testing.assert_array_equal(found.support_ids, expected.support_ids)
@@ -56,9 +56,10 @@ def compare(teacher: Any, signal: str) -> None:
         np.testing.assert_array_equal(one, other)
 
 
-@pytest.mark.parametrize("signal", ["sampled", "topk", "full"])
-def test_a_vllm_teacher_says_what_the_model_in_transformers_says(signal: str) -> None:
-    compare(VllmTeacher(config(signal, backend="vllm"), "teachers.wise", VOCABULARY), signal)
+@pytest.mark.parametrize(("signal", "temperature"), [("sampled", 1), ("topk", 1), ("full", 1), ("topk", 0.6)])
+def test_a_vllm_teacher_says_what_the_model_in_transformers_says(signal: str, temperature: float) -> None:
+    wanted = config(signal, backend="vllm", temperature=temperature)
+    compare(VllmTeacher(wanted, "teachers.wise", VOCABULARY), signal, temperature)
 
 
 def test_a_token_beyond_its_rows_and_a_trajectory_beyond_its_context(tmp_path: Path) -> None:
