@@ -342,6 +342,20 @@ def test_what_a_backend_cannot_do_is_refused(tmp_path: Path, overrides: list[str
     assert message.startswith(f"teachers.default.{where}")
 
 
+def test_a_teacher_that_cannot_be_tempered_is_refused_at_another_temperature(tmp_path: Path) -> None:
+    http = [f"teachers.default.{x}" for x in ("backend=http", "signal=sampled", "urls=[http://h:1/v1]")]
+    hot, one = "sampling.temperature=0.6", "teachers.default.temperature=1"
+    message = refusal(tmp_path, GOOD, *http, hot)
+    assert message.startswith(
+        "teachers.default.temperature: found null, so sampling.temperature, 0.6, expected 1: the "
+    )
+    assert refusal(tmp_path, GOOD, *http, "teachers.default.temperature=2").startswith(
+        "teachers.default.temperature: f"
+    )
+    load_config(written(tmp_path), [*http, hot, one])
+    load_config(written(tmp_path), [hot])
+
+
 def test_a_campaign_without_a_teacher_is_refused(tmp_path: Path) -> None:
     assert refusal(tmp_path, "name: a\nstudent: {model: s}\nprompts: {path: p}\n").startswith("teachers:")
     assert refusal(tmp_path, GOOD.replace("  default: {model: teacher, signal: full}", "  {}")).startswith("teachers:")
