@@ -9,13 +9,19 @@ import argparse
 import json
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from actors.errors import CampaignError, UserError
+from cluster.console.terminal import lasting_output
+from cluster.interrupts import INTERRUPTED_STATUS, INTERRUPTS
 from cluster.records.writer import REPORT_FILE
+
+END_SECONDS = 10.0
+"""How long a command whose work is done may take to leave: threads of libraries that wait for a server are not waited for."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -27,21 +33,42 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"unrecognized arguments: {' '.join(others)}")
     if others:
         options.overrides = [*options.overrides, *others]
+    if options.command in LONG_COMMANDS:
+        with INTERRUPTS.heard(), lasting_output():
+            status = _status_of(options)
+    else:
+        status = _status_of(options)
+    if arguments is None:  # called as a program, not by a test
+        _end_soon(status)
+    sys.exit(status)
+
+
+def _status_of(options: argparse.Namespace) -> int:
+    """Runs the command; its exit status, once what went wrong is printed."""
     try:
-        status = options.command(options)
+        return options.command(options)
     except UserError as error:
         print(f"understudy: {error}", file=sys.stderr)
-        status = 2
+        return 2
     except CampaignError as error:
         print(f"understudy: {error}", file=sys.stderr)
-        status = 1
+        return 1
     except BrokenPipeError:  # the reader of our output has closed it, for example `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 0
+        return 0
     except KeyboardInterrupt:
         print("understudy: interrupted", file=sys.stderr)
-        status = 130
-    sys.exit(status)
+        return INTERRUPTED_STATUS
+
+
+def _end_soon(status: int) -> None:
+    """Ends the process in END_SECONDS if it has not ended by then: a library's thread may wait for a server for ever."""
+
+    def end() -> None:
+        time.sleep(END_SECONDS)
+        os._exit(status)
+
+    threading.Thread(target=end, daemon=True).start()
 
 
 def command_parser() -> argparse.ArgumentParser:
@@ -149,7 +176,7 @@ def _run(options: argparse.Namespace) -> int:
     print(f"report: {(config.run_dir / REPORT_FILE).resolve()}")
     if not complete:
         print("interrupted: a checkpoint is written; the same command resumes from it", file=sys.stderr)
-    return 0 if complete else 130
+    return 0 if complete else INTERRUPTED_STATUS
 
 
 def _check(options: argparse.Namespace) -> int:
@@ -285,6 +312,9 @@ def _compare(options: argparse.Namespace) -> int:
     from cluster.run import run_campaign
 
     results = compare(found, run_campaign, lambda line: print(line, flush=True))
+    if results is None:
+        print("interrupted: a checkpoint is written; the same command resumes from it", file=sys.stderr)
+        return INTERRUPTED_STATUS
     first = found[0].config
     output = (
         options.output
@@ -301,3 +331,7 @@ def _report(options: argparse.Namespace) -> int:
     output = options.output or options.run_dirs[0] / REPORT_FILE
     print(f"report: {write_report(options.run_dirs, output).resolve()}")
     return 0
+
+
+LONG_COMMANDS = (_run, _check, _submit, _compare, _plan)
+"""Commands that end with one line on any signal that asks for it."""

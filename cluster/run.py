@@ -10,6 +10,7 @@ import contextlib
 import errno
 import os
 import traceback
+from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from cluster.fleet.ray_cluster import connected, refuse_relative_output, room_to
 from cluster.fleet.ray_fleet import Fleet
 from cluster.fleet.supervision import Repeated, Restarts
 from cluster.inputs import Inputs, read_inputs
+from cluster.interrupts import INTERRUPTS
 from cluster.loop.campaign import Campaign
 from cluster.loop.evaluation import Evaluator
 from cluster.loop.teachers import Teachers
@@ -37,6 +39,7 @@ from cluster.state.rollback import RollBack, roll_back
 from cluster.state.summary import summarise
 from cluster.tracking.ray_prometheus import Prometheus
 from cluster.tracking.trackers import Trackers, make_trackers
+from learner.student.checkpoint import checkpoint_steps
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
@@ -47,6 +50,7 @@ def run_campaign(config: CampaignConfig) -> tuple[dict[str, Any], bool]:
     Returns the summary, and whether the campaign is complete (False: it was interrupted). UserError: the configuration,
     an input or the run directory is at fault. CampaignError: it broke while it ran.
     """
+    INTERRUPTS.starts()
     refuse_relative_output(config)
     check_models(config)
     with claimed(config) as changed:
@@ -64,6 +68,7 @@ def _run_connected(config: CampaignConfig, records: RunRecords) -> tuple[dict[st
     inputs = read_inputs(config)
     state, checkpoint = take_up(config, records)
     progress = Progress(config.run_dir)
+    INTERRUPTS.last_acts.append(progress.leave)
 
     async def run(private: bool) -> tuple[dict[str, Any], bool]:
         return await Running(config, state, checkpoint, inputs, records, progress, private).to_the_end()
@@ -101,6 +106,7 @@ class Running:
         records.event("resumed" if checkpoint else "started", step=state.step, process=os.getpid())
         if self.short:
             self.on_event("short_of_resources", cause=str(self.short))
+        INTERRUPTS.last_acts.append(self._ended_now)
         self.fleets = build_fleets(config, inputs, self.needed, begin, self.on_event)
         self.learner = build_learner(config, inputs, checkpoint, self.needed, self.on_event)
         exported = [Prometheus(config.name)] if config.tracking.prometheus else []
@@ -108,6 +114,8 @@ class Running:
         records.on_metrics = self.trackers.log
         self.gate = asyncio.Event()
         self.gate.set()
+        self.interrupted = asyncio.Event()
+        """Set for good by the first signal, or by `understudy stop`: it outlives the loop, which may begin again."""
 
     def on_event(self, kind: str, **fields: Any) -> None:
         """Writes an event to events.jsonl and to the screen, and counts it if it is a fault."""
@@ -121,9 +129,11 @@ class Running:
         watching = [asyncio.create_task(keep_status(self.config.run_dir, self.progress.refresh))]
         try:
             await self._start()
-            orders = handlers(self.fleets, self.needed, self.gate, self.on_event)
+            orders = handlers(self.fleets, self.needed, self.gate, self.on_event, self.interrupted)
             watching.append(asyncio.create_task(obey(self.config.run_dir, orders)))
-            complete = await self._train()
+            loop = asyncio.get_running_loop()
+            with INTERRUPTS.runs(lambda: self._interrupt(loop)):
+                complete = await self._train()
             self.records.event("finished" if complete else "stopped", step=self.state.step)
             summary = summarise(self.config, self.state, self.records.wall_seconds, self.needed)
             self.records.write_summary(summary)
@@ -161,6 +171,7 @@ class Running:
             "records": self.records,
             "progress": self.progress,
             "gate": self.gate,
+            "interrupted": self.interrupted,
         }
         most, budget, again = self.config.ray.max_restarts, Restarts(self.config.ray.max_restarts), Repeated()
         while True:
@@ -179,7 +190,8 @@ class Running:
                     raise CampaignError(f"{error}; {again.told(self.state.step)}") from error
             except RollBack as wanted:
                 self.state, checkpoint = roll_back(self.config, self.state, wanted.finding, self.records, self.on_event)
-            await self._replace_learner(checkpoint)
+            if not await self._unless_interrupted(self._replace_learner(checkpoint)):
+                return False  # there is no learner to save: the last checkpoint is what there is
 
     async def _replace_learner(self, checkpoint: Path | None) -> None:
         lost = self.learner
@@ -187,6 +199,32 @@ class Running:
         self.learner.inherit(lost)  # first: another job could take the place while the new learner starts
         await self.learner.start(patient=True)
         self.on_event("learner_restored", step=self.state.step, checkpoint=str(checkpoint or "the untrained student"))
+
+    async def _unless_interrupted(self, work: Coroutine[Any, Any, None]) -> bool:
+        """Waits for `work`, or until the campaign is interrupted; whether it has ended."""
+        working, asked = asyncio.create_task(work), asyncio.create_task(self.interrupted.wait())
+        await asyncio.wait((working, asked), return_when=asyncio.FIRST_COMPLETED)
+        asked.cancel()
+        if not working.done():
+            working.cancel()
+            await asyncio.gather(working, return_exceptions=True)
+            return False
+        working.result()
+        return True
+
+    def _interrupt(self, loop: asyncio.AbstractEventLoop) -> str:
+        """A signal asks for the end: tells the loop, and returns what the end waits for."""
+        loop.call_soon_threadsafe(self.interrupted.set)
+        doing = self.progress.roles.get("learner", "idle")
+        first = f"{doing} is finished, then " if doing.startswith("update") else ""
+        return f"{first}a checkpoint is written (the last one is of update {self._saved_step()})"
+
+    def _ended_now(self) -> None:
+        """This process ends at once: says so in the records."""
+        self.records.event("stopped", step=self._saved_step(), cause=f"ended at once in update {self.state.step + 1}")
+
+    def _saved_step(self) -> int:
+        return max(checkpoint_steps(self.config.run_dir / "checkpoints"), default=0)
 
     def _live_status(self) -> dict[str, Any]:
         """The part of status.json that only this process knows (cluster/console/status.py)."""

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from actors.errors import CampaignError, UserError
+from actors.errors import UserError
 from cluster.config import CampaignConfig
 from cluster.config_file import load_config
 from cluster.records.metric_table import of_status
@@ -90,13 +90,13 @@ def compare(
     found: Sequence[Trial],
     run: Callable[[CampaignConfig], tuple[dict[str, Any], bool]],
     say: Callable[[str], None] = print,
-) -> dict[str, list[Path]]:
-    """Runs the unfinished campaigns; returns method -> run directories. CampaignError: interrupted before the last one."""
+) -> dict[str, list[Path]] | None:
+    """Runs the unfinished campaigns; returns method -> run directories, or None: interrupted before the last one."""
     for number, trial in enumerate(found, 1):
         say(f"{number} of {len(found)}: {trial.config.name}")
         _, complete = run(trial.config)
         if not complete:
-            raise CampaignError(f"{trial.config.name} was interrupted; the same command resumes from there")
+            return None
     methods = dict.fromkeys(trial.method for trial in found)
     return {method: [t.config.run_dir for t in found if t.method == method] for method in methods}
 

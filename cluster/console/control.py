@@ -8,7 +8,6 @@ to listen on a port, and write permission on the directory decides who may contr
 import asyncio
 import json
 import os
-import signal
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
@@ -85,11 +84,13 @@ def handlers(
     needed: dict[str, tuple[int, Resources]],
     gate: asyncio.Event,
     on_event: Callable[..., None],
+    interrupted: asyncio.Event,
 ) -> dict[str, Handler]:
     """Command -> its handler.
 
     fleets: role -> fleet, for the roles that can be scaled. needed: role -> (actors, resources of one); `scale` updates
     it. gate: set while new prompts are issued. on_event: records an event.
+    interrupted: ends the campaign with a checkpoint once it is set.
     """
 
     async def pause(_: Mapping[str, Any]) -> str:
@@ -110,9 +111,7 @@ def handlers(
 
     async def stop(_: Mapping[str, Any]) -> str:
         gate.set()
-        asyncio.get_running_loop().call_later(
-            0.5, os.kill, os.getpid(), signal.SIGINT
-        )  # later, so that the answer is written
+        asyncio.get_running_loop().call_later(0.5, interrupted.set)  # later, so that the answer is written
         return "stopping after the update under way, with a checkpoint; the same command continues from it"
 
     async def scale(wanted: Mapping[str, Any]) -> str:

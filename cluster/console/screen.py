@@ -2,6 +2,7 @@
 a table, and trajectories in colour.
 """
 
+import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -84,6 +85,11 @@ class Progress:
         if self._screen is not None:
             self._screen.stop()
             self._screen = None
+
+    def leave(self) -> None:
+        """Gives the terminal its cursor back. Takes no lock: the process is about to end, in the middle of anything."""
+        if self._screen is not None:
+            os.write(1, b"\x1b[?25h\n")
 
     def _status(self) -> dict[str, Any]:
         with self._lock:  # rich refreshes in a thread of its own

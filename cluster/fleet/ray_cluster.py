@@ -3,6 +3,7 @@
 import logging
 import os
 import secrets
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
@@ -15,11 +16,13 @@ from actors.errors import UserError
 from actors.teacher.backends import backend_of
 from cluster.config import CampaignConfig
 from cluster.fleet.ray_actor import Resources
+from cluster.fleet.ray_private import first_line, private_cluster, shut_down, without_handlers_of_ray
 
 CPU_THREADS = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 """Without these, the threads of actors that share cores spin while they wait for each other: 25 to 60 times slower."""
 
 LOOPBACK = "127.0.0.1"
+PROBE_SECONDS = 5.0
 TOKEN_SETTINGS = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 """If one of these is set, the user has chosen how clusters are protected. Otherwise a private one gets its own token."""
 
@@ -34,45 +37,65 @@ def connected(config: CampaignConfig) -> Iterator[bool]:
     """Within the block, this process is connected to the campaign's cluster.
 
     Yields True for a private cluster, which is started here and ends with the block. UserError: nothing answers at
-    `ray.address`.
+    `ray.address`, or this machine has no room for a private one. CampaignError: a private one does not start.
     """
     address = config.ray.address or os.environ.get("RAY_ADDRESS") or "local"
-    private = address == "local"
-    options: dict = {}
-    if private:
-        # Workers inherit this environment. As a runtime_env of each actor it would delay its start.
-        os.environ.update({name: os.environ.get(name, value) for name, value in CPU_THREADS.items()})
-        if not any(name in os.environ for name in TOKEN_SETTINGS):
-            os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # Ray would leave one in the home directory
-        # Nothing of a private cluster is reachable from other machines.
-        options = {"include_dashboard": False, "_node_ip_address": LOOPBACK}
-        if config.ray.object_store_mebibytes:
-            options["object_store_memory"] = config.ray.object_store_mebibytes << 20
+    options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+    if address != "local":
+        _join(address, "ray.address" if config.ray.address else "RAY_ADDRESS", options)
+        try:
+            yield False
+        finally:
+            shut_down()
+        return
+    # Workers inherit this environment. As a runtime_env of each actor it would delay its start.
+    os.environ.update({name: os.environ.get(name, value) for name, value in CPU_THREADS.items()})
+    if not any(name in os.environ for name in TOKEN_SETTINGS):
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # Ray would leave one in the home directory
+    # Nothing of a private cluster is reachable from other machines.
+    options |= {"include_dashboard": False, "_node_ip_address": LOOPBACK}
+    if config.ray.object_store_mebibytes:
+        options["object_store_memory"] = config.ray.object_store_mebibytes << 20
+    with private_cluster(options, config.ray.object_store_mebibytes):
+        yield True
+
+
+def _join(address: str, key: str, options: dict[str, Any]) -> None:
+    """Connects to a running cluster. UserError: nothing answers at the address, or it refuses us."""
+    expected = "the address of a running Ray cluster"
     try:
-        with _loopback_as_it_is():
-            ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, **options)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        first_line = str(error).strip().splitlines()[0]
-        raise UserError("ray.address", f"{address} ({first_line})", "the address of a running Ray cluster") from error
-    try:
-        yield private
-    finally:
-        ray.shutdown()
+        probe(services.canonicalize_bootstrap_address(address) or address if "://" not in address else address)
+        with without_handlers_of_ray():
+            ray.init(address=address, **options)
+    except (
+        Exception
+    ) as error:  # Ray raises anything from ValueError to a bare Exception for an address that is not right
+        shut_down()
+        raise UserError(key, f"{address} ({first_line(error)})", expected) from error
 
 
-@contextmanager
-def _loopback_as_it_is() -> Iterator[None]:
-    """Within the block, Ray does not replace 127.0.0.1 by the machine's address.
+def probe(address: str, seconds: float = PROBE_SECONDS) -> None:
+    """Asks whether a control store may be there: Ray itself would wait for minutes for one that is not.
 
-    With that address every service of a private cluster would listen on all interfaces. Ray 2.60 has no public setting
-    for it; a test looks at which ports listen where.
+    address: host:port, or ray://host:port, of which only the connection is tried. ConnectionError, TimeoutError: it is not.
     """
-    resolve = services.resolve_ip_for_localhost
-    services.resolve_ip_for_localhost = lambda host: host
+    scheme, _, place = address.rpartition("://")
+    host, _, port = place.rpartition(":")
+    if not host or not port.isdigit():
+        raise ValueError(f"no host:port: {address}")
     try:
-        yield
-    finally:
-        services.resolve_ip_for_localhost = resolve
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=seconds) as connection:
+            if scheme or os.environ.get("RAY_USE_TLS", "0") not in ("", "0"):
+                return
+            # The beginning of HTTP/2, which gRPC speaks: a server answers with a frame of settings (type 4).
+            connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0]))
+            answer = connection.recv(9)
+    except TimeoutError as error:
+        raise TimeoutError(f"no answer within {seconds:g} s") from error
+    except OSError as error:
+        raise ConnectionError(error.strerror or str(error)) from error
+    if len(answer) < 4 or answer[3] != 4:
+        raise ConnectionError("what answers there is not Ray")
 
 
 def teacher_gpus(teacher: TeacherConfig) -> float:

@@ -24,7 +24,6 @@ part of the update in one call. The types are in work.py, the queues in queues.p
 
 import asyncio
 import gc
-import signal
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
@@ -67,12 +66,14 @@ class Campaign:
         records: RunRecords,
         progress: Progress,
         gate: asyncio.Event | None = None,
+        interrupted: asyncio.Event | None = None,
     ):
         """state: where the campaign stands; the loop updates it. Fleets are started. gate: while it is not set, nothing is
-        issued, and what is under way is finished and trained."""
+        issued, and what is under way is finished and trained. interrupted: once it is set, the loop ends with a checkpoint."""
         self.config, self.state = config, state
         self.rollout, self.teachers, self.learner = rollout, teachers, learner
         self._prompts, self._records, self._gate = prompts, records, gate
+        self._interrupted = interrupted or asyncio.Event()
         self._checkpoints = Checkpoints(config, records)
         self._synchronous = config.pipeline.max_staleness == 0
         self._update_size = config.trajectories_per_update
@@ -96,19 +97,14 @@ class Campaign:
         self._clock = self._reporter.clock
 
     async def run(self) -> bool:
-        """Runs until the last update is published. False: SIGINT or SIGTERM ended it, and a checkpoint was written.
+        """Runs until the last update is published. False: it was interrupted, and a checkpoint was written.
 
         Raises the first error of any stage. LearnerLostError, RollBack: the caller may start a new loop from a checkpoint.
         """
-        interrupted = asyncio.Event()
-        loop = asyncio.get_running_loop()
-        # By default SIGINT would cancel the main task in the middle of an update, and SIGTERM would kill the process.
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, interrupted.set)
         stages = {
             asyncio.create_task(stage(), name=name)
             for name, stage in {
-                "interrupt": interrupted.wait,
+                "interrupt": self._interrupted.wait,
                 "issue": self._issue,
                 "sample": self._sample,
                 "score": self._score,
@@ -122,11 +118,9 @@ class Campaign:
         try:
             done, _ = await asyncio.wait(stages, return_when=asyncio.FIRST_COMPLETED)
             await self._settle(done)
-            return not interrupted.is_set()
+            return not self._interrupted.is_set()
         finally:
             gc.unfreeze()
-            for number in (signal.SIGINT, signal.SIGTERM):
-                loop.remove_signal_handler(number)
             for task in stages:
                 task.cancel()
             # The first error is already on its way to the caller; those of the other stages follow from it.

@@ -74,13 +74,16 @@ ray: {object_store_mebibytes: 100, start_timeout_seconds: 600}
 
 def start(folder: Path, *overrides: str, what: tuple[str, ...] = ("campaign.yaml",)) -> subprocess.Popen[str]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    long = folder / "a-directory-for-temporary-files-with-a-path-that-is-too-long-for-sockets"
+    long.mkdir(exist_ok=True)
     return subprocess.Popen(
         [sys.executable, "-m", "cluster", "run", *what, *overrides],
         cwd=folder,
-        env={**environment, "PYTHONPATH": str(ROOT), "HOME": str(folder / "home")},
+        env={**environment, "PYTHONPATH": str(ROOT), "HOME": str(folder / "home"), "TMPDIR": str(long)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     )
 
 
@@ -189,12 +192,16 @@ def test_killed_and_interrupted_equals_undisturbed_bit_for_bit(calm: Path, folde
     assert not (folder / "home" / ".ray").exists()
     process.kill()
     process.communicate()
+    until(lambda: not any(one.is_running() for one in family), f"the end of {family}")
+    assert not list(Path("/tmp").glob(f"us-*/ray/session_*_{process.pid}"))
     killed_at = read_jsonl(stormy / "metrics.jsonl")[-1]["step"]
 
     process = start(folder, "pipeline.updates=9000", what=("--resume", "runs/stormy"))
     wait_for_step(folder, "stormy", max(5, killed_at + 2), process)
-    process.send_signal(signal.SIGINT)
+    family = processes_of(process)
+    os.killpg(process.pid, signal.SIGTERM)  # as `timeout`, `scancel` and systemd do: the cluster's daemons live on
     _, err = finish(process, 130)
+    until(lambda: not any(one.is_running() for one in family), f"the end of {family}")
     assert "a checkpoint is written" in err and "Traceback" not in err
     events = {row["kind"]: row for row in read_jsonl(stormy / "events.jsonl")}
     assert "interrupted" in events and events["configuration_changed"]["changed"] == {"pipeline.updates": [10000, 9000]}

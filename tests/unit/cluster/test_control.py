@@ -109,7 +109,9 @@ def made(**sizes: int) -> tuple[dict[str, Any], list[Any], asyncio.Event, dict[s
     gate = asyncio.Event()
     gate.set()
     needed = {role: (count, Resources(1.0, 0.0)) for role, count in sizes.items()}
-    found = control.handlers(fleets, needed, gate, lambda kind, **fields: events.append((kind, fields)))
+    found = control.handlers(
+        fleets, needed, gate, lambda kind, **fields: events.append((kind, fields)), asyncio.Event()
+    )
     return fleets, events, gate, found
 
 

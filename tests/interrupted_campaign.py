@@ -1,0 +1,72 @@
+"""Light campaigns that stop at a known place, so that a test can send signals there. Each runs in a process of its own."""
+
+import os
+import pty
+import sys
+import termios
+import time
+from fcntl import ioctl
+from pathlib import Path
+from typing import Any
+
+import cluster.run
+from learner.learner import Learner
+from tests import light_campaign
+
+
+def wait_at_update(number: int, folder: Path) -> None:
+    """Makes update `number` of the learner create `folder/reached`, and wait for `folder/go`."""
+    update = Learner.update
+
+    def waiting(self: Learner, *arguments: Any, **keywords: Any) -> Any:
+        if self.policy_version + 1 == number:
+            (folder / "reached").touch()
+            wait_for(folder / "go")
+        return update(self, *arguments, **keywords)
+
+    Learner.update = waiting  # type: ignore[method-assign]
+
+
+def wait_for(file: Path) -> None:
+    while not file.exists():
+        time.sleep(0.01)
+
+
+def run_to_update(folder: Path, number: int, config: str) -> None:
+    """`understudy run` that waits in an update."""
+    wait_at_update(number, folder)
+    light_campaign.run_command_here(folder, "run", config)
+
+
+def run_to_start(folder: Path, config: str) -> None:
+    """`understudy run` that waits while its actors start."""
+    build = cluster.run.build_learner
+
+    def waiting(*arguments: Any) -> Any:
+        (folder / "reached").touch()
+        wait_for(folder / "go")
+        return build(*arguments)
+
+    cluster.run.build_learner = waiting
+    light_campaign.run_command_here(folder, "run", config)
+
+
+def run_in_a_terminal(folder: Path, number: int, config: str) -> None:
+    """`run_to_update` as the foreground process of a terminal, which closes when there is a file `folder/close`; `folder/closed` follows."""
+    ours, theirs = pty.openpty()
+    child = os.fork()
+    if child:
+        os.close(theirs)
+        while not (folder / "close").exists():
+            time.sleep(0.01)
+        os.close(ours)
+        (folder / "closed").touch()
+        _, status = os.waitpid(child, 0)
+        sys.exit(os.waitstatus_to_exitcode(status))
+    os.setsid()
+    os.close(ours)
+    ioctl(theirs, termios.TIOCSCTTY, 0)
+    for descriptor in (0, 1, 2):
+        os.dup2(theirs, descriptor)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+    run_to_update(folder, number, config)

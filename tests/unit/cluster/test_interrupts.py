@@ -1,0 +1,183 @@
+"""A signal at any time ends in a checkpoint or in one line; a terminal that closes takes nothing with it."""
+
+import errno
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.console.terminal import LastingStream, lasting_output
+from cluster.interrupts import WARNINGS, Interrupts
+from cluster.records.writer import read_jsonl
+from tests import clean_process, interrupted_campaign, light_campaign
+from tests.waiting import until
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return light_campaign.make_folder(tmp_path_factory.mktemp("interrupts"))
+
+
+class Campaign:
+    """A light campaign that waits in update 4, after the checkpoint of update 2."""
+
+    def __init__(self, folder: Path, name: str, body: Any = interrupted_campaign.run_to_update, **changes: Any):
+        self.place = folder / f"place-{name}"
+        self.place.mkdir()
+        self.run_dir, self.log = folder / "runs" / name, self.place / "log"
+        config = light_campaign.configuration(folder, name, **{"checkpoint": {"every_updates": 2}, **changes})
+        where = (
+            (self.place, 4, str(config)) if body is not interrupted_campaign.run_to_start else (self.place, str(config))
+        )
+        self.process = clean_process.start(body, *where, log=self.log)
+        until((self.place / "reached").exists, f"{name}: {self.text()}", self.process.is_alive)
+        if body is not interrupted_campaign.run_to_start:  # it is written in the background
+            until(lambda: self.steps() == [2], "the checkpoint of update 2", self.process.is_alive)
+
+    def text(self) -> str:
+        return self.log.read_text(errors="replace") if self.log.exists() else ""
+
+    def signal(self, number: int) -> None:
+        assert self.process.pid
+        os.kill(self.process.pid, number)
+
+    def go(self) -> None:
+        (self.place / "go").touch()
+
+    def end(self) -> int | None:
+        self.process.join()
+        return self.process.exitcode
+
+    def steps(self) -> list[int]:
+        return [int(path.name[5:]) for path in sorted((self.run_dir / "checkpoints").glob("step_*"))]
+
+    def kinds(self) -> list[str]:
+        return [row["kind"] for row in read_jsonl(self.run_dir / "events.jsonl")]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1], ids=lambda n: n.name)
+def test_each_signal_says_at_once_what_it_waits_for_and_ends_with_a_checkpoint(folder: Path, number: Any) -> None:
+    campaign = Campaign(folder, f"asked-{number.name}")
+    campaign.signal(number)
+    said = (
+        f"understudy: {number.name}: update 4 is finished, then a checkpoint is written (the last one is of update 2)"
+    )
+    until(lambda: said in campaign.text(), campaign.text(), campaign.process.is_alive)
+    campaign.go()
+    assert campaign.end() == 130, campaign.text()
+    assert campaign.steps()[-1] in (4, 5) and campaign.kinds()[-1] == "stopped"
+    assert "Traceback" not in campaign.text()
+
+
+def test_a_second_signal_ends_now_with_what_is_saved(folder: Path) -> None:
+    campaign = Campaign(folder, "twice")
+    campaign.signal(signal.SIGTERM)
+    campaign.signal(signal.SIGTERM)  # as `timeout` does: to the process, and to its group
+    until(lambda: "a second SIGINT or SIGTERM ends it now" in campaign.text(), "a line", campaign.process.is_alive)
+    campaign.signal(signal.SIGUSR1)  # a scheduler's warning does not insist
+    campaign.process.join(0.5)
+    assert campaign.process.is_alive()
+    campaign.signal(signal.SIGTERM)
+    assert campaign.end() == 130, campaign.text()
+    assert campaign.steps() == [2] and "SIGTERM again: ended now" in campaign.text()
+    last = read_jsonl(campaign.run_dir / "events.jsonl")[-1]
+    assert (last["kind"], last["step"], last["cause"]) == ("stopped", 2, "ended at once in update 4")
+    assert "Traceback" not in campaign.text()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=lambda n: n.name)
+def test_a_signal_while_the_actors_start_is_one_line(folder: Path, number: Any) -> None:
+    campaign = Campaign(folder, f"starting-{number.name}", interrupted_campaign.run_to_start)
+    campaign.signal(number)
+    assert campaign.end() == 130
+    [line] = [line for line in campaign.text().splitlines() if "interrupted" in line]
+    assert line.startswith(f"understudy: interrupted ({number.name}) before the first update")
+    assert "Traceback" not in campaign.text()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR2], ids=lambda n: n.name)
+def test_a_signal_during_the_imports_is_one_line(folder: Path, number: Any) -> None:
+    light_campaign.configuration(folder, "importing")
+    import_of_torch = (
+        "import os, signal, sys; sys.meta_path.insert(0, type('F', (), {'find_spec': staticmethod(lambda name, "
+    )
+    import_of_torch += f"*_: os.kill(os.getpid(), {int(number)}) if name == 'torch' else None)}})())"
+    program = f"{import_of_torch}; from cluster.cli import main; main(['run', 'importing.yaml'])"
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 130, done.stderr
+    assert re.fullmatch(rf"understudy: interrupted \({number.name}\) before .*\n", done.stderr) and not done.stdout
+
+
+def test_a_terminal_that_closes_leaves_a_checkpoint_and_every_record(folder: Path) -> None:
+    campaign = Campaign(folder, "terminal", interrupted_campaign.run_in_a_terminal)
+    (campaign.place / "close").touch()
+    until((campaign.place / "closed").exists, "a terminal that is closed", campaign.process.is_alive)
+    campaign.go()
+    assert campaign.end() == 130, campaign.text()
+    assert campaign.steps()[-1] in (4, 5) and campaign.kinds()[-1] == "stopped"
+    assert json.loads((campaign.run_dir / "summary.json").read_text())["updates"] == campaign.steps()[-1]
+
+
+def test_output_on_a_full_disk_does_not_end_the_campaign(folder: Path) -> None:
+    config = light_campaign.configuration(folder, "unread", pipeline={"updates": 3})
+    process = clean_process.start(light_campaign.run_command_here, folder, "run", str(config), log=Path("/dev/full"))
+    process.join()
+    assert process.exitcode == 0
+    assert read_jsonl(folder / "runs" / "unread" / "events.jsonl")[-1]["kind"] == "finished"
+
+
+class Gone:
+    def __init__(self, error: Exception, descriptor: int):
+        self.error, self.descriptor = error, descriptor
+
+    def write(self, text: str = "") -> int:
+        raise self.error
+
+    flush = write
+
+    def fileno(self) -> int:
+        return self.descriptor
+
+
+@pytest.mark.parametrize("code", [errno.EPIPE, errno.EIO, errno.ENOSPC])
+def test_output_that_cannot_be_written_is_dropped(tmp_path: Path, code: int) -> None:
+    with (tmp_path / "out").open("w") as file:
+        stream = LastingStream(Gone(OSError(code, os.strerror(code)), file.fileno()))
+        assert stream.write("text") == 4
+        stream.writelines(["a", "b"])
+        stream.flush()
+        os.write(file.fileno(), b"later")  # a terminal is replaced by nothing; a full disk may have room again
+    assert (tmp_path / "out").read_text() == ("later" if code == errno.ENOSPC else "")
+
+
+def test_output_is_as_before_after_the_block() -> None:
+    before = sys.stdout
+    with lasting_output():
+        assert sys.stdout is not before
+    assert sys.stdout is before
+
+
+def test_handlers_are_as_before_and_nohup_is_respected() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Interrupts().heard():
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+            for number in (signal.SIGINT, signal.SIGTERM, *WARNINGS[1:]):
+                assert callable(signal.getsignal(number)) and signal.getsignal(number) is not signal.default_int_handler
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGHUP, before)
