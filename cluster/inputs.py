@@ -1,15 +1,18 @@
 """Reads what the campaign process needs before the start: prompts, held-out prompts, tokenizer, verifier."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from actors.config import PromptsConfig
-from actors.data.models import context_length, find_model, load_config
+from actors.data.models import context_length, engine_context, find_model, load_config
 from actors.data.prompts import PromptSet, load_prompts
 from actors.data.tokenizer import load_tokenizer, stop_token_ids, template_token_ids
 from actors.data.verifiers import Verifier, make_verifier, try_verifier
 from actors.errors import UserError
 from actors.teacher.backends import backend_of
+from actors.teacher.base import UNBOUNDED, context_of
 from cluster.config import CampaignConfig
 from cluster.loop.teachers import PromptRoutes, routes
 
@@ -31,10 +34,39 @@ class Inputs:
     """Rows of the student's output layer."""
 
 
+class Limit(NamedTuple):
+    """The longest text that one of the models reads."""
+
+    tokens: int
+    whose: str
+    """Where it comes from, for messages."""
+
+
+def student_limit(config: CampaignConfig) -> Limit:
+    """What the student, and the engine that samples from it, can read. UserError: no room for a response."""
+    student, engine = config.student, config.rollout.engine
+    network = load_config(student.model, student.trust_remote_code, "student.model")
+    if config.rollout.backend == "vllm" or "max_model_len" in engine:
+        return _with_room(config, Limit(engine_context(network, engine, "rollout.engine"), "the student's context"))
+    return _with_room(config, Limit(context_length(network), "the student's context"))
+
+
+def teacher_limits(config: CampaignConfig) -> dict[str, Limit]:
+    """Teacher -> what it can read, for those whose files are known here. UserError: no room for a response."""
+    found = {
+        name: Limit(context_of(teacher, f"teachers.{name}"), f"the context of teachers.{name}")
+        for name, teacher in config.teachers.items()
+        if backend_of(teacher).has_model_files
+    }
+    return {name: _with_room(config, limit) for name, limit in found.items()}
+
+
 def max_prompt_tokens(config: CampaignConfig) -> int:
-    """Tokens that a prompt may have: the student's context minus the longest response. UserError: none are left."""
-    context = context_length(load_config(config.student.model, config.student.trust_remote_code, "student.model"))
-    return _room(config, min(context, int(config.rollout.engine.get("max_model_len") or context)))
+    """Tokens that a prompt may have if all teachers read it as the student does: the smallest context minus the longest
+    response. UserError: see `student_limit`."""
+    views = {name for name, t in config.teachers.items() if t.tokenizer is not None or t.prompt_template is not None}
+    teachers = [limit for name, limit in teacher_limits(config).items() if name not in views]
+    return min(limit.tokens for limit in (student_limit(config), *teachers)) - config.sampling.max_response_tokens
 
 
 def read_inputs(config: CampaignConfig) -> Inputs:
@@ -65,6 +97,8 @@ def read_inputs(config: CampaignConfig) -> Inputs:
     if config.evaluation.prompts is not None:
         held_out, held_out_routes = _read(config, config.evaluation.prompts, tokenizer, "evaluation.prompts")
         _demand_references(config.evaluation.prompts, held_out, "evaluation.prompts")
+        longest = {name: max(most, held_out_routes.longest[name]) for name, most in prompt_routes.longest.items()}
+        prompt_routes = prompt_routes._replace(longest=longest)
     if judged := held_out or (prompts if config.gives_rewards else None):
         try_verifier(config.evaluation.verifier, judged.references[0], "evaluation.verifier")
     return Inputs(
@@ -82,20 +116,36 @@ def read_inputs(config: CampaignConfig) -> Inputs:
 
 def _read(config: CampaignConfig, source: PromptsConfig, tokenizer: Any, key: str) -> tuple[PromptSet, PromptRoutes]:
     """The prompts as the student reads them, and the routes: the teachers of each prompt, and their view of it."""
-    prompts = load_prompts(source, tokenizer, max_prompt_tokens(config), key)
+    response, limits = config.sampling.max_response_tokens, teacher_limits(config)
+    prompts = load_prompts(source, tokenizer, student_limit(config).tokens - response, key)
     own = {
         name: load_tokenizer(teacher.tokenizer, teacher.trust_remote_code, f"teachers.{name}.tokenizer")
         for name, teacher in config.teachers.items()
         if teacher.tokenizer is not None
     }
     read_otherwise = {
-        name: load_prompts(source, own.get(name, tokenizer), _teacher_room(config, name), key, teacher.prompt_template)
+        name: load_prompts(source, own.get(name, tokenizer), UNBOUNDED, key, teacher.prompt_template)
         for name, teacher in config.teachers.items()
         if teacher.prompt_template is not None or name in own
     }
     reference = config.learner.objective.reference_teacher
     teaching = {name: teacher for name, teacher in config.teachers.items() if name != reference}
-    return prompts, PromptRoutes(routes(prompts.domains, teaching, source.path), read_otherwise)
+    routed = routes(prompts.domains, teaching, source.path)
+    longest: dict[str, int] = {}
+    for name in config.teachers:
+        # Which of the prompts this teacher reads, and how: with other words, or in other tokens.
+        rows = np.flatnonzero([name == reference or name in teachers for teachers in routed])
+        lengths = read_otherwise.get(name, prompts).lengths_of(rows)
+        longest[name] = int(lengths.max(initial=0)) + response
+        limit = limits.get(name, Limit(UNBOUNDED, ""))
+        wrong = np.flatnonzero(lengths + response > limit.tokens)
+        if len(wrong):
+            found = f"{lengths[wrong[0]]} tokens as teachers.{name} reads it ({len(wrong)} of {len(rows)} are too long)"
+            room = f"at most {limit.tokens - response}: {limit.whose}, {limit.tokens} tokens, less the longest response"
+            raise UserError(
+                f"{source.path}, prompt {rows[wrong[0]] + 1}", found, f"{room} (sampling.max_response_tokens)"
+            )
+    return prompts, PromptRoutes(routed, read_otherwise, longest=longest)
 
 
 def _demand_references(source: PromptsConfig, prompts: PromptSet, key: str) -> None:
@@ -117,21 +167,8 @@ def _masked_role_token_ids(config: CampaignConfig, tokenizer: Any, stop: list[in
     return sorted([*(stop if "end_of_sequence" in roles else []), *(template if "template" in roles else [])])
 
 
-def _teacher_room(config: CampaignConfig, name: str) -> int:
-    teacher = config.teachers[name]
-    if not backend_of(teacher).has_model_files:  # its context length is not known here; the student's is a good guess
-        return max_prompt_tokens(config)
-    return _room(
-        config, context_length(load_config(teacher.model, teacher.trust_remote_code, f"teachers.{name}.model"))
-    )
-
-
-def _room(config: CampaignConfig, context: int) -> int:
-    room = context - config.sampling.max_response_tokens
-    if room < 1:
-        raise UserError(
-            "sampling.max_response_tokens",
-            config.sampling.max_response_tokens,
-            f"less than the context of {context} tokens",
-        )
-    return room
+def _with_room(config: CampaignConfig, limit: Limit) -> Limit:
+    response = config.sampling.max_response_tokens
+    if response >= limit.tokens:
+        raise UserError("sampling.max_response_tokens", response, f"less than {limit.whose}, {limit.tokens} tokens")
+    return limit

@@ -5,12 +5,14 @@ A backend is a class that extends `Teacher` and has a row in `backends.py`.
 
 import time
 from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from actors.config import TeacherConfig
+from actors.data.models import context_length, engine_context, has_context, load_config
 from actors.errors import CampaignError
 from actors.teacher.backends import Backend
 from actors.trajectory import (
@@ -36,6 +38,8 @@ class TeacherCounts(NamedTuple):
     """Tokens without a score. They are masked in training."""
     busy_seconds: float
     """Seconds that the call took."""
+    refused: Mapping[int, str] = {}
+    """Number of a trajectory in the call -> why it has no scores at all. The campaign drops it."""
 
 
 class Teacher:
@@ -58,6 +62,8 @@ class Teacher:
         teacher's rows."""
         self.temperature = 1.0 if config.temperature is None else config.temperature
         """Divides the logits of everything that is scored. The campaign puts the student's where the user gave none."""
+        self.context = UNBOUNDED
+        """Tokens that it can score at once, prompt and response. A longer trajectory is refused, not cut."""
         self._busy_seconds, self._probe_logprob = 0.0, float("nan")
 
     # Teacher is not an ABC: a teacher that wraps another one overrides `score` and needs no `score_tokens`. backends.py
@@ -68,7 +74,8 @@ class Teacher:
 
         Always `logprobs` [N] float32, log q(y_t | c_t) in nats at `temperature`. With `topk` and `student_topk` also
         `support_ids` [N, K] int32 and `support_logprobs` [N, K] float32; with `full` `support_logprobs` [N, V]; with
-        `hidden` `hidden` [N, H]. NaN: the log-prob is missing. Arrays must be writable.
+        `hidden` `hidden` [N, H]. NaN: the log-prob is missing. Arrays must be writable. The key `refused` may hold the
+        trajectories that cannot be scored at all, see TeacherCounts.
 
         Long work has to call `actors.heartbeat.beat()` from time to time (docs/extending.md).
         """
@@ -101,10 +108,9 @@ class Teacher:
         trajectories = select_trajectories(ids, batches)
         if prompts is not None:
             trajectories = replace(trajectories, prompt_tokens=prompts[0], prompt_offsets=prompts[1])
-        nothing = np.empty((len(trajectories.response_tokens), 0), np.float32)
-        fields = {"support_ids": nothing.astype(np.int32), "support_logprobs": nothing, "hidden": nothing}
-        fields |= self.score_tokens(known_context(trajectories, self.vocabulary))
-        known = trajectories.response_tokens < self.vocabulary
+        fields, refused = self._fields_of(trajectories)
+        scored = ~np.repeat(np.isin(np.arange(len(ids)), list(refused)), trajectories.lengths)
+        known = scored & (trajectories.response_tokens < self.vocabulary)
         # Comparisons with NaN are false, so NaN is not known.
         known &= (fields["logprobs"] > PLAUSIBLE[0] / min(self.temperature, 1.0)) & (fields["logprobs"] <= PLAUSIBLE[1])
         support_ids, support = fields["support_ids"], fields["support_logprobs"]
@@ -125,7 +131,37 @@ class Teacher:
             log_weights=np.zeros(len(ids), np.float32) if log_weights is None else log_weights,
             **fields,
         )
-        return self._counted(scores, trajectories.trained, start), scores
+        counts = self._counted(scores, trajectories.trained & scored, start)
+        return counts._replace(refused=refused), scores
+
+    def _fields_of(self, trajectories: Trajectories) -> tuple[dict[str, np.ndarray], dict[int, str]]:
+        """(the fields of `score_tokens` for all trajectories, NaN for those that are refused; these, with the reason)."""
+        nothing = np.empty((len(trajectories.response_tokens), 0), np.float32)
+        fields: dict[str, Any] = {
+            "logprobs": np.full(len(nothing), np.nan, np.float32),
+            "support_ids": nothing.astype(np.int32),
+            "support_logprobs": nothing,
+            "hidden": nothing,
+        }
+        lengths = np.diff(trajectories.prompt_offsets) + trajectories.lengths
+        refused = {
+            int(row): f"{lengths[row]} tokens, and {self.key} reads {self.context}"
+            for row in np.flatnonzero(lengths > self.context)
+        }
+        if not refused:
+            fields |= self.score_tokens(known_context(trajectories, self.vocabulary))
+            return fields, fields.pop("refused", {})
+        rows = np.setdiff1d(np.arange(len(lengths)), list(refused))
+        if len(rows):
+            read = select_trajectories(trajectories.ids[rows], [trajectories])
+            found: dict[str, Any] = self.score_tokens(known_context(read, self.vocabulary))
+            refused |= {int(rows[row]): reason for row, reason in found.pop("refused", {}).items()}
+            places = np.repeat(np.isin(np.arange(len(lengths)), rows), trajectories.lengths)
+            for name, values in found.items():
+                fields[name] = np.zeros((len(nothing), *values.shape[1:]), values.dtype)
+                fields[name][places] = values
+            fields["logprobs"][~places] = np.nan
+        return fields, refused
 
     def score_each(self, *arguments: Any, **keywords: Any) -> tuple[Any, ...]:
         """The same as `score`, in 1 + B values: the counts, and a TeacherScores for each of the B trajectories.
@@ -142,7 +178,7 @@ class Teacher:
     def self_test(self, vocabulary: int | None = None, *, repeats: float = 0.0) -> np.ndarray:
         """Scores a probe of the vocabulary twice and returns the scores. CampaignError: see `check_probe`."""
         size = vocabulary or self.vocabulary
-        written = probe(size)
+        written = probe(min(size, self.context + 1))
         # Through `score`, so that the probe also tests the masks.
         first, second = (self.score(written.ids, written)[1].logprobs for _ in range(2))
         self._probe_logprob = check_probe(self.key, first, second, size, repeats=repeats)
@@ -156,6 +192,17 @@ class Teacher:
         seconds = time.perf_counter() - start
         self._busy_seconds += seconds
         return TeacherCounts(int(np.isnan(scores.logprobs[trained]).sum()), seconds)
+
+
+def context_of(config: TeacherConfig, key: str) -> int:
+    """Tokens that a teacher with files of its own can score at once; UNBOUNDED where its architecture has no limit.
+
+    key: of the teacher's section. UserError: its files cannot be read.
+    """
+    network = load_config(config.model, config.trust_remote_code, f"{key}.model")
+    if config.backend == "vllm":
+        return engine_context(network, config.engine, f"{key}.engine") - 1  # it writes a token after what it scores
+    return context_length(network) if has_context(network) else UNBOUNDED
 
 
 def known_context(trajectories: Trajectories, vocabulary: int) -> Trajectories:

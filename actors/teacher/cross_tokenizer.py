@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from actors.config import StudentConfig, TeacherConfig
-from actors.data.models import context_length, find_model, load_config
+from actors.data.models import find_model
 from actors.data.tokenizer import load_tokenizer, stop_token_ids
 from actors.teacher.alignment import make_reader, shares
 from actors.teacher.backends import backend_of
-from actors.teacher.base import UNBOUNDED, Teacher, TeacherCounts
+from actors.teacher.base import UNBOUNDED, Teacher, TeacherCounts, context_of
 from actors.trajectory import (
     FINISH_REASONS,
     Limits,
@@ -45,9 +45,7 @@ class CrossTokenizerTeacher(Teacher):
         self._stop = sorted({self._reader.end, *stop_token_ids(directory, self._own)})
         self._context = UNBOUNDED
         if backend_of(config, key).has_model_files:
-            network = load_config(config.model, config.trust_remote_code, f"{key}.model")
-            context = min(context_length(network), int(config.engine.get("max_model_len") or UNBOUNDED))
-            self._context = context - 1  # vLLM generates one token after the text that it scores
+            self._context = context_of(config, key)
         self._teacher: Any = teacher(config, key)
 
     def score(
@@ -68,8 +66,12 @@ class CrossTokenizerTeacher(Teacher):
         written = select_trajectories(ids, batches)
         read, groups, our_groups = self._translate(written, prompts)
         sums: np.ndarray = np.zeros(0)
+        refused: dict[int, str] = {}
         if len(read):
-            scored = self._teacher.score(read.ids, read)[1].logprobs
+            counts, found = self._teacher.score(read.ids, read)
+            scored = found.logprobs
+            rows = {tuple(id_): row for row, id_ in enumerate(written.ids.tolist())}
+            refused = {rows[tuple(read.ids[row].tolist())]: reason for row, reason in counts.refused.items()}
             # A missing score (NaN) makes the sum of its group NaN: a partial sum is not the group's log-prob.
             sums = np.bincount(groups, scored.astype(np.float64))
         nothing = np.empty((len(written.response_tokens), 0), np.float32)
@@ -82,7 +84,7 @@ class CrossTokenizerTeacher(Teacher):
             support_ids=nothing.astype(np.int32),
             support_logprobs=nothing,
         )
-        return self._counted(scores, written.trained, start), scores
+        return self._counted(scores, written.trained, start)._replace(refused=refused), scores
 
     def generate(self, prompts: Prompts, limits: Limits) -> tuple[np.ndarray, np.ndarray]:
         """Greedy responses to B prompts in the teacher's tokens, as the student's tokens [N] and offsets [B + 1].

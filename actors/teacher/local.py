@@ -13,7 +13,7 @@ from actors.errors import CampaignError, WeightError
 from actors.forward.logprobs import chunked_head, to_array, token_logprobs
 from actors.forward.packing import hidden_states, microbatches, use_packed_attention
 from actors.heartbeat import beat
-from actors.teacher.base import Teacher, known_prompts, probe
+from actors.teacher.base import Teacher, context_of, known_prompts, probe
 from actors.trajectory import FINISH_REASONS, Limits, Prompts, Requests, RolloutCounts, Trajectories, offsets_of
 from actors.weights.buckets import WeightVersion, join, shapes, unpack
 from actors.weights.delta import Receiver
@@ -39,6 +39,7 @@ class LocalTeacher(Teacher):
             key=f"{key}.model",
             ranks=config.tensor_parallel_size,
         )
+        self.context = context_of(config, key)
         self._body, self._weight, self._bias = response_head(self._model, f"{key}.model")
         if isinstance(self._weight, DTensor):  # each rank applies the whole head: only the layers below it are divided
             self._weight = self._weight.full_tensor()
@@ -126,7 +127,7 @@ class LocalTeacher(Teacher):
 
     def _compare(self, scored: np.ndarray) -> None:
         """CampaignError: the probe's scores differ from a plain forward pass: packing or the chunked head is wrong."""
-        written = probe(self.vocabulary)
+        written = probe(min(self.vocabulary, self.context + 1))
         text = np.concatenate([written.prompt_tokens, written.response_tokens]).astype(np.int64)
         with torch.inference_mode():
             tokens = torch.from_numpy(text).to(self._device)[None]

@@ -13,7 +13,6 @@ import numpy as np
 
 from actors.config import TeacherConfig
 from actors.data.models import load_config
-from actors.errors import UserError
 from actors.teacher.base import Teacher, known_prompts, texts_of
 from actors.trajectory import Limits, Prompts, Trajectories, normalised, offsets_of
 from actors.vllm_logits import EXTENSION
@@ -49,16 +48,15 @@ class VllmTeacher(Teacher):
         keep_tensors()
         self._llm = build_llm(options, config.engine, f"{key}.engine")
         self._llm.collective_rpc("shape_logits", args=(self.temperature,))
+        # It writes one token after what it scores.
+        self.context = self._llm.llm_engine.model_config.max_model_len - 1
         self.self_test(repeats=REPEATS)
 
     def score_tokens(self, trajectories: Trajectories) -> dict[str, np.ndarray]:
-        """See Teacher. UserError: a trajectory is longer than the engine's context."""
+        """See Teacher."""
         from vllm import SamplingParams
 
         texts = texts_of(trajectories)
-        room = self._llm.llm_engine.model_config.max_model_len
-        if (longest := max(map(len, texts), default=0)) >= room:
-            raise UserError(f"{self.key}.engine.max_model_len", room, f"more than {longest} tokens")
         params = SamplingParams(prompt_logprobs=self._asked, max_tokens=1, temperature=0.0, detokenize=False)
         answers = self._llm.generate([{"prompt_token_ids": text} for text in texts], params, use_tqdm=False)
         tokens, logprobs = flat_rows([answer.prompt_logprobs for answer in answers], trajectories.lengths)

@@ -202,7 +202,9 @@ class Campaign:
                 return self._queues.lost_before_scored(batch)
             self.state.missing_scores += answer.missing
             self.state.busy["teacher"] += answer.busy_seconds
-            self._queues.scored(batch, answer)
+            for row, cause in answer.refused.items():
+                self._reporter.event("trajectory_refused", trajectory=str(batch[row].id), cause=cause)
+            await self._queues.scored(batch, answer)
 
         await self._for_each(self._queues.next_to_score, score, "teacher")
 

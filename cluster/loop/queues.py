@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from actors.data.prompts import PromptSet, position_to_id
+from actors.errors import CampaignError
 from actors.trajectory import RolloutCounts, TrajectoryId
 from cluster.config import CampaignConfig
 from cluster.fleet.ray_fleet import Fleet
@@ -183,6 +184,9 @@ class Queues:
         # No asyncio.PriorityQueue: a batch takes several entries at once, and its size depends on how many there are.
         self._any_sampled = asyncio.Event()
         """Set by each answer of a rollout actor."""
+        self._to_score_together = self._update_size
+        """Trajectories of a synchronous campaign that are scored in one batch: all that were put to be sampled last."""
+        self._refused_in_a_row = 0
         self._scored: asyncio.Queue[list[Scored]] = asyncio.Queue()
         self._ready = ReadyToTrain(self._max_staleness)
         self._awaited: Counter[int] = Counter()
@@ -217,12 +221,41 @@ class Queues:
             heapq.heappush(self._to_score, (version, number, one))
         self._any_sampled.set()
 
-    def scored(self, batch: Sequence[Sampled], answer: TeacherAnswer) -> None:
-        """Teachers have scored a batch, in its order."""
-        self._state.ledger.scored([one.number for one in batch])
+    async def scored(self, batch: Sequence[Sampled], answer: TeacherAnswer) -> None:
+        """Teachers have scored a batch, in its order; what one of them refuses is dropped and replaced.
+
+        CampaignError: they have refused two updates' worth of trajectories in a row.
+        """
         turn = next(self._turns)
-        pairs = zip(batch, answer.references, strict=True)
-        self._scored.put_nowait([Scored(one, references, turn) for one, references in pairs])
+        rows = [row for row in range(len(batch)) if row not in answer.refused]
+        self._state.ledger.scored([batch[row].number for row in rows])
+        # An empty list, too: an update may be waiting for the scores of what is now dropped.
+        self._scored.put_nowait([Scored(batch[row], answer.references[row], turn) for row in rows])
+        if rows:
+            self._refused_in_a_row = 0
+        refused = [batch[row] for row in sorted(answer.refused)]
+        self._not_awaited(refused)
+        for one, cause in zip(refused, (answer.refused[row] for row in sorted(answer.refused)), strict=True):
+            self._state.ledger.drop([one.number], "refused", cause)
+            self._refused_in_a_row += 1
+            if self._refused_in_a_row >= 2 * self._update_size:
+                found = f"teachers have refused {self._refused_in_a_row} trajectories in a row"
+                raise CampaignError(f"{found}; the last, {one.id}: {cause}")
+        if refused and self._synchronous:
+            self._replace(len(refused))
+        else:
+            await self.slots.release(len(refused), replace=True)
+
+    def _replace(self, count: int) -> None:
+        """Issues trajectories in place of those that a synchronous update lacks; they keep the slots.
+
+        Whole groups, so that later groups stay whole; what is too much of the last one is dropped.
+        """
+        samples = self._config.pipeline.samples_per_prompt
+        numbers = list(self._state.ledger.issue(-(-count // samples) * samples))
+        if spare := numbers[count:]:
+            self._state.ledger.drop(spare, "spare")
+        self._put_to_sample(numbers[:count])
 
     def lost_before_scored(self, batch: Sequence[Sampled]) -> None:
         """The node that held sampled trajectories is gone: the same numbers are sampled again, with the same seeds."""
@@ -240,7 +273,7 @@ class Queues:
 
     def _put_to_sample(self, numbers: Sequence[int]) -> None:
         """Queues issued numbers (ascending): group by group, or, in a synchronous campaign, one part for each actor."""
-        samples = self._config.pipeline.samples_per_prompt
+        samples, self._to_score_together = self._config.pipeline.samples_per_prompt, len(numbers)
         # Numbers of one group are consecutive, so a group that was partly trained keeps its remaining samples together.
         groups = [list(group) for _, group in itertools.groupby(numbers, lambda number: number // samples)]
         for part in split_evenly(len(groups), len(self._rollout.replicas) if self._synchronous else len(groups)):
@@ -277,14 +310,14 @@ class Queues:
         """The batch for the next call to teachers, in the order of the ledger: what teachers compute from a batch then
         does not depend on which rollout actor was faster.
 
-        A synchronous update is one batch. Otherwise waits until a teacher actor has room, and takes the oldest: at most
+        A synchronous update is one batch, and what replaces some of it is another. Otherwise waits until a teacher actor has room, and takes the oldest: at most
         that actor's share of all that wait, and at most the tokens of one forward pass.
         """
-        while len(self._to_score) < (self._update_size if self._synchronous else 1):
+        while len(self._to_score) < (self._to_score_together if self._synchronous else 1):
             self._any_sampled.clear()  # no answer is missed: the event loop runs nothing between the test and the wait
             await self._any_sampled.wait()
         if self._synchronous:
-            batch = [heapq.heappop(self._to_score)[-1] for _ in range(self._update_size)]
+            batch = [heapq.heappop(self._to_score)[-1] for _ in range(self._to_score_together)]
         else:
             batch = [heapq.heappop(self._to_score)[-1]]
             await asyncio.sleep(0)  # lets the previous call begin, so that `room` counts it

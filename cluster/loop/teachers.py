@@ -56,6 +56,8 @@ class PromptRoutes(NamedTuple):
     """Teacher -> the same prompts as it reads them, for teachers with a `prompt_template` or a `tokenizer`."""
     stop_token_ids: list[int] = []  # noqa: RUF012 (nothing changes it in place)
     """Tokens that end a response that a teacher generates; the first of them is its end of text."""
+    longest: dict[str, int] = {}  # noqa: RUF012
+    """Teacher -> tokens of the longest text that it may be asked to score, prompt and response."""
 
 
 class TeacherAnswer(NamedTuple):
@@ -67,6 +69,8 @@ class TeacherAnswer(NamedTuple):
     """Tokens without a finite score."""
     busy_seconds: float
     """Seconds that the teacher actors worked for it, summed."""
+    refused: dict[int, str] = {}  # noqa: RUF012
+    """Row of a trajectory that a teacher cannot score at all -> why."""
 
 
 class Teachers:
@@ -97,10 +101,16 @@ class Teachers:
         for rows, (_, found) in zip(rows_of, answers, strict=True):
             for row, reference in zip(rows, found, strict=True):
                 references[row] += (reference,)
+        refused = {
+            rows[row]: reason
+            for rows, (counts, _) in zip(rows_of, answers, strict=True)
+            for row, reason in counts.refused.items()
+        }
         return TeacherAnswer(
             references,
             sum(counts.missing for counts, _ in answers),
             sum(counts.busy_seconds for counts, _ in answers),
+            refused,
         )
 
     async def room(self, calls: int) -> None:

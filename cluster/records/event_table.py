@@ -65,6 +65,7 @@ EVENTS: dict[str, Event] = {
     "lost_objects": Event(
         "{trajectories} trajectories were lost with the node that held them; they are sampled again ({cause})", "warn"
     ),
+    "trajectory_refused": Event("trajectory {trajectory} is dropped: {cause}", "warn"),
     # Resources.
     "short_of_resources": Event("starting with one actor of each role; more join when there is room ({cause})", "warn"),
     "waiting_for_resources": Event("{actor} waits: {cause}; the campaign continues without it", "warn"),

@@ -7,6 +7,7 @@ stays small however long the campaign runs. When trajectories are closed, `on_cl
 
     {"step": 7, "trained": [[48, 56]]}                           trained on in update 7
     {"step": 7, "dropped": [[56, 58], [60, 62]], "reason": "stale"}   dropped after update 7
+    {"step": 7, "dropped": [[59, 60]], "reason": "refused", "cause": "..."}   the same, with a cause of its own
 
 An illegal transition is a programming error and raises RuntimeError.
 """
@@ -79,12 +80,13 @@ class Ledger:
         self.step = step
         self._report({"step": step, "trained": ranges(numbers)})
 
-    def drop(self, numbers: Sequence[int], reason: str) -> None:
-        """They will not be trained on, for this reason (`stale`, `cut` ...)."""
+    def drop(self, numbers: Sequence[int], reason: str, cause: str = "") -> None:
+        """They will not be trained on, for this reason (`stale`, `cut`, `refused` ...). cause: in words, where it differs."""
         for number in numbers:
             self._close(number, {State.ISSUED, State.SAMPLED, State.SCORED})
         self.dropped[reason] += len(numbers)
-        self._report({"step": self.step, "dropped": ranges(numbers), "reason": reason})
+        row = {"step": self.step, "dropped": ranges(numbers), "reason": reason}
+        self._report(row | ({"cause": cause} if cause else {}))
 
     def rolled_back(self, then: "Ledger") -> "Ledger":
         """The ledger after the weights have gone back to the checkpoint whose ledger is `then`.
