@@ -6,7 +6,11 @@ Every other exception is a defect of the program, and is shown with its tracebac
 """
 
 import difflib
+import errno
 from collections.abc import Iterable, Mapping
+
+PASSING = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE)
+"""Errors of a disk that are waited for."""
 
 
 class UserError(Exception):
@@ -73,6 +77,15 @@ class WeightError(ActorFaultError):
 
 class CheckpointError(CampaignError):
     """A checkpoint could not be written. Earlier checkpoints are intact."""
+
+
+class DiskFullError(CheckpointError):
+    """A checkpoint could not be written because the disk is full, or away for a moment: worth another try."""
+
+
+def is_full_disk(error: BaseException) -> bool:
+    """Whether a write failed for a reason that passes: a full disk or quota, a mount that is read-only or away."""
+    return isinstance(error, DiskFullError) or (isinstance(error, OSError) and error.errno in PASSING)
 
 
 class GuardError(CampaignError):

@@ -11,6 +11,7 @@ import errno
 import os
 import traceback
 from collections.abc import Coroutine
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from actors.errors import CampaignError, LearnerLostError
 from cluster.config import CampaignConfig
 from cluster.console.control import handlers, obey
 from cluster.console.screen import Progress
-from cluster.console.status import keep_status
+from cluster.console.status import keep_status, live_actors, persistently
 from cluster.fleet.ray_cluster import connected, refuse_relative_output, room_to_begin
 from cluster.fleet.ray_fleet import Fleet
 from cluster.fleet.supervision import Repeated, Restarts
@@ -28,6 +29,7 @@ from cluster.loop.campaign import Campaign
 from cluster.loop.evaluation import Evaluator
 from cluster.loop.teachers import Teachers
 from cluster.preflight import check_models
+from cluster.records.disk import Disk
 from cluster.records.event_table import describe
 from cluster.records.writer import REPORT_FILE, RunRecords, read_summary
 from cluster.report.page import write_report
@@ -112,6 +114,7 @@ class Running:
         exported = [Prometheus(config.name)] if config.tracking.prometheus else []
         self.trackers = Trackers(make_trackers(config, state.step + 1, exported), self.on_event)
         records.on_metrics = self.trackers.log
+        self.disk = Disk(records, self.on_event)
         self.gate = asyncio.Event()
         self.gate.set()
         self.interrupted = asyncio.Event()
@@ -126,18 +129,21 @@ class Running:
     async def to_the_end(self) -> tuple[dict[str, Any], bool]:
         """Runs the campaign; see run_campaign. No actor is left when it ends, by an error too."""
         # From the beginning, since loading models takes minutes; commands only once there are actors to scale.
-        watching = [asyncio.create_task(keep_status(self.config.run_dir, self.progress.refresh))]
+        status = partial(keep_status, self.config.run_dir, self.progress.refresh)
+        watching = [asyncio.create_task(persistently("status.json", status, self.on_event))]
         try:
             await self._start()
             orders = handlers(self.fleets, self.needed, self.gate, self.on_event, self.interrupted)
-            watching.append(asyncio.create_task(obey(self.config.run_dir, orders)))
+            commands = partial(obey, self.config.run_dir, orders)
+            watching.append(asyncio.create_task(persistently("commands", commands, self.on_event)))
             loop = asyncio.get_running_loop()
             with INTERRUPTS.runs(lambda: self._interrupt(loop)):
                 complete = await self._train()
             self.records.event("finished" if complete else "stopped", step=self.state.step)
             summary = summarise(self.config, self.state, self.records.wall_seconds, self.needed)
-            self.records.write_summary(summary)
-            write_report([self.config.run_dir], self.config.run_dir / REPORT_FILE)
+            await self.disk.lines_written()
+            await self.disk.patiently(lambda: self.records.write_summary(summary))
+            await self.disk.patiently(lambda: write_report([self.config.run_dir], self.config.run_dir / REPORT_FILE))
             return summary, complete
         except BaseException as error:
             details = "".join(traceback.format_exception(error))
@@ -184,12 +190,15 @@ class Running:
                 await asyncio.sleep(budget.pause())
                 budget.count()
                 failed_at, faults = self.state.step, self.state.faults
-                self.state, checkpoint = take_up(self.config, self.records)
+                await self.disk.lines_written()
+                self.state, checkpoint = await self.disk.patiently(lambda: take_up(self.config, self.records))
                 self.state.faults = faults  # events stay on record, so their count does not go back either
                 if again.seen(self.state.step, failed_at, error):
                     raise CampaignError(f"{error}; {again.told(self.state.step)}") from error
             except RollBack as wanted:
-                self.state, checkpoint = roll_back(self.config, self.state, wanted.finding, self.records, self.on_event)
+                await self.disk.lines_written()
+                back = partial(roll_back, self.config, self.state, wanted.finding, self.records, self.on_event)
+                self.state, checkpoint = await self.disk.patiently(back)
             if not await self._unless_interrupted(self._replace_learner(checkpoint)):
                 return False  # there is no learner to save: the last checkpoint is what there is
 
@@ -230,19 +239,13 @@ class Running:
         """The part of status.json that only this process knows (cluster/console/status.py)."""
         return {
             "roles": self.progress.roles,
-            "actors": [
-                {
-                    "name": replica.name,
-                    "alive": replica.alive,
-                    "restarts": replica.restarts,
-                    "under_way": replica.under_way,
-                    "version": replica.version,
-                }
-                for fleet in (*self.fleets.values(), self.learner)
-                for replica in fleet.replicas
-            ],
+            "actors": live_actors(
+                replica for fleet in (*self.fleets.values(), self.learner) for replica in fleet.replicas
+            ),
             "ledger": self.state.ledger.counts(),
             "state": "running" if self.gate.is_set() else "paused",
+            "last_update_seconds_ago": self.records.last_update_seconds_ago,
+            "waits_for": self.records.full.told() if self.records.full else "",
         }
 
 

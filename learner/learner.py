@@ -17,7 +17,7 @@ import torch
 
 from actors.config import StudentConfig, TeacherConfig, publishes_adapter
 from actors.data.models import find_model, load_head
-from actors.errors import NonFiniteLossError
+from actors.errors import CheckpointError, NonFiniteLossError
 from actors.forward.packing import Microbatch
 from actors.trajectory import TeacherScores, Trajectories, TrajectoryId, select_trajectories
 from actors.weights.buckets import WeightVersion
@@ -89,6 +89,8 @@ class Learner:
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         self._masked_token_ids = [*config.objective.masked_token_ids, *masked_role_token_ids]
         self._busy_seconds = 0.0
+        self._stepped_from = -1
+        """The policy version of the last optimiser step; the current one within an update that has not ended."""
         self._write = BackgroundWrite()
         self._model, body, self._pass_tokens, self._adapter = build_student(
             student, config, checkpoint, self._ranks, self._device
@@ -210,6 +212,8 @@ class Learner:
         Each rank its own rows, all into the same files: they must see the same file system.
         CheckpointError: the write before failed, or there is no memory for the copy. The learner is well after it.
         """
+        if self._stepped_from == self.policy_version:
+            raise CheckpointError("the last update was broken off between its steps: the weights belong to no update")
         try:
             self._write.start(self._writing(directory))
         except Exception as error:
@@ -310,6 +314,7 @@ class Learner:
         limit = self._config.objective.trust_region.max_kl
         parameters = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
         before = [p.detach().clone() for p in parameters] if limit is not None else []
+        self._stepped_from = self.policy_version
         self._optimizer.step()
         if limit is None:
             return 1.0

@@ -49,6 +49,8 @@ async def _obey_one(path: Path, handlers: Mapping[str, Handler]) -> None:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         unknown = UserError(path.name, repr(error), f"one of the commands {', '.join(handlers)}")
         answer = {"done": False, "error": unknown.to_json()}
+    except Exception as error:  # of any kind: one command that fails must not end the others
+        answer = {"done": False, "told": f"the campaign could not do this: {type(error).__name__}: {error}"}
     path.unlink(missing_ok=True)  # it is missing if `send` has withdrawn it
     write_atomically(path.with_name(path.name.replace(".command.", ".answer.")), json.dumps(answer) + "\n")
 

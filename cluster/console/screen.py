@@ -167,12 +167,22 @@ def _roles(status: Mapping[str, Any]) -> RenderableType:
         versions = sorted({actor["version"] for actor in mine if actor.get("version") is not None})
         weights = "-" if not versions else f"{versions[0]:,}" + (f" to {versions[-1]:,}" if versions[1:] else "")
         table.add_row(role, there, restarts, weights, doing, "-" if busy is None else f"{busy:.0%}")
+    notes = [
+        f"{actor['name']} {'is silent for ' + duration(actor['silent_seconds']) if actor.get('silent_seconds') else 'is behind'}"
+        for actor in actors
+        if actor.get("silent_seconds") or actor.get("behind")
+    ]
+    if status.get("stands"):
+        notes.insert(0, f"no update for {duration(status['last_update_seconds_ago'])}")
+    if status.get("waits_for"):
+        notes.append(status["waits_for"])
     rates = (
         f"{status['trajectories_per_second']:,.1f} trajectories/s, {status['tokens_per_second']:,.0f} tokens/s"
-        if "tokens_per_second" in status
+        if "tokens_per_second" in status and status["state"] != "paused" and not status.get("stands")
         else ""
     )
-    return Group(table, Text("; ".join(part for part in (status.get("bottleneck", ""), rates) if part), "bold"))
+    found = Text("; ".join(part for part in (status.get("bottleneck", ""), rates) if part), "bold")
+    return Group(table, found, *([Text("; ".join(notes), "yellow")] if notes else []))
 
 
 def _figures(status: Mapping[str, Any]) -> RenderableType:

@@ -10,12 +10,12 @@ import os
 import socket
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from actors.errors import UserError
+from actors.errors import UserError, is_full_disk
 from cluster.config import CampaignConfig
 from cluster.config_file import load_config
 from cluster.planning.throughput import Plan, Stage, mean_of
@@ -29,6 +29,8 @@ STATUS_FILE = "status.json"
 EVERY_SECONDS = 2.0
 LOST_AFTER_SECONDS = 30.0
 """A campaign that has not written status.json for this long has died, or its machine is gone."""
+STANDS_SECONDS = 30.0
+"""A campaign stands that has taken no update for this long, or for three times its usual time."""
 RECENT_UPDATES = 20
 """Rates are taken over this many of the last updates."""
 NEWS = 5
@@ -44,7 +46,47 @@ async def keep_status(run_dir: Path, read: Callable[[], Mapping[str, Any]]) -> N
 
 def write_status(run_dir: Path, content: Mapping[str, Any]) -> None:
     """Replaces status.json. Adds the time, and the process and host that wrote it."""
-    write_atomically(Path(run_dir) / STATUS_FILE, json.dumps({**content, **_signature()}) + "\n")
+    path, text = Path(run_dir) / STATUS_FILE, json.dumps({**content, **_signature()}) + "\n"
+    try:
+        write_atomically(path, text)
+    except OSError as error:
+        if not is_full_disk(error) or not path.exists():
+            raise
+        # A full disk still takes writes to blocks that a file has. Without them, a campaign that waits would look lost.
+        with path.open("r+b") as file:
+            file.write(text.encode())
+            file.truncate()
+
+
+async def persistently(task: str, work: Callable[[], Awaitable[None]], on_event: Callable[..., None]) -> None:
+    """Does `work`, again after an error, which is reported: the campaign goes on without it meanwhile."""
+    told = ""
+    while True:
+        try:
+            return await work()
+        except Exception as error:  # of any kind: nothing that only shows the campaign may end, or end it
+            cause = f"{type(error).__name__}: {error}"
+            if cause != told:  # once for each cause, however long it lasts
+                told = cause
+                on_event("side_task_failed", task=task, cause=cause)
+            await asyncio.sleep(EVERY_SECONDS)
+
+
+def live_actors(replicas: Iterable[Any]) -> list[dict[str, Any]]:
+    """What status.json has of each Replica. silent_seconds: since its last sign of life, 0 for one that is well."""
+    now = time.monotonic()
+    return [
+        {
+            "name": replica.name,
+            "alive": replica.alive,
+            "restarts": replica.restarts,
+            "under_way": replica.under_way,
+            "version": replica.version,
+            "silent_seconds": round(now - replica.silent_since, 1) if replica.alive and replica.silent else 0.0,
+            "behind": replica.alive and replica.behind,
+        }
+        for replica in replicas
+    ]
 
 
 def _signature() -> dict[str, Any]:
@@ -134,6 +176,10 @@ class StatusReader:
         rates = _rates(config, list(updates.recent), config.replicas | _sizes(live))
         left = config.pipeline.updates - last.get("step", 0)
         seconds = rates.pop("seconds_per_update", None)
+        since = _since_the_last_update(live, now) if state in ("running", "paused") else None
+        stands = state == "running" and since is not None and since > _stands_after(seconds or 0.0)
+        if (stands or state == "paused") and "bottleneck" in rates:
+            rates["bottleneck"] = ""  # it was right while updates came
         return {
             "name": config.name,
             "run_dir": str(self._run_dir),
@@ -145,7 +191,10 @@ class StatusReader:
             "update": last.get("step", 0),
             "updates": config.pipeline.updates,
             "wall_seconds": summary.get("wall_seconds", last.get("wall_seconds")),
-            "seconds_left": round(seconds * left, 1) if seconds and left and state in ("running", "paused") else None,
+            "seconds_left": round(seconds * left, 1) if seconds and left and state == "running" and not stands else None,
+            "last_update_seconds_ago": since,
+            "stands": stands,
+            "waits_for": live.get("waits_for", "") if state in RUNNING_STATES else "",
             **rates,
             "roles": live.get("roles", {}),
             "actors": live.get("actors", []),
@@ -163,6 +212,17 @@ class StatusReader:
             "faults": events.faults,
             "news": list(events.news),
         }  # fmt: skip
+
+
+def _since_the_last_update(live: Mapping[str, Any], now: float) -> float | None:
+    """Seconds; None where the campaign's process does not say it (an earlier release)."""
+    since = live.get("last_update_seconds_ago")
+    return None if since is None else round(since + max(now - live["time"], 0.0), 1)
+
+
+def _stands_after(seconds_per_update: float) -> float:
+    """Seconds without an update after which nothing is foretold."""
+    return max(STANDS_SECONDS, 3 * seconds_per_update)
 
 
 def _live(run_dir: Path) -> dict[str, Any]:

@@ -25,6 +25,7 @@ part of the update in one call. The types are in work.py, the queues in queues.p
 import asyncio
 import gc
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import numpy as np
@@ -35,6 +36,7 @@ from cluster.config import CampaignConfig
 from cluster.console.screen import Progress
 from cluster.fleet.ray_fleet import Fleet
 from cluster.guards import judge
+from cluster.loop.ending import Ending, error_of
 from cluster.loop.evaluation import Evaluator
 from cluster.loop.queues import Queues
 from cluster.loop.reporting import Reporter, record_of_update
@@ -74,7 +76,6 @@ class Campaign:
         self.rollout, self.teachers, self.learner = rollout, teachers, learner
         self._prompts, self._records, self._gate = prompts, records, gate
         self._interrupted = interrupted or asyncio.Event()
-        self._checkpoints = Checkpoints(config, records)
         self._synchronous = config.pipeline.max_staleness == 0
         self._update_size = config.trajectories_per_update
         self._queues = Queues(config, state, prompts, rollout, teachers)
@@ -95,6 +96,7 @@ class Campaign:
             progress=progress,
         )
         self._clock = self._reporter.clock
+        self._checkpoints = Checkpoints(config, records, self._reporter.disk)
 
     async def run(self) -> bool:
         """Runs until the last update is published. False: it was interrupted, and a checkpoint was written.
@@ -117,8 +119,8 @@ class Campaign:
         gc.freeze()  # modules and prompts live to the end; scanning them for garbage costs 10% of the loop's time
         try:
             done, _ = await asyncio.wait(stages, return_when=asyncio.FIRST_COMPLETED)
-            await self._settle(done)
-            return not self._interrupted.is_set()
+            await self._settle(done, stages)
+            return self.state.step == self.config.pipeline.updates and self._all_published.is_set()
         finally:
             gc.unfreeze()
             for task in stages:
@@ -126,20 +128,22 @@ class Campaign:
             # The first error is already on its way to the caller; those of the other stages follow from it.
             await asyncio.gather(*stages, return_exceptions=True)
             await self._checkpoints.close()
-            self._clock.write_trace(self.config.run_dir)
+            with suppress(OSError):  # on a full disk; the trace is for reading only
+                self._clock.write_trace(self.config.run_dir)
 
-    async def _settle(self, done: set[asyncio.Task]) -> None:
-        """The first of the stages has ended: raises its error; after an interrupt, writes a checkpoint."""
-        for task in done:  # several may end in one turn of the event loop: an error goes before an interrupt
-            task.result()
+    async def _settle(self, done: set[asyncio.Task], stages: set[asyncio.Task]) -> None:
+        """The first of the stages has ended. After an interrupt or an error, writes a checkpoint; raises the error."""
+        ending = Ending(self._checkpoints, self.state, self.learner, self._learner_turn, self._reporter.event)
+        [train] = [task for task in stages if task.get_name() == "train"]
         names = {task.get_name() for task in done}
-        if "interrupt" in names:
-            async with self._learner_turn:  # an update that has begun finishes first
-                self._records.event("interrupted", step=self.state.step)
-                await self._checkpoints.save(self.state, self.learner)
-                await self._checkpoints.settle()
-        elif "train" not in names:
-            raise RuntimeError(f"the stage {', '.join(sorted(names))} ended before the last update")
+        # Several may end in one turn of the event loop: an error goes before an interrupt.
+        error = next((found for task in done if (found := error_of(task))), None)
+        if error is None and not names & {"interrupt", "train"}:
+            error = RuntimeError(f"the stage {', '.join(sorted(names))} ended before the last update")
+        if error is not None:
+            await ending.failed(error, train, self.config.ray.hang_timeout_seconds)
+        if "train" not in names:
+            await ending.interrupted(train)
 
     # ------------------------------------------------------------------------------------------------ the five stages
 
@@ -212,6 +216,7 @@ class Campaign:
         """Scored -> weight versions. Waits for the trajectories of a whole update; unblocked by score."""
         while self.state.step < self.config.pipeline.updates:
             update = await self._queues.next_update()
+            await self._reporter.disk.lines_written()  # nothing is trained that could not be recorded
             async with self._learner_turn:  # the checkpoint of an interrupt must not see half a step
                 self._reporter.doing("learner", f"update {self.state.step + 1}")
                 try:
@@ -223,12 +228,7 @@ class Campaign:
                 self.state.ledger.train([one.sampled.number for one in update], self.state.step + 1)
                 self.state.step += 1
                 self.state.busy["learner"] += metrics.pop("busy_seconds")
-                published = await self._versions.publish()
-                published.averages = await self._ema_teachers.publish()
-                published.trained = len(update)
-                published.record = self._record(update, metrics, published)
-                # Before the checkpoint: a campaign that resumes from it must still write this line of metrics.jsonl.
-                self.state.pending.append(published.record)
+                published = await self._published(update, metrics)
                 self.state.guards, findings = judge(self.config.guards, self.state.guards, published.record)
                 # Before the checkpoint: an update that a guard rejects gets none.
                 apply_findings(findings, self.state.guards.rate_scale, self.config, self._reporter.event)
@@ -315,6 +315,18 @@ class Campaign:
             rate_scale=self.state.guards.rate_scale,
             domains=self._prompts.domains_of(ids),
         )
+
+    async def _published(self, update: list[Scored], metrics: dict[str, float]) -> Published:
+        """The weights after this update, and its line of metrics.jsonl, which is pending from now on."""
+        published = Published(self.state.step, [], 0, 0.0)
+        try:
+            published = await self._versions.publish()
+            published.averages = await self._ema_teachers.publish()
+        finally:  # after an error too: a campaign that resumes from its last checkpoint must still write this line
+            published.trained = len(update)
+            published.record = self._record(update, metrics, published)
+            self.state.pending.append(published.record)
+        return published
 
     def _record(self, update: list[Scored], metrics: dict[str, float], published: Published) -> dict[str, Any]:
         queues = self._queues.depths()

@@ -15,6 +15,7 @@ from cluster.loop.evaluation import Evaluator
 from cluster.loop.queues import staleness_histogram
 from cluster.loop.weight_sync import Published, WeightTransport
 from cluster.loop.work import Scored
+from cluster.records.disk import Disk
 from cluster.records.event_table import describe
 from cluster.records.utilisation import TRACE_FILE, Utilisation, add_up
 from cluster.records.writer import RunRecords
@@ -69,6 +70,7 @@ class Reporter:
         records: RunRecords,
         progress: Progress,
     ):
+        self.disk = Disk(records, self.event)
         self.clock = LoopClock(state)
         self._config, self._state = config, state
         self._evaluator, self._rollout, self._versions = evaluator, rollout, versions
@@ -134,7 +136,8 @@ class Reporter:
         if self.clock.started:
             for role, seconds in busy.items():
                 self._state.busy[role] += seconds
-        self._records.keep_trajectories(version, [{**row, "step": version} for row in rows])
+        kept = [{**row, "step": version} for row in rows]
+        await self.disk.patiently(lambda: self._records.keep_trajectories(version, kept))
         self._state.evaluations[version] = metrics
         return dict(metrics)
 

@@ -70,8 +70,13 @@ EVENTS: dict[str, Event] = {
     "short_of_resources": Event("starting with one actor of each role; more join when there is room ({cause})", "warn"),
     "waiting_for_resources": Event("{actor} waits: {cause}; the campaign continues without it", "warn"),
     "object_store_full": Event("{actor} waits: {cause}", "warn"),
+    "side_task_failed": Event("{task}: {cause}; it is tried again", "warn"),
+    "disk_full": Event("the run directory cannot be written to; it is waited for ({cause})", "bad"),
+    "disk_back": Event("the run directory can be written to again, after {seconds} s", "good"),
     # Checkpoints.
     "checkpoint": Event("checkpoint of update {step} written: {path}", news=False),
+    "saved_at_the_end": Event("the campaign ends with an error; update {step} is saved first ({cause})", "warn"),
+    "not_saved_at_the_end": Event("update {step} could not be saved before the end: {cause}", "bad"),
     "mirrored": Event("checkpoint of update {step} copied to checkpoint.mirror"),
     "mirror_failed": Event("checkpoint of update {step} could not be copied to checkpoint.mirror: {cause}", "warn"),
     "brought_back": Event("checkpoint of update {step} fetched from checkpoint.mirror", "good"),

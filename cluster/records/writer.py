@@ -4,14 +4,19 @@ One process writes (the campaign); any number may read at any moment. Only the l
 other files appear by renaming. JSON has no NaN and no infinity: they are written as null. Standard library only.
 """
 
+import errno
 import json
 import math
 import os
+import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from actors.errors import is_full_disk
 from cluster.records.event_table import EVENTS, FAULTS
 from cluster.records.metric_table import METRIC_KEYS, STEP_ZERO_KEYS
 
@@ -53,6 +58,18 @@ TRAJECTORY_KEYS = (
 """Keys of each line of trajectories/step_*.jsonl. Lists have one entry for each token of the response."""
 
 
+class Full(NamedTuple):
+    """A disk that takes no writes."""
+
+    cause: str
+    since: float
+    """Seconds of time.monotonic()."""
+
+    def told(self) -> str:
+        """One line for `status`."""
+        return f"the disk takes no writes: {self.cause}; waited for since {time.monotonic() - self.since:.0f} s"
+
+
 class RunRecords:
     """Writes one run directory. After a crash, create a new one and call `truncate_after`."""
 
@@ -67,16 +84,26 @@ class RunRecords:
         self._wall_before = max((float(row["wall_seconds"]) for row in [*steps, *events]), default=0.0)
         self.last_step = max((row["step"] for row in steps), default=-1)
         """Step of the last line of metrics.jsonl; -1 without lines."""
+        self.unwritten: deque[tuple[Path, bytes]] = deque()
+        """Lines that wait for room on the disk, by file, in their order."""
+        self._writing = threading.Lock()  # `flush` runs in a thread
+        self.full: Full | None = None
+        """Set while the disk is full."""
         self.faults = sum(row.get("kind") in FAULTS for row in events)
         """Events that are faults, over all runs of the campaign."""
         self.on_metrics: Callable[[Mapping[str, Any]], None] | None = None
         """Called with each line of metrics.jsonl, after it is written."""
-        self._started = time.monotonic()
+        self._started = self._last_update = time.monotonic()
 
     @property
     def wall_seconds(self) -> float:
         """Seconds that the campaign has run, without downtime: a restart continues from the last line."""
         return round(self._wall_before + time.monotonic() - self._started, 3)
+
+    @property
+    def last_update_seconds_ago(self) -> float:
+        """Seconds since the last line of metrics.jsonl, or since this process began."""
+        return round(time.monotonic() - self._last_update, 1)
 
     def metrics(self, record: Mapping[str, Any]) -> None:
         """Appends the line of one step; adds `wall_seconds` where it is missing.
@@ -87,7 +114,8 @@ class RunRecords:
         _demand_keys(METRICS_FILE, row, METRIC_KEYS if row.get("step") else STEP_ZERO_KEYS)
         if row["step"] <= self.last_step:
             raise ValueError(f"{METRICS_FILE}: step {row['step']} after step {self.last_step}; truncate_after first")
-        _append(self.run_dir / METRICS_FILE, row)
+        self._append(METRICS_FILE, row)
+        self._last_update = time.monotonic()
         self.last_step = row["step"]
         if self.on_metrics is not None:
             self.on_metrics(row)
@@ -101,11 +129,11 @@ class RunRecords:
             raise ValueError(f"{EVENTS_FILE}: the event {kind} has no row in cluster/records/event_table.py")
         row = {"time": round(time.time(), 3), "wall_seconds": self.wall_seconds, "kind": kind, "cause": cause}
         self.faults += kind in FAULTS
-        _append(self.run_dir / EVENTS_FILE, {**fields, **row})
+        self._append(EVENTS_FILE, {**fields, **row})
 
     def closed(self, row: Mapping[str, Any]) -> None:
         """Appends a row of the ledger (cluster/state/ledger.py): trajectories that were trained on or dropped."""
-        _append(self.run_dir / LEDGER_FILE, row)
+        self._append(LEDGER_FILE, row)
 
     def keep_closed(self, as_known: Callable[[dict[str, Any]], dict[str, Any] | None]) -> list[dict[str, Any]]:
         """Rewrites ledger.jsonl with the rows that a checkpoint knows, and returns them.
@@ -136,11 +164,30 @@ class RunRecords:
         write_atomically(self.run_dir / SUMMARY_FILE, _to_json(summary, indent=2) + "\n")
 
     def flush(self) -> None:
-        """Forces all lines to disk, so that they survive a crash of the machine."""
+        """Forces all lines to disk, so that they survive a crash of the machine. OSError: the disk is full."""
+        self.write_lines()
         for name in (METRICS_FILE, EVENTS_FILE, LEDGER_FILE):
             if (path := self.run_dir / name).exists():
                 with path.open("rb") as file:
                     os.fsync(file.fileno())
+
+    def write_lines(self) -> None:
+        """Writes the lines that wait for the disk. OSError: it is still full."""
+        with self._writing:
+            while self.unwritten:
+                _append(*self.unwritten[0])
+                self.unwritten.popleft()
+            self.full = None
+
+    def _append(self, name: str, row: Mapping[str, Any]) -> None:
+        line = _to_json(row).encode(errors="backslashreplace") + b"\n"  # half a surrogate pair becomes an escape
+        self.unwritten.append((self.run_dir / name, line))
+        try:
+            self.write_lines()
+        except OSError as error:
+            if not is_full_disk(error):
+                raise
+            self.full = self.full or Full(told_cause(error), time.monotonic())  # `Disk` waits for it
 
     def set_aside_after(self, step: int, more: Iterable[Mapping[str, Any]]) -> None:
         """Moves the lines of updates after `step` from metrics.jsonl to undone.jsonl; for a rollback to `step`.
@@ -149,7 +196,7 @@ class RunRecords:
         """
         written = [row for row in read_jsonl(self.run_dir / METRICS_FILE) if row["step"] > step]
         for row in (*written, *(row for row in more if row["step"] > max(step, self.last_step))):
-            _append(self.run_dir / UNDONE_FILE, row)
+            self._append(UNDONE_FILE, row)
         self.truncate_after(step)
 
     def truncate_after(self, step: int) -> None:
@@ -227,22 +274,39 @@ def _to_json(row: Mapping[str, Any], *, digits: int | None = None, indent: int |
     return json.dumps(_finite(row, digits), ensure_ascii=False, allow_nan=False, indent=indent)
 
 
-def _append(path: Path, row: Mapping[str, Any]) -> None:
-    line = _to_json(row).encode(errors="backslashreplace") + b"\n"  # half a surrogate pair becomes an escape
+def _append(path: Path, line: bytes) -> None:
+    """Appends a line, or nothing: OSError."""
     # Opened for each line: `write_atomically` may have replaced the file since the last one.
-    with path.open("ab") as file:  # one write: a reader sees the complete line, or an incomplete last line
-        file.write(line)
+    with path.open("ab", buffering=0) as file:  # one write: a reader sees the complete line, or an incomplete last line
+        end = file.tell()
+        try:
+            if file.write(line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            with suppress(OSError):
+                file.truncate(end)  # half a line would spoil the next one
+            raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def told_cause(error: Exception) -> str:
+    """What is wrong with the disk, in one line."""
+    return f"{error.strerror} ({error.filename or 'a file'})" if isinstance(error, OSError) else str(error)
 
 
 def write_atomically(path: Path, text: str) -> None:
     """Replaces a file's content: after a crash it is the old or the new one, never a mixture."""
     # In the same directory, since a rename is atomic only within a file system.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
-        file.write(text.encode(errors="backslashreplace"))
-        file.flush()
-        os.fsync(file.fileno())  # before the rename: after a power failure the name could stand for an empty file
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(text.encode(errors="backslashreplace"))
+            file.flush()
+            os.fsync(file.fileno())  # before the rename: after a power failure the name could stand for an empty file
+        temporary.replace(path)
+    except OSError:
+        with suppress(OSError):
+            temporary.unlink()  # on a full disk it would take up room
+        raise
 
 
 def _cut_torn_line(path: Path) -> None:

@@ -6,17 +6,20 @@
     mirror   it is copied to `checkpoint.mirror`, if that is set         only the end of the campaign waits
 
 The learner writes its files into the directory itself, so it and the campaign must share a file system. At most one
-checkpoint is being written at a time; the end of the campaign, or an interrupt, waits for it.
+checkpoint is being written at a time; the end of the campaign, or an interrupt, waits for it. One that finds a full disk
+is written again, of the update that is newest then, and training waits until it is complete.
 """
 
 import asyncio
 import json
 import re
+from functools import partial
 from pathlib import Path
 
-from actors.errors import CheckpointError
+from actors.errors import CheckpointError, DiskFullError, is_full_disk
 from cluster.config import CampaignConfig, CheckpointConfig
 from cluster.fleet.ray_fleet import Fleet
+from cluster.records.disk import Disk
 from cluster.records.writer import RunRecords
 from cluster.state.campaign_state import STATE_FILE, CampaignState
 from cluster.state.mirror import Mirror, mirror_of
@@ -39,10 +42,15 @@ CLOSE_SECONDS = 60.0
 class Checkpoints:
     """Saves one campaign's checkpoints; the methods are called by the loop, in turn."""
 
-    def __init__(self, config: CampaignConfig, records: RunRecords):
+    def __init__(self, config: CampaignConfig, records: RunRecords, disk: Disk | None = None):
+        """disk: waits while the run directory cannot be written to; by default one that only the records tell of."""
         self._directory = config.run_dir / "checkpoints"
         self._last_step, self._config = config.pipeline.updates, config.checkpoint
-        self._records = records
+        self._records, self._disk = records, disk or Disk(records, records.event)
+        self._owed = False
+        """Whether the last checkpoint has found a full disk."""
+        self._newest: tuple[CampaignState, Fleet]
+        """The arguments of the last `save`."""
         self._mirror = mirror_of(config)
         self._mirrored = -1
         self._task: asyncio.Task[None] | None = None
@@ -52,16 +60,39 @@ class Checkpoints:
         """After an update: saves if the configuration asks for it. CheckpointError: the one before could not be written."""
         if self._task is not None and self._task.done():
             await self.finish()
-        if state.step == self._last_step or state.step % self._config.every_updates == 0:
+        if self._owed or state.step == self._last_step or state.step % self._config.every_updates == 0:
             await self.save(state, learner)
+
+    def exists(self, step: int) -> bool:
+        """Whether this step has a complete checkpoint."""
+        return step in checkpoint_steps(self._directory)
 
     async def save(self, state: CampaignState, learner: Fleet) -> None:
         """Begins the checkpoint of this step, unless it exists; returns when the learner has copied its tensors.
 
-        Waits for the checkpoint before. CheckpointError: one could not be written; earlier ones are intact.
+        Waits for the checkpoint before. Where that has found a full disk, this one is waited for too, until there is room:
+        the learner must not change meanwhile. CheckpointError: one could not be written; earlier ones are intact.
         """
+        self._newest = state, learner
         await self.finish()
-        if state.step == 0 or state.step in checkpoint_steps(self._directory):
+        if not self._owed:
+            await self._begin(state, learner)
+            if self._task is not None and self._task.done():
+                await self.finish()
+        await self._pay()
+
+    async def _pay(self) -> None:
+        """Writes the checkpoint that is owed because the disk was full, and waits until it is complete."""
+        if self._owed:
+            self._owed = False
+            await self._disk.patiently(partial(self._save_completely, *self._newest))
+
+    async def _save_completely(self, state: CampaignState, learner: Fleet) -> None:
+        await self._begin(state, learner)
+        await self._written()
+
+    async def _begin(self, state: CampaignState, learner: Fleet) -> None:
+        if state.step == 0 or self.exists(state.step):
             return
         copied = asyncio.Event()
         # JSON now: training changes the state while the files are written.
@@ -69,11 +100,16 @@ class Checkpoints:
         self._task = asyncio.create_task(self._write(state.step, content, state, learner, copied))
         self._task.add_done_callback(lambda _: copied.set())  # also after an error before the copy, so that `save` ends
         await copied.wait()
-        if self._task.done():
-            await self.finish()
 
     async def finish(self) -> None:
-        """Waits for the checkpoint that is being written. CheckpointError: it could not be written."""
+        """Waits for the checkpoint that is being written. CheckpointError: it could not be written, and not because the
+        disk is full: then the next call of `save`, `save_if_due` or `settle` saves again."""
+        try:
+            await self._written()
+        except DiskFullError:
+            self._owed = True
+
+    async def _written(self) -> None:
         if (task := self._task) is not None:
             await asyncio.wait([task])  # not `await task`: cancelling one that waits would cancel the checkpoint
             self._task = None
@@ -82,6 +118,7 @@ class Checkpoints:
     async def settle(self) -> None:
         """At the end of the campaign: waits for the checkpoint that is being written, and for its copy."""
         await self.finish()
+        await self._pay()
         while self._copying is not None and not self._copying.done():
             await asyncio.wait([self._copying])
             self._mirror_newest()
@@ -120,7 +157,8 @@ class Checkpoints:
             await asyncio.to_thread(prune, self._directory, {*keep, self._mirrored})
             self._mirror_newest()
         except (OSError, CheckpointError) as error:
-            raise CheckpointError(self._explain(step, error)) from error
+            kind = DiskFullError if is_full_disk(error) else CheckpointError
+            raise kind(self._explain(step, error)) from error
 
     def _mirror_newest(self) -> None:
         """Begins to copy the newest checkpoint, unless it is copied, or another copy is under way."""

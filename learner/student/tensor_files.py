@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.modeling_utils import remove_tied_weights_from_state_dict, revert_weight_conversion
 
-from actors.errors import CheckpointError
+from actors.errors import CheckpointError, DiskFullError, is_full_disk
 from actors.weights.buckets import Deferred
 from learner.student.sharding import Ranks, full_tensor, own_rows
 
@@ -74,7 +74,8 @@ def checkpoint_error(error: Exception) -> CheckpointError:
     if isinstance(error, CheckpointError):
         return error
     if isinstance(error, OSError):
-        return CheckpointError(f"{error.strerror or error} ({error.filename or 'while writing'})")
+        kind = DiskFullError if is_full_disk(error) else CheckpointError
+        return kind(f"{error.strerror or error} ({error.filename or 'while writing'})")
     return CheckpointError(f"{type(error).__name__}: {' '.join(str(error).split())}")
 
 

@@ -1,6 +1,8 @@
 """The real loop with fake fleets: one process, no Ray, random delays."""
 
 import asyncio
+import errno
+import os
 import random
 import re
 from contextlib import suppress
@@ -13,13 +15,23 @@ import pytest
 
 from actors.config import PromptsConfig, StudentConfig, TeacherConfig
 from actors.data.prompts import PromptSet
-from actors.errors import AbortedError, CampaignError, LostObjectError, UserError
+from actors.errors import (
+    AbortedError,
+    CampaignError,
+    CheckpointError,
+    GuardError,
+    LearnerLostError,
+    LostObjectError,
+    UserError,
+)
 from actors.rollout.actor import RolloutCounts
 from actors.teacher.base import TeacherCounts
 from actors.trajectory import TrajectoryId, offsets_of
 from cluster.config import CampaignConfig, PipelineConfig
+from cluster.loop import campaign as loop_module
 from cluster.loop.campaign import Campaign
 from cluster.loop.teachers import PromptRoutes, Teachers
+from cluster.records import disk
 from cluster.records.writer import RunRecords, read_jsonl
 from cluster.state.campaign_state import CampaignState, load_state
 from tests.light_campaign import Reference
@@ -152,6 +164,8 @@ class FakeLearner(FakeFleet):
             Path(arguments[0], "weights").write_text(str(self.world.version))
             Path(arguments[0], "training").mkdir()
             return None
+        if method == "status":
+            return {"policy_version": self.world.version}
         if method == "saved":
             await self.world.work("saved")
             return self.world.draw.random() < 0.5
@@ -461,6 +475,137 @@ def test_an_interrupt_leaves_a_checkpoint_and_says_so(tmp_path: Path, bound: int
     assert 3 <= state.step <= 4
     assert (checkpoint / "weights").read_text() == str(state.step)
     assert "interrupted" in {row["kind"] for row in read_jsonl(config.run_dir / "events.jsonl")}
+
+
+@pytest.mark.parametrize("bound", [0, 2])
+@pytest.mark.parametrize("stage", ["generate", "score", "load_weights", "publish", "evaluate"])
+def test_an_error_leaves_a_checkpoint_of_the_last_update_and_the_campaign_goes_on_from_it(
+    tmp_path: Path, stage: str, bound: int
+) -> None:
+    config = configuration(tmp_path, updates=8, bound=bound, samples=2)
+    config.evaluation.every_updates = 4
+    world = World(bound=bound, delay=0.002)
+    made = campaign(config, world, evaluator=FakeEvaluator(world))
+
+    async def break_it() -> None:
+        task = asyncio.create_task(made.run())
+        while world.version < 3 and not task.done():
+            await asyncio.sleep(0)
+        world.fail_at, world.error = stage, CampaignError("it broke")
+        await task
+
+    with pytest.raises(CampaignError, match="it broke"):
+        asyncio.run(break_it())
+    state, _ = load_state(config)
+    assert state.step == made.state.step == world.version >= 3
+    assert "saved_at_the_end" in {row["kind"] for row in read_jsonl(config.run_dir / "events.jsonl")}
+    again = World(bound=bound)
+    assert run(campaign(config, again, evaluator=FakeEvaluator(again))) is True
+    trained = [row for update in world.trained + again.trained for row in update]
+    assert len(trained) == len(set(trained)) == 8 * SIZE
+    rows = [row for row in read_jsonl(config.run_dir / "metrics.jsonl") if row["step"]]
+    assert [row["step"] for row in rows] == list(range(1, 9))
+
+
+@pytest.mark.parametrize("error", [LearnerLostError("it died"), GuardError("it rises")])
+def test_what_an_interrupted_campaign_rejects_is_not_saved_and_the_error_is_told(
+    tmp_path: Path, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, world = configuration(tmp_path, updates=50), World(bound=0)
+    made = campaign(config, world)
+
+    def findings(*_: Any) -> None:
+        if world.version == 3:
+            made._interrupted.set()
+            raise error
+
+    monkeypatch.setattr(loop_module, "apply_findings", findings)
+    with pytest.raises(type(error), match=str(error)):
+        run(made)
+    assert load_state(config)[0].step == 0, "of a rejected update there is no checkpoint"
+
+
+class FullDisk:
+    """A disk below a folder that takes no more writes while it is full."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch):
+        self.full, self.refused = False, 0
+        open_file, make = Path.open, Path.mkdir
+
+        def refuse(path: Path, writes: bool) -> None:
+            if self.full and writes and folder in path.parents:
+                self.refused += 1
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+        def opened(path: Path, mode: str = "r", *arguments: Any, **keywords: Any) -> Any:
+            refuse(path, mode[0] in "wa")
+            return open_file(path, mode, *arguments, **keywords)
+
+        def made(path: Path, *arguments: Any, **keywords: Any) -> None:
+            refuse(path, not path.exists())
+            make(path, *arguments, **keywords)
+
+        monkeypatch.setattr(Path, "open", opened)
+        monkeypatch.setattr(Path, "mkdir", made)
+
+
+@pytest.mark.parametrize("bound", [0, 2])
+@pytest.mark.parametrize("save_every", [1, 100])
+def test_a_full_disk_is_waited_for_and_nothing_is_lost(
+    tmp_path: Path, bound: int, save_every: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = configuration(tmp_path, updates=8, bound=bound, save_every=save_every)
+    config.evaluation.every_updates = 2
+    world = World(bound=bound, delay=0.002)
+    made = campaign(config, world, evaluator=FakeEvaluator(world))
+    made.state.ledger.on_close = made._records.closed
+    drive = FullDisk(config.run_dir, monkeypatch)
+    monkeypatch.setattr(disk, "FIRST_PAUSE_SECONDS", 0.01)
+
+    async def fill() -> bool:
+        task = asyncio.create_task(made.run())
+        for version in (2, 6, 8):
+            while world.version < version and not task.done():
+                await asyncio.sleep(0)
+            drive.full = True
+            refused = drive.refused
+            while drive.refused < refused + 5 and not task.done():
+                await asyncio.sleep(0.01)
+            trained = world.version
+            await asyncio.sleep(0.05)
+            assert world.version <= trained + 1, "nothing is trained that cannot be recorded"
+            drive.full = False
+        return await task
+
+    assert asyncio.run(fill()) is True
+    events = [row["kind"] for row in read_jsonl(config.run_dir / "events.jsonl")]
+    assert events.count("disk_full") == events.count("disk_back") >= 1
+    rows = read_jsonl(config.run_dir / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(9))
+    ledger = read_jsonl(config.run_dir / "ledger.jsonl")
+    assert [row["step"] for row in ledger if "trained" in row] == list(range(1, 9))
+    assert load_state(config)[0].step == 8
+    assert not list(config.run_dir.rglob("*.tmp")) and not list(config.run_dir.rglob("*.partial"))
+
+
+def test_a_disk_that_stays_full_ends_the_campaign_with_what_is_good(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, world = configuration(tmp_path, updates=8, save_every=2), World(bound=0)
+    made, drive = campaign(config, world), FullDisk(config.run_dir, monkeypatch)
+    monkeypatch.setattr(disk, "FIRST_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(disk, "PATIENCE_SECONDS", 0.1)
+
+    async def fill() -> None:
+        task = asyncio.create_task(made.run())
+        while load_state(config)[0].step < 2 and not task.done():
+            await asyncio.sleep(0)
+        drive.full = True
+        await task
+
+    with pytest.raises((CheckpointError, OSError), match="No space left on device"):
+        asyncio.run(fill())
+    assert load_state(config)[0].step >= 2
 
 
 def test_an_interrupt_while_rollouts_are_busy_does_not_wait_for_them(tmp_path: Path) -> None:

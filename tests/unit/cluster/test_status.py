@@ -1,6 +1,7 @@
 """What `understudy status` and `understudy tail` say of runs in every state, from files alone."""
 
 import asyncio
+import errno
 import io
 import json
 import time
@@ -12,8 +13,10 @@ from rich.console import Console
 
 from actors.errors import UserError
 from cluster.cli import main
+from cluster.console import status as status_module
 from cluster.console.screen import status_screen, trajectory_text
 from cluster.console.status import LOST_AFTER_SECONDS, StatusReader, find_run, keep_status, read_status, write_status
+from cluster.records.event_table import describe
 from cluster.records.writer import RunRecords, read_jsonl, trajectory_files
 from tests.fake_run import make_fake_run
 
@@ -58,6 +61,51 @@ def test_a_running_campaign_is_told_with_rates_and_what_limits_it(running: Path)
     assert "1/2" in rollout and "64 trajectories" in rollout and "39 to 41" in rollout
     teacher = next(line for line in text.splitlines() if line.strip().startswith("teacher"))
     assert "1/1" in teacher
+
+
+def test_nothing_is_foretold_while_no_update_comes_and_it_is_said_who_is_silent(running: Path) -> None:
+    silent = {**LIVE["actors"][0], "silent_seconds": 200.0, "behind": False}
+    behind = {**LIVE["actors"][1], "alive": True, "silent_seconds": 0.0, "behind": True}
+    live = {**LIVE, "actors": [silent, behind, *LIVE["actors"][2:]], "last_update_seconds_ago": 185.0}
+    write_status(running, {**live, "waits_for": "the disk takes no writes"})
+    status = read_status(running)
+    assert status["stands"] and status["seconds_left"] is None and status["bottleneck"] == ""
+    assert 185.0 <= status["last_update_seconds_ago"] < 200.0
+    text = shown(status)
+    assert "no update for 3m" in text and "rollout-0 is silent for 3m20s" in text and "rollout-1 is behind" in text
+    assert "the disk takes no writes" in text and "left" not in text.splitlines()[0] and "tokens/s" not in text
+    write_status(running, {**live, "last_update_seconds_ago": 1.0})
+    status = read_status(running)
+    assert not status["stands"] and status["seconds_left"] and status["bottleneck"]
+    write_status(running, {**live, "last_update_seconds_ago": 1.0, "state": "paused"})
+    status = read_status(running)
+    assert status["state"] == "paused" and status["seconds_left"] is None and status["bottleneck"] == ""
+
+
+def test_status_is_written_in_place_where_a_new_file_finds_no_room(
+    running: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, text: str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    write_status(running, {**LIVE, "padding": "x" * 100})
+    monkeypatch.setattr(status_module, "write_atomically", full)
+    write_status(running, {**LIVE, "waits_for": "the disk"})
+    assert read_status(running)["waits_for"] == "the disk"
+
+
+def test_a_task_beside_the_loop_survives_its_errors_and_tells_each_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    errors = iter([ValueError("a"), ValueError("a"), OSError("b"), None])
+    told: list[tuple[str, dict[str, Any]]] = []
+    monkeypatch.setattr(status_module, "EVERY_SECONDS", 0.001)
+
+    async def work() -> None:
+        if error := next(errors):
+            raise error
+
+    asyncio.run(status_module.persistently("commands", work, lambda kind, **fields: told.append((kind, fields))))
+    assert [fields["cause"] for _, fields in told] == ["ValueError: a", "OSError: b"]
+    assert "commands" in describe(*told[0])
 
 
 def test_a_campaign_that_has_not_written_for_long_is_lost(running: Path) -> None:
