@@ -16,7 +16,7 @@ from cluster.records.writer import Full, RunRecords, told_cause
 
 PATIENCE_SECONDS = 1800.0
 """How long a full disk is waited for; then the campaign ends with the error."""
-FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.25, 10.0
+FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.25, 5.0
 """Between two tries."""
 
 

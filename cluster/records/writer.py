@@ -290,7 +290,9 @@ def _append(path: Path, line: bytes) -> None:
 
 def told_cause(error: Exception) -> str:
     """What is wrong with the disk, in one line."""
-    return f"{error.strerror} ({error.filename or 'a file'})" if isinstance(error, OSError) else str(error)
+    if isinstance(error, OSError):
+        return f"{error.strerror} ({error.filename or 'a file'})"
+    return str(error).partition("; ")[0]  # without the way out, for which it is too early
 
 
 def write_atomically(path: Path, text: str) -> None:
