@@ -56,7 +56,7 @@ class World:
         self.staleness: list[int] = []
         self.under_way = self.most_under_way = 0
         self.interrupt_at: int | None = None
-        self.interrupted = asyncio.Event()
+        self.interrupted: Any = None
         self.losing: dict[str, float] = {}
         """Method -> probability that an object among its arguments is lost."""
         self.stuck_at = ""
@@ -243,7 +243,7 @@ def campaign(
     prompt_lengths: Any = (1,) * 11,
 ) -> Campaign:
     state, _ = load_state(config)
-    world.version = state.step
+    world.version, world.interrupted = state.step, asyncio.Event()  # of the event loop that runs this campaign
     prompts = PromptSet(
         tokens=np.zeros(sum(prompt_lengths), np.int32),
         offsets=offsets_of(prompt_lengths),
