@@ -138,8 +138,8 @@ class CampaignConfig:
     weights: WeightsConfig = field(default_factory=WeightsConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     guards: dict[str, GuardConfig] = field(default_factory=default_guards)
-    """Conditions on the metrics of every update, by names of your choice. `kl_rises`, `length_rises`, `truncation` and
-    `repetition` exist by default and warn (docs/guards.md)."""
+    """Conditions on the metrics of every update, by names of your choice. Some exist by default
+    (docs/guards.md): they warn, and those of weights that stand still for ten updates stop the campaign."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     ray: RayConfig = field(default_factory=RayConfig)
 

@@ -40,12 +40,20 @@ class GuardConfig:
 
 
 def default_guards() -> dict[str, GuardConfig]:
-    """The guards of every campaign. They warn; the configuration can change them or turn them off."""
+    """The guards of every campaign; the configuration can change them or turn them off.
+
+    They warn, but for weights that stand still: after ten updates that cost and changed nothing, the campaign ends.
+    """
     return {
         "kl_rises": GuardConfig("reverse_kl", above=3.0, relative_to_updates=20, updates=3),
         "length_rises": GuardConfig("response_length_mean", above=3.0, relative_to_updates=20, updates=3),
         "truncation": GuardConfig("truncated_fraction", above=0.5, updates=3),
         "repetition": GuardConfig("repetition", above=0.5, updates=3),
+        "skipped_steps": GuardConfig("steps_skipped", above=0),
+        "no_step": GuardConfig("steps_taken", below=1, updates=3),
+        "no_step_for_long": GuardConfig("steps_taken", below=1, updates=10, action="stop"),
+        # Last, since of two guards that stop the later one is told: this one knows more.
+        "no_token_for_long": GuardConfig("tokens_trained", below=1, updates=10, action="stop"),
     }
 
 

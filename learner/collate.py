@@ -17,8 +17,8 @@ from actors.trajectory import TeacherScores, Trajectories
 from learner.config import ObjectiveConfig
 from learner.hidden_states import Head, HiddenStates
 from learner.objective.divergences import extrapolated_teacher
-from learner.objective.estimator_table import estimator_row
-from learner.objective.policy_gradient import reward_cost, token_weights
+from learner.objective.estimator_table import estimator_row, reads_distribution
+from learner.objective.policy_gradient import reward_cost, step_size, token_weights
 from learner.scores import merge_scores
 from learner.student.sharding import Ranks
 
@@ -113,17 +113,21 @@ class UpdateBatch:
     wide_places: Tensor | None = None
     """[N] int64: the row of each of this rank's tokens in WIDE_TENSORS. None with one rank, which has all rows."""
 
-    def weigh(self, rows: np.ndarray, objective: ObjectiveConfig) -> None:
-        """Sets the weights of the tokens of these rows, which make one step; all others get 0.
+    def weigh(self, rows: np.ndarray, objective: ObjectiveConfig, beta: float) -> float:
+        """Sets the weights of the tokens of these rows, which make one step; all others get 0. Returns its `step_size`.
 
         The denominators (tokens or responses of the step) are those of all micro-batches and ranks: each rank has the
         mask of all N tokens. The loss is then a plain sum, and its gradient does not depend on how a step is cut.
+        0: no token is left to learn from. beta: weight of the trust region's KL.
         """
         lengths = torch.from_numpy(self.trajectories.lengths).to(self.device)
         chosen = torch.zeros(len(lengths), dtype=torch.bool, device=self.device)
         chosen[torch.from_numpy(rows).to(self.device)] = True
         mask = self.tensors["mask"] & torch.repeat_interleave(chosen, lengths)
         self.tensors["weights"] = token_weights(mask, lengths, objective.aggregation, objective.aggregation_constant)
+        # A token whose importance is 0 has no cost, but still the penalty of the trust region.
+        left = mask & (self.tensors["importance"] != 0) if beta == 0 else mask
+        return step_size(mask, lengths, objective.aggregation).item() if left.any() else 0.0
 
     def set_rewards(self, reward_B: Tensor) -> None:
         """Sets the cost of the responses' rewards. It is relative to other samples of the prompt, so it is computed for
@@ -203,7 +207,8 @@ def collate(
 ) -> UpdateBatch:
     """The tensors of the update on `written`, in its order; the fields of Part say their shapes and units.
 
-    mask = trained, with finite scores of all teachers, and none of masked_token_ids.
+    mask = trained, with finite scores of all teachers (of a support only if the objective reads it), and none of
+    masked_token_ids.
     this_rank_B: [B] bool, the trajectories that this rank trains on. batches: hold the scores of these, from all their
     teachers, and perhaps of others. heads: output layers of the teachers that send hidden states, by name.
     policy_version: of the weights that the update starts from. CampaignError: scores of a trajectory are missing.
@@ -211,7 +216,9 @@ def collate(
     tensor = partial(_tensor, device=device)
     scores = merge_scores(written, this_rank_B, batches, objective.reference_teacher, heads, ranks, device)
     this_rank_N = np.repeat(this_rank_B, written.lengths)
-    mask = written.trained & ~scores.missing & ~np.isin(written.response_tokens, list(masked_token_ids))
+    mask = written.trained & scores.scored & ~np.isin(written.response_tokens, list(masked_token_ids))
+    if reads_distribution(objective):
+        mask &= scores.distributed
 
     def where_known(values: np.ndarray) -> Tensor:
         known = mask if values.ndim == 1 else mask[this_rank_N, None]

@@ -25,11 +25,6 @@ from learner.objective.policy_gradient import (
 )
 
 
-def needs_distribution(objective: ObjectiveConfig) -> bool:
-    """Whether the teacher must send a support, not the sampled token's log-prob alone."""
-    return estimator_row(objective.estimator).needs_distribution or objective.baseline == "exact_kl"
-
-
 def needs_whole_update(objective: ObjectiveConfig) -> bool:
     """Whether A_t depends on other trajectories, so that it cannot be computed micro-batch by micro-batch."""
     row = estimator_row(objective.estimator)

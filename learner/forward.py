@@ -18,12 +18,11 @@ from learner.costs import (
     exact_kl,
     full_cost,
     full_cost_is_exact_kl,
-    needs_distribution,
     needs_whole_update,
 )
 from learner.hidden_states import Head, HiddenStates
 from learner.metrics import UpdateMetrics, agreement
-from learner.objective.estimator_table import estimator_row
+from learner.objective.estimator_table import estimator_row, reads_distribution
 from learner.objective.policy_gradient import surrogate
 from learner.objective.trust_region import ESTIMATORS as TRUST_REGION
 from learner.objective.trust_region import exact, k3
@@ -129,7 +128,7 @@ class Forward:
         def measure(logprobs_nV: torch.Tensor, rows: slice) -> dict[str, torch.Tensor]:
             agreed = agreement(logprobs_nV, part, rows, named_by_student=self._named_by_student)
             found = {"entropy": entropy(logprobs_nV), "agreement": agreed}
-            if needs_distribution(objective) and not full_cost_is_exact_kl(objective):
+            if reads_distribution(objective) and not full_cost_is_exact_kl(objective):
                 found |= exact_reverse_kl(part, objective, logprobs_nV, rows)
             return found
 

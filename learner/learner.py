@@ -8,6 +8,7 @@ each a process with this class (student/sharding.py). With one rank, "this rank"
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -28,7 +29,7 @@ from learner.costs import check_own_functions, coefficients, importance_of, need
 from learner.forward import Forward, exact_forward_kl, exact_reverse_kl, no_columns
 from learner.hidden_states import Head, same_rows
 from learner.metrics import UpdateMetrics, groups_of, response_metrics
-from learner.objective.estimator_table import estimator_row
+from learner.objective.estimator_table import reads_distribution
 from learner.objective.policy_gradient import effective_sample_size
 from learner.objective.trust_region import adapted_beta, backed_off, k3
 from learner.student.build import build_student
@@ -142,7 +143,8 @@ class Learner:
         """Trains on the trajectories with these ids [B, 3]; returns the metrics of the update (docs/metrics.md).
 
         The update has `epochs_per_update` times `minibatches_per_update` AdamW steps on the loss of `Forward.loss`, which
-        ratio and trust region keep near the weights that it starts from. The policy version grows by one.
+        ratio and trust region keep near the weights that it starts from. A step without a token to learn from is not
+        taken. The policy version grows by one, also where no step was taken.
         batches: hold the trajectories and their scores, in any order and perhaps with others. With several ranks, each is
         given all trajectories, and the scores of those that it trains on (`owners` in student/sharding.py). rate_scale:
         factor of the schedule's learning rate. domains: [B] of the prompts, to measure each.
@@ -164,27 +166,24 @@ class Learner:
             heads=self._heads,
             ranks=self._ranks,
         )
-        self._look_ahead(batch)
+        begun = self._look_ahead(batch)
         rate = rate_scale * learning_rate(self.policy_version + 1, self._total_updates, self._config.optimizer)
         # Set here, by no scheduler: the rate is a function of the version, so a resumed run has the same.
         for group in self._optimizer.param_groups:
             group["lr"] = rate
-        collected, scale = UpdateMetrics(), 1.0
-        for rows in self._minibatches(batch.trajectories) * self._config.epochs_per_update:
-            norm = self._accumulate(batch, rows, collected)
-            scale = self._step(batch, rows)
-            if scale < 1:
-                break  # cut at the KL limit: a further step would go beyond it
+        collected = UpdateMetrics()
+        steps = self._take_steps(batch, begun, collected)
         self.policy_version += 1
         self._averages.follow()
         groups = self._groups(ids, scores, domains)
         metrics = collected.means(groups, self._ranks) | response_metrics(batch.trajectories)
-        metrics |= {"grad_norm": norm, "learning_rate": rate, "beta": self._beta, "step_scale": scale}
+        metrics |= {**steps, "learning_rate": rate, "beta": self._beta}
         metrics["mismatch_ess"] = effective_sample_size(batch.tensors["importance"].log(), batch.tensors["mask"]).item()
         target = self._config.objective.trust_region.target_kl
         if target is not None:
             # After the last step: before it, a single on-policy step has not moved yet.
-            self._beta = adapted_beta(self._beta, self._forward_kl(batch, np.arange(len(ids))), target)
+            assert begun is not None
+            self._beta = adapted_beta(self._beta, self._forward_kl(begun, np.arange(len(ids))), target)
         metrics["busy_seconds"] = (time.perf_counter() - start) * self._ranks.size  # summed over the role's processes
         self._busy_seconds += metrics["busy_seconds"]
         return metrics
@@ -210,7 +209,8 @@ class Learner:
         """Copies the state as it is now, which a thread then writes to `directory` (learner/student/checkpoint.py).
 
         Each rank its own rows, all into the same files: they must see the same file system.
-        CheckpointError: the write before failed, or there is no memory for the copy. The learner is well after it.
+        CheckpointError: the write before failed, there is no memory for the copy, or an update ended with an error after
+        some of its steps, so that the weights belong to no version. The learner is well after it.
         """
         if self._stepped_from == self.policy_version:
             raise CheckpointError("the last update was broken off between its steps: the weights belong to no update")
@@ -286,9 +286,32 @@ class Learner:
         most = int(self._ranks.max(torch.tensor(len(passes), device=self._device)))
         return passes + [NO_TOKENS] * (most - len(passes))
 
+    def _take_steps(self, batch: UpdateBatch, begun: UpdateBatch | None, collected: UpdateMetrics) -> dict[str, float]:
+        """Takes the steps of all epochs and minibatches; returns what is measured of steps.
+
+        begun: the batch with the weights before the update as pi_old, where the trust region measures the KL to them.
+        """
+        found = {"grad_norm": 0.0, "step_scale": 1.0, "steps_taken": 0, "steps_skipped": 0}
+        for epoch in range(self._config.epochs_per_update):
+            for rows in self._minibatches(batch.trajectories):
+                size = batch.weigh(rows, self._config.objective, self._beta)
+                if not size:
+                    # Not even with a gradient of 0: moments and weight decay would move the weights.
+                    found["steps_skipped"] += 1
+                    continue
+                moved = found["steps_taken"] > 0
+                collected.begin_step(size, again=epoch > 0, moved=moved)
+                if moved and self._config.objective.trust_region.max_kl is not None:
+                    begun, _ = self._now(batch, rows)
+                found["grad_norm"] = self._accumulate(batch, rows, collected)
+                found["step_scale"] = self._step(begun, rows)
+                found["steps_taken"] += found["step_scale"] > 0
+                if found["step_scale"] < 1:
+                    return found  # cut at the KL limit: a further step would go beyond it
+        return found
+
     def _accumulate(self, batch: UpdateBatch, rows: np.ndarray, collected: UpdateMetrics) -> float:
         """Accumulates the gradient of the loss of these rows, and clips it; returns its norm before clipping."""
-        batch.weigh(rows, self._config.objective)
         self._optimizer.zero_grad(set_to_none=True)
         for microbatch in self._passes(batch, rows):
             loss = self._forward.loss(batch.part(microbatch), microbatch, self._beta, collected)
@@ -305,11 +328,12 @@ class Learner:
             self._refuse(f"the gradient's norm is {norm}", batch.trajectories.ids[rows])
         return norm
 
-    def _step(self, batch: UpdateBatch, rows: np.ndarray) -> float:
+    def _step(self, begun: UpdateBatch | None, rows: np.ndarray) -> float:
         """Takes the step, shortened where it goes beyond `trust_region.max_kl`; returns the share taken, in [0, 1].
 
-        The line search of TRPO (arXiv 1502.05477, appendix C): the KL is measured after the step, on a straight line
-        between the weights before and after.
+        The line search of TRPO (arXiv 1502.05477, appendix C), on a straight line between the weights before and after.
+        The KL is to the weights before the step (`begun`), in the learner's own numerics: at a share of 0 it is 0,
+        whatever engine sampled. A step that is taken back keeps its gradient in AdamW's moments.
         """
         limit = self._config.objective.trust_region.max_kl
         parameters = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
@@ -318,68 +342,86 @@ class Learner:
         self._optimizer.step()
         if limit is None:
             return 1.0
+        assert begun is not None
         after = [p.detach().clone() for p in parameters]  # each trial starts from both ends: rounding does not add up
 
         def measure(scale: float) -> float:
             with torch.no_grad():
                 for parameter, a, b in zip(parameters, before, after, strict=True):
-                    parameter.copy_(b if scale == 1 else a + scale * (b - a))
-            return self._forward_kl(batch, rows)
+                    # The ends exactly: rounding, or an infinite step, must not change the weights that are gone back to.
+                    parameter.copy_({0.0: a, 1.0: b}.get(scale, a + scale * (b - a)))
+            return self._forward_kl(begun, rows)
 
         scale, _ = backed_off(measure, limit)
         return scale
 
     @torch.no_grad()
-    def _forward_kl(self, batch: UpdateBatch, rows: np.ndarray) -> float:
-        """KL(pi_old || pi_theta) of the current weights, mean in nats a token: exact if the trust region is, else k3."""
+    def _forward_kl(self, begun: UpdateBatch, rows: np.ndarray) -> float:
+        """KL(pi_old || pi_theta) of the current weights, mean in nats a token: exact if the trust region is, else k3.
+
+        begun: the batch with pi_old as `_now` has found it.
+        """
         sums = torch.zeros(2, dtype=torch.float64, device=self._device)
-        for microbatch in self._passes(batch, rows):
-            part = batch.part(microbatch)
+        for microbatch in self._passes(begun, rows):
+            part = begun.part(microbatch)
             found = self._forward.columns(part, microbatch, partial(exact_forward_kl, part))
             # k3 and not k1: each of its terms is at least 0, so a small sample does not hide a KL behind a negative one.
             forward_kl = found.get("forward_kl", k3(found["logprobs"], part.old_logprobs))
-            sums += torch.stack([(forward_kl * part.mask).sum(), part.mask.sum()])
+            sums += torch.stack([forward_kl[part.mask].sum(), part.mask.sum()])
         # One division at the end, by the tokens of all ranks: each token counts the same.
         total, tokens = self._ranks.sum(sums).tolist()
         return total / max(tokens, 1.0)
 
     @torch.no_grad()
-    def _look_ahead(self, batch: UpdateBatch) -> None:
-        """A pass over the update without gradients, before the first step, if the objective needs one.
+    def _now(self, batch: UpdateBatch, rows: np.ndarray, *, with_kl: bool = False) -> tuple[UpdateBatch, torch.Tensor]:
+        """(the batch with the learner's weights as they are now as pi_old; with_kl: [N] KL(pi || q) at each context).
 
-        It computes what a micro-batch cannot: the learner's own pi_old (to correct the engine's numerics, or for an exact
-        KL), and coefficients that depend on other trajectories.
+        A pass over these rows without gradients. Other rows have zeros. An exact trust region also gets pi_old over the
+        whole vocabulary, as hidden states.
         """
-        objective = self._config.objective
-        whole_update, correct = needs_whole_update(objective), objective.mismatch.correction != "none"
-        keep_states = objective.trust_region.estimator == "exact"
-        if not (whole_update or correct or keep_states):
-            return  # pi_old is then pi_behaviour, as it was recorded, and the update needs no extra pass
-        with_kl = whole_update and estimator_row(objective.estimator).needs_distribution
         found = {name: torch.zeros(len(batch.tensors["mask"]), device=self._device) for name in ("logprobs", "kl")}
+        keep_states = self._config.objective.trust_region.estimator == "exact"
         states: list[torch.Tensor] = []
         places = torch.zeros_like(batch.tensors["tokens"])
-        for microbatch in self._passes(batch, np.arange(len(batch.trajectories))):
+        for microbatch in self._passes(batch, rows):
             part = batch.part(microbatch)
             index = torch.from_numpy(microbatch.tokens).to(self._device)
             keep = states.append if keep_states else None
-            reduce = partial(exact_reverse_kl, part, objective) if with_kl else no_columns
+            reduce = partial(exact_reverse_kl, part, self._config.objective) if with_kl else no_columns
             places[index] = sum(map(len, states)) + torch.arange(len(index), device=self._device)
             for name, column in self._forward.columns(part, microbatch, reduce, keep=keep).items():
                 found[name][index] = column
         # Each token is 0 on all ranks but its own, so the sum fills in the others' tokens exactly.
-        found = {name: self._ranks.sum(column) for name, column in found.items()}
-        if keep_states:
-            batch.old_hidden.append(self._forward.as_hidden_states(torch.cat(states), places))
-        all_tokens = batch.all_tokens()
+        logprobs, kl = (self._ranks.sum(found[name]) for name in ("logprobs", "kl"))
+        old = [self._forward.as_hidden_states(torch.cat(states), places)] if keep_states else []
+        return replace(batch, tensors={**batch.tensors, "old_logprobs": logprobs}, old_hidden=old), kl
+
+    def _look_ahead(self, batch: UpdateBatch) -> UpdateBatch | None:
+        """A pass over the update without gradients, before the first step, if the objective needs one.
+
+        It computes what a micro-batch cannot: the learner's own pi_old (to correct the engine's numerics, for an exact
+        KL, or for the limits of the trust region), and coefficients that depend on other trajectories. Returns the batch
+        with the learner's weights as pi_old; None without such a pass.
+        """
+        objective = self._config.objective
+        region, whole_update = objective.trust_region, needs_whole_update(objective)
+        correct, exact_region = objective.mismatch.correction != "none", region.estimator == "exact"
+        limited = region.max_kl is not None or region.target_kl is not None
+        if not (whole_update or correct or exact_region or limited):
+            return None  # pi_old is then pi_behaviour, as it was recorded, and the update needs no extra pass
+        with_kl = whole_update and reads_distribution(objective)
+        begun, kl = self._now(batch, np.arange(len(batch.trajectories)), with_kl=with_kl)
+        batch.old_hidden.extend(begun.old_hidden)
+        own, all_tokens = begun.tensors["old_logprobs"], batch.all_tokens()
         if correct:
             # From here on the ratio is to the learner's own pi_old; the weight carries what lies before it.
-            batch.tensors["importance"] = importance_of(found["logprobs"], all_tokens, objective)
-            batch.tensors["old_logprobs"] = found["logprobs"]
+            batch.tensors["importance"] = importance_of(own, all_tokens, objective)
+            batch.tensors["old_logprobs"] = own
         if whole_update:
-            student = found["logprobs"] if objective.recompute_log_ratio else all_tokens.behaviour_logprobs
-            kl = found["kl"] if with_kl else None
-            batch.tensors["coefficient"] = coefficients(student, kl, all_tokens, batch.groups(), objective)
+            student = own if objective.recompute_log_ratio else all_tokens.behaviour_logprobs
+            found = coefficients(student, kl if with_kl else None, all_tokens, batch.groups(), objective)
+            batch.tensors["coefficient"] = found
+        return begun
 
     def _head_of(self, teacher: TeacherConfig, key: str) -> Head:
         head = load_head(teacher.model, teacher.dtype, self._device, teacher.trust_remote_code, key)
@@ -389,7 +431,9 @@ class Learner:
         """Raises NonFiniteLossError with the first of these trajectories; the gradient is dropped, so no step follows."""
         self._optimizer.zero_grad(set_to_none=True)
         names = ", ".join(str(TrajectoryId(*row)) for row in ids[:4].tolist()) + (" …" if len(ids) > 4 else "")
+        weights = f"the weights are those of version {self.policy_version}, and"
+        if self._stepped_from == self.policy_version:
+            weights = "some of the update's optimiser steps were taken, so the weights belong to no version;"
         raise NonFiniteLossError(
-            f"update {self.policy_version + 1}: {what} (trajectories {names}); the weights are those of version "
-            f"{self.policy_version}, and the last checkpoint is good"
+            f"update {self.policy_version + 1}: {what} (trajectories {names}); {weights} the last checkpoint is good"
         )

@@ -5,6 +5,7 @@ comparison of the student's and the teacher's most likely tokens at a few tokens
 Shapes: N tokens of the update, n of a micro-batch or chunk, B trajectories, K support, V vocabulary.
 """
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from actors.trajectory import FINISH_REASONS, TeacherScores, Trajectories
 from learner.collate import Part
 from learner.hidden_states import mixture_logprobs
-from learner.objective.policy_gradient import effective_sample_size
+from learner.objective.policy_gradient import capped, effective_sample_size
 from learner.student.sharding import Ranks
 
 COMPARED = 64
@@ -25,6 +26,14 @@ TOP = 8
 LOG_RATIO_BIN, LOG_RATIO_BINS = 0.5, 17
 """The histogram of log-ratios: width of a bin in nats, and number of bins, around 0. The outermost are open."""
 AGREEMENT = ("top1_agreement", "top8_overlap", "student_support_mass", "teacher_support_mass")
+UNKNOWN = ("reverse_kl", "forward_kl_old", "entropy", "clip_fraction", "ratio_mean", "ratio_max", "importance_ess")
+NOTHING_TRAINED = {
+    "loss": 0.0,
+    "tokens_trained": 0,
+    "log_ratio_histogram": [0] * LOG_RATIO_BINS,
+    **dict.fromkeys((*UNKNOWN, "engine_logprob_abs_diff"), math.nan),
+}
+"""The metrics of an update without a step."""
 
 
 def agreement(logprobs_nV: Tensor, part: Part, rows: slice, *, named_by_student: bool = False) -> Tensor:
@@ -37,7 +46,9 @@ def agreement(logprobs_nV: Tensor, part: Part, rows: slice, *, named_by_student:
     """
     count, ids = len(logprobs_nV), part.support_ids
     places = torch.arange(0, count, max(1, count // COMPARED), device=logprobs_nV.device)
-    places = places[part.mask[rows][places]]
+    entries = part.support_logprobs[rows][places].isfinite()
+    known = entries.any(-1) if ids.shape[1] else entries.all(-1)
+    places = places[part.mask[rows][places] & known]
     student, of_part = logprobs_nV[places], places + rows.start  # numbers in the chunk, and in the part
     sums = [torch.full((), torch.nan, device=logprobs_nV.device)] * 4
     if ids.shape[1]:
@@ -64,15 +75,28 @@ class UpdateMetrics:
     """Collects one number a token for each metric. Stays on the device: a copy to the host would wait for the GPU."""
 
     def __init__(self) -> None:
-        self._loss: Tensor | None = None
+        self._losses: list[Tensor] = []
+        self._sizes: list[float] = []
+        self._again, self._moved = False, False
         self._columns: dict[str, list[Tensor]] = {}
         self._agreement: list[Tensor] = []
+
+    def begin_step(self, size: float, *, again: bool, moved: bool) -> None:
+        """Begins an optimiser step, whose loss is a mean over `size` tokens or trajectories.
+
+        again: its tokens were in an earlier step of this update (the second epoch). moved: an earlier step of this update
+        has changed the weights.
+        """
+        self._sizes.append(size)
+        self._again, self._moved = again, moved
 
     def add(self, loss: Tensor, part: Part, trajectories: np.ndarray, columns: Mapping[str, Tensor]) -> None:
         """Adds one micro-batch. trajectories [b]: the update's rows of its trajectories; columns, [n] each: `logprobs`,
         `entropy`, `reverse_kl`, `forward_kl_old`, `clip_fraction`; and `agreement` [chunks, 5]."""
         rows = torch.from_numpy(trajectories).to(part.rows.device)[part.rows]
-        self._loss = loss.detach() + (0 if self._loss is None else self._loss)
+        if len(self._losses) < len(self._sizes):
+            self._losses.append(torch.zeros_like(loss, requires_grad=False))
+        self._losses[-1] = self._losses[-1] + loss.detach()
         self._agreement.append(columns["agreement"])
         collected = {
             **{name: column for name, column in columns.items() if name != "agreement"},
@@ -80,7 +104,9 @@ class UpdateMetrics:
             "teacher_logprobs": part.teacher_logprobs,
             "old_logprobs": part.old_logprobs,
             "mask": part.mask,
-            "on_policy": part.on_policy,
+            "first": part.mask & (not self._again),
+            # Tokens sampled with the very weights that this pass used: else the difference also contains training.
+            "on_policy": part.on_policy & (not self._moved),
             "trajectory": rows,
         }
         for name, column in collected.items():
@@ -89,32 +115,32 @@ class UpdateMetrics:
     def means(self, groups: Mapping[str, np.ndarray], ranks: Ranks) -> dict[str, Any]:
         """The update's metrics over the tokens of all ranks, by their names in metrics.jsonl.
 
-        groups: prefix of a name -> [B] bool, the trajectories of that group.
+        Means are over all passes of all steps: means over tokens, not over micro-batches' means, which have different
+        numbers of tokens. What counts tokens counts each once. groups: prefix of a name -> [B] bool, the trajectories of
+        that group.
         """
-        assert self._loss is not None
+        if not self._sizes:
+            return NOTHING_TRAINED
         column = {name: ranks.concatenate(torch.cat(parts)) for name, parts in self._columns.items()}
-        mask, tokens = column["mask"], int(column["mask"].sum())
-        kept = {name: values[mask] for name, values in column.items()}
-        log_ratios = (kept["logprobs"] - kept["teacher_logprobs"]).cpu().numpy()
-        tails = np.quantile(log_ratios, [0.01, 0.99]) if tokens else [np.nan, np.nan]
-        moved = kept["logprobs"] - kept["old_logprobs"]
-        # Only tokens sampled with the current weights: for older ones the difference also contains training.
+        kept = {name: values[column["mask"]] for name, values in column.items()}
+        log_ratios = (column["logprobs"] - column["teacher_logprobs"])[column["first"]].cpu().numpy()
+        tails = np.quantile(log_ratios, [0.01, 0.99])
+        moved = capped(kept["logprobs"] - kept["old_logprobs"])
         engine = (column["logprobs"] - column["behaviour_logprobs"])[column["on_policy"]]
-        # In float64: sums of float32 over millions of tokens would lose digits.
         *agreed, compared = ranks.sum(torch.cat(self._agreement).double().sum(0)).tolist()
-        # Means over all tokens, not means of the micro-batches' means: these have different numbers of tokens.
         means = ("reverse_kl", "forward_kl_old", "entropy", "clip_fraction")
+        losses, sizes = ranks.sum(torch.stack(self._losses)).double().cpu(), torch.tensor(self._sizes).double()
         return {
-            "loss": ranks.sum(self._loss).item(),
-            "tokens_trained": tokens,
+            "loss": (losses @ sizes / sizes.sum()).item(),
+            "tokens_trained": int(column["first"].sum()),
             **{name: _mean(kept[name]) for name in means},
             "log_ratio_p01": float(tails[0]),
             "log_ratio_p99": float(tails[1]),
             "log_ratio_histogram": log_ratio_histogram(log_ratios),
             "ratio_mean": _mean(moved.exp()),
-            "ratio_max": moved.max().exp().item() if tokens else 0.0,
+            "ratio_max": moved.max().exp().item(),
             "importance_ess": effective_sample_size(moved, torch.ones_like(moved, dtype=torch.bool)).item(),
-            "engine_logprob_abs_diff": _mean(engine.abs(), nothing=float("nan")),
+            "engine_logprob_abs_diff": _mean(engine.abs()),
             # v == v is false for NaN: metrics that are unknown are left out.
             **{name: v / compared for name, v in zip(AGREEMENT, agreed, strict=True) if compared and v == v},
             **_by_group(kept["trajectory"], kept["reverse_kl"], groups),
@@ -128,8 +154,10 @@ def log_ratio_histogram(log_ratio_N: np.ndarray) -> list[int]:
     return np.bincount(places, minlength=LOG_RATIO_BINS).tolist()
 
 
-def _mean(values: Tensor, nothing: float = 0.0) -> float:
-    return values.double().mean().item() if len(values) else nothing
+def _mean(values: Tensor) -> float:
+    """NaN without values."""
+    # In float64: sums of float32 over millions of tokens would lose digits.
+    return values.double().mean().item()
 
 
 def _by_group(trajectory_N: Tensor, reverse_kl_N: Tensor, groups: Mapping[str, np.ndarray]) -> dict[str, float]:
@@ -138,7 +166,7 @@ def _by_group(trajectory_N: Tensor, reverse_kl_N: Tensor, groups: Mapping[str, n
     for name, rows_B in groups.items():
         in_group = torch.from_numpy(rows_B).to(trajectory_N.device)[trajectory_N]
         found[f"{name}/token_share"] = _mean(in_group)
-        found[f"{name}/reverse_kl"] = _mean(reverse_kl_N[in_group], nothing=float("nan"))
+        found[f"{name}/reverse_kl"] = _mean(reverse_kl_N[in_group])
     return found
 
 

@@ -31,9 +31,11 @@ class MergedScores:
     """[N] float32: log q of the sampled token, nats; 0 where missing."""
     reference_logprobs: np.ndarray
     """[N] float32: the same of the reference teacher; 0 where missing, or without one."""
-    missing: np.ndarray
-    """[N] bool: the token's score, its whole support, or a part of its distribution over the vocabulary, is not finite, at
-    the teacher or at the reference."""
+    scored: np.ndarray
+    """[N] bool: the log-prob of the sampled token is finite, at the teacher and at the reference."""
+    distributed: np.ndarray
+    """[N] bool: something of a support that the teacher or the student chose is finite, or all of a distribution over the
+    vocabulary, at the teacher and at the reference; true where the teachers send none."""
     support_ids: np.ndarray
     """[n, K] int32; [n, 0] where the support is the whole vocabulary or nothing."""
     support_logprobs: np.ndarray
@@ -65,7 +67,7 @@ def merge_scores(
     support, width, reference_width = _widths(by_teachers, by_reference, ranks, device)
     teacher = _scores_of(ids, by_teachers, support, width)
     reference = None if reference_teacher is None else _scores_of(ids, by_reference, support, reference_width)
-    logprobs, reference_logprobs, missing = _of_all_ranks(teacher, reference, this_rank_N, ranks, device)
+    logprobs, reference_logprobs, scored, distributed = _of_all_ranks(teacher, reference, this_rank_N, ranks, device)
 
     def hidden(of: Sequence[TeacherScores], *, of_reference: bool) -> list[HiddenStates]:
         named = {name: head for name, head in heads.items() if (name == reference_teacher) == of_reference}
@@ -74,7 +76,8 @@ def merge_scores(
     return MergedScores(
         logprobs,
         reference_logprobs,
-        missing,
+        scored,
+        distributed,
         teacher.support_ids,
         teacher.support_logprobs,
         teacher.support_logprobs[:, :0] if reference is None else reference.support_logprobs,
@@ -147,23 +150,19 @@ def _of_all_ranks(
     this_rank_N: np.ndarray,
     ranks: Ranks,
     device: str,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(log-probs of the teacher, of the reference teacher, both 0 where missing; whether a score is missing), [N] each.
-
-    A token is missing if its own score is not finite at either teacher, or nothing of a support that the teacher or the
-    student chose, or not all of the vocabulary.
-    """
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """The first four fields of MergedScores, [N] each; log-probs are 0 where missing."""
     # Only one rank has a value for a token, all others have 0: the sum copies it, without rounding.
-    columns = np.zeros((3, len(this_rank_N)), np.float32)
+    columns = np.zeros((4, len(this_rank_N)), np.float32)
     for row, scores in enumerate((teacher, reference)):
         if scores is not None:
-            entries = np.isfinite(scores.support_logprobs)
+            known, entries = np.isfinite(scores.logprobs), np.isfinite(scores.support_logprobs)
             chosen = scores.support_ids.shape[1] > 0
-            known = np.isfinite(scores.logprobs) & (entries.any(-1) if chosen else entries.all(-1))
             columns[row, this_rank_N] = np.where(known, scores.logprobs, 0)
             columns[2, this_rank_N] += ~known
-    logprobs, reference_logprobs, missing = ranks.sum(torch.from_numpy(columns).to(device)).cpu().numpy()
-    return logprobs, reference_logprobs, missing > 0
+            columns[3, this_rank_N] += ~(entries.any(-1) if chosen else entries.all(-1))
+    logprobs, reference_logprobs, *missing = ranks.sum(torch.from_numpy(columns).to(device)).cpu().numpy()
+    return logprobs, reference_logprobs, missing[0] == 0, missing[1] == 0
 
 
 def _hidden_states(

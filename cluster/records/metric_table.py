@@ -63,7 +63,8 @@ METRICS: dict[str, Metric] = {
     ),
     "log_ratio_histogram": Metric(
         DISTANCE, "tokens",
-        "tokens by log pi - log q, in bins at -4, -3.5, … 4 nats; the outer bins hold everything beyond",
+        "tokens by log pi - log q in the first pass over them, in bins at -4, -3.5, … 4 nats; the outer bins hold "
+        "everything beyond",
         always=False, chart="Log-ratios", form="histogram",
     ),
     "log_ratio_p99": Metric(
@@ -162,7 +163,9 @@ METRICS: dict[str, Metric] = {
     ),
     # ----------------------------------------------------------------------------------------------------------- step
     "loss": Metric(
-        STEP, "of the objective", "as minimised; not comparable between estimators",
+        STEP, "of the objective",
+        "what a step minimises, mean over the update's steps (weighted by their tokens, or responses, as "
+        "`objective.aggregation` does); not comparable between estimators",
         "0 together with a high `reverse_kl`: the run is dead",
         guarded=True, chart="Loss", status="training", label="loss", digits=".4g",
     ),
@@ -176,12 +179,13 @@ METRICS: dict[str, Metric] = {
         chart="Learning rate", limits=(0, None), status="training", label="learning rate", digits=".2g",
     ),
     "tokens_trained": Metric(
-        STEP, "tokens", "tokens with a finite score that are not masked",
-        "far below `response_length_mean` x trajectories: scores are missing, or masks are too wide",
+        STEP, "tokens", "tokens with a finite score that are not masked, each counted once",
+        "far below `response_length_mean` x trajectories: scores are missing (is the teacher well?), or masks are too "
+        "wide (`masked_token_ids`, `masked_token_roles`)",
         guarded=True, chart="Trained tokens",
     ),
     "forward_kl_old": Metric(
-        STEP, "nats per token", "KL(pi_old ‖ pi_theta), mean over the passes",
+        STEP, "nats per token", "KL(pi_old ‖ pi_theta), mean over the passes of all steps, as all means over tokens",
         "above about 0.1: steps are too large", guarded=True, chart="Forward KL",
     ),
     "ratio_mean": Metric(
@@ -201,14 +205,26 @@ METRICS: dict[str, Metric] = {
         "below 0.9: engine and learner disagree", always=False, guarded=True,
     ),
     "engine_logprob_abs_diff": Metric(
-        STEP, "nats", "mean difference of a token's log-prob, for the same weights",
+        STEP, "nats", "mean difference of a token's log-prob between engine and learner, for the same weights: over the tokens of the "
+        "update's first step that were sampled with the newest version",
         "above 0.05 with bfloat16, 0.001 with float32", guarded=True, chart="Engine against learner",
     ),
     "beta": Metric(
         STEP, "", "weight of the trust region's KL", "only grows", always=False, guarded=True
     ),
     "step_scale": Metric(
-        STEP, "share", "share of the step that the hard limit of the KL left", "near 0", always=False, guarded=True
+        STEP, "share", "share of the last step that the hard limit of the KL left; 0: it was taken back entirely",
+        "near 0", always=False, guarded=True,
+    ),
+    "steps_taken": Metric(
+        STEP, "optimiser steps", "steps that changed the weights",
+        "0: each step is beyond `trust_region.max_kl` (raise it, or lower the learning rate), or there is no token to "
+        "learn from (`steps_skipped`)",
+        always=False, guarded=True,
+    ),
+    "steps_skipped": Metric(
+        STEP, "optimiser steps", "steps that were not taken, because no token of their trajectories was left to learn from",
+        "above 0: scores are missing, or masks are too wide", always=False, guarded=True,
     ),
     # ------------------------------------------------------------------------------------------------------- pipeline
     "step": Metric(PIPELINE, "updates", "number of the update"),

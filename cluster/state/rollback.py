@@ -14,6 +14,7 @@ from actors.errors import GuardError
 from cluster.config import CampaignConfig
 from cluster.guards import Finding
 from cluster.records.event_table import GUARD_EVENTS
+from cluster.records.metric_table import METRICS
 from cluster.records.writer import RunRecords
 from cluster.state.campaign_state import STATE_FILE, CampaignState, read_state, write_state
 from cluster.state.resume import fit_records
@@ -48,7 +49,9 @@ def apply_findings(
         on_event(GUARD_EVENTS["stop"], **fields(finding))
         checkpoint = last_good(config, finding)
         good = f"{checkpoint} is from before that" if checkpoint else "there is no checkpoint from before that"
-        raise GuardError(f"guards.{finding.guard}: update {finding.step}: {finding.reason}; {good}")
+        sign = METRICS[finding.metric].bad_sign if finding.metric in METRICS else ""
+        meaning = f"; what it may mean: {sign}" if sign else ""
+        raise GuardError(f"guards.{finding.guard}: update {finding.step}: {finding.reason}; {good}{meaning}")
 
 
 def fields(finding: Finding) -> dict[str, Any]:

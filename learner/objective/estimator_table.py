@@ -77,6 +77,11 @@ def estimator_row(name: str) -> Estimator:
     return Estimator(**needs)
 
 
+def reads_distribution(objective: Any) -> bool:
+    """Whether the objective (ObjectiveConfig) reads the teacher's support, so that the teacher must send one."""
+    return estimator_row(objective.estimator).needs_distribution or objective.baseline == "exact_kl"
+
+
 def own_functions(objective: Any) -> list[str]:
     """The import paths of the user's own functions in an ObjectiveConfig."""
     named = (objective.estimator, objective.divergence, objective.cost)

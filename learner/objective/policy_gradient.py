@@ -27,6 +27,14 @@ MAX_LOG_RATIO = 20.0
 """Log-ratios of policies are capped here before exp: a stray token gives a large number, not an infinite one."""
 
 
+def capped(log_ratio: Tensor) -> Tensor:
+    """min(log_ratio, MAX_LOG_RATIO), any shape, with the gradient of log_ratio itself.
+
+    `clamp` has the gradient 0 above its bound, and the tokens that have gone furthest would not be pushed back.
+    """
+    return log_ratio - (log_ratio - MAX_LOG_RATIO).clamp(min=0).detach()
+
+
 def _masked(values: Tensor, mask: Tensor) -> Tensor:
     """The values without gradient, 0 outside of the mask."""
     # Detached: a coefficient is a factor of grad log pi. If the gradient went through r_t as well, it would add
@@ -189,6 +197,22 @@ ESTIMATORS: dict[str, Callable[..., Tensor]] = {
 """By the names of the configuration. `full` is not here: it has no coefficient, but a divergence (divergences.py)."""
 
 
+def tokens_left(mask_N: Tensor, lengths_B: Tensor) -> Tensor:
+    """[B] float64: the tokens in the mask of each trajectory. lengths_B: its tokens, masked ones included."""
+    # Not float32, which cannot count beyond 2^24 tokens exactly.
+    rows_N = torch.repeat_interleave(torch.arange(len(lengths_B), device=mask_N.device), lengths_B)
+    return torch.zeros(len(lengths_B), dtype=torch.double, device=mask_N.device).index_add_(0, rows_N, mask_N.double())
+
+
+def step_size(mask_N: Tensor, lengths_B: Tensor, aggregation: str) -> Tensor:
+    """[] what the loss of a step is a mean over: its tokens (token_mean), or its trajectories with a token left.
+
+    The mean of the losses of several steps, weighted by this, is the loss of all their trajectories as one step.
+    """
+    tokens_B = tokens_left(mask_N, lengths_B)
+    return tokens_B.sum() if aggregation == "token_mean" else (tokens_B > 0).double().sum()
+
+
 def token_weights(mask_N: Tensor, lengths_B: Tensor, aggregation: str, constant: float | None = None) -> Tensor:
     """[N] weight of each token's cost, so that the loss is sum(weights * costs) for any cut into micro-batches.
 
@@ -201,21 +225,19 @@ def token_weights(mask_N: Tensor, lengths_B: Tensor, aggregation: str, constant:
     Masked tokens, and trajectories without any token left, leave numerator and denominator.
     """
     assert mask_N.ndim == 1 and lengths_B.ndim == 1
-    mask = mask_N.double()  # float32 cannot count beyond 2^24 tokens exactly
-    row_N = torch.repeat_interleave(torch.arange(len(lengths_B), device=mask_N.device), lengths_B)
-    tokens_B = torch.zeros(len(lengths_B), dtype=torch.double, device=mask_N.device).index_add_(0, row_N, mask)
+    tokens_B = tokens_left(mask_N, lengths_B)
     # At least 1 below: with no token left every weight is 0, and not 0 / 0.
     sequences = (tokens_B > 0).sum().clamp(min=1)
     if aggregation == "token_mean":
         denominator = tokens_B.sum().clamp(min=1)
     elif aggregation == "sequence_mean":
-        denominator = (sequences * tokens_B.clamp(min=1))[row_N]
+        denominator = torch.repeat_interleave(sequences * tokens_B.clamp(min=1), lengths_B)
     elif aggregation == "sequence_sum":
         denominator = sequences
     else:
         assert aggregation == "constant" and constant is not None and constant > 0
         denominator = sequences * constant
-    return (mask / denominator).float()
+    return (mask_N.double() / denominator).float()
 
 
 def surrogate(
@@ -238,7 +260,7 @@ def surrogate(
     in expectation, more variance); with one, or with weights that depend on y_t, it is another objective.
     """
     # The gradient of the ratio is ratio * grad log pi: at ratio 1 the policy gradient of the theorem.
-    ratio = (logprobs_n - old_logprobs_n).clamp(max=MAX_LOG_RATIO).exp()
+    ratio = capped(logprobs_n - old_logprobs_n).exp()
     cost_n = coefficient_n.detach()
     if through_log_ratio:
         cost_n = cost_n + (logprobs_n - logprobs_n.detach())  # adds 0 to the value, and grad log pi to the gradient
@@ -283,7 +305,7 @@ def corrected_weights(log_weights: Tensor, correction: str, low: float, high: fl
     Truncation keeps every token and bounds its weight; masking drops what the learner would not have written. Both are
     biased where they act, and only there.
     """
-    weights = log_weights.clamp(max=MAX_LOG_RATIO).exp()
+    weights = capped(log_weights).exp()
     if correction == "truncate":
         return weights.clamp(max=high)
     assert correction == "mask"

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from learner.objective.divergences import forward_kl
+from learner.objective.policy_gradient import capped
 
 
 def k1(logprobs_n: Tensor, old_logprobs_n: Tensor) -> Tensor:
@@ -21,8 +22,7 @@ def k3(logprobs_n: Tensor, old_logprobs_n: Tensor) -> Tensor:
 
     Source: Schulman, Approximating KL Divergence, 2020. Its variance near pi_old is lower than that of k1.
     """
-    # exp(20) is finite in float32 and far beyond any limit in use; an infinity here would make the loss not finite.
-    log_ratio = (logprobs_n - old_logprobs_n).clamp(max=20.0)
+    log_ratio = capped(logprobs_n - old_logprobs_n)
     return log_ratio.expm1() - log_ratio
 
 

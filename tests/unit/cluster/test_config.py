@@ -9,6 +9,7 @@ import pytest
 
 from actors.errors import UserError
 from cluster.config_file import _leaves, differences, load_config, write_config
+from cluster.guards import default_guards
 from cluster.state.resume import RESUMABLE_KEYS, may_change
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -373,7 +374,7 @@ def test_held_out_prompts_without_a_reference_are_refused(tmp_path: Path) -> Non
 def test_guards_are_added_by_name_and_those_that_are_always_there_can_be_changed(tmp_path: Path) -> None:
     mine = ["guards.mine.metric=entropy", "guards.mine.below=0.01"]
     guards = load_config(written(tmp_path), [*mine, "guards.truncation.action=none"]).guards
-    assert list(guards) == ["kl_rises", "length_rises", "truncation", "repetition", "mine"]
+    assert list(guards) == [*default_guards(), "mine"]
     assert (guards["truncation"].action, guards["kl_rises"].action, guards["mine"].below) == ("none", "warn", 0.01)
     line = refusal(tmp_path, GOOD, *mine, "guards.mine.metric=entropi")
     assert line.startswith("guards.mine.metric: found entropi") and "did you mean 'entropy'" in line

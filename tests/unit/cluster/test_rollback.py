@@ -1,4 +1,4 @@
-"""A campaign with fake fleets whose entropy rises until a guard acts."""
+"""Campaigns that guards act in: with fake fleets, entropy rises; with a real learner, no token is left."""
 
 import json
 from pathlib import Path
@@ -15,6 +15,7 @@ from cluster.state.campaign_state import CampaignState, load_state
 from cluster.state.resume import fit_records, take_up
 from cluster.state.rollback import RollBack, roll_back
 from learner.student.checkpoint import checkpoint_steps
+from tests import light_campaign
 from tests.unit.cluster.test_campaign import SIZE, FakeLearner, World, campaign, configuration, run
 
 UPDATES, COLLAPSE = 12, 6
@@ -155,3 +156,18 @@ def test_a_warning_is_an_event_and_changes_nothing(tmp_path: Path) -> None:
     assert run(one) and set(one.learner.rates) == {1.0}  # type: ignore[attr-defined]
     kinds = [row["kind"] for row in read_jsonl(config.run_dir / "events.jsonl")]
     assert kinds.count("guard_warned") == 1
+
+
+def test_a_campaign_whose_updates_have_no_token_ends_with_the_reason(tmp_path: Path) -> None:
+    objective = {"masked_token_ids": list(range(102))}  # all that the tiny tokenizer has
+    learner = {"compute_dtype": "float32", "objective": {**objective, "masked_token_roles": ["end_of_sequence"]}}
+    config = light_campaign.configuration(light_campaign.make_folder(tmp_path), "silent", learner=learner)
+    process = light_campaign.start(config)
+    process.join()
+    run, log = tmp_path / "runs" / "silent", config.with_suffix(".log").read_text()
+    rows, events = read_jsonl(run / "metrics.jsonl"), read_jsonl(run / "events.jsonl")
+    assert process.exitcode == 1 and "tokens_trained is 0, below 1, the 10th update in a row" in log, log[-3000:]
+    assert "scores are missing (is the teacher well?), or masks are too wide" in log
+    assert [row["steps_skipped"] for row in rows if row["step"]] == [1] * len(rows[1:]) and len(rows) >= 9
+    warned = [event["guard"] for event in events if event["kind"] == "guard_warned"]
+    assert warned.count("skipped_steps") == 1 and warned.count("no_step") == 1

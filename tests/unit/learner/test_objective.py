@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from learner.config import ObjectiveConfig
-from learner.costs import needs_distribution
+from learner.objective.estimator_table import reads_distribution
 from learner.objective.policy_gradient import (
     ESTIMATORS,
     corrected_weights,
@@ -239,6 +239,6 @@ def test_decoupled_weights_and_ratio_together_are_exact_without_clip_and_truncat
 
 def test_what_needs_a_distribution_is_said_once():
     for estimator, function in ESTIMATORS.items():
-        assert needs_distribution(ObjectiveConfig(estimator=estimator)) == (
+        assert reads_distribution(ObjectiveConfig(estimator=estimator)) == (
             "kl_BT" in inspect.signature(function).parameters
         )

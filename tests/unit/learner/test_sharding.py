@@ -40,6 +40,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "recomputed": {"gradient_checkpointing": True, "objective": FULL},
     "recomputed with dropout": {"student": "dropping", "gradient_checkpointing": True, "objective": FULL},
     "many passes": {"microbatch_tokens": 1, "minibatches_per_update": 2, "epochs_per_update": 2},
+    "steps without tokens": {
+        "minibatches_per_update": 6,
+        "objective": ObjectiveConfig(masked_token_ids=list(range(6, 36))),
+        "optimizer": replace(STEADY, weight_decay=0.1),
+    },
     "sequences": {"objective": ObjectiveConfig(aggregation="sequence_mean", estimator="to_go")},
     "whole update": {
         "objective": ObjectiveConfig(
@@ -253,6 +258,8 @@ def test_several_ranks_take_the_update_that_one_takes(name: str, size: int, foun
 
 
 def test_the_settings_do_what_they_are_there_for(found: dict[int, dict[str, Any]]) -> None:
+    steps = found[1]["steps without tokens"]["metrics"][0]
+    assert steps["steps_taken"] > 0 and steps["steps_skipped"] > 0
     assert found[1]["taken back"]["metrics"][0]["step_scale"] < 1
     assert found[1]["adaptive"]["metrics"][1]["beta"] != found[1]["adaptive"]["metrics"][0]["beta"]
 
