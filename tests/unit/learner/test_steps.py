@@ -57,9 +57,7 @@ def noisy(written: Trajectories, noise: float = NOISE) -> Trajectories:
 def test_an_update_without_a_token_changes_neither_weights_nor_moments(why: str, models: dict[str, Path]) -> None:
     written, scores = sampled(models, "other", "sampled")
     mismatch = MismatchConfig("mask", low=1.0, high=1.0 + 1e-9) if why == "no weight" else MismatchConfig()
-    objective = ObjectiveConfig(
-        mismatch=mismatch, masked_token_ids=list(range(6, 40)) if why == "all masked" else []
-    )
+    objective = ObjectiveConfig(mismatch=mismatch, masked_token_ids=list(range(6, 40)) if why == "all masked" else [])
     learner = make_learner(models, optimizer=DECAYING)
     learner.update(written.ids, written, scores)  # from here on there are moments to go on with
     learner._config.objective = learner._forward._objective = objective
