@@ -1,6 +1,6 @@
 """Reads what the campaign process needs before the start: prompts, held-out prompts, tokenizer, verifier."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -8,11 +8,12 @@ import numpy as np
 from actors.config import PromptsConfig
 from actors.data.models import context_length, engine_context, find_model, load_config
 from actors.data.prompts import PromptSet, load_prompts
-from actors.data.tokenizer import load_tokenizer, stop_token_ids, template_token_ids
+from actors.data.tokenizer import load_tokenizer, stop_token_ids, template_token_ids, turn_end
 from actors.data.verifiers import Verifier, make_verifier, try_verifier
 from actors.errors import UserError
 from actors.teacher.backends import backend_of
 from actors.teacher.base import UNBOUNDED, context_of
+from actors.teacher.turn_ends import TurnEnds
 from cluster.config import CampaignConfig
 from cluster.loop.teachers import PromptRoutes, routes
 
@@ -32,6 +33,8 @@ class Inputs:
     """The tokens of `learner.objective.masked_token_roles`."""
     vocabulary: int
     """Rows of the student's output layer."""
+    turn_ends: dict[str, TurnEnds] = field(default_factory=dict)
+    """Teacher -> what ends a turn, for those that end it with another token than the student."""
 
 
 class Limit(NamedTuple):
@@ -111,11 +114,42 @@ def read_inputs(config: CampaignConfig) -> Inputs:
         stop,
         _masked_role_token_ids(config, tokenizer, stop),
         vocabulary,
+        {name: ends for name in config.teachers if (ends := turn_ends(config, name)) is not None},
     )
+
+
+def turn_ends(config: CampaignConfig, name: str) -> TurnEnds | None:
+    """What ends a turn of the student and of a teacher with its vocabulary. None: the same, or it is not known.
+
+    UserError: the teacher has no row for the student's end token, and sends its whole vocabulary.
+    """
+    student, teacher, key = config.student, config.teachers[name], f"teachers.{name}.model"
+    if not backend_of(teacher).has_model_files or teacher.tokenizer is not None:
+        return None  # unknown; or its own tokenizer translates the end
+    found = [
+        turn_end(
+            find_model(model.model, where, weights=False, code=model.trust_remote_code),
+            load_tokenizer(model.model, model.trust_remote_code, where),
+            config.prompts.chat,
+        )
+        for model, where in ((student, "student.model"), (teacher, key))
+    ]
+    if None in found or found[0] == found[1]:
+        return None
+    ends = TurnEnds(*(token for token in found if token is not None))
+    rows = load_config(teacher.model, teacher.trust_remote_code, key).get_text_config().vocab_size
+    if ends.student >= rows and teacher.signal in ("full", "hidden"):
+        expected = (
+            "sampled, topk or student_topk where the teacher has no row for the token that ends the student's turn"
+        )
+        raise UserError(f"teachers.{name}.signal", teacher.signal, expected)
+    return ends
 
 
 def _read(config: CampaignConfig, source: PromptsConfig, tokenizer: Any, key: str) -> tuple[PromptSet, PromptRoutes]:
     """The prompts as the student reads them, and the routes: the teachers of each prompt, and their view of it."""
+    if source.chat and not tokenizer.chat_template:
+        raise UserError(f"{key}.chat", "true, and a student without a chat template", _templates(config))
     response, limits = config.sampling.max_response_tokens, teacher_limits(config)
     prompts = load_prompts(source, tokenizer, student_limit(config).tokens - response, key)
     own = {
@@ -146,6 +180,21 @@ def _read(config: CampaignConfig, source: PromptsConfig, tokenizer: Any, key: st
                 f"{source.path}, prompt {rows[wrong[0]] + 1}", found, f"{room} (sampling.max_response_tokens)"
             )
     return prompts, PromptRoutes(routed, read_otherwise, longest=longest)
+
+
+def _templates(config: CampaignConfig) -> str:
+    """What to do about a student without a chat template, as base models are."""
+    having = [
+        f"teachers.{name}"
+        for name, teacher in config.teachers.items()
+        if backend_of(teacher).has_model_files
+        and load_tokenizer(teacher.model, teacher.trust_remote_code, f"teachers.{name}.model").chat_template
+    ]
+    example = f", for example that of {having[0]}" if having else ""
+    return (
+        f"false, for plain text, or a template in {config.student.model}/chat_template.jinja{example} (the student "
+        "learns to answer in it, and checkpoints keep it)"
+    )
 
 
 def _demand_references(source: PromptsConfig, prompts: PromptSet, key: str) -> None:

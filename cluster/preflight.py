@@ -14,7 +14,7 @@ from actors.teacher.alignment import make_reader
 from actors.teacher.backends import backend_of, needs_plan
 from cluster.config import CampaignConfig
 from cluster.fleet.ray_cluster import connected, refuse_relative_output, room_to_begin
-from cluster.inputs import max_prompt_tokens, read_inputs
+from cluster.inputs import max_prompt_tokens, read_inputs, turn_ends
 from cluster.state.mirror import mirror_of
 from learner.objective.estimator_table import own_functions
 
@@ -108,13 +108,21 @@ def _teacher(config: CampaignConfig, name: str) -> str:
         load_config(student.model, student.trust_remote_code, "student.model"),
         load_config(teacher.model, teacher.trust_remote_code, key),
     )
-    check_tokenizers_agree(*tokenizers, *configs, key)
+    remarks = check_tokenizers_agree(*tokenizers, *configs, key)
+    if (ends := turn_ends(config, name)) is not None:
+        own, its = (
+            tokenizers[0].convert_ids_to_tokens(ends.student),
+            tokenizers[1].convert_ids_to_tokens(ends.teacher),
+        )
+        remarks.append(
+            f"it ends its turns with {its!r}, the student with {own!r}: where one ends, the other's end is scored"
+        )
     # Output layers are often padded beyond the tokenizer; a support can hold only tokens that both models have.
     vocabulary = min(c.get_text_config().vocab_size for c in configs)
     if "topk" in teacher.signal and teacher.top_k > vocabulary:
         raise UserError(f"teachers.{name}.top_k", teacher.top_k, f"at most {vocabulary}, the vocabulary of the models")
-    remark = template_difference(*tokenizers)
-    return "the student's tokenizer" + (f"; note: {remark}" if remark else "")
+    remarks += [remark for remark in [template_difference(*tokenizers)] if remark]
+    return "the student's tokenizer" + "".join(f"; note: {remark}" for remark in remarks)
 
 
 def _prompts(config: CampaignConfig) -> str:

@@ -12,6 +12,7 @@ from actors.config import StudentConfig, TeacherConfig, publishes_adapter
 from actors.rollout.actor import RolloutActor
 from actors.teacher.backends import backend_of, teacher_class
 from actors.teacher.cross_tokenizer import CrossTokenizerTeacher
+from actors.teacher.turn_ends import TurnEndTeacher
 from cluster.config import CampaignConfig
 from cluster.fleet.ray_actor import Resources
 from cluster.fleet.ray_fleet import Fleet
@@ -67,7 +68,9 @@ def build_fleets(
     for name, teacher in _as_actors_need(config).items():
         role, key = f"teacher.{name}", f"teachers.{name}"
         actor = teacher_class(teacher, key)
-        if teacher.tokenizer is None:
+        if name in inputs.turn_ends:
+            fleets[role] = fleet(role, TurnEndTeacher, actor, teacher, key, inputs.vocabulary, inputs.turn_ends[name])
+        elif teacher.tokenizer is None:
             fleets[role] = fleet(role, actor, teacher, key, vocabulary=inputs.vocabulary)
         else:
             fleets[role] = fleet(
@@ -102,6 +105,7 @@ def build_learner(
             "checkpoint": str(checkpoint.resolve()) if checkpoint else None,
             "teachers": _as_actors_need(config),
             "masked_role_token_ids": inputs.masked_role_token_ids,
+            "turn_ends": inputs.turn_ends,
         },
         replicas=replicas,
         resources=resources,

@@ -58,14 +58,23 @@ class HiddenStates:
             return logprobs.new_full((len(places_n), logprobs.shape[1]), -torch.inf).index_put((known,), logprobs)
 
 
-def same_rows(heads: Mapping[str, Head], vocabulary: int) -> dict[str, Head]:
+def same_rows(heads: Mapping[str, Head], vocabulary: int, turn_ends: Mapping[str, tuple[int, int]]) -> dict[str, Head]:
     """The heads, cut to the rows that all of them and the student's `vocabulary` have.
 
     Vocabularies are padded to different sizes. Each teacher's distribution is then normalised over the same tokens.
+    turn_ends: (student's, teacher's) rows that change places, for teachers that end a turn with another token.
     """
-    rows = slice(min([vocabulary, *(len(head.weight) for head in heads.values())]))
+    count = min([vocabulary, *(len(head.weight) for head in heads.values())])
+
+    def cut(name: str, values: Tensor) -> Tensor:
+        if name not in turn_ends:
+            return values[:count]
+        order, (ours, theirs) = torch.arange(len(values), device=values.device), turn_ends[name]
+        order[[ours, theirs]] = order[[theirs, ours]]
+        return values[order[:count]]
+
     return {
-        name: head._replace(weight=head.weight[rows], bias=None if head.bias is None else head.bias[rows])
+        name: head._replace(weight=cut(name, head.weight), bias=None if head.bias is None else cut(name, head.bias))
         for name, head in heads.items()
     }
 

@@ -72,12 +72,14 @@ class Learner:
         keep_published: bool = False,
         teachers: Mapping[str, TeacherConfig] | None = None,
         masked_role_token_ids: Sequence[int] = (),
+        turn_ends: Mapping[str, tuple[int, int]] | None = None,
         ranks: Ranks | None = None,
     ):
         """Loads the student, or, where `checkpoint` names a directory, the state that was saved there.
 
         teachers: by name. The learner loads the heads of those that send hidden states, and keeps the averages of those
-        that follow the student. masked_role_token_ids: the tokens of `objective.masked_token_roles`. ranks: this process
+        that follow the student. masked_role_token_ids: the tokens of `objective.masked_token_roles`. turn_ends:
+        (student's, teacher's) token of the teachers that end a turn with another than the student. ranks: this process
         among those of the learner; all other arguments, and all calls, are the same on every rank. UserError: a function
         of the user's own fails.
         """
@@ -115,7 +117,7 @@ class Learner:
         # A teacher that sends hidden states leaves the product with its head to the learner.
         sending = {name: teacher for name, teacher in teachers.items() if teacher.signal == "hidden"}
         heads = {name: self._head_of(teacher, f"teachers.{name}.model") for name, teacher in sending.items()}
-        self._heads = same_rows(heads, self._vocabulary)
+        self._heads = same_rows(heads, self._vocabulary, turn_ends or {})
         following = {name: t.ema_decay for name, t in teachers.items() if t.ema_decay is not None}
         self._averages = MovingAverages(self._model, following)
         self._average_dtypes = {name: teachers[name].dtype for name in following}

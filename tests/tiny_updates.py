@@ -10,6 +10,7 @@ import torch
 
 from actors.config import LoraConfig, StudentConfig, TeacherConfig
 from actors.teacher.local import LocalTeacher
+from actors.teacher.turn_ends import TurnEnds
 from actors.trajectory import TeacherScores, Trajectories, offsets_of
 from learner.config import LearnerConfig, OptimizerConfig
 from learner.learner import Learner
@@ -21,6 +22,7 @@ def make_learner(
     *,
     teachers: dict[str, TeacherConfig] | None = None,
     temperature: float = 1.0,
+    turn_ends: dict[str, TurnEnds] | None = None,
     ranks: Ranks | None = None,
     lora: LoraConfig | None = None,
     checkpoint: Path | None = None,
@@ -40,6 +42,7 @@ def make_learner(
         keep_published=keep_published,
         checkpoint=None if checkpoint is None else str(checkpoint),
         teachers=teachers,
+        turn_ends=turn_ends,
         ranks=ranks,
     )
 

@@ -71,21 +71,39 @@ def template_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return sorted({token for row in around for token in row} & added)
 
 
+def turn_end(model_dir: Path | str, tokenizer: PreTrainedTokenizerBase, chat: bool) -> int | None:
+    """The token with which the model ends its turn: the chat template's, if generation stops at it, else eos.
+
+    None: the model has none. UserError: see `stop_token_ids`.
+    """
+    stop = stop_token_ids(model_dir, tokenizer)
+    ends = [end_token_id(tokenizer, chat), tokenizer.eos_token_id, *stop]
+    return next((token for token in ends if token in stop), None)
+
+
 def check_tokenizers_agree(
     student_tok: PreTrainedTokenizerBase,
     teacher_tok: PreTrainedTokenizerBase,
     student_config: PreTrainedConfig,
     teacher_config: PreTrainedConfig,
     key: str,
-) -> None:
-    """UserError, on the teacher's `key`, unless the teacher can score the student's token ids.
+) -> list[str]:
+    """UserError, on the teacher's `key`, unless the teacher can score the student's token ids. Returns remarks.
 
-    It can if every token of the student's tokenizer has the same id in the teacher's, both have the same bos and eos
-    tokens, and both models have an output row for each of these ids. Not compared: padding tokens, further tokens of
-    the teacher, and padding rows of the models' vocabularies (for example 151936 and 152064 rows).
+    It can if no id is one token to the student and another to the teacher, if it has all tokens of the student but added
+    ones (a missing one has no scores), and if both models have an output row for each token that both know. Not
+    compared: which tokens begin or end a text, or pad it; further tokens of the teacher, and padding rows of the models'
+    vocabularies (for example 151936 and 152064 rows).
     """
     ours, theirs = student_tok.get_vocab(), teacher_tok.get_vocab()
-    differing = [(id_, token) for token, id_ in ours.items() if theirs.get(token) != id_]
+    by_id, added = {id_: token for token, id_ in theirs.items()}, student_tok.get_added_vocab()
+    differing = [
+        (id_, token)
+        for token, id_ in ours.items()
+        if theirs.get(token, id_) != id_
+        or by_id.get(id_, token) != token
+        or (token not in theirs and token not in added)
+    ]
     if differing:
         id_, token = min(differing)
         found = f"token {theirs[token]}" if token in theirs else "not in the vocabulary"
@@ -95,15 +113,15 @@ def check_tokenizers_agree(
             f"the student's tokenizer, in which it is token {id_} ({len(differing)} of {len(ours)} tokens differ), "
             "or its own named in `tokenizer`",
         )
-    for name in ("bos_token", "eos_token"):
-        found, wanted = getattr(teacher_tok, name), getattr(student_tok, name)
-        if found != wanted:
-            raise UserError(key, f"a tokenizer whose {name} is {found!r}", f"the student's, {wanted!r}")
-    for whose, config in (("student", student_config), ("teacher", teacher_config)):
+    shared = max(id_ for token, id_ in ours.items() if token in theirs)
+    for whose, config, most in (("student", student_config, max(ours.values())), ("teacher", teacher_config, shared)):
         size = config.get_text_config().vocab_size
-        if max(ours.values()) >= size:
-            expected = f"at least {max(ours.values()) + 1}, as the tokenizer has"
+        if most >= size:
+            expected = f"at least {most + 1}, as the tokenizer has"
             raise UserError(key, f"a {whose} model with a vocabulary of {size} tokens", expected)
+    absent = sorted(added.keys() - theirs.keys(), key=lambda token: added[token])
+    unknown = ", ".join(map(repr, absent[:4])) + (" …" if len(absent) > 4 else "")
+    return [f"it has no token {unknown}, so these have no scores"] if absent else []
 
 
 def template_difference(student_tok: PreTrainedTokenizerBase, teacher_tok: PreTrainedTokenizerBase) -> str | None:

@@ -241,7 +241,7 @@ def test_the_context_is_that_of_the_config(tiny):
 
 def agree(student, teacher, student_size=200, teacher_size=300):
     sizes = (Qwen3Config(vocab_size=student_size), Qwen3Config(vocab_size=teacher_size))
-    check_tokenizers_agree(student, teacher, *sizes, "teachers.math.model")
+    return check_tokenizers_agree(student, teacher, *sizes, "teachers.math.model")
 
 
 def test_models_whose_vocabularies_are_padded_differently_agree():
@@ -260,11 +260,22 @@ def test_the_first_token_that_differs_is_named():
         agree(make_tiny_tokenizer(), make_tiny_tokenizer(swapped))
 
 
-def test_another_end_of_sequence_token_is_refused():
+def test_another_end_of_sequence_token_agrees():
     teacher = make_tiny_tokenizer()
     teacher.eos_token = "<pad>"
-    with pytest.raises(UserError, match="whose eos_token is '<pad>', expected the student's, '<eos>'"):
-        agree(make_tiny_tokenizer(), teacher)
+    assert agree(make_tiny_tokenizer(), teacher) == []
+
+
+def test_added_tokens_of_one_side_agree_and_those_that_the_teacher_lacks_are_named():
+    more = make_tiny_tokenizer()
+    more.add_special_tokens({"additional_special_tokens": ["<think>", "</think>"]})
+    assert agree(make_tiny_tokenizer(), more) == []
+    assert agree(more, make_tiny_tokenizer()) == ["it has no token '<think>', '</think>', so these have no scores"]
+    assert agree(more, make_tiny_tokenizer(), 104, 102)
+    other = make_tiny_tokenizer()
+    other.add_special_tokens({"additional_special_tokens": ["<tool>"]})
+    with pytest.raises(UserError, match=r"in which '<think>' is not in the vocabulary, expected .* token 102"):
+        agree(more, other)
 
 
 @pytest.mark.parametrize(("sizes", "whose"), [((101, 200), "student"), ((200, 101), "teacher")])
