@@ -95,6 +95,9 @@ class VerifierConfig:
     pattern: str | None = None
     """A regular expression. The verifier gets what its last match captures (group 1, or the match) in the response.
     Needed by `regex`."""
+    timeout_seconds: float = number(10.0, above=0)
+    """Time limit of one verdict. Verifiers run in a process of their own, which is ended where it is passed; a response
+    without a verdict counts as wrong, and an event says why. 20 of them in a row end the campaign."""
 
 
 @dataclass

@@ -83,6 +83,8 @@ class RolloutCounts(NamedTuple):
     """[B] bool: it was cut at the length limit."""
     busy_seconds: float
     """Seconds that this engine has worked since its last report."""
+    unjudged: tuple[str, ...] = ()
+    """Why responses have no verdict, once for each of them; their reward is 0."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -43,15 +43,19 @@ class EvaluationConfig:
     """Evaluation on held-out prompts, by the rollout actors that also train."""
 
     prompts: PromptsConfig | None = None
-    """The held-out prompts. Null: no evaluation."""
+    """The held-out prompts. Null: no evaluation. Accuracy is measured over those that have a reference answer; where none
+    has one (`reference_field: null`), there is the reverse KL alone."""
     verifier: VerifierConfig = field(default_factory=VerifierConfig)
     """How a response is judged, in evaluations and for rewards."""
     every_updates: int = number(20, minimum=1)
     """Evaluate after this many updates, and also before the first and after the last."""
     teacher: bool = True
-    """Measure the teacher's own greedy accuracy once, at the start."""
+    """Measure the teacher's own greedy accuracy once, at the start, where held-out prompts have reference answers."""
     keep_trajectories: int = number(32, minimum=0)
     """Sampled trajectories to keep of each evaluation, for reading."""
+    keep_training_trajectories: int = number(4, minimum=0, maximum=64)
+    """Without held-out prompts: trajectories of training to keep after the first update, every `every_updates`, and the
+    last, for reading. The teacher's log-probs are left out where its signal is `full` or `hidden`."""
 
 
 @dataclass
@@ -79,7 +83,8 @@ class CheckpointConfig:
     keep_last: int = number(3, minimum=1)
     """Number of most recent checkpoints to keep."""
     keep_best: int = number(1, minimum=0)
-    """Number of checkpoints to keep besides: the evaluated ones with the highest held-out accuracy."""
+    """Number of checkpoints to keep besides: the evaluated ones with the highest held-out accuracy; where no held-out
+    prompt has a reference answer, with the lowest reverse KL."""
     mirror: str | None = None
     """URL of a directory (`s3://bucket/runs`, `gs://…`, any file system of fsspec). Checkpoints and records are copied there
     during training. If the run directory is lost, the campaign resumes from the copy."""

@@ -6,16 +6,20 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from actors.config import PromptsConfig
+from actors.data.judge import Judge
 from actors.data.models import context_length, engine_context, find_model, load_config
 from actors.data.prompts import PromptSet, load_prompts
 from actors.data.tokenizer import load_tokenizer, stop_token_ids, template_token_ids, turn_end
-from actors.data.verifiers import Verifier, make_verifier, try_verifier
 from actors.errors import UserError
+from actors.import_path import is_import_path
 from actors.teacher.backends import backend_of
 from actors.teacher.base import UNBOUNDED, context_of
 from actors.teacher.turn_ends import TurnEnds
 from cluster.config import CampaignConfig
 from cluster.loop.teachers import PromptRoutes, routes
+
+TRIAL_SECONDS = 30.0
+"""The longest that references are tried; it takes microseconds for each with the built-in verifiers, but for `math`."""
 
 
 @dataclass
@@ -27,7 +31,7 @@ class Inputs:
     held_out: PromptSet | None
     held_out_routes: PromptRoutes | None
     tokenizer: Any
-    verifier: Verifier
+    judge: Judge
     stop_token_ids: list[int]
     masked_role_token_ids: list[int]
     """The tokens of `learner.objective.masked_token_roles`."""
@@ -35,6 +39,8 @@ class Inputs:
     """Rows of the student's output layer."""
     turn_ends: dict[str, TurnEnds] = field(default_factory=dict)
     """Teacher -> what ends a turn, for those that end it with another token than the student."""
+    remarks: list[str] = field(default_factory=list)
+    """What `check` says besides: prompts without a reference answer, references that were not tried."""
 
 
 class Limit(NamedTuple):
@@ -99,22 +105,28 @@ def read_inputs(config: CampaignConfig) -> Inputs:
     held_out, held_out_routes = None, None
     if config.evaluation.prompts is not None:
         held_out, held_out_routes = _read(config, config.evaluation.prompts, tokenizer, "evaluation.prompts")
-        _demand_references(config.evaluation.prompts, held_out, "evaluation.prompts")
         longest = {name: max(most, held_out_routes.longest[name]) for name, most in prompt_routes.longest.items()}
         prompt_routes = prompt_routes._replace(longest=longest)
-    if judged := held_out or (prompts if config.gives_rewards else None):
-        try_verifier(config.evaluation.verifier, judged.references[0], "evaluation.verifier")
+    judge, remarks = Judge(config.evaluation.verifier), []
+    try:
+        if config.gives_rewards:
+            remarks += try_references(config, judge, config.prompts, prompts)
+        if held_out is not None and config.evaluation.prompts is not None:
+            remarks += try_references(config, judge, config.evaluation.prompts, held_out)
+    finally:
+        judge.end()  # an evaluation starts it again
     return Inputs(
         prompts,
         prompt_routes,
         held_out,
         held_out_routes,
         tokenizer,
-        make_verifier(config.evaluation.verifier, "evaluation.verifier"),
+        judge,
         stop,
         _masked_role_token_ids(config, tokenizer, stop),
         vocabulary,
         {name: ends for name in config.teachers if (ends := turn_ends(config, name)) is not None},
+        remarks,
     )
 
 
@@ -204,6 +216,33 @@ def _demand_references(source: PromptsConfig, prompts: PromptSet, key: str) -> N
             f"no {source.reference_field}",
             f"a reference answer for every prompt that is judged ({key}.reference_field)",
         )
+
+
+def try_references(config: CampaignConfig, judge: Judge, source: PromptsConfig, prompts: PromptSet) -> list[str]:
+    """Tries the reference answers of the prompts, the first one at least, for TRIAL_SECONDS at most; returns remarks.
+
+    UserError: the verifier fails, or cannot use a reference. It names the first such prompt.
+    """
+    numbers = [number for number, reference in enumerate(prompts.references) if reference is not None]
+    references, name = [str(prompts.references[number]) for number in numbers], config.evaluation.verifier.name
+    tried, error = judge.try_references(references, TRIAL_SECONDS)
+    if error is not None:
+        if is_import_path(name) and tried == 0:
+            raise error  # it fails from the start: most likely a fault of the function, not of a reference
+        found = f"{source.reference_field} = {references[tried][:60]!r}"
+        expected = f"a reference that the verifier {name} can use ({error})"
+        raise UserError(f"{source.path}, prompt {numbers[tried] + 1}", found, expected)
+    if not references:
+        return ["no reference answers, so the reverse KL is measured, and no accuracy"]
+    without, untried = len(prompts) - len(references), len(references) - tried
+    return [
+        *(
+            [f"accuracy over {len(references)} of {len(prompts)} prompts, which have a reference answer"]
+            if without
+            else []
+        ),
+        *([f"{tried} of {len(references)} reference answers tried in {TRIAL_SECONDS:g} s"] if untried else []),
+    ]
 
 
 def _masked_role_token_ids(config: CampaignConfig, tokenizer: Any, stop: list[int]) -> list[int]:

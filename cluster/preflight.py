@@ -5,9 +5,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
+from actors.data.judge import Judge
 from actors.data.models import check_fit, load_config, tensor_parallel_plan
 from actors.data.tokenizer import check_tokenizers_agree, load_tokenizer, template_difference
-from actors.data.verifiers import make_verifier
 from actors.errors import UserError
 from actors.rollout.engine import engine_class
 from actors.teacher.alignment import make_reader
@@ -41,7 +41,7 @@ def checks(config: CampaignConfig, *, offline: bool) -> Iterator[tuple[str, Call
     evaluation = config.evaluation.prompts
     sources = [config.prompts.path, *([evaluation.path] if evaluation else [])]
     yield "prompts", (lambda: _prompts(config)) if here(student.model, *sources) else None
-    if evaluation is not None:
+    if (evaluation is not None and evaluation.reference_field is not None) or config.gives_rewards:
         yield "verifier", lambda: _verifier(config)
     if config.checkpoint.mirror is not None:
         yield "mirror", None if offline else lambda: _mirror(config)
@@ -128,11 +128,18 @@ def _teacher(config: CampaignConfig, name: str) -> str:
 def _prompts(config: CampaignConfig) -> str:
     inputs = read_inputs(config)
     held_out = f", {len(inputs.held_out)} held out" if inputs.held_out else ""
-    return f"{len(inputs.prompts)} prompts{held_out}; first: {inputs.prompts.texts[0][:80]!r}"
+    reference = inputs.prompts.references[0]
+    answer = "" if reference is None else f" -> {reference[:40]!r}"
+    remarks = "".join(f"; {remark}" for remark in inputs.remarks)
+    return f"{len(inputs.prompts)} prompts{held_out}; first: {inputs.prompts.texts[0][:80]!r}{answer}{remarks}"
 
 
 def _verifier(config: CampaignConfig) -> str:
-    make_verifier(config.evaluation.verifier, "evaluation.verifier")
+    judge = Judge(config.evaluation.verifier)
+    try:
+        judge.start()
+    finally:
+        judge.end()
     return config.evaluation.verifier.name
 
 

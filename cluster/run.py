@@ -10,7 +10,7 @@ import contextlib
 import errno
 import os
 import traceback
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from cluster.inputs import Inputs, read_inputs
 from cluster.interrupts import INTERRUPTS
 from cluster.loop.campaign import Campaign
 from cluster.loop.evaluation import Evaluator
+from cluster.loop.samples import TrainingSamples
 from cluster.loop.teachers import Teachers
 from cluster.preflight import check_models
 from cluster.records.disk import Disk
@@ -154,6 +155,7 @@ class Running:
         finally:
             for task in watching:
                 task.cancel()
+            self.inputs.judge.close()
             self.trackers.close()
             for fleet in (self.learner, *self.fleets.values()):
                 fleet.close()
@@ -171,11 +173,12 @@ class Running:
         await panel.compare_replicas()
         parts: dict[str, Any] = {
             "prompts": self.inputs.prompts,
-            "evaluator": build_evaluator(self.config, self.inputs, teachers),
+            "evaluator": build_evaluator(self.config, self.inputs, teachers, self.on_event),
             "rollout": self.fleets["rollout"],
             "teachers": panel,
             "records": self.records,
             "progress": self.progress,
+            "samples": TrainingSamples(self.config, self.inputs.prompts, self.inputs.tokenizer, self.records),
             "gate": self.gate,
             "interrupted": self.interrupted,
         }
@@ -249,17 +252,20 @@ class Running:
         }
 
 
-def build_evaluator(config: CampaignConfig, inputs: Inputs, teachers: dict[str, Fleet]) -> Evaluator | None:
+def build_evaluator(
+    config: CampaignConfig, inputs: Inputs, teachers: dict[str, Fleet], on_event: Callable[..., None]
+) -> Evaluator | None:
     """The evaluator of the held-out prompts; None if the configuration has none."""
     if inputs.held_out is None or inputs.held_out_routes is None:
         return None
     return Evaluator(
         inputs.held_out,
         inputs.tokenizer,
-        inputs.verifier,
+        inputs.judge,
         Teachers(teachers, inputs.held_out_routes),
         seed=config.seed,
         max_response_tokens=config.sampling.max_response_tokens,
         stop_token_ids=inputs.stop_token_ids,
         keep_trajectories=config.evaluation.keep_trajectories,
+        on_event=on_event,
     )

@@ -86,19 +86,9 @@ def _resources(role: str, actors: RolloutConfig | TeacherConfig | LearnerConfig)
 
 
 def _rewards(config: CampaignConfig) -> Iterator[Contradiction]:
-    """References and verifiers, for evaluations and for rewards."""
-    held_out, field = config.evaluation.prompts, "the field with the reference answer"
-    yield (
-        held_out is not None and held_out.reference_field is None,
-        "evaluation.prompts.reference_field",
-        "null",
-        field,
-    )
-    expected = "numeric, regex, or a function of your own: rollout actors cannot limit the time of math-verify"
-    verifier = config.evaluation.verifier.name
-    yield config.gives_rewards and verifier == "math", "evaluation.verifier.name", "math", expected
+    """References for rewards."""
     missing = config.gives_rewards and config.prompts.reference_field is None
-    yield missing, "prompts.reference_field", "null", f"{field}, for rewards"
+    yield missing, "prompts.reference_field", "null", "the field with the reference answer, for rewards"
 
 
 def _backend(config: CampaignConfig, key: str, teacher: TeacherConfig) -> Iterator[Contradiction]:
@@ -122,7 +112,8 @@ def _backend(config: CampaignConfig, key: str, teacher: TeacherConfig) -> Iterat
         ignored = bool(getattr(teacher, name)) and name not in row.settings
         readers = " or ".join(other for other, its in BACKENDS.items() if name in its.settings)
         yield ignored, f"{key}.{name}", getattr(teacher, name), f"nothing, or backend: {readers}"
-    measured = config.evaluation.prompts is not None and config.evaluation.teacher
+    held_out = config.evaluation.prompts
+    measured = held_out is not None and held_out.reference_field is not None and config.evaluation.teacher
     expected = f"false: the backend {backend} of {key} does not generate"
     yield measured and not row.generates, "evaluation.teacher", "true", expected
 

@@ -9,12 +9,10 @@ match in the response captures (group 1, or the match).
 import inspect
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from decimal import Decimal
 from fractions import Fraction
 from typing import Any
-
-import numpy as np
 
 from actors.config import VerifierConfig
 from actors.data.models import as_user_error
@@ -40,7 +38,7 @@ def make_verifier(config: VerifierConfig, key: str = "verifier") -> Verifier:
 
     `exact`: the same text, but for white space at the ends; `regex`: the same after the pattern; `numeric`: the last
     numbers of both are equal (thousands separators, fractions and exponents understood); `math`: equal for
-    math-verify, in the main thread only, since its time limit is a signal; `package.module:function`: called with
+    math-verify, in the main thread only, since its time limit is a signal (judge.py gives it a process); `package.module:function`: called with
     (response, reference). UserError: no such name or function, a pattern that does not compile, a function that takes
     other arguments, or math-verify is not installed.
     """
@@ -61,22 +59,14 @@ def make_verifier(config: VerifierConfig, key: str = "verifier") -> Verifier:
     return verify
 
 
-def try_verifier(config: VerifierConfig, reference: str | None, key: str = "verifier") -> None:
-    """Calls the verifier once before anything is spent, with a reference answer as the response to judge.
+def trial(config: VerifierConfig, key: str = "verifier") -> Verifier:
+    """The verifier with which references are tried before anything is spent: without the pattern.
 
-    The pattern is left out: it need not match a reference. UserError: what `make_verifier` and the verifier raise, for
-    example a function of the user's own that fails or returns no number.
+    It is called with a reference as the response, too. UserError: what `make_verifier` and the verifier raise, for example
+    a function of the user's own that fails; for `math` also a reference in which math-verify finds no expression.
     """
     make_verifier(config, key)
-    _without_pattern(config.name, key)(reference or "", reference)
-
-
-def rewards_of(
-    tokenizer: Any, verifier: Verifier, tokens: np.ndarray, offsets: np.ndarray, references: Sequence[str | None]
-) -> np.ndarray:
-    """[B] float64: rewards of B responses (tokens [N], offsets [B + 1]), decoded without their special tokens."""
-    texts = tokenizer.batch_decode(np.split(tokens, offsets[1:-1]), skip_special_tokens=True)
-    return np.array([verifier(*pair) for pair in zip(texts, references, strict=True)])
+    return _try_math(key) if config.name == "math" else _without_pattern(config.name, key)
 
 
 def last_number(text: str) -> Fraction | None:
@@ -93,11 +83,11 @@ def last_number(text: str) -> Fraction | None:
 
 
 def _without_pattern(name: str, key: str) -> Verifier:
-    if name in _BUILT_IN:
-        return _BUILT_IN[name](key)
+    if name in BUILT_IN:
+        return BUILT_IN[name](key)
     if ":" in name:
         return _user_function(name, key)
-    raise UserError(f"{key}.name", name, f"{', '.join(_BUILT_IN)}, or package.module:function", _BUILT_IN)
+    raise UserError(f"{key}.name", name, f"{', '.join(BUILT_IN)}, or package.module:function", BUILT_IN)
 
 
 def _given(reference: str | None, key: str) -> str:
@@ -123,22 +113,41 @@ def _numeric(key: str) -> Verifier:
 
 
 def _math(key: str) -> Verifier:
-    try:
-        import math_verify
-    except ImportError as error:
-        raise UserError(f"{key}.name", "math", "math-verify installed: pip install understudy[math]") from error
+    library = _math_verify(key)
 
     def verify(response: str, reference: str | None) -> float:
         gold = _given(reference, key)
         # math-verify finds nothing in some texts, for example a bare "x", which then would not equal itself.
         if response.strip() == gold.strip():
             return 1.0
-        # Outside delimiters math-verify finds numbers and fractions only.
-        if "$" not in gold and "\\boxed" not in gold:
-            gold = f"${gold}$"
-        return float(math_verify.verify(math_verify.parse(gold), math_verify.parse(response)))
+        return float(library.verify(library.parse(_in_delimiters(gold)), library.parse(response)))
 
     return verify
+
+
+def _try_math(key: str) -> Verifier:
+    library = _math_verify(key)
+
+    def attempt(_response: str, reference: str | None) -> float:
+        # A text that is no expression comes back as itself, and could only equal itself.
+        if all(isinstance(found, str) for found in library.parse(_in_delimiters(_given(reference, key)))):
+            raise UserError(key, f"math, and the reference {reference!r}", "references with an expression in them")
+        return 1.0
+
+    return attempt
+
+
+def _math_verify(key: str) -> Any:
+    try:
+        import math_verify
+    except ImportError as error:
+        raise UserError(f"{key}.name", "math", "math-verify installed: pip install understudy[math]") from error
+    return math_verify
+
+
+def _in_delimiters(gold: str) -> str:
+    """Outside delimiters math-verify finds numbers and fractions only."""
+    return gold if "$" in gold or "\\boxed" in gold else f"${gold}$"
 
 
 def _user_function(name: str, key: str) -> Verifier:
@@ -169,4 +178,4 @@ def _user_function(name: str, key: str) -> Verifier:
     return verify
 
 
-_BUILT_IN: dict[str, Callable[[str], Verifier]] = {"exact": _exact, "regex": _exact, "numeric": _numeric, "math": _math}
+BUILT_IN: dict[str, Callable[[str], Verifier]] = {"exact": _exact, "regex": _exact, "numeric": _numeric, "math": _math}

@@ -10,8 +10,8 @@ from dataclasses import replace
 import numpy as np
 
 from actors.config import LoraConfig, RolloutConfig, SamplingConfig, VerifierConfig
+from actors.data.judge import Judge, rewards_of
 from actors.data.tokenizer import load_tokenizer
-from actors.data.verifiers import make_verifier, rewards_of
 from actors.errors import CampaignError, EngineError
 from actors.rollout.batched_calls import BatchedCalls
 from actors.rollout.engine import check_answer, make_engine
@@ -60,10 +60,10 @@ class RolloutActor(BatchedCalls):
         self._sampling = sampling
         self._reported_seconds = 0.0
         self._receiver = Receiver(keep_weights)
-        self._judge = verifier and (
-            load_tokenizer(model, trust_remote_code, "student.model"),
-            make_verifier(verifier, "evaluation.verifier"),
-        )
+        self._judge: Judge | None = None
+        if verifier is not None:
+            self._judge, self._tokenizer = Judge(verifier), load_tokenizer(model, trust_remote_code, "student.model")
+            self._judge.start()  # its faults are told before the engine starts
         self._engine = make_engine(
             model,
             config,
@@ -78,17 +78,19 @@ class RolloutActor(BatchedCalls):
     async def generate(self, requests: Requests, greedy: bool = False) -> tuple[RolloutCounts, Trajectories]:
         """Samples B requests: (counts for the campaign process, their Trajectories in the same order).
 
-        Returns when the last response has ended. Responses are judged in a helper thread where the requests have
-        references. Errors: AbortedError after `abort`; WeightError before the first `load_weights`. An EngineError ends
+        Returns when the last response has ended. Responses are judged where the requests have references, by a process
+        of its own that a helper thread waits for. Errors: AbortedError after `abort`; WeightError before the first `load_weights`. An EngineError ends
         the process.
         """
         with _ends_with_the_engine():
             trajectories = await asyncio.wrap_future(self._engine.generate(requests, self._sampling, greedy=greedy))
         check_answer(requests, trajectories)
+        unjudged: list[str] = []
         if self._judge and requests.references:
-            rewards = await asyncio.to_thread(
+            rewards, unjudged = await asyncio.to_thread(
                 rewards_of,
-                *self._judge,
+                self._tokenizer,
+                self._judge,
                 trajectories.response_tokens,
                 trajectories.response_offsets,
                 requests.references,
@@ -103,6 +105,7 @@ class RolloutActor(BatchedCalls):
             np.minimum.reduceat(trajectories.policy_versions, trajectories.response_offsets[:-1]),
             trajectories.finish_reasons == FINISH_REASONS.index("length"),
             busy_seconds,
+            tuple(unjudged),
         )
         return counts, trajectories
 
@@ -143,5 +146,7 @@ class RolloutActor(BatchedCalls):
         }
 
     async def close(self) -> None:
-        """Closes the engine."""
+        """Closes the engine and ends the verifier's process."""
+        if self._judge is not None:
+            self._judge.close()
         self._engine.close()

@@ -77,6 +77,8 @@ def trials(config_file: Path, overrides: Sequence[str], methods: Sequence[str], 
     for trial in found:
         if trial.config.evaluation.prompts is None:
             raise UserError("evaluation.prompts", "null", "held-out prompts, on which methods are compared")
+        if trial.config.evaluation.prompts.reference_field is None:
+            raise UserError("evaluation.prompts.reference_field", "null", "the reference answers that accuracy needs")
         if not trial.config.evaluation.teacher:
             raise UserError("evaluation.teacher", "false", "true: the target is a share of the teacher's accuracy")
         budget, first = trial.config.trajectories_per_update, found[0].config.trajectories_per_update

@@ -63,7 +63,7 @@ class Progress:
         if self._screen is not None:
             return  # it reads the line at its next refresh
         last = metrics["step"] >= self._reader.config.pipeline.updates
-        if "eval/accuracy" in metrics or last or self._clock() - self._printed >= self._every:
+        if "eval/reverse_kl" in metrics or last or self._clock() - self._printed >= self._every:
             self._printed = self._clock()
             self._print(status_line(self._status()))
 
@@ -208,10 +208,11 @@ def _figures(status: Mapping[str, Any]) -> RenderableType:
 
 def trajectory_text(row: Mapping[str, Any]) -> RenderableType:
     """One trajectory: prompt, and its response with each token coloured by log pi - log q."""
-    verdict = "right" if row.get("reward") else "wrong"
+    reward = row.get("reward")
+    verdict, colour = ("unjudged", "dim") if reward is None else ("right", "green") if reward else ("wrong", "red")
     head = Text.assemble(
         (f"update {row['step']}  {row['id']}  ", "dim"),
-        (verdict, "green" if row.get("reward") else "red"),
+        (verdict, colour),
         (f"  {row['finish_reason']}  expected {row['reference']}" if row.get("reference") is not None else "", "dim"),
     )
     response = Text()

@@ -122,7 +122,7 @@ class _Updates:
     def add(self, row: dict[str, Any]) -> None:
         if row["step"] > 0:
             self.recent.append(row)
-        if row.get("eval/accuracy") is not None:
+        if "eval/reverse_kl" in row:
             self.evaluation = row
         if self.accuracy_teacher is None:
             self.accuracy_teacher = row.get("eval/accuracy_teacher")
@@ -206,7 +206,7 @@ class StatusReader:
                 for key, metric in METRICS.items()
                 if metric.status not in ("", "evaluation") and last.get(key) is not None
             },
-            "evaluation": {k: updates.evaluation[k] for k in ("step", *of_status("evaluation")) if k in updates.evaluation},
+            "evaluation": {k: updates.evaluation[k] for k in ("step", *of_status("evaluation")) if updates.evaluation.get(k) is not None},
             "accuracy_teacher": updates.accuracy_teacher,
             "checkpoints": events.checkpoint,
             "faults": events.faults,

@@ -40,6 +40,7 @@ from cluster.loop.ending import Ending, error_of
 from cluster.loop.evaluation import Evaluator
 from cluster.loop.queues import Queues
 from cluster.loop.reporting import Reporter, record_of_update
+from cluster.loop.samples import TrainingSamples
 from cluster.loop.teachers import Teachers
 from cluster.loop.weight_sync import TRANSPORTS, EmaTeachers, Published, WeightTransport
 from cluster.loop.work import Issued, Sampled, Scored, ids_of, scores_by_rank, trajectories_of
@@ -67,6 +68,7 @@ class Campaign:
         learner: Fleet,
         records: RunRecords,
         progress: Progress,
+        samples: TrainingSamples | None = None,
         gate: asyncio.Event | None = None,
         interrupted: asyncio.Event | None = None,
     ):
@@ -74,7 +76,7 @@ class Campaign:
         issued, and what is under way is finished and trained. interrupted: once it is set, the loop ends with a checkpoint."""
         self.config, self.state = config, state
         self.rollout, self.teachers, self.learner = rollout, teachers, learner
-        self._prompts, self._records, self._gate = prompts, records, gate
+        self._prompts, self._records, self._samples, self._gate = prompts, records, samples, gate
         self._interrupted = interrupted or asyncio.Event()
         self._synchronous = config.pipeline.max_staleness == 0
         self._update_size = config.trajectories_per_update
@@ -186,6 +188,7 @@ class Campaign:
                 return  # `Queues.cut` dropped them while the answer was on its way
             self.state.tokens_generated += int(counts.lengths.sum())
             self.state.busy["rollout"] += counts.busy_seconds
+            self._reporter.unjudged(counts.unjudged)
             self._queues.sampled(issued, counts, reference)
 
         await self._for_each(self._queues.next_to_sample, sample, "rollout")
@@ -228,6 +231,8 @@ class Campaign:
                 self.state.ledger.train([one.sampled.number for one in update], self.state.step + 1)
                 self.state.step += 1
                 self.state.busy["learner"] += metrics.pop("busy_seconds")
+                if self._samples is not None:
+                    await self._samples.keep(self.state.step, update)
                 published = await self._published(update, metrics)
                 self.state.guards, findings = judge(self.config.guards, self.state.guards, published.record)
                 # Before the checkpoint: an update that a guard rejects gets none.

@@ -1,28 +1,23 @@
 """Evaluates the student and the teachers on held-out prompts, with the same rollout and teacher actors that train.
 
 The student answers every prompt twice: greedily, and once sampled as in training. Every evaluation uses the same seeds,
-so that curves differ by the weights alone. Only here does the campaign process read tokens: verifiers need their text.
+so that curves differ by the weights alone. Accuracy is measured over the prompts that have a reference answer; without
+any, it is absent, and only the reverse KL is measured.
 """
 
 import asyncio
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
+from actors.data.judge import Judge, rewards_of
 from actors.data.prompts import PromptSet, requests
-from actors.data.verifiers import Verifier, rewards_of
-from actors.trajectory import (
-    EVALUATION_EPOCH,
-    FINISH_REASONS,
-    TeacherScores,
-    Trajectories,
-    TrajectoryId,
-    select_scores,
-    select_trajectories,
-)
+from actors.trajectory import EVALUATION_EPOCH, TeacherScores, Trajectories, select_scores, select_trajectories
 from cluster.fleet.ray_actor import fetched
 from cluster.fleet.ray_fleet import Fleet
+from cluster.loop.samples import readable_rows
 from cluster.loop.teachers import Teachers
 from cluster.loop.work import each_once, split_evenly
 
@@ -37,17 +32,20 @@ class Evaluator:
         self,
         prompts: PromptSet,
         tokenizer: Any,
-        verifier: Verifier,
+        judge: Judge,
         teachers: Teachers,
         *,
         seed: int,
         max_response_tokens: int,
         stop_token_ids: list[int],
         keep_trajectories: int,
+        on_event: Callable[..., None],
     ):
-        self._prompts, self._tokenizer, self._verifier, self._teachers = prompts, tokenizer, verifier, teachers
+        self._prompts, self._tokenizer, self._judge, self._teachers = prompts, tokenizer, judge, teachers
         self._seed, self._max_tokens, self._stop = seed, max_response_tokens, stop_token_ids
-        self._keep = keep_trajectories
+        self._keep, self._on_event = keep_trajectories, on_event
+        self._judged = [row for row, reference in enumerate(prompts.references) if reference is not None]
+        """The prompts that have a reference answer."""
         self.trajectories = 2 * len(prompts)
         """Responses that the student gives in one evaluation."""
 
@@ -67,23 +65,23 @@ class Evaluator:
         scores = select_scores(ids, await fetched(each_once(itertools.chain(*scored.references))))
         written = select_trajectories(ids, await fetched(sampled))
         best = select_trajectories(self._ids(GREEDY), await fetched(greedy))
-        rewards = self._rewards(written.response_tokens, written.response_offsets)
+        # In a thread: decoding and judging take their time, and the loop has a checkpoint to write when it is interrupted.
+        rewards, accuracy = await asyncio.to_thread(self._accuracy, written, best)
         # Missing scores are NaN, and nanmean leaves them out.
         log_ratios = (written.behaviour_logprobs - scores.logprobs)[written.trained]
-        metrics = {
-            "eval/accuracy": float(np.mean(self._rewards(best.response_tokens, best.response_offsets))),
-            "eval/accuracy_sampled": float(np.mean(rewards)),
+        metrics = accuracy | {
             "eval/reverse_kl": float(np.nanmean(log_ratios)),
             "eval/response_length_mean": float(written.trained_lengths.mean()),
         }
         busy = {"rollout": greedy_seconds + sampled_seconds, "teacher": scored.busy_seconds}
-        return metrics, self._rows(written, scores, rewards), busy
+        return metrics, await asyncio.to_thread(self._rows, written, scores, rewards), busy
 
-    async def teacher(self) -> float:
-        """The teachers' accuracy with greedy responses of their own, by the same verifier."""
-        return float(
-            np.mean(self._rewards(*await self._teachers.generate(self._prompts, self._max_tokens, self._stop)))
-        )
+    async def teacher(self) -> float | None:
+        """The teachers' accuracy with greedy responses of their own, by the same verifier; None without references."""
+        if not self._judged:
+            return None
+        tokens, offsets = await self._teachers.generate(self._prompts, self._max_tokens, self._stop)
+        return float(np.mean(list((await asyncio.to_thread(self._rewards, tokens, offsets)).values())))
 
     def _ids(self, sample: int) -> np.ndarray:
         return np.array([(EVALUATION_EPOCH, prompt, sample) for prompt in range(len(self._prompts))], np.int64)
@@ -105,28 +103,30 @@ class Evaluator:
         )
         return [reference for _, reference in answers], sum(counts.busy_seconds for counts, _ in answers)
 
-    def _rewards(self, tokens: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-        """[M] rewards of the responses to all held-out prompts."""
-        return rewards_of(self._tokenizer, self._verifier, tokens, offsets, self._prompts.references)
+    def _accuracy(self, sampled: Trajectories, greedy: Trajectories) -> tuple[dict[int, float], dict[str, float]]:
+        """(prompt -> reward of its sampled response, the metrics of accuracy); both empty without references."""
+        if not self._judged:
+            return {}, {}
+        of_greedy = self._rewards(greedy.response_tokens, greedy.response_offsets)
+        rewards = self._rewards(sampled.response_tokens, sampled.response_offsets)
+        return rewards, {
+            "eval/accuracy": float(np.mean(list(of_greedy.values()))),
+            "eval/accuracy_sampled": float(np.mean(list(rewards.values()))),
+        }
 
-    def _rows(self, written: Trajectories, scores: TeacherScores, rewards: np.ndarray) -> list[dict[str, Any]]:
-        rows = []
-        for row in range(min(self._keep, len(written))):
-            span = slice(*written.response_offsets[row : row + 2])
-            tokens = written.response_tokens[span].tolist()
-            prompt = int(written.ids[row, 1])
-            rows.append(
-                {
-                    "id": str(TrajectoryId(*written.ids[row].tolist())),
-                    "prompt": self._prompts.texts[prompt],
-                    "response": self._tokenizer.decode(tokens, skip_special_tokens=True),
-                    "tokens": [self._tokenizer.decode([token]) for token in tokens],
-                    "student_logprobs": written.behaviour_logprobs[span].tolist(),
-                    "teacher_logprobs": scores.logprobs[span].tolist(),
-                    "policy_versions": written.policy_versions[span].tolist(),
-                    "finish_reason": FINISH_REASONS[written.finish_reasons[row]],
-                    "reference": self._prompts.references[prompt],
-                    "reward": float(rewards[row]),
-                }
-            )
-        return rows
+    def _rewards(self, tokens: np.ndarray, offsets: np.ndarray) -> dict[int, float]:
+        """Prompt -> reward of the response to it, of the held-out prompts with a reference."""
+        parts = np.split(tokens, offsets[1:-1])
+        chosen = [parts[row] for row in self._judged]
+        bounds = np.concatenate([[0], np.cumsum([len(part) for part in chosen])])
+        references = [self._prompts.references[row] for row in self._judged]
+        found = rewards_of(self._tokenizer, self._judge, np.concatenate(chosen), bounds, references)
+        if found.failed:
+            self._on_event("unjudged", count=len(found.failed), cause=found.failed[0], evaluation=True)
+        return dict(zip(self._judged, found.rewards.tolist(), strict=True))
+
+    def _rows(self, written: Trajectories, scores: TeacherScores, rewards: dict[int, float]) -> list[dict[str, Any]]:
+        kept = select_trajectories(written.ids[: self._keep], [written])
+        logprobs = scores.logprobs[: len(kept.response_tokens)]  # both are in the order of the prompts
+        judged = [rewards.get(int(prompt)) for prompt in kept.ids[:, 1]]
+        return readable_rows(kept, logprobs, self._tokenizer, self._prompts, judged)

@@ -75,6 +75,7 @@ class Reporter:
         self._config, self._state = config, state
         self._evaluator, self._rollout, self._versions = evaluator, rollout, versions
         self._records, self._progress = records, progress
+        self._unjudged: list[str] = []
         self._doing = {"rollout": "idle", "teacher": "idle", "learner": "idle"}
 
     async def begin(self) -> None:
@@ -85,7 +86,8 @@ class Reporter:
         if self._state.step == 0 and self._evaluator is not None and not self._state.start:
             record = await self._evaluate(0)
             if self._config.evaluation.teacher:
-                record["eval/accuracy_teacher"] = await self._evaluator.teacher()
+                accuracy = await self._evaluator.teacher()
+                record |= {} if accuracy is None else {"eval/accuracy_teacher": accuracy}
             self._state.start = record
             self._write({"step": 0, "policy_version": 0, **record})
         for record in list(self._state.pending):
@@ -96,6 +98,9 @@ class Reporter:
     async def finish_update(self, record: dict[str, Any]) -> None:
         """Evaluates the update's weights where an evaluation is due, and writes the update's line of metrics.jsonl."""
         step = record["step"]
+        if causes := self._unjudged:
+            self._unjudged = []
+            self.event("unjudged", count=len(causes), cause=causes[0], step=step)
         due = step == self._config.pipeline.updates or step % self._config.evaluation.every_updates == 0
         newest = self._versions.newest
         # An update that an earlier process left unwritten is not evaluated: the actors no longer hold its weights.
@@ -113,6 +118,10 @@ class Reporter:
     def lost(self, trajectories: int, error: LostObjectError, **fields: Any) -> None:
         """Records that trajectories were lost with the node that held them. The caller samples them again."""
         self.event("lost_objects", cause=str(error), trajectories=trajectories, step=self._state.step, **fields)
+
+    def unjudged(self, causes: Sequence[str]) -> None:
+        """Responses were left without a verdict. They are recorded with the next line of metrics.jsonl, in one event."""
+        self._unjudged += causes
 
     def doing(self, role: str, what: str) -> None:
         """Shows what a role is doing."""

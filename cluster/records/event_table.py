@@ -66,6 +66,8 @@ EVENTS: dict[str, Event] = {
         "{trajectories} trajectories were lost with the node that held them; they are sampled again ({cause})", "warn"
     ),
     "trajectory_refused": Event("trajectory {trajectory} is dropped: {cause}", "warn"),
+    # Rewards.
+    "unjudged": Event("{count} responses have no verdict and count as wrong ({cause})", "warn"),
     # Resources.
     "short_of_resources": Event("starting with one actor of each role; more join when there is room ({cause})", "warn"),
     "waiting_for_resources": Event("{actor} waits: {cause}; the campaign continues without it", "warn"),

@@ -117,7 +117,9 @@ METRICS: dict[str, Metric] = {
     ),
     # ------------------------------------------------------------------------------------------------------ responses
     "eval/accuracy": Metric(
-        RESPONSES, "share", "share of held-out prompts that the student answers right with its most likely tokens",
+        RESPONSES, "share",
+        "share of held-out prompts that the student answers right with its most likely tokens, of those with a reference "
+        "answer; absent where none has one",
         chart="Accuracy on held-out prompts", line="greedy", form="percent", limits=(0, 1),
         status="evaluation", label="accuracy", digits=".1%",
     ),
@@ -280,7 +282,7 @@ METRIC_KEYS = tuple(key for key, metric in METRICS.items() if metric.always and 
 so that a curve can be drawn against them; all others belong to the update alone."""
 
 EVALUATION_KEYS = tuple(key for key, metric in METRICS.items() if metric.always and key.startswith("eval/"))
-"""Lines of evaluation steps have these besides. Step 0, the untrained student, has them and STEP_ZERO_KEYS alone;
+"""Lines of evaluation steps have these besides; without reference answers, accuracy is absent. Step 0, the untrained student, has them and STEP_ZERO_KEYS alone;
 `eval/accuracy_teacher` stands there too where the teacher was measured."""
 
 STEP_ZERO_KEYS = ("step", "policy_version", "wall_seconds")

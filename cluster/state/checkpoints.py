@@ -12,6 +12,7 @@ is written again, of the update that is newest then, and training waits until it
 
 import asyncio
 import json
+import math
 import re
 from functools import partial
 from pathlib import Path
@@ -194,9 +195,14 @@ def what_is_good(checkpoints: Path, way_out: str = "make room") -> str:
 def steps_to_keep(steps: list[int], state: CampaignState, config: CheckpointConfig) -> set[int]:
     """The checkpoints to keep: the last `keep_last`, the best `keep_best`, and those that are not evaluated yet.
 
-    steps: all that exist, ascending. Best means highest held-out accuracy; of equal ones, the earlier.
+    steps: all that exist, ascending. Best means highest held-out accuracy, or, where none is measured, lowest reverse KL;
+    of equal ones, the earlier. An evaluation without a number is the worst.
     """
-    accuracy = {step: metrics["eval/accuracy"] for step, metrics in state.evaluations.items()}
-    evaluated = [step for step in steps if step in accuracy]
-    best = sorted(evaluated, key=lambda step: (-accuracy[step], step))[: config.keep_best]
+    measured = state.evaluations
+    key, sign = (
+        ("eval/accuracy", -1) if any("eval/accuracy" in one for one in measured.values()) else ("eval/reverse_kl", 1)
+    )
+    cost = {step: math.inf if (value := one.get(key)) is None else sign * value for step, one in measured.items()}
+    evaluated = [step for step in steps if step in cost]
+    best = sorted(evaluated, key=lambda step: (math.isnan(cost[step]), cost[step], step))[: config.keep_best]
     return {*steps[-config.keep_last :], *best, *(record["step"] for record in state.pending)}

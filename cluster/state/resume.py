@@ -117,7 +117,7 @@ def fit_records(config: CampaignConfig, records: RunRecords, state: CampaignStat
     records.truncate_after(state.step if state.step or state.start else -1)
     # A step is evaluated after its checkpoint is written, so the newest evaluation may be in the metrics only.
     for row in read_jsonl(config.run_dir / METRICS_FILE):
-        if row["step"] and "eval/accuracy" in row:
+        if row["step"] and "eval/reverse_kl" in row:
             state.evaluations[row["step"]] = {key: row[key] for key in row if key.startswith("eval/")}
     try:
         state.ledger.check_rows(records.keep_closed(state.ledger.as_known))

@@ -299,8 +299,6 @@ CONTRADICTIONS: dict[str, tuple[str, ...]] = {
     "learner.objective.proximal_weight: found 0.5": (KEY + "estimator=sft", KEY + "proximal_weight=0.5"),
     "learner.objective.mismatch.correction": (KEY + "estimator=sft", KEY + "mismatch.correction=mask"),
     "learner.objective.trust_region.max_kl": (KEY + "estimator=sft", KEY + "trust_region.max_kl=0.1"),
-    "evaluation.verifier.name: found math": (KEY + "reward_weight=0.5", "pipeline.samples_per_prompt=2",
-                                             "evaluation.verifier.name=math"),
     "prompts.reference_field: found null": (KEY + "estimator=reward", "pipeline.samples_per_prompt=2",
                                             "prompts.reference_field=null"),
     "learner.objective.masked_token_roles": (KEY + "masked_token_roles=[padding]",),
@@ -366,9 +364,11 @@ def test_teachers_of_different_signals_are_refused(tmp_path: Path) -> None:
     assert refusal(tmp_path, GOOD, "teachers.other.model=x", "teachers.other.signal=sampled").startswith("teachers:")
 
 
-def test_held_out_prompts_without_a_reference_are_refused(tmp_path: Path) -> None:
-    overrides = ("evaluation.prompts.path=x", "evaluation.prompts.reference_field=null")
-    assert refusal(tmp_path, GOOD, *overrides).startswith("evaluation.prompts.reference_field:")
+def test_held_out_prompts_need_no_reference_and_math_may_give_rewards(tmp_path: Path) -> None:
+    held_out = ["evaluation.prompts.path=x", "evaluation.prompts.reference_field=null"]
+    rewards = [KEY + "reward_weight=0.5", "pipeline.samples_per_prompt=2", "evaluation.verifier.name=math"]
+    config = load_config(written(tmp_path), [*held_out, *rewards])
+    assert config.evaluation.prompts and config.evaluation.prompts.reference_field is None
 
 
 def test_guards_are_added_by_name_and_those_that_are_always_there_can_be_changed(tmp_path: Path) -> None:

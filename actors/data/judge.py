@@ -1,0 +1,234 @@
+"""Judges responses with a verifier in a process of its own, with a deadline for each verdict.
+
+A response without a verdict (the deadline is missed, the verifier raises or ends its process, twice) counts as wrong: its
+reward is 0, and the reason is reported. The process is then started again. MOST_IN_A_ROW of them in a row end the campaign.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from actors.config import VerifierConfig
+from actors.data.verifiers import Verifier, trial
+from actors.errors import CampaignError, UserError
+from actors.heartbeat import beat
+
+MOST_IN_A_ROW = 20
+"""Responses in a row that may remain without a verdict."""
+START_SECONDS = 120.0
+"""Time limit for the process to start, which imports the user's module."""
+QUICK = ("exact", "regex", "numeric")
+"""Verifiers that try a reference in microseconds, which needs no process."""
+MAIN = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
+    "from actors.data.verifier_process import serve; serve(int(sys.argv[2]))"
+)
+
+
+class Verdicts(NamedTuple):
+    """The rewards of B responses."""
+
+    rewards: np.ndarray
+    """[B] float64; 0 where there is no verdict."""
+    failed: list[str]
+    """Why there is none, once for each response without one."""
+
+
+class Trial(NamedTuple):
+    """What came of trying references."""
+
+    tried: int
+    """References that the verifier can use, from the first."""
+    error: UserError | None
+    """What is wrong with the next one; None: nothing, or the time was over."""
+
+
+class Judge:
+    """A verifier. Its process starts with the first response; nothing starts where nothing is judged."""
+
+    def __init__(self, config: VerifierConfig, key: str = "evaluation.verifier"):
+        """key: where the configuration stands, for errors."""
+        self._config, self._key = config, key
+        self._lock = threading.Lock()  # calls come from several threads
+        self._process: subprocess.Popen | None = None
+        self._connection: _Connection | None = None
+        self._in_a_row = 0
+        self._closed = False
+
+    def rewards(self, responses: Sequence[str], references: Sequence[str | None]) -> Verdicts:
+        """Judges B responses with their reference answers.
+
+        UserError: the verifier cannot be made, or cannot use a reference. CampaignError: too many responses in a row
+        without a verdict, or `close` was called.
+        """
+        rewards, failed = [], []
+        for response, reference in zip(responses, references, strict=True):
+            answer = self._ask({"response": response, "reference": reference, "try": False})
+            if "at_fault" in answer:
+                raise UserError.from_json(answer["at_fault"])
+            beat()
+            rewards.append(answer.get("reward", 0.0))
+            if "failed" in answer:
+                failed.append(answer["failed"])
+        return Verdicts(np.array(rewards, np.float64), failed)
+
+    def try_references(self, references: Sequence[str], seconds: float) -> Trial:
+        """Tries the references in their order, the first at least, for at most `seconds`.
+
+        Each is also the response to judge; a pattern, which need not match it, is left out. UserError: the verifier cannot
+        be made.
+        """
+        if self._config.name in QUICK:
+            return _try_here(trial(self._config, self._key), references)
+        end = time.monotonic() + seconds
+        for place, reference in enumerate(references):
+            answer = self._ask({"response": reference, "reference": reference, "try": True})
+            if "failed" in answer:
+                found = f"{self._config.name}, which failed ({answer['failed']})"
+                return Trial(place, UserError(f"{self._key}.name", found, "a reward for (response, reference)"))
+            if "at_fault" in answer:
+                return Trial(place, UserError.from_json(answer["at_fault"]))
+            if time.monotonic() > end:
+                return Trial(place + 1, None)
+        return Trial(len(references), None)
+
+    def start(self) -> None:
+        """Starts the process. UserError: the verifier cannot be made."""
+        with self._lock:
+            self._running()
+
+    def end(self) -> None:
+        """Ends the process; the next response starts another."""
+        with self._lock:
+            self._kill()
+
+    def close(self) -> None:
+        """Ends the process for good, also while it works: a call that waits for a verdict ends with a CampaignError."""
+        self._closed = True
+        self._kill()
+
+    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        """The answer to one request: with `reward`, `failed` or `at_fault`."""
+        with self._lock:
+            answer = self._answer(request)
+            self._refuse_closed()
+            self._in_a_row = self._in_a_row + 1 if "failed" in answer else 0
+            if self._in_a_row >= MOST_IN_A_ROW:
+                raise CampaignError(
+                    f"{self._key}: {self._in_a_row} responses in a row have no verdict (the last: {answer['failed']}); "
+                    "mend the verifier or its pattern, or give it more time, and run the same command again"
+                )
+            return answer
+
+    def _answer(self, request: dict[str, Any]) -> dict[str, Any]:
+        limit, answer = self._config.timeout_seconds, {}
+        for _ in range(2):  # the process may have been killed, and the response be innocent
+            self._refuse_closed()
+            connection = self._running()
+            try:
+                return connection.exchange(request, limit)
+            except TimeoutError:
+                self._kill()
+                return {"failed": f"no verdict within {limit:g} s ({self._key}.timeout_seconds)"}
+            except (OSError, EOFError):
+                answer = {"failed": self._last_words()}
+        return answer
+
+    def _refuse_closed(self) -> None:
+        if self._closed:
+            raise CampaignError(f"{self._key}: closed while a response was judged")
+
+    def _running(self) -> _Connection:
+        """The connection to the process, which is started where there is none. UserError: it does not start."""
+        if self._process is not None and self._process.poll() is None and self._connection is not None:
+            return self._connection
+        self._kill()
+        ours, theirs = socket.socketpair()
+        with theirs:
+            arguments = [sys.executable, "-c", MAIN, json.dumps(sys.path), str(theirs.fileno())]
+            # A session of its own: a signal to the terminal's processes is the campaign's to handle.
+            self._process = subprocess.Popen(
+                arguments, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()], start_new_session=True
+            )
+        self._connection = _Connection(ours)
+        what = {"name": self._config.name, "pattern": self._config.pattern, "key": self._key}
+        try:
+            answer = self._connection.exchange({**what, "seconds": self._config.timeout_seconds}, START_SECONDS)
+        except (OSError, EOFError) as error:  # a TimeoutError is an OSError
+            found = "which does not start in time" if isinstance(error, TimeoutError) else self._last_words()
+            raise UserError(f"{self._key}.name", f"{self._config.name}, {found}", "a verifier that starts") from error
+        if "at_fault" in answer:
+            raise UserError.from_json(answer["at_fault"])
+        return self._connection
+
+    def _last_words(self) -> str:
+        process, status = self._process, None
+        if process is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                status = process.wait(1.0)  # the socket closes a moment before the process has ended
+        self._kill()
+        return "its process ended (" + (f"signal {-status})" if status and status < 0 else f"exit status {status})")
+
+    def _kill(self) -> None:
+        process, connection = self._process, self._connection
+        self._process, self._connection = None, None
+        if process is not None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)  # with whatever the verifier has started
+            process.wait()
+        if connection is not None:
+            connection.close()
+
+
+class _Connection:
+    """Lines of JSON over a socket, each with a deadline."""
+
+    def __init__(self, end: socket.socket):
+        self._socket, self._received = end, b""
+
+    def exchange(self, request: dict[str, Any], seconds: float) -> dict[str, Any]:
+        """Sends a request and returns the answer. TimeoutError; OSError or EOFError: the process is gone."""
+        end = time.monotonic() + seconds
+        self._socket.settimeout(seconds)
+        self._socket.sendall(json.dumps(request).encode() + b"\n")
+        while b"\n" not in self._received:
+            self._socket.settimeout(max(end - time.monotonic(), 0.001))
+            part = self._socket.recv(1 << 16)
+            if not part:
+                raise EOFError
+            self._received += part
+        line, _, self._received = self._received.partition(b"\n")
+        return json.loads(line)
+
+    def close(self) -> None:
+        """Closes this end, which ends the process."""
+        self._socket.close()
+
+
+def _try_here(verify: Verifier, references: Sequence[str]) -> Trial:
+    for place, reference in enumerate(references):
+        try:
+            verify(reference, reference)
+        except UserError as error:
+            return Trial(place, error)
+    return Trial(len(references), None)
+
+
+def rewards_of(
+    tokenizer: Any, judge: Judge, tokens: np.ndarray, offsets: np.ndarray, references: Sequence[str | None]
+) -> Verdicts:
+    """The rewards of B responses (tokens [N], offsets [B + 1]), decoded without their special tokens."""
+    texts = tokenizer.batch_decode(np.split(tokens, offsets[1:-1]), skip_special_tokens=True)
+    return judge.rewards(texts, references)

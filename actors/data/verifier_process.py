@@ -1,0 +1,83 @@
+"""The process in which a verifier runs, apart from the loop and from the engines. Its other half is judge.py.
+
+Python's `re` holds the interpreter while it searches, and a function of the user's own may do anything: only a process
+can be ended at any moment. It takes one request at a time, a line of JSON each, and answers with one.
+
+    {"name", "pattern", "key", "seconds"}   first: the verifier               -> {} or {"at_fault": UserError}
+    {"response", "reference", "try"}        a response to judge; try: a reference to try, without the pattern
+                                            -> {"reward"}, {"failed": reason} or {"at_fault": UserError}
+"""
+
+import json
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from actors.config import VerifierConfig
+from actors.data.verifiers import BUILT_IN, Verifier, make_verifier, trial
+from actors.errors import UserError
+
+MOST_GROWTH = 1 << 30
+"""Bytes by which the process may grow; then it ends after an answer, and a new one is started."""
+
+
+def serve(file_descriptor: int) -> None:
+    """Answers requests from this socket until it is closed, or the process that started this one is gone."""
+    os.dup2(2, 1)  # a verifier may print; standard output belongs to the command that the user runs
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    with socket.socket(fileno=file_descriptor) as connection, connection.makefile("rw", encoding="utf-8") as file:
+        _serve(file.readline, lambda answer: _write(file, answer))
+
+
+def _serve(read: Callable[[], str], answer: Callable[[dict[str, Any]], None]) -> None:
+    asked = json.loads(read())
+    config, seconds = VerifierConfig(asked["name"], asked["pattern"]), asked["seconds"]
+    try:
+        verify, attempt = make_verifier(config, asked["key"]), trial(config, asked["key"])
+    except UserError as error:
+        return answer({"at_fault": error.to_json()})
+    answer({})
+    at_first = memory()
+    while line := read():
+        # Where nobody is left to end this process, its processor time does: the kernel needs no interpreter for that.
+        signal.setitimer(signal.ITIMER_PROF, 60 + 10 * seconds)
+        request = json.loads(line)
+        answer(_verdict(attempt if request["try"] else verify, request, config.name in BUILT_IN))
+        if memory() - at_first > MOST_GROWTH:
+            return None
+    return None
+
+
+def _verdict(verify: Verifier, request: dict[str, Any], built_in: bool) -> dict[str, Any]:
+    try:
+        return {"reward": verify(request["response"], request["reference"])}
+    except UserError as error:
+        if built_in or request["try"]:
+            return {"at_fault": error.to_json()}
+        return {"failed": f"{error.where}: {error.found}"}
+    except Exception as error:  # of a library; one response must not end the campaign
+        return {"failed": f"{type(error).__name__}: {str(error)[:200]}"}
+
+
+def _write(file: Any, answer: dict[str, Any]) -> None:
+    file.write(json.dumps(answer) + "\n")
+    file.flush()
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(1)
+
+
+def memory() -> int:
+    """Bytes of memory that this process holds; 0 where the system does not say."""
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0

@@ -1,0 +1,93 @@
+"""Trajectories kept for reading: rows of trajectories/, from evaluations and from training."""
+
+import asyncio
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from actors.data.prompts import PromptSet
+from actors.data.token_texts import token_texts
+from actors.errors import LostObjectError
+from actors.trajectory import (
+    FINISH_REASONS,
+    TeacherScores,
+    Trajectories,
+    TrajectoryId,
+    select_scores,
+    select_trajectories,
+)
+from cluster.config import CampaignConfig
+from cluster.fleet.ray_actor import fetched
+from cluster.loop.work import Scored, each_once, ids_of, trajectories_of
+from cluster.records.writer import RunRecords
+
+MOST_TOKENS = 2048
+"""Tokens of a response that are kept; a longer one is cut there."""
+WIDE_SIGNALS = ("full", "hidden")
+"""A teacher's scores of an update are then too large to be fetched for a few samples."""
+
+
+def readable_rows(
+    written: Trajectories,
+    teacher_logprobs: np.ndarray,
+    tokenizer: Any,
+    prompts: PromptSet,
+    rewards: Sequence[float | None],
+) -> list[dict[str, Any]]:
+    """One row (TRAJECTORY_KEYS without the step) for each trajectory. teacher_logprobs: [N], NaN without a score."""
+    rows = []
+    for row in range(len(written)):
+        begin, end = written.response_offsets[row : row + 2].tolist()
+        tokens, span = written.response_tokens[begin:end].tolist(), slice(begin, min(end, begin + MOST_TOKENS))
+        prompt = int(written.ids[row, 1])
+        rows.append(
+            {
+                "id": str(TrajectoryId(*written.ids[row].tolist())),
+                "prompt": prompts.texts[prompt],
+                "response": tokenizer.decode(tokens[:MOST_TOKENS], skip_special_tokens=True),
+                "tokens": token_texts(tokenizer, tokens[:MOST_TOKENS]),
+                "tokens_left_out": max(len(tokens) - MOST_TOKENS, 0),
+                "student_logprobs": written.behaviour_logprobs[span].tolist(),
+                "teacher_logprobs": teacher_logprobs[span].tolist(),
+                "policy_versions": written.policy_versions[span].tolist(),
+                "finish_reason": FINISH_REASONS[written.finish_reasons[row]],
+                "reference": prompts.references[prompt],
+                "reward": None if rewards[row] is None else float(rewards[row]),  # type: ignore[arg-type]
+            }
+        )
+    return rows
+
+
+class TrainingSamples:
+    """Keeps a few trajectories of training, where no held-out prompts give any."""
+
+    def __init__(self, config: CampaignConfig, prompts: PromptSet, tokenizer: Any, records: RunRecords):
+        self._count = 0 if config.evaluation.prompts else config.evaluation.keep_training_trajectories
+        self._every, self._last = config.evaluation.every_updates, config.pipeline.updates
+        self._wide = any(teacher.signal in WIDE_SIGNALS for teacher in config.teachers.values())
+        self._prompts, self._tokenizer, self._records = prompts, tokenizer, records
+
+    async def keep(self, step: int, update: Sequence[Scored]) -> None:
+        """Writes the first trajectories of the update that was step `step`, where one is due."""
+        if not self._count or (step % self._every and step not in (1, self._last)):
+            return
+        chosen = sorted(update, key=lambda one: one.sampled.number)[: self._count]
+        try:
+            rows = await self._rows(chosen)
+        except LostObjectError:  # with the node that held them; the update is taken
+            return
+        self._records.keep_trajectories(step, [{**row, "step": step} for row in rows])
+
+    async def _rows(self, chosen: Sequence[Scored]) -> list[dict[str, Any]]:
+        sampled = [one.sampled for one in chosen]
+        ids = ids_of(sampled)
+        written = select_trajectories(ids, await fetched(trajectories_of(sampled)))
+        rewards = written.rewards.tolist() if len(written.rewards) else [None] * len(written)
+        teacher = np.full(len(written.response_tokens), np.nan, np.float32)
+        if not self._wide:
+            in_order = sorted(chosen, key=lambda one: one.turn)
+            found: list[TeacherScores] = await fetched(each_once(itertools.chain(*(one.scores for one in in_order))))
+            teacher = select_scores(ids, found).logprobs
+        return await asyncio.to_thread(readable_rows, written, teacher, self._tokenizer, self._prompts, rewards)

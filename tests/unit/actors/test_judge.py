@@ -1,0 +1,177 @@
+"""Verdicts of a verifier that runs in a process of its own."""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from actors.config import VerifierConfig
+from actors.data.judge import MOST_IN_A_ROW, Judge
+from actors.errors import CampaignError, UserError
+from tests.waiting import until
+
+MODULE = """
+import ctypes, os, sys, time
+def word(response, reference):
+    print("a line on standard output", flush=True)
+    if response == "raise": raise KeyError("left")
+    if response == "exit": sys.exit(3)
+    if response == "gone": os._exit(3)
+    if response == "crash": ctypes.string_at(0)
+    if response == "sleep": time.sleep(600)
+    if response == "nan": return float("nan")
+    return float(response == reference)
+"""
+
+
+@pytest.fixture
+def judge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Judge]]:
+    (tmp_path / "words_of_mine.py").write_text(MODULE)
+    monkeypatch.syspath_prepend(tmp_path)
+    made: list[Judge] = []
+
+    def make(name: str, pattern: str | None = None, seconds: float = 30.0) -> Judge:
+        made.append(Judge(VerifierConfig(name, pattern, seconds)))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+def children() -> list[psutil.Process]:
+    return [child for child in psutil.Process().children() if "verifier_process" in " ".join(child.cmdline())]
+
+
+def test_a_pattern_that_never_ends_costs_its_deadline_and_the_next_response_is_judged(judge: Callable) -> None:
+    found = judge("regex", r"(.+)+ZZ", seconds=0.5).rewards(["a" * 40, "bZZ", "a" * 40], ["b", "b", "b"])
+    assert found.rewards.tolist() == [0.0, 1.0, 0.0]
+    assert found.failed == ["no verdict within 0.5 s (evaluation.verifier.timeout_seconds)"] * 2
+
+
+@pytest.mark.parametrize(
+    ("response", "reason"),
+    [
+        ("raise", r"words_of_mine:word, which failed (KeyError: 'left')"),
+        ("exit", "words_of_mine:word, which failed (SystemExit: 3)"),
+        ("nan", "words_of_mine:word, which returned nan"),
+        ("gone", "its process ended (exit status 3)"),
+        ("crash", "its process ended (signal 11)"),
+    ],
+)
+def test_a_function_that_fails_costs_one_verdict(judge: Callable, response: str, reason: str) -> None:
+    found = judge("words_of_mine:word").rewards(["a", response, "a"], ["a", "a", "b"])
+    assert found.rewards.tolist() == [1.0, 0.0, 0.0]
+    assert len(found.failed) == 1 and found.failed[0].endswith(reason)
+
+
+def test_a_function_that_waits_is_ended_and_what_it_prints_is_not_on_standard_output(
+    judge: Callable, capfd: pytest.CaptureFixture
+) -> None:
+    assert judge("words_of_mine:word", seconds=0.5).rewards(["sleep", "a"], ["a", "a"]).rewards.tolist() == [0, 1]
+    out, err = capfd.readouterr()
+    assert not out and err.count("a line on standard output") == 2
+
+
+def test_failures_in_a_row_end_the_campaign_and_single_ones_do_not(judge: Callable) -> None:
+    one = judge("words_of_mine:word")
+    mixed = [*["raise"] * (MOST_IN_A_ROW - 1), "a"] * 2
+    assert one.rewards(mixed, ["a"] * len(mixed)).rewards.sum() == 2
+    with pytest.raises(CampaignError, match=r"20 responses in a row have no verdict \(the last: .*KeyError"):
+        one.rewards(["raise"] * MOST_IN_A_ROW, ["a"] * MOST_IN_A_ROW)
+
+
+def test_math_gives_verdicts_in_any_thread(judge: Callable) -> None:
+    pytest.importorskip("math_verify")
+    found: list[np.ndarray] = []
+    one = judge("math")
+    responses, references = [r"so \boxed{0.5}", "$2$", "1,000"], [r"\frac{1}{2}", "3", "1000"]
+    threads = [
+        threading.Thread(target=lambda: found.append(one.rewards(responses, references).rewards)) for _ in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [rewards.tolist() for rewards in found] == [[1, 0, 1]] * 2
+
+
+def test_a_killed_process_is_replaced_and_no_descriptor_or_process_is_left(judge: Callable) -> None:
+    one, before = judge("exact"), len(os.listdir("/proc/self/fd"))
+    for _ in range(5):
+        assert one.rewards(["a"], ["a"]).rewards.tolist() == [1.0]
+        [process] = children()
+        process.send_signal(signal.SIGKILL)
+        until(lambda p=process: not p.is_running() or p.status() == psutil.STATUS_ZOMBIE, "the process is gone")
+    one.close()
+    assert len(os.listdir("/proc/self/fd")) == before and not children()
+
+
+def test_many_verdicts_are_fast_and_nothing_grows(judge: Callable) -> None:
+    one, count = judge("numeric"), 10_000
+    one.rewards(["1"], ["1"])
+    [process] = children()
+    before = process.memory_info().rss
+    responses = [str(i) for i in range(count)]
+    assert one.rewards(responses, responses).rewards.sum() == count
+    assert children() == [process] and process.memory_info().rss - before < 8 << 20
+
+
+def test_nothing_starts_before_something_is_judged(judge: Callable) -> None:
+    one = judge("numeric")
+    assert one.try_references(["1", "2"], 1.0) == (2, None)
+    assert not children()
+
+
+def test_closing_ends_a_verdict_that_is_waited_for(judge: Callable) -> None:
+    one = judge("regex", r"(.+)+ZZ")
+    raised: list[BaseException] = []
+
+    def wait() -> None:
+        try:
+            one.rewards(["a" * 60], ["b"])
+        except CampaignError as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    until(lambda: any(process.cpu_times().user > 0.05 for process in children()), "it works")
+    time.sleep(0.3)
+    one.close()
+    thread.join(10)
+    assert not thread.is_alive() and "closed while" in str(raised[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "references", "tried", "told"),
+    [
+        ("numeric", ["1", "n/a", "x"], 1, "numeric, and the reference 'n/a'"),
+        ("math", ["1", "x^2", "{1,2"], 2, "math, and the reference '{1,2'"),
+        ("exact", ["", "n/a"], 2, None),
+        ("words_of_mine:word", ["a", "raise"], 1, "KeyError: 'left'"),
+        ("words_of_mine:word", ["crash"], 0, "which failed (its process ended (signal 11))"),
+    ],
+)
+def test_references_that_a_verifier_cannot_use_are_found(
+    judge: Callable, name: str, references: list[str], tried: int, told: str | None
+) -> None:
+    if name == "math":
+        pytest.importorskip("math_verify")
+    found = judge(name).try_references(references, 60.0)
+    assert found.tried == tried and (told in str(found.error) if told else found.error is None)
+
+
+def test_a_module_that_ends_the_process_when_it_is_imported_is_named(tmp_path: Path, judge: Callable) -> None:
+    (tmp_path / "gone_at_once.py").write_text("import os\nos._exit(4)\n")
+    with pytest.raises(
+        UserError, match=r"^evaluation\.verifier\.name: found gone_at_once:f, its process ended \(exit st"
+    ):
+        judge("gone_at_once:f").rewards(["a"], ["a"])
+    with pytest.raises(UserError, match="its process ended"):
+        judge("gone_at_once:f").try_references(["a"], 1.0)
