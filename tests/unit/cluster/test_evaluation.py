@@ -5,6 +5,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from cluster.config import CheckpointConfig
@@ -14,7 +15,7 @@ from cluster.records.writer import TRAJECTORY_KEYS, read_jsonl, trajectory_files
 from cluster.report.page import write_report
 from cluster.state.campaign_state import CampaignState
 from cluster.state.checkpoints import steps_to_keep
-from tests import light_campaign
+from tests import clean_process, light_campaign
 from tests.light_campaign import configuration, fingerprint, finish, make_folder
 from tests.waiting import until
 
@@ -128,18 +129,18 @@ def test_an_interrupt_is_heard_while_a_verdict_does_not_come(folder: Path) -> No
     verifier = {"name": "regex", "pattern": r"(.+)+(.+)+(.+)+(.+)+(.+)+(.+)+(.+)+\x00", "timeout_seconds": 3000}
     evaluation = {**held_out(folder, "heldout.jsonl"), "verifier": verifier, "teacher": False}
     file = configuration(folder, "stuck", evaluation=evaluation, sampling={"max_response_tokens": 30}, pipeline=SHORT)
-    process = light_campaign.start(file)
+    log = folder / "stuck.log"
+    process = clean_process.start(light_campaign.run_command_here, folder, "run", str(file), log=log)
     events = folder / "runs" / "stuck" / "events.jsonl"
     until(lambda: events.exists() and "actor_started" in events.read_text(), "it starts", process.is_alive)
-    import psutil
-
     assert process.pid is not None
     found = psutil.Process(process.pid)
     until(lambda: any(c.cpu_times().user > 1 for c in found.children()), "it judges", process.is_alive)
     verifiers = found.children()
     found.terminate()
     process.join()
-    assert process.exitcode == 0 and "interrupted" in events.read_text()
+    assert process.exitcode == 130, log.read_text()[-3000:]
+    assert "interrupted" in events.read_text()
     assert not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in verifiers)
 
 
