@@ -100,6 +100,9 @@ def _add_commands_of_a_configuration(command: Command) -> None:
     example = "e.g. rollout.replicas=2"
     run = configured("run", _run, "run a campaign, or resume it where it stopped", example, nargs="?")
     run.add_argument("--resume", type=Path, metavar="RUN_DIR", help="resume this run; no CONFIG, only key=value")
+    run.add_argument(
+        "--resume-from", metavar="STEP", help="resume from this checkpoint (default: the newest whole one)"
+    )
     check = configured(
         "check", _check, "check configuration, models, prompts and cluster before a campaign starts", example
     )
@@ -171,7 +174,7 @@ def _run(options: argparse.Namespace) -> int:
     from cluster.console.screen import summary_table
     from cluster.run import run_campaign
 
-    summary, complete = run_campaign(config)
+    summary, complete = run_campaign(config, options.resume_from)
     print(summary_table(summary))
     print(f"report: {(config.run_dir / REPORT_FILE).resolve()}")
     if not complete:

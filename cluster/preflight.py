@@ -58,6 +58,8 @@ def check_models(config: CampaignConfig) -> None:
 
 def _mirror(config: CampaignConfig) -> str:
     mirror = mirror_of(config)
+    if mirror:
+        mirror.try_out()
     steps = mirror.steps() if mirror else []
     return f"{config.checkpoint.mirror}, " + (f"with step {steps[-1]}" if steps else "with no copy yet")
 

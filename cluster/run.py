@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import errno
 import os
+import sys
 import traceback
 from collections.abc import Callable, Coroutine
 from functools import partial
@@ -35,20 +36,24 @@ from cluster.records.event_table import describe
 from cluster.records.writer import REPORT_FILE, RunRecords, read_summary
 from cluster.report.page import write_report
 from cluster.roles import build_fleets, build_learner
-from cluster.state.campaign_state import CampaignState, load_state
+from cluster.state.campaign_state import CampaignState
 from cluster.state.checkpoints import what_is_good
 from cluster.state.resume import claimed, take_up
 from cluster.state.rollback import RollBack, roll_back
+from cluster.state.soundness import Found, newest_sound
 from cluster.state.summary import summarise
 from cluster.tracking.ray_prometheus import Prometheus
 from cluster.tracking.trackers import Trackers, make_trackers
+from cluster.trial import try_out
 from learner.student.checkpoint import checkpoint_steps
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
-def run_campaign(config: CampaignConfig) -> tuple[dict[str, Any], bool]:
+def run_campaign(config: CampaignConfig, resume_from: str | None = None) -> tuple[dict[str, Any], bool]:
     """Runs a campaign, or resumes the one in its run directory; a finished one is not run again.
+
+    resume_from: the step or directory of the checkpoint to resume from; by default the newest that is sound.
 
     Returns the summary, and whether the campaign is complete (False: it was interrupted). UserError: the configuration,
     an input or the run directory is at fault. CampaignError: it broke while it ran.
@@ -60,16 +65,21 @@ def run_campaign(config: CampaignConfig) -> tuple[dict[str, Any], bool]:
         records = RunRecords(config.run_dir)  # within the lock: it repairs files that another process might be writing
         if changed:
             records.event("configuration_changed", changed=changed)
-        state, _ = load_state(config)
+
+        def told(kind: str, **fields: Any) -> None:
+            records.event(kind, **fields)
+            print(f"understudy: {describe(kind, fields)}", file=sys.stderr)
+
+        found = newest_sound(config, told, resume_from)
         done = read_summary(config.run_dir)
-        if state.step >= config.pipeline.updates and done.get("updates") == state.step:
+        if found.state.step >= config.pipeline.updates and done.get("updates") == found.state.step:
             return done, True
-        return _run_connected(config, records)
+        return _run_connected(config, records, found)
 
 
-def _run_connected(config: CampaignConfig, records: RunRecords) -> tuple[dict[str, Any], bool]:
+def _run_connected(config: CampaignConfig, records: RunRecords, found: Found) -> tuple[dict[str, Any], bool]:
     inputs = read_inputs(config)
-    state, checkpoint = take_up(config, records)
+    state, checkpoint = take_up(config, records, found=found)
     progress = Progress(config.run_dir)
     INTERRUPTS.last_acts.append(progress.leave)
 
@@ -127,13 +137,19 @@ class Running:
         self.progress.note(describe(kind, fields))
         self.state.faults = self.records.faults
 
+    def told(self, kind: str, **fields: Any) -> None:
+        """`on_event`, for a call in another thread."""
+        self.loop.call_soon_threadsafe(partial(self.on_event, kind, **fields))
+
     async def to_the_end(self) -> tuple[dict[str, Any], bool]:
         """Runs the campaign; see run_campaign. No actor is left when it ends, by an error too."""
+        self.loop = asyncio.get_running_loop()
         # From the beginning, since loading models takes minutes; commands only once there are actors to scale.
         status = partial(keep_status, self.config.run_dir, self.progress.refresh)
         watching = [asyncio.create_task(persistently("status.json", status, self.on_event))]
         try:
             await self._start()
+            await try_out(self.config, self.state, self.learner, self.records, self.needed, self.on_event)
             orders = handlers(self.fleets, self.needed, self.gate, self.on_event, self.interrupted)
             commands = partial(obey, self.config.run_dir, orders)
             watching.append(asyncio.create_task(persistently("commands", commands, self.on_event)))
@@ -194,7 +210,8 @@ class Running:
                 budget.count()
                 failed_at, faults = self.state.step, self.state.faults
                 await self.disk.lines_written()
-                self.state, checkpoint = await self.disk.patiently(lambda: take_up(self.config, self.records))
+                take = partial(take_up, self.config, self.records, self.told)
+                self.state, checkpoint = await self.disk.patiently(lambda: asyncio.to_thread(take))
                 self.state.faults = faults  # events stay on record, so their count does not go back either
                 if again.seen(self.state.step, failed_at, error):
                     raise CampaignError(f"{error}; {again.told(self.state.step)}") from error

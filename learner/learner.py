@@ -34,6 +34,7 @@ from learner.objective.policy_gradient import effective_sample_size
 from learner.objective.trust_region import adapted_beta, backed_off, k3
 from learner.student.build import build_student
 from learner.student.checkpoint import flush, read_json, write_json
+from learner.student.checksums import write_part
 from learner.student.lora import ADAPTER_FILE, adapter_tensors, merged_tensors
 from learner.student.model_files import read_model_files, write_model_files
 from learner.student.optimizer import (
@@ -52,6 +53,7 @@ from learner.student.tensor_files import (
     copies,
     dtype_of,
     model_tensors,
+    sample,
     write_tensors,
 )
 
@@ -95,6 +97,8 @@ class Learner:
         self._stepped_from = -1
         """The policy version of the last optimiser step; the current one within an update that has not ended."""
         self._write = BackgroundWrite()
+        self._checkpoint = bool(checkpoint)
+        """Whether there is a checkpoint to go on from."""
         self._model, body, self._pass_tokens, self._adapter = build_student(
             student, config, checkpoint, self._ranks, self._device
         )
@@ -207,30 +211,35 @@ class Learner:
         averages, dtype = self._averages.weights_of(teacher), self._average_dtypes[teacher]
         yield from self._publisher.full(self.policy_version, averages, dtype)
 
-    def save(self, directory: str) -> None:
+    def save(self, directory: str, sample_bytes: int | None = None) -> None:
         """Copies the state as it is now, which a thread then writes to `directory` (learner/student/checkpoint.py).
 
         Each rank its own rows, all into the same files: they must see the same file system.
+        sample_bytes: for a trial before the first update, write no more than about this of weights and moments each.
         CheckpointError: the write before failed, there is no memory for the copy, or an update ended with an error after
         some of its steps, so that the weights belong to no version. The learner is well after it.
         """
         if self._stepped_from == self.policy_version:
             raise CheckpointError("the last update was broken off between its steps: the weights belong to no update")
         try:
-            self._write.start(self._writing(directory))
+            self._write.start(self._writing(directory, sample_bytes))
         except Exception as error:
             raise checkpoint_error(error) from error
 
-    def _writing(self, directory: str) -> Callable[[], None]:
+    def _writing(self, directory: str, sample_bytes: int | None) -> Callable[[], None]:
         """Copies the state, and returns the function that writes the copy."""
         # Copies, since the next update changes the weights while the thread writes.
         first = self._ranks.rank == 0
         merged = merged_tensors(self._model) if self._adapter else None
-        weights = copies(model_tensors(self._model, self._ranks, merged))
-        adapter = copies(adapter_tensors(self._model)) if self._adapter else {}
+        weights = copies(sample(model_tensors(self._model, self._ranks, merged), sample_bytes))
         offloaded = {"host_values": self._optimizer.host_values} if isinstance(self._optimizer, OffloadedAdamW) else {}
-        moments = copies(optimizer_tensors(self._model, self._optimizer), **offloaded)
-        averages = copies(self._averages.tensors())
+        moments = optimizer_tensors(self._model, self._optimizer)
+        files = {
+            "model.safetensors": weights,
+            f"adapter/{ADAPTER_FILE}": copies(adapter_tensors(self._model)) if self._adapter else {},
+            "training/optimizer.safetensors": copies(sample(moments, sample_bytes), **offloaded),
+            "training/averages.safetensors": copies(sample(self._averages.tensors(), sample_bytes)),
+        }
         progress = {"policy_version": self.policy_version, "beta": self._beta}
         dtype = dtype_of(weights)
 
@@ -242,19 +251,28 @@ class Learner:
                 write_json(training / "learner.json", progress)
             if self._adapter:
                 self._adapter.save_pretrained(Path(directory, "adapter"))
-                write_tensors(Path(directory, "adapter", ADAPTER_FILE), adapter, begin=first)
-            if weights:
-                write_tensors(Path(directory, "model.safetensors"), weights, begin=first)
-            write_tensors(training / "optimizer.safetensors", moments, begin=first)
-            if averages:
-                write_tensors(training / "averages.safetensors", averages, begin=first)
+            written = {
+                name: write_tensors(Path(directory, name), tensors, begin=first)
+                for name, tensors in files.items()
+                # No moments before the first update: the file is there all the same.
+                if tensors or name == "training/optimizer.safetensors"
+            }
+            write_part(Path(directory), self._ranks.rank, written)
             flush(Path(directory))
 
         return write
 
+    def checkpoint_bytes(self) -> int:
+        """Bytes of the tensors of a checkpoint: weights, two moments of those that are trained, averages."""
+        trained = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
+        tensors = [*self._model.parameters(), *trained, *trained, *self._averages.tensors().values()]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
     def saved(self) -> bool:
         """Whether what `save` copied is on disk. CheckpointError: it cannot be written."""
-        return self._write.done()
+        done = self._write.done()
+        self._checkpoint |= done and self.policy_version > 0
+        return done
 
     def status(self) -> dict[str, float]:
         """Policy version and busy seconds."""
@@ -432,10 +450,9 @@ class Learner:
     def _refuse(self, what: str, ids: np.ndarray) -> NoReturn:
         """Raises NonFiniteLossError with the first of these trajectories; the gradient is dropped, so no step follows."""
         self._optimizer.zero_grad(set_to_none=True)
+        good = "the last checkpoint is good" if self._checkpoint else "there is no checkpoint before it"
         names = ", ".join(str(TrajectoryId(*row)) for row in ids[:4].tolist()) + (" …" if len(ids) > 4 else "")
         weights = f"the weights are those of version {self.policy_version}, and"
         if self._stepped_from == self.policy_version:
             weights = "some of the update's optimiser steps were taken, so the weights belong to no version;"
-        raise NonFiniteLossError(
-            f"update {self.policy_version + 1}: {what} (trajectories {names}); {weights} the last checkpoint is good"
-        )
+        raise NonFiniteLossError(f"update {self.policy_version + 1}: {what} (trajectories {names}); {weights} {good}")

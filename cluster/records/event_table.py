@@ -79,6 +79,15 @@ EVENTS: dict[str, Event] = {
     "checkpoint": Event("checkpoint of update {step} written: {path}", news=False),
     "saved_at_the_end": Event("the campaign ends with an error; update {step} is saved first ({cause})", "warn"),
     "not_saved_at_the_end": Event("update {step} could not be saved before the end: {cause}", "bad"),
+    "damaged_checkpoint": Event("{path} is damaged, so the campaign continues after update {to_step}: {cause}", "bad"),
+    "checkpoint_set_aside": Event("{path} is set aside: the campaign continues after update {to_step}", "warn"),
+    "unchecked_checkpoint": Event(
+        "{path} has no checksums (an earlier release wrote it); it is taken as it is", "warn"
+    ),
+    "damaged_copy": Event(
+        "the copy of update {step} in checkpoint.mirror is damaged; an older one is used: {cause}", "bad"
+    ),
+    "tried": Event("tried before the first update, in {seconds:.1f} s: {what}", news=False),
     "mirrored": Event("checkpoint of update {step} copied to checkpoint.mirror"),
     "mirror_failed": Event("checkpoint of update {step} could not be copied to checkpoint.mirror: {cause}", "warn"),
     "brought_back": Event("checkpoint of update {step} fetched from checkpoint.mirror", "good"),

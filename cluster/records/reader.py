@@ -191,6 +191,6 @@ class JsonlTail(Generic[Kept]):
             try:
                 self._kept.add(json.loads(line))
             except ValueError as error:
-                raise ValueError(f"{self._path}: {error}") from error
+                raise UserError(str(self._path), f"a damaged line ({error})", "a JSON object in each line") from error
         self._offset += len(complete)
         return self._kept

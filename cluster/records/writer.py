@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from actors.errors import is_full_disk
+from actors.errors import UserError, is_full_disk
 from cluster.records.event_table import EVENTS, FAULTS
 from cluster.records.metric_table import METRIC_KEYS, STEP_ZERO_KEYS
 
@@ -78,10 +78,15 @@ class RunRecords:
         self.run_dir, self.max_files, self.max_rows = Path(run_dir), max_files, max_rows
         self.run_dir.mkdir(parents=True, exist_ok=True)
         # First: a crash may have torn the last line of a file that is appended to.
-        for name in (METRICS_FILE, EVENTS_FILE, LEDGER_FILE):
+        for name in (METRICS_FILE, EVENTS_FILE, LEDGER_FILE, UNDONE_FILE):
             _cut_torn_line(self.run_dir / name)
         steps, events = (read_jsonl(self.run_dir / name) for name in (METRICS_FILE, EVENTS_FILE))
-        self._wall_before = max((float(row["wall_seconds"]) for row in [*steps, *events]), default=0.0)
+        if wrong := [row for row in steps if type(row.get("step")) is not int]:
+            raise UserError(
+                str(self.run_dir / METRICS_FILE), f"a line without a step, {wrong[0]}", "a line for each update"
+            )
+        seconds = [row.get("wall_seconds") for row in [*steps, *events]]
+        self._wall_before = max((float(value) for value in seconds if isinstance(value, int | float)), default=0.0)
         self.last_step = max((row["step"] for row in steps), default=-1)
         """Step of the last line of metrics.jsonl; -1 without lines."""
         self.unwritten: deque[tuple[Path, bytes]] = deque()
@@ -158,10 +163,10 @@ class RunRecords:
         while len(files) > max(self.max_files, 1):
             files.pop(_most_crowded(list(files))).unlink()
 
-    def write_summary(self, summary: Mapping[str, Any]) -> None:
-        """Replaces summary.json atomically."""
+    def write_summary(self, summary: Mapping[str, Any], path: Path | None = None) -> None:
+        """Replaces summary.json atomically. path: another file, for a trial."""
         _demand_keys(SUMMARY_FILE, summary, SUMMARY_KEYS)
-        write_atomically(self.run_dir / SUMMARY_FILE, _to_json(summary, indent=2) + "\n")
+        write_atomically(path or self.run_dir / SUMMARY_FILE, _to_json(summary, indent=2) + "\n")
 
     def flush(self) -> None:
         """Forces all lines to disk, so that they survive a crash of the machine. OSError: the disk is full."""
@@ -215,21 +220,28 @@ class RunRecords:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The JSON objects of a file, one from each line; [] without a file. An incomplete last line is ignored."""
+    """The JSON objects of a file, one from each line; [] without a file. An incomplete last line is ignored.
+
+    UserError: the file cannot be read, or another line is damaged.
+    """
     try:
         lines = Path(path).read_bytes().split(b"\n")
     except FileNotFoundError:
         return []
+    except OSError as error:
+        raise UserError(str(path), error.strerror or error, "a file that can be read") from error
     rows = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
-            rows.append(json.loads(line))
+            if not isinstance(row := json.loads(line), dict):
+                raise ValueError("no JSON object")
+            rows.append(row)
         except ValueError as error:
             if number == len(lines):  # no newline after it: torn by a crash, or caught while being written
                 break
-            raise ValueError(f"{path}, line {number}: {error}") from error
+            raise UserError(f"{path}, line {number}", f"a damaged line ({error})", "a JSON object") from error
     return rows
 
 
@@ -312,8 +324,24 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def _cut_torn_line(path: Path) -> None:
-    """Removes an incomplete last line that a crash left, so that the next line does not continue it."""
-    if path.exists():
-        content = path.read_bytes()
-        if not content.endswith(b"\n"):
-            os.truncate(path, content.rfind(b"\n") + 1)
+    """Removes an incomplete last line that a crash left, so that the next line does not continue it.
+
+    A file system that lost power may have made the file longer than what it wrote: the rest is then zeros.
+    """
+    if not path.is_file():
+        return
+    content = path.read_bytes()
+    whole = content.rstrip(b"\0")
+    if whole.endswith(b"}") and _is_json(whole.rpartition(b"\n")[2]):  # only the newline is missing
+        os.truncate(path, len(whole))
+        with path.open("ab") as file:
+            file.write(b"\n")
+    elif not content.endswith(b"\n"):
+        os.truncate(path, whole.rfind(b"\n") + 1)
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except ValueError:
+        return False

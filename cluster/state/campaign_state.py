@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cluster.config import CampaignConfig
 from cluster.guards import GuardState
 from cluster.records.writer import write_atomically
 from cluster.state.ledger import Ledger
-from learner.student.checkpoint import latest_checkpoint, read_json
+from learner.student.checkpoint import read_json
+from learner.student.checksums import with_checksum
 
 ROLES = ("rollout", "teacher", "learner")
 STATE_FILE = Path("training", "campaign.json")
@@ -93,19 +93,16 @@ class CampaignState:
         )
 
 
-def load_state(config: CampaignConfig) -> tuple[CampaignState, Path | None]:
-    """The state in the newest checkpoint of the run directory, and that checkpoint; a new state and None if there is none."""
-    checkpoint = latest_checkpoint(config.run_dir / "checkpoints")
-    if checkpoint is None:
-        return CampaignState(), None
-    return read_state(checkpoint), checkpoint
-
-
 def read_state(checkpoint: Path) -> CampaignState:
     """The state in a checkpoint directory."""
     return CampaignState.from_json(read_json(checkpoint / STATE_FILE))
 
 
+def state_text(state: CampaignState) -> str:
+    """The content of a checkpoint's state file, with its checksum."""
+    return with_checksum(json.dumps(state.to_json()))
+
+
 def write_state(state: CampaignState, path: Path) -> None:
     """Replaces a checkpoint's state file atomically."""
-    write_atomically(path, json.dumps(state.to_json()))
+    write_atomically(path, state_text(state))

@@ -11,9 +11,9 @@ is written again, of the update that is newest then, and training waits until it
 """
 
 import asyncio
-import json
 import math
 import re
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from cluster.config import CampaignConfig, CheckpointConfig
 from cluster.fleet.ray_fleet import Fleet
 from cluster.records.disk import Disk
 from cluster.records.writer import RunRecords
-from cluster.state.campaign_state import STATE_FILE, CampaignState
+from cluster.state.campaign_state import STATE_FILE, CampaignState, state_text
 from cluster.state.mirror import Mirror, mirror_of
 from learner.student.checkpoint import (
     checkpoint_steps,
@@ -33,9 +33,12 @@ from learner.student.checkpoint import (
     prune,
     step_directory,
 )
+from learner.student.checksums import seal
 
 POLL_SECONDS = 0.05
 """Between two calls that ask the learner whether its files are written."""
+COPIES = 3
+"""How often the copy of one checkpoint is tried."""
 CLOSE_SECONDS = 60.0
 """How long a failing campaign waits for a checkpoint that is being written."""
 
@@ -54,6 +57,10 @@ class Checkpoints:
         """The arguments of the last `save`."""
         self._mirror = mirror_of(config)
         self._mirrored = -1
+        """The newest step that is copied."""
+        self._copied_now = -1
+        """The step whose copy is under way; its checkpoint must stay until then."""
+        self._copy_failures: Counter[int] = Counter()
         self._task: asyncio.Task[None] | None = None
         self._copying: asyncio.Task[None] | None = None
 
@@ -97,7 +104,7 @@ class Checkpoints:
             return
         copied = asyncio.Event()
         # JSON now: training changes the state while the files are written.
-        content = json.dumps(state.to_json())
+        content = state_text(state)
         self._task = asyncio.create_task(self._write(state.step, content, state, learner, copied))
         self._task.add_done_callback(lambda _: copied.set())  # also after an error before the copy, so that `save` ends
         await copied.wait()
@@ -120,6 +127,7 @@ class Checkpoints:
         """At the end of the campaign: waits for the checkpoint that is being written, and for its copy."""
         await self.finish()
         await self._pay()
+        self._mirror_newest()  # a copy that has failed is made again
         while self._copying is not None and not self._copying.done():
             await asyncio.wait([self._copying])
             self._mirror_newest()
@@ -146,7 +154,9 @@ class Checkpoints:
                 # Polled: the learner runs one call at a time, so one long call would keep it from training.
                 while not await learner.call("saved"):
                     await asyncio.sleep(POLL_SECONDS)
+                (partial / STATE_FILE).parent.mkdir(exist_ok=True)
                 (partial / STATE_FILE).write_text(content, "utf-8")
+                await asyncio.to_thread(seal, partial, [str(STATE_FILE)])
                 await asyncio.to_thread(self._records.flush)  # the state assumes that these rows are on disk
                 await asyncio.to_thread(commit, partial, target)
             except BaseException:  # also CancelledError, from `close`
@@ -155,7 +165,7 @@ class Checkpoints:
             self._records.event("checkpoint", step=step, path=str(target))
             # The mirrored checkpoint may still be being copied.
             keep = steps_to_keep(checkpoint_steps(self._directory), state, self._config)
-            await asyncio.to_thread(prune, self._directory, {*keep, self._mirrored})
+            await asyncio.to_thread(prune, self._directory, {*keep, self._copied_now})
             self._mirror_newest()
         except (OSError, CheckpointError) as error:
             kind = DiskFullError if is_full_disk(error) else CheckpointError
@@ -166,17 +176,19 @@ class Checkpoints:
         steps = checkpoint_steps(self._directory)
         if self._mirror is None or not steps or steps[-1] <= self._mirrored:
             return
-        if self._copying is None or self._copying.done():
-            self._mirrored = steps[-1]
+        if self._copy_failures[steps[-1]] < COPIES and (self._copying is None or self._copying.done()):
+            self._copied_now = steps[-1]
             self._copying = asyncio.create_task(self._copy(self._mirror, steps))
 
     async def _copy(self, mirror: Mirror, steps: list[int]) -> None:
-        """Copies the newest checkpoint. A failure is an event; the next checkpoint is tried again."""
+        """Copies the newest checkpoint. A failure is an event; it is tried again with the next one, and at the end."""
         try:
             await asyncio.to_thread(mirror.push, steps[-1])
+            self._mirrored = steps[-1]  # only now: a copy that failed must be made again
             await asyncio.to_thread(mirror.prune, steps)
             self._records.event("mirrored", step=steps[-1])
         except Exception as error:  # each file system has its own errors
+            self._copy_failures[steps[-1]] += 1
             self._records.event("mirror_failed", f"{type(error).__name__}: {error}", step=steps[-1])
 
     def _explain(self, step: int, error: Exception) -> str:
@@ -190,6 +202,12 @@ def what_is_good(checkpoints: Path, way_out: str = "make room") -> str:
     """For messages: the newest good checkpoint, and how to go on from it. way_out: what the user does first."""
     good = latest_checkpoint(checkpoints)
     return f"{good} is good: {way_out}, and run the same command again" if good else "there is no checkpoint before it"
+
+
+def checkpoints_to_hold(config: CampaignConfig) -> int:
+    """The most checkpoints that are on the disk at a time: those that are kept, and the one being written."""
+    in_all = -(-config.pipeline.updates // config.checkpoint.every_updates)
+    return min(in_all, config.checkpoint.keep_last + config.checkpoint.keep_best + 1)
 
 
 def steps_to_keep(steps: list[int], state: CampaignState, config: CheckpointConfig) -> set[int]:

@@ -25,7 +25,9 @@ from cluster.records.writer import (
     TRAJECTORIES_DIRECTORY,
     UNDONE_FILE,
 )
+from cluster.state.campaign_state import STATE_FILE
 from learner.student.checkpoint import STEP_NAME, checkpoint_steps, commit, discard, new_directory, step_directory
+from learner.student.checksums import damage, is_sealed
 
 COMPLETE = "COMPLETE"
 RECORDS = "records"
@@ -47,6 +49,8 @@ class Mirror:
                 KEY, f"{url} ({type(error).__name__}: {error})", "a URL that fsspec can write to"
             ) from error
         self._run_dir = run_dir
+        self.damaged: list[tuple[int, UserError]] = []
+        """Copies that `pull` has passed over, and why."""
 
     def steps(self) -> list[int]:
         """Steps with a complete copy, ascending."""
@@ -81,29 +85,65 @@ class Mirror:
                 self._fs.rm(str(self._of(step)), recursive=True)
 
     def pull(self) -> int | None:
-        """Fills the run directory from the newest complete copy, if it has no checkpoint; returns that copy's step.
+        """Fills the run directory from the newest whole copy, if it has no checkpoint; returns that copy's step.
 
-        None: nothing was to be done. UserError: a file of the copy is missing, or does not have its size.
+        A copy that is damaged is passed over, and listed in `damaged`. None: nothing was to be done.
+        UserError: every complete copy is damaged.
         """
         steps, checkpoints = self.steps(), self._run_dir / "checkpoints"
         if not steps or checkpoint_steps(checkpoints):
             return None
-        source = self._of(steps[-1])
-        sizes: dict[str, int] = json.loads(self._fs.cat_file(str(source / COMPLETE)))
-        target = step_directory(checkpoints, steps[-1])
+        for step in reversed(steps):
+            try:
+                self._pull(step, checkpoints)
+                return step
+            except UserError as error:
+                self.damaged.append((step, error))
+        raise self.damaged[0][1]
+
+    def _pull(self, step: int, checkpoints: Path) -> None:
+        source, target = self._of(step), step_directory(checkpoints, step)
+        try:
+            sizes = {
+                _within(str(name)): int(size)
+                for name, size in json.loads(self._fs.cat_file(str(source / COMPLETE))).items()
+            }
+        except (ValueError, TypeError, AttributeError) as error:
+            raise UserError(KEY, f"{source / COMPLETE} ({error})", "the sizes of the files of the copy") from error
         partial = new_directory(target)
         try:
             # File by file, not get(recursive=True): only names that COMPLETE lists, and none that leads out of the folder.
             for name, size in sizes.items():
-                self._fetch(source / name, partial / _within(name), size)
-            if (partial / RECORDS).exists():
-                shutil.copytree(partial / RECORDS, self._run_dir, dirs_exist_ok=True)
-                shutil.rmtree(partial / RECORDS)
+                self._fetch(source / name, partial / name, size)
+            kept = partial / RECORDS
+            records = kept.rename(target.with_name(f"{partial.name}.records")) if kept.exists() else None
+            try:
+                if is_sealed(partial) and (fault := damage(partial, [str(STATE_FILE)])):
+                    raise UserError(KEY, f"{source} ({fault})", "a whole copy; remove this one to use the one before")
+                if records is not None:
+                    shutil.copytree(records, self._run_dir, dirs_exist_ok=True)
+            finally:
+                if records is not None:
+                    shutil.rmtree(records, ignore_errors=True)
             commit(partial, target)
         except BaseException:
             discard(partial)
             raise
-        return steps[-1]
+
+    def try_out(self) -> None:
+        """Writes a small file, reads it back and removes it. UserError: one of these fails."""
+        place = str(self._root.parent / f".{self._root.name}.trial")
+        try:
+            self._fs.makedirs(str(self._root.parent), exist_ok=True)
+            self._fs.pipe_file(place, b"understudy")
+            found = self._fs.cat_file(place)
+            self._fs.rm_file(place)
+        except Exception as error:  # each file system has its own errors
+            raise UserError(
+                KEY, f"{self._root.parent} ({type(error).__name__}: {error})", "a directory that can be written to"
+            ) from error
+        if found != b"understudy":
+            raise UserError(KEY, f"{place} with other bytes than were written", "a file system that keeps them")
 
     def _fetch(self, source: PurePosixPath, target: Path, size: int) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -3,7 +3,7 @@
 import fcntl
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,9 @@ from actors.errors import UserError
 from cluster.config import CampaignConfig
 from cluster.config_file import differences, load_config, write_config
 from cluster.records.writer import CONFIG_FILE, LEDGER_FILE, METRICS_FILE, RunRecords, read_jsonl
-from cluster.state.campaign_state import CampaignState, load_state
+from cluster.state.campaign_state import CampaignState
 from cluster.state.mirror import KEY, Mirror, mirror_of
+from cluster.state.soundness import Found, newest_sound
 
 WHERE = ("name", "output_dir")
 """Keys that locate the run directory; `--resume DIRECTORY` sets them."""
@@ -98,15 +99,21 @@ def _bring_back(mirror: Mirror, run_dir: Path) -> None:
     except OSError as error:
         raise UserError(KEY, error, "copies that can be read") from error
     if step is not None:
-        RunRecords(run_dir).event("brought_back", step=step)
+        records = RunRecords(run_dir)
+        for damaged, fault in mirror.damaged:
+            records.event("damaged_copy", str(fault), step=damaged)
+        records.event("brought_back", step=step)
 
 
-def take_up(config: CampaignConfig, records: RunRecords) -> tuple[CampaignState, Path | None]:
-    """The state and path of the newest checkpoint (a new state and None if there is none); records are cut back to it.
+def take_up(
+    config: CampaignConfig, records: RunRecords, on_event: Callable[..., None] | None = None, found: Found | None = None
+) -> tuple[CampaignState, Path | None]:
+    """The state and path of the newest sound checkpoint (a new state and None if there is none); records are cut back to it.
 
-    UserError: ledger.jsonl does not fit the checkpoint.
+    on_event: told of damaged checkpoints; by default events.jsonl is. found: what `newest_sound` has found already.
+    UserError: see `newest_sound`; or ledger.jsonl does not fit.
     """
-    state, checkpoint = load_state(config)
+    state, checkpoint = found or newest_sound(config, on_event or records.event)
     fit_records(config, records, state)
     return state, checkpoint
 

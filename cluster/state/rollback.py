@@ -15,9 +15,10 @@ from cluster.config import CampaignConfig
 from cluster.guards import Finding
 from cluster.records.event_table import GUARD_EVENTS
 from cluster.records.metric_table import METRICS
-from cluster.records.writer import RunRecords
+from cluster.records.writer import LEDGER_FILE, RunRecords, read_jsonl
 from cluster.state.campaign_state import STATE_FILE, CampaignState, read_state, write_state
 from cluster.state.resume import fit_records
+from cluster.state.soundness import examined
 from learner.student.checkpoint import checkpoint_steps, prune, step_directory
 
 
@@ -61,15 +62,19 @@ def fields(finding: Finding) -> dict[str, Any]:
 
 
 def last_good(config: CampaignConfig, finding: Finding) -> Path | None:
-    """The newest checkpoint that is older than the weights that put the metric out of bounds. None: there is none.
+    """The newest sound checkpoint that is older than the weights that put the metric out of bounds. None: there is none.
 
     Update s measures responses that were sampled with the weights of updates s-1-K to s-1 (K = max_staleness). Any of
     them may be bad, so the checkpoint must be of an update before s-1-K.
     """
     checkpoints = config.run_dir / "checkpoints"
     suspect = finding.since - 1 - config.pipeline.max_staleness
-    steps = [step for step in checkpoint_steps(checkpoints) if step < suspect]
-    return step_directory(checkpoints, steps[-1]) if steps else None
+    rows = read_jsonl(config.run_dir / LEDGER_FILE)
+    for step in reversed(checkpoint_steps(checkpoints)):
+        checkpoint = step_directory(checkpoints, step)
+        if step < suspect and not isinstance(examined(checkpoint, rows), str):
+            return checkpoint
+    return None
 
 
 def roll_back(

@@ -7,6 +7,7 @@
         training/averages.safetensors                     only with `ema_decay`: the averages that are teachers
         training/learner.json                             policy version, beta of the trust region
         training/campaign.json                            data cursor and ledger, written by the campaign
+        training/checksums.json                           of every file but campaign.json, which has its own
 
 A directory is written under a temporary name, flushed to disk, and renamed, so a directory with a step's name is
 complete. Nothing in it is pickled. Standard library only; tensor_files.py writes the tensors.
@@ -56,11 +57,30 @@ def commit(partial: Path, target: Path) -> None:
     """Flushes a directory to disk and renames it to `target`, replacing an existing one."""
     # All data is on disk before the rename: after a crash no incomplete directory has a step's name.
     flush(partial)
-    doomed = _set_aside(target) if target.exists() else None
+    before = target.with_name(f".{target.name}.replaced")
+    if target.exists():
+        shutil.rmtree(before, ignore_errors=True)
+        target.rename(before)  # a process that dies here leaves it to `restore_replaced`
     os.replace(partial, target)
     _fsync(target.parent)  # a rename is on disk only once its directory is
-    if doomed:
-        shutil.rmtree(doomed)
+    shutil.rmtree(before, ignore_errors=True)
+
+
+def restore_replaced(checkpoints: Path) -> None:
+    """Gives a checkpoint its name back if a process died while it was being replaced (`commit`)."""
+    for before in checkpoints.glob(".step_*.replaced"):
+        target = before.with_name(before.name.removeprefix(".").removesuffix(".replaced"))
+        if target.exists():
+            shutil.rmtree(before, ignore_errors=True)
+        else:
+            before.rename(target)
+
+
+def set_aside(directory: Path, why: str) -> Path:
+    """Renames a checkpoint to `<name>.<why>`, which no reader takes for one; returns that path. OSError: it cannot be."""
+    aside = directory.with_name(f"{directory.name}.{why}")
+    shutil.rmtree(aside, ignore_errors=True)
+    return directory.rename(aside)
 
 
 def discard(partial: Path) -> None:
@@ -80,6 +100,7 @@ def prune(checkpoints: Path, keep: Collection[int]) -> list[int]:
 
     Do not call it while a checkpoint is being written: it would remove that too.
     """
+    restore_replaced(checkpoints)
     removed = [step for step in checkpoint_steps(checkpoints) if step not in keep]
     for step in removed:
         shutil.rmtree(_set_aside(step_directory(checkpoints, step)))

@@ -22,6 +22,7 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict, rev
 
 from actors.errors import CheckpointError, DiskFullError, is_full_disk
 from actors.weights.buckets import Deferred
+from learner.student.checksums import hash_of
 from learner.student.sharding import Ranks, full_tensor, own_rows
 
 DTYPES = {
@@ -160,8 +161,25 @@ def dtype_of(tensors: Mapping[str, Rows]) -> str:
     return nbytes.most_common(1)[0][0] if nbytes else "float32"
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Rows], *, begin: bool = True) -> None:
+def sample(tensors: Mapping[str, torch.Tensor], most_bytes: int | None) -> dict[str, torch.Tensor]:
+    """The smallest tensors, of at most so many bytes together, and at least one of each dtype. None: all.
+
+    For a trial of a save that must not take the time of a whole one. Every rank takes the same.
+    """
+    if most_bytes is None:
+        return dict(tensors)
+    found: dict[str, torch.Tensor] = {}
+    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].numel(), item[0])):
+        most_bytes -= tensor.numel() * tensor.element_size()
+        if most_bytes >= 0 or all(tensor.dtype != other.dtype for other in found.values()):
+            found[name] = tensor
+    return found
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Rows], *, begin: bool = True) -> list[tuple[int, int, str]]:
     """Writes a safetensors file: 8 bytes with the header's length, the header in JSON, the data.
+
+    Returns (offset, bytes, checksum) of each piece that it wrote, hashed in memory (checksums.py).
 
     Several ranks may write one file at once: each passes its rows of the same tensors, and one of them has `begin`, with
     which it also writes the header. OSError: the file cannot be written.
@@ -182,6 +200,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Rows], *, begin: bool = True
     # Without O_TRUNC: another rank may have written its rows already.
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT, 0o644), "wb", buffering=0) as file:
         end = file.write(text) if begin else 0
+        pieces = [(0, len(text), hash_of(text))] if begin else []
         for name, rows in ordered:
             place = header[name]["data_offsets"][0] + len(text)
             if rows.first:
@@ -190,8 +209,11 @@ def write_tensors(path: Path, tensors: Mapping[str, Rows], *, begin: bool = True
                 file.seek(place)
             data = rows.values.reshape(-1).view(torch.uint8).numpy().data
             end = place + len(data)
+            if len(data):
+                pieces.append((place, len(data), hash_of(data)))
             while len(data):  # one call of an unbuffered file may write only a part
                 data = data[file.write(data) :]
+    return pieces
 
 
 class StoredTensors:

@@ -33,8 +33,9 @@ from cluster.loop.campaign import Campaign
 from cluster.loop.teachers import PromptRoutes, Teachers
 from cluster.records import disk
 from cluster.records.writer import RunRecords, read_jsonl
-from cluster.state.campaign_state import CampaignState, load_state
+from cluster.state.campaign_state import CampaignState
 from tests.light_campaign import Reference
+from tests.states import load_state, write_learners_files
 
 SIZE, DEADLINE = 6, 600.0
 OF_THE_LEARNER = (
@@ -162,7 +163,7 @@ class FakeLearner(FakeFleet):
         if method == "save":
             await self.world.work("save")
             Path(arguments[0], "weights").write_text(str(self.world.version))
-            Path(arguments[0], "training").mkdir()
+            write_learners_files(arguments[0], self.world.version)
             return None
         if method == "status":
             return {"policy_version": self.world.version}

@@ -12,9 +12,10 @@ import pytest
 from actors.errors import CheckpointError, LearnerLostError
 from cluster.config import CampaignConfig, CheckpointConfig
 from cluster.records.writer import RunRecords, read_jsonl
-from cluster.state.campaign_state import CampaignState, load_state
+from cluster.state.campaign_state import CampaignState
 from cluster.state.checkpoints import Checkpoints, steps_to_keep
 from learner.student.checkpoint import checkpoint_steps
+from tests.states import load_state, write_learners_files
 
 
 class SlowLearner:
@@ -30,7 +31,7 @@ class SlowLearner:
         if method == "save":
             self.writing += 1
             self.most_writing = max(self.most_writing, self.writing)
-            Path(arguments[0], "training").mkdir()
+            write_learners_files(arguments[0], self.version)
             Path(arguments[0], "weights").write_text(str(self.version))
             return None
         assert method == "saved"

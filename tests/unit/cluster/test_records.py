@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 
+from actors.errors import UserError
 from cluster.records.metric_table import EVALUATION_KEYS, METRIC_KEYS
 from cluster.records.writer import (
     SUMMARY_KEYS,
@@ -100,7 +101,7 @@ def test_a_torn_last_line_is_not_read_and_not_written_on(tmp_path):
 def test_a_broken_line_in_the_middle_is_an_error_with_its_number(tmp_path):
     path = tmp_path / "events.jsonl"
     path.write_text('{"kind": "started"}\n{"kind": \n{"kind": "finished"}\n')
-    with pytest.raises(ValueError, match=r"events\.jsonl, line 2"):
+    with pytest.raises(UserError, match=r"events\.jsonl, line 2: found a damaged line"):
         read_jsonl(path)
     assert read_jsonl(tmp_path / "absent.jsonl") == []
 
@@ -155,3 +156,17 @@ def test_the_summary_is_whole_or_not_there(tmp_path):
         records.write_summary({**dict.fromkeys(SUMMARY_KEYS), "busy": {"rollout": object()}})
     assert read_summary(tmp_path)["updates"] == 3 and read_summary(tmp_path)["reverse_kl_end"] is None
     assert [path.name for path in tmp_path.iterdir()] == ["summary.json"]
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "events.jsonl", "ledger.jsonl", "undone.jsonl"])
+@pytest.mark.parametrize(
+    ("torn", "kept"),
+    [(b'{"step": 2', 0), (b'{"step": 2}', 1), (b'{"step": 2}\0\0\0', 1), (b'{"a"\0\0', 0), (b"\0\0\0\0", 0)],
+)
+def test_what_a_crash_left_of_the_last_line_is_cut_and_whole_lines_are_kept(
+    name: str, torn: bytes, kept: int, tmp_path
+) -> None:
+    whole = b'{"step": 1, "wall_seconds": 0}\n'
+    (tmp_path / name).write_bytes(whole + torn)
+    RunRecords(tmp_path)
+    assert (tmp_path / name).read_bytes() == whole + b'{"step": 2}\n' * kept

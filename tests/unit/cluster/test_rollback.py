@@ -11,11 +11,12 @@ from cluster.config import CampaignConfig
 from cluster.guards import GuardConfig
 from cluster.loop.campaign import Campaign
 from cluster.records.writer import RunRecords, read_jsonl
-from cluster.state.campaign_state import CampaignState, load_state
+from cluster.state.campaign_state import CampaignState
 from cluster.state.resume import fit_records, take_up
 from cluster.state.rollback import RollBack, roll_back
 from learner.student.checkpoint import checkpoint_steps
 from tests import light_campaign
+from tests.states import load_state
 from tests.unit.cluster.test_campaign import SIZE, FakeLearner, World, campaign, configuration, run
 
 UPDATES, COLLAPSE = 12, 6
