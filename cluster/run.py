@@ -210,8 +210,8 @@ class Running:
                 budget.count()
                 failed_at, faults = self.state.step, self.state.faults
                 await self.disk.lines_written()
-                take = partial(take_up, self.config, self.records, self.told)
-                self.state, checkpoint = await self.disk.patiently(lambda: asyncio.to_thread(take))
+                take = partial(asyncio.to_thread, take_up, self.config, self.records, self.told)
+                self.state, checkpoint = await self.disk.patiently(take)
                 self.state.faults = faults  # events stay on record, so their count does not go back either
                 if again.seen(self.state.step, failed_at, error):
                     raise CampaignError(f"{error}; {again.told(self.state.step)}") from error
