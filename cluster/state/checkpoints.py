@@ -149,7 +149,8 @@ class Checkpoints:
         try:
             partial = await asyncio.to_thread(new_directory, target)
             try:
-                await learner.call("save", str(partial))
+                # Absolute: the learner's process may have another working directory than the campaign's.
+                await learner.call("save", str(partial.resolve()))
                 copied.set()
                 # Polled: the learner runs one call at a time, so one long call would keep it from training.
                 while not await learner.call("saved"):

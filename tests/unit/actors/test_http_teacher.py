@@ -63,7 +63,7 @@ class Server:
 
 
 @contextmanager
-def serving(*servers: Server) -> Iterator[list[str]]:
+def serving(*servers: Any) -> Iterator[list[str]]:
     loop, urls, runners = asyncio.new_event_loop(), [], []
 
     async def start() -> None:

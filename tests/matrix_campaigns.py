@@ -1,0 +1,378 @@
+"""The campaigns that make every choice of the configuration, and the choices that none of them makes, with the reason.
+
+Each is BASE with the settings of its row, as a user would give them after the file: `key=value`. `{url}` is an http server,
+`{mirror}` a directory. tests/unit/test_matrix.py says which choices are missing; tests/integration/test_matrix.py runs them.
+"""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from tests.choices import Choice
+from tests.light_engine import BACKEND
+
+BASE = f"""
+name: base
+student: {{model: student}}
+teachers: {{}}
+prompts: {{path: train.jsonl}}
+sampling: {{max_response_tokens: 6}}
+rollout: {{dtype: float32, backend: "{BACKEND}", cpus_per_replica: 0.1}}
+learner: {{compute_dtype: float32, cpus_per_replica: 0.1, optimizer: {{learning_rate: 1e-3, warmup_updates: 0}}}}
+pipeline: {{updates: 2, prompts_per_update: 3, samples_per_prompt: 2}}
+ray: {{max_restarts: 0}}
+"""
+VLLM = {"rollout.backend": "vllm", "rollout.engine": {"kv_cache_memory_bytes": 64 << 20, "max_num_seqs": 8}}
+OWN = "tests.matrix_parts"
+
+
+@dataclass(frozen=True)
+class Campaign:
+    """One run: what it sets beside BASE, and what it must do."""
+
+    settings: dict[str, Any]
+    events: tuple[str, ...] = ()
+    """Kinds of events that it records beside those of every campaign."""
+    status: int = 0
+    known: str = ""
+    """What is not right yet, so that the test may fail."""
+
+
+def teacher(**settings: Any) -> dict[str, Any]:
+    return {"model": "teacher", "dtype": "float32", "cpus_per_replica": 0.1, **settings}
+
+
+def one(**settings: Any) -> dict[str, Any]:
+    """The section `teachers` with one teacher."""
+    return {"default": teacher(**settings)}
+
+
+def foreign(**settings: Any) -> dict[str, Any]:
+    return teacher(**{"model": "foreign", "tokenizer": "foreign", **settings})
+
+
+HELD_OUT = {"path": "heldout.jsonl"}
+SERVED = {"backend": "http", "urls": ["{url}"]}
+OURS = {"backend": f"{OWN}:OwnTeacher", "engine": {"own": "option"}}
+SMALL = {"backend": "vllm", "engine": {"kv_cache_memory_bytes": 64 << 20, "max_num_seqs": 8}}
+
+CAMPAIGNS: dict[str, Campaign] = {
+    # Teachers of every backend with every signal that they send.
+    "foreign": Campaign(
+        {
+            **VLLM,
+            "teachers": {
+                "local": foreign(domains=["a"], microbatch_tokens=64),
+                "vllm": foreign(domains=["b"], **SMALL),
+                "served": foreign(
+                    domains=["c"],
+                    **SERVED,
+                    api_key_variable="WISE_KEY",
+                    temperature=1.0,
+                    timeout_seconds=60,
+                    requests_per_url=2,
+                ),
+                "own": foreign(**OURS),
+            },
+            "prompts.domain_field": "domain",
+            "student.lora": {"rank": 4, "publish": "adapter", "alpha": 8, "target_modules": ["q_proj", "v_proj"]},
+            "rollout.recompute_kv": False,
+            "pipeline.max_staleness": 1,
+            "pipeline.prompts_per_update": 4,
+            "sampling.temperature": 0.8,
+        },
+    ),
+    "topk": Campaign(
+        {
+            "teachers": {
+                "local": teacher(domains=["a"], signal="topk", top_k=8, head_chunk_tokens=16),
+                "vllm": teacher(domains=["b"], signal="topk", top_k=8, **SMALL),
+                "served": teacher(domains=["c"], signal="topk", top_k=8, **SERVED),
+                "own": teacher(signal="topk", top_k=8, **OURS),
+            },
+            "prompts.domain_field": "domain",
+            "prompts.path": "train.parquet",
+            "pipeline.prompts_per_update": 4,
+            "learner.objective.estimator": "to_go_expected",
+            "learner.objective.gamma": 0.9,
+        },
+    ),
+    "whole": Campaign(
+        {
+            **VLLM,
+            "teachers": {
+                "vllm": teacher(domains=["a", "b"], signal="full", **SMALL),
+                "own": teacher(signal="full", **OURS),
+            },
+            "prompts.domain_field": "domain",
+            "learner.objective.estimator": "full",
+            "rollout.on_new_weights": "wait",
+            "rollout.dtype": "bfloat16",
+            "pipeline.max_staleness": 1,
+            "pipeline.oversample": 0.5,
+            "evaluation.prompts": {"path": "./rows", "domain_field": "domain", "limit": 2},
+            "weights.encoding": "delta",
+            "weights.anchor_every": 1,
+            "sampling.top_p": 0.9,
+            "sampling.top_k": 20,
+        },
+        known="the weight of a filter is taken for a change of the policy",
+    ),
+    # Estimators.
+    "trajectory": Campaign(
+        {
+            "teachers": one(),
+            "learner.objective.estimator": "trajectory",
+            "learner.objective.baseline": "group_mean",
+            "student.lora": {"rank": 4, "dora": True},
+            "learner.objective.mismatch": {"correction": "mask", "level": "sequence", "low": 0.4, "high": 3.0},
+            "learner.objective.aggregation": "sequence_mean",
+            "learner.gradient_checkpointing": True,
+            "evaluation.prompts": {"path": "./saved"},
+            "evaluation.verifier": {"name": "regex", "pattern": "[0-9]+"},
+            "evaluation.every_updates": 1,
+            "evaluation.keep_trajectories": 2,
+        },
+    ),
+    "to_go": Campaign(
+        {
+            "teachers": one(),
+            "learner.objective.estimator": "to_go",
+            "learner.objective.baseline": "batch_mean",
+            "student.lora": {"rank": 4, "rank_stabilised": True},
+            "learner.objective.mismatch": {"correction": "truncate", "level": "token"},
+            "learner.objective.aggregation": "sequence_sum",
+            "learner.objective.masked_token_roles": ["end_of_sequence", "template"],
+            "learner.objective.masked_token_ids": [7],
+            "learner.objective.through_log_ratio": True,
+            "tracking": {
+                "wandb_project": "matrix",
+                "mlflow_uri": "file://{mirror}/mlflow.jsonl",
+                "tensorboard": False,
+                "prometheus": False,
+            },
+        },
+    ),
+    "discounted": Campaign(
+        {
+            "teachers": {
+                "one": teacher(weight=2.0, replicas=2),
+                "two": teacher(model="larger", dtype="bfloat16", gpus_per_replica=0),
+            },
+            "learner.objective.estimator": "discounted",
+            "learner.objective.gamma": 0.5,
+            "learner.objective.mismatch": {"correction": "truncate", "level": "prefix"},
+            "learner.objective.trust_region": {"estimator": "k1", "beta": 0.1, "target_kl": 0.1},
+            "learner.objective.log_ratio_clip": 5.0,
+            "learner.objective.aggregation": "constant",
+            "learner.objective.aggregation_constant": 6.0,
+            "learner.objective.position_weight": 0.5,
+            "learner.microbatch_tokens": 64,
+            "learner.head_chunk_tokens": 16,
+            "learner.offload_optimizer": True,
+            "learner.optimizer.schedule": "linear",
+            "learner.optimizer.final_fraction": 0.5,
+            "rollout.replicas": 2,
+        },
+    ),
+    "own": Campaign(
+        {
+            "teachers": one(dtype="float16"),
+            "learner.objective.estimator": f"{OWN}:two_ahead",
+            "learner.objective.gamma": 0.5,
+            "learner.objective.cost": f"{OWN}:squashed",
+            "learner.objective.reward_weight": 0.1,
+            "evaluation.verifier.name": "numeric",
+            "evaluation.prompts": {
+                **HELD_OUT,
+                "limit": 2,
+                "shuffle": False,
+                "chat_template_arguments": {"enable_thinking": False},
+            },
+            "evaluation.teacher": False,
+            "prompts.path": "./rows",
+            "learner.minibatches_per_update": 2,
+        },
+    ),
+    "immediate": Campaign(
+        {
+            "teachers": one(signal="hidden", trust_remote_code=True),
+            "learner.objective.baseline": "exact_kl",
+            "learner.objective.trust_region": {"estimator": "exact", "max_kl": 0.5},
+            "learner.objective.log_ratio_power": 0.5,
+            "learner.objective.dual_clip": 3.0,
+            "student.trust_remote_code": True,
+            "learner.optimizer": {
+                "beta1": 0.8,
+                "beta2": 0.95,
+                "epsilon": 1e-6,
+                "weight_decay": 0.1,
+                "warmup_updates": 1,
+                "max_grad_norm": 0.5,
+                "schedule": "cosine",
+            },
+            "prompts.chat": False,
+            "prompts.shuffle": False,
+            "prompts.limit": 5,
+            "prompts.reference_field": None,
+            "prompts.prompt_field": "question",
+            "prompts.path": "questions.jsonl",
+            "seed": 7,
+            "output_dir": "elsewhere",
+        },
+    ),
+    "reward": Campaign(
+        {
+            "teachers": one(),
+            "learner.objective.estimator": "reward",
+            "evaluation.verifier.name": f"{OWN}:length",
+            "learner.epochs_per_update": 2,
+            "learner.objective.clip_low": 0.1,
+            "learner.objective.clip_high": 0.3,
+            "sampling.stop_token_ids": [20],
+        },
+    ),
+    "sft": Campaign(
+        {
+            "teachers": one(),
+            "learner.objective.estimator": "sft",
+            "learner.objective.clip_low": None,
+            "learner.objective.clip_high": None,
+            "prompts.path": "someone/sums",
+            "prompts.split": "rest",
+            "evaluation.prompts": {"path": "someone/sums", "split": "rest"},
+            "evaluation.verifier.name": "math",
+        },
+    ),
+    # Divergences.
+    "forward": Campaign(
+        {
+            "teachers": one(
+                model="student", signal="student_topk", top_k=8, ema_decay=0.7, prompt_template="{prompt} is {answer}"
+            ),
+            "learner.objective.estimator": "full",
+            "learner.objective.divergence": "forward_kl",
+            "learner.objective.mismatch": {"correction": "truncate", "level": "prefix"},
+            "checkpoint": {"every_updates": 1, "keep_last": 1, "keep_best": 0, "mirror": "file://{mirror}"},
+            "prompts.chat_template_arguments": {"enable_thinking": False},
+            "prompts.path": "train.jsonl.gz",
+            "evaluation.prompts": {"path": "heldout.jsonl.gz"},
+        },
+        events=("mirrored",),
+    ),
+    "jsd": Campaign(
+        {
+            "teachers": one(signal="hidden"),
+            "learner.objective.estimator": "full",
+            "learner.objective.divergence": "jsd",
+            "learner.objective.mixture": 0.3,
+            "learner.replicas": 2,
+            "learner.gpus_per_replica": 0,
+            "rollout.gpus_per_replica": 0,
+            "weights.encoding": "delta",
+            "weights.bucket_mebibytes": 1,
+        },
+    ),
+    "skewed_forward": Campaign(
+        {
+            "teachers": {
+                "wise": teacher(signal="student_topk", top_k=8),
+                "base": teacher(model="student", signal="student_topk", top_k=8),
+            },
+            "learner.objective.estimator": "full",
+            "learner.objective.divergence": "skewed_forward_kl",
+            "learner.objective.extrapolation": 1.5,
+            "learner.objective.reference_teacher": "base",
+            "rollout.resources": {"room": 1},
+            "learner.resources": {"room": 1},
+        },
+    ),
+    "skewed_reverse": Campaign(
+        {
+            "teachers": one(signal="topk", top_k=8, resources={"room": 1}),
+            "learner.objective.estimator": "full",
+            "learner.objective.divergence": "skewed_reverse_kl",
+            "learner.objective.support": "renormalised",
+            "rollout.dtype": "float16",
+            "learner.compute_dtype": "bfloat16",
+        },
+    ),
+    "gated": Campaign(
+        {
+            "teachers": one(signal="full", tensor_parallel_size=2, model="sharded"),
+            "learner.objective.estimator": "full",
+            "learner.objective.divergence": "entropy_gated_kl",
+            "learner.objective.entropy_threshold": 1.0,
+            "learner.objective.proximal_weight": 0.8,
+        },
+    ),
+    "hellinger": Campaign(
+        {
+            "teachers": one(signal="full"),
+            "prompts.path": "./saved",
+            "prompts.tools_field": "utilities",
+            "evaluation.prompts": {
+                "tools_field": "utilities",
+                "path": "questions.parquet",
+                "chat": False,
+                "prompt_field": "question",
+            },
+            "learner.objective.estimator": "full",
+            "learner.objective.divergence": f"{OWN}:hellinger",
+            "ray": {
+                "max_restarts": 1,
+                "hang_timeout_seconds": 200,
+                "start_timeout_seconds": 300,
+            },
+        },
+    ),
+    # Guards.
+    "watched": Campaign(
+        {
+            "teachers": one(),
+            "learner.objective.recompute_log_ratio": False,
+            "guards": {
+                "warns": {"metric": "entropy", "above": 0.0, "action": "warn"},
+                "lowers": {"metric": "entropy", "above": 0.0, "updates": 2, "action": "lower_rate", "rate_factor": 0.1},
+                "sleeps": {"metric": "entropy", "below": 100.0, "action": "none"},
+            },
+        },
+        events=("guard_warned", "guard_lowered_rate"),
+    ),
+    "stopped": Campaign(
+        {
+            "teachers": one(),
+            "checkpoint.every_updates": 1,
+            "guards": {
+                "back": {"metric": "entropy", "above": 0.0, "updates": 2, "action": "roll_back", "at_most": 1},
+                "ends": {"metric": "grad_norm", "below": 0.5, "relative_to_updates": 2, "action": "stop"},
+            },
+        },
+        events=("guard_rolled_back", "guard_stopped", "learner_restored", "failed"),
+        status=1,
+    ),
+}
+
+
+def overrides(name: str, **places: str) -> list[str]:
+    """The settings of a campaign as arguments of `understudy run`. places: the texts for `{url}` and other braces."""
+    found = [f"name={name}", f"ray.address={places.get('address', PLACES['address'])}"]
+    for key, value in CAMPAIGNS[name].settings.items():
+        text = json.dumps(value)
+        for place in ("url", "mirror"):
+            text = text.replace(f"{{{place}}}", places.get(place, PLACES[place]))
+        found.append(f"{key}={text}")
+    return found
+
+
+PLACES = {"url": "http://127.0.0.1:1/v1", "mirror": "/tmp/mirror", "address": "127.0.0.1:1"}
+"""What stands for the places that only a run knows."""
+
+EXCEPTIONS: dict[Choice, str] = {
+    ("evaluation.prompts.reference_field", "null"): "refused so far",
+    ("ray.address", "null"): "the campaigns share a cluster; those of test_run.py have private ones",
+    ("ray.object_store_mebibytes", "set"): "of a private cluster: test_run.py",
+    ("learner.compile", "true"): "compiling takes half a minute without a GPU: test_compile.py",
+    ("rollout.tensor_parallel_size", "other"): "half a minute without GPUs: test_tensor_parallel.py",
+}
+"""Choices that no campaign makes -> why, and where they run."""
