@@ -26,7 +26,7 @@ def importing_vllm() -> Iterator[None]:
     if not torch.cuda.is_available():
         # Otherwise the first request with log-probs compiles for ten seconds, and needs a C++ compiler.
         os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
-        if "torch._dynamo" in sys.modules:  # which has read that already, but reads this with every call of torch.compile
+        if "torch._dynamo" in sys.modules:  # it has read that already, but reads this with every call of torch.compile
             os.environ.setdefault("TORCHDYNAMO_DISABLE", os.environ["TORCH_COMPILE_DISABLE"])
         # Otherwise the tensor-parallel workers of all actors are bound to the first core.
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")

@@ -195,8 +195,12 @@ ACTS: dict[str, Callable[[CampaignConfig, Any], bool]] = {
     "weights.anchor_every": lambda config, weights: weights.encoding == "delta" and config.pipeline.updates > 1,
     "evaluation.every_updates": lambda _, evaluation: evaluation.prompts is not None,
     "evaluation.teacher": lambda _, evaluation: evaluation.prompts is not None,
+    "evaluation.keep_training_trajectories": lambda _, evaluation: evaluation.prompts is None,
     "evaluation.keep_trajectories": lambda _, evaluation: evaluation.prompts is not None,
     "evaluation.verifier.name": lambda config, _: config.evaluation.prompts is not None or config.gives_rewards,
+    "evaluation.verifier.timeout_seconds": lambda config, _: (
+        config.evaluation.prompts is not None or config.gives_rewards
+    ),
     "evaluation.verifier.pattern": lambda config, _: config.evaluation.prompts is not None or config.gives_rewards,
     "guards.*.rate_factor": lambda _, guard: guard.action in ("lower_rate", "roll_back"),
     "guards.*.at_most": lambda _, guard: guard.action in ("lower_rate", "roll_back"),

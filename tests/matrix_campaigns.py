@@ -145,6 +145,7 @@ CAMPAIGNS: dict[str, Campaign] = {
             "learner.objective.masked_token_roles": ["end_of_sequence", "template"],
             "learner.objective.masked_token_ids": [7],
             "learner.objective.through_log_ratio": True,
+            "evaluation.keep_training_trajectories": 1,
             "tracking": {
                 "wandb_project": "matrix",
                 "mlflow_uri": "file://{mirror}/mlflow.jsonl",
@@ -182,7 +183,7 @@ CAMPAIGNS: dict[str, Campaign] = {
             "learner.objective.gamma": 0.5,
             "learner.objective.cost": f"{OWN}:squashed",
             "learner.objective.reward_weight": 0.1,
-            "evaluation.verifier.name": "numeric",
+            "evaluation.verifier": {"name": "numeric", "timeout_seconds": 20},
             "evaluation.prompts": {
                 **HELD_OUT,
                 "limit": 2,
@@ -217,6 +218,12 @@ CAMPAIGNS: dict[str, Campaign] = {
             "prompts.reference_field": None,
             "prompts.prompt_field": "question",
             "prompts.path": "questions.jsonl",
+            "evaluation.prompts": {
+                "path": "questions.jsonl",
+                "prompt_field": "question",
+                "reference_field": None,
+                "chat": False,
+            },
             "seed": 7,
             "output_dir": "elsewhere",
         },
@@ -369,7 +376,6 @@ PLACES = {"url": "http://127.0.0.1:1/v1", "mirror": "/tmp/mirror", "address": "1
 """What stands for the places that only a run knows."""
 
 EXCEPTIONS: dict[Choice, str] = {
-    ("evaluation.prompts.reference_field", "null"): "refused so far",
     ("ray.address", "null"): "the campaigns share a cluster; those of test_run.py have private ones",
     ("ray.object_store_mebibytes", "set"): "of a private cluster: test_run.py",
     ("learner.compile", "true"): "compiling takes half a minute without a GPU: test_compile.py",
