@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
+from actors.accelerator import torch_device
 from actors.errors import UserError
 from actors.heartbeat import beat
 
@@ -46,15 +47,14 @@ def build_llm(options: dict[str, Any], more: dict[str, Any], key: str) -> Any:
     more: the user's own options, which take precedence. key: the configuration key of these options.
     UserError: vLLM does not know one of them.
     """
-    import torch
-
+    device = torch_device()
     with importing_vllm():
         from vllm import LLM
     options = {"skip_tokenizer_init": True, "disable_log_stats": True, **options}
     if options["tensor_parallel_size"] > 1:
         # In an actor with a placement group vLLM would start its workers as Ray actors. This actor already has all GPUs.
         options["distributed_executor_backend"] = "mp"
-    if not torch.cuda.is_available():
+    if device == "cpu":
         options |= {"kv_cache_memory_bytes": CPU_KV_CACHE_BYTES, "enforce_eager": True}
         _skip_model_inspection(options["model"])
         _skip_objects_without_dictionary()

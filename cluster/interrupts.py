@@ -32,6 +32,7 @@ class Interrupts:
         self.last_acts: list[Callable[[], Any]] = []
         """Called, the newest first, before the process ends at once."""
         self._process = 0
+        self._heard: tuple[signal.Signals, ...] = ()
         self._phase = "starting"
         self._ask: Callable[[], str] = str
         self._first: float | None = None
@@ -47,17 +48,23 @@ class Interrupts:
             return
         self._process = os.getpid()
         before = {number: signal.getsignal(number) for number in (*REQUESTS, *WARNINGS)}
-        for number, handler in before.items():
-            if number == signal.SIGHUP and handler is signal.SIG_IGN:
-                continue  # started by `nohup`
-            signal.signal(number, self._received)
+        if before[signal.SIGHUP] is signal.SIG_IGN:  # started by `nohup`
+            del before[signal.SIGHUP]
+        self._heard = tuple(before)
+        self.hear_again()
         self.starts()
         try:
             yield
         finally:
+            self._heard = ()
             for number, handler in before.items():
                 if handler is not None:  # None: not set from Python, so it cannot be set back either
                     signal.signal(number, handler)
+
+    def hear_again(self) -> None:
+        """Sets the handlers again, after a library has replaced them: Ray's C++ code takes SIGTERM for a crash."""
+        for number in self._heard:
+            signal.signal(number, self._received)
 
     def starts(self) -> None:
         """A campaign starts: until `runs` there is nothing that an end would lose."""

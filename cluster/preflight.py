@@ -13,7 +13,7 @@ from actors.rollout.engine import engine_class
 from actors.teacher.alignment import make_reader
 from actors.teacher.backends import backend_of, needs_plan
 from cluster.config import CampaignConfig
-from cluster.fleet.ray_cluster import connected, refuse_relative_output, room_to_begin
+from cluster.fleet.ray_cluster import check_gpus, connected, refuse_relative_output, room_to_begin
 from cluster.inputs import max_prompt_tokens, read_inputs, turn_ends
 from cluster.state.mirror import mirror_of
 from learner.objective.estimator_table import own_functions
@@ -149,6 +149,8 @@ def _cluster(config: CampaignConfig) -> str:
     refuse_relative_output(config)
     with connected(config) as private:
         needed, _, short = room_to_begin(config, private)
-    if short:
-        raise short
-    return ", ".join(f"{role} {n} x ({r.cpus:g} CPUs, {r.gpus:g} GPUs)" for role, (n, r) in needed.items())
+        if short:
+            raise short
+        gpus = check_gpus(needed)
+    actors = [f"{role} {n} x ({r.cpus:g} CPUs, {r.gpus:g} GPUs)" for role, (n, r) in needed.items()]
+    return ", ".join(actors) + (gpus and f"; {gpus}")

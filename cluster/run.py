@@ -33,7 +33,7 @@ from cluster.loop.teachers import Teachers
 from cluster.preflight import check_models
 from cluster.records.disk import Disk
 from cluster.records.event_table import describe
-from cluster.records.writer import REPORT_FILE, RunRecords, read_summary
+from cluster.records.writer import METRICS_FILE, REPORT_FILE, RunRecords, read_summary
 from cluster.report.page import write_report
 from cluster.roles import build_fleets, build_learner
 from cluster.state.campaign_state import CampaignState
@@ -42,8 +42,9 @@ from cluster.state.resume import claimed, take_up
 from cluster.state.rollback import RollBack, roll_back
 from cluster.state.soundness import Found, newest_sound
 from cluster.state.summary import summarise
+from cluster.tracking.outbox import Trackers
 from cluster.tracking.ray_prometheus import Prometheus
-from cluster.tracking.trackers import Trackers, make_trackers
+from cluster.tracking.trackers import make_trackers
 from cluster.trial import try_out
 from learner.student.checkpoint import checkpoint_steps
 
@@ -122,8 +123,14 @@ class Running:
         INTERRUPTS.last_acts.append(self._ended_now)
         self.fleets = build_fleets(config, inputs, self.needed, begin, self.on_event)
         self.learner = build_learner(config, inputs, checkpoint, self.needed, self.on_event)
-        exported = [Prometheus(config.name)] if config.tracking.prometheus else []
-        self.trackers = Trackers(make_trackers(config, state.step + 1, exported), self.on_event)
+        exported = {"prometheus": lambda _: Prometheus(config.name)} if config.tracking.prometheus else {}
+        self.trackers = Trackers(
+            make_trackers(config, exported),
+            self.on_event,
+            next_step=state.step + 1,
+            metrics_file=config.run_dir / METRICS_FILE,
+        )
+        (self.trackers.wait if checkpoint else self.trackers.require)()
         records.on_metrics = self.trackers.log
         self.disk = Disk(records, self.on_event)
         self.gate = asyncio.Event()
@@ -145,7 +152,7 @@ class Running:
         """Runs the campaign; see run_campaign. No actor is left when it ends, by an error too."""
         self.loop = asyncio.get_running_loop()
         # From the beginning, since loading models takes minutes; commands only once there are actors to scale.
-        status = partial(keep_status, self.config.run_dir, self.progress.refresh)
+        status = partial(keep_status, self.config.run_dir, self._refresh)
         watching = [asyncio.create_task(persistently("status.json", status, self.on_event))]
         try:
             await self._start()
@@ -254,6 +261,10 @@ class Running:
 
     def _saved_step(self) -> int:
         return max(checkpoint_steps(self.config.run_dir / "checkpoints"), default=0)
+
+    def _refresh(self) -> dict[str, Any]:
+        self.trackers.report()
+        return self.progress.refresh()
 
     def _live_status(self) -> dict[str, Any]:
         """The part of status.json that only this process knows (cluster/console/status.py)."""

@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 
+from actors.accelerator import torch_device
 from actors.config import StudentConfig, TeacherConfig, publishes_adapter
 from actors.data.models import find_model, load_head
 from actors.errors import CheckpointError, NonFiniteLossError
@@ -91,7 +92,7 @@ class Learner:
         self._publish_dtype = publish_dtype
         self._ranks = ranks or Ranks()
         self._publisher = Publisher(bucket_bytes, keep=keep_published)
-        self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._device = torch_device()
         self._masked_token_ids = [*config.objective.masked_token_ids, *masked_role_token_ids]
         self._busy_seconds = 0.0
         self._stepped_from = -1

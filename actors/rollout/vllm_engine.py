@@ -20,6 +20,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 
+from actors.accelerator import torch_device
 from actors.config import LoraConfig, RolloutConfig, SamplingConfig
 from actors.data.models import expected_tensors
 from actors.errors import AbortedError, EngineError, WeightError
@@ -329,8 +330,7 @@ def _build(
     trust_remote_code: bool,
     more: dict[str, Any],
 ) -> Any:
-    import torch
-
+    device = torch_device()
     with importing_vllm():
         from actors.rollout.vllm_worker import BACKEND
 
@@ -348,7 +348,7 @@ def _build(
         "max_logprobs": max(support_size, 1),  # vLLM refuses requests for more; its default is 20
         **more,
     }
-    if not torch.cuda.is_available():
+    if device == "cpu":
         # With chunked prefill vLLM samples after each chunk and then rewinds the request's random generator. Only
         # generators on GPUs can be rewound, so on a CPU each prompt is prefilled in one step, also after new weights.
         options["enable_chunked_prefill"] = False

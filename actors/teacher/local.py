@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch.distributed.tensor import DTensor
 
+from actors.accelerator import torch_device
 from actors.config import SamplingConfig, TeacherConfig
 from actors.data.models import load_model, response_head
 from actors.errors import CampaignError, WeightError
@@ -30,7 +31,7 @@ class LocalTeacher(Teacher):
         broken, or `response_head` refuses the architecture. CampaignError: see `self_test`.
         """
         super().__init__(config, key, vocabulary)
-        self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._device = torch_device()
         self._model: Any = load_model(
             config.model,
             config.dtype,

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from actors.accelerator import torch_device
 from actors.config import TeacherConfig
 from actors.data.models import tensor_parallel_plan
 from actors.errors import UserError
@@ -32,7 +33,7 @@ class ShardedTeacher(Teacher):
         """
         super().__init__(config, key, vocabulary)
         size, gpus = config.tensor_parallel_size, torch.cuda.device_count()
-        if torch.cuda.is_available() and gpus < size:
+        if torch_device() == "cuda" and gpus < size:
             raise UserError(f"{key}.tensor_parallel_size", size, f"at most {gpus}, the GPUs that its actor has")
         tensor_parallel_plan(config.model, config.trust_remote_code, f"{key}.model")
         self._pipes: list[Connection] = []
@@ -78,7 +79,7 @@ class ShardedTeacher(Teacher):
 def _load(rank: int, size: int, folder: str, config: TeacherConfig, key: str, vocabulary: int | None) -> LocalTeacher:
     """Joins the other ranks, which meet in a file of `folder`, and loads this rank's part of the model."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
-    on_gpu = torch.cuda.is_available()
+    on_gpu = torch_device() == "cuda"
     if on_gpu:
         torch.cuda.set_device(rank)
     else:

@@ -25,6 +25,7 @@ from ray.exceptions import (
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
+from actors.accelerator import require_gpu
 from actors.errors import ActorFaultError, CampaignError, LostObjectError, StoreFullError, UserError
 from actors.heartbeat import count
 
@@ -187,7 +188,7 @@ def create(
 
     bundle: the number of the actor's bundle in the placement group.
     """
-    keeping = _keeping_its_error(actor_class)
+    keeping = _keeping_its_error(actor_class, resources.gpus)
     actor: Any = ray.remote(concurrency_groups={SUPERVISION: 1})(keeping).options(  # type: ignore[call-overload]
         num_cpus=resources.cpus,
         num_gpus=resources.gpus,
@@ -312,16 +313,18 @@ def cause_of(error: RayActorError) -> str:
     return telling[-1].partition(" Some common causes")[0]
 
 
-def _keeping_its_error(actor_class: type) -> type:
+def _keeping_its_error(actor_class: type, gpus: float = 0.0) -> type:
     """The class with a constructor that keeps an error instead of raising it; `wait_until_built` raises it.
 
     An error in the constructor of a Ray actor reaches callers only as text, as part of "the actor died". An error in
-    a call arrives as the exception that it was.
+    a call arrives as the exception that it was. gpus: if any are reserved, torch is asked first whether it can use them.
     """
 
     def build(self: Any, *arguments: Any, **keywords: Any) -> None:
         self.error_of_constructor = None
         try:
+            if gpus:
+                require_gpu(f"{gpus:g} by Ray")
             actor_class.__init__(self, *arguments, **keywords)  # type: ignore[misc]
         except Exception as error:
             self.error_of_constructor = error

@@ -4,18 +4,21 @@ import logging
 import os
 import secrets
 import socket
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import ray
 from ray._private import services
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from actors.accelerator import require_gpu
 from actors.config import TeacherConfig
 from actors.errors import UserError
 from actors.teacher.backends import backend_of
 from cluster.config import CampaignConfig
-from cluster.fleet.ray_actor import Resources
+from cluster.fleet.ray_actor import Resources, errors_of
 from cluster.fleet.ray_private import first_line, private_cluster, shut_down, without_handlers_of_ray
 
 CPU_THREADS = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
@@ -23,6 +26,7 @@ CPU_THREADS = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 
 LOOPBACK = "127.0.0.1"
 PROBE_SECONDS = 5.0
+GPU_CHECK_SECONDS = 60.0
 TOKEN_SETTINGS = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 """If one of these is set, the user has chosen how clusters are protected. Otherwise a private one gets its own token."""
 
@@ -188,6 +192,33 @@ def room_to_begin(config: CampaignConfig, private: bool) -> Room:
                 return Room(needed, {role: count for role, (count, _) in least.items()}, error)
         raise
     return Room(needed, {role: count for role, (count, _) in needed.items()})
+
+
+def check_gpus(needed: dict[str, tuple[int, Resources]], seconds: float = GPU_CHECK_SECONDS) -> str:
+    """Computes something on a GPU of each node, where actors reserve GPUs; what was found. UserError: torch cannot.
+
+    A node whose GPUs others hold for longer than `seconds` is not asked; its actors find out when they start.
+    """
+    if not any(resources.gpus for _, resources in needed.values()):
+        return ""
+    nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("GPU")]
+    ask: Any = ray.remote(require_gpu)
+    answers = [
+        ask.options(
+            num_cpus=0,
+            num_gpus=0.01,
+            max_retries=0,
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
+        ).remote("0.01 by Ray")
+        for node in nodes
+    ]
+    ready, waiting = ray.wait(answers, num_returns=len(answers), timeout=seconds)
+    with errors_of("the check of a GPU"):
+        names = Counter(ray.get(ready))
+    for answer in waiting:
+        ray.cancel(answer, force=True)
+    busy = [f"{len(waiting)} nodes whose GPUs are in use were not asked"] if waiting else []
+    return ", ".join([*(f"{name} on {count} nodes" for name, count in names.items()), *busy])
 
 
 def check_scaled(needed: dict[str, tuple[int, Resources]], role: str, replicas: int) -> None:

@@ -12,10 +12,10 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 import ray
-import torch
 import torch.distributed as dist
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
+from actors.accelerator import torch_device
 from actors.errors import ActorFaultError, CampaignError, LostObjectError, StoreFullError
 from cluster.fleet.ray_actor import (
     ActorLostError,
@@ -69,7 +69,7 @@ class LearnerRank:
         if host == LOOPBACK:  # Gloo would otherwise listen at the machine's address, which other machines can reach
             os.environ["GLOO_SOCKET_IFNAME"] = "lo"
         store = self._store or dist.TCPStore(host, port, is_master=False)
-        ranks = Ranks.join(store, self._rank, self._size, "cuda" if torch.cuda.is_available() else "cpu")
+        ranks = Ranks.join(store, self._rank, self._size, torch_device())
         self._learner = Learner(*arguments, **keywords, ranks=ranks)
 
     def call(self, method: str, *arguments: Any, **keywords: Any) -> Any:

@@ -158,13 +158,14 @@ def shut_down() -> None:
 
 @contextmanager
 def without_handlers_of_ray() -> Iterator[None]:
-    """Within the block, Ray does not replace our handler of SIGTERM by its own, which would end this process."""
+    """Within the block, Ray's Python code does not replace our handler of SIGTERM; after it, what its C++ code has replaced is ours again."""
     replace = ray_utils.set_sigterm_handler
     ray_utils.set_sigterm_handler = lambda handler: None
     try:
         yield
     finally:
         ray_utils.set_sigterm_handler = replace
+        INTERRUPTS.hear_again()
 
 
 def _start(options: dict[str, Any], watchdog: Watchdog) -> None:

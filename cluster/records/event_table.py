@@ -109,7 +109,11 @@ EVENTS: dict[str, Event] = {
         "guard {guard}, update {step}: {cause}; the campaign stops", "bad", "stopped", guard_action="stop"
     ),
     # Trackers.
-    "tracker_failed": Event("{tracker} gets no more metrics: {cause}", "warn"),
+    "tracker_failed": Event("{tracker} takes no metrics ({cause}); what it misses is sent when it answers", "warn"),
+    "tracker_returned": Event(
+        "{tracker} takes metrics again: {late} updates were sent late, {dropped} are left out", "good"
+    ),
+    "tracker_behind": Event("{tracker} did not get the last {missing} updates; metrics.jsonl has them", "warn"),
 }
 
 FAULTS = tuple(kind for kind, event in EVENTS.items() if event.fault)

@@ -1,31 +1,25 @@
 """Experiment trackers: TensorBoard, Weights & Biases and MLflow get copies of the metrics. One class each.
 
-A tracker that fails is reported once and gets nothing more: an unreachable server must not end a campaign. Campaigns
-resume from metrics.jsonl only.
+Each is built and called in a thread of its own (outbox.py): what a server does, or does not do, cannot hold a campaign up.
+Campaigns resume from metrics.jsonl only.
 """
 
-import math
+import os
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from actors.errors import UserError
 from cluster.config import CampaignConfig
 from cluster.config_file import as_dictionary
+from cluster.tracking.outbox import Tracker
 
-
-class Tracker(Protocol):
-    """Receives the metrics of each step."""
-
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """metrics: the finite numbers of one line of metrics.jsonl."""
-
-    def close(self) -> None:
-        """Called after the last step."""
+MLFLOW_PATIENCE = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "20", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
+"""By default MLflow tries a request eight times, for two minutes each. The outbox tries again anyway."""
 
 
 class TensorBoard:
@@ -73,7 +67,10 @@ class MLflow:
     """A run of the experiment `understudy` on the tracking server. A resumed campaign finds it by its recorded id."""
 
     def __init__(self, uri: str, config: CampaignConfig):
-        from mlflow.tracking import MlflowClient
+        os.environ.update({name: os.environ.get(name, value) for name, value in MLFLOW_PATIENCE.items()})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            from mlflow.tracking import MlflowClient
 
         self._client = MlflowClient(tracking_uri=uri)
         known = config.run_dir / "mlflow_run"
@@ -95,65 +92,29 @@ class MLflow:
         self._client.set_terminated(self._run_id)
 
 
-class Trackers:
-    """All trackers of a campaign. None of them can end it."""
+def make_trackers(
+    config: CampaignConfig, more: Mapping[str, Callable[[int], Tracker]] | None = None
+) -> dict[str, Callable[[int], Tracker]]:
+    """What builds each tracker that the configuration asks for, by its key of `tracking`. UserError: a package is missing.
 
-    def __init__(self, trackers: Iterable[Tracker], on_failure: Callable[..., None]):
-        """on_failure: called once for a tracker that fails, with `tracker_failed`, its name and the cause."""
-        self._trackers, self._on_failure = list(trackers), on_failure
-
-    def log(self, record: Mapping[str, Any]) -> None:
-        """Sends the finite numbers of a line of metrics.jsonl to all trackers."""
-        numbers = {
-            name: float(value)
-            for name, value in record.items()
-            if name != "step" and isinstance(value, int | float) and math.isfinite(value)
-        }
-        self._each(lambda tracker: tracker.log(int(record["step"]), numbers))
-
-    def close(self) -> None:
-        """Closes all trackers."""
-        self._each(lambda tracker: tracker.close())
-
-    def _each(self, call: Callable[[Tracker], None]) -> None:
-        for tracker in list(self._trackers):  # a copy: failing trackers are removed meanwhile
-            try:
-                call(tracker)
-            except Exception as error:  # a foreign library or server may raise anything
-                self._trackers.remove(tracker)
-                self._on_failure(
-                    "tracker_failed", tracker=type(tracker).__name__, cause=f"{type(error).__name__}: {error}"
-                )
-
-
-def make_trackers(config: CampaignConfig, next_step: int, more: Iterable[Tracker] = ()) -> list[Tracker]:
-    """The trackers that the configuration asks for. UserError: a package is missing, or a server refuses the connection.
-
-    more: further trackers, which come first.
+    more: further ones, which come first.
     """
     tracking = config.tracking
-    wanted: list[tuple[str, Any, str, Callable[[], Tracker]]] = [
+    wanted: list[tuple[str, Any, str, Callable[[int], Tracker]]] = [
         (
             "wandb_project",
             tracking.wandb_project,
             "wandb",
-            lambda: WeightsAndBiases(tracking.wandb_project or "", config),
+            lambda _: WeightsAndBiases(tracking.wandb_project or "", config),
         ),
-        ("mlflow_uri", tracking.mlflow_uri, "mlflow", lambda: MLflow(tracking.mlflow_uri or "", config)),
-        ("tensorboard", tracking.tensorboard, "tensorboardX", lambda: TensorBoard(config.run_dir, next_step)),
+        ("mlflow_uri", tracking.mlflow_uri, "mlflow", lambda _: MLflow(tracking.mlflow_uri or "", config)),
+        ("tensorboard", tracking.tensorboard, "tensorboardX", lambda step: TensorBoard(config.run_dir, step)),
     ]
-    trackers = list(more)
+    makers = dict(more or {})
     for key, value, package, make in wanted:
         if not value:
             continue
         if find_spec(package) is None:
             raise UserError(f"tracking.{key}", f"{value}, but no package {package}", f"pip install {package}")
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                trackers.append(make())
-        except Exception as error:  # a foreign library may raise anything for what the user asked
-            raise UserError(
-                f"tracking.{key}", f"{value} ({type(error).__name__}: {error})", "a tracker that answers"
-            ) from error
-    return trackers
+        makers[key] = make
+    return makers

@@ -1,0 +1,61 @@
+"""Which device torch computes on in this process. A GPU that was reserved and cannot be used is an error, never a CPU."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from actors.errors import UserError
+
+NO_GPU = ("", "-1", "none", "void", "nodevfiles")
+"""First entries of CUDA_VISIBLE_DEVICES that name no GPU."""
+DRIVER_FILE = Path("/proc/driver/nvidia/version")
+
+
+def torch_device() -> str:
+    """`cuda` or `cpu`. UserError: this process was given GPUs (CUDA_VISIBLE_DEVICES) that torch cannot use."""
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    if visible.split(",")[0].strip().lower() not in NO_GPU:
+        require_gpu(f"CUDA_VISIBLE_DEVICES={visible}")
+    return "cpu"
+
+
+def require_gpu(reserved: str) -> str:
+    """Computes something on a GPU; returns the name of the GPU. UserError: torch cannot.
+
+    reserved: what says that this process has a GPU, for the message.
+    """
+    import torch
+
+    try:
+        torch.cuda.init()  # says why it cannot; `is_available` would only say that it cannot
+        if float(torch.ones(2, device="cuda").sum()) != 2.0:
+            raise RuntimeError("1 + 1 is not 2 there")
+        return torch.cuda.get_device_name()
+    except (RuntimeError, AssertionError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].partition(" Please")[0]
+        raise UserError(
+            "torch",
+            f"version {torch.__version__}, {_build(torch)}, which cannot use the GPU reserved for it ({reserved}): {reason}; "
+            f"{_driver()}",
+            "a build of torch for this driver, a newer driver, or no GPU (gpus_per_replica: 0, no CUDA_VISIBLE_DEVICES)",
+        ) from error
+
+
+def _build(torch: Any) -> str:
+    if torch.version.cuda:
+        return f"built for CUDA {torch.version.cuda}"
+    return f"built for ROCm {torch.version.hip}" if torch.version.hip else "built for CPUs only"
+
+
+def _driver() -> str:
+    """The driver of this machine in a few words."""
+    try:
+        return "driver: " + " ".join(DRIVER_FILE.read_text("utf-8").splitlines()[0].split()).removeprefix(
+            "NVRM version: "
+        )
+    except (OSError, IndexError):
+        return f"no NVIDIA driver is loaded ({DRIVER_FILE})"
