@@ -101,7 +101,7 @@ class Outbox:
         """Waits for the thread's end for at most `seconds`, and reports what was not delivered."""
         self._thread.join(max(seconds, 0))
         if left := len(self._late) + len(self._pending) + self._overflow:
-            self._news.append(("tracker_behind", {"tracker": self.label, "missing": left}))
+            self.tell("tracker_behind", tracker=self.label, missing=left)
 
     # --------------------------------------------------------------------------------------------- the thread's part
 
@@ -167,14 +167,17 @@ class Outbox:
                     self._sent = record[0]
             self._sent_late += self._outage
             if self._outage and not (self._late or self._pending or self._overflow):
-                told = {"tracker": self.label, "late": self._sent_late, "dropped": self._dropped}
-                self._news.append(("tracker_returned", told))
+                self.tell("tracker_returned", tracker=self.label, late=self._sent_late, dropped=self._dropped)
                 self._outage, self._sent_late, self._dropped = False, 0, 0
 
     def _fails(self, cause: str) -> None:
         if not self._outage:
             self._outage = True
-            self._news.append(("tracker_failed", {"tracker": self.label, "cause": cause}))
+            self.tell("tracker_failed", tracker=self.label, cause=cause)
+
+    def tell(self, kind: str, **fields: Any) -> None:
+        """Keeps an event for `news`."""
+        self._news.append((kind, fields))
 
 
 class Trackers:
