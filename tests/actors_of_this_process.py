@@ -60,6 +60,7 @@ def with_fleet(
     *,
     replicas: int = 2,
     hang_timeout: float = 600.0,
+    place: Any = None,
     **more: Any,
 ) -> None:
     """Runs the body with a fleet of these actors, whose methods are coroutines, and closes it."""
@@ -81,7 +82,7 @@ def with_fleet(
     for module in (supervision, ray_fleet):
         for name, fake in {
             "create": lambda actor, arguments, keywords, *_: Handle(actor(*arguments, **keywords)),
-            "place": nothing,
+            "place": place or nothing,
             "wait_until_built": nothing,
             "whereabouts": whereabouts,
             "steps_of": steps_of,

@@ -146,6 +146,9 @@ class _Events:
             self.kind = kind
         if kind == "checkpoint":
             self.checkpoint = {"step": row.get("step"), "path": row.get("path")}
+        over = [old for old in self.news if old["kind"] in event.withdraws and old.get("actor") == row.get("actor")]
+        for old in over:
+            self.news.remove(old)
         if event.news:
             self.news.append(row)
         self.cause = row.get("cause", "")

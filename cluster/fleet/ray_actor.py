@@ -28,7 +28,10 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 from actors.accelerator import require_gpu
 from actors.errors import ActorFaultError, CampaignError, LostObjectError, StoreFullError, UserError
 from actors.heartbeat import count
+from cluster.fleet.ray_room import shortage_now
 
+WAIT_SECONDS = 5.0
+"""After this long without a place it is asked why, and again each time it has passed."""
 SUPERVISION = "supervision"
 """A concurrency group: one thread in the actor's process that answers the watch while the actor works."""
 
@@ -147,12 +150,13 @@ async def place(
     held: PlacementGroup | None,
     nodes: Iterable[str],
     bundles: list[dict[str, float]],
-    on_wait: Callable[[], None],
+    on_wait: Callable[[str], None],
 ) -> PlacementGroup | None:
     """A placement group with these bundles; waits without limit until the cluster has room.
 
     held, nodes: the group that is already reserved, and its nodes; it is kept unless one of its nodes is gone.
-    on_wait: called once, if there is no room after 5 seconds. Returns None where no bundle reserves anything.
+    on_wait: called after WAIT_SECONDS, and when the reason changes: with what there is no room for, or "" where there is
+    room and the start takes its time. Returns None where no bundle reserves anything.
     """
     if not any(bundles):
         return None
@@ -162,14 +166,18 @@ async def place(
         held = None
     if held is None:
         held = placement_group(bundles, strategy="PACK")
-    start, reported = time.monotonic(), False
+    asked, reported = time.monotonic(), None
+    start = asked
     try:
         # Polled: `held.ready()` would start a worker process in the group only to report that there is room.
         while not held.wait(0):
             await asyncio.sleep(0.02 if time.monotonic() - start < 1 else 0.5)
-            if not reported and time.monotonic() - start > 5:
-                on_wait()
-                reported = True
+            if time.monotonic() - asked > WAIT_SECONDS:
+                asked, reason = time.monotonic(), await asyncio.to_thread(shortage_now, bundles)
+                # Amounts in the reason change often: what is missing is told once.
+                if reported is None or bool(reason) != bool(reported):
+                    reported = reason
+                    on_wait(reason)
     except BaseException:
         remove_placement_group(held)
         raise

@@ -88,15 +88,16 @@ class LearnerGroup(Fleet):
 
     async def start(self, *, patient: bool = False) -> None:
         """Starts all ranks and waits until every one has built its shard. Arguments and errors: see Supervisor.start."""
+        waiting: list[str] = []
         try:
             async with asyncio.timeout(None if patient else self._start_timeout):
-                await self._find_room()
+                await self._find_room(waiting)
             async with asyncio.timeout(self._start_timeout):
                 await self._start_all()
         except TimeoutError as error:
             raise CampaignError(
                 f"the {len(self.replicas)} ranks of the learner did not start within {self._start_timeout:g} s "
-                "(ray.start_timeout_seconds)"
+                f"(ray.start_timeout_seconds){await self._who_holds_the_room(waiting)}"
             ) from error
         for replica in self.replicas:
             replica.alive = True
@@ -150,16 +151,13 @@ class LearnerGroup(Fleet):
             remove_placement_group(self._placement)
             self._placement = None
 
-    async def _find_room(self) -> None:
-        bundle = self._resources.bundle
-
-        def waits() -> None:
-            needs = ", ".join(f"{amount:g} {name}" for name, amount in bundle.items())
-            cause = f"the cluster has no room for {len(self.replicas)} times {needs}"
-            self._on_event("waiting_for_resources", actor=self.role, cause=cause)
-
+    async def _find_room(self, waiting: list[str]) -> None:
         nodes = [replica.node for replica in self.replicas]
-        self._placement = await place(self._placement, nodes, [bundle] * len(nodes), waits)
+        bundles = [self._resources.bundle] * len(nodes)
+        self._placement = await place(
+            self._placement, nodes, bundles, lambda reason: self._waits(self.role, len(nodes), waiting, reason)
+        )
+        waiting.clear()
 
     async def _start_all(self) -> None:
         for rank, replica in enumerate(self.replicas):

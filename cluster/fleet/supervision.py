@@ -32,6 +32,7 @@ from cluster.fleet.ray_actor import (
     wait_until_built,
     whereabouts,
 )
+from cluster.fleet.ray_room import holders, needs
 from cluster.records.event_table import EVENTS
 from cluster.records.utilisation import Utilisation
 
@@ -226,21 +227,22 @@ class Supervisor:
                 self._on_event("start_failed", actor=replica.name, cause=str(error))
 
     async def _start(self, replica: Replica, *, patient: bool = False) -> None:
-        bundle = self._resources.bundle
-
-        def waits() -> None:
-            needs = ", ".join(f"{amount:g} {name}" for name, amount in bundle.items())
-            self._on_event("waiting_for_resources", actor=replica.name, cause=f"the cluster has no room for {needs}")
-
+        waiting: list[str] = []
+        """Why it has no place, the newest reason last."""
         try:
             async with asyncio.timeout(None if patient else self._start_timeout):
-                replica.placement = await place(replica.placement, [replica.node], [bundle], waits)
+                replica.placement = await place(
+                    replica.placement,
+                    [replica.node],
+                    [self._resources.bundle],
+                    lambda reason: self._waits(replica.name, 1, waiting, reason),
+                )
+            waiting = []
             async with asyncio.timeout(self._start_timeout):
                 await self._create(replica)
         except TimeoutError as error:
-            raise CampaignError(
-                f"{replica.name} did not start within {self._start_timeout:g} s (ray.start_timeout_seconds)"
-            ) from error
+            late = f"{replica.name} did not start within {self._start_timeout:g} s (ray.start_timeout_seconds)"
+            raise CampaignError(late + await self._who_holds_the_room(waiting)) from error
         if replica not in self.replicas:  # the fleet has shrunk meanwhile
             return
         replica.alive, replica.behind, replica.tardy, replica.silent = True, False, False, ""
@@ -248,6 +250,24 @@ class Supervisor:
         self._on_event("actor_started", actor=replica.name)
         self._in_background(self._watch(replica))
         await self._available()
+
+    def _waits(self, name: str, places: int, waiting: list[str], reason: str) -> None:
+        """A place is not there yet: for lack of room (`reason`), or because Ray has not assigned it ("")."""
+        waiting.append(reason)
+        if reason:
+            others = any(replica.alive for replica in self.replicas)
+            then = "the campaign continues without it" if others else "the campaign waits for it"
+            room = f"the cluster has no room for {needs([self._resources.bundle] * places)}"
+            self._on_event("waiting_for_resources", actor=name, cause=f"{room}; {then} ({reason})")
+        else:
+            self._on_event("actor_starting", actor=name)
+
+    async def _who_holds_the_room(self, waiting: list[str]) -> str:
+        """For the message of a start that has waited for room: why, and whose actors are there; "" if it has not."""
+        if not waiting or not waiting[-1]:
+            return ""
+        there = await asyncio.to_thread(holders)
+        return f": there is no room for it ({waiting[-1]}" + (f"; there are {there})" if there else ")")
 
     async def _create(self, replica: Replica) -> None:
         """Creates the actor in its place, and waits until it is ready for work."""

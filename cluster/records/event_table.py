@@ -28,6 +28,8 @@ class Event:
     """A process of the campaign ended, in a way that it could record. A killed process leaves no such event."""
     news: bool = True
     """`understudy status` lists it under "news"."""
+    withdraws: tuple[str, ...] = ()
+    """Kinds whose news of the same actor are over with this event."""
     guard_action: str = ""
     """The guard action (`guards.<name>.action`) that this event records."""
 
@@ -48,7 +50,13 @@ EVENTS: dict[str, Event] = {
     "scaled": Event("{role}: {before} -> {after} actors", "warn"),
     "scaling_failed": Event("{actor} cannot join: {cause}", "bad"),
     # Actors.
-    "actor_started": Event("{actor} has started", "good", news=False),
+    "actor_starting": Event("{actor} is starting"),
+    "actor_started": Event(
+        "{actor} has started",
+        "good",
+        news=False,
+        withdraws=("waiting_for_resources", "actor_starting", "actor_silent", "left_behind"),
+    ),
     "actor_died": Event("{actor} died; its work is done again ({cause})", "bad", "died", fault=True),
     "actor_hung": Event("{actor} hangs and was killed; its work is done again ({cause})", "bad", "hangs", fault=True),
     "actor_failed": Event(
@@ -57,9 +65,9 @@ EVENTS: dict[str, Event] = {
     "actor_restarted": Event("{actor} is back (restart {restarts})", "good"),
     "actor_ended": Event("{actor} has ended"),
     "actor_silent": Event("{actor} is silent; its work goes to others ({cause})", "warn"),
-    "actor_heard": Event("{actor} is heard again, after {seconds} s"),
+    "actor_heard": Event("{actor} is heard again, after {seconds} s", withdraws=("actor_silent",)),
     "left_behind": Event("{actor} is left behind; it gets no work until it has caught up ({cause})", "warn"),
-    "caught_up": Event("{actor} has caught up"),
+    "caught_up": Event("{actor} has caught up", withdraws=("left_behind",)),
     "start_failed": Event("{actor} died while it started; it is started again ({cause})", "warn"),
     "learner_restored": Event("the learner is back, as it was after update {step} ({checkpoint})", "good"),
     "lost_objects": Event(
@@ -70,11 +78,13 @@ EVENTS: dict[str, Event] = {
     "unjudged": Event("{count} responses have no verdict and count as wrong ({cause})", "warn"),
     # Resources.
     "short_of_resources": Event("starting with one actor of each role; more join when there is room ({cause})", "warn"),
-    "waiting_for_resources": Event("{actor} waits: {cause}; the campaign continues without it", "warn"),
+    "waiting_for_resources": Event("{actor} waits: {cause}", "warn"),
     "object_store_full": Event("{actor} waits: {cause}", "warn"),
     "side_task_failed": Event("{task}: {cause}; it is tried again", "warn"),
     "disk_full": Event("the run directory cannot be written to; it is waited for ({cause})", "bad"),
-    "disk_back": Event("the run directory can be written to again, after {seconds} s", "good"),
+    "disk_back": Event(
+        "the run directory can be written to again, after {seconds} s", "good", withdraws=("disk_full",)
+    ),
     # Checkpoints.
     "checkpoint": Event("checkpoint of update {step} written: {path}", news=False),
     "saved_at_the_end": Event("the campaign ends with an error; update {step} is saved first ({cause})", "warn"),

@@ -83,7 +83,7 @@ def test_an_actor_that_has_lost_a_rank_is_replaced_and_leaves_nothing_behind(tmp
             fleet.close()
 
     asyncio.run(run())
-    told = [event for event in events if event != "waiting_for_resources"]  # on a busy machine
+    told = [event for event in events if event not in ("waiting_for_resources", "actor_starting")]  # on a busy machine
     assert told == ["actor_started", "actor_died", "actor_started", "actor_restarted"]
 
 
