@@ -23,7 +23,7 @@ from cluster.console.screen import Progress
 from cluster.console.status import keep_status, live_actors, persistently
 from cluster.fleet.ray_cluster import connected, refuse_relative_output, room_to_begin
 from cluster.fleet.ray_fleet import Fleet
-from cluster.fleet.supervision import Repeated, Restarts
+from cluster.fleet.restarts import Repeated, Restarts
 from cluster.inputs import Inputs, read_inputs
 from cluster.interrupts import INTERRUPTS
 from cluster.loop.campaign import Campaign

@@ -16,7 +16,7 @@ from actors.errors import ActorFaultError, CampaignError, LearnerLostError, Stor
 from actors.heartbeat import beat
 from cluster.fleet.ray_actor import Resources
 from cluster.fleet.ray_fleet import Fleet
-from cluster.fleet.supervision import Restarts
+from cluster.fleet.restarts import Restarts
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("ray_session")]
 
@@ -361,7 +361,7 @@ def test_a_fleet_of_one_that_hangs_and_is_not_replaced_is_lost() -> None:
 
 def test_restarts_are_counted_within_the_hour(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
-    monkeypatch.setattr("cluster.fleet.supervision.time.monotonic", lambda: now)
+    monkeypatch.setattr("cluster.fleet.restarts.time.monotonic", lambda: now)
     budget = Restarts(3)
     pauses = []
     for moment in (0.0, 10.0, 20.0):

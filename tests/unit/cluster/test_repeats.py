@@ -7,7 +7,7 @@ import pytest
 
 from actors.errors import ActorFaultError, CampaignError, LearnerLostError
 from cluster.config_file import load_config
-from cluster.fleet.supervision import Repeated, same_cause
+from cluster.fleet.restarts import Repeated, same_cause
 from cluster.records.writer import read_jsonl
 from learner.learner import Learner
 from tests import clean_process
@@ -39,11 +39,11 @@ def test_a_process_that_ended_without_an_error_must_have_ended_at_the_same_step(
 
 def fails_at(config_file: Path, step: int, method: str, restarts_take_hours: bool) -> None:
     """Runs the campaign with a learner that cannot get beyond this step, and hours between its failures."""
-    import cluster.fleet.supervision as supervision
+    import cluster.fleet.restarts as restarts
 
     if restarts_take_hours:
-        supervision.WINDOW_SECONDS = 0.0
-    supervision.Restarts.pause = lambda self: 0.0  # type: ignore[method-assign]
+        restarts.WINDOW_SECONDS = 0.0
+    restarts.Restarts.pause = lambda self: 0.0  # type: ignore[method-assign]
     whole: Any = getattr(Learner, method)
 
     def broken(self: Learner, *arguments: Any, **keywords: Any) -> Any:
