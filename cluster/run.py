@@ -22,6 +22,7 @@ from cluster.console.control import handlers, obey
 from cluster.console.screen import Progress
 from cluster.console.status import keep_status, live_actors, persistently
 from cluster.fleet.ray_cluster import connected, refuse_relative_output, room_to_begin
+from cluster.fleet.ray_control_store import control_store_lost
 from cluster.fleet.ray_fleet import Fleet
 from cluster.fleet.restarts import Repeated, Restarts
 from cluster.inputs import Inputs, read_inputs
@@ -204,6 +205,7 @@ class Running:
             "samples": TrainingSamples(self.config, self.inputs.prompts, self.inputs.tokenizer, self.records),
             "gate": self.gate,
             "interrupted": self.interrupted,
+            "neighbours": {"Ray's control store": control_store_lost},
         }
         most, budget, again = self.config.ray.max_restarts, Restarts(self.config.ray.max_restarts), Repeated()
         while True:

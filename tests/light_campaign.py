@@ -172,6 +172,7 @@ def without_ray() -> None:
     actors: Any = cluster.roles
     actors.Fleet = LocalFleet
     here: Any = cluster.run
+    here.control_store_lost = asyncio.Event().wait
     here.connected = lambda config: nullcontext(True)
     here.room_to_begin = light_room
 

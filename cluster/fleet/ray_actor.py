@@ -6,6 +6,7 @@ Errors cross from the actor's process as exceptions of our own (actors/errors.py
 import asyncio
 import os
 import re
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -182,6 +183,13 @@ async def place(
         remove_placement_group(held)
         raise
     return held
+
+
+def within(seconds: float, do: Callable[[], object]) -> None:
+    """Does something that may block for ever, and goes on without it after so many seconds."""
+    doing = threading.Thread(target=do, daemon=True)
+    doing.start()
+    doing.join(seconds)
 
 
 def create(

@@ -15,6 +15,7 @@ import asyncio
 import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Coroutine
+from contextlib import suppress
 from typing import Any
 
 from actors.errors import CampaignError, LearnerLostError, UserError
@@ -28,6 +29,7 @@ from cluster.fleet.ray_actor import (
     errors_of,
     place,
     steps_of,
+    within,
     wait_until_built,
     whereabouts,
 )
@@ -47,6 +49,8 @@ WATCH_SECONDS = 5.0
 """Between two questions of the watch."""
 SILENT_SECONDS = 10.0
 """After this long without an answer to the watch, or after a quarter of the hang time-out, an actor is silent."""
+CLOSE_SECONDS = 10.0
+"""For the end of all actors of a fleet. Without its control store, Ray waits for ever."""
 LATE_SECONDS = 5.0
 """A call to each actor waits this long for the others after the first answer, or twice as long as that took."""
 
@@ -141,9 +145,13 @@ class Supervisor:
         """Ends all actors at once."""
         for task in self._tasks:  # first: the watch would report the deaths, and start replacements
             task.cancel()
+        within(CLOSE_SECONDS, self._end_all)
+
+    def _end_all(self) -> None:
         for replica in (*self.replicas, *self._leaving):
-            replica.kill()
-            replica.give_up_place()
+            with suppress(Exception):  # of any kind: without its control store Ray can end none, and they end with it
+                replica.kill()
+                replica.give_up_place()
 
     # ------------------------------------------------------------------------------------------------------- starting
 

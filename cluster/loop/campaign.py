@@ -24,7 +24,7 @@ part of the update in one call. The types are in work.py, the queues in queues.p
 
 import asyncio
 import gc
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from typing import Any, TypeVar
 
@@ -71,13 +71,15 @@ class Campaign:
         samples: TrainingSamples | None = None,
         gate: asyncio.Event | None = None,
         interrupted: asyncio.Event | None = None,
+        neighbours: Mapping[str, Callable[[], Awaitable[None]]] | None = None,
     ):
         """state: where the campaign stands; the loop updates it. Fleets are started. gate: while it is not set, nothing is
-        issued, and what is under way is finished and trained. interrupted: once it is set, the loop ends with a checkpoint."""
+        issued, and what is under way is finished and trained. interrupted: once it is set, the loop ends with a checkpoint.
+        neighbours: name -> coroutine function that raises when something that the loop cannot do without is lost."""
         self.config, self.state = config, state
         self.rollout, self.teachers, self.learner = rollout, teachers, learner
         self._prompts, self._records, self._samples, self._gate = prompts, records, samples, gate
-        self._interrupted = interrupted or asyncio.Event()
+        self._interrupted, self._neighbours = interrupted or asyncio.Event(), neighbours or {}
         self._synchronous = config.pipeline.max_staleness == 0
         self._update_size = config.trajectories_per_update
         self._queues = Queues(config, state, prompts, rollout, teachers)
@@ -115,6 +117,7 @@ class Campaign:
                 "train": self._train,
                 "publish": self._publish,
                 # A fleet that fails for good ends the loop, even while no stage calls it.
+                **self._neighbours,
                 **{fleet.role: fleet.watched for fleet in (self.rollout, self.learner, *self.teachers.fleets.values())},
             }.items()
         }
