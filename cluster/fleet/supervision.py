@@ -29,9 +29,9 @@ from cluster.fleet.ray_actor import (
     errors_of,
     place,
     steps_of,
-    within,
     wait_until_built,
     whereabouts,
+    within,
 )
 from cluster.fleet.ray_room import holders, needs
 from cluster.fleet.restarts import Restarts
