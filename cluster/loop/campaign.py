@@ -24,7 +24,7 @@ part of the update in one call. The types are in work.py, the queues in queues.p
 
 import asyncio
 import gc
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from contextlib import suppress
 from typing import Any, TypeVar
 
@@ -71,7 +71,7 @@ class Campaign:
         samples: TrainingSamples | None = None,
         gate: asyncio.Event | None = None,
         interrupted: asyncio.Event | None = None,
-        neighbours: Mapping[str, Callable[[], Awaitable[None]]] | None = None,
+        neighbours: Mapping[str, Callable[[], Coroutine[Any, Any, Any]]] | None = None,
     ):
         """state: where the campaign stands; the loop updates it. Fleets are started. gate: while it is not set, nothing is
         issued, and what is under way is finished and trained. interrupted: once it is set, the loop ends with a checkpoint.
@@ -107,20 +107,18 @@ class Campaign:
 
         Raises the first error of any stage. LearnerLostError, RollBack: the caller may start a new loop from a checkpoint.
         """
-        stages = {
-            asyncio.create_task(stage(), name=name)
-            for name, stage in {
-                "interrupt": self._interrupted.wait,
-                "issue": self._issue,
-                "sample": self._sample,
-                "score": self._score,
-                "train": self._train,
-                "publish": self._publish,
-                # A fleet that fails for good ends the loop, even while no stage calls it.
-                **self._neighbours,
-                **{fleet.role: fleet.watched for fleet in (self.rollout, self.learner, *self.teachers.fleets.values())},
-            }.items()
+        work: dict[str, Callable[[], Coroutine[Any, Any, Any]]] = {
+            "interrupt": self._interrupted.wait,
+            "issue": self._issue,
+            "sample": self._sample,
+            "score": self._score,
+            "train": self._train,
+            "publish": self._publish,
+            # A fleet that fails for good ends the loop, even while no stage calls it.
+            **self._neighbours,
+            **{fleet.role: fleet.watched for fleet in (self.rollout, self.learner, *self.teachers.fleets.values())},
         }
+        stages = {asyncio.create_task(stage(), name=name) for name, stage in work.items()}
         gc.freeze()  # modules and prompts live to the end; scanning them for garbage costs 10% of the loop's time
         try:
             done, _ = await asyncio.wait(stages, return_when=asyncio.FIRST_COMPLETED)

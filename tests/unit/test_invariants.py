@@ -35,3 +35,15 @@ def test_the_tests_of_an_invariant_are_part_of_make_test(number: str, tests: str
 def test_a_nightly_test_does_not_count(tmp_path: Path, mark: str) -> None:
     (tmp_path / "test_it.py").write_text(f"{mark}\ndef test_it() -> None: ...\n")
     assert not in_make_test(tmp_path / "test_it.py", "test_it")
+
+
+def test_only_what_is_shown_reads_the_wall_clock() -> None:
+    """A clock that is set, or a machine that sleeps, must not end a wait, spend a budget or change a duration."""
+    shown = {"cluster/records/writer.py", "cluster/console/status.py", "cluster/console/control.py"}
+    readers = {
+        str(path.relative_to(ROOT))
+        for folder in ("actors", "learner", "cluster")
+        for path in (ROOT / folder).rglob("*.py")
+        if re.search(r"\btime\.time(_ns)?\(|datetime\.(now|today|utcnow)\(", path.read_text())
+    }
+    assert readers - {"cluster/tracking/trackers.py"} == shown
