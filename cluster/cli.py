@@ -103,6 +103,13 @@ def _add_commands_of_a_configuration(command: Command) -> None:
     run.add_argument(
         "--resume-from", metavar="STEP", help="resume from this checkpoint (default: the newest whole one)"
     )
+    run.add_argument(
+        "--allow-change",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="go on although the contents under this key are others (prompts, student.model, teachers.NAME.model); repeats",
+    )
     check = configured(
         "check", _check, "check configuration, models, prompts and cluster before a campaign starts", example
     )
@@ -174,7 +181,7 @@ def _run(options: argparse.Namespace) -> int:
     from cluster.console.screen import summary_table
     from cluster.run import run_campaign
 
-    summary, complete = run_campaign(config, options.resume_from)
+    summary, complete = run_campaign(config, options.resume_from, options.allow_change)
     print(summary_table(summary))
     print(f"report: {(config.run_dir / REPORT_FILE).resolve()}")
     if not complete:

@@ -11,7 +11,7 @@ import errno
 import os
 import sys
 import traceback
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ from cluster.state.campaign_state import CampaignState
 from cluster.state.checkpoints import what_is_good
 from cluster.state.resume import claimed, take_up
 from cluster.state.rollback import RollBack, roll_back
+from cluster.state.same_inputs import demand_same, fingerprints
 from cluster.state.soundness import Found, newest_sound
 from cluster.state.summary import summarise
 from cluster.tracking.outbox import Trackers
@@ -52,10 +53,13 @@ from learner.student.checkpoint import checkpoint_steps
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
-def run_campaign(config: CampaignConfig, resume_from: str | None = None) -> tuple[dict[str, Any], bool]:
+def run_campaign(
+    config: CampaignConfig, resume_from: str | None = None, allow_change: Sequence[str] = ()
+) -> tuple[dict[str, Any], bool]:
     """Runs a campaign, or resumes the one in its run directory; a finished one is not run again.
 
     resume_from: the step or directory of the checkpoint to resume from; by default the newest that is sound.
+    allow_change: keys of prompts and models whose contents may be others than the campaign began with.
 
     Returns the summary, and whether the campaign is complete (False: it was interrupted). UserError: the configuration,
     an input or the run directory is at fault. CampaignError: it broke while it ran.
@@ -76,12 +80,18 @@ def run_campaign(config: CampaignConfig, resume_from: str | None = None) -> tupl
         done = read_summary(config.run_dir)
         if found.state.step >= config.pipeline.updates and done.get("updates") == found.state.step:
             return done, True
-        return _run_connected(config, records, found)
+        inputs = read_inputs(config)
+        now = fingerprints(config, inputs.prompts, inputs.held_out)
+        demand_same(found.state.inputs, now, allow_change, told)
+        take_up(config, records, told, found)
+        found.state.inputs = now
+        return _run_connected(config, records, inputs, found)
 
 
-def _run_connected(config: CampaignConfig, records: RunRecords, found: Found) -> tuple[dict[str, Any], bool]:
-    inputs = read_inputs(config)
-    state, checkpoint = take_up(config, records, found=found)
+def _run_connected(
+    config: CampaignConfig, records: RunRecords, inputs: Inputs, found: Found
+) -> tuple[dict[str, Any], bool]:
+    state, checkpoint = found.state, found.checkpoint
     progress = Progress(config.run_dir)
     INTERRUPTS.last_acts.append(progress.leave)
 
@@ -217,10 +227,11 @@ class Running:
                     raise CampaignError(f"{error}; {replaced}") from error
                 await asyncio.sleep(budget.pause())
                 budget.count()
-                failed_at, faults = self.state.step, self.state.faults
+                failed_at, faults, inputs = self.state.step, self.state.faults, self.state.inputs
                 await self.disk.lines_written()
                 take = partial(asyncio.to_thread, take_up, self.config, self.records, self.told)
                 self.state, checkpoint = await self.disk.patiently(take)
+                self.state.inputs = inputs
                 self.state.faults = faults  # events stay on record, so their count does not go back either
                 if again.seen(self.state.step, failed_at, error):
                     raise CampaignError(f"{error}; {again.told(self.state.step)}") from error

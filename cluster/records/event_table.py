@@ -43,6 +43,7 @@ EVENTS: dict[str, Event] = {
     "stopped": Event("stopped after update {step}; the same command continues it", "warn", "interrupted", ends=True),
     "failed": Event("failed after update {step}: {cause}", "bad", "failed", ends=True),
     "finished": Event("finished after update {step}", "good", "finished", ends=True, news=False),
+    "contents_changed": Event("{key}: {path} has other contents than the campaign began with, as was allowed", "warn"),
     "configuration_changed": Event("continued with another configuration: {changed}", "warn"),
     # What an operator asked for.
     "paused": Event("paused", "warn"),

@@ -45,6 +45,8 @@ class CampaignState:
     """How the actors spent these seconds: actor -> state -> seconds (cluster/records/utilisation.py)."""
     faults: int = 0
     """Events that are faults (an actor died, hung ...), over all runs of the campaign."""
+    inputs: dict[str, dict[str, str]] = field(default_factory=dict)
+    """The fingerprints of prompts and models (same_inputs.py)."""
     _busy_before: dict[str, float] = field(default_factory=lambda: dict.fromkeys(ROLES, 0.0))
     """`busy` at the last call of `busy_since_last_step`."""
 
@@ -69,6 +71,7 @@ class CampaignState:
             "guards": self.guards.to_json(),
             "actor_seconds": self.actor_seconds,
             "faults": self.faults,
+            "inputs": self.inputs,
         }
 
     @classmethod
@@ -89,6 +92,7 @@ class CampaignState:
             guards=GuardState.from_json(content.get("guards", {})),
             actor_seconds=content.get("actor_seconds", {}),
             faults=content["faults"],
+            inputs=content.get("inputs", {}),
             _busy_before=dict(content["busy"]),
         )
 

@@ -14,7 +14,7 @@ from cluster.config_file import differences, load_config, write_config
 from cluster.records.writer import CONFIG_FILE, LEDGER_FILE, METRICS_FILE, RunRecords, read_jsonl
 from cluster.state.campaign_state import CampaignState
 from cluster.state.mirror import KEY, Mirror, mirror_of
-from cluster.state.soundness import Found, newest_sound
+from cluster.state.soundness import Found, clear_the_way, newest_sound
 
 WHERE = ("name", "output_dir")
 """Keys that locate the run directory; `--resume DIRECTORY` sets them."""
@@ -113,9 +113,13 @@ def take_up(
     on_event: told of damaged checkpoints; by default events.jsonl is. found: what `newest_sound` has found already.
     UserError: see `newest_sound`; or ledger.jsonl does not fit.
     """
-    state, checkpoint = found or newest_sound(config, on_event or records.event)
-    fit_records(config, records, state)
-    return state, checkpoint
+    told = on_event or records.event
+    found = found or newest_sound(config, told)
+    clear_the_way(found, told)
+    if found.newer:  # the user goes back: what is undone stays on record, as after a rollback
+        records.set_aside_after(found.state.step, [])
+    fit_records(config, records, found.state)
+    return found.state, found.checkpoint
 
 
 def fit_records(config: CampaignConfig, records: RunRecords, state: CampaignState) -> None:

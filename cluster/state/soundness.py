@@ -6,7 +6,7 @@ the step in the directory's name, and fits ledger.jsonl. One that is not is set 
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,12 +29,16 @@ class Found(NamedTuple):
     state: CampaignState
     checkpoint: Path | None
     """None: there is none, and the campaign begins with the untrained student."""
+    damaged: Sequence[tuple[Path, str]] = ()
+    """Newer checkpoints that are damaged, and how."""
+    newer: Sequence[Path] = ()
+    """Newer checkpoints that the user does not want."""
 
 
 def newest_sound(config: CampaignConfig, on_event: OnEvent, resume_from: str | None = None) -> Found:
-    """The newest sound checkpoint of the run directory; damaged ones are told and set aside.
+    """The newest sound checkpoint of the run directory. Changes nothing; `clear_the_way` sets newer ones aside.
 
-    resume_from: the step, or the directory, of the checkpoint to take; newer ones are set aside.
+    resume_from: the step, or the directory, of the checkpoint to take.
     UserError: there are checkpoints, and none is sound; or the one that was asked for is not there, or not sound.
     """
     checkpoints = config.run_dir / "checkpoints"
@@ -54,16 +58,19 @@ def newest_sound(config: CampaignConfig, on_event: OnEvent, resume_from: str | N
             continue
         if not is_sealed(checkpoint):
             on_event("unchecked_checkpoint", step=step, path=str(checkpoint))
-        for path, cause in damaged:
-            on_event("damaged_checkpoint", cause=cause, path=str(_aside(path, "damaged")), to_step=step)
-        for later in steps if resume_from is not None else ():
-            if later > step:
-                aside = _aside(step_directory(checkpoints, later), "set_aside")
-                on_event("checkpoint_set_aside", path=str(aside), to_step=step)
-        return Found(found, checkpoint)
+        newer = [step_directory(checkpoints, later) for later in steps if resume_from is not None and later > step]
+        return Found(found, checkpoint, damaged, newer)
     if damaged:
         raise _nothing_sound(config, damaged, resume_from)
     return Found(CampaignState(), None)
+
+
+def clear_the_way(found: Found, on_event: OnEvent) -> None:
+    """Renames the newer checkpoints, whose steps the campaign will write again, and tells it. UserError: it cannot."""
+    for path, cause in found.damaged:
+        on_event("damaged_checkpoint", cause=cause, path=str(_aside(path, "damaged")), to_step=found.state.step)
+    for path in found.newer:
+        on_event("checkpoint_set_aside", path=str(_aside(path, "set_aside")), to_step=found.state.step)
 
 
 def _nothing_sound(config: CampaignConfig, damaged: list[tuple[Path, str]], resume_from: str | None) -> UserError:

@@ -168,8 +168,12 @@ def test_when_none_is_whole_the_campaign_does_not_begin_anew(run: tuple[Campaign
 @pytest.mark.parametrize("name", ["4", "step_00000004", "{folder}/step_00000004", "{folder}/step_00000004/"])
 def test_the_user_may_choose_the_checkpoint(name: str, run: tuple[CampaignConfig, Path]) -> None:
     config, newest = run
-    found = newest_sound(config, RunRecords(config.run_dir).event, name.format(folder=newest.parent))
-    assert found.state.step == 4 and checkpoint_steps(newest.parent) == [2, 4]
+    records = RunRecords(config.run_dir)
+    found = newest_sound(config, records.event, name.format(folder=newest.parent))
+    assert found.state.step == 4 and checkpoint_steps(newest.parent) == [2, 4, 6]
+    assert take_up(config, records, found=found)[0].step == 4
+    assert [row["step"] for row in read_jsonl(config.run_dir / "undone.jsonl")] == [5, 6]
+    assert checkpoint_steps(newest.parent) == [2, 4]
     (event,) = [row for row in read_jsonl(config.run_dir / "events.jsonl") if row["kind"] == "checkpoint_set_aside"]
     assert Path(event["path"]).is_dir()
     with pytest.raises(UserError, match=r"--resume-from: found 5, expected a checkpoint in .*, by its step: 2, 4"):
