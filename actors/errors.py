@@ -9,6 +9,8 @@ import difflib
 import errno
 from collections.abc import Iterable, Mapping
 
+from actors.plain_text import concealed, printable
+
 PASSING = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE)
 """Errors of a disk that are waited for."""
 
@@ -25,11 +27,17 @@ class UserError(Exception):
         self.where, self.found, self.expected = where, found, expected
         nearest = difflib.get_close_matches(str(found), list(choices), n=1)
         hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""
-        super().__init__(" ".join(f"{where}: found {found}, expected {expected}{hint}".split()))
+        text = f"{where}: found {found}, expected {expected}{hint}"
+        super().__init__(concealed(printable(" ".join(text.split()))))
 
     def to_json(self) -> dict[str, str]:
         """The error as plain values, to be written to a file or sent to another process; see `from_json`."""
-        return {"where": self.where, "found": str(self.found), "expected": self.expected, "message": str(self)}
+        return {
+            "where": self.where,
+            "found": concealed(str(self.found)),
+            "expected": self.expected,
+            "message": str(self),
+        }
 
     @classmethod
     def from_json(cls, content: Mapping[str, str]) -> "UserError":

@@ -63,8 +63,10 @@ def build_llm(options: dict[str, Any], more: dict[str, Any], key: str) -> Any:
         llm: Any = LLM(**options | more)
         llm.llm_engine.step = _counted(llm.llm_engine.step)
         return llm
-    except TypeError as error:
-        raise UserError(key, ", ".join(more), f"options of vLLM's engine ({error})") from error
+    except (TypeError, ValueError) as error:  # a wrong value, or one that does not fit the model or the machine
+        reason = " ".join(line.strip() for line in str(error).strip().splitlines()[:3])[:300]
+        found = ", ".join(f"{name}: {value}" for name, value in more.items()) or "vLLM's defaults"
+        raise UserError(key, found, f"options that vLLM's engine takes ({reason})") from error
     finally:
         gc.enable()
 

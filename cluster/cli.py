@@ -6,6 +6,7 @@ without loading torch and Ray.
 """
 
 import argparse
+import io
 import json
 import os
 import sys
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from actors.errors import CampaignError, UserError
+from actors.plain_text import concealed, printable
 from cluster.console.terminal import lasting_output
 from cluster.interrupts import INTERRUPTED_STATUS, INTERRUPTS
 from cluster.records.writer import REPORT_FILE
@@ -26,6 +28,9 @@ END_SECONDS = 10.0
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs one command and exits with its status."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # an encoding that lacks a character must not end a command
+            stream.reconfigure(errors="backslashreplace")
     parser = command_parser()
     options, others = parser.parse_known_args(arguments)
     # `run CONFIG --flag key=value`: argparse leaves positional arguments behind an option over.
@@ -33,6 +38,9 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"unrecognized arguments: {' '.join(others)}")
     if others:
         options.overrides = [*options.overrides, *others]
+    repeated = _repeated(getattr(options, "overrides", []))
+    if repeated:
+        parser.error(f"{repeated} is given twice")
     if options.command in LONG_COMMANDS:
         with INTERRUPTS.heard(), lasting_output():
             status = _status_of(options)
@@ -43,16 +51,19 @@ def main(arguments: list[str] | None = None) -> None:
     sys.exit(status)
 
 
+def _repeated(overrides: list[str]) -> str | None:
+    """A key that is given twice; which value was meant, nobody can tell."""
+    keys = [override.partition("=")[0].strip() for override in overrides if "=" in override]
+    return next((key for key in keys if keys.count(key) > 1), None)
+
+
 def _status_of(options: argparse.Namespace) -> int:
     """Runs the command; its exit status, once what went wrong is printed."""
     try:
         return options.command(options)
-    except UserError as error:
-        print(f"understudy: {error}", file=sys.stderr)
-        return 2
-    except CampaignError as error:
-        print(f"understudy: {error}", file=sys.stderr)
-        return 1
+    except (UserError, CampaignError) as error:
+        print(f"understudy: {concealed(printable(str(error)))}", file=sys.stderr)
+        return 2 if isinstance(error, UserError) else 1
     except BrokenPipeError:  # the reader of our output has closed it, for example `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -198,11 +209,11 @@ def _check(options: argparse.Namespace) -> int:
 
     for name, check in checks(config, offline=options.offline):
         if check is None:
-            print(f"{name}: not looked at (offline)")
+            print(printable(f"{name}: not looked at (offline)"))
             continue
         start = time.perf_counter()
         found = check()
-        print(f"{name}: ok ({found}; {time.perf_counter() - start:.1f} s)")
+        print(concealed(printable(f"{name}: ok ({found}; {time.perf_counter() - start:.1f} s)")))
     return 0
 
 

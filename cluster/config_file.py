@@ -4,9 +4,11 @@ Types are checked here against the dataclasses of the three config.py, so that m
 resolves `${...}` and builds the objects. This is the only file that imports it; it loads neither torch nor Ray.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import math
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,8 +21,16 @@ from omegaconf.errors import OmegaConfBaseException, ValidationError
 from yaml.scanner import ScannerError
 
 from actors.errors import UserError
+from actors.plain_text import conceal
 from cluster.config import CampaignConfig
 from cluster.validation import refuse
+
+LARGEST = 2**63 - 1
+"""The largest whole number of a configuration: everything that reads it has 64 bits."""
+OF_ENVIRONMENT = re.compile(r"\$\{\s*oc\.env\s*:\s*([A-Za-z_]\w*)")
+"""A reference to an environment variable, and its name."""
+REFERENCES = "_references"
+"""Attribute of a loaded configuration: see `_references`."""
 
 SINGLE_VALUES = {
     int: (IntegerNode, "a whole number"),
@@ -31,10 +41,11 @@ SINGLE_VALUES = {
 """Type of a field -> the converter, and what an error message calls it."""
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> CampaignConfig:
+def load_config(path: str | Path, overrides: Sequence[str] = (), *, environment: bool = True) -> CampaignConfig:
     """YAML file and `key=value` overrides -> configuration. The last override of a key wins.
 
-    UserError: the first key or value that does not fit the dataclasses, their ranges, or the other settings.
+    environment: False puts `$NAME` for an environment variable that is not set, for those who read a run and need not
+    have its secrets. UserError: the first key or value that does not fit the dataclasses, their ranges, or the other settings.
     """
     content = _read(Path(path))
     _check_type(f"{path}: ", "", CampaignConfig, content)
@@ -42,7 +53,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> CampaignConf
         change = _parse(override)
         _check_type(f"override {override!r}: ", "", CampaignConfig, change)
         content = OmegaConf.merge(content, change)
-    config = _to_object(str(path), content)
+    config = _to_object(str(path), content, environment)
     _check_values(config)
     refuse(config)
     config.output_dir = str(Path(config.output_dir).expanduser())
@@ -50,20 +61,31 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> CampaignConf
 
 
 def write_config(config: CampaignConfig, path: Path) -> None:
-    """Writes the fully resolved configuration as YAML, by renaming a temporary file."""
+    """Writes the resolved configuration as YAML, by renaming a temporary file; see `as_dictionary`."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)), "utf-8")
+    temporary.write_text(OmegaConf.to_yaml(OmegaConf.create(as_dictionary(config))), "utf-8")
     temporary.replace(path)
 
 
 def as_dictionary(config: CampaignConfig) -> dict[str, Any]:
-    """The configuration as dictionaries, lists and single values."""
-    return OmegaConf.to_container(OmegaConf.structured(config))  # type: ignore[return-value]
+    """The configuration as dictionaries, lists and single values.
+
+    A text that came from the environment (`${oc.env:NAME}`) is the reference: its value may be a secret.
+    """
+    content: Any = OmegaConf.to_container(OmegaConf.structured(config))
+    for place, reference in getattr(config, REFERENCES, {}).items():
+        _put(content, place, reference)
+    return content
 
 
 def differences(before: CampaignConfig, after: CampaignConfig) -> list[tuple[str, Any, Any]]:
-    """(key, before, after) of each key whose value differs."""
+    """(key, before, after) of each key whose value differs. A value from the environment is given as its reference."""
     old, new = dict(_leaves(before)), dict(_leaves(after))
+    for config, leaves in ((before, old), (after, new)):
+        for place, reference in getattr(config, REFERENCES, {}).items():
+            key = ".".join(map(str, place))
+            if key in leaves:
+                leaves[key] = reference
     return [
         (key, old.get(key), new.get(key)) for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)
     ]
@@ -122,6 +144,8 @@ def _check_type(where: str, key: str, hint: Any, value: Any) -> None:
         fields = get_type_hints(kind) if dataclasses.is_dataclass(kind) else dict.fromkeys(value, get_args(kind)[1])
         for name, inner in value.items():
             below = f"{key}.{name}" if key else str(name)
+            if not isinstance(name, str):
+                raise UserError(f"{where}{below}", f"{name!r} as a name", f"a text, for example {f'name{name}'!r}")
             if name not in fields:
                 raise UserError(f"{where}{below}", "a key that does not exist", _nearest(str(name), list(fields)))
             _check_type(where, below, fields[name], inner)
@@ -148,16 +172,63 @@ def _nearest(name: str, names: list[str]) -> str:
     return hint + ", ".join(sorted(names))
 
 
-def _to_object(where: str, content: Any) -> CampaignConfig:
+def _to_object(where: str, content: Any, environment: bool) -> CampaignConfig:
     try:
         merged = OmegaConf.merge(OmegaConf.structured(CampaignConfig), content)
-        OmegaConf.resolve(merged)
+        raw = OmegaConf.to_container(merged, resolve=False)
+        for variable in OF_ENVIRONMENT.findall(str(raw)):
+            conceal(variable)
+        with contextlib.nullcontext() if environment else _stand_ins(raw):
+            OmegaConf.resolve(merged)
         # Only now: an override may have given a required value that the file lacks.
         for key in sorted(OmegaConf.missing_keys(merged)):
             raise UserError(f"{where}: {key}", "nothing", "a value: it has no default")
-        return OmegaConf.to_object(merged)  # type: ignore[return-value]
+        config: Any = OmegaConf.to_object(merged)
+        setattr(config, REFERENCES, _references(raw, OmegaConf.to_container(merged)))
+        return config
     except OmegaConfBaseException as error:
         raise UserError(f"{where}: {error.full_key}", _one_line(error), "a value that can be resolved") from error
+
+
+def _references(raw: Any, resolved: Any) -> dict[tuple, str]:
+    """Place of a text that came from the environment, as keys and indices -> the text before it was resolved.
+
+    Also one that came there by another key (`${tracking.mlflow_uri}`). Numbers and true or false are no secrets.
+    """
+    values = {os.environ[name] for name in OF_ENVIRONMENT.findall(str(raw)) if os.environ.get(name)}
+    found: dict[tuple, str] = {}
+
+    def walk(before: Any, after: Any, place: tuple) -> None:
+        if isinstance(before, str) and "${" in before and isinstance(after, str | dict | list):
+            if OF_ENVIRONMENT.search(before) or any(value in str(after) for value in values):
+                found[place] = before
+        elif isinstance(before, dict) and isinstance(after, dict):
+            for name, inner in before.items():
+                walk(inner, after.get(name), (*place, name))
+        elif isinstance(before, list) and isinstance(after, list):
+            for number, (inner, other) in enumerate(zip(before, after, strict=False)):
+                walk(inner, other, (*place, number))
+
+    walk(raw, resolved, ())
+    return found
+
+
+def _put(content: Any, place: tuple, value: Any) -> None:
+    for name in place[:-1]:
+        content = content[name]
+    content[place[-1]] = value
+
+
+@contextlib.contextmanager
+def _stand_ins(raw: Any) -> Iterator[None]:
+    """Context in which every environment variable that is missing has its own name as its value."""
+    missing = {name: f"${name}" for name in OF_ENVIRONMENT.findall(str(raw)) if name not in os.environ}
+    os.environ.update(missing)
+    try:
+        yield
+    finally:
+        for name in missing:
+            del os.environ[name]
 
 
 def _nodes(config: Any, prefix: str = "") -> Iterator[tuple[str, dict[str, Any], Any]]:
@@ -181,6 +252,8 @@ def _check_values(config: CampaignConfig) -> None:
     for key, limits, value in _nodes(config):
         if isinstance(value, str) and re.search(r"://[^/@]*:[^/@]+@", value):
             raise UserError(key, "a URL with a password", "one without: keys come from the environment")
+        if type(value) is int and abs(value) > LARGEST:
+            raise UserError(key, f"a number of {len(str(abs(value)))} digits", "at most 2^63 - 1")
         if not limits or value is None:
             continue
         rules = [

@@ -12,6 +12,7 @@ from actors.errors import UserError
 from actors.rollout.engine import engine_class
 from actors.teacher.alignment import make_reader
 from actors.teacher.backends import backend_of, needs_plan
+from actors.vllm_options import check_options
 from cluster.config import CampaignConfig
 from cluster.fleet.ray_cluster import check_gpus, connected, refuse_relative_output, room_to_begin
 from cluster.inputs import max_prompt_tokens, read_inputs, turn_ends
@@ -34,8 +35,7 @@ def checks(config: CampaignConfig, *, offline: bool) -> Iterator[tuple[str, Call
         known = here(student.model, *([teacher.model] if backend_of(teacher).has_model_files else []))
         check = (lambda name=name: _teacher(config, name)) if known else None
         yield f"teacher {name}", check
-    if config.rollout.backend != "vllm":
-        yield "engine", lambda: _engine(config)
+    yield "engine", lambda: _engine(config)
     if own_functions(config.learner.objective):
         yield "objective", lambda: _objective(config)
     evaluation = config.evaluation.prompts
@@ -66,6 +66,11 @@ def _mirror(config: CampaignConfig) -> str:
 
 def _engine(config: CampaignConfig) -> str:
     engine_class(config.rollout.backend)
+    if config.rollout.backend == "vllm":
+        check_options(config.rollout.engine, "rollout.engine")
+    for name, teacher in config.teachers.items():
+        if teacher.backend == "vllm":
+            check_options(teacher.engine, f"teachers.{name}.engine")
     return config.rollout.backend
 
 

@@ -14,6 +14,8 @@ from cluster.records.metric_table import guardable
 from learner.config import LearnerConfig
 from learner.validation import Contradiction, refuse_contradictions
 
+MOST_TRAJECTORIES = 10_000_000
+"""More trajectories of an update than this are a slip of the keyboard: the loop holds a few bytes for each."""
 LARGEST_ADAPTER = 512
 """The highest rank of an adapter that vLLM accepts."""
 
@@ -72,6 +74,9 @@ def _pipeline(config: CampaignConfig) -> Iterator[Contradiction]:
     yield not known, "rollout.backend", repr(rollout.backend), "vllm, or package.module:Class of your own"
     expected = "0 where max_staleness is 0: which responses are slow is not repeatable"
     yield bool(pipeline.oversample) and not pipeline.max_staleness, "pipeline.oversample", pipeline.oversample, expected
+    too_many = config.trajectories_per_update > MOST_TRAJECTORIES
+    found = f"{pipeline.prompts_per_update:,} with {pipeline.samples_per_prompt:,} samples each"
+    yield too_many, "pipeline.prompts_per_update", found, f"at most {MOST_TRAJECTORIES:,} trajectories an update"
     idle = not rollout.recompute_kv and rollout.on_new_weights == "wait"
     yield idle, "rollout.recompute_kv", "false", "true where on_new_weights is wait: no response runs then"
 

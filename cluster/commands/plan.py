@@ -9,6 +9,7 @@ from typing import Any
 
 from actors.data.models import load_config as load_model_config
 from actors.errors import UserError
+from actors.vllm_options import check_options
 from cluster.config import CampaignConfig
 from cluster.config_file import load_config
 from cluster.fleet.ray_cluster import teacher_gpus
@@ -51,7 +52,7 @@ def from_run(config: CampaignConfig, run_dir: Path) -> Plan:
     summary = read_summary(run_dir)
     if not summary:
         raise UserError("--run", run_dir, "the directory of a run that has ended (with a summary.json)")
-    ran = load_config(run_dir / CONFIG_FILE)
+    ran = load_config(run_dir / CONFIG_FILE, environment=False)
     metrics = [row for row in read_jsonl(run_dir / METRICS_FILE) if row["step"] > 0]
     try:
         plan = measured(
@@ -106,6 +107,7 @@ def from_data_sheet(config: CampaignConfig, gpu_name: str, load: Load) -> tuple[
     largest, largest_config = max(
         ((teachers[name], config.teachers[name]) for name in teachers), key=lambda pair: pair[0].parameters
     )
+    check_options(config.rollout.engine, "rollout.engine")
     concurrency = int(config.rollout.engine.get("max_num_seqs", 256))
     seconds = {
         "rollout": rollout_seconds(load, student, gpu, max(gpus["rollout"], 1), concurrency),

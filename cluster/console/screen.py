@@ -17,6 +17,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Column, Table
 from rich.text import Text
 
+from actors.plain_text import concealed, printable
 from cluster.console.status import StatusReader
 from cluster.records.event_table import describe, row_of
 from cluster.records.metric_table import METRICS, listed
@@ -103,7 +104,7 @@ class Progress:
 
     def _print(self, text: str) -> None:
         # No markup, so that brackets in an error's text stay; no wrapping, so that a log has one line for one event.
-        self._console.print(text, markup=False, highlight=False, emoji=False, soft_wrap=True)
+        self._console.print(concealed(printable(text)), markup=False, highlight=False, emoji=False, soft_wrap=True)
 
 
 def status_line(status: Mapping[str, Any]) -> str:
@@ -128,6 +129,7 @@ def status_line(status: Mapping[str, Any]) -> str:
 
 def status_screen(status: Mapping[str, Any], *, news: bool = True) -> RenderableType:
     """One screen of what `StatusReader.read` returned. news: with the last events in a box."""
+    status = _printable(status)
     parts = [_head(status), _roles(status), _figures(status)]
     if status["news"] and news:
         lines = [f"{duration(event['wall_seconds']):>8}  {describe(event['kind'], event)}" for event in status["news"]]
@@ -208,7 +210,7 @@ def _figures(status: Mapping[str, Any]) -> RenderableType:
 
 def trajectory_text(row: Mapping[str, Any]) -> RenderableType:
     """One trajectory: prompt, and its response with each token coloured by log pi - log q."""
-    reward = row.get("reward")
+    row, reward = _printable(row), row.get("reward")
     verdict, colour = ("unjudged", "dim") if reward is None else ("right", "green") if reward else ("wrong", "red")
     head = Text.assemble(
         (f"update {row['step']}  {row['id']}  ", "dim"),
@@ -221,6 +223,15 @@ def trajectory_text(row: Mapping[str, Any]) -> RenderableType:
     return Group(head, Text(str(row["prompt"]), "dim"), response, Text(""))
 
 
+def _printable(value: Any) -> Any:
+    """The same value, and all texts in it, without what a terminal would obey."""
+    if isinstance(value, str):
+        return printable(value)
+    if isinstance(value, Mapping):
+        return {_printable(key): _printable(inner) for key, inner in value.items()}
+    return [_printable(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
 def _colour(student: float | None, teacher: float | None) -> str:
     if student is None or teacher is None:
         return "dim"  # masked: the teacher has no score for it
@@ -231,7 +242,7 @@ def print_table(rows: Sequence[Sequence[str]]) -> None:
     """[rows][columns] of text, the first row a heading."""
     table = Table(*(Column(name, overflow="fold") for name in rows[0]), box=SIMPLE)
     for row in rows[1:]:
-        table.add_row(*row)
+        table.add_row(*map(printable, row))
     Console(highlight=False).print(table)
 
 

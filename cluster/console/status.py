@@ -159,7 +159,7 @@ class StatusReader:
     """Reads the status of one run again and again; each time only the lines that were added since."""
 
     def __init__(self, run_dir: Path):
-        self._run_dir, self.config = run_dir, load_config(run_dir / CONFIG_FILE)
+        self._run_dir, self.config = run_dir, load_config(run_dir / CONFIG_FILE, environment=False)
         self._updates = JsonlTail(run_dir / METRICS_FILE, _Updates)
         self._events = JsonlTail(run_dir / EVENTS_FILE, _Events)
 

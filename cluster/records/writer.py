@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from actors.errors import UserError, is_full_disk
+from actors.plain_text import concealed
 from cluster.records.event_table import EVENTS, FAULTS
 from cluster.records.metric_table import METRIC_KEYS, STEP_ZERO_KEYS
 
@@ -185,7 +186,9 @@ class RunRecords:
             self.full = None
 
     def _append(self, name: str, row: Mapping[str, Any]) -> None:
-        line = _to_json(row).encode(errors="backslashreplace") + b"\n"  # half a surrogate pair becomes an escape
+        line = (
+            concealed(_to_json(row)).encode(errors="backslashreplace") + b"\n"
+        )  # half a surrogate pair becomes an escape
         self.unwritten.append((self.run_dir / name, line))
         try:
             self.write_lines()

@@ -143,7 +143,7 @@ def _changed(config: CampaignConfig) -> dict[str, Any]:
     written = config.run_dir / CONFIG_FILE
     if not written.exists():
         return {}
-    found = differences(load_config(written), config)
+    found = differences(load_config(written, environment=False), config)
     if refused := [difference for difference in found if not may_change(difference[0], config)]:
         raise UserError(
             str(config.run_dir),
