@@ -20,7 +20,7 @@ from rich.text import Text
 from actors.plain_text import concealed, printable
 from cluster.console.status import StatusReader
 from cluster.records.event_table import describe, row_of
-from cluster.records.metric_table import METRICS, listed
+from cluster.records.metric_table import METRICS, is_evaluation, listed
 
 COLOURS = {"good": "green", "warn": "yellow", "bad": "red", "": "cyan"}
 LIVE_TONES = {"running": "good", "lost": "bad", "starting": ""}
@@ -64,7 +64,7 @@ class Progress:
         if self._screen is not None:
             return  # it reads the line at its next refresh
         last = metrics["step"] >= self._reader.config.pipeline.updates
-        if "eval/reverse_kl" in metrics or last or self._clock() - self._printed >= self._every:
+        if is_evaluation(metrics) or last or self._clock() - self._printed >= self._every:
             self._printed = self._clock()
             self._print(status_line(self._status()))
 

@@ -20,7 +20,7 @@ from cluster.config import CampaignConfig
 from cluster.config_file import load_config
 from cluster.planning.throughput import Plan, Stage, mean_of
 from cluster.records.event_table import BEGINNINGS, ENDS, row_of
-from cluster.records.metric_table import METRICS, of_status
+from cluster.records.metric_table import METRICS, is_evaluation, of_status
 from cluster.records.reader import JsonlTail
 from cluster.records.utilisation import role_of
 from cluster.records.writer import CONFIG_FILE, EVENTS_FILE, METRICS_FILE, read_summary, write_atomically
@@ -122,7 +122,7 @@ class _Updates:
     def add(self, row: dict[str, Any]) -> None:
         if row["step"] > 0:
             self.recent.append(row)
-        if "eval/reverse_kl" in row:
+        if is_evaluation(row):
             self.evaluation = row
         if self.accuracy_teacher is None:
             self.accuracy_teacher = row.get("eval/accuracy_teacher")

@@ -3,9 +3,9 @@
 The writer checks each line against it; guards, `status`, the report and docs/metrics.md take their metrics from it.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 Form = Literal["number", "percent", "seconds", "bytes", "histogram"]
 
@@ -286,6 +286,11 @@ EVALUATION_KEYS = tuple(key for key, metric in METRICS.items() if metric.always 
 `eval/accuracy_teacher` stands there too where the teacher was measured."""
 
 STEP_ZERO_KEYS = ("step", "policy_version", "wall_seconds")
+
+
+def is_evaluation(row: Mapping[str, Any]) -> bool:
+    """Whether a line of metrics.jsonl is of an evaluation; only some evaluations measure accuracy."""
+    return "eval/reverse_kl" in row or "eval/accuracy" in row
 
 
 def guardable(signal: str, teachers: Iterable[str], domains: Iterable[str]) -> list[str]:

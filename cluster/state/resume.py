@@ -11,6 +11,7 @@ from typing import Any
 from actors.errors import UserError
 from cluster.config import CampaignConfig
 from cluster.config_file import differences, load_config, write_config
+from cluster.records.metric_table import is_evaluation
 from cluster.records.writer import CONFIG_FILE, LEDGER_FILE, METRICS_FILE, RunRecords, read_jsonl
 from cluster.state.campaign_state import CampaignState
 from cluster.state.mirror import KEY, Mirror, mirror_of
@@ -128,7 +129,7 @@ def fit_records(config: CampaignConfig, records: RunRecords, state: CampaignStat
     records.truncate_after(state.step if state.step or state.start else -1)
     # A step is evaluated after its checkpoint is written, so the newest evaluation may be in the metrics only.
     for row in read_jsonl(config.run_dir / METRICS_FILE):
-        if row["step"] and "eval/reverse_kl" in row:
+        if row["step"] and is_evaluation(row):
             state.evaluations[row["step"]] = {key: row[key] for key in row if key.startswith("eval/")}
     try:
         state.ledger.check_rows(records.keep_closed(state.ledger.as_known))
