@@ -166,7 +166,7 @@ class Running:
         status = partial(keep_status, self.config.run_dir, self._refresh)
         watching = [asyncio.create_task(persistently("status.json", status, self.on_event))]
         try:
-            await self._start()
+            await _while_the_cluster_lives(self._start())
             await try_out(self.config, self.state, self.learner, self.records, self.needed, self.on_event)
             orders = handlers(self.fleets, self.needed, self.gate, self.on_event, self.interrupted)
             commands = partial(obey, self.config.run_dir, orders)
@@ -239,7 +239,7 @@ class Running:
                 await self.disk.lines_written()
                 back = partial(roll_back, self.config, self.state, wanted.finding, self.records, self.on_event)
                 self.state, checkpoint = await self.disk.patiently(back)
-            if not await self._unless_interrupted(self._replace_learner(checkpoint)):
+            if not await self._unless_interrupted(_while_the_cluster_lives(self._replace_learner(checkpoint))):
                 return False  # there is no learner to save: the last checkpoint is what there is
 
     async def _replace_learner(self, checkpoint: Path | None) -> None:
@@ -291,6 +291,17 @@ class Running:
             "last_update_seconds_ago": self.records.last_update_seconds_ago,
             "waits_for": self.records.full.told() if self.records.full else "",
         }
+
+
+async def _while_the_cluster_lives(work: Coroutine[Any, Any, None]) -> None:
+    """Waits for `work`. CampaignError: Ray's control store was lost meanwhile, so that it would never end."""
+    working, lost = asyncio.create_task(work), asyncio.create_task(control_store_lost())
+    try:
+        done, _ = await asyncio.wait((working, lost), return_when=asyncio.FIRST_COMPLETED)
+        (working if working in done else lost).result()
+    finally:
+        working.cancel()
+        lost.cancel()
 
 
 def build_evaluator(

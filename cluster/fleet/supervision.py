@@ -49,7 +49,7 @@ WATCH_SECONDS = 5.0
 """Between two questions of the watch."""
 SILENT_SECONDS = 10.0
 """After this long without an answer to the watch, or after a quarter of the hang time-out, an actor is silent."""
-CLOSE_SECONDS = 10.0
+CLOSE_SECONDS = 3.0
 """For the end of all actors of a fleet. Without its control store, Ray waits for ever."""
 LATE_SECONDS = 5.0
 """A call to each actor waits this long for the others after the first answer, or twice as long as that took."""
