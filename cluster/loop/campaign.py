@@ -26,6 +26,7 @@ import asyncio
 import gc
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from contextlib import suppress
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -232,9 +233,9 @@ class Campaign:
                 self.state.ledger.train([one.sampled.number for one in update], self.state.step + 1)
                 self.state.step += 1
                 self.state.busy["learner"] += metrics.pop("busy_seconds")
-                if self._samples is not None:
-                    await self._samples.keep(self.state.step, update)
                 published = await self._published(update, metrics)
+                if self._samples is not None:
+                    await self._reporter.disk.patiently(partial(self._samples.keep, self.state.step, update))
                 self.state.guards, findings = judge(self.config.guards, self.state.guards, published.record)
                 # Before the checkpoint: an update that a guard rejects gets none.
                 apply_findings(findings, self.state.guards.rate_scale, self.config, self._reporter.event)
