@@ -112,6 +112,9 @@ class Trajectories:
     if there are none."""
     rewards: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
     """[B] float32; [0] if the responses have no rewards."""
+    unfiltered_logprobs: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
+    """[N] float32, where top-k or top-p filter: log-prob of the token before the filter, over the whole vocabulary; NaN from
+    an engine that does not record it. [0] where nothing filters: it is then `behaviour_logprobs`."""
     trained: np.ndarray = None  # type: ignore[assignment]
     """[N] bool: whether the student wrote the token, so that it is trained on. The others are context: text that an
     environment put into the response. Default: all true."""
@@ -123,6 +126,11 @@ class Trajectories:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @property
+    def policy_logprobs(self) -> np.ndarray:
+        """[N] float32: log pi(y_t | c_t) of the weights that sampled the token, before any filter."""
+        return self.unfiltered_logprobs if self.unfiltered_logprobs.size else self.behaviour_logprobs
 
     @property
     def trained_lengths(self) -> np.ndarray:
@@ -210,6 +218,8 @@ def select_trajectories(ids: np.ndarray, batches: Sequence[Trajectories]) -> Tra
     prompt_offsets = offsets_of(np.concatenate([np.diff(b.prompt_offsets) for b in batches]))
     response_offsets = offsets_of(np.concatenate([b.lengths for b in batches]))
 
+    filtered = any(b.unfiltered_logprobs.size for b in batches)
+
     def tokens(name: str, offsets: np.ndarray) -> np.ndarray:
         return ragged_rows(np.concatenate([getattr(b, name) for b in batches]), offsets, rows)
 
@@ -220,6 +230,7 @@ def select_trajectories(ids: np.ndarray, batches: Sequence[Trajectories]) -> Tra
         response_tokens=tokens("response_tokens", response_offsets),
         response_offsets=offsets_of(np.diff(response_offsets)[rows]),
         behaviour_logprobs=tokens("behaviour_logprobs", response_offsets),
+        unfiltered_logprobs=tokens("policy_logprobs", response_offsets) if filtered else np.zeros(0, np.float32),
         policy_versions=tokens("policy_versions", response_offsets),
         trained=tokens("trained", response_offsets),
         finish_reasons=np.concatenate([b.finish_reasons for b in batches])[rows],

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+MARK = -1
+"""Token id of the entry that holds the log-prob before the filters."""
 EXTENSION = "actors.vllm_logits.WorkerExtension"
 """Value of vLLM's option `worker_extension_cls`."""
 
@@ -22,6 +24,33 @@ class WorkerExtension:
         worker: Any = self
         model = worker.get_model()
         model.compute_logits = shaped(model.compute_logits, temperature, vocabulary)
+
+    def record_unfiltered(self) -> None:
+        """From now on the last of a token's listed log-probs is the sampled token's before top-k and top-p, marked MARK.
+
+        The other listed log-probs are of the most likely tokens before the filters, too. Requests must ask for one
+        log-prob more than they need, and the engine for `processed_logprobs`.
+        """
+        worker: Any = self
+        sampler = worker.model_runner.sampler
+        # A subclass, and no wrapper: vLLM asks for the sampler's class and attributes.
+        sampler.__class__ = type("Recording", (_Recording, type(sampler)), {})
+
+
+class _Recording:
+    """A base class of vLLM's samplers (of both model runners, which take the logits as their first argument)."""
+
+    def __call__(self, logits: torch.Tensor, *arguments: Any, **keywords: Any) -> Any:
+        # Before the call, which filters the logits in place.
+        whole = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
+        output = super().__call__(logits, *arguments, **keywords)  # type: ignore[misc]
+        if (listed := output.logprobs_tensors) is not None:
+            ids, logprobs = listed.logprob_token_ids, listed.logprobs
+            likeliest = whole.topk(ids.shape[1] - 2, dim=-1)
+            ids[:, 1:-1], logprobs[:, 1:-1] = likeliest.indices.to(ids.dtype), likeliest.values
+            logprobs[:, -1:] = whole.gather(-1, ids[:, :1].long())
+            ids[:, -1] = MARK
+        return output
 
 
 def shaped(

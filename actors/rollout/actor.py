@@ -14,7 +14,7 @@ from actors.data.judge import Judge, rewards_of
 from actors.data.tokenizer import load_tokenizer
 from actors.errors import CampaignError, EngineError
 from actors.rollout.batched_calls import BatchedCalls
-from actors.rollout.engine import check_answer, make_engine
+from actors.rollout.engine import check_answer, make_engine, told_apart
 from actors.trajectory import FINISH_REASONS, Requests, RolloutCounts, Trajectories
 from actors.weights.buckets import WeightVersion, join
 from actors.weights.delta import DeltaVersion, Receiver
@@ -48,11 +48,13 @@ class RolloutActor(BatchedCalls):
         keep_weights: bool = False,
         verifier: VerifierConfig | None = None,
         adapter: LoraConfig | None = None,
+        vocabulary: int | None = None,
     ):
         """Builds the engine, without weights: `load_weights` comes before `generate`.
 
         model, config, sampling, stop_token_ids, seed, support_size, trust_remote_code, adapter: see Engine.__init__.
         keep_weights: keep a copy of the weights on the host, which deltas are applied to.
+        vocabulary: tokens of the tokenizer, beyond which nothing is sampled; None: the rows of the model.
         verifier: computes the rewards of responses whose requests have a reference.
         UserError: the engine or the verifier refuses its configuration.
         """
@@ -73,6 +75,7 @@ class RolloutActor(BatchedCalls):
             seed=seed,
             trust_remote_code=trust_remote_code,
             adapter=adapter,
+            vocabulary=vocabulary,
         )
 
     async def generate(self, requests: Requests, greedy: bool = False) -> tuple[RolloutCounts, Trajectories]:
@@ -85,6 +88,7 @@ class RolloutActor(BatchedCalls):
         with _ends_with_the_engine():
             trajectories = await asyncio.wrap_future(self._engine.generate(requests, self._sampling, greedy=greedy))
         check_answer(requests, trajectories)
+        trajectories = told_apart(trajectories, self._sampling, greedy)
         unjudged: list[str] = []
         if self._judge and requests.references:
             rewards, unjudged = await asyncio.to_thread(

@@ -5,6 +5,7 @@
 
 from collections.abc import Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -16,7 +17,17 @@ from actors.import_path import check_call, import_object
 from actors.trajectory import FINISH_REASONS, Requests, Trajectories, offsets_of
 from actors.weights.buckets import WeightVersion, unpack
 
-__all__ = ["Engine", "Response", "check_answer", "engine_class", "make_engine", "trajectories_of", "unpack"]
+__all__ = [
+    "Engine",
+    "Response",
+    "check_answer",
+    "engine_class",
+    "filters",
+    "make_engine",
+    "told_apart",
+    "trajectories_of",
+    "unpack",
+]
 
 BUILT_IN = {"vllm": "actors.rollout.vllm_engine:VllmEngine"}
 """Import paths by `rollout.backend`."""
@@ -81,9 +92,11 @@ class Engine(Protocol):
         `sampling.max_response_tokens` tokens ("length"). greedy: take the most likely token, for evaluations.
 
         Each token is recorded with the version of the weights that computed it, and with its log-prob under the
-        distribution that it was drawn from, i.e. after temperature, top-k and top-p: log pi_old(y_t | c_t). The learner
-        divides by these probabilities, so they have to be exact up to rounding. A request's sample depends on its seed,
-        not on the other requests of the call. `trajectories_of` collates responses.
+        distribution that it was drawn from, i.e. after temperature, top-k and top-p; and, where top-k or top-p filter,
+        also before them. The learner divides by these probabilities, so they have to be exact up to rounding. A greedy
+        token's log-prob is that at the sampling temperature, before any filter. A request's sample depends on its seed,
+        not on the other requests of the call. No id beyond the tokenizer's is sampled, whatever rows the model has.
+        `trajectories_of` collates responses.
 
         Errors of the future: AbortedError after `abort`; WeightError before the first `load_weights`; EngineError.
         """
@@ -118,19 +131,23 @@ class Response(NamedTuple):
     tokens: ArrayLike
     """[n], the stop token included."""
     logprobs: ArrayLike
-    """[n] log-prob of each token under the distribution that it was drawn from."""
+    """[n] log-prob of each token under the distribution that it was drawn from, after top-k and top-p."""
     versions: ArrayLike
     """[n] version of the weights that sampled each token."""
     finish_reason: str
     """`stop` (a stop token ended it), `length` (the limit did) or `abort`."""
     support_ids: np.ndarray | None = None
     """[n, K] the most likely tokens at each position, most likely first; None where K is 0."""
+    unfiltered_logprobs: ArrayLike | None = None
+    """[n] log-prob of each token before top-k and top-p, at the same temperature, over the whole vocabulary; None where
+    nothing was filtered, or where the engine does not know it."""
 
 
 def trajectories_of(requests: Requests, responses: Sequence[Response]) -> Trajectories:
     """Collates the responses to B requests, in the order of the requests: one flat array for each field, [N]."""
     tokens = [np.asarray(one.tokens, np.int32) for one in responses]
     supports = [one.support_ids for one in responses if one.support_ids is not None]
+    unfiltered = [one.unfiltered_logprobs for one in responses if one.unfiltered_logprobs is not None]
     offsets = offsets_of(map(len, tokens))
     return Trajectories(
         ids=requests.ids,
@@ -140,6 +157,9 @@ def trajectories_of(requests: Requests, responses: Sequence[Response]) -> Trajec
         response_offsets=offsets,
         behaviour_logprobs=np.concatenate([np.asarray(one.logprobs, np.float32) for one in responses]),
         policy_versions=np.concatenate([np.asarray(one.versions, np.int32) for one in responses]),
+        unfiltered_logprobs=np.concatenate(
+            [np.asarray(one, np.float32) for one in unfiltered] or [np.zeros(0, np.float32)]
+        ),
         finish_reasons=np.array([FINISH_REASONS.index(one.finish_reason) for one in responses], np.uint8),
         support_ids=np.concatenate(supports) if supports else np.zeros((offsets[-1], 0), np.int32),
     )
@@ -154,6 +174,18 @@ def check_answer(requests: Requests, trajectories: Trajectories) -> None:
         )
     if not np.isfinite(trajectories.behaviour_logprobs).all():
         raise CampaignError("rollout.backend: the engine recorded a log-prob that is not finite (docs/extending.md)")
+
+
+def filters(sampling: SamplingConfig) -> bool:
+    """Whether the sampler leaves out some of the tokens that the policy gives a probability to."""
+    return sampling.top_p < 1 or sampling.top_k > 0
+
+
+def told_apart(trajectories: Trajectories, sampling: SamplingConfig, greedy: bool) -> Trajectories:
+    """The same, with NaN as the log-probs before the filter where there was one and the engine has not recorded them."""
+    if greedy or not filters(sampling) or trajectories.unfiltered_logprobs.size:
+        return trajectories
+    return replace(trajectories, unfiltered_logprobs=np.full(len(trajectories.response_tokens), np.nan, np.float32))
 
 
 def engine_class(backend: str) -> type[Engine]:
@@ -177,11 +209,18 @@ def engine_class(backend: str) -> type[Engine]:
     return own
 
 
-def make_engine(model: str, config: RolloutConfig, sampling: SamplingConfig, **options: Any) -> Engine:
+def make_engine(
+    model: str, config: RolloutConfig, sampling: SamplingConfig, *, vocabulary: int | None = None, **options: Any
+) -> Engine:
     """Builds the engine that `config.backend` names. The options are those of `Engine.__init__`.
+
+    vocabulary: ids from here on are never sampled; None: all rows of the model may be. An engine of the user's own is
+    not told, since its class does not take it: the learner leaves such tokens out.
 
     UserError: see `engine_class`; or what was built lacks an attribute of `Engine`.
     """
+    if config.backend in BUILT_IN:
+        options["vocabulary"] = vocabulary
     engine = engine_class(config.backend)(model, config, sampling, **options)
     missing = [name for name in ATTRIBUTES if not hasattr(engine, name)]
     if missing:

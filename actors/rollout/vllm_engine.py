@@ -24,9 +24,10 @@ from actors.accelerator import torch_device
 from actors.config import LoraConfig, RolloutConfig, SamplingConfig
 from actors.data.models import expected_tensors
 from actors.errors import AbortedError, EngineError, WeightError
-from actors.rollout.engine import Response, trajectories_of
+from actors.rollout.engine import Response, filters, trajectories_of
 from actors.rollout.vllm_lora import adapter_options, adapter_request, check_adapter, load_adapter
 from actors.trajectory import Requests
+from actors.vllm_logits import MARK
 from actors.vllm_startup import build_llm, importing_vllm
 from actors.weights.buckets import WeightVersion, shapes
 
@@ -47,9 +48,9 @@ class _Command(NamedTuple):
 class _Call:
     """The requests of one `generate`, until the last of them has finished. Used in the engine's thread only."""
 
-    def __init__(self, requests: Requests, support_size: int):
+    def __init__(self, requests: Requests, support_size: int, filtered: bool):
         self.future = _uncancellable()
-        self._support_size = support_size
+        self._support_size, self._filtered = support_size, filtered
         self._requests = requests
         self._completions: list[Any] = [None] * len(requests.ids)
         self._missing = len(requests.ids)
@@ -61,7 +62,7 @@ class _Call:
         self._completions[place] = completion
         self._missing -= 1
         if self._missing == 0:
-            responses = [_response(completion, self._support_size) for completion in self._completions]
+            responses = [_response(one, self._support_size, self._filtered) for one in self._completions]
             self.future.set_result(trajectories_of(self._requests, responses))
 
     def fail(self, error: BaseException | None) -> None:
@@ -72,6 +73,8 @@ class _Call:
 
 class VllmEngine:
     """Samples trajectories with vLLM's continuous batching. Its weights come from published versions only."""
+
+    _filters = False
 
     def __init__(
         self,
@@ -84,8 +87,9 @@ class VllmEngine:
         seed: int = 0,
         trust_remote_code: bool = False,
         adapter: LoraConfig | None = None,
+        vocabulary: int | None = None,
     ):
-        """See Engine.__init__. The weights are random, or those of the model's files where an adapter is published.
+        """See Engine.__init__ and `make_engine`. The weights are random, or those of the model's files where an adapter is published.
 
         UserError: vLLM does not know an option of `config.engine`.
         """
@@ -107,7 +111,11 @@ class VllmEngine:
         self._adapter = adapter
         self._request = adapter_request() if adapter else None
         more = adapter_options(adapter) if adapter else {}
+        self._filters = filters(sampling)
         self._llm = _build(model, config, sampling, support_size, seed, trust_remote_code, more)
+        self._llm.collective_rpc("shape_logits", args=(sampling.temperature, vocabulary))
+        if self._filters:
+            self._llm.collective_rpc("record_unfiltered")
         self._engine = self._llm.llm_engine
         self.seats: int = self._engine.vllm_config.scheduler_config.max_num_seqs
         """Requests that one step serves. vLLM queues the others."""
@@ -118,12 +126,12 @@ class VllmEngine:
         """Samples B requests; the future's result is their Trajectories, in the order of the requests.
 
         Log-probs are vLLM's, computed in float32 from the logits of the weights' dtype, after temperature, top-k and
-        top-p. Each request has a random generator of its own, seeded with `requests.seeds`, so its sample does not
-        depend on the requests beside it. A response may span several versions of the weights; each token has its own.
-        Any thread may call this. Errors of the future: see Engine.generate; and vLLM's own for a prompt that does not
-        fit into the model's context.
+        top-p, and before the last two. Each request has a random generator of its own, seeded with `requests.seeds`, so
+        its sample does not depend on the requests beside it. A response may span several versions of the weights; each
+        token has its own. Any thread may call this. Errors of the future: see Engine.generate; and vLLM's own for a
+        prompt that does not fit into the model's context.
         """
-        call = _Call(requests, self._support_size)
+        call = _Call(requests, self._support_size, self._filters)
 
         def enter() -> None:
             if self.version is None:
@@ -210,7 +218,23 @@ class VllmEngine:
         """Runs a function of vLLM's torch module between two steps. Result: a list of its value in each worker."""
         return self._submit(lambda: self._llm.apply_model(function))
 
+    def _drain(self) -> None:
+        """Steps until the last scheduled token has been sampled and labelled, and schedules no further one.
+
+        vLLM that schedules asynchronously (on GPUs by default) has the next step under way when `step` returns. Its
+        tokens are from the weights before a load, but vLLM gives a token the version at the time it collects it.
+        """
+        core = self._engine.engine_core.engine_core
+        core.pause_scheduler("keep", clear_cache=False)
+        # While paused, vLLM puts empty batches into its queue.
+        while self._failure is None and any(batch.total_num_scheduled_tokens for _, batch, _ in core.batch_queue or ()):
+            self._step()
+        core.resume_scheduler()
+        if self._failure is not None:
+            raise self._failure
+
     def _replace_weights(self, manifest: WeightVersion, buckets: Sequence[np.ndarray]) -> None:
+        self._drain()
         if self._adapter is not None:
             load_adapter(self._engine, self._adapter, manifest, buckets)
         else:
@@ -246,7 +270,8 @@ class VllmEngine:
             max_tokens=sampling.max_response_tokens,
             stop_token_ids=self._stop_token_ids,
             seed=seed,  # of the request, so that its sample does not depend on the batch
-            logprobs=self._support_size,  # 0: of the sampled token only
+            # 0: of the sampled token only. One more, whose place `record_unfiltered` takes, where there is a filter.
+            logprobs=self._support_size + self._filters,
             flat_logprobs=True,  # lists of numbers; by default vLLM makes a dictionary of objects for each token
             detokenize=False,  # the engine has no tokenizer
             output_kind=RequestOutputKind.FINAL_ONLY,
@@ -344,25 +369,34 @@ def _build(
         "weight_transfer_config": {"backend": BACKEND},
         "worker_extension_cls": "actors.rollout.vllm_worker.WorkerExtension",
         # Log-probs of the distribution that is sampled from. Without filters both modes agree.
-        "logprobs_mode": "raw_logprobs" if (sampling.top_p, sampling.top_k) == (1.0, 0) else "processed_logprobs",
-        "max_logprobs": max(support_size, 1),  # vLLM refuses requests for more; its default is 20
+        "logprobs_mode": "processed_logprobs" if filters(sampling) else "raw_logprobs",
+        "max_logprobs": support_size + 1,  # vLLM refuses requests for more; its default is 20
         **more,
     }
     if device == "cpu":
         # With chunked prefill vLLM samples after each chunk and then rewinds the request's random generator. Only
         # generators on GPUs can be rewound, so on a CPU each prompt is prefilled in one step, also after new weights.
         options["enable_chunked_prefill"] = False
-    llm = build_llm(options, config.engine, "rollout.engine")
-    llm.collective_rpc("shape_logits", args=(sampling.temperature,))
-    return llm
+    return build_llm(options, config.engine, "rollout.engine")
 
 
-def _response(completion: Any, support_size: int) -> Response:
+def _response(completion: Any, support_size: int, filtered: bool) -> Response:
     """Converts vLLM's completion. vLLM records one version for a span of tokens; a Response has one for each token."""
     versions = np.empty(len(completion.token_ids), np.int32)
     for span in completion.weight_versions:
         versions[span.start : span.end] = int(span.version)
-    # At each position vLLM lists the sampled token first, then the `support_size` most likely tokens.
-    logprobs = np.asarray(completion.logprobs.logprobs, np.float32)[:: support_size + 1]
-    listed = np.asarray(completion.logprobs.token_ids, np.int32).reshape(-1, support_size + 1)
-    return Response(completion.token_ids, logprobs, versions, completion.finish_reason, listed[:, 1:])
+    # At each position vLLM lists the sampled token first, then the `support_size` most likely tokens, and at last, with a
+    # filter, the sampled token's log-prob before it.
+    columns = support_size + 1 + filtered
+    logprobs = np.asarray(completion.logprobs.logprobs, np.float32).reshape(-1, columns)
+    listed = np.asarray(completion.logprobs.token_ids, np.int32).reshape(-1, columns)
+    if filtered and (listed[:, -1] != MARK).any():
+        raise EngineError("vLLM's sampler was not the one that records log-probs before top-k and top-p")
+    return Response(
+        completion.token_ids,
+        logprobs[:, 0],
+        versions,
+        completion.finish_reason,
+        listed[:, 1 : support_size + 1],
+        logprobs[:, -1] if filtered else None,
+    )

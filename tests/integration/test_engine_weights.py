@@ -177,9 +177,13 @@ def test_weights_may_wait_for_what_runs_and_what_comes_later_waits_for_them(tmp_
         engine.close()
 
 
-def test_keys_and_values_of_old_weights_may_be_kept_for_what_runs_but_for_nothing_new(tmp_path: Path) -> None:
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_keys_and_values_of_old_weights_may_be_kept_for_what_runs_but_for_nothing_new(
+    tmp_path: Path, asynchronous: bool
+) -> None:
     path = make_tiny_model(tmp_path / "m", context=512)
-    config = RolloutConfig(dtype="float32", recompute_kv=False, engine=OPTIONS)
+    options = OPTIONS | {"async_scheduling": asynchronous}
+    config = RolloutConfig(dtype="float32", recompute_kv=False, engine=options)
     engine = VllmEngine(str(path), config, SAMPLING, stop_token_ids=[])
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     try:
@@ -199,6 +203,43 @@ def test_keys_and_values_of_old_weights_may_be_kept_for_what_runs_but_for_nothin
         assert set(written.policy_versions.tolist()) <= {1, 2}
     finally:
         engine.close()
+
+
+@pytest.mark.parametrize("recompute_kv", [False, True])
+def test_every_token_has_the_version_that_computed_it_when_steps_overlap(tmp_path: Path, recompute_kv: bool) -> None:
+    path = make_tiny_model(tmp_path / "m")
+    options = OPTIONS | {"async_scheduling": True}  # as on GPUs: the next step is under way while one is collected
+    config = RolloutConfig(dtype="float32", recompute_kv=recompute_kv, engine=options)
+    engine = VllmEngine(str(path), config, SAMPLING, stop_token_ids=[])
+    old, new = (AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval() for _ in range(2))
+    change(new, 2)
+    try:
+        engine.load_weights(*publish(old, 1)).result(timeout=600)
+        before = engine.busy_seconds
+        running = engine.generate(ask([[6 + i, 7, 8] for i in range(13)]), SamplingConfig(max_response_tokens=60))
+        while engine.busy_seconds == before:  # until the first step
+            time.sleep(0.001)
+        engine.load_weights(*publish(new, 2)).result(timeout=600)
+        written = running.result(timeout=600)
+    finally:
+        engine.close()
+    changed = 0
+    for i in range(13):
+        prompt = written.prompt_tokens[slice(*written.prompt_offsets[i : i + 2])]
+        span = slice(*written.response_offsets[i : i + 2])
+        response, versions = written.response_tokens[span].astype(np.int64), written.policy_versions[span]
+        text = torch.from_numpy(np.concatenate([prompt, response]).astype(np.int64))[None]
+        with torch.no_grad():
+            rows = [model(text).logits[0, len(prompt) - 1 : -1].log_softmax(-1).numpy() for model in (old, new)]
+        first, second = (row[np.arange(len(response)), response] for row in rows)
+        # The old weights' tokens have their log-probs exactly; the first token of the new weights has another one.
+        np.testing.assert_allclose(written.behaviour_logprobs[span][versions == 1], first[versions == 1], atol=2e-5)
+        if recompute_kv:
+            np.testing.assert_allclose(
+                written.behaviour_logprobs[span][versions == 2], second[versions == 2], atol=2e-5
+            )
+        changed += {1, 2} == set(versions.tolist())
+    assert changed == 13
 
 
 def test_an_engine_without_weights_refuses_to_sample(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """What a real vLLM engine samples and records: seeds, stops, filters, errors, and calls that overlap."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -157,7 +158,7 @@ def processed(logits_V: torch.Tensor) -> torch.Tensor:
 
 
 def test_recorded_logprobs_are_those_of_the_filtered_distribution_that_was_sampled(model: Any) -> None:
-    engine = make(model, FILTERED)
+    engine = make(model, FILTERED, support_size=20)  # more tokens than the filters leave
     try:
         engine.load_weights(*publish(model, 0)).result(timeout=600)
         written = engine.generate(ask(prompts(16)), FILTERED).result(timeout=600)
@@ -168,6 +169,13 @@ def test_recorded_logprobs_are_those_of_the_filtered_distribution_that_was_sampl
             expected = [processed(row)[token].item() for row, token in zip(logits, response, strict=True)]
             recorded = written.behaviour_logprobs[slice(*written.response_offsets[i : i + 2])]
             np.testing.assert_allclose(recorded, expected, atol=2e-5)
+            # And before the filters, over the whole vocabulary: pi_old of the objective.
+            before = torch.log_softmax(logits / FILTERED.temperature, -1)
+            expected = before.gather(1, torch.tensor(response)[:, None])[:, 0].tolist()
+            recorded = written.policy_logprobs[slice(*written.response_offsets[i : i + 2])]
+            np.testing.assert_allclose(recorded, expected, atol=2e-5)
+            named = written.support_ids[slice(*written.response_offsets[i : i + 2])]
+            assert (named[:, :2] == before.topk(2).indices.numpy()).all()
 
         # And they are sampled as often as that says: a chi-square statistic of `kinds - 1` degrees of freedom.
         prompt, count = prompts(1)[0], 1000
@@ -180,6 +188,45 @@ def test_recorded_logprobs_are_those_of_the_filtered_distribution_that_was_sampl
         assert possible.sum() >= 4 and not seen[~possible].any()
         statistic = ((seen - expected_counts)[possible] ** 2 / expected_counts[possible]).sum()
         assert statistic < 3 * possible.sum() + 10
+    finally:
+        engine.close()
+
+
+def test_greedy_answers_have_the_log_probs_of_the_tempered_policy(model: Any) -> None:
+    engine = make(model, FILTERED)
+    try:
+        engine.load_weights(*publish(model, 0)).result(timeout=600)
+        written = engine.generate(ask(prompts(4)), FILTERED, greedy=True).result(timeout=600)
+        plain = engine.generate(ask(prompts(4)), FILTERED, greedy=True).result(timeout=600)
+        for i, response in enumerate(responses(written)):
+            prompt = written.prompt_tokens[slice(*written.prompt_offsets[i : i + 2])].tolist()
+            with torch.no_grad():
+                logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+            assert logits.argmax(-1).tolist() == response
+            expected = torch.log_softmax(logits / FILTERED.temperature, -1).max(-1).values
+            span = slice(*written.response_offsets[i : i + 2])
+            np.testing.assert_allclose(plain.policy_logprobs[span], expected, atol=2e-5)
+    finally:
+        engine.close()
+
+
+def test_ids_beyond_the_tokenizer_are_never_sampled(tmp_path: Path) -> None:
+    path = make_tiny_model(tmp_path / "m", vocab_extra=400)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    tokens, sampling = model.config.vocab_size - 400, SamplingConfig(temperature=1.5, max_response_tokens=16)
+    config = RolloutConfig(dtype="float32", engine=OPTIONS)
+    engine = VllmEngine(str(path), config, sampling, stop_token_ids=[1], vocabulary=tokens)
+    try:
+        engine.load_weights(*publish(model, 0)).result(timeout=600)
+        written = engine.generate(ask(prompts(32)), sampling).result(timeout=600)
+        assert len(written.response_tokens) > 100 and written.response_tokens.max() < tokens
+        for i, response in enumerate(responses(written)):
+            prompt = written.prompt_tokens[slice(*written.prompt_offsets[i : i + 2])].tolist()
+            with torch.no_grad():
+                logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1, :tokens]
+            expected = torch.log_softmax(logits / 1.5, -1).gather(1, torch.tensor(response)[:, None])[:, 0]
+            span = slice(*written.response_offsets[i : i + 2])
+            np.testing.assert_allclose(written.behaviour_logprobs[span], expected, atol=2e-5)
     finally:
         engine.close()
 
