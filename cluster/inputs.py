@@ -36,7 +36,8 @@ class Inputs:
     masked_role_token_ids: list[int]
     """The tokens of `learner.objective.masked_token_roles`."""
     vocabulary: int
-    """Rows of the student's output layer."""
+    """The student's token ids are below this: its output layer may have more rows, as padding, which are never sampled and
+    are no part of any distribution."""
     turn_ends: dict[str, TurnEnds] = field(default_factory=dict)
     """Teacher -> what ends a turn, for those that end it with another token than the student."""
     remarks: list[str] = field(default_factory=list)
@@ -89,13 +90,13 @@ def read_inputs(config: CampaignConfig) -> Inputs:
             "sampling.stop_token_ids", "none", "at least one, since the student has no end-of-sequence token"
         )
     model_config = load_config(student.model, student.trust_remote_code, "student.model")
-    vocabulary = model_config.get_text_config().vocab_size
+    rows = model_config.get_text_config().vocab_size
     for key, ids in (
         ("sampling.stop_token_ids", config.sampling.stop_token_ids),
         ("learner.objective.masked_token_ids", config.learner.objective.masked_token_ids),
     ):
-        if unknown := [token for token in ids if not 0 <= token < vocabulary]:
-            raise UserError(key, unknown[0], f"ids of the student's tokens, 0 to {vocabulary - 1}")
+        if unknown := [token for token in ids if not 0 <= token < rows]:
+            raise UserError(key, unknown[0], f"ids of the student's tokens, 0 to {rows - 1}")
     prompts, prompt_routes = _read(config, config.prompts, tokenizer, "prompts")
     prompt_routes = prompt_routes._replace(stop_token_ids=stop)
     if (reference := config.learner.objective.reference_teacher) is not None:
@@ -124,7 +125,7 @@ def read_inputs(config: CampaignConfig) -> Inputs:
         judge,
         stop,
         _masked_role_token_ids(config, tokenizer, stop),
-        vocabulary,
+        min(rows, max(tokenizer.get_vocab().values()) + 1),
         {name: ends for name in config.teachers if (ends := turn_ends(config, name)) is not None},
         remarks,
     )

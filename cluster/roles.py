@@ -62,6 +62,7 @@ def build_fleets(
         keep_weights=config.weights.encoding == "delta",
         verifier=config.evaluation.verifier if config.gives_rewards else None,
         adapter=config.student.lora if publishes_adapter(config.student) else None,
+        vocabulary=inputs.vocabulary,
         trust_remote_code=config.student.trust_remote_code,
     )
     fleets = {"rollout": rollout}
@@ -106,6 +107,7 @@ def build_learner(
             "teachers": _as_actors_need(config),
             "masked_role_token_ids": inputs.masked_role_token_ids,
             "turn_ends": inputs.turn_ends,
+            "vocabulary": inputs.vocabulary,
         },
         replicas=replicas,
         resources=resources,

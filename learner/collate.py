@@ -4,7 +4,7 @@ Shapes: B trajectories and N response tokens of the update; n the response token
 trajectories of a micro-batch, T the longest of their responses; K support, V vocabulary.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -18,7 +18,7 @@ from learner.config import ObjectiveConfig
 from learner.hidden_states import Head, HiddenStates
 from learner.objective.divergences import extrapolated_teacher
 from learner.objective.estimator_table import estimator_row, reads_distribution
-from learner.objective.policy_gradient import reward_cost, step_size, token_weights
+from learner.objective.policy_gradient import filter_weights, reward_cost, step_size, token_weights
 from learner.scores import merge_scores
 from learner.student.sharding import Ranks
 
@@ -42,7 +42,9 @@ class Part:
     tokens: Tensor
     """[n] int64."""
     behaviour_logprobs: Tensor
-    """[n] float32."""
+    """[n] float32: log pi of the weights that sampled the token, before any filter."""
+    filter_weight: Tensor
+    """[n] float32 in (0, 1]: from the filtered distribution that was sampled to pi; 1 where nothing filters."""
     teacher_logprobs: Tensor
     """[n] float32, 0 where masked."""
     mask: Tensor
@@ -110,6 +112,8 @@ class UpdateBatch:
     """None or one."""
     this_rank_B: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
     """[B] bool: the trajectories that this rank trains on."""
+    policy_unknown: bool = False
+    """Tokens were filtered by an engine that has not recorded their log-probs before the filter."""
     wide_places: Tensor | None = None
     """[N] int64: the row of each of this rank's tokens in WIDE_TENSORS. None with one rank, which has all rows."""
 
@@ -128,6 +132,14 @@ class UpdateBatch:
         # A token whose importance is 0 has no cost, but still the penalty of the trust region.
         left = mask & (self.tensors["importance"] != 0) if beta == 0 else mask
         return step_size(mask, lengths, objective.aggregation).item() if left.any() else 0.0
+
+    def take_policy(self, logprobs: Tensor) -> None:
+        """Sets pi_old to the learner's own log-probs [N], where the engine's before its filter are not known."""
+        sampled = _tensor(self.trajectories.behaviour_logprobs, self.device)
+        self.tensors["behaviour_logprobs"] = self.tensors["old_logprobs"] = logprobs
+        self.tensors["filter_weight"] = filter_weights(logprobs, sampled)
+        # Nothing is left to compare the learner's numerics with.
+        self.tensors["on_policy"] = torch.zeros_like(self.tensors["on_policy"])
 
     def set_rewards(self, reward_B: Tensor) -> None:
         """Sets the cost of the responses' rewards. It is relative to other samples of the prompt, so it is computed for
@@ -185,6 +197,20 @@ def _tensor(values: np.ndarray, device: str) -> Tensor:
     return torch.from_numpy(np.require(values, requirements=["C", "W"])).to(device)
 
 
+def _policy(written: Trajectories, tensor: Callable[[np.ndarray], Tensor]) -> tuple[Tensor, Tensor, bool]:
+    """(log pi [N] of the weights that sampled, filter weights [N], whether log pi before a filter is unknown).
+
+    Where it is unknown the first two are placeholders, until `UpdateBatch.take_policy`.
+    """
+    unknown = bool(np.isnan(written.unfiltered_logprobs).any())
+    sampled, policy = written.behaviour_logprobs, written.behaviour_logprobs if unknown else written.policy_logprobs
+    # Nobody sampled what is not trained: it has no behaviour log-prob.
+    behaviour = tensor(np.where(written.trained, policy, np.float32(0)))
+    if not written.unfiltered_logprobs.size:
+        return behaviour, torch.ones_like(behaviour), unknown
+    return behaviour, filter_weights(behaviour, tensor(np.where(written.trained, sampled, np.float32(0)))), unknown
+
+
 def minibatch_rows(trajectories: int, count: int) -> list[np.ndarray]:
     """Rows of the update in `count` parts, one optimiser step each.
 
@@ -202,13 +228,14 @@ def collate(
     device: str,
     *,
     masked_token_ids: Sequence[int],
+    vocabulary: int,
     heads: Mapping[str, Head],
     ranks: Ranks,
 ) -> UpdateBatch:
     """The tensors of the update on `written`, in its order; the fields of Part say their shapes and units.
 
-    mask = trained, with finite scores of all teachers (of a support only if the objective reads it), and none of
-    masked_token_ids.
+    mask = trained, with finite scores of all teachers (of a support only if the objective reads it), below
+    `vocabulary`, and none of masked_token_ids.
     this_rank_B: [B] bool, the trajectories that this rank trains on. batches: hold the scores of these, from all their
     teachers, and perhaps of others. heads: output layers of the teachers that send hidden states, by name.
     policy_version: of the weights that the update starts from. CampaignError: scores of a trajectory are missing.
@@ -219,6 +246,7 @@ def collate(
     mask = written.trained & scores.scored & ~np.isin(written.response_tokens, list(masked_token_ids))
     if reads_distribution(objective):
         mask &= scores.distributed
+    mask &= written.response_tokens < vocabulary  # an engine of the user's own may sample padding rows
 
     def where_known(values: np.ndarray) -> Tensor:
         known = mask if values.ndim == 1 else mask[this_rank_N, None]
@@ -229,14 +257,14 @@ def collate(
     if objective.reference_teacher is not None:
         reference = where_known(scores.reference_logprobs)
         teacher_logprobs = extrapolated_teacher(teacher_logprobs, reference, objective.extrapolation)
-    # Nobody sampled what is not trained: it has no behaviour log-prob.
-    behaviour = tensor(np.where(written.trained, written.behaviour_logprobs, np.float32(0)))
+    behaviour, filter_weight, unknown = _policy(written, tensor)
     if estimator_row(objective.estimator).text_by == "teacher":
         behaviour = teacher_logprobs  # the teacher wrote these responses, so it is the behaviour policy
     zeros = torch.zeros(len(mask), device=device)
     tensors = {
-        "tokens": tensor(written.response_tokens.astype(np.int64)),
+        "tokens": tensor(np.minimum(written.response_tokens, vocabulary - 1).astype(np.int64)),
         "behaviour_logprobs": behaviour,
+        "filter_weight": filter_weight,
         "teacher_logprobs": teacher_logprobs,
         "mask": tensor(mask),
         "trained": tensor(written.trained),
@@ -252,7 +280,7 @@ def collate(
     }
     wide_places = None if this_rank_B.all() else tensor(np.cumsum(this_rank_N) - 1)
     hidden = scores.hidden, scores.reference_hidden
-    batch = UpdateBatch(written, tensors, device, *hidden, this_rank_B=this_rank_B, wide_places=wide_places)
+    batch = UpdateBatch(written, tensors, device, *hidden, [], this_rank_B, unknown, wide_places)
     if written.rewards.size:
         batch.set_rewards(tensor(written.rewards))
     return batch

@@ -44,13 +44,15 @@ class Forward:
         device: str,
         *,
         temperature: float,
+        vocabulary: int | None,
         named_by_student: bool,
     ):
-        """temperature: that was sampled at. named_by_student: the teachers' supports are the student's most likely tokens."""
+        """temperature: that was sampled at. vocabulary: rows of the head that are tokens; None: all. named_by_student: the teachers' supports are the student's most likely tokens."""
         self._body, self._weight, self._bias = body, weight_VH, bias_V
         self._objective, self._chunk_tokens = config.objective, config.head_chunk_tokens
         self._half = config.compute_dtype == "bfloat16"
-        self._device, self._temperature, self._named_by_student = device, temperature, named_by_student
+        self._device, self._temperature, self._vocabulary = device, temperature, vocabulary
+        self._named_by_student = named_by_student
 
     def as_hidden_states(self, states: torch.Tensor, places: torch.Tensor) -> HiddenStates:
         """Hidden states [N', H] of the current weights as pi_old over the whole vocabulary, for the exact trust region.
@@ -60,8 +62,9 @@ class Forward:
         """
         # The head is copied: the optimiser changes the weights in place, and pi_old must stay what it was.
         dtype = torch.bfloat16 if self._half else states.dtype
-        weight, bias = full_tensor(self._weight.detach()).to(dtype, copy=True), self._bias
-        bias = None if bias is None else full_tensor(bias.detach()).to(dtype, copy=True)
+        rows = slice(self._vocabulary)
+        weight, bias = full_tensor(self._weight.detach())[rows].to(dtype, copy=True), self._bias
+        bias = None if bias is None else full_tensor(bias.detach())[rows].to(dtype, copy=True)
         nothing = torch.zeros(len(states), device=self._device)
         return HiddenStates(states.to(dtype), Head(weight, bias, self._temperature), places, nothing)
 
@@ -102,6 +105,7 @@ class Forward:
                 partial(named, sampled),
                 chunk_tokens=self._chunk_tokens,
                 temperature=self._temperature,
+                vocabulary=self._vocabulary,
                 measure=measure and partial(named, measure),
             )
         return dict(zip(names, values, strict=True))
@@ -112,8 +116,9 @@ class Forward:
             loss = sum_n w_n (m_n cost_n + beta KL_n)
 
         w: `part.weights`, 0 where masked, by the aggregation. m: `part.importance`, from the engine's numerics to pi_old.
+        f multiplies what samples an action: `part.filter_weight`, from the filtered distribution to pi_old.
         KL: the estimate of KL(pi_old || pi_theta) of `trust_region.estimator`, [n]. cost [n], by the estimator:
-        with a coefficient A_t (no gradient), max(ratio A, clip(ratio, 1 - low, 1 + high) A) with
+        with a coefficient A_t (no gradient), f max(ratio A, clip(ratio, 1 - low, 1 + high) A) with
         ratio = pi_theta / pi_old (PPO, arXiv 1707.06347); `full`, the divergence at each context; `sft`, -log pi_theta.
         part: tensors [n] of the micro-batch on this device. collected: takes the metrics of these tokens.
         """
@@ -172,7 +177,8 @@ class Forward:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         o = self._objective
         bounds = {"dual_clip": o.dual_clip, "through_log_ratio": o.through_log_ratio}
-        return surrogate(logprobs, part.old_logprobs, coefficient, o.clip_low, o.clip_high, **bounds)  # type: ignore[arg-type]
+        cost, clipped = surrogate(logprobs, part.old_logprobs, coefficient, o.clip_low, o.clip_high, **bounds)  # type: ignore[arg-type]
+        return part.filter_weight * cost, clipped
 
 
 def exact_forward_kl(part: Part, logprobs_nV: torch.Tensor, rows: slice) -> dict[str, torch.Tensor]:

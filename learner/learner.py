@@ -19,7 +19,7 @@ import torch
 from actors.accelerator import torch_device
 from actors.config import StudentConfig, TeacherConfig, publishes_adapter
 from actors.data.models import find_model, load_head
-from actors.errors import CheckpointError, NonFiniteLossError
+from actors.errors import CampaignError, CheckpointError, NonFiniteLossError
 from actors.forward.packing import Microbatch
 from actors.trajectory import TeacherScores, Trajectories, TrajectoryId, select_trajectories
 from actors.weights.buckets import WeightVersion
@@ -58,6 +58,11 @@ from learner.student.tensor_files import (
     write_tensors,
 )
 
+UNRECORDED = (
+    "learner.objective.mismatch.correction: the engine of rollout.backend records no log-probs before top-k and top-p, so "
+    "its numerics cannot be told from the filter; expected unfiltered_logprobs (docs/extending.md), or correction: none"
+)
+
 
 class Learner:
     """Master weights in float32, AdamW, and the number of updates taken, which is the policy version."""
@@ -76,15 +81,17 @@ class Learner:
         teachers: Mapping[str, TeacherConfig] | None = None,
         masked_role_token_ids: Sequence[int] = (),
         turn_ends: Mapping[str, tuple[int, int]] | None = None,
+        vocabulary: int | None = None,
         ranks: Ranks | None = None,
     ):
         """Loads the student, or, where `checkpoint` names a directory, the state that was saved there.
 
         teachers: by name. The learner loads the heads of those that send hidden states, and keeps the averages of those
-        that follow the student. masked_role_token_ids: the tokens of `objective.masked_token_roles`. turn_ends:
-        (student's, teacher's) token of the teachers that end a turn with another than the student. ranks: this process
-        among those of the learner; all other arguments, and all calls, are the same on every rank. UserError: a function
-        of the user's own fails.
+        that follow the student. masked_role_token_ids: the tokens of `objective.masked_token_roles`. vocabulary: the
+        student's tokens; further rows of its head are padding, and no part of any distribution. turn_ends: (student's,
+        teacher's) token of the teachers that end a turn with another than the student. ranks: this process among those
+        of the learner; all other arguments, and all calls, are the same on every rank. UserError: a function of the
+        user's own fails.
         """
         check_own_functions(config.objective)
         self._student, self._config = student, config
@@ -104,7 +111,7 @@ class Learner:
             student, config, checkpoint, self._ranks, self._device
         )
         head: Any = self._model.get_output_embeddings()
-        self._vocabulary = len(head.weight)
+        self._vocabulary = min(len(head.weight), vocabulary or len(head.weight))
         directory = find_model(student.model, "student.model", code=student.trust_remote_code)
         self._files = read_model_files(directory, "student.model") if self._ranks.rank == 0 else {}
         self._optimizer = build_optimizer(self._model, config.optimizer, offload=config.offload_optimizer)
@@ -117,6 +124,7 @@ class Learner:
             config,
             self._device,
             temperature=temperature,
+            vocabulary=self._vocabulary,
             named_by_student=any(teacher.signal == "student_topk" for teacher in teachers.values()),
         )
         # A teacher that sends hidden states leaves the product with its head to the learner.
@@ -170,6 +178,7 @@ class Learner:
             self._config.objective,
             self._device,
             masked_token_ids=self._masked_token_ids,
+            vocabulary=self._vocabulary,
             heads=self._heads,
             ranks=self._ranks,
         )
@@ -420,20 +429,25 @@ class Learner:
     def _look_ahead(self, batch: UpdateBatch) -> UpdateBatch | None:
         """A pass over the update without gradients, before the first step, if the objective needs one.
 
-        It computes what a micro-batch cannot: the learner's own pi_old (to correct the engine's numerics, for an exact
-        KL, or for the limits of the trust region), and coefficients that depend on other trajectories. Returns the batch
-        with the learner's weights as pi_old; None without such a pass.
+        It computes what a micro-batch cannot: the learner's own pi_old (to correct the engine's numerics, in place of what
+        the engine has not recorded, for an exact KL, or for the limits of the trust region), and coefficients that depend
+        on other trajectories. Returns the batch with the learner's weights as pi_old; None without such a pass.
         """
         objective = self._config.objective
         region, whole_update = objective.trust_region, needs_whole_update(objective)
         correct, exact_region = objective.mismatch.correction != "none", region.estimator == "exact"
+        if correct and batch.policy_unknown:
+            raise CampaignError(UNRECORDED)
         limited = region.max_kl is not None or region.target_kl is not None
-        if not (whole_update or correct or exact_region or limited):
+        if not (whole_update or correct or batch.policy_unknown or exact_region or limited):
             return None  # pi_old is then pi_behaviour, as it was recorded, and the update needs no extra pass
         with_kl = whole_update and reads_distribution(objective)
         begun, kl = self._now(batch, np.arange(len(batch.trajectories)), with_kl=with_kl)
         batch.old_hidden.extend(begun.old_hidden)
-        own, all_tokens = begun.tensors["old_logprobs"], batch.all_tokens()
+        own = begun.tensors["old_logprobs"]
+        if batch.policy_unknown:
+            batch.take_policy(own)
+        all_tokens = batch.all_tokens()
         if correct:
             # From here on the ratio is to the learner's own pi_old; the weight carries what lies before it.
             batch.tensors["importance"] = importance_of(own, all_tokens, objective)

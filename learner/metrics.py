@@ -103,6 +103,7 @@ class UpdateMetrics:
             "behaviour_logprobs": part.behaviour_logprobs,
             "teacher_logprobs": part.teacher_logprobs,
             "old_logprobs": part.old_logprobs,
+            "filter_weight": part.filter_weight,
             "mask": part.mask,
             "first": part.mask & (not self._again),
             # Tokens sampled with the very weights that this pass used: else the difference also contains training.
@@ -134,6 +135,7 @@ class UpdateMetrics:
             "loss": (losses @ sizes / sizes.sum()).item(),
             "tokens_trained": int(column["first"].sum()),
             **{name: _mean(kept[name]) for name in means},
+            "filter_weight_mean": _mean(kept["filter_weight"], nothing=1.0),
             "log_ratio_p01": float(tails[0]),
             "log_ratio_p99": float(tails[1]),
             "log_ratio_histogram": log_ratio_histogram(log_ratios),

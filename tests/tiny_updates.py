@@ -23,6 +23,7 @@ def make_learner(
     teachers: dict[str, TeacherConfig] | None = None,
     temperature: float = 1.0,
     turn_ends: dict[str, TurnEnds] | None = None,
+    vocabulary: int | None = None,
     ranks: Ranks | None = None,
     lora: LoraConfig | None = None,
     checkpoint: Path | None = None,
@@ -37,6 +38,7 @@ def make_learner(
         replace(config, **changes),  # type: ignore[arg-type]
         total_updates=10,
         temperature=temperature,
+        vocabulary=vocabulary,
         publish_dtype=publish_dtype,
         bucket_bytes=bucket_bytes,
         keep_published=keep_published,

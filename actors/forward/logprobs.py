@@ -26,10 +26,11 @@ def chunked_head(
     *,
     chunk_tokens: int,
     temperature: float = 1.0,
+    vocabulary: int | None = None,
     measure: Reduce | None = None,
 ) -> tuple[torch.Tensor, ...]:
     """log_softmax((hidden @ weight.T + bias) / temperature), in nats, in chunks of `chunk_tokens`, each reduced at
-    once.
+    once. vocabulary: only the first rows of the head, whatever it has beyond them; None: all.
 
     Returns the tensors of `reduce`, concatenated to [N, ...] each, and then those of `measure`. Gradients flow from the
     tensors of `reduce` to hidden, weight and bias; other tensors that `reduce` reads are constants. `measure` has no
@@ -44,7 +45,7 @@ def chunked_head(
     # Without tokens there is one empty chunk, so that the outputs still have their columns and dtypes.
     chunks = [slice(start, start + chunk_tokens) for start in range(0, max(len(hidden_NH), 1), chunk_tokens)]
     with torch.autocast(device, enabled=False):
-        return _ChunkedHead.apply(hidden_NH, weight_VH, bias_V, reduce, measure, chunks, temperature, dtype)
+        return _ChunkedHead.apply(hidden_NH, weight_VH, bias_V, reduce, measure, chunks, temperature, vocabulary, dtype)
 
 
 class _ChunkedHead(torch.autograd.Function):
@@ -64,15 +65,17 @@ class _ChunkedHead(torch.autograd.Function):
         measure: Reduce | None,
         chunks: list[slice],
         temperature: float,
+        vocabulary: int | None,
         dtype: torch.dtype,
     ) -> tuple[torch.Tensor, ...]:
         ctx.save_for_backward(hidden_NH, weight_VH, bias_V)
         # Not the casts: they would hold a second copy of the weight until the backward pass.
-        ctx.how = reduce, chunks, temperature, dtype
+        ctx.how = reduce, chunks, temperature, slice(vocabulary), dtype
         ctx.set_materialize_grads(
             False
         )  # an output that the loss does not use has the gradient None, not [N, ...] zeros
-        weight, bias = weight_VH.to(dtype), None if bias_V is None else bias_V.to(dtype)
+        rows = slice(vocabulary)
+        weight, bias = weight_VH[rows].to(dtype), None if bias_V is None else bias_V[rows].to(dtype)
         parts = []
         for chunk in chunks:
             logprobs_nV = _logprobs(hidden_NH[chunk].to(dtype), weight, bias, temperature)
@@ -83,8 +86,8 @@ class _ChunkedHead(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         hidden_NH, weight_VH, bias_V = ctx.saved_tensors
-        reduce, chunks, temperature, dtype = ctx.how
-        weight, bias = weight_VH.to(dtype), None if bias_V is None else bias_V.to(dtype)
+        reduce, chunks, temperature, rows, dtype = ctx.how
+        weight, bias = weight_VH[rows].to(dtype), None if bias_V is None else bias_V[rows].to(dtype)
         grad_hidden = torch.empty_like(hidden_NH)
         grad_weight = torch.zeros_like(weight_VH) if ctx.needs_input_grad[1] else None
         grad_bias = torch.zeros_like(bias_V) if ctx.needs_input_grad[2] else None
@@ -95,10 +98,10 @@ class _ChunkedHead(torch.autograd.Function):
             grad_nV = (grad_nV if temperature == 1.0 else grad_nV.div_(temperature)).to(dtype)
             grad_hidden[chunk] = grad_nV @ weight
             if grad_weight is not None:
-                _add_product(grad_weight, grad_nV.T, hidden_nH)
+                _add_product(grad_weight[rows], grad_nV.T, hidden_nH)
             if grad_bias is not None:
-                grad_bias += grad_nV.sum(0)
-        return grad_hidden, grad_weight, grad_bias, None, None, None, None, None
+                grad_bias[rows] += grad_nV.sum(0)
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None, None, None
 
 
 def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:

@@ -68,7 +68,7 @@ class Evaluator:
         # In a thread: decoding and judging take their time, and the loop has a checkpoint to write when it is interrupted.
         rewards, accuracy = await asyncio.to_thread(self._accuracy, written, best)
         # Missing scores are NaN, and nanmean leaves them out.
-        log_ratios = (written.behaviour_logprobs - scores.logprobs)[written.trained]
+        log_ratios = (written.policy_logprobs - scores.logprobs)[written.trained]
         metrics = accuracy | {
             "eval/reverse_kl": float(np.nanmean(log_ratios)),
             "eval/response_length_mean": float(written.trained_lengths.mean()),

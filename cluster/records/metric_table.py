@@ -206,6 +206,10 @@ METRICS: dict[str, Metric] = {
         STEP, "share", "effective sample size of the weights that correct for the engine's numerics",
         "below 0.9: engine and learner disagree", always=False, guarded=True,
     ),
+    "filter_weight_mean": Metric(
+        STEP, "share", "probability of the tokens that top-p and top-k kept; 1 without them",
+        "below 0.5: most of the policy is never sampled", always=False, guarded=True,
+    ),
     "engine_logprob_abs_diff": Metric(
         STEP, "nats", "mean difference of a token's log-prob between engine and learner, for the same weights: over the tokens of the "
         "update's first step that were sampled with the newest version",

@@ -277,6 +277,17 @@ def surrogate(
     return cost, clipped
 
 
+def filter_weights(policy_logprobs: Tensor, sampled_logprobs: Tensor) -> Tensor:
+    """pi / mu of each token, any shape: the probability that pi gives to the tokens that top-k and top-p keep, in (0, 1].
+
+    policy_logprobs: log pi before the filter. sampled_logprobs: log mu after it, of the same weights. mu is pi restricted
+    to the kept tokens and renormalised, so the ratio is the same for all of them: it weighs contexts, not actions.
+    E_mu[(pi / mu) A grad log pi] is the sum over the kept tokens of pi A grad log pi, the policy gradient without its tail.
+    """
+    # Above 1 by rounding only, or by the numerics of two programs where an engine has not recorded log pi.
+    return (policy_logprobs - sampled_logprobs).clamp(max=0).exp()
+
+
 def log_importance_weights(log_ratio_BT: Tensor, mask_BT: Tensor, level: str) -> Tensor:
     """[B, T] log of what corrects token t's term for having been sampled by another policy; no gradient, 0 where masked.
 
