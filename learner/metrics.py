@@ -135,7 +135,7 @@ class UpdateMetrics:
             "loss": (losses @ sizes / sizes.sum()).item(),
             "tokens_trained": int(column["first"].sum()),
             **{name: _mean(kept[name]) for name in means},
-            "filter_weight_mean": _mean(kept["filter_weight"], nothing=1.0),
+            "filter_weight_mean": _mean(kept["filter_weight"]),
             "log_ratio_p01": float(tails[0]),
             "log_ratio_p99": float(tails[1]),
             "log_ratio_histogram": log_ratio_histogram(log_ratios),
