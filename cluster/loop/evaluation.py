@@ -2,7 +2,7 @@
 
 The student answers every prompt twice: greedily, and once sampled as in training. Every evaluation uses the same seeds,
 so that curves differ by the weights alone. Accuracy is measured over the prompts that have a reference answer; without
-any, it is absent, and only the reverse KL is measured.
+any, it is absent, only the reverse KL is measured, and nothing is answered greedily.
 """
 
 import asyncio
@@ -46,7 +46,7 @@ class Evaluator:
         self._keep, self._on_event = keep_trajectories, on_event
         self._judged = [row for row, reference in enumerate(prompts.references) if reference is not None]
         """The prompts that have a reference answer."""
-        self.trajectories = 2 * len(prompts)
+        self.trajectories = (2 if self._judged else 1) * len(prompts)
         """Responses that the student gives in one evaluation."""
 
     async def student(self, rollout: Fleet) -> tuple[dict[str, float], list[dict[str, Any]], dict[str, float]]:
@@ -57,23 +57,29 @@ class Evaluator:
         over the tokens y_t that pi has sampled, without those that lack a score.
         """
         # Both at once: the engines batch them, and a long response of one does not delay the other.
-        (greedy, greedy_seconds), (sampled, sampled_seconds) = await asyncio.gather(
-            self._sample(rollout, GREEDY), self._sample(rollout, SAMPLED)
+        drawn = await asyncio.gather(
+            *(self._sample(rollout, how) for how in (SAMPLED, GREEDY)[: 2 if self._judged else 1])
         )
+        sampled = drawn[0][0]
         ids = self._ids(SAMPLED)
         scored = await self._teachers.score(ids, sampled)
         scores = select_scores(ids, await fetched(each_once(itertools.chain(*scored.references))))
         written = select_trajectories(ids, await fetched(sampled))
-        best = select_trajectories(self._ids(GREEDY), await fetched(greedy))
-        # In a thread: decoding and judging take their time, and the loop has a checkpoint to write when it is interrupted.
-        rewards, accuracy = await asyncio.to_thread(self._accuracy, written, best)
+        rewards: dict[int, float] = {}
+        metrics: dict[str, float] = {}
+        if self._judged:
+            best = select_trajectories(self._ids(GREEDY), await fetched(drawn[1][0]))
+            of_greedy = await self._rewards(best.response_tokens, best.response_offsets)
+            rewards = await self._rewards(written.response_tokens, written.response_offsets)
+            metrics["eval/accuracy"] = float(np.mean(list(of_greedy.values())))
+            metrics["eval/accuracy_sampled"] = float(np.mean(list(rewards.values())))
         # Missing scores are NaN, and nanmean leaves them out.
         log_ratios = (written.policy_logprobs - scores.logprobs)[written.trained]
-        metrics = accuracy | {
+        metrics |= {
             "eval/reverse_kl": float(np.nanmean(log_ratios)),
             "eval/response_length_mean": float(written.trained_lengths.mean()),
         }
-        busy = {"rollout": greedy_seconds + sampled_seconds, "teacher": scored.busy_seconds}
+        busy = {"rollout": sum(seconds for _, seconds in drawn), "teacher": scored.busy_seconds}
         return metrics, await asyncio.to_thread(self._rows, written, scores, rewards), busy
 
     async def teacher(self) -> float | None:
@@ -81,7 +87,7 @@ class Evaluator:
         if not self._judged:
             return None
         tokens, offsets = await self._teachers.generate(self._prompts, self._max_tokens, self._stop)
-        return float(np.mean(list((await asyncio.to_thread(self._rewards, tokens, offsets)).values())))
+        return float(np.mean(list((await self._rewards(tokens, offsets)).values())))
 
     def _ids(self, sample: int) -> np.ndarray:
         return np.array([(EVALUATION_EPOCH, prompt, sample) for prompt in range(len(self._prompts))], np.int64)
@@ -103,24 +109,16 @@ class Evaluator:
         )
         return [reference for _, reference in answers], sum(counts.busy_seconds for counts, _ in answers)
 
-    def _accuracy(self, sampled: Trajectories, greedy: Trajectories) -> tuple[dict[int, float], dict[str, float]]:
-        """(prompt -> reward of its sampled response, the metrics of accuracy); both empty without references."""
-        if not self._judged:
-            return {}, {}
-        of_greedy = self._rewards(greedy.response_tokens, greedy.response_offsets)
-        rewards = self._rewards(sampled.response_tokens, sampled.response_offsets)
-        return rewards, {
-            "eval/accuracy": float(np.mean(list(of_greedy.values()))),
-            "eval/accuracy_sampled": float(np.mean(list(rewards.values()))),
-        }
-
-    def _rewards(self, tokens: np.ndarray, offsets: np.ndarray) -> dict[int, float]:
+    async def _rewards(self, tokens: np.ndarray, offsets: np.ndarray) -> dict[int, float]:
         """Prompt -> reward of the response to it, of the held-out prompts with a reference."""
         parts = np.split(tokens, offsets[1:-1])
         chosen = [parts[row] for row in self._judged]
         bounds = np.concatenate([[0], np.cumsum([len(part) for part in chosen])])
         references = [self._prompts.references[row] for row in self._judged]
-        found = rewards_of(self._tokenizer, self._judge, np.concatenate(chosen), bounds, references)
+        # In a thread: decoding and judging take their time, and the loop has a checkpoint to write when it is interrupted.
+        found = await asyncio.to_thread(
+            rewards_of, self._tokenizer, self._judge, np.concatenate(chosen), bounds, references
+        )
         if found.failed:
             self._on_event("unjudged", count=len(found.failed), cause=found.failed[0], evaluation=True)
         return dict(zip(self._judged, found.rewards.tolist(), strict=True))

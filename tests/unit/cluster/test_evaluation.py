@@ -8,6 +8,7 @@ from typing import Any
 import psutil
 import pytest
 
+from cluster import cli
 from cluster.config import CheckpointConfig
 from cluster.console.screen import summary_table
 from cluster.console.status import read_status
@@ -98,6 +99,26 @@ def test_without_held_out_prompts_a_few_trajectories_of_training_are_kept_and_ki
     assert process.exitcode == -signal.SIGKILL
     finish(light_campaign.start(file), file)
     assert fingerprint(folder / "runs" / "killed") == fingerprint(calm)
+
+
+@pytest.mark.parametrize("where", ["prompts", "evaluation"])
+def test_check_tries_every_reference_answer_of_prompts_that_are_judged(
+    folder: Path, where: str, capsys: pytest.CaptureFixture
+) -> None:
+    records = [{"prompt": "1+1=", "answer": answer} for answer in ("2", "3", "n/a", "4")]
+    (folder / "bad.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    path, verifier = {"path": str(folder / "bad.jsonl")}, {"name": "numeric"}
+    sections: dict[str, Any] = {"evaluation": {"prompts": path, "verifier": verifier}}
+    if where == "prompts":
+        sections = {"evaluation": {"prompts": None, "verifier": verifier}, "prompts": path, "learner": REWARDS}
+    file = configuration(folder, f"bad-{where}", pipeline=SHORT, **sections)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["check", "--offline", str(file)])
+    told = capsys.readouterr().err
+    assert (
+        ended.value.code == 2
+        and f"{folder / 'bad.jsonl'}, prompt 3: found answer = 'n/a', expected a reference" in told
+    )
 
 
 REWARDS = {"objective": {"estimator": "reward"}, "compute_dtype": "float32"}
