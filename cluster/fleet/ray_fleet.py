@@ -108,12 +108,14 @@ class Fleet(Supervisor):
     async def tell(self, replica: Replica, method: str, *arguments: Any) -> None:
         """Calls a method of this actor and waits until it has ended; not for one that is dead, dies, or is late."""
         if replica.alive:
-            told = self._in_background(self._told(replica.handle, method, arguments))
+            told = self._in_background(self._told(replica, replica.handle, method, arguments))
             await asyncio.wait([told], timeout=LATE_SECONDS if replica.takes_work else 0)
 
-    async def _told(self, handle: Any, method: str, arguments: tuple) -> None:
-        with suppress(ActorLostError):  # the call that waits for this actor's work reports the loss
+    async def _told(self, replica: Replica, handle: Any, method: str, arguments: tuple) -> None:
+        try:
             await invoke(handle, method, arguments, 1)
+        except (ActorLostError, ActorFaultError) as error:
+            self._lost(replica, handle, _kind(error), error)
 
     def tell_nodes(self, method: str, *arguments: Any) -> None:
         """Calls a method of one living actor on each node. Returns at once; answers and errors are ignored."""

@@ -65,7 +65,7 @@ EVENTS: dict[str, Event] = {
     ),
     "actor_restarted": Event("{actor} is back (restart {restarts})", "good"),
     "actor_ended": Event("{actor} has ended"),
-    "actor_silent": Event("{actor} is silent; its work goes to others ({cause})", "warn"),
+    "actor_silent": Event("{actor} is silent: {cause}; others, where there are any, get its work", "warn"),
     "actor_heard": Event("{actor} is heard again, after {seconds} s", withdraws=("actor_silent",)),
     "left_behind": Event("{actor} is left behind; it gets no work until it has caught up ({cause})", "warn"),
     "caught_up": Event("{actor} has caught up", withdraws=("left_behind",)),

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from actors.errors import ActorFaultError
 from cluster.config import WeightsConfig
 from cluster.fleet import ray_fleet, supervision
 from cluster.fleet.ray_fleet import Fleet
@@ -247,3 +248,16 @@ def test_an_actor_that_was_left_behind_loads_every_delta_that_it_lacks(
         assert not [kind for kind in kinds(events) if kind in FAULTS]
 
     with_fleet(monkeypatch, Engine, body)
+
+
+def test_an_actor_that_cannot_do_what_it_is_told_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Faulty(Worker):
+        async def abort(self) -> None:
+            raise ActorFaultError("abort failed: RuntimeError: the engine is gone")
+
+    async def body(fleet: Fleet, events: Events) -> None:
+        await fleet.tell(fleet.replicas[0], "abort")
+        await until(lambda: fleet.replicas[0].restarts == 1)
+        assert [fields["cause"] for kind, fields in events if kind == "actor_failed"]
+
+    with_fleet(monkeypatch, Faulty, body)
