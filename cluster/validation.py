@@ -68,8 +68,14 @@ def _student(config: CampaignConfig) -> Iterator[Contradiction]:
 
 
 def _pipeline(config: CampaignConfig) -> Iterator[Contradiction]:
-    """The engine, and the work in flight when weights change."""
+    """The engine, the work in flight when weights change, and the trajectories of an update."""
     rollout, pipeline = config.rollout, config.pipeline
+    size, parts = config.trajectories_per_update, config.learner.minibatches_per_update
+    expected = f"at most {size}, the trajectories of an update (prompts_per_update x samples_per_prompt)"
+    yield parts > size, "learner.minibatches_per_update", parts, expected
+    lonely = config.learner.objective.baseline == "batch_mean" and size < 2
+    expected = "none or exact_kl: an update of one trajectory has no others to take the mean of"
+    yield lonely, "learner.objective.baseline", "batch_mean", expected
     known = rollout.backend == "vllm" or is_import_path(rollout.backend)
     yield not known, "rollout.backend", repr(rollout.backend), "vllm, or package.module:Class of your own"
     expected = "0 where max_staleness is 0: which responses are slow is not repeatable"

@@ -21,6 +21,7 @@ from actors.config import StudentConfig, TeacherConfig, publishes_adapter
 from actors.data.models import find_model, load_head
 from actors.errors import CampaignError, CheckpointError, NonFiniteLossError
 from actors.forward.packing import Microbatch
+from actors.memory import give_back
 from actors.trajectory import TeacherScores, Trajectories, TrajectoryId, select_trajectories
 from actors.weights.buckets import WeightVersion
 from actors.weights.delta import DeltaVersion
@@ -202,6 +203,7 @@ class Learner:
             self._beta = adapted_beta(self._beta, self._forward_kl(begun, np.arange(len(ids))), target)
         metrics["busy_seconds"] = (time.perf_counter() - start) * self._ranks.size  # summed over the role's processes
         self._busy_seconds += metrics["busy_seconds"]
+        give_back()
         return metrics
 
     def publish(self, delta: bool = False) -> Iterator[np.ndarray | WeightVersion | DeltaVersion]:
@@ -210,11 +212,13 @@ class Learner:
         delta: what changed since the version that was published before, as one bucket, unless that saves nothing. For
         this each rank keeps a copy of what it published, where `keep_published` was given.
         """
+        self._optimizer.zero_grad(set_to_none=True)  # the step is taken: nobody reads them any more
         if publishes_adapter(self._student):
             named: Any = list(adapter_tensors(self._model).items())
         else:
             named = list(merged_tensors(self._model) if self._adapter else self._model.named_parameters())
         yield from self._publisher.full_or_delta(self.policy_version, named, self._publish_dtype, delta=delta)
+        give_back()
 
     def publish_average(self, teacher: str) -> Iterator[np.ndarray | WeightVersion]:
         """The same of the moving average that this teacher is, in its dtype."""
@@ -268,6 +272,8 @@ class Learner:
                 if tensors or name == "training/optimizer.safetensors"
             }
             write_part(Path(directory), self._ranks.rank, written)
+            files.clear()  # the copies, before the flush: updates go on, and need memory themselves
+            give_back()
             flush(Path(directory))
 
         return write

@@ -13,6 +13,7 @@ from actors.config import LoraConfig, RolloutConfig, SamplingConfig, VerifierCon
 from actors.data.judge import Judge, rewards_of
 from actors.data.tokenizer import load_tokenizer
 from actors.errors import CampaignError, EngineError
+from actors.memory import give_back
 from actors.rollout.batched_calls import BatchedCalls
 from actors.rollout.engine import check_answer, make_engine, told_apart
 from actors.trajectory import FINISH_REASONS, Requests, RolloutCounts, Trajectories
@@ -132,6 +133,7 @@ class RolloutActor(BatchedCalls):
             found = f"after a load the engine's version is {self._engine.version}"
             raise CampaignError(f"rollout.backend: {found}, expected {manifest.version} (docs/extending.md)")
         self._receiver.hold(ranks)  # only now: after an error the old version is still the base of the next delta
+        await asyncio.to_thread(give_back)
         return stood_still or 0.0
 
     async def abort(self, ids: np.ndarray | None = None) -> None:

@@ -247,6 +247,7 @@ def test_a_resource_that_is_no_name_of_ones_own_or_no_amount_is_refused(
 
 
 KEY = "learner.objective."
+PAIR = ("pipeline.prompts_per_update=2", "pipeline.samples_per_prompt=1")
 REFERENCE = ("teachers.base.model=base", "teachers.base.signal=full", KEY + "reference_teacher=base")
 CONTRADICTIONS: dict[str, tuple[str, ...]] = {
     "learner.objective.extrapolation: found 1.25": (KEY + "extrapolation=1.25",),
@@ -259,6 +260,10 @@ CONTRADICTIONS: dict[str, tuple[str, ...]] = {
     "learner.objective.proximal_weight": (*REFERENCE, KEY + "extrapolation=2", KEY + "proximal_weight=0.5"),
     "learner.objective.support": (KEY + "support=renormalised",),
     "learner.objective.baseline": (KEY + "estimator=full", KEY + "baseline=batch_mean"),
+    "learner.minibatches_per_update: found 5, expected at most 2": (*PAIR, "learner.minibatches_per_update=5"),
+    "learner.objective.baseline: found batch_mean, expected none or exact_kl": (
+        *PAIR[1:], "pipeline.prompts_per_update=1", KEY + "baseline=batch_mean",
+    ),
     "learner.objective.dual_clip": (KEY + "estimator=full", KEY + "dual_clip=3"),
     "learner.objective.through_log_ratio": (KEY + "estimator=full", KEY + "through_log_ratio=true"),
     "learner.objective.position_weight": (KEY + "estimator=full", KEY + "position_weight=0.5"),
