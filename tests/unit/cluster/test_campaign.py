@@ -338,6 +338,19 @@ def test_what_is_lost_is_sampled_again_and_each_number_is_trained_once(tmp_path:
         assert world.trained == [all_ids(made, range(step * SIZE, step * SIZE + SIZE)) for step in range(12)]
 
 
+def test_an_evaluation_that_was_lost_is_repeated_and_says_how_much_was_lost(tmp_path: Path) -> None:
+    config, world = configuration(tmp_path, updates=4), World(bound=0)
+    config.evaluation.every_updates = 1
+    world.losing = {"evaluate": 0.5}
+    assert run(campaign(config, world, evaluator=FakeEvaluator(world))) is True
+    lost = [row for row in read_jsonl(config.run_dir / "events.jsonl") if row["kind"] == "lost_objects"]
+    assert (
+        lost and {row["trajectories"] for row in lost} == {8} and {row["evaluation"] for row in lost} <= set(range(5))
+    )
+    rows = read_jsonl(config.run_dir / "metrics.jsonl")
+    assert all("eval/accuracy" in row for row in rows) and len(rows) == 5
+
+
 def test_works_overlap_when_staleness_is_allowed(tmp_path: Path) -> None:
     config, world = configuration(tmp_path, updates=12, bound=2), World(bound=2, delay=0.01)
     assert run(campaign(config, world, rollouts=3))

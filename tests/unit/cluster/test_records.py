@@ -1,6 +1,9 @@
 import itertools
 import json
 import math
+import os
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -170,3 +173,45 @@ def test_what_a_crash_left_of_the_last_line_is_cut_and_whole_lines_are_kept(
     (tmp_path / name).write_bytes(whole + torn)
     RunRecords(tmp_path)
     assert (tmp_path / name).read_bytes() == whole + b'{"step": 2}\n' * kept
+
+
+def test_faults_are_counted_over_all_processes_of_a_campaign(tmp_path: Path) -> None:
+    records = RunRecords(tmp_path)
+    for kind in ("actor_died", "checkpoint", "actor_hung"):
+        records.event(kind, actor="rollout-0", step=1, path="p")
+    assert records.faults == 2
+    again = RunRecords(tmp_path)  # the checkpoint of the process before may be older than its faults
+    again.event("actor_failed", actor="rollout-0")
+    assert again.faults == 3
+
+
+def test_half_a_line_that_a_full_disk_took_is_taken_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    records, full, written = RunRecords(tmp_path), [True], os.write
+    records.event("paused")
+    open_file = Path.open
+
+    class Half:
+        def __init__(self, file: Any):
+            self.file = file
+
+        def __enter__(self) -> "Half":
+            return self
+
+        def __exit__(self, *_: Any) -> None:
+            self.file.close()
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.file, name)
+
+        def write(self, line: bytes) -> int:
+            return written(self.file.fileno(), line[: len(line) // 2 if full else None])
+
+    monkeypatch.setattr(Path, "open", lambda path, *given, **named: Half(open_file(path, *given, **named)))
+    records.event("continued")
+    records.event("scaled", role="rollout", before=1, after=2)
+    assert records.full is not None and "No space left" in records.full.told() and len(records.unwritten) == 2
+    full.clear()
+    records.event("paused")
+    monkeypatch.undo()
+    assert [row["kind"] for row in read_jsonl(tmp_path / "events.jsonl")] == ["paused", "continued", "scaled", "paused"]
+    assert records.full is None
