@@ -179,6 +179,9 @@ class TeacherConfig:
     """With `http`: the environment variable, on the actors' nodes, that holds the servers' key."""
     timeout_seconds: float = number(120.0, above=0)
     """With `http`: time limit of one request."""
+    away_timeout_seconds: float = number(1800.0, above=0)
+    """With `http`: how long the servers are waited for while none of them answers; then the campaign ends with an error and
+    a checkpoint. While one of several answers, it takes the work of the others."""
     requests_per_url: int = number(8, minimum=1)
     """With `http`: concurrent requests of one actor to each server."""
     replicas: int = number(1, minimum=1)

@@ -5,7 +5,11 @@ calls take. The supervisor reads `count` in a thread beside the work: where call
 the actor hangs.
 """
 
+import time
+
 _count = 0
+_waits_for = ""
+_waits_since = 0.0
 
 
 def beat() -> None:
@@ -17,3 +21,16 @@ def beat() -> None:
 def count() -> int:
     """Number of steps that this process has taken."""
     return _count
+
+
+def wait_for(what: str) -> None:
+    """Says what this process waits for, something that is not ours: its supervisor tells it. Empty: for nothing."""
+    global _waits_for, _waits_since
+    if bool(what) != bool(_waits_for):
+        _waits_since = time.monotonic()
+    _waits_for = what
+
+
+def waiting() -> tuple[str, float]:
+    """(what this process waits for, seconds since it does); ("", 0.0) for nothing."""
+    return _waits_for, time.monotonic() - _waits_since if _waits_for else 0.0

@@ -4,57 +4,38 @@ Prompt and response are sent together as the prompt of `/completions`, as token 
 dialects the servers speak: vLLM's `prompt_logprobs`, or `echo` with `logprobs` and token ids in place of tokens (vLLM,
 SGLang and others). If a server leaves a log-prob out, the token's score is missing; it never becomes a number.
 
-A failed request is retried, on the least busy server. A server that fails several times in a row gets no requests for a
-while (a circuit breaker), and the other servers take its work.
+http_servers.py says which server is asked, and how long one that is away is waited for; http_answers.py reads answers.
 
 No method is a coroutine: Ray would run the class in an event loop, where the constructor could not wait for answers.
 """
 
+import itertools
 import os
-import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from threading import Lock
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
-import openai
 
 from actors.config import TeacherConfig
 from actors.errors import CampaignError, UserError
-from actors.heartbeat import beat
-from actors.teacher.base import Teacher, probe, texts_of
+from actors.teacher.base import UNBOUNDED, Teacher, known_prompts, probe, texts_of
+from actors.teacher.http_answers import most_bytes, scores, written_tokens
+from actors.teacher.http_servers import (
+    FAILURES_TO_OPEN,
+    PROBE_TOLERANCE,
+    REFUSALS,
+    RefusedError,
+    Server,
+    ServerFault,
+    Servers,
+)
 from actors.trajectory import Limits, Prompts, Trajectories, offsets_of
 
-ATTEMPTS = 6
-"""Attempts at one request, over all servers. The wait between them starts at FIRST_WAIT_SECONDS and doubles each time."""
-FIRST_WAIT_SECONDS = 0.5
-FAILURES_TO_OPEN = 3
-"""Failures in a row that open a server's circuit: it then gets no requests."""
-OPEN_SECONDS = 30.0
-"""How long a circuit stays open."""
-REPEATS = 0.05
-"""Nats by which an answer may differ when asked again: the server batches our requests with those of other clients."""
-# Timeouts, conflicts, rate limits, and faults of a server or gateway. Any other status would be the same in a retry.
-TRANSIENT = {408, 409, 425, 429, 500, 502, 503, 504}
+Value = TypeVar("Value")
 
-
-@dataclass
-class _Server:
-    url: str
-    client: openai.OpenAI
-    under_way: int = 0
-    failures: int = 0
-    """In a row."""
-    open_until: float = 0.0
-    """The circuit is open until this time (time.monotonic)."""
-
-    def failed(self) -> None:
-        # Only a success sets `failures` to 0. So after OPEN_SECONDS a single failure opens the circuit again.
-        self.failures += 1
-        if self.failures >= FAILURES_TO_OPEN:
-            self.open_until = time.monotonic() + OPEN_SECONDS
+STARTING_ATTEMPTS = 3
+"""Times that a server is asked the probe at the start."""
 
 
 class HttpTeacher(Teacher):
@@ -67,33 +48,67 @@ class HttpTeacher(Teacher):
         or the environment variable with the servers' key is not set.
         """
         super().__init__(config, key, vocabulary)
-        # Without Omit the client would send the user's own OPENAI_API_KEY to the servers.
-        self._headers: dict[str, Any] = {"Authorization": openai.Omit()}
+        secret = ""
         if config.api_key_variable is not None:
-            secret = os.environ.get(config.api_key_variable)
+            secret = os.environ.get(config.api_key_variable, "").strip()
             if not secret:
                 raise UserError(f"{key}.api_key_variable", f"{config.api_key_variable}, which is not set", "a variable")
-            self._headers = {"Authorization": f"Bearer {secret}"}
-        self._servers = [_Server(url.rstrip("/"), _client(url, config.timeout_seconds)) for url in config.urls]
-        self._choosing = Lock()
+            if not (secret.isascii() and secret.isprintable()):
+                found = f"{config.api_key_variable}, whose value cannot be a header"
+                raise UserError(f"{key}.api_key_variable", found, "printable ASCII characters in one line")
+        self._servers = Servers(
+            key,
+            config.urls,
+            secret,
+            timeout_seconds=config.timeout_seconds,
+            per_url=config.requests_per_url,
+            away_timeout_seconds=config.away_timeout_seconds,
+        )
         self._threads = ThreadPoolExecutor(config.requests_per_url * len(config.urls))
         self._echo = False
         self._find_dialect()
         # Without a known vocabulary, any token below 1024 is taken to exist.
-        self.self_test(vocabulary or 1024, repeats=REPEATS)
+        self._probe_text = [int(t) for t in probe(vocabulary or 1024).response_tokens]
+        self._find_rows()
+        self._compare_servers()
+        self.self_test(min(vocabulary or 1024, self.vocabulary), repeats=PROBE_TOLERANCE)
+        self._servers.patient = True
 
     def generate(self, prompts: Prompts, limits: Limits) -> tuple[np.ndarray, np.ndarray]:
         """Greedy responses: see Teacher."""
+        prompts, limits = known_prompts(prompts, limits, self.vocabulary)
         options = {
+            "model": self.config.model,
+            "temperature": 0,
             "max_tokens": limits.max_response_tokens,
             "stop_token_ids": limits.stop_token_ids,
             "logprobs": 0,
             "return_tokens_as_token_ids": True,
             "skip_special_tokens": False,
         }
-        answers = self._ask_all({"prompt": row.tolist(), **options} for row in prompts.rows())
-        rows = [np.array([_token_id(t) for t in _choice(a)["logprobs"]["tokens"]], np.int32) for a in answers]
-        return np.concatenate(rows), offsets_of(map(len, rows))
+        size = most_bytes(limits.max_response_tokens, 1)
+        requests = [{"prompt": row.tolist(), **options} for row in prompts.rows()]
+        rows = self._ask_all((request, size, written_tokens) for request in requests)
+        for row in rows:
+            if isinstance(row, RefusedError):
+                raise CampaignError(f"{self.key}: a prompt cannot be answered: {row}")
+        return np.concatenate([row for row in rows if not isinstance(row, RefusedError)]), offsets_of(map(len, rows))  # type: ignore[arg-type]
+
+    def full_length_test(self, tokens: int) -> None:
+        """Scores a text of as many tokens, the longest that the campaign may send, at every server that answers.
+
+        UserError: a server refuses it.
+        """
+        text = (self._probe_text * (tokens // len(self._probe_text) + 1))[:tokens]
+        for server in self._servers.servers:
+            try:
+                if server.probe is not None:
+                    self._score_at(server, text)
+            except ServerFault as fault:
+                expected = (
+                    f"a context of {tokens} tokens and one more: the longest prompt and sampling.max_response_tokens"
+                )
+                raise UserError(f"{self.key}.urls", fault, expected) from None
 
     def _find_dialect(self) -> None:
         """Sets `_echo` to the first dialect whose answer to a short text has log-probs; UserError if none has."""
@@ -101,130 +116,101 @@ class HttpTeacher(Teacher):
         problems = []
         for self._echo in (False, True):
             try:
-                [answer] = self._ask_all([self._scoring_request(text)])
-                if np.isfinite(self._read(answer, text, 1)[0][:, 0]).all():
+                found = self._servers.ask(*self._scoring(text, 1))
+                if np.isfinite(found[0][:, 0]).all():
                     return
                 problems.append("no log-probs of prompts in its answer")
-            except CampaignError as error:
+            except (CampaignError, RefusedError) as error:
                 problems.append(str(error))
         expected = "servers that answer and return log-probs of prompts"
         raise UserError(f"{self.key}.urls", f"{', '.join(self.config.urls)} ({problems[0]})", expected)
 
-    def _scoring_request(self, text: list[int]) -> dict[str, Any]:
+    def _find_rows(self) -> None:
+        """Lowers `vocabulary` to the ids that the servers accept: they refuse a whole text with an id beyond their rows."""
+        if self.vocabulary == UNBOUNDED:
+            return
+
+        def accepts(server: Server, token: int) -> bool | None:
+            try:
+                self._score_at(server, [self._probe_text[0], token, self._probe_text[0]])
+            except ServerFault as fault:
+                return False if fault.status in (*REFUSALS, 500) else None
+            return True
+
+        for server in self._servers.servers:
+            known, unknown = max(self._probe_text), self.vocabulary - 1
+            # A server that does not accept what it must has another fault, which the self-test tells.
+            if accepts(server, unknown) is not False or not accepts(server, known):
+                continue
+            while unknown - known > 1:
+                middle = (known + unknown) // 2
+                known, unknown = (middle, unknown) if accepts(server, middle) else (known, middle)
+            self.vocabulary = unknown
+
+    def _compare_servers(self) -> None:
+        """Keeps each server's answer to the probe. UserError: two of them are of other models."""
+        for server in self._servers.servers:
+            for _ in range(STARTING_ATTEMPTS):
+                try:
+                    server.probe = self._score_at(server, self._probe_text)
+                    break
+                except ServerFault:  # away, or at fault: it has to answer the probe before it gets work
+                    server.failures = FAILURES_TO_OPEN
+        self._servers.try_probe = lambda server: self._score_at(server, self._probe_text)
+        known = [server for server in self._servers.servers if server.probe is not None]
+        for one, other in itertools.pairwise(known):
+            difference = np.abs(one.probe - other.probe).max()  # type: ignore[operator]
+            if difference > PROBE_TOLERANCE:
+                found = f"{one.url} and {other.url}, whose log-probs of one text differ by {difference:.3g}"
+                raise UserError(f"{self.key}.urls", found, "servers of one model")
+
+    def _score_at(self, server: Server, text: list[int]) -> np.ndarray:
+        """[tokens - 1] log-probs of a text after its first token, from this server. ServerFault: it does not send them."""
+        found = self._servers.ask_one(server, *self._scoring(text, len(text) - 1))[0][:, 0]
+        if not np.isfinite(found).all():
+            raise ServerFault(f"{server.url}: an answer without log-probs")
+        return found
+
+    def _scoring(self, text: list[int], length: int) -> tuple[dict[str, Any], int, Callable[[dict[str, Any]], Any]]:
+        """(request, most bytes of its answer, what reads the answer) for the last `length` tokens of a text."""
         count = self.config.top_k if self.config.signal == "topk" else 0
         # The new token is discarded. Not 0: some servers refuse max_tokens=0.
-        request = {"prompt": text, "max_tokens": 1}
+        request = {"model": self.config.model, "temperature": 0, "prompt": text, "max_tokens": 1}
         if not self._echo:
-            return {**request, "prompt_logprobs": count}
-        # Some servers read `logprobs: 0` as no log-probs at all.
-        return {**request, "echo": True, "logprobs": max(count, 1), "return_tokens_as_token_ids": True}
+            request |= {"prompt_logprobs": count}
+        else:  # some servers read `logprobs: 0` as no log-probs at all
+            request |= {"echo": True, "logprobs": max(count, 1), "return_tokens_as_token_ids": True}
+        echo = self._echo
+        return request, most_bytes(len(text), count), lambda answer: scores(answer, text, length, count, echo=echo)
 
-    def score_tokens(self, trajectories: Trajectories) -> dict[str, np.ndarray]:
-        """See Teacher. CampaignError: a server refuses, or none answers within ATTEMPTS attempts."""
+    def score_tokens(self, trajectories: Trajectories) -> dict[str, Any]:
+        """See Teacher. CampaignError: no server has answered for `away_timeout_seconds`."""
+        count, lengths = self.config.top_k if self.config.signal == "topk" else 0, trajectories.lengths
         texts = texts_of(trajectories)
-        answers = self._ask_all(self._scoring_request(text) for text in texts)
+        answers = self._ask_all(self._scoring(text, int(n)) for text, n in zip(texts, lengths, strict=True))
+        refused = {row: str(answer) for row, answer in enumerate(answers) if isinstance(answer, RefusedError)}
+        nothing = np.float32(np.nan), np.int32(0)
         read = [
-            self._read(answer, text, int(length))
-            for answer, text, length in zip(answers, texts, trajectories.lengths, strict=True)
+            tuple(np.full((n, 1 + count), value) for value in nothing) if isinstance(answer, RefusedError) else answer
+            for answer, n in zip(answers, lengths.tolist(), strict=True)
         ]
         logprobs, ids = (np.concatenate(parts) for parts in zip(*read, strict=True))
-        return {"logprobs": logprobs[:, 0].copy(), "support_ids": ids[:, 1:], "support_logprobs": logprobs[:, 1:]}
+        return {
+            "logprobs": logprobs[:, 0].copy(),
+            "support_ids": ids[:, 1:],
+            "support_logprobs": logprobs[:, 1:],
+            "refused": refused,
+        }
 
-    def _read(self, answer: dict[str, Any], text: Sequence[int], length: int) -> tuple[np.ndarray, np.ndarray]:
-        """(log-probs, token ids), [length, 1 + K] each, for the last `length` tokens of the text.
-
-        Column 0 is the token of the text, the others are the K likeliest tokens there. NaN: the server sent no log-prob.
-        """
-        count = self.config.top_k if self.config.signal == "topk" else 0
-        logprobs, ids = np.full((length, 1 + count), np.nan, np.float32), np.zeros((length, 1 + count), np.int32)
-        places = _echoed(_choice(answer)) if self._echo else _prompt_logprobs(answer)
-        for row, place in enumerate(range(len(text) - length, min(len(text), len(places)))):
-            here = {token: value for token, value in places[place].items() if value is not None}
-            # Servers list the text's own token, too, so there may be K + 1: the sort drops one that is not among the K.
-            likeliest = sorted(here.items(), key=lambda pair: -pair[1])[:count]
-            logprobs[row, 0] = here.get(text[place], np.nan)
-            for column, (token, value) in enumerate(likeliest, 1):
-                ids[row, column], logprobs[row, column] = token, value
-        return logprobs, ids
-
-    def _ask_all(self, requests: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    def _ask_all(
+        self, requests: Iterable[tuple[dict[str, Any], int, Callable[[dict[str, Any]], Value]]]
+    ) -> list[Value | RefusedError]:
         """One answer for each request, in their order; up to `requests_per_url` are under way at each server."""
-        return list(self._threads.map(self._ask, requests))
 
-    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        """The answer to one request, after up to ATTEMPTS attempts. CampaignError: a refusal, or no answer."""
-        problem = ""
-        for attempt in range(ATTEMPTS):
-            if attempt:
-                time.sleep(FIRST_WAIT_SECONDS * 2 ** (attempt - 1))
-            with self._choosing:
-                # Servers with an open circuit come last. They are not left out: if all circuits are open, one is asked.
-                now = time.monotonic()
-                server = min(self._servers, key=lambda s: (s.open_until > now, s.under_way))
-                server.under_way += 1
-            beat()
+        def ask(request: tuple[dict[str, Any], int, Callable[[dict[str, Any]], Value]]) -> Value | RefusedError:
             try:
-                answer = self._post(server, request)
-                server.failures = 0
-                return answer
-            except openai.APIStatusError as error:
-                if error.status_code not in TRANSIENT:
-                    refusal = f"status {error.status_code}, {error.response.text[:200]}"
-                    raise CampaignError(f"{self.key}: {server.url} refuses: {refusal}") from error
-                problem = f"{server.url}: status {error.status_code}"
-            except (openai.APIConnectionError, ValueError) as error:
-                problem = f"{server.url}: {type(error).__name__} {error.__cause__ or error}".strip()
-            finally:
-                with self._choosing:
-                    server.under_way -= 1
-            server.failed()
-        raise CampaignError(f"{self.key}: no server answers after {ATTEMPTS} attempts; the last: {problem}")
+                return self._servers.ask(*request)
+            except RefusedError as refused:
+                return refused
 
-    def _post(self, server: _Server, request: dict[str, Any]) -> dict[str, Any]:
-        # The client validates each element of its own arguments and makes an object of each log-prob in an answer. That
-        # takes 4 times the processor time. So the request goes into extra_body, and the answer is read as raw JSON.
-        answer = server.client.completions.with_raw_response.create(
-            model=self.config.model, prompt="", extra_headers=self._headers, extra_body={"temperature": 0, **request}
-        )
-        content = answer.http_response.json()
-        if not isinstance(content, dict) or not content.get("choices"):
-            raise ValueError("an answer without choices")
-        return content
-
-
-def _client(url: str, timeout_seconds: float) -> openai.OpenAI:
-    """A client that ignores the environment, where keys and names for OpenAI's own service may be set.
-
-    max_retries=0: `_ask` retries, so that a retry can go to another server and each failure counts for the circuit.
-    """
-    connection = openai.DefaultHttpxClient(trust_env=False)
-    client = openai.OpenAI(base_url=url, api_key="none", timeout=timeout_seconds, max_retries=0, http_client=connection)
-    client.organization = client.project = None
-    return client
-
-
-def _choice(answer: dict[str, Any]) -> dict[str, Any]:
-    return answer["choices"][0]
-
-
-def _prompt_logprobs(answer: dict[str, Any]) -> list[dict[int, float | None]]:
-    """For each token of the text: token id -> log-prob, from vLLM's `prompt_logprobs`."""
-    listed = _choice(answer).get("prompt_logprobs") or answer.get("prompt_logprobs") or []
-    return [{int(t): entry["logprob"] for t, entry in (place or {}).items()} for place in listed]
-
-
-def _echoed(choice: dict[str, Any]) -> list[dict[int, float | None]]:
-    """For each token of the text: token id -> log-prob, from the `logprobs` of an echoed prompt."""
-    found = choice.get("logprobs") or {}
-    own = list(zip(found.get("tokens") or [], found.get("token_logprobs") or [], strict=False))
-    tops = found.get("top_logprobs") or [None] * len(own)
-    return [
-        {_token_id(token): value, **{_token_id(t): v for t, v in (top or {}).items()}}
-        for (token, value), top in zip(own, tops, strict=False)
-    ]
-
-
-def _token_id(token: str) -> int:
-    """`token_id:123` -> 123; -1 for a token that the server writes as text."""
-    name, _, number = token.partition(":")
-    return int(number) if name == "token_id" and number.isdigit() else -1
+        return list(self._threads.map(ask, requests))

@@ -174,6 +174,11 @@ def _roles(status: Mapping[str, Any]) -> RenderableType:
         for actor in actors
         if actor.get("silent_seconds") or actor.get("behind")
     ]
+    notes += [
+        f"{actor['name']} has waited for {duration(actor['waits_seconds'])}: {actor['waits_for']}"
+        for actor in actors
+        if actor.get("waits_for")
+    ]
     if status.get("stands"):
         notes.insert(0, f"no update for {duration(status['last_update_seconds_ago'])}")
     if status.get("waits_for"):

@@ -28,7 +28,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 
 from actors.accelerator import require_gpu
 from actors.errors import ActorFaultError, CampaignError, LostObjectError, StoreFullError, UserError
-from actors.heartbeat import count
+from actors.heartbeat import count, waiting
 from cluster.fleet.ray_room import shortage_now
 
 WAIT_SECONDS = 5.0
@@ -101,6 +101,10 @@ class Replica:
     no work, and what it has goes to another."""
     silent_since: float = 0.0
     """Time of its last sign of life, where it is silent; seconds of time.monotonic()."""
+    waits_for: str = ""
+    """Something outside the campaign that it waits for (actors/heartbeat.py), such as a teacher's server."""
+    waits_since: float = 0.0
+    """Since when; seconds of time.monotonic()."""
     patience: set[asyncio.Timeout] = field(default_factory=set)
     """A timeout without a limit for each unanswered call that may move to another actor; it is set when that is due."""
     node: str = ""
@@ -237,8 +241,9 @@ async def whereabouts(handle: Any) -> tuple[str, int]:
     return await handle.__ray_call__.remote(_whereabouts)
 
 
-async def steps_of(handle: Any) -> int:
-    """The number of small steps that the actor has taken (actors/heartbeat.py); answers also while it works.
+async def steps_of(handle: Any) -> tuple[int, tuple[str, float]]:
+    """The number of small steps that the actor has taken, and what it waits for (actors/heartbeat.py); answers also while
+    it works.
 
     ActorLostError: the actor has died.
     """
@@ -362,8 +367,8 @@ def _whereabouts(_actor: Any) -> tuple[str, int]:
     return ray.get_runtime_context().get_node_id(), os.getpid()
 
 
-def _steps(_actor: Any) -> int:
-    return count()
+def _steps(_actor: Any) -> tuple[int, tuple[str, float]]:
+    return count(), waiting()
 
 
 def _kill_tree(process: int) -> None:

@@ -280,9 +280,22 @@ class Supervisor:
                 await asyncio.wait([question], timeout=min(self._hang_timeout / 4, SILENT_SECONDS))
                 if not question.done():
                     self._falls_silent(replica, handle, MUTE, asked)
-                return await question
+                steps, (waits_for, seconds) = await question
         finally:
             question.cancel()
+        self._tell_wait(replica, waits_for, seconds)
+        return steps
+
+    def _tell_wait(self, replica: Replica, waits_for: str, seconds: float) -> None:
+        """Tells that an actor begins or ends to wait for something that is not the campaign's."""
+        if waits_for and not replica.waits_for:
+            self._on_event("outside_away", actor=replica.name, cause=waits_for)
+        elif replica.waits_for and not waits_for:
+            self._on_event("outside_back", actor=replica.name, seconds=round(time.monotonic() - replica.waits_since, 1))
+        replica.waits_for, replica.waits_since = (
+            waits_for,
+            time.monotonic() - seconds if waits_for else replica.waits_since,
+        )
 
     def _falls_silent(self, replica: Replica, handle: Any, how: str, since: float) -> None:
         """The actor gets no new work, and its calls go to others. It may be heard again, or is replaced as one that hangs."""

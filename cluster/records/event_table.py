@@ -81,6 +81,8 @@ EVENTS: dict[str, Event] = {
     "short_of_resources": Event("starting with one actor of each role; more join when there is room ({cause})", "warn"),
     "waiting_for_resources": Event("{actor} waits: {cause}", "warn"),
     "object_store_full": Event("{actor} waits: {cause}", "warn"),
+    "outside_away": Event("{actor} waits: {cause}", "warn"),
+    "outside_back": Event("{actor} goes on, after {seconds} s", "good", withdraws=("outside_away",)),
     "side_task_failed": Event("{task}: {cause}; it is tried again", "warn"),
     "disk_full": Event("the run directory cannot be written to; it is waited for ({cause})", "bad"),
     "disk_back": Event(

@@ -4,6 +4,7 @@ import asyncio
 import inspect
 import itertools
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,9 +13,10 @@ import numpy as np
 import pytest
 from aiohttp import web
 
-import actors.teacher.http as http
+import actors.teacher.http_servers as http
 from actors.config import TeacherConfig
 from actors.errors import CampaignError, UserError
+from actors.heartbeat import waiting
 from actors.teacher.http import HttpTeacher
 from actors.trajectory import Trajectories, offsets_of
 
@@ -28,8 +30,8 @@ def logprob(before: int, token: int) -> float:
 class Server:
     """Answers in one of the two dialects, unless `fault` answers first."""
 
-    def __init__(self, dialect: str = "vllm", fault: Fault = lambda body: None, key: str = ""):
-        self.dialect, self.fault, self.key = dialect, fault, key
+    def __init__(self, dialect: str = "vllm", fault: Fault = lambda body: None, key: str = "", name: Any = None):
+        self.dialect, self.fault, self.key, self.name, self.drips = dialect, fault, key, name, False
         self.bodies: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
         self.seconds = 0.0
@@ -41,6 +43,8 @@ class Server:
         self.headers.append({name.lower(): value for name, value in request.headers.items()})
         if self.key and request.headers.get("Authorization") != f"Bearer {self.key}":
             return web.json_response({"error": "no"}, status=401)
+        if self.drips:
+            return await drip(request)
         answer = self.fault(body)
         if answer is not None:
             return answer
@@ -59,7 +63,7 @@ class Server:
                 "token_logprobs": [*(p and p[t] for p, t in zip(places, text, strict=True)), -1.0],
                 "top_logprobs": [*(p and {f"token_id:{t}": v for t, v in p.items()} for p in places), {}],
             }
-        return web.json_response({"choices": [choice]})
+        return web.json_response({"choices": [choice]} | ({"model": self.name()} if self.name else {}))
 
 
 @contextmanager
@@ -90,6 +94,7 @@ def serving(*servers: Any) -> Iterator[list[str]]:
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http, "FIRST_WAIT_SECONDS", 0.001)
+    monkeypatch.setattr(http, "LONGEST_WAIT_SECONDS", 0.01)
 
 
 def teacher(urls: list[str], **changes: Any) -> HttpTeacher:
@@ -162,17 +167,19 @@ def test_a_request_that_fails_is_tried_again(answer: Callable[[], web.StreamResp
         np.testing.assert_allclose(teacher(urls).score(written().ids, written())[1].logprobs, EXPECTED, rtol=1e-6)
 
 
-def test_another_server_takes_the_work_of_one_that_is_gone() -> None:
+def test_another_server_takes_the_work_of_one_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
     server = Server()
     with serving(server) as urls:
         wise = teacher(["http://127.0.0.1:9/v1", *urls])
+        monkeypatch.setattr(http, "FIRST_WAIT_SECONDS", 100.0)
+        monkeypatch.setattr(http, "LONGEST_WAIT_SECONDS", 100.0)
         np.testing.assert_allclose(wise.score(written().ids, written())[1].logprobs, EXPECTED, rtol=1e-6)
         for _ in range(5):
             wise.score(written().ids, written())
-        assert wise._servers[0].failures >= http.FAILURES_TO_OPEN
-        asked = wise._servers[0].failures
+        assert wise._servers.servers[0].failures >= http.FAILURES_TO_OPEN
+        asked = wise._servers.servers[0].failures
         wise.score(written().ids, written())
-    assert wise._servers[0].failures == asked, "a server that fails again and again is left alone"
+    assert wise._servers.servers[0].failures == asked, "a server that fails again and again is left alone"
 
 
 def test_no_server_at_all_is_one_line() -> None:
@@ -182,23 +189,79 @@ def test_no_server_at_all_is_one_line() -> None:
         teacher(["http://127.0.0.1:9/v1"])
 
 
-def test_servers_that_vanish_end_in_one_error() -> None:
-    server = Server()
-    with serving(server) as urls:
-        wise = teacher(urls)
-    with pytest.raises(CampaignError, match=r"teachers.wise: no server answers after 6 attempts"):
+def test_servers_that_stay_away_end_in_one_error_after_the_limit() -> None:
+    with serving(Server()) as urls:
+        wise = teacher(urls, away_timeout_seconds=0.3)
+    with pytest.raises(
+        CampaignError, match=r"teachers.wise: no server has answered for 0.3 s \(teachers.wise.away_timeout"
+    ):
         wise.score(written().ids, written())
 
 
-def test_a_refusal_is_not_tried_again() -> None:
+def test_servers_that_are_away_for_a_while_are_waited_for_and_said_to_be() -> None:
+    """Longer than all attempts at one request used to take; `waiting` is what the supervisor shows in `status`."""
+    server, told = Server(), []
+    with serving(server) as urls:
+        wise = teacher(urls)
+
+        def away(body: dict[str, Any]) -> web.StreamResponse | None:
+            told.append(waiting())
+            return web.Response(status=503) if len(told) <= 20 else None
+
+        server.fault = away
+        np.testing.assert_allclose(wise.score(written().ids, written())[1].logprobs, EXPECTED, rtol=1e-6)
+    assert any("status 503" in what and seconds > 0 for what, seconds in told) and waiting() == ("", 0.0)
+
+
+def test_a_server_that_asks_to_be_left_alone_is_left_alone() -> None:
     server = Server()
     with serving(server) as urls:
         wise = teacher(urls)
-        server.fault = lambda body: web.json_response({"error": "too long"}, status=400)
+        asked: list[float] = []
+
+        def busy(body: dict[str, Any]) -> web.StreamResponse | None:
+            asked.append(time.monotonic())
+            return web.Response(status=429, headers={"Retry-After": "1"}) if len(asked) == 1 else None
+
+        server.fault = busy
+        wise.score(written().ids[:1], written())
+    assert asked[1] - asked[0] >= 1.0
+
+
+def test_a_refusal_is_not_tried_again_and_drops_its_trajectory_alone() -> None:
+    server = Server()
+    with serving(server) as urls:
+        wise = teacher(urls)
+
+        def picky(body: dict[str, Any]) -> web.StreamResponse | None:
+            too_long = body["prompt"][:2] == [7, 11]
+            return web.json_response({"error": "too long"}, status=400) if too_long else None
+
+        server.fault = picky
         before = len(server.bodies)
-        with pytest.raises(CampaignError, match=r"refuses: status 400, .*too long"):
+        counts, scores = wise.score(written().ids, written())
+    assert list(counts.refused) == [1] and "status 400" in counts.refused[1] and "too long" in counts.refused[1]
+    np.testing.assert_allclose(scores.logprobs[:3], EXPECTED[:3], rtol=1e-6)
+    assert np.isnan(scores.logprobs[3:]).all() and counts.missing == 0
+    assert len(server.bodies) - before <= 3, "the two texts, and the probe that tells whose fault it is"
+
+
+def test_a_server_that_refuses_everything_is_away_and_not_the_trajectories_fault() -> None:
+    server = Server()
+    with serving(server) as urls:
+        wise = teacher(urls, away_timeout_seconds=0.3)
+        server.fault = lambda body: web.json_response({"error": "model not loaded"}, status=400)
+        with pytest.raises(CampaignError, match="no server has answered for"):
             wise.score(written().ids, written())
-    assert len(server.bodies) - before <= 2
+
+
+def test_a_request_that_a_healthy_server_never_answers_is_refused_in_the_end() -> None:
+    server = Server()
+    with serving(server) as urls:
+        wise = teacher(urls)
+        server.fault = lambda body: web.Response(status=500) if body["prompt"][:2] == [7, 11] else None
+        counts, _ = wise.score(written().ids, written())
+    assert "status 500" in counts.refused[1]
 
 
 def test_a_server_without_log_probs_of_prompts_is_refused() -> None:
@@ -228,13 +291,12 @@ def test_the_key_comes_from_the_environment_alone(monkeypatch: pytest.MonkeyPatc
         assert np.isfinite(teacher(urls, api_key_variable="WISE_KEY").score(written().ids, written())[1].logprobs).all()
 
 
-def test_a_server_that_does_not_answer_in_time_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http, "ATTEMPTS", 2)
+def test_a_server_that_does_not_answer_in_time_is_a_failure() -> None:
     server = Server()
     with serving(server) as urls:
-        wise = teacher(urls, timeout_seconds=0.2)
+        wise = teacher(urls, timeout_seconds=0.2, away_timeout_seconds=0.3)
         server.seconds = 1.0
-        with pytest.raises(CampaignError, match=r"no server answers after 2 attempts; the last: .*TimeoutError"):
+        with pytest.raises(CampaignError, match=r"no server has answered .*; the last: .*TimeoutError"):
             wise.score(written().ids, written())
 
 
@@ -269,3 +331,158 @@ def test_an_answer_that_breaks_off_is_a_failure_and_the_request_is_tried_again()
 
 def test_no_method_is_a_coroutine_since_ray_would_run_the_constructor_in_an_event_loop() -> None:
     assert not [name for name in dir(HttpTeacher) if inspect.iscoroutinefunction(getattr(HttpTeacher, name))]
+
+
+def every(content: Any, **more: Any) -> Fault:
+    return lambda body: web.json_response(content(body) if callable(content) else content, **more)
+
+
+def with_values(value: Callable[[int], Any]) -> Callable[[dict[str, Any]], Any]:
+    """An answer in vLLM's form whose log-probs are these."""
+    return lambda body: {"choices": [{"prompt_logprobs": [
+        None, *({str(t): {"logprob": value(place)}} for place, t in enumerate(body["prompt"][1:]))
+    ]}]}  # fmt: skip
+
+
+def raw(body: bytes, kind: str = "application/json") -> Fault:
+    return lambda _: web.Response(body=body, content_type=kind)
+
+
+MALFORMED: dict[str, Fault] = {
+    "strings": every(with_values(lambda place: f"-{place + 1}.5")),
+    "fields missing": every(lambda body: {"choices": [{"prompt_logprobs": [None] + [{}] * (len(body["prompt"]) - 1)}]}),
+    "zeros": every(with_values(lambda place: 0.0)),
+    "false": every(with_values(lambda place: False)),
+    "just false": every(False),
+    "NaN": raw(b'{"choices": [{"prompt_logprobs": [null, {"6": {"logprob": NaN}}]}]}'),
+    "above zero": every(with_values(lambda place: 0.5 + place)),
+    "infinite": every(with_values(lambda place: float("-inf"))),
+    "a huge number": raw(b'{"choices": [{"prompt_logprobs": [null, {"6": {"logprob": ' + b"9" * 5000 + b"}}]}]}"),
+    "deep": raw(b'{"choices": ' + b"[" * 200_000 + b"]" * 200_000 + b"}"),
+    "too long": raw(b'{"choices": "' + b"x" * 3_000_000 + b'"}'),
+    "an error with status 200": every({"error": {"message": "overloaded"}}),
+    "a page": raw(b"<html>Sign in</html>", "text/html"),
+    "nothing": raw(b""),
+    "other tokens": every(lambda body: {"choices": [{"prompt_logprobs": [None, *([{"39": {"logprob": -1.0}}] * 40)][: len(body["prompt"])]}]}),
+    "too many tokens": every(lambda body: {"choices": [{"prompt_logprobs": [None] + [{str(t): {"logprob": -1.0 - t} for t in range(40)}] * 400}]}),
+    "ids that are no numbers": every(lambda body: {"choices": [{"prompt_logprobs": [None, *([{"²": {"logprob": -1}}] * (len(body["prompt"]) - 1))]}]}),
+    "lists for objects": every(lambda body: {"choices": [{"prompt_logprobs": [[1, 2]] * len(body["prompt"])}]}),
+    "a string for a list": every({"choices": [{"prompt_logprobs": "none"}]}),
+    "a redirect": lambda _: web.Response(status=307, headers={"Location": "http://127.0.0.1:9/steal"}),
+    "huge headers": lambda _: web.json_response({}, headers={"X-Long": "x" * 200_000}),
+    "no login": lambda _: web.json_response({"error": "the key s3cret is wrong"}, status=401),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_a_malformed_answer_is_one_line_at_the_start_and_a_failure_or_a_missing_score_later(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WISE_KEY", "s3cret")
+    fault = MALFORMED[name]
+    with serving(Server(fault=fault)) as urls, pytest.raises((UserError, CampaignError)) as told:
+        teacher(urls, api_key_variable="WISE_KEY")
+    assert (
+        str(told.value).startswith("teachers.wise") and "\n" not in str(told.value) and "s3cret" not in str(told.value)
+    )
+    assert len(str(told.value)) < 1000
+    # Later: the other server has the scores; nothing that the failing one sends becomes a number.
+    server = Server()
+    with serving(server, Server()) as urls:
+        wise = teacher(urls, api_key_variable="WISE_KEY")
+        server.fault = fault
+        for _ in range(2):
+            counts, scores = wise.score(written().ids[:1], written())
+            known = np.isfinite(scores.logprobs)
+            np.testing.assert_allclose(scores.logprobs[known], np.array(EXPECTED[:3])[known], rtol=1e-6)
+            assert counts.missing == (~known).sum() and not counts.refused
+
+
+async def drip(request: web.Request) -> web.StreamResponse:
+    response = web.StreamResponse(headers={"Content-Type": "application/json"})
+    await response.prepare(request)
+    for _ in range(100):
+        await response.write(b" ")
+        await asyncio.sleep(0.05)
+    return response
+
+
+def test_an_answer_that_drips_for_ever_is_cut_at_the_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = Server()
+    with serving(server) as urls:
+        wise = teacher(urls, timeout_seconds=0.3, away_timeout_seconds=0.2)
+        monkeypatch.setattr(server, "drips", True)
+        begun = time.monotonic()
+        with pytest.raises(CampaignError, match="TimeoutError, no answer within"):
+            wise.score(written().ids, written())
+        assert time.monotonic() - begun < 20
+
+
+def test_a_server_that_comes_back_with_another_model_gets_no_work() -> None:
+    first = Server()
+    with serving(first, Server()) as urls:
+        wise = teacher(urls)
+        first.fault = lambda body: web.Response(status=503)
+        for _ in range(4):
+            wise.score(written().ids, written())
+        assert wise._servers.servers[0].failures >= http.FAILURES_TO_OPEN
+        first.fault = every(with_values(lambda place: -2.0 - place / 7))  # of another model
+        for _ in range(4):
+            np.testing.assert_allclose(wise.score(written().ids, written())[1].logprobs, EXPECTED, rtol=1e-6)
+        assert wise._servers.servers[0].failures > http.FAILURES_TO_OPEN
+        first.fault = lambda body: None
+        for _ in range(20):
+            wise.score(written().ids, written())
+            time.sleep(0.01)
+        assert wise._servers.servers[0].failures == 0, "the same model again"
+
+
+def test_an_answer_of_another_model_counts_as_a_failure() -> None:
+    names = iter(["wise"] * 1000)
+    first = Server(name=lambda: next(names))
+    with serving(first) as urls:
+        wise = teacher(urls, away_timeout_seconds=0.1)
+        names = iter(["other"] * 1000)
+        with pytest.raises(CampaignError, match="an answer of the model other, after answers of wise"):
+            wise.score(written().ids, written())
+
+
+def test_servers_of_different_models_are_refused_at_the_start() -> None:
+    other = Server(fault=every(with_values(lambda place: -2.0 - place / 7)))
+    with (
+        serving(Server(), other) as urls,
+        pytest.raises(UserError, match=r"differ by .*, expected servers of one model"),
+    ):
+        teacher(urls)
+
+
+def test_ids_that_the_servers_do_not_accept_are_found_out_and_are_missing_scores() -> None:
+    """As vLLM, which refuses a text with an id beyond its model's rows."""
+
+    def rows(body: dict[str, Any]) -> web.StreamResponse | None:
+        return web.json_response({"error": "out of vocabulary"}, status=400) if max(body["prompt"]) >= 36 else None
+
+    text = written()
+    text.response_tokens[1], text.prompt_tokens[2] = 38, 39
+    with serving(Server(fault=rows)) as urls:
+        wise = teacher(urls)
+        counts, scores = wise.score(text.ids, text)
+    assert wise.vocabulary == 36 and not counts.refused and counts.missing == 1
+    assert np.flatnonzero(np.isnan(scores.logprobs)).tolist() == [1]
+
+
+def test_a_server_is_asked_for_the_longest_text_before_the_start() -> None:
+    def short(body: dict[str, Any]) -> web.StreamResponse | None:
+        return (
+            web.json_response({"message": "maximum context length is 64"}, status=400)
+            if len(body["prompt"]) > 63
+            else None
+        )
+
+    with serving(Server(fault=short)) as urls:
+        wise = teacher(urls)
+        wise.full_length_test(63)
+        with pytest.raises(
+            UserError, match=r"teachers\.wise\.urls: found .*status 400.*maximum context.*expected a context of 64"
+        ):
+            wise.full_length_test(64)
