@@ -183,7 +183,8 @@ def _read(config: CampaignConfig, source: PromptsConfig, tokenizer: Any, key: st
         # Which of the prompts this teacher reads, and how: with other words, or in other tokens.
         rows = np.flatnonzero([name == reference or name in teachers for teachers in routed])
         lengths = read_otherwise.get(name, prompts).lengths_of(rows)
-        longest[name] = int(lengths.max(initial=0)) + response
+        if backend_of(config.teachers[name]).tries_length:
+            longest[name] = int(lengths.max(initial=0)) + response
         limit = limits.get(name, Limit(UNBOUNDED, ""))
         wrong = np.flatnonzero(lengths + response > limit.tokens)
         if len(wrong):

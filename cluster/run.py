@@ -205,6 +205,7 @@ class Running:
         teachers = {name: self.fleets[f"teacher.{name}"] for name in self.config.teachers}
         panel = Teachers(teachers, self.inputs.prompt_routes, each=self.config.learner.replicas > 1)
         await panel.compare_replicas()
+        await panel.try_longest()
         parts: dict[str, Any] = {
             "prompts": self.inputs.prompts,
             "evaluator": build_evaluator(self.config, self.inputs, teachers, self.on_event),

@@ -23,7 +23,7 @@ class Handle:
     def __init__(self, actor: Any):
         self._actor, self._turn = actor, asyncio.Lock()
         self._calls: list[asyncio.Future] = []
-        self.awake, self.dead, self.steps = asyncio.Event(), asyncio.Event(), 0
+        self.awake, self.dead, self.steps, self.waits = asyncio.Event(), asyncio.Event(), 0, ("", 0.0)
         self.awake.set()
 
     def __getattr__(self, method: str) -> Any:
@@ -65,9 +65,9 @@ def with_fleet(
 ) -> None:
     """Runs the body with a fleet of these actors, whose methods are coroutines, and closes it."""
 
-    async def steps_of(handle: Handle) -> int:
+    async def steps_of(handle: Handle) -> tuple[int, tuple[str, float]]:
         await handle.alive(handle.awake.wait())
-        return handle.steps
+        return handle.steps, handle.waits
 
     async def nothing(*_: Any) -> Any:
         return None

@@ -63,7 +63,7 @@ class LocalFleet:
         self.replicas = [
             SimpleNamespace(
                 **{"name": f"{role}-{i}", "alive": False, "under_way": 0, "calls": 0, "restarts": 0, "version": None},
-                **{"handle": None, "behind": False, "silent": "", "silent_since": 0.0},
+                **{"handle": None, "behind": False, "silent": "", "silent_since": 0.0, "waits_for": ""},
             )
             for i in range(replicas)
         ]

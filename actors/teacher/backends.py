@@ -31,6 +31,9 @@ class Backend:
     has_model_files: bool = False
     """`model` is a Hugging Face model directory or hub name. Its files and its tokenizer are then checked before the
     start, and its context length bounds the prompts. False: `model` is only a name that is passed on."""
+    tries_length: bool = False
+    """It has `full_length_test(tokens)`, which raises UserError if it cannot score a text of as many tokens: for models whose
+    context length is not known before the start."""
     uses_gpu: bool = False
     """An actor reserves `tensor_parallel_size` GPUs where `gpus_per_replica` is null and the cluster has GPUs."""
     tempers: bool = False
@@ -73,6 +76,7 @@ BACKENDS = {
     ),
     "http": Backend(
         class_path="actors.teacher.http:HttpTeacher",
+        tries_length=True,
         signals=("sampled", "topk"),
         settings=("urls", "api_key_variable"),
     ),
@@ -102,7 +106,12 @@ def _own_backend(name: str, key: str) -> Backend:
     if not isinstance(found, type) or not isinstance(row, Backend):
         expected = "a class with the class attribute `backend = Backend(...)` (docs/extending.md)"
         raise UserError(key, f"{name} without the attribute `backend`", expected)
-    promised = {"generate": row.generates, "sample": row.samples, "load_weights": row.follows_student}
+    promised = {
+        "generate": row.generates,
+        "sample": row.samples,
+        "load_weights": row.follows_student,
+        "full_length_test": row.tries_length,
+    }
     needed = ["score", "score_each", "status", *(method for method, has in promised.items() if has)]
     if hasattr(found, "score_tokens"):  # the class extends Teacher, whose `score` calls this method
         needed.append("score_tokens")

@@ -46,7 +46,9 @@ class CrossTokenizerTeacher(Teacher):
         self._context = UNBOUNDED
         if backend_of(config, key).has_model_files:
             self._context = context_of(config, key)
-        self._teacher: Any = teacher(config, key)
+        # A server is asked which ids it accepts; a model's files say it themselves.
+        rows = None if backend_of(config, key).has_model_files else len(self._own)
+        self._teacher: Any = teacher(config, key, rows)
 
     def score(
         self,
@@ -100,6 +102,10 @@ class CrossTokenizerTeacher(Teacher):
             ours = self._student(text, add_special_tokens=False)["input_ids"]
             rows.append(np.array([*ours, *(limits.stop_token_ids[:1] if ended else [])], np.int32))
         return np.concatenate(rows), offsets_of(map(len, rows))
+
+    def full_length_test(self, tokens: int) -> None:
+        """See HttpTeacher. The response may have another number of the teacher's tokens; what is longer is refused."""
+        self._teacher.full_length_test(tokens)
 
     def status(self) -> dict[str, float]:
         """See Teacher. The probe is that of the wrapped teacher."""

@@ -57,7 +57,7 @@ class PromptRoutes(NamedTuple):
     stop_token_ids: list[int] = []  # noqa: RUF012 (nothing changes it in place)
     """Tokens that end a response that a teacher generates; the first of them is its end of text."""
     longest: dict[str, int] = {}  # noqa: RUF012
-    """Teacher -> tokens of the longest text that it may be asked to score, prompt and response."""
+    """Teacher -> tokens of the longest text that it may be asked to score, for those whose context is not known here."""
 
 
 class TeacherAnswer(NamedTuple):
@@ -125,6 +125,11 @@ class Teachers:
             if max(found) - min(found) > REPLICA_TOLERANCE:
                 values = ", ".join(f"{value:.4f}" for value in found)
                 raise CampaignError(f"the actors of teachers.{name} disagree about one text: mean log-probs {values}")
+
+    async def try_longest(self) -> None:
+        """Lets each teacher whose context is not known here score its longest text. UserError: it cannot."""
+        for name, tokens in self._routes.longest.items():
+            await self.fleets[name].call("full_length_test", tokens)
 
     async def generate(
         self, prompts: PromptSet, max_response_tokens: int, stop_token_ids: list[int]

@@ -91,7 +91,9 @@ def test_a_prompt_that_a_teacher_cannot_read_is_refused_before_the_start(folder:
     with pytest.raises(UserError, match=r"train\.jsonl, prompt 2: found 8\d tokens as teachers\.w reads it \(1 of 2 "):
         read(folder, {"w": ("teacher", {})})
     config, inputs = read(folder, {"w": ("far", {})})
-    assert max_prompt_tokens(config) == 200 - 6 and inputs.prompt_routes.longest["w"] > 80
+    assert max_prompt_tokens(config) == 200 - 6 and inputs.prompt_routes.longest == {}
+    _, served = read(folder, {"w": ("far", {"backend": "http", "urls": ["http://far/v1"], "temperature": 1.0})})
+    assert served.prompt_routes.longest["w"] == served.prompts.lengths_of(np.arange(2)).max() + 6
     # A template adds tokens, which count; a context of the engine's own counts, too.
     with pytest.raises(UserError, match=r"as teachers\.w reads it .* at most 194: the context of teachers\.w, 200 tok"):
         read(folder, {"w": ("far", {"prompt_template": "{prompt}{prompt}{prompt}"})})

@@ -9,6 +9,7 @@ import pytest
 
 from actors.errors import ActorFaultError
 from cluster.config import WeightsConfig
+from cluster.console.status import live_actors
 from cluster.fleet import ray_fleet, supervision
 from cluster.fleet.ray_fleet import Fleet
 from cluster.loop.weight_sync import ObjectStoreTransport, Published
@@ -261,3 +262,17 @@ def test_an_actor_that_cannot_do_what_it_is_told_is_replaced(monkeypatch: pytest
         assert [fields["cause"] for kind, fields in events if kind == "actor_failed"]
 
     with_fleet(monkeypatch, Faulty, body)
+
+
+def test_an_actor_that_waits_for_a_server_is_told_and_not_taken_for_hanging(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario(fleet: Any, events: Events) -> None:
+        first = fleet.replicas[0]
+        first.handle.waits = ("http://far/v1: status 503", 12.0)
+        await until(lambda: first.waits_for)
+        [told] = live_actors([first])
+        assert told["waits_for"] == "http://far/v1: status 503" and told["waits_seconds"] >= 12
+        first.handle.waits = ("", 0.0)
+        await until(lambda: not first.waits_for)
+        assert [kind for kind in kinds(events) if kind.startswith("outside")] == ["outside_away", "outside_back"]
+
+    with_fleet(monkeypatch, Worker, scenario)

@@ -112,3 +112,14 @@ def test_replicas_that_disagree_about_one_text_are_found() -> None:
     odd = Teachers({"other": MadeUpFleet("other", probes=(-2.0, -2.0, -2.5))}, prompt_routes)  # type: ignore[dict-item]
     with pytest.raises(CampaignError, match=r"teachers\.other disagree .* -2\.0000, -2\.0000, -2\.5000"):
         asyncio.run(odd.compare_replicas())
+
+
+def test_a_teacher_whose_context_is_not_known_scores_its_longest_text_before_the_start() -> None:
+    class Short(MadeUpFleet):
+        async def call(self, method: str, *arguments: Any, **keywords: Any) -> Any:
+            assert method == "full_length_test"
+            raise UserError("teachers.other.urls", f"refuses {arguments[0]} tokens", "a longer context")
+
+    panel = Teachers({"other": Short("other")}, PromptRoutes([], {}, longest={"other": 900}))  # type: ignore[dict-item]
+    with pytest.raises(UserError, match="refuses 900 tokens"):
+        asyncio.run(panel.try_longest())
