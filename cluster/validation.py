@@ -98,6 +98,9 @@ def _resources(role: str, actors: RolloutConfig | TeacherConfig | LearnerConfig)
 
 def _rewards(config: CampaignConfig) -> Iterator[Contradiction]:
     """References for rewards."""
+    verdict, hang = config.evaluation.verifier.timeout_seconds, config.ray.hang_timeout_seconds
+    expected = f"less than ray.hang_timeout_seconds ({hang:g}), where rollout actors give rewards"
+    yield config.gives_rewards and verdict >= hang, "evaluation.verifier.timeout_seconds", verdict, expected
     missing = config.gives_rewards and config.prompts.reference_field is None
     yield missing, "prompts.reference_field", "null", "the field with the reference answer, for rewards"
 

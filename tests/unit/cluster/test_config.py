@@ -304,6 +304,8 @@ CONTRADICTIONS: dict[str, tuple[str, ...]] = {
     "learner.objective.proximal_weight: found 0.5": (KEY + "estimator=sft", KEY + "proximal_weight=0.5"),
     "learner.objective.mismatch.correction": (KEY + "estimator=sft", KEY + "mismatch.correction=mask"),
     "learner.objective.trust_region.max_kl": (KEY + "estimator=sft", KEY + "trust_region.max_kl=0.1"),
+    "evaluation.verifier.timeout_seconds: found 300": (KEY + "estimator=reward", "pipeline.samples_per_prompt=2",
+                                                       "evaluation.verifier.timeout_seconds=300"),
     "prompts.reference_field: found null": (KEY + "estimator=reward", "pipeline.samples_per_prompt=2",
                                             "prompts.reference_field=null"),
     "learner.objective.masked_token_roles": (KEY + "masked_token_roles=[padding]",),
