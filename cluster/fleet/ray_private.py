@@ -210,7 +210,8 @@ def session_folder() -> Path | None:
     """
     key = "RAY_TMPDIR" if os.environ.get("RAY_TMPDIR") else "TMPDIR"
     try:
-        default = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir(), "ray")
+        # As Ray: `tempfile.gettempdir()` alone would pass over a TMPDIR that is full.
+        default = Path(os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or tempfile.gettempdir(), "ray")
         default.mkdir(parents=True, exist_ok=True)
         if len(os.fsencode(default)) <= LONGEST_DIRECTORY:
             _check_room(default, key)
