@@ -259,6 +259,8 @@ def fingerprint(run_dir: Path) -> dict[str, str]:
         name = str(path.relative_to(run_dir))
         if not path.is_file() or not re.match(r"checkpoints/step_|metrics\.jsonl|ledger\.jsonl|trajectories/", name):
             continue
+        if path.name == "checksums.json":  # of the other files; each rank lists the pieces that it wrote
+            continue
         content = path.read_bytes()
         if path.suffix in (".json", ".jsonl"):
             rows = [

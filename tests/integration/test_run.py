@@ -170,7 +170,7 @@ def test_a_checkpoint_is_a_model_that_loads_and_has_learnt(calm: Path, folder: P
     assert trained.keys() == untrained.keys()
     assert all(not trained[name].equal(untrained[name]) for name in trained)
     assert {p.name for p in (last / "training").iterdir()} == {
-        "optimizer.safetensors", "averages.safetensors", "learner.json", "campaign.json",
+        "optimizer.safetensors", "averages.safetensors", "learner.json", "campaign.json", "checksums.json",
     }  # fmt: skip
 
 
