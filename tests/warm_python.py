@@ -81,7 +81,6 @@ def serve(address: str, executable: str) -> None:
     for name in PRELOADED:
         importlib.import_module(name)
     multiprocessing.set_executable(sys.executable)  # which hands over more files than the executable can
-    sys.executable = executable  # a process that starts others starts them warm
     gc.collect()
     gc.freeze()
     woken, waker = socket.socketpair()
@@ -107,7 +106,7 @@ def serve(address: str, executable: str) -> None:
                     for other in (listener, woken, waker, client, *clients.values()):
                         other.close()
                     ready.close()
-                    os._exit(_run(order, files))
+                    os._exit(_run(executable, *order, files=files))
                 for file in files:
                     os.close(file)
                 client.sendall(str(process).encode())
@@ -144,9 +143,11 @@ def _bury(clients: dict[int, socket.socket], ready: selectors.BaseSelector) -> N
             client.close()
 
 
-def _run(order: list[Any], files: list[int]) -> int:
-    """What `python ARGUMENTS` does: a file or `-m MODULE`, and its exit status."""
-    arguments, environment, folder = order
+def _run(executable: str, arguments: list[str], environment: dict[str, str], folder: str, files: list[int]) -> int:
+    """What `python ARGUMENTS` does: a file or `-m MODULE`, and its exit status.
+
+    Ray's daemons start its workers by `sys.executable`, so theirs is this one. Others may hand over more files than it can.
+    """
     _die_with_parent()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for target, file in enumerate(files):
@@ -157,9 +158,12 @@ def _run(order: list[Any], files: list[int]) -> int:
     os.environ.update(environment)
     os.chdir(folder)
     sys.path[:0] = [path for path in environment.get("PYTHONPATH", "").split(":") if path]
-    while arguments[0].startswith("-") and arguments[0] not in ("-m", "-c"):
+    while arguments[0].startswith("-") and arguments[0] != "-m":
         arguments.pop(0)
     try:
+        program = arguments[arguments[0] == "-m"]
+        if program == "tests.shared_ray" or ("/ray/" in program and "default_worker" not in program):
+            sys.executable = executable
         if arguments[0] == "-m":
             sys.argv = arguments[1:]
             sys.path.insert(0, folder)

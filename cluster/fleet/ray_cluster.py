@@ -19,7 +19,7 @@ from actors.errors import UserError
 from actors.teacher.backends import backend_of
 from cluster.config import CampaignConfig
 from cluster.fleet.ray_actor import Resources, errors_of
-from cluster.fleet.ray_private import first_line, private_cluster, shut_down, without_handlers_of_ray
+from cluster.fleet.ray_private import first_line, loopback_as_it_is, private_cluster, shut_down, without_handlers_of_ray
 
 CPU_THREADS = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 """Without these, the threads of actors that share cores spin while they wait for each other: 25 to 60 times slower."""
@@ -68,8 +68,8 @@ def _join(address: str, key: str, options: dict[str, Any]) -> None:
     """Connects to a running cluster. UserError: nothing answers at the address, or it refuses us."""
     expected = "the address of a running Ray cluster"
     try:
-        probe(services.canonicalize_bootstrap_address(address) or address if "://" not in address else address)
-        with without_handlers_of_ray():
+        with without_handlers_of_ray(), loopback_as_it_is():
+            probe(services.canonicalize_bootstrap_address(address) or address if "://" not in address else address)
             ray.init(address=address, **options)
     except (
         Exception

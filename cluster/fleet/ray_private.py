@@ -179,20 +179,33 @@ def _start(options: dict[str, Any], watchdog: Watchdog) -> None:
             watchdog.watch("session", self.pid)
 
     internals: Any = services
-    popen, resolve = internals.ConsolePopen, internals.resolve_ip_for_localhost
+    popen = internals.ConsolePopen
     internals.ConsolePopen = OwnSession
-    # Ray would replace 127.0.0.1 by the machine's address, and every service would listen on all interfaces. Ray 2.60 has no
-    # public setting for it; a test looks at which ports listen where.
-    internals.resolve_ip_for_localhost = lambda host: host
     try:
-        with without_handlers_of_ray():
+        with without_handlers_of_ray(), loopback_as_it_is():
             ray.init(address="local", **options)
     except BaseException:
         for leader in leaders:
             _kill(leader.pid)
         raise
     finally:
-        internals.ConsolePopen, internals.resolve_ip_for_localhost = popen, resolve
+        internals.ConsolePopen = popen
+
+
+@contextmanager
+def loopback_as_it_is() -> Iterator[None]:
+    """Within the block, Ray does not replace 127.0.0.1 by the machine's address.
+
+    With that address every service of a private cluster would listen on all interfaces, and a cluster that listens on the
+    loopback device alone could not be joined. Ray 2.60 has no public setting for it; a test looks at which ports listen where.
+    """
+    internals: Any = services
+    resolve = internals.resolve_ip_for_localhost
+    internals.resolve_ip_for_localhost = lambda host: host
+    try:
+        yield
+    finally:
+        internals.resolve_ip_for_localhost = resolve
 
 
 def _kill(leader: int) -> None:
