@@ -11,6 +11,7 @@ import math
 import os
 import re
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -39,6 +40,9 @@ SINGLE_VALUES = {
     str: (StringNode, "text"),
 }
 """Type of a field -> the converter, and what an error message calls it."""
+
+LARGEST = 2**63 - 1
+"""The largest whole number that tensors and files can count with."""
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = (), *, environment: bool = True) -> CampaignConfig:
@@ -105,6 +109,8 @@ def _read(file: Path) -> Any:
         raise UserError(where, f"invalid YAML ({error.problem})", "lines of `key: value`") from error
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise UserError(str(file), f"invalid YAML ({_one_line(error)})", "lines of `key: value`") from error
+    except RecursionError as error:
+        raise UserError(str(file), "values in one another, hundreds deep", "lines of `key: value`") from error
     except AssertionError as error:  # OmegaConf's answer to a file that is one number
         raise UserError(str(file), repr(text.strip()[:60]), "lines of `key: value`") from error
     if not OmegaConf.is_dict(content):
@@ -122,6 +128,9 @@ def _parse(override: str) -> Any:
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         fault = getattr(error, "problem", None) or _one_line(error)
         raise UserError("override", repr(override), f"key=value, with a value in YAML ({fault})") from error
+    except RecursionError as error:
+        found = f"{override[:60]!r}, hundreds of values in one another"
+        raise UserError("override", found, "key=value, with a value in YAML") from error
 
 
 def _check_type(where: str, key: str, hint: Any, value: Any) -> None:
@@ -163,6 +172,8 @@ def _check_type(where: str, key: str, hint: Any, value: Any) -> None:
             node(value, is_optional=False)
         except ValidationError as error:
             raise UserError(f"{where}{key}", repr(value), name) from error
+        except OverflowError as error:
+            raise UserError(f"{where}{key}", f"a number of {len(str(value))} digits", "one below 1.8e308") from error
 
 
 def _nearest(name: str, names: list[str]) -> str:
@@ -172,9 +183,15 @@ def _nearest(name: str, names: list[str]) -> str:
     return hint + ", ".join(sorted(names))
 
 
+@cache
+def _schema() -> Any:
+    """The dataclasses as OmegaConf has them, which it takes half of a load to make; `merge` copies them."""
+    return OmegaConf.structured(CampaignConfig)
+
+
 def _to_object(where: str, content: Any, environment: bool) -> CampaignConfig:
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(CampaignConfig), content)
+        merged = OmegaConf.merge(_schema(), content)
         raw = OmegaConf.to_container(merged, resolve=False)
         for variable in OF_ENVIRONMENT.findall(str(raw)):
             conceal(variable)
@@ -261,6 +278,8 @@ def _check_values(config: CampaignConfig) -> None:
             (limits["above"], lambda v, x: v > x, ">"),
             (limits["maximum"], lambda v, x: v <= x, "<="),
         ]
+        if isinstance(value, int) and abs(value) > LARGEST:
+            raise UserError(key, "a number that no counter holds", f"at most {LARGEST}")
         if not math.isfinite(value):
             raise UserError(key, value, "a finite number")
         for limit, holds, sign in rules:

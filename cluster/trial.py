@@ -74,7 +74,7 @@ async def _checkpoint(config: CampaignConfig, state: CampaignState, learner: Fle
     try:
         partial = await asyncio.to_thread(new_directory, step_directory(config.run_dir / "checkpoints", 0))
         try:
-            await learner.call("save", str(partial), None if whole else SAMPLE_BYTES)
+            await learner.call("save", str(partial.resolve()), None if whole else SAMPLE_BYTES)
             while not await learner.call("saved"):
                 await asyncio.sleep(POLL_SECONDS)
             await asyncio.to_thread(_read_back, config, state, partial, whole)

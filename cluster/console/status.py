@@ -233,9 +233,10 @@ def _stands_after(seconds_per_update: float) -> float:
 
 def _live(run_dir: Path) -> dict[str, Any]:
     try:
-        return json.loads((run_dir / STATUS_FILE).read_text("utf-8"))
-    except (FileNotFoundError, ValueError):
+        content = json.loads((run_dir / STATUS_FILE).read_text("utf-8"))
+    except (OSError, ValueError):  # absent, or damaged: the other files say the most
         return {}
+    return content if isinstance(content, dict) else {}
 
 
 def _state(kind: str, live: Mapping[str, Any], now: float) -> str:
