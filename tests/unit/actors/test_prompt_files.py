@@ -79,6 +79,20 @@ def test_fields_that_are_null_in_parquet_are_absent_as_they_are_in_json_lines(tm
     assert ours.references == theirs.references == ["2", None]
 
 
+def test_nulls_deep_in_calls_and_tools_of_parquet_are_absent(tmp_path: Path, tokenizer: Any) -> None:
+    def record(argument: str) -> dict[str, Any]:
+        call = {"function": {"name": "add", "arguments": {argument: 1}}}
+        tool = {"function": {"name": "add", "parameters": {argument: {"type": "number"}}}}
+        messages = [{"role": "user", "content": "q"}, {"role": "assistant", "tool_calls": [call]},
+                    {"role": "tool", "content": "1"}]  # fmt: skip
+        return {"prompt": messages, "tools": [tool]}
+
+    records = [record("a"), record("b")]
+    ours = load(jsonl(tmp_path, *records), tokenizer, reference_field=None)
+    theirs = load(parquet(tmp_path, *records), tokenizer, reference_field=None)
+    assert ours.texts == theirs.texts and "null" not in "".join(theirs.texts) and 'add({"a": 1})' in ours.texts[0]
+
+
 def test_text_parts_and_turns_that_only_call_tools_are_read(tmp_path: Path, tokenizer: Any) -> None:
     assert load(jsonl(tmp_path, {"prompt": CONVERSATION, "answer": ""}), tokenizer).texts == [RENDERED]
 
