@@ -133,6 +133,12 @@ class Trajectories:
         return self.unfiltered_logprobs if self.unfiltered_logprobs.size else self.behaviour_logprobs
 
     @property
+    def student_logprobs(self) -> np.ndarray:
+        """[N] float32: `policy_logprobs`; where it is not known, the log-prob after the filter. For measuring only."""
+        policy = self.policy_logprobs
+        return np.where(np.isnan(policy), self.behaviour_logprobs, policy)
+
+    @property
     def trained_lengths(self) -> np.ndarray:
         """[B] trained tokens of each response."""
         counts = np.concatenate([[0], np.cumsum(self.trained)])

@@ -14,11 +14,49 @@ PLAIN: dict[str, Any] = {"int": int, "float": (int, float), "bool": bool, "str":
 """Types of options that are checked here. vLLM checks the others when the engine is built."""
 
 
-def check_options(options: Mapping[str, Any], key: str) -> None:
-    """UserError for the first option that vLLM does not have, or whose value has another type than vLLM says.
+SAMPLING_KEYS = ("temperature", "top_p", "top_k")
+"""Settings of a request that have a key of their own, in the section `sampling`."""
+SAMPLERS = (
+    *("min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias", "bad_words"),
+    *("allowed_token_ids", "min_tokens", "logits_processors", "override_generation_config", "speculative_config"),
+    *("spec_method", "spec_model", "spec_tokens", "watermark_config", "enable_trace_replay", "reasoning_config"),
+)
+"""Options that change what a token is drawn from, or forced to be, in a way that the recorded log-probs do not tell."""
+OWNED = (
+    *("logprobs_mode", "max_logprobs", "worker_extension_cls", "worker_cls", "scheduler_cls", "return_sampling_mask"),
+    *("weight_transfer_config", "skip_tokenizer_init", "runner", "convert"),
+)
+"""Options that this package sets, and relies on."""
+KEYS = ("model", "dtype", "tensor_parallel_size", "trust_remote_code")
+"""Options that have a key of their own in the sections of the configuration."""
 
-    key: of the options, for example "rollout.engine". Does nothing where vLLM is not installed.
+
+def refuse_samplers(options: Mapping[str, Any], key: str) -> None:
+    """UserError, on `key` and the option, for one that would make samples or log-probs others than the objective takes
+    them for. vLLM's values for a request from the model's generation_config.json are never used."""
+    for name, value in options.items():
+        if name in SAMPLING_KEYS:
+            raise UserError(f"{key}.{name}", value, f"sampling.{name}, which the objective knows of")
+        if name == "generation_config" and value not in ("auto", "vllm"):
+            raise UserError(f"{key}.{name}", value, "auto or vllm: its sampler settings would not be used")
+        if name in SAMPLERS and value not in (None, {}, []):
+            expected = "no such option: the learner would take its effect on the samples for training"
+            raise UserError(f"{key}.{name}", value, expected)
+        if name in OWNED:
+            raise UserError(
+                f"{key}.{name}", value, "no such option: it is set here, and the recorded log-probs depend on it"
+            )
+        if name in KEYS:
+            raise UserError(f"{key}.{name}", value, "the key of this name in the configuration, which everything reads")
+
+
+def check_options(options: Mapping[str, Any], key: str) -> None:
+    """UserError for the first option that vLLM does not have, or whose value has another type than vLLM says; or see
+    `refuse_samplers`.
+
+    key: of the options, for example "rollout.engine". Types are not compared where vLLM is not installed.
     """
+    refuse_samplers(options, key)
     known = _known_options() if options else {}
     for name, value in options.items() if known else ():
         if name not in known:

@@ -10,6 +10,7 @@ from typing import Any
 from actors.accelerator import torch_device
 from actors.errors import UserError
 from actors.heartbeat import beat
+from actors.vllm_options import refuse_samplers
 
 CPU_KV_CACHE_BYTES = 256 << 20
 """KV cache of an engine on a CPU. By default each engine would reserve 92% of the machine's memory."""
@@ -47,6 +48,7 @@ def build_llm(options: dict[str, Any], more: dict[str, Any], key: str) -> Any:
     more: the user's own options, which take precedence. key: the configuration key of these options.
     UserError: vLLM does not know one of them.
     """
+    refuse_samplers(more, key)
     device = torch_device()
     with importing_vllm():
         from vllm import LLM

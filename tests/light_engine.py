@@ -14,7 +14,7 @@ import torch
 
 from actors.data.models import load_model
 from actors.heartbeat import beat
-from actors.rollout.engine import Response, trajectories_of
+from actors.rollout.engine import Response, filters, trajectories_of
 from actors.trajectory import Requests, Trajectories
 from actors.weights.buckets import unpack
 
@@ -66,24 +66,40 @@ class LightEngine:
             beat()
             prompt = requests.prompt_tokens[slice(*requests.prompt_offsets[row : row + 2])].tolist()
             with self._weights:
-                responses.append(self._respond(prompt, int(seed), sampling.max_response_tokens, greedy))
+                responses.append(self._respond(prompt, int(seed), sampling, greedy))
         self.busy_seconds += time.monotonic() - began
         return trajectories_of(requests, responses)
 
     @torch.no_grad()
-    def _respond(self, prompt: list[int], seed: int, longest: int, greedy: bool) -> Response:
+    def _respond(self, prompt: list[int], seed: int, sampling: Any, greedy: bool) -> Response:
         draw, text, logprobs, supports = np.random.default_rng(seed), list(prompt), [], []
+        longest, filtered = sampling.max_response_tokens, filters(sampling) and not greedy
+        before: list[float] = []
         while len(logprobs) < longest and (not logprobs or text[-1] not in self._stop):
-            row_V = self._model(torch.tensor([text])).logits[0, -1].float().log_softmax(-1).double().numpy()
+            logits_V = self._model(torch.tensor([text])).logits[0, -1].float() / sampling.temperature
+            policy_V = logits_V.log_softmax(-1).double().numpy()
+            row_V = kept(policy_V, sampling) if filtered else policy_V
             # The largest of log-prob + Gumbel noise is a sample of the distribution.
             chosen = int(np.argmax(row_V if greedy else row_V + draw.gumbel(size=len(row_V))))
             text.append(chosen)
             logprobs.append(float(row_V[chosen]))
-            supports.append(np.argsort(-row_V, kind="stable")[: self._support_size])
+            before.append(float(policy_V[chosen]))
+            supports.append(np.argsort(-policy_V, kind="stable")[: self._support_size])
         self.tokens_sampled += len(logprobs)
         reason = "length" if len(logprobs) == longest else "stop"
         versions, support = np.full(len(logprobs), self.version, np.int32), np.array(supports, np.int32)
-        return Response(text[len(prompt) :], logprobs, versions, reason, support if self._support_size else None)
+        named = support if self._support_size else None
+        return Response(text[len(prompt) :], logprobs, versions, reason, named, before if filtered else None)
+
+
+def kept(logprobs_V: np.ndarray, sampling: Any) -> np.ndarray:
+    """Log-probs after top-k and top-p, -inf for what they leave out."""
+    order = np.argsort(-logprobs_V, kind="stable")[: sampling.top_k or None]
+    shares = np.exp(logprobs_V[order]) / np.exp(logprobs_V[order]).sum()
+    order = order[np.cumsum(shares) - shares < sampling.top_p]
+    out = np.full_like(logprobs_V, -np.inf)
+    out[order] = logprobs_V[order] - np.log(np.exp(logprobs_V[order]).sum())
+    return out
 
 
 def done(result: Any) -> Future:

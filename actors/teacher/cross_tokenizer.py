@@ -80,7 +80,7 @@ class CrossTokenizerTeacher(Teacher):
         scores = TeacherScores(
             ids=written.ids,
             response_offsets=written.response_offsets,
-            logprobs=shares(our_groups, sums, written.policy_logprobs).astype(np.float32),
+            logprobs=shares(our_groups, sums, written.student_logprobs).astype(np.float32),
             teacher=self.name,
             log_weights=np.zeros(len(ids), np.float32) if log_weights is None else log_weights,
             support_ids=nothing.astype(np.int32),

@@ -74,7 +74,7 @@ class Evaluator:
             metrics["eval/accuracy"] = float(np.mean(list(of_greedy.values())))
             metrics["eval/accuracy_sampled"] = float(np.mean(list(rewards.values())))
         # Missing scores are NaN, and nanmean leaves them out.
-        log_ratios = (written.policy_logprobs - scores.logprobs)[written.trained]
+        log_ratios = (written.student_logprobs - scores.logprobs)[written.trained]
         metrics |= {
             "eval/reverse_kl": float(np.nanmean(log_ratios)),
             "eval/response_length_mean": float(written.trained_lengths.mean()),

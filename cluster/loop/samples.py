@@ -49,7 +49,7 @@ def readable_rows(
                 "response": tokenizer.decode(tokens[:MOST_TOKENS], skip_special_tokens=True),
                 "tokens": token_texts(tokenizer, tokens[:MOST_TOKENS]),
                 "tokens_left_out": max(len(tokens) - MOST_TOKENS, 0),
-                "student_logprobs": written.policy_logprobs[span].tolist(),
+                "student_logprobs": written.student_logprobs[span].tolist(),
                 "teacher_logprobs": teacher_logprobs[span].tolist(),
                 "policy_versions": written.policy_versions[span].tolist(),
                 "finish_reason": FINISH_REASONS[written.finish_reasons[row]],

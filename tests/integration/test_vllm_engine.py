@@ -1,5 +1,6 @@
 """What a real vLLM engine samples and records: seeds, stops, filters, errors, and calls that overlap."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,11 @@ from transformers import AutoModelForCausalLM
 from actors.config import RolloutConfig, SamplingConfig
 from actors.errors import CampaignError, UserError
 from actors.rollout.vllm_engine import VllmEngine
+from actors.teacher.local import LocalTeacher
 from actors.trajectory import FINISH_REASONS, Requests, Trajectories, offsets_of
 from tests.tiny_engine import OPTIONS, ask, difference, publish
 from tests.tiny_models import make_tiny_model
+from tests.tiny_updates import make_learner, received, teacher_config
 
 pytestmark = pytest.mark.integration
 STOPS = [1, *range(6, 20)]
@@ -208,6 +211,33 @@ def test_greedy_answers_have_the_log_probs_of_the_tempered_policy(model: Any) ->
             np.testing.assert_allclose(plain.policy_logprobs[span], expected, atol=2e-5)
     finally:
         engine.close()
+
+
+@pytest.mark.parametrize("filters", [{"top_p": 0.7}, {"top_k": 5}, {"top_p": 0.8, "top_k": 20}])
+def test_the_first_update_on_filtered_samples_is_on_policy(filters: dict[str, Any], tmp_path: Path) -> None:
+    """With a generation_config.json whose sampler settings must not be used."""
+    models = {name: make_tiny_model(tmp_path / name, seed=seed) for seed, name in enumerate(("student", "other"))}
+    strange = {"repetition_penalty": 1.7, "temperature": 0.2, "top_k": 2, "do_sample": True, "min_p": 0.3}
+    (models["student"] / "generation_config.json").write_text(json.dumps(strange))
+    sampling = SamplingConfig(temperature=0.6, max_response_tokens=12, **filters)
+    learner = make_learner(models, temperature=0.6)
+    config = RolloutConfig(dtype="float32", engine=OPTIONS)
+    engine = VllmEngine(str(models["student"]), config, sampling, stop_token_ids=[1])
+    try:
+        *buckets, manifest = received(learner.publish())
+        engine.load_weights(manifest, buckets).result(timeout=600)
+        written = engine.generate(ask(prompts(12)), sampling).result(timeout=600)
+    finally:
+        engine.close()
+    teacher = LocalTeacher(teacher_config(models, "other", "sampled", temperature=0.6))
+    metrics = learner.update(written.ids, written, teacher.score(written.ids, written)[1])
+    assert metrics["ratio_mean"] == pytest.approx(1, abs=1e-4) and metrics["clip_fraction"] == 0
+    assert abs(metrics["forward_kl_old"]) < 1e-6 and metrics["engine_logprob_abs_diff"] < 1e-4
+    assert 0.2 < metrics["filter_weight_mean"] < 0.999
+    kept = np.exp(written.policy_logprobs - written.behaviour_logprobs)
+    assert metrics["filter_weight_mean"] == pytest.approx(kept.mean(), rel=1e-4)
+    if "top_p" in filters and "top_k" not in filters:
+        assert kept.min() > 0.7 - 1e-4  # a nucleus holds at least this much
 
 
 def test_ids_beyond_the_tokenizer_are_never_sampled(tmp_path: Path) -> None:

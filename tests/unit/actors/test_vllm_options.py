@@ -34,6 +34,26 @@ def test_an_option_that_vllm_does_not_have_or_of_another_type_is_named(option: s
     assert str(caught.value).startswith(f"rollout.engine.{option}: ") and told in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "told"),
+    [
+        ("repetition_penalty", 1.2, "found 1.2, expected no such option"),
+        ("override_generation_config", {"min_p": 0.1}, "expected no such option: the learner would take"),
+        ("logits_processors", ["a.b:C"], "expected no such option: the learner would take"),
+        ("speculative_config", {"method": "ngram"}, "expected no such option: the learner would take"),
+        ("generation_config", "elsewhere", "expected auto or vllm"),
+        ("logprobs_mode", "raw_logits", "expected no such option: it is set here"),
+        ("temperature", 0.5, "expected sampling.temperature"),
+        ("dtype", "float16", "expected the key of this name"),
+    ],
+)
+def test_samplers_that_the_objective_does_not_know_are_refused(option: str, value: Any, told: str) -> None:
+    with pytest.raises(UserError) as caught:
+        check_options({option: value}, "rollout.engine")
+    assert str(caught.value).startswith(f"rollout.engine.{option}: ") and told in str(caught.value)
+    check_options({"generation_config": "vllm", "override_generation_config": {}}, "rollout.engine")
+
+
 def test_options_that_vllm_has_pass_whether_their_type_is_plain_or_not() -> None:
     check_options({"max_num_seqs": 8, "gpu_memory_utilization": 1, "enforce_eager": True, "quantization": "fp8",
                    "kv_cache_dtype": "auto", "compilation_config": 3, "hf_overrides": {}, "max_num_batched_tokens": None},
