@@ -182,6 +182,7 @@ ACTS: dict[str, Callable[[CampaignConfig, Any], bool]] = {
     "teachers.*.dtype": lambda _, teacher: teacher.backend in ("transformers", "vllm"),
     "teachers.*.trust_remote_code": lambda _, teacher: teacher.backend in ("transformers", "vllm"),
     "teachers.*.timeout_seconds": lambda _, teacher: teacher.backend == "http",
+    "teachers.*.away_timeout_seconds": lambda _, teacher: teacher.backend == "http",
     "teachers.*.requests_per_url": lambda _, teacher: teacher.backend == "http",
     "prompts.split": lambda _, prompts: path_kind(prompts.path) == "dataset",
     "evaluation.prompts.split": lambda _, prompts: path_kind(prompts.path) == "dataset",

@@ -70,6 +70,7 @@ CAMPAIGNS: dict[str, Campaign] = {
                     api_key_variable="WISE_KEY",
                     temperature=1.0,
                     timeout_seconds=60,
+                    away_timeout_seconds=300,
                     requests_per_url=2,
                 ),
                 "own": foreign(**OURS),
