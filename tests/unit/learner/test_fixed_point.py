@@ -3,6 +3,7 @@
 The cases come from the tables, so a new row is tested, or fails here.
 """
 
+import json
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -14,9 +15,10 @@ import torch
 
 from actors.config import Signal
 from actors.teacher.local import LocalTeacher
-from actors.trajectory import TeacherScores, Trajectories
+from actors.trajectory import Limits, Prompts, TeacherScores, Trajectories
 from learner.config import ObjectiveConfig
 from learner.objective.estimator_table import DIVERGENCES, ESTIMATORS
+from tests.tiny_models import make_tiny_model
 from tests.tiny_updates import make_learner, sampled, teacher_config
 
 TEMPERATURES = (0.6, 1.0, 1.5)
@@ -109,3 +111,19 @@ def test_scores_are_those_of_the_tempered_logits(signal: str, models: dict[str, 
             rtol=0,
             atol=1e-5,
         )
+
+
+def test_what_a_teacher_writes_is_its_own_distribution_whatever_its_files_ask_for(tmp_path: Path) -> None:
+    written = []
+    for name, settings in (("plain", {}), ("strange", {"repetition_penalty": 5.0, "min_p": 0.9, "min_new_tokens": 9})):
+        model = make_tiny_model(tmp_path / name, hidden=32, layers=1)
+        (model / "generation_config.json").write_text(json.dumps({"eos_token_id": 1, "do_sample": True, **settings}))
+        teacher = LocalTeacher(teacher_config({"it": model}, "it", "sampled"))
+        prompts = Prompts(np.array([20, 21, 30], np.int32), np.array([0, 2, 3]))
+        options = {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0}
+        torch.manual_seed(0)
+        written.append(
+            [*teacher.generate(prompts, Limits(12, [1])), *teacher.generate(prompts, Limits(12, [1]), **options)]
+        )
+    for one, other in zip(*written, strict=True):
+        np.testing.assert_array_equal(one, other)
