@@ -30,7 +30,7 @@ from tests.warm_python import warm_python
 
 ROOT = Path(__file__).resolve().parents[2]
 ORDINARY = {
-    *("started", "loop_started", "checkpoint", "finished", "actor_started", "actor_ended"),
+    *("started", "tried", "loop_started", "checkpoint", "finished", "actor_started", "actor_ended"),
     "waiting_for_resources",  # on a busy machine
 }
 """Kinds of events that any campaign may record."""
