@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch.distributed.tensor import DTensor
-from transformers import GenerationConfig
 
 from actors.accelerator import torch_device
 from actors.config import SamplingConfig, TeacherConfig
@@ -42,8 +41,6 @@ class LocalTeacher(Teacher):
             ranks=config.tensor_parallel_size,
         )
         self.context = context_of(config, key)
-        # Its files may ask for penalties or filters, which are no part of the teacher's distribution.
-        self._model.generation_config = GenerationConfig()
         self._body, self._weight, self._bias = response_head(self._model, f"{key}.model")
         if isinstance(self._weight, DTensor):  # each rank applies the whole head: only the layers below it are divided
             self._weight = self._weight.full_tensor()
