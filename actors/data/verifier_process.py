@@ -8,6 +8,8 @@ can be ended at any moment. It takes one request at a time, a line of JSON each,
                                             -> {"reward"}, {"failed": reason} or {"at_fault": UserError}
 """
 
+import contextlib
+import ctypes
 import json
 import os
 import signal
@@ -21,6 +23,7 @@ from actors.config import VerifierConfig
 from actors.data.verifiers import BUILT_IN, Verifier, make_verifier, trial
 from actors.errors import UserError
 
+PR_SET_PDEATHSIG = 1
 MOST_GROWTH = 1 << 30
 """Bytes by which the process may grow; then it ends after an answer, and a new one is started."""
 
@@ -28,6 +31,10 @@ MOST_GROWTH = 1 << 30
 def serve(file_descriptor: int) -> None:
     """Answers requests from this socket until it is closed, or the process that started this one is gone."""
     os.dup2(2, 1)  # a verifier may print; standard output belongs to the command that the user runs
+    with contextlib.suppress(
+        OSError, AttributeError
+    ):  # Linux: the kernel ends this process with the one that started it
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     with socket.socket(fileno=file_descriptor) as connection, connection.makefile("rw", encoding="utf-8") as file:
         _serve(file.readline, lambda answer: _write(file, answer))
