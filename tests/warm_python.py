@@ -78,6 +78,7 @@ def warm_python(folder: Path, environment: Mapping[str, str]) -> Iterator[str]:
 
 def serve(address: str, executable: str) -> None:
     """Forks for each client that connects, until it is killed."""
+    _die_with_parent()
     for name in PRELOADED:
         importlib.import_module(name)
     multiprocessing.set_executable(sys.executable)  # which hands over more files than the executable can
