@@ -19,7 +19,7 @@ from learner.hidden_states import Head, HiddenStates
 from learner.objective.divergences import extrapolated_teacher
 from learner.objective.estimator_table import estimator_row, reads_distribution
 from learner.objective.policy_gradient import filter_weights, reward_cost, step_size, token_weights
-from learner.scores import merge_scores
+from learner.scores import MergedScores, merge_scores
 from learner.student.sharding import Ranks
 
 WIDE_TENSORS = ("support_ids", "support_logprobs", "reference_logprobs")
@@ -219,6 +219,22 @@ def minibatch_rows(trajectories: int, count: int) -> list[np.ndarray]:
     return [np.arange(start, trajectories, count) for start in range(min(count, trajectories))]
 
 
+def _mask(
+    written: Trajectories,
+    scores: MergedScores,
+    objective: ObjectiveConfig,
+    masked_token_ids: Sequence[int],
+    vocabulary: int,
+) -> np.ndarray:
+    """[N] bool: tokens of the student's with finite scores of all teachers, which are not masked by the configuration.
+
+    A support counts only if the objective reads it.
+    """
+    mask = written.trained & scores.scored & ~np.isin(written.response_tokens, list(masked_token_ids))
+    mask &= written.response_tokens < vocabulary  # an engine of the user's own may sample padding rows
+    return mask & scores.distributed if reads_distribution(objective) else mask
+
+
 def collate(
     written: Trajectories,
     batches: Sequence[TeacherScores],
@@ -234,19 +250,14 @@ def collate(
 ) -> UpdateBatch:
     """The tensors of the update on `written`, in its order; the fields of Part say their shapes and units.
 
-    mask = trained, with finite scores of all teachers (of a support only if the objective reads it), below
-    `vocabulary`, and none of masked_token_ids.
-    this_rank_B: [B] bool, the trajectories that this rank trains on. batches: hold the scores of these, from all their
-    teachers, and perhaps of others. heads: output layers of the teachers that send hidden states, by name.
+    this_rank_B: [B] bool, the trajectories that this rank trains on. batches:
+    hold the scores of these, from all their teachers, and perhaps of others. heads: of teachers that send hidden states.
     policy_version: of the weights that the update starts from. CampaignError: scores of a trajectory are missing.
     """
     tensor = partial(_tensor, device=device)
     scores = merge_scores(written, this_rank_B, batches, objective.reference_teacher, heads, ranks, device)
     this_rank_N = np.repeat(this_rank_B, written.lengths)
-    mask = written.trained & scores.scored & ~np.isin(written.response_tokens, list(masked_token_ids))
-    if reads_distribution(objective):
-        mask &= scores.distributed
-    mask &= written.response_tokens < vocabulary  # an engine of the user's own may sample padding rows
+    mask = _mask(written, scores, objective, masked_token_ids, vocabulary)
 
     def where_known(values: np.ndarray) -> Tensor:
         known = mask if values.ndim == 1 else mask[this_rank_N, None]
@@ -258,8 +269,8 @@ def collate(
         reference = where_known(scores.reference_logprobs)
         teacher_logprobs = extrapolated_teacher(teacher_logprobs, reference, objective.extrapolation)
     behaviour, filter_weight, unknown = _policy(written, tensor)
-    if estimator_row(objective.estimator).text_by == "teacher":
-        behaviour = teacher_logprobs  # the teacher wrote these responses, so it is the behaviour policy
+    if estimator_row(objective.estimator).text_by == "teacher":  # and so is the behaviour policy
+        behaviour = teacher_logprobs
     zeros = torch.zeros(len(mask), device=device)
     tensors = {
         "tokens": tensor(np.minimum(written.response_tokens, vocabulary - 1).astype(np.int64)),
@@ -278,9 +289,9 @@ def collate(
         "support_logprobs": where_known(scores.support_logprobs),
         "reference_logprobs": where_known(scores.reference_support_logprobs),
     }
-    wide_places = None if this_rank_B.all() else tensor(np.cumsum(this_rank_N) - 1)
-    hidden = scores.hidden, scores.reference_hidden
-    batch = UpdateBatch(written, tensors, device, *hidden, [], this_rank_B, unknown, wide_places)
+    places = None if this_rank_B.all() else tensor(np.cumsum(this_rank_N) - 1)
+    hidden, of_reference = scores.hidden, scores.reference_hidden
+    batch = UpdateBatch(written, tensors, device, hidden, of_reference, [], this_rank_B, unknown, places)
     if written.rewards.size:
         batch.set_rewards(tensor(written.rewards))
     return batch

@@ -47,7 +47,8 @@ class Forward:
         vocabulary: int | None,
         named_by_student: bool,
     ):
-        """temperature: that was sampled at. vocabulary: rows of the head that are tokens; None: all. named_by_student: the teachers' supports are the student's most likely tokens."""
+        """temperature: that was sampled at. vocabulary: number of the head's rows that are tokens; None: all.
+        named_by_student: the teachers' supports are the student's most likely tokens."""
         self._body, self._weight, self._bias = body, weight_VH, bias_V
         self._objective, self._chunk_tokens = config.objective, config.head_chunk_tokens
         self._half = config.compute_dtype == "bfloat16"
@@ -122,8 +123,7 @@ class Forward:
         ratio = pi_theta / pi_old (PPO, arXiv 1707.06347); `full`, the divergence at each context; `sft`, -log pi_theta.
         part: tensors [n] of the micro-batch on this device. collected: takes the metrics of these tokens.
         """
-        objective = self._objective
-        row = estimator_row(objective.estimator)
+        objective, row = self._objective, estimator_row(self._objective.estimator)
         full = not row.samples_action
 
         def reduce(logprobs_nV: torch.Tensor, rows: slice) -> dict[str, torch.Tensor]:

@@ -88,11 +88,10 @@ class Learner:
         """Loads the student, or, where `checkpoint` names a directory, the state that was saved there.
 
         teachers: by name. The learner loads the heads of those that send hidden states, and keeps the averages of those
-        that follow the student. masked_role_token_ids: the tokens of `objective.masked_token_roles`. vocabulary: the
-        student's tokens; further rows of its head are padding, and no part of any distribution. turn_ends: (student's,
-        teacher's) token of the teachers that end a turn with another than the student. ranks: this process among those
-        of the learner; all other arguments, and all calls, are the same on every rank. UserError: a function of the
-        user's own fails.
+        that follow the student. masked_role_token_ids: the tokens of `objective.masked_token_roles`. vocabulary: number of
+        the student's tokens; further rows of its head are padding. turn_ends: by teacher, (student's, teacher's) token
+        where they end a turn with different ones. ranks: this process among those of the learner; all other arguments,
+        and all calls, are the same on every rank. UserError: a function of the user's own fails.
         """
         check_own_functions(config.objective)
         self._student, self._config = student, config
@@ -113,28 +112,15 @@ class Learner:
         )
         head: Any = self._model.get_output_embeddings()
         self._vocabulary = min(len(head.weight), vocabulary or len(head.weight))
-        directory = find_model(student.model, "student.model", code=student.trust_remote_code)
-        self._files = read_model_files(directory, "student.model") if self._ranks.rank == 0 else {}
+        self._files = self._other_files() if self._ranks.rank == 0 else {}
         self._optimizer = build_optimizer(self._model, config.optimizer, offload=config.offload_optimizer)
-        teachers = teachers or {}
-        self._teachers = set(teachers)
-        self._forward = Forward(
-            body,
-            head.weight,
-            head.bias,
-            config,
-            self._device,
-            temperature=temperature,
-            vocabulary=self._vocabulary,
-            named_by_student=any(teacher.signal == "student_topk" for teacher in teachers.values()),
-        )
-        # A teacher that sends hidden states leaves the product with its head to the learner.
-        sending = {name: teacher for name, teacher in teachers.items() if teacher.signal == "hidden"}
-        heads = {name: self._head_of(teacher, f"teachers.{name}.model") for name, teacher in sending.items()}
-        self._heads = same_rows(heads, self._vocabulary, turn_ends or {})
-        following = {name: t.ema_decay for name, t in teachers.items() if t.ema_decay is not None}
+        self._teachers = dict(teachers or {})
+        sampling: dict[str, Any] = {"temperature": temperature, "vocabulary": self._vocabulary}
+        named = any(teacher.signal == "student_topk" for teacher in self._teachers.values())
+        self._forward = Forward(body, head.weight, head.bias, config, self._device, **sampling, named_by_student=named)
+        self._heads = same_rows(self._load_heads(), self._vocabulary, turn_ends or {})
+        following = {name: t.ema_decay for name, t in self._teachers.items() if t.ema_decay is not None}
         self._averages = MovingAverages(self._model, following)
-        self._average_dtypes = {name: teachers[name].dtype for name in following}
         self.policy_version, self._beta = 0, config.objective.trust_region.beta
         if checkpoint:
             self._restore(Path(checkpoint, "training"))
@@ -146,7 +132,7 @@ class Learner:
         moments = StoredTensors(training / "optimizer.safetensors")
         if len(moments):
             load_optimizer_tensors(self._model, self._optimizer, moments.like)
-        if self._average_dtypes:
+        if self._averages.tensors():
             self._averages.load(StoredTensors(training / "averages.safetensors").like)
 
     def update(
@@ -222,7 +208,7 @@ class Learner:
 
     def publish_average(self, teacher: str) -> Iterator[np.ndarray | WeightVersion]:
         """The same of the moving average that this teacher is, in its dtype."""
-        averages, dtype = self._averages.weights_of(teacher), self._average_dtypes[teacher]
+        averages, dtype = self._averages.weights_of(teacher), self._teachers[teacher].dtype
         yield from self._publisher.full(self.policy_version, averages, dtype)
 
     def save(self, directory: str, sample_bytes: int | None = None) -> None:
@@ -300,7 +286,7 @@ class Learner:
         """The groups of trajectories that are measured by themselves, by teacher and by domain."""
         reference = self._config.objective.reference_teacher
         teaching = [batch for batch in scores if batch.teacher != reference]
-        names = self._teachers - {reference}
+        names = self._teachers.keys() - {reference}
         return groups_of(ids, teaching, domains, teachers=names, ranks=self._ranks, device=self._device)
 
     def _share(self, written: Trajectories) -> np.ndarray:
@@ -463,6 +449,18 @@ class Learner:
             found = coefficients(student, kl if with_kl else None, all_tokens, batch.groups(), objective)
             batch.tensors["coefficient"] = found
         return begun
+
+    def _other_files(self) -> dict[str, bytes]:
+        """The files of the student beside its weights, which each checkpoint holds as they are."""
+        student = self._student
+        return read_model_files(
+            find_model(student.model, "student.model", code=student.trust_remote_code), "student.model"
+        )
+
+    def _load_heads(self) -> dict[str, Head]:
+        """The heads of the teachers that send hidden states: the learner computes the product with them."""
+        sending = {name: teacher for name, teacher in self._teachers.items() if teacher.signal == "hidden"}
+        return {name: self._head_of(teacher, f"teachers.{name}.model") for name, teacher in sending.items()}
 
     def _head_of(self, teacher: TeacherConfig, key: str) -> Head:
         head = load_head(teacher.model, teacher.dtype, self._device, teacher.trust_remote_code, key)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain, islice
@@ -111,16 +112,7 @@ def load_prompts(
         tokens.append(np.fromiter(chain.from_iterable(rows), np.int32))
     if not texts:
         raise UserError(config.path, "no records", "at least one prompt")
-    for wrong, expected in (
-        (np.flatnonzero(np.array(lengths) == 0), "at least one token"),
-        (
-            np.flatnonzero(np.array(lengths) > max_prompt_tokens),
-            f"at most {max_prompt_tokens}, which leaves room for the response",
-        ),
-    ):
-        if len(wrong):
-            found = f"a prompt of {lengths[wrong[0]]} tokens ({len(wrong)} of {len(texts)} prompts are like this)"
-            raise UserError(f"{config.path}, {unit} {numbers[wrong[0]]}", found, expected)
+    _check_lengths(lengths, max_prompt_tokens, lambda row: f"{config.path}, {unit} {numbers[row]}")
     return PromptSet(
         tokens=np.concatenate(tokens),
         offsets=offsets_of(lengths),
@@ -128,6 +120,18 @@ def load_prompts(
         domains=domains,
         texts=texts,
     )
+
+
+def _check_lengths(lengths: list[int], most: int, where: Callable[[int], str]) -> None:
+    """UserError: a prompt has no token, or more than `most`. where: names the record of a row, for the message."""
+    found = np.array(lengths)
+    for wrong, expected in (
+        (np.flatnonzero(found == 0), "at least one token"),
+        (np.flatnonzero(found > most), f"at most {most}, which leaves room for the response"),
+    ):
+        if len(wrong):
+            count = f"({len(wrong)} of {len(lengths)} prompts are like this)"
+            raise UserError(where(wrong[0]), f"a prompt of {lengths[wrong[0]]} tokens {count}", expected)
 
 
 @lru_cache(maxsize=4)

@@ -256,16 +256,25 @@ def _check_room(folder: Path, key: str) -> None:
 
 
 def check_shared_memory(wanted_mebibytes: int | None) -> None:
-    """UserError: the object store does not fit into shared memory. Ray would put it on a disk without a word, or crash later."""
+    """Looks whether the object store fits into shared memory, where Ray would put it on a disk without a word.
+
+    A container often has 64 MiB there: if the configuration names no size, the store lies on a disk, and a line says so.
+    UserError: the configuration names a size that does not fit.
+    """
     if os.environ.get(SLOW_STORE) or not os.path.isdir(SHARED_MEMORY):
         return
-    # Ray's own choice is 95% of the room there, where that is less than 30% of the memory.
     free = shutil.disk_usage(SHARED_MEMORY).free >> 20
-    room, least = (free, wanted_mebibytes) if wanted_mebibytes else (int(free * 0.95), LEAST_STORE_MEBIBYTES)
-    if room < least:
+    way_out = f"`docker run --shm-size=2g`, or remove files from {SHARED_MEMORY}"
+    if wanted_mebibytes is None:
+        # Ray's own choice is 95% of the room there, where that is less than 30% of the memory.
+        if free * 0.95 < LEAST_STORE_MEBIBYTES:
+            os.environ[SLOW_STORE] = "1"
+            say(
+                f"{SHARED_MEMORY} has {free} MiB of room, so Ray's object store lies on a disk, which is slower: {way_out}"
+            )
+    elif free < wanted_mebibytes:
         raise UserError(
             "ray.object_store_mebibytes",
-            f"{wanted_mebibytes or 'null'}, and {SHARED_MEMORY} with {free} MiB of room",
-            f"room for {least} MiB there (`docker run --shm-size=2g`, or remove files from it), or {SLOW_STORE}=1 for an "
-            "object store on a disk",
+            f"{wanted_mebibytes}, and {SHARED_MEMORY} with {free} MiB of room",
+            f"room for {wanted_mebibytes} MiB there ({way_out}), or {SLOW_STORE}=1 for an object store on a disk",
         )

@@ -138,22 +138,27 @@ def test_a_directory_that_cannot_be_written_to_is_one_line(tmp_path: Path, monke
         session_folder()
 
 
-@pytest.mark.parametrize(
-    ("wanted", "free", "refused"),
-    [(None, 64, True), (None, 2000, False), (100, 64, True), (100, 100, False), (None, 0, True)],
-)
-def test_shared_memory_that_is_too_small_is_refused(
-    monkeypatch: pytest.MonkeyPatch, wanted: int | None, free: int, refused: bool
+@pytest.mark.parametrize(("free", "on_disk"), [(64, True), (0, True), (2000, False)])
+def test_shared_memory_that_is_too_small_puts_the_store_on_a_disk_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, free: int, on_disk: bool
 ) -> None:
-    monkeypatch.delenv(ray_private.SLOW_STORE, raising=False)
+    monkeypatch.setenv(ray_private.SLOW_STORE, "")  # and what is set below is gone after the test
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free << 20))
-    if not refused:
-        return check_shared_memory(wanted)
-    with pytest.raises(UserError, match=f"ray.object_store_mebibytes: found .*/dev/shm with {free} MiB of room"):
-        check_shared_memory(wanted)
+    said: list[str] = []
+    monkeypatch.setattr(ray_private, "say", said.append)
+    check_shared_memory(None)
+    assert bool(os.environ[ray_private.SLOW_STORE]) == on_disk
+    assert (f"/dev/shm has {free} MiB of room" in "".join(said)) == on_disk
+
+
+def test_a_store_that_does_not_fit_into_shared_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(ray_private.SLOW_STORE, raising=False)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=64 << 20))
+    check_shared_memory(64)
+    with pytest.raises(UserError, match=r"ray.object_store_mebibytes: found 100, and /dev/shm with 64 MiB of room"):
+        check_shared_memory(100)
     monkeypatch.setenv(ray_private.SLOW_STORE, "1")
-    check_shared_memory(wanted)
-    return None
+    check_shared_memory(100)
 
 
 def family(leader: int) -> list[psutil.Process]:
