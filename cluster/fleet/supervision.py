@@ -225,7 +225,7 @@ class Supervisor:
     async def _join(self, replica: Replica) -> None:
         try:
             await self._start_firmly(replica, True)
-        except (CampaignError, UserError) as error:
+        except CampaignError as error:
             if replica in self.replicas:
                 self.replicas.remove(replica)
             replica.kill()
@@ -356,7 +356,8 @@ class Supervisor:
     def _lost(self, replica: Replica, handle: Any, kind: str, cause: Exception | str) -> None:
         """Reports the loss and begins to replace the actor; where it may not be replaced, the fleet fails.
 
-        handle: the actor that was lost. kind: an event of event_table.py that is a fault. cause: the error that showed the loss, or a sentence.
+        handle: the actor that was lost. kind: an event of event_table.py that is a fault. cause: the error that showed
+        the loss, or a sentence.
         """
         if replica.handle is not handle or not replica.alive:
             return  # several calls notice the same loss: the first has handled it
@@ -378,10 +379,11 @@ class Supervisor:
             while not replica.alive and replica in self.replicas:
                 # The starts that fail in a row are counted besides: of a model that loads for minutes few fit into an hour.
                 if (spent := budget.spent()) or failed_starts > (self._max_restarts or 0):
+                    when = "within an hour" if spent else "in a row"
                     raise CampaignError(
-                        f"{replica.name} was lost {self._max_restarts or 0} times {'within an hour' if spent else 'in a row'} "
-                        f"and once more (ray.max_restarts), the last time because: {cause}; see events.jsonl for the others, and run "
-                        "the same command again to go on from the last checkpoint"
+                        f"{replica.name} was lost {self._max_restarts or 0} times {when} and once more (ray.max_restarts), "
+                        f"the last time because: {cause}; see events.jsonl for the others, and run the same command again "
+                        "to go on from the last checkpoint"
                     )
                 await asyncio.sleep(budget.pause())
                 budget.count()
@@ -389,7 +391,9 @@ class Supervisor:
                 self.restarts += 1
                 try:
                     await self._start(replica, patient=True)
-                except CampaignError as error:
+                # A UserError too: the same configuration has been right before, so something outside has changed, such as a
+                # server that is away.
+                except (CampaignError, UserError) as error:
                     replica.kill()
                     failed_starts += 1
                     cause = str(error)
