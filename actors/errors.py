@@ -8,6 +8,7 @@ Every other exception is a defect of the program, and is shown with its tracebac
 import difflib
 import errno
 from collections.abc import Iterable, Mapping
+from typing import Self
 
 from actors.plain_text import concealed, printable
 
@@ -40,7 +41,7 @@ class UserError(Exception):
         }
 
     @classmethod
-    def from_json(cls, content: Mapping[str, str]) -> "UserError":
+    def from_json(cls, content: Mapping[str, str]) -> Self:
         """The error that `to_json` was called on, with the same message."""
         error = cls(content["where"], content["found"], content["expected"])
         error.args = (content["message"],)  # which holds the suggestion from `choices`, too
@@ -49,6 +50,13 @@ class UserError(Exception):
     def __reduce__(self) -> tuple:
         # Pickle would call __init__ with `args`, which holds only the message.
         return UserError.from_json, (self.to_json(),)
+
+
+class UnavailableError(UserError):
+    """Something outside that the user's input names does not answer now: the same input may be right later."""
+
+    def __reduce__(self) -> tuple:
+        return UnavailableError.from_json, (self.to_json(),)
 
 
 class CampaignError(Exception):

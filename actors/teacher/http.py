@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from actors.config import TeacherConfig
-from actors.errors import CampaignError, UserError
+from actors.errors import CampaignError, UnavailableError, UserError
 from actors.teacher.base import UNBOUNDED, Teacher, known_prompts, probe, texts_of
 from actors.teacher.http_answers import most_bytes, scores, written_tokens
 from actors.teacher.http_servers import (
@@ -111,7 +111,7 @@ class HttpTeacher(Teacher):
                 raise UserError(f"{self.key}.urls", fault, expected) from None
 
     def _find_dialect(self) -> None:
-        """Sets `_echo` to the first dialect whose answer to a short text has log-probs; UserError if none has."""
+        """Sets `_echo` to the first dialect whose answer to a short text has log-probs; UnavailableError if none has."""
         text = probe(self.vocabulary).response_tokens[:4].tolist()
         problems = []
         for self._echo in (False, True):
@@ -123,7 +123,7 @@ class HttpTeacher(Teacher):
             except (CampaignError, RefusedError) as error:
                 problems.append(str(error))
         expected = "servers that answer and return log-probs of prompts"
-        raise UserError(f"{self.key}.urls", f"{', '.join(self.config.urls)} ({problems[0]})", expected)
+        raise UnavailableError(f"{self.key}.urls", f"{', '.join(self.config.urls)} ({problems[0]})", expected)
 
     def _find_rows(self) -> None:
         """Lowers `vocabulary` to the ids that the servers accept: they refuse a whole text with an id beyond their rows."""

@@ -18,7 +18,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
 from typing import Any
 
-from actors.errors import CampaignError, LearnerLostError, UserError
+from actors.errors import CampaignError, LearnerLostError, UnavailableError
 from cluster.fleet.ray_actor import (
     ActorLostError,
     DiedAtStartError,
@@ -391,9 +391,7 @@ class Supervisor:
                 self.restarts += 1
                 try:
                     await self._start(replica, patient=True)
-                # A UserError too: the same configuration has been right before, so something outside has changed, such as a
-                # server that is away.
-                except (CampaignError, UserError) as error:
+                except (CampaignError, UnavailableError) as error:
                     replica.kill()
                     failed_starts += 1
                     cause = str(error)

@@ -50,7 +50,7 @@ name: own
 output_dir: {folder / "runs"}
 student: {{model: {folder / "student"}}}
 teachers:
-  served: {{backend: http, model: wise, urls: ["{url}"], domains: [web], cpus_per_replica: 0.2}}
+  served: {{backend: http, model: wise, urls: ["{url}"], domains: [web], temperature: 1, cpus_per_replica: 0.2}}
   counts:
     backend: counts_teacher:CountsTeacher
     model: {folder / "counts.npy"}
@@ -98,7 +98,8 @@ def test_a_campaign_with_what_users_add(tmp_path: Path, monkeypatch: pytest.Monk
         assert update["tokens_trained"] > 4 and update["grad_norm"] > 0
 
     tokenizer: Any = load_tokenizer(str(tmp_path / "student"), False, "student.model")
-    table = np.log((counts + 1) / (counts + 1).sum())
+    weights = (counts + 1.0) ** (1 / 0.9)  # at the temperature that is sampled at
+    table = np.log(weights / weights.sum())
     seen = {"web": 0, "own": 0}
     for file in sorted((run / "trajectories").glob("*.jsonl")):
         for row in read_jsonl(file):

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from actors.errors import ActorFaultError, CampaignError, UserError
+from actors.errors import ActorFaultError, CampaignError, UnavailableError
 from cluster.config import WeightsConfig
 from cluster.console.status import live_actors
 from cluster.fleet import ray_fleet, supervision
@@ -115,7 +115,7 @@ def test_a_silent_actor_still_counts_as_hanging_after_the_time_out(monkeypatch: 
 
 
 @pytest.mark.parametrize("refusals", [2, 9])
-def test_an_actor_that_is_refused_when_it_is_built_again_is_tried_again_within_its_budget(
+def test_an_actor_whose_server_is_away_when_it_is_built_again_is_tried_again_within_its_budget(
     monkeypatch: pytest.MonkeyPatch, refusals: int
 ) -> None:
     built = 0
@@ -125,7 +125,7 @@ def test_an_actor_that_is_refused_when_it_is_built_again_is_tried_again_within_i
             nonlocal built
             built += 1
             if 2 < built <= 2 + refusals:
-                raise UserError("teachers.t.urls", "http://localhost:1 (no answer)", "servers that answer")
+                raise UnavailableError("teachers.t.urls", "http://localhost:1 (no answer)", "servers that answer")
             super().__init__()
 
     async def body(fleet: Fleet, events: Events) -> None:
