@@ -15,6 +15,7 @@ from actors.errors import CampaignError, UserError
 from actors.rollout.vllm_engine import VllmEngine
 from actors.teacher.local import LocalTeacher
 from actors.trajectory import FINISH_REASONS, Requests, Trajectories, offsets_of
+from benchmarks.memory import allocated_bytes
 from tests.tiny_engine import OPTIONS, ask, difference, publish
 from tests.tiny_models import make_tiny_model
 from tests.tiny_updates import make_learner, received, teacher_config
@@ -264,3 +265,15 @@ def test_ids_beyond_the_tokenizer_are_never_sampled(tmp_path: Path) -> None:
 def test_an_unknown_engine_option_names_its_key(model: Any) -> None:
     with pytest.raises(UserError, match=r"rollout\.engine: found .*no_such_option"):
         make(model, SAMPLING, no_such_option=1)
+
+
+def test_the_memory_of_kernels_on_a_cpu_levels_off(engine: VllmEngine) -> None:
+    from vllm import _custom_ops
+
+    product = _custom_ops.create_onednn_mm(torch.zeros(16, 16), 32)
+    held = {0: allocated_bytes()}
+    for rows in range(1, 1601):  # oneDNN compiles a kernel for each, and keeps 1,024 in the process
+        _custom_ops.onednn_mm(product, torch.zeros(rows, 16), None)
+        held[rows] = allocated_bytes()
+    assert held[1000] - held[500] > 5e6  # without this the next line would show nothing
+    assert held[1600] - held[1100] < 0.05 * (held[1000] - held[500])
