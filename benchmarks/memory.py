@@ -3,8 +3,8 @@
     python -m benchmarks.memory [--layers 12] [--hidden 768] [--vocabulary 50257] [--set compute_dtype=bfloat16]
     OMP_NUM_THREADS=1 python -m benchmarks.memory rollout [--updates 2000] [--any-size] [--set KEY=VALUE …]
 
-`learner`, over updates, publications and checkpoints: the default is a model of the size of GPT-2 (124M parameters) with random weights. One rank, on the CPU, with malloc as it is
-by default. Prints a line for each phase, in bytes a parameter above an idle process: the peak of the phase, what the process
+`learner`, over updates, publications and checkpoints: the default is a model of the size of GPT-2 (124M parameters) with
+random weights. One rank, on the CPU, with malloc as it is by default. Prints a line for each phase, in bytes a parameter above an idle process: the peak of the phase, what the process
 holds after it, and what its tensors hold.
 
 `rollout`: the actor with vLLM's CPU engine and the quickstart's student, without Ray; its coroutines run in one thread, as
