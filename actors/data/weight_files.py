@@ -46,8 +46,14 @@ def stored_tensors(model_dir: Path | str, key: str) -> dict[str, Stored]:
             # Opening compares the file's size with its header.
             with safe_open(file, "numpy") as tensors:
                 for name in tensors.keys():  # noqa: SIM118 - it is not a dictionary
+                    if name in found:  # which of the two is read depends on the reader
+                        raise UserError(
+                            key, f"{name} in {found[name].file} and in {file.name}", "each tensor in one file"
+                        )
                     part = tensors.get_slice(name)
                     found[name] = Stored(file, part.get_dtype(), tuple(part.get_shape()))
+        except UserError:
+            raise
         except Exception as error:
             raise UserError(key, f"{file} ({type(error).__name__}: {error})", "a whole safetensors file") from error
     return found

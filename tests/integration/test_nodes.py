@@ -66,7 +66,7 @@ def test_a_campaign_survives_the_loss_of_a_node_and_uses_the_one_that_joins(fold
     assert files(folder / "runs" / "stormy") == files(folder / "runs" / "calm")
     assert metrics(folder / "runs" / "stormy") == metrics(folder / "runs" / "calm")
     assert_ledger_adds_up(folder / "runs" / "stormy", 6, 8, 0)
-    assert "the cluster has no room for 0.2 CPU, 1 roll; the campaign continues without it" in said
+    assert "the cluster has no room for 0.2 CPU, 1 roll; the campaign waits for it (no node is large enough" in said
     assert "trajectories were lost with the node that held them" in said
 
 

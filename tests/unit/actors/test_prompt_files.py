@@ -181,6 +181,9 @@ REFUSED = {
     "message 1 has arguments of f that are no JSON": [
         {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}, USER
     ],
+    "message 1 has arguments of f that are no JSON: too many nested": [
+        {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "[" * 50_000}}]}, USER
+    ],
     "the last message is the assistant's": [USER, {"role": "assistant", "content": "a"}],
     "the last message is empty": [{"role": "user", "content": ""}],
     "a text that holds a list of messages as JSON": json.dumps([USER]),
@@ -196,7 +199,7 @@ def test_what_cannot_be_read_is_refused_with_its_row_its_field_and_its_reason(
     assert told in refusal(path, tokenizer)
 
 
-@pytest.mark.parametrize("tools", ["[", {"name": "f"}, [{"type": "function"}], 3])
+@pytest.mark.parametrize("tools", ["[", "[" * 50_000, {"name": "f"}, [{"type": "function"}], 3])
 def test_tools_that_are_none_are_refused(tmp_path: Path, tokenizer: Any, tools: Any) -> None:
     path = jsonl(tmp_path, {"prompt": "q", "answer": "", "tools": tools})
     assert "line 1: found tools = " in refusal(path, tokenizer)

@@ -128,6 +128,13 @@ LAYOUTS: dict[str, tuple[Callable[[Path], object], str]] = {
         ),
         "which names other files, expected one of the two",
     ),
+    "a tensor in two parts": (
+        lambda m: (
+            shutil.copy(m / "model.safetensors", m / "b.safetensors"),
+            index(m, {"weight_map": {NORM: "b.safetensors", "x": "model.safetensors"}}),
+        ),
+        "b.safetensors and in model.safetensors, expected each tensor in one file",
+    ),
     "an index of another type": (
         lambda m: index(m, {"weight_map": {"a": 5}}),
         "expected a JSON object with weight_map",
