@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Iterator
+from urllib.parse import urlsplit
 
 from actors.config import RolloutConfig, TeacherConfig, publishes_adapter
 from actors.errors import UserError
@@ -105,6 +106,15 @@ def _rewards(config: CampaignConfig) -> Iterator[Contradiction]:
     yield missing, "prompts.reference_field", "null", "the field with the reference answer, for rewards"
 
 
+def _is_server(url: str) -> bool:
+    """Whether the url can be one of a server; it holds no user or key."""
+    try:
+        port = urlsplit(url).port  # ValueError: beyond 65535, or no number
+    except ValueError:
+        return False
+    return port != 0 and re.fullmatch(r"https?://[^/@\s]+(/\S*)?", url) is not None
+
+
 def _backend(config: CampaignConfig, key: str, teacher: TeacherConfig) -> Iterator[Contradiction]:
     """What the backend of a teacher cannot do, and settings that it would ignore."""
     row, backend = backend_of(teacher, key), teacher.backend
@@ -114,7 +124,7 @@ def _backend(config: CampaignConfig, key: str, teacher: TeacherConfig) -> Iterat
     yield "urls" in row.settings and not teacher.urls, f"{key}.urls", "none", expected
     for url in teacher.urls:
         expected = "http://host:port/v1 (a key goes into the environment, api_key_variable)"
-        yield not re.fullmatch(r"https?://[^/@\s]+(/\S*)?", url), f"{key}.urls", url, expected
+        yield not _is_server(url), f"{key}.urls", url, expected
     size, follows = teacher.tensor_parallel_size, teacher.ema_decay is not None
     expected = f"1 with {'ema_decay' if follows else f'backend: {backend}'}"
     yield size > 1 and (follows or not row.tensor_parallel), f"{key}.tensor_parallel_size", size, expected

@@ -25,7 +25,7 @@ Value = TypeVar("Value")
 ATTEMPTS = 6
 """Failures of one request after which it, or all servers, are at fault."""
 FIRST_WAIT_SECONDS = 0.5
-"""Pause after a server's first failure; it doubles with each further one in a row."""
+"""Shortest pause after a failure. It grows to half the time since the server last answered."""
 LONGEST_WAIT_SECONDS = 30.0
 FAILURES_TO_OPEN = 3
 """Failures in a row after which a server has to answer the probe before it gets work."""
@@ -59,7 +59,11 @@ class Server:
     url: str
     under_way: int = 0
     failures: int = 0
-    """In a row."""
+    """In a row. Requests that were under way together and fail in one outage are one failure."""
+    failed_at: float = 0.0
+    """When the last of them was counted (time.monotonic)."""
+    away_since: float = 0.0
+    """When the first of them was counted."""
     open_until: float = 0.0
     """It gets no requests until this time (time.monotonic)."""
     probe: np.ndarray | None = None
@@ -90,6 +94,8 @@ class Servers:
         self._key, self._secret, self._timeout, self._away_timeout = key, secret, timeout_seconds, away_timeout_seconds
         self._lock = threading.Lock()
         self._away_since: float | None = None
+        self._gave_up: tuple[float, str] | None = None
+        """When, and the message: requests that began before have waited for as long, and end with it too."""
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, daemon=True).start()
         headers = {"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {secret}"} if secret else {})
@@ -105,8 +111,10 @@ class Servers:
     def ask(self, body: dict[str, Any], most_bytes: int, read: Callable[[dict[str, Any]], Value]) -> Value:
         """What `read` makes of an answer to the request. CampaignError: no server answers for too long. RefusedError."""
         attempts = failures = 0
+        asked = time.monotonic()
         while True:
-            server = self._next_server()
+            server = self._next_server(asked)
+            began = time.monotonic()
             try:
                 if server.failures >= FAILURES_TO_OPEN:
                     self._check_probe(server)
@@ -118,7 +126,7 @@ class Servers:
                 failures += fault.status not in BUSY
                 if (fault.status in REFUSALS or failures >= ATTEMPTS) and self._is_well(server):
                     raise RefusedError(str(fault)) from None
-                self._failed(server, fault, attempts)
+                self._failed(server, fault, attempts, began)
             finally:
                 with self._lock:
                     server.under_way -= 1
@@ -158,14 +166,21 @@ class Servers:
                 if future.done():  # the request's own time limit, not that of this wait
                     raise ServerFault(f"{server.url}: TimeoutError, no answer within {self._timeout:g} s") from None
                 beat()
-            except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError) as error:
-                cause = error.__cause__ or error
+            except Exception as error:  # of the client library and what lies below it, for example an ExceptionGroup
+                cause: BaseException = error.__cause__ or error
+                while isinstance(cause, BaseExceptionGroup):
+                    cause = cause.exceptions[0]
                 raise ServerFault(self._clean(f"{server.url}: {type(error).__name__} {cause}".strip())) from None
 
-    def _next_server(self) -> Server:
-        """The least busy server that may be asked; waits for one. CampaignError: none has answered for too long."""
+    def _next_server(self, asked: float) -> Server:
+        """The least busy server that may be asked; waits for one. CampaignError: none has answered for too long.
+
+        asked: when the caller began to wait.
+        """
         while True:
             with self._lock:
+                if self._gave_up is not None and self._gave_up[0] >= asked:
+                    raise CampaignError(self._gave_up[1])
                 now = time.monotonic()
                 # One request at a time finds out whether a failing server is back.
                 free = [s for s in self.servers if s.open_until <= now and not (s.failures and s.under_way)]
@@ -182,27 +197,44 @@ class Servers:
             server.failures, self._away_since = 0, None
         wait_for("")
 
-    def _failed(self, server: Server, fault: ServerFault, attempts: int) -> None:
-        """Leaves the server alone for a while. CampaignError: it is time to give up."""
+    def _failed(self, server: Server, fault: ServerFault, attempts: int, began: float) -> None:
+        """Leaves the server alone for a while. CampaignError: it is time to give up. began: when the request did."""
         with self._lock:
             now = time.monotonic()
-            server.failures += 1
-            pause = min(FIRST_WAIT_SECONDS * 2 ** min(server.failures - 1, 20), LONGEST_WAIT_SECONDS)
-            server.open_until = now + max(pause, min(fault.wait_seconds, self._away_timeout))
+            # Whatever was under way when the last failure was counted failed in the same outage, and tells nothing new.
+            new = not server.failures or began > server.failed_at
+            if new:
+                server.away_since = server.away_since if server.failures and server.failed_at else now
+                server.failures, server.failed_at = server.failures + 1, now
+            pause = self._pause(server, attempts, now)
+            asked_for = now + min(fault.wait_seconds, self._away_timeout)
+            server.open_until = max(now + pause, asked_for) if new else max(server.open_until, asked_for)
             if self._away_since is None and all(s.failures for s in self.servers):
                 self._away_since = now
-            away = 0.0 if self._away_since is None else now - self._away_since
-            nobody = self._away_since is not None
+            away_since = self._away_since
+            if self.patient and away_since is not None:
+                # There is a try when the time is over, of each server.
+                end = max(away_since + self._away_timeout, now + FIRST_WAIT_SECONDS)
+                for one in self.servers:
+                    one.open_until = min(one.open_until, end)
         if not self.patient:
             if attempts >= ATTEMPTS or (fault.status and fault.status not in TRANSIENT and len(self.servers) == 1):
                 tries = f"no server answers after {attempts} attempt{'s' * (attempts > 1)}"
                 raise CampaignError(f"{self._key}: {tries}; the last: {fault}")
-        elif nobody:
+        elif away_since is not None:
             wait_for(str(fault))
-            # The pause counts: what is known to be over the limit need not be waited for.
-            if away + pause > self._away_timeout:
+            tried = new and all(one.failed_at >= away_since for one in self.servers)
+            if tried and now - away_since >= self._away_timeout:
                 limit = f"for {self._away_timeout:g} s ({self._key}.away_timeout_seconds)"
-                raise CampaignError(f"{self._key}: no server has answered {limit}; the last: {fault}")
+                message = f"{self._key}: no server has answered {limit}; the last: {fault}"
+                self._gave_up = now, message
+                raise CampaignError(message)
+
+    def _pause(self, server: Server, attempts: int, now: float) -> float:
+        """Seconds for which a server that has failed is left alone."""
+        # At the start nothing else bounds the time; later a short outage must cost little more than itself.
+        growing = (now - server.away_since) / 2 if self.patient else FIRST_WAIT_SECONDS * 2 ** min(attempts - 1, 20)
+        return min(max(growing, FIRST_WAIT_SECONDS), LONGEST_WAIT_SECONDS)
 
     def _is_well(self, server: Server) -> bool:
         """Whether the server answers the probe: then a request that it does not answer is itself at fault."""

@@ -19,6 +19,7 @@ from actors.errors import CampaignError, UserError
 from actors.heartbeat import waiting
 from actors.teacher.http import HttpTeacher
 from actors.trajectory import Trajectories, offsets_of
+from tests.waiting import until
 
 Fault = Callable[[dict[str, Any]], web.StreamResponse | None]
 
@@ -423,13 +424,15 @@ def test_a_server_that_comes_back_with_another_model_gets_no_work() -> None:
     with serving(first, Server()) as urls:
         wise = teacher(urls)
         first.fault = lambda body: web.Response(status=503)
-        for _ in range(4):
-            wise.score(written().ids, written())
-        assert wise._servers.servers[0].failures >= http.FAILURES_TO_OPEN
-        first.fault = every(with_values(lambda place: -2.0 - place / 7))  # of another model
-        for _ in range(4):
+
+        def fails(times: int) -> bool:
+            """Each call is one failure at most: requests that fail together count once."""
             np.testing.assert_allclose(wise.score(written().ids, written())[1].logprobs, EXPECTED, rtol=1e-6)
-        assert wise._servers.servers[0].failures > http.FAILURES_TO_OPEN
+            return wise._servers.servers[0].failures >= times
+
+        until(lambda: fails(http.FAILURES_TO_OPEN), "the server has to answer the probe")
+        first.fault = every(with_values(lambda place: -2.0 - place / 7))  # of another model
+        until(lambda: fails(http.FAILURES_TO_OPEN + 3), "it has not answered the probe as before")
         first.fault = lambda body: None
         for _ in range(20):
             wise.score(written().ids, written())
@@ -486,3 +489,85 @@ def test_a_server_is_asked_for_the_longest_text_before_the_start() -> None:
             UserError, match=r"teachers\.wise\.urls: found .*status 400.*maximum context.*expected a context of 64"
         ):
             wise.full_length_test(64)
+
+
+class Clock:
+    """Time that passes with the pauses alone."""
+
+    def __init__(self) -> None:
+        self.now, self._lock = 1000.0, threading.Lock()
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        with self._lock:
+            self.now += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr(http, "time", made)
+    monkeypatch.setattr(http, "FIRST_WAIT_SECONDS", 0.5)
+    monkeypatch.setattr(http, "LONGEST_WAIT_SECONDS", 30.0)
+    return made
+
+
+def scripted(post: Callable[[], int], away_timeout_seconds: float = 20.0) -> http.Servers:
+    """One server in the middle of a campaign; `post` gives the status of each request."""
+    made = http.Servers(
+        "t", ["http://h/v1"], "", timeout_seconds=1, per_url=8, away_timeout_seconds=away_timeout_seconds
+    )
+    made._post = lambda *_: (post(), 0.0, b'{"choices": [{}]}')  # type: ignore[method-assign]
+    made.patient = True
+    return made
+
+
+def test_requests_that_fail_together_are_one_failure(clock: Clock) -> None:
+    together, first = threading.Barrier(8), threading.local()
+
+    def post() -> int:
+        if hasattr(first, "over"):
+            counted.append(servers.servers[0].failures)
+            return 200
+        first.over = True
+        together.wait(30)
+        return 503
+
+    servers, answers, counted = scripted(post), [], []
+    threads = [threading.Thread(target=lambda: answers.append(servers.ask({}, 9, bool))) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert answers == [True] * 8 and max(counted) == 1
+
+
+@pytest.mark.parametrize("status", [503, 404, 401, 308])
+def test_an_outage_costs_little_more_than_itself(clock: Clock, status: int) -> None:
+    servers = scripted(lambda: status if clock.now < 1004 else 200)
+    assert servers.ask({}, 9, bool) and clock.now - 1000 < 6.5
+
+
+def test_servers_are_tried_until_the_limit_and_once_more_when_it_is_over(clock: Clock) -> None:
+    asked: list[float] = []
+
+    def post() -> int:
+        asked.append(clock.now - 1000)
+        return 503 if back is None or clock.now < back else 200
+
+    back: float | None = 1019.9
+    assert scripted(post).ask({}, 9, bool)
+    asked, back, clock.now = [], None, 1000.0
+    with pytest.raises(CampaignError, match="no server has answered for 20 s"):
+        scripted(post).ask({}, 9, bool)
+    assert 20 <= asked[-1] < 21 and all(b - a <= 10 for a, b in itertools.pairwise(asked))
+
+
+def test_whatever_the_client_library_raises_is_a_failure_of_the_server() -> None:
+    """anyio raises a group with an OverflowError for a port that does not exist."""
+    with pytest.raises(
+        UserError, match=r"teachers.wise.urls: found http://127.0.0.1:99999/v1 \(.*OverflowError|port must be"
+    ):
+        teacher(["http://127.0.0.1:99999/v1"])

@@ -335,6 +335,8 @@ def test_teachers_that_cannot_be_mixed_or_compared_are_refused(tmp_path: Path) -
         (["backend=vllm", "signal=hidden"], "signal: found hidden, expected sampled or topk or full"),
         (["urls=[http://h:1/v1]"], "urls: found ['http://h:1/v1'], expected nothing, or backend: http"),
         (["backend=http", "signal=sampled", "urls=[http://me:key@h:1/v1]"], "urls: found http://me:key@h:1/v1"),
+        (["backend=http", "signal=sampled", "urls=[http://h:99999/v1]"], "urls: found http://h:99999/v1"),
+        (["backend=http", "signal=sampled", "urls=['http://[::1/v1']"], "urls: found http://[::1/v1"),
         (["engine={quantization: fp8}"], "engine: found"),
         (
             ["tensor_parallel_size=2", "ema_decay=0.9", "model=student"],
