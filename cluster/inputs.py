@@ -83,20 +83,10 @@ def read_inputs(config: CampaignConfig) -> Inputs:
     """Reads everything. UserError: a file, a field or a token that is missing or wrong, or a verifier that fails."""
     student = config.student
     tokenizer = load_tokenizer(student.model, student.trust_remote_code, "student.model")
-    directory = find_model(student.model, "student.model", weights=False, code=student.trust_remote_code)
-    stop = sorted({*stop_token_ids(directory, tokenizer), *config.sampling.stop_token_ids})
-    if not stop:
-        raise UserError(
-            "sampling.stop_token_ids", "none", "at least one, since the student has no end-of-sequence token"
-        )
+    stop = student_stop_tokens(config)
     model_config = load_config(student.model, student.trust_remote_code, "student.model")
     rows = model_config.get_text_config().vocab_size
-    for key, ids in (
-        ("sampling.stop_token_ids", config.sampling.stop_token_ids),
-        ("learner.objective.masked_token_ids", config.learner.objective.masked_token_ids),
-    ):
-        if unknown := [token for token in ids if not 0 <= token < rows]:
-            raise UserError(key, unknown[0], f"ids of the student's tokens, 0 to {rows - 1}")
+    _refuse_unknown(config.learner.objective.masked_token_ids, rows, "learner.objective.masked_token_ids")
     prompts, prompt_routes = _read(config, config.prompts, tokenizer, "prompts")
     prompt_routes = prompt_routes._replace(stop_token_ids=stop)
     if (reference := config.learner.objective.reference_teacher) is not None:
@@ -131,6 +121,25 @@ def read_inputs(config: CampaignConfig) -> Inputs:
     )
 
 
+def student_stop_tokens(config: CampaignConfig) -> list[int]:
+    """The tokens at which a response ends: the student's, and the configured ones. UserError: none, or one without a row."""
+    student, key, configured = config.student, "student.model", config.sampling.stop_token_ids
+    rows = load_config(student.model, student.trust_remote_code, key).get_text_config().vocab_size
+    directory = find_model(student.model, key, weights=False, code=student.trust_remote_code)
+    its = stop_token_ids(directory, load_tokenizer(student.model, student.trust_remote_code, key), rows, key)
+    _refuse_unknown(configured, rows, "sampling.stop_token_ids")
+    if not its and not configured:
+        raise UserError(
+            "sampling.stop_token_ids", "none", "at least one, since the student has no end-of-sequence token"
+        )
+    return sorted({*its, *configured})
+
+
+def _refuse_unknown(ids: list[int], rows: int, key: str) -> None:
+    if unknown := [token for token in ids if not 0 <= token < rows]:
+        raise UserError(key, unknown[0], f"ids of the student's tokens, 0 to {rows - 1}")
+
+
 def turn_ends(config: CampaignConfig, name: str) -> TurnEnds | None:
     """What ends a turn of the student and of a teacher with its vocabulary. None: the same, or it is not known.
 
@@ -144,6 +153,9 @@ def turn_ends(config: CampaignConfig, name: str) -> TurnEnds | None:
             find_model(model.model, where, weights=False, code=model.trust_remote_code),
             load_tokenizer(model.model, model.trust_remote_code, where),
             config.prompts.chat,
+            config.prompts.chat_template_arguments,
+            rows=load_config(model.model, model.trust_remote_code, where).get_text_config().vocab_size,
+            key=where,
         )
         for model, where in ((student, "student.model"), (teacher, key))
     ]
@@ -163,6 +175,8 @@ def _read(config: CampaignConfig, source: PromptsConfig, tokenizer: Any, key: st
     """The prompts as the student reads them, and the routes: the teachers of each prompt, and their view of it."""
     if source.chat and not tokenizer.chat_template:
         raise UserError(f"{key}.chat", "true, and a student without a chat template", _templates(config))
+    if source.chat:
+        _refuse_unnamed(source, tokenizer, key)
     response, limits = config.sampling.max_response_tokens, teacher_limits(config)
     prompts = load_prompts(source, tokenizer, student_limit(config).tokens - response, key)
     own = {
@@ -194,6 +208,16 @@ def _read(config: CampaignConfig, source: PromptsConfig, tokenizer: Any, key: st
                 f"{source.path}, prompt {rows[wrong[0]] + 1}", found, f"{room} (sampling.max_response_tokens)"
             )
     return prompts, PromptRoutes(routed, read_otherwise, longest=longest)
+
+
+def _refuse_unnamed(source: PromptsConfig, tokenizer: Any, key: str) -> None:
+    """UserError: the student has several named templates, none of them the one that is taken unasked."""
+    names = tokenizer.chat_template
+    if not isinstance(names, dict) or names.keys() & {"default", "tool_use"}:
+        return
+    if "chat_template" not in source.chat_template_arguments:
+        expected = f"chat_template: {' or '.join(map(str, names))}, since the student has no default template"
+        raise UserError(f"{key}.chat_template_arguments", "no chat_template", expected)
 
 
 def _templates(config: CampaignConfig) -> str:
@@ -249,12 +273,15 @@ def try_references(config: CampaignConfig, judge: Judge, source: PromptsConfig, 
 
 def _masked_role_token_ids(config: CampaignConfig, tokenizer: Any, stop: list[int]) -> list[int]:
     roles = config.learner.objective.masked_token_roles
-    template = [token for token in template_token_ids(tokenizer) if token not in stop]
+    template = []
+    if "template" in roles:
+        written = template_token_ids(tokenizer, "student.model", config.prompts.chat_template_arguments)
+        template = [token for token in written if token not in stop]
     if "template" in roles and not template:
         raise UserError(
             "learner.objective.masked_token_roles", "template", "a chat template that writes special tokens of its own"
         )
-    return sorted([*(stop if "end_of_sequence" in roles else []), *(template if "template" in roles else [])])
+    return sorted([*(stop if "end_of_sequence" in roles else []), *template])
 
 
 def _with_room(config: CampaignConfig, limit: Limit) -> Limit:

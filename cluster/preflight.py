@@ -15,7 +15,7 @@ from actors.teacher.backends import backend_of, needs_plan
 from actors.vllm_options import check_options
 from cluster.config import CampaignConfig
 from cluster.fleet.ray_cluster import check_gpus, connected, refuse_relative_output, room_to_begin
-from cluster.inputs import max_prompt_tokens, read_inputs, turn_ends
+from cluster.inputs import max_prompt_tokens, read_inputs, student_stop_tokens, turn_ends
 from cluster.state.mirror import mirror_of
 from learner.objective.estimator_table import own_functions
 
@@ -87,6 +87,7 @@ def _student(config: CampaignConfig) -> str:
         raise UserError("student.lora", "no library peft", "pip install peft accelerate")
     check_fit(student.model, student.trust_remote_code, "student.model", quantised="refused")
     tokenizer = load_tokenizer(student.model, student.trust_remote_code, "student.model")
+    student_stop_tokens(config)
     return f"{len(tokenizer)} tokens, prompts of at most {max_prompt_tokens(config)}"
 
 
@@ -96,7 +97,8 @@ def _teacher(config: CampaignConfig, name: str) -> str:
     reading = ""
     if teacher.tokenizer is not None:
         theirs = load_tokenizer(teacher.tokenizer, teacher.trust_remote_code, f"teachers.{name}.tokenizer")
-        make_reader(ours, theirs, f"teachers.{name}.tokenizer", config.prompts.chat)
+        prompts = config.prompts
+        make_reader(ours, theirs, f"teachers.{name}.tokenizer", prompts.chat, prompts.chat_template_arguments)
         reading = f"a tokenizer of its own with {len(theirs)} tokens"
     # A teacher on other servers has no files here; its own self-test runs when the campaign starts.
     if not backend_of(teacher).has_model_files:
@@ -128,7 +130,9 @@ def _teacher(config: CampaignConfig, name: str) -> str:
     vocabulary = min(c.get_text_config().vocab_size for c in configs)
     if "topk" in teacher.signal and teacher.top_k > vocabulary:
         raise UserError(f"teachers.{name}.top_k", teacher.top_k, f"at most {vocabulary}, the vocabulary of the models")
-    remarks += [remark for remark in [template_difference(*tokenizers)] if remark]
+    remarks += [
+        remark for remark in [template_difference(*tokenizers, config.prompts.chat_template_arguments)] if remark
+    ]
     return "the student's tokenizer" + "".join(f"; note: {remark}" for remark in remarks)
 
 

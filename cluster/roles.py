@@ -74,9 +74,8 @@ def build_fleets(
         elif teacher.tokenizer is None:
             fleets[role] = fleet(role, actor, teacher, key, vocabulary=inputs.vocabulary)
         else:
-            fleets[role] = fleet(
-                role, CrossTokenizerTeacher, actor, teacher, key, _local_student(config), config.prompts.chat
-            )
+            prompts = (config.prompts.chat, config.prompts.chat_template_arguments)
+            fleets[role] = fleet(role, CrossTokenizerTeacher, actor, teacher, key, _local_student(config), *prompts)
     return fleets
 
 

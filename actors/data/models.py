@@ -100,7 +100,7 @@ def load_model(
     dtype: "float32", "bfloat16" or "float16". ranks: number of processes that share the model's layers by its
     tensor-parallel plan; this process is one of them (torch.distributed). Every weight comes from the files: a missing
     tensor is an error, never a random initialisation. UserError: see `find_model` and `check_weights`; or the weights
-    do not match config.json.
+    do not match config.json, or are not finite.
     """
     path = find_model(model, key, code=trust_remote_code)
     config = load_config(str(path), trust_remote_code, key)
@@ -113,7 +113,22 @@ def load_model(
 
         split = {"distributed_config": DistributedConfig(tp_plan="auto", tp_size=ranks)}
     network: Any = _load(path, config, dtype, trust_remote_code, key, **split)
-    return network.to(device).eval()
+    network = network.to(device).eval()
+    refuse_not_finite(network, key)
+    return network
+
+
+def refuse_not_finite(network: PreTrainedModel, key: str) -> None:
+    """UserError: a weight is NaN or infinite. Otherwise an engine, a self-test or a loss would be blamed for it."""
+    import torch
+
+    for name, parameter in network.named_parameters():
+        values: Any = parameter.detach()
+        values = values.to_local() if hasattr(values, "to_local") else values  # a rank's part of it
+        # Quantised weights are other types, which have no NaN or no test for it.
+        if values.dtype in (torch.float32, torch.bfloat16, torch.float16) and not values.isfinite().all():
+            kind = "NaN" if values.isnan().any() else "an infinite number"
+            raise UserError(key, f"{kind} in {name}", "weights that are finite numbers")
 
 
 def _load(
@@ -227,8 +242,12 @@ def context_length(config: PreTrainedConfig) -> int:
     if _is_length(most := getattr(text, "model_max_length", None)):  # Cohere's models, which means this one
         return most
     if not found:
+        file = Path(config.name_or_path, "config.json") if config.name_or_path else "config.json"
+        wrong = [f"{name} {value!r}" for name in CONTEXT_NAMES if (value := getattr(text, name, None)) is not None]
+        if wrong:
+            raise UserError(str(file), " and ".join(wrong), "a number of tokens, at least 1")
         expected = f"{', '.join(CONTEXT_NAMES[:-1])} or {CONTEXT_NAMES[-1]}"
-        raise UserError(f"config.json of a {config.model_type} model", "no context length", expected)
+        raise UserError(f"{file} of a {config.model_type} model", "no context length", expected)
     scaled = [rope for rope in _ropes(text) if rope.get("rope_type", rope.get("type")) not in SCALED_ALREADY]
     # Gemma 3 writes a context that is scaled already beside a linear factor.
     factor = 1.0 if "gemma3" in text.model_type else max([1.0, *(float(rope.get("factor") or 1) for rope in scaled)])
@@ -264,9 +283,14 @@ def _is_length(value: object) -> TypeGuard[int]:
 
 
 def has_context(config: PreTrainedConfig) -> bool:
-    """Whether config.json says how many tokens the model reads; models with a state instead of positions do not."""
+    """Whether config.json says how many tokens the model reads; models with a state instead of positions do not.
+
+    Also where it says nonsense, which `context_length` refuses.
+    """
     text = config.get_text_config()
-    return any(_is_length(getattr(text, name, None)) for name in (*CONTEXT_NAMES, "model_max_length"))
+    return any(getattr(text, name, None) is not None for name in CONTEXT_NAMES) or _is_length(
+        getattr(text, "model_max_length", None)
+    )
 
 
 def _ropes(text: PreTrainedConfig) -> list[dict[str, Any]]:

@@ -231,12 +231,19 @@ class Reader:
         return [found], np.array([0]), np.array([0]), True
 
 
-def make_reader(student: PreTrainedTokenizerBase, own: PreTrainedTokenizerBase, key: str, chat: bool) -> Reader:
-    """The reader for a teacher with the tokenizer `own`. chat: responses are answers in the teacher's chat template.
+def make_reader(
+    student: PreTrainedTokenizerBase,
+    own: PreTrainedTokenizerBase,
+    key: str,
+    chat: bool,
+    arguments: Mapping[str, Any] | None = None,
+) -> Reader:
+    """The reader for a teacher with the tokenizer `own`. chat: responses are answers in the teacher's chat template,
+    with the arguments of the prompts.
 
     UserError, on the teacher's `key` or student.model: see `spelling_of`; or the teacher has no end token.
     """
-    end = end_token_id(own, chat)
+    end = end_token_id(own, chat, arguments)
     if end is None:
         raise UserError(key, "no end-of-sequence token", "a tokenizer with one")
 

@@ -5,6 +5,7 @@ are exact and which follow a rule. Shapes: N tokens of the student, M of the tea
 """
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -30,17 +31,26 @@ from actors.trajectory import (
 class CrossTokenizerTeacher(Teacher):
     """Scores, and answers, for a student with another tokenizer. The signal is always `sampled`."""
 
-    def __init__(self, teacher: type, config: TeacherConfig, key: str, student: StudentConfig, chat: bool):
+    def __init__(
+        self,
+        teacher: type,
+        config: TeacherConfig,
+        key: str,
+        student: StudentConfig,
+        chat: bool,
+        arguments: Mapping[str, Any] | None = None,
+    ):
         """Loads both tokenizers, and builds a teacher of the class `teacher`.
 
-        chat: responses follow a chat template, so the template's end token ends them. UserError: a tokenizer whose
+        chat: responses follow a chat template, with the arguments of the prompts, so the template's end token ends them.
+        UserError: a tokenizer whose
         tokens are not pieces of text, or see the class.
         """
         super().__init__(config, key)
         assert config.tokenizer is not None
         self._student = load_tokenizer(student.model, student.trust_remote_code, "student.model")
         self._own = load_tokenizer(config.tokenizer, config.trust_remote_code, f"{key}.tokenizer")
-        self._reader = make_reader(self._student, self._own, f"{key}.tokenizer", chat)
+        self._reader = make_reader(self._student, self._own, f"{key}.tokenizer", chat, arguments)
         directory = find_model(config.tokenizer, f"{key}.tokenizer", weights=False, code=config.trust_remote_code)
         self._stop = sorted({self._reader.end, *stop_token_ids(directory, self._own)})
         self._context = UNBOUNDED

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -20,6 +21,7 @@ from transformers import (
     T5Config,
 )
 
+from actors.config import TeacherConfig
 from actors.data.models import (
     check_weights,
     context_length,
@@ -30,8 +32,16 @@ from actors.data.models import (
     looks_local,
     response_head,
 )
-from actors.data.tokenizer import check_tokenizers_agree, load_tokenizer, stop_token_ids, template_difference
+from actors.data.tokenizer import (
+    check_tokenizers_agree,
+    end_token_id,
+    load_tokenizer,
+    stop_token_ids,
+    template_difference,
+    template_token_ids,
+)
 from actors.errors import UserError
+from actors.teacher.base import context_of
 from tests.tiny_models import CHARACTERS, make_tiny_model, make_tiny_tokenizer
 
 KEY = "student.model"
@@ -228,6 +238,99 @@ def test_stop_tokens_are_those_of_the_tokenizer_and_of_the_generation_config(mod
     assert stop_token_ids(model_dir, tokenizer) == [tokenizer.eos_token_id]
     tokenizer.eos_token = None
     assert stop_token_ids(model_dir, tokenizer) == []
+
+
+@pytest.mark.parametrize(
+    "content",
+    [f'{{"eos_token_id": {ids}}}' for ids in ("-1", "[1, -1]", "[1, 112]", "[1, 99999]", "2147483648", str(2**70))],
+)
+def test_an_end_without_a_row_is_refused_with_the_file_and_the_id(model_dir, content):
+    tokenizer, file = load_tokenizer(str(model_dir), False, KEY), model_dir / "generation_config.json"
+    file.write_text('{"eos_token_id": [1, 111]}')
+    assert stop_token_ids(model_dir, tokenizer, 112) == [1, 111]  # a padding row
+    file.write_text(content)
+    wrong = str(np.atleast_1d(json.loads(content)["eos_token_id"])[-1])
+    with pytest.raises(
+        UserError, match=rf"^{file}: found eos_token_id {wrong}, expected ids that .* rows for, 0 to 111"
+    ):
+        stop_token_ids(model_dir, tokenizer, 112)
+
+
+@pytest.mark.parametrize("content", ["[]", "null", "3", "{", '[["eos_token_id", 1]]'])
+def test_a_generation_config_that_is_no_object_is_refused(model_dir, content):
+    tokenizer, file = load_tokenizer(str(model_dir), False, KEY), model_dir / "generation_config.json"
+    file.write_text(content)
+    with pytest.raises(UserError, match=rf"^{file}: found no JSON object"):
+        stop_token_ids(model_dir, tokenizer)
+
+
+def test_an_end_of_the_tokenizer_without_a_row_is_the_models_fault(model_dir):
+    edit_json(model_dir / "tokenizer_config.json", eos_token="<nope>")
+    tokenizer = load_tokenizer(str(model_dir), False, KEY)
+    with pytest.raises(UserError, match=r"^student\.model: found .*'<nope>' with id 102, expected .*, 0 to 101"):
+        stop_token_ids(model_dir, tokenizer, 102, KEY)
+    with pytest.raises(UserError, match=r"^student\.model: found a student model with a vocabulary of 102 tokens"):
+        agree(tokenizer, make_tiny_tokenizer(), 102, 102)
+
+
+def test_a_context_that_is_no_length_is_told_with_the_file_and_the_name(model_dir):
+    edit_json(model_dir / "config.json", max_position_embeddings=0)
+    wrong = rf"^{model_dir}/config\.json: found max_position_embeddings 0, expected a number of tokens"
+    with pytest.raises(UserError, match=wrong):
+        context_length(load_config(str(model_dir), False, KEY))
+    with pytest.raises(UserError, match=wrong):
+        context_of(TeacherConfig(str(model_dir)), "teachers.a")
+
+
+@pytest.mark.parametrize(("value", "kind"), [(float("nan"), "NaN"), (float("inf"), "an infinite number")])
+def test_weights_that_are_not_finite_are_named(model_dir, value, kind):
+    weights = load_file(model_dir / "model.safetensors")
+    weights["model.embed_tokens.weight"][7, 3] = value
+    save_file(weights, model_dir / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=rf"^student\.model: found {kind} in model\.embed_tokens\.weight, expected"):
+        load(model_dir)
+
+
+SYSTEM_FIRST = "{% if messages[0].role != 'system' %}{{ raise_exception('a system message comes first') }}{% endif %}"
+NO_ANSWER = "{% for m in messages %}{% if m.role == 'assistant' %}{{ raise_exception('no') }}{% endif %}{% endfor %}"
+
+
+def test_the_end_of_a_turn_is_found_with_what_the_template_accepts():
+    tokenizer = make_tiny_tokenizer()
+    template = tokenizer.chat_template.replace("<eos>", "<user>")
+    for begun, end in (("", 3), (SYSTEM_FIRST, 3), (NO_ANSWER, 1), ("{% if %}", 1), ("{{ 1 / 0 }}", 1)):
+        tokenizer.chat_template = begun + template
+        assert end_token_id(tokenizer, True) == end
+    tokenizer.chat_template = "<user>and no message"
+    assert end_token_id(tokenizer, True) == 1
+
+
+def test_the_end_of_a_turn_is_that_of_the_named_template():
+    tokenizer = make_tiny_tokenizer()
+    plain = tokenizer.chat_template
+    tokenizer.chat_template = {"rag": plain.replace("<eos>", "<user>"), "other": plain}
+    rag, arguments = {"chat_template": "rag"}, {"chat_template": "rag", "continue_final_message": True}
+    assert end_token_id(tokenizer, True) == 1
+    assert end_token_id(tokenizer, True, rag) == end_token_id(tokenizer, True, arguments) == 3
+    # A teacher with one template, which the name of the student's is not.
+    teacher = make_tiny_tokenizer()
+    assert end_token_id(teacher, True, rag) == 1
+    assert template_difference(tokenizer, teacher, {"chat_template": "other"}) is None
+    assert template_difference(tokenizer, teacher) is None
+
+
+def test_template_tokens_and_differences_of_templates_that_raise():
+    student, teacher = make_tiny_tokenizer(), make_tiny_tokenizer()
+    plain = student.chat_template
+    teacher.chat_template = SYSTEM_FIRST + plain
+    assert template_difference(teacher, teacher) is None
+    assert template_token_ids(teacher) == [1, 2, 3, 4]
+    teacher.chat_template = NO_ANSWER + plain
+    assert template_token_ids(teacher) == [1, 3, 4]
+    teacher.chat_template = "{% if %}"
+    assert template_difference(student, teacher) is None
+    with pytest.raises(UserError, match=r"^student\.model: found a chat template that accepts neither"):
+        template_token_ids(teacher, KEY)
 
 
 def test_the_context_is_that_of_the_config(tiny):

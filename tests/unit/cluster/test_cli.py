@@ -226,6 +226,44 @@ def test_a_token_that_the_student_does_not_have_is_refused(work: Here, key: str,
         read_inputs(load_config(work / "campaign.yaml", [f"{key}=[{token}]"]))
 
 
+def set_template(work: Here, model: str, template: object, **more: object) -> None:
+    for file in (work / model).glob("chat_template*"):
+        file.unlink()
+    file = work / model / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "chat_template": template, **more}))
+
+
+CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}<eos>{% endfor %}<assistant>"
+
+
+@pytest.mark.parametrize(
+    "begun", ["{% if messages[0].role != 'system' %}{{ raise_exception('no') }}{% endif %}", "{% if"]
+)
+def test_a_teachers_template_that_raises_is_no_error(work: Here, begun: str) -> None:
+    set_template(work, "teacher", begun + CHAT)
+    done = work.run("check", "--offline", "campaign.yaml")
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_template_of_several_is_chosen_by_the_arguments_of_the_prompts(work: Here) -> None:
+    set_template(work, "student", [{"name": "rag", "template": CHAT}])
+    chosen = [f"{key}.chat_template_arguments={{chat_template: rag}}" for key in ("prompts", "evaluation.prompts")]
+    done = work.run("check", "--offline", "campaign.yaml", *chosen, "learner.objective.masked_token_roles=[template]")
+    assert done.returncode == 0, done.stderr
+    line = refusal(work)
+    assert "prompts.chat_template_arguments: found no chat_template, expected chat_template: rag, since" in line
+
+
+def test_a_student_without_an_end_that_it_has_a_row_for_is_refused(work: Here) -> None:
+    set_template(work, "student", CHAT, eos_token=None)
+    file = work / "student" / "generation_config.json"
+    file.write_text('{"eos_token_id": 99999}')
+    assert "student/generation_config.json: found eos_token_id 99999, expected ids" in refusal(work)
+    file.unlink()
+    absent = refusal(work, "prompts.path=absent.jsonl", "evaluation.prompts.path=absent.jsonl")
+    assert "sampling.stop_token_ids: found none, expected at least one" in absent
+
+
 def test_a_target_above_the_teachers_own_accuracy_is_refused_before_anything_runs(work: Here) -> None:
     with pytest.raises(SystemExit) as ended:
         cli.main(["compare", str(work / "campaign.yaml"), "--target", "2"])
