@@ -27,6 +27,14 @@ OWNED = (
     *("weight_transfer_config", "skip_tokenizer_init", "runner", "convert"),
 )
 """Options that this package sets, and relies on."""
+ALIKE = (*("hf_overrides", "hf_config_path", "tokenizer", "revision", "code_revision", "tokenizer_revision"),)
+"""Options that make the student's model or tokenizer another one than the learner's."""
+RANGES: dict[str, tuple[float, float]] = {
+    "max_num_seqs": (1, float("inf")),
+    "max_num_batched_tokens": (1, float("inf")),
+    "gpu_memory_utilization": (0.01, 1.0),
+}
+"""Option -> the least and the greatest value."""
 KEYS = ("model", "dtype", "tensor_parallel_size", "trust_remote_code")
 """Options that have a key of their own in the sections of the configuration."""
 
@@ -46,6 +54,12 @@ def refuse_samplers(options: Mapping[str, Any], key: str) -> None:
             raise UserError(
                 f"{key}.{name}", value, "no such option: it is set here, and the recorded log-probs depend on it"
             )
+        if name in ALIKE and key.startswith("rollout") and value not in (None, {}, ""):
+            raise UserError(
+                f"{key}.{name}",
+                value,
+                "no such option: the learner trains the model and reads the tokenizer without it",
+            )
         if name in KEYS:
             raise UserError(f"{key}.{name}", value, "the key of this name in the configuration, which everything reads")
 
@@ -57,6 +71,11 @@ def check_options(options: Mapping[str, Any], key: str) -> None:
     key: of the options, for example "rollout.engine". Types are not compared where vLLM is not installed.
     """
     refuse_samplers(options, key)
+    for name, (least, greatest) in RANGES.items():
+        value = options.get(name)
+        if isinstance(value, int | float) and not isinstance(value, bool) and not least <= value <= greatest:
+            expected = f"at least {least:g}" + (f" and at most {greatest:g}" if greatest < float("inf") else "")
+            raise UserError(f"{key}.{name}", value, expected)
     known = _known_options() if options else {}
     for name, value in options.items() if known else ():
         if name not in known:

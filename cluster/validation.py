@@ -17,6 +17,8 @@ from learner.validation import Contradiction, refuse_contradictions
 
 MOST_TRAJECTORIES = 10_000_000
 """More trajectories of an update than this are a slip of the keyboard: the loop holds a few bytes for each."""
+LONGEST_NAME = 200
+"""Characters of a name. A file's has 255 bytes, and some names of files and jobs have more than the campaign's in them."""
 LARGEST_ADAPTER = 512
 """The highest rank of an adapter that vLLM accepts."""
 
@@ -39,6 +41,8 @@ def _objective(config: CampaignConfig) -> None:
     """The name, the teachers, the objective, and the guards on its metrics."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", config.name):
         raise UserError("name", repr(config.name), "letters, digits, '.', '_' and '-': it names a directory")
+    if len(config.name) > LONGEST_NAME:
+        raise UserError("name", f"{len(config.name)} characters", f"at most {LONGEST_NAME}: it names a directory")
     if not config.teachers:
         raise UserError("teachers", "none", "at least one, for example teachers.default.model")
     if any(t.domains for t in config.teachers.values()) and config.prompts.domain_field is None:

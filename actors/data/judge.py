@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -16,6 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -185,8 +187,12 @@ class Judge:
         process, connection = self._process, self._connection
         self._process, self._connection = None, None
         if process is not None:
+            started = _descendants(process.pid)  # also in sessions of their own
             with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(process.pid, signal.SIGKILL)  # with whatever the verifier has started
+                os.killpg(process.pid, signal.SIGKILL)
+            for child in started:
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.kill(child, signal.SIGKILL)
             process.wait()
         if connection is not None:
             connection.close()
@@ -200,21 +206,45 @@ class _Connection:
 
     def exchange(self, request: dict[str, Any], seconds: float) -> dict[str, Any]:
         """Sends a request and returns the answer. TimeoutError; OSError or EOFError: the process is gone."""
+        identity = secrets.token_hex(8)
         end = time.monotonic() + seconds
         self._socket.settimeout(seconds)
-        self._socket.sendall(json.dumps(request).encode() + b"\n")
-        while b"\n" not in self._received:
+        self._socket.sendall(json.dumps({**request, "id": identity}).encode() + b"\n")
+        while True:
+            line, newline, rest = self._received.partition(b"\n")
+            if newline:
+                self._received = rest
+                answer = _object(line)
+                if answer.pop("id", None) == identity:
+                    return answer
+                continue  # not an answer of the process, but of the verifier, which found the descriptor
             self._socket.settimeout(max(end - time.monotonic(), 0.001))
             part = self._socket.recv(1 << 16)
             if not part:
                 raise EOFError
             self._received += part
-        line, _, self._received = self._received.partition(b"\n")
-        return json.loads(line)
 
     def close(self) -> None:
         """Closes this end, which ends the process."""
         self._socket.close()
+
+
+def _object(line: bytes) -> dict[str, Any]:
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _descendants(parent: int) -> list[int]:
+    """The processes that this one has started, and those that they have; none where the system does not say."""
+    found: list[int] = []
+    for file in Path(f"/proc/{parent}/task").glob("*/children"):
+        with contextlib.suppress(OSError):  # the thread has ended
+            for child in map(int, file.read_text().split()):
+                found += [child, *_descendants(child)]
+    return found
 
 
 def _try_here(verify: Verifier, references: Sequence[str]) -> Trial:

@@ -1,7 +1,8 @@
 """The process in which a verifier runs, apart from the loop and from the engines. Its other half is judge.py.
 
 Python's `re` holds the interpreter while it searches, and a function of the user's own may do anything: only a process
-can be ended at any moment. It takes one request at a time, a line of JSON each, and answers with one.
+can be ended at any moment. It takes one request at a time, a line of JSON each, and answers with one. An answer repeats the
+`id` of its request; what else is written to the socket is no answer.
 
     {"name", "pattern", "key", "seconds"}   first: the verifier               -> {} or {"at_fault": UserError}
     {"response", "reference", "try"}        a response to judge; try: a reference to try, without the pattern
@@ -10,6 +11,7 @@ can be ended at any moment. It takes one request at a time, a line of JSON each,
 
 import contextlib
 import ctypes
+import fcntl
 import json
 import os
 import signal
@@ -24,6 +26,8 @@ from actors.data.verifiers import BUILT_IN, Verifier, make_verifier, trial
 from actors.errors import UserError
 
 PR_SET_PDEATHSIG = 1
+LOWEST_DESCRIPTOR = 200
+"""Of the socket."""
 MOST_GROWTH = 1 << 30
 """Bytes by which the process may grow; then it ends after an answer, and a new one is started."""
 
@@ -36,24 +40,32 @@ def serve(file_descriptor: int) -> None:
     ):  # Linux: the kernel ends this process with the one that started it
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
-    with socket.socket(fileno=file_descriptor) as connection, connection.makefile("rw", encoding="utf-8") as file:
-        _serve(file.readline, lambda answer: _write(file, answer))
+    # Out of the way of a verifier that writes to or closes low descriptors, and of the programs that it starts.
+    ours = fcntl.fcntl(file_descriptor, fcntl.F_DUPFD_CLOEXEC, LOWEST_DESCRIPTOR)
+    os.close(file_descriptor)
+    try:
+        with socket.socket(fileno=ours) as connection, connection.makefile("rw", encoding="utf-8") as file:
+            _serve(file.readline, lambda answer: _write(file, answer))
+    except OSError:  # the verifier has closed the socket: judge.py tells that the process has ended
+        os._exit(1)
 
 
 def _serve(read: Callable[[], str], answer: Callable[[dict[str, Any]], None]) -> None:
     asked = json.loads(read())
+    first = {"id": asked["id"]}
     config, seconds = VerifierConfig(asked["name"], asked["pattern"]), asked["seconds"]
     try:
         verify, attempt = make_verifier(config, asked["key"]), trial(config, asked["key"])
     except UserError as error:
-        return answer({"at_fault": error.to_json()})
-    answer({})
+        return answer(first | {"at_fault": error.to_json()})
+    answer(first)
     at_first = memory()
     while line := read():
         # Where nobody is left to end this process, its processor time does: the kernel needs no interpreter for that.
         signal.setitimer(signal.ITIMER_PROF, 60 + 10 * seconds)
         request = json.loads(line)
-        answer(_verdict(attempt if request["try"] else verify, request, config.name in BUILT_IN))
+        verdict = _verdict(attempt if request["try"] else verify, request, config.name in BUILT_IN)
+        answer(verdict | {"id": request["id"]})
         if memory() - at_first > MOST_GROWTH:
             return None
     return None
@@ -66,7 +78,7 @@ def _verdict(verify: Verifier, request: dict[str, Any], built_in: bool) -> dict[
         if built_in or request["try"]:
             return {"at_fault": error.to_json()}
         return {"failed": f"{error.where}: {error.found}"}
-    except Exception as error:  # of a library; one response must not end the campaign
+    except BaseException as error:  # of a library, KeyboardInterrupt too; one response must not end the campaign
         return {"failed": f"{type(error).__name__}: {str(error)[:200]}"}
 
 

@@ -31,6 +31,8 @@ _DIGITS = r"(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<!\d)\.\d+)(?:[eE][-
 _NUMBER = re.compile(rf"((?:(?<![\w)\]}}])[-+])?{_DIGITS})(?:\s*/\s*({_DIGITS}))?")
 _LATEX_FRACTION = re.compile(r"([-+]?)\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}")
 _LARGEST_EXPONENT = 10_000
+LARGEST_REWARD = 1e6
+"""A larger one is a mistake of the function; sums of such rewards would overflow."""
 
 
 def make_verifier(config: VerifierConfig, key: str = "verifier") -> Verifier:
@@ -169,10 +171,11 @@ def _user_function(name: str, key: str) -> Verifier:
         try:
             # float("1") would accept a text, which is most likely a mistake in the function.
             reward = math.nan if isinstance(returned, str | bytes) else float(returned)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             reward = math.nan
-        if not math.isfinite(reward):
-            raise UserError(f"{key}.name", f"{name}, which returned {repr(returned)[:60]}", "a finite reward")
+        if not abs(reward) <= LARGEST_REWARD:
+            expected = f"a finite reward between -{LARGEST_REWARD:g} and {LARGEST_REWARD:g}"
+            raise UserError(f"{key}.name", f"{name}, which returned {repr(returned)[:60]}", expected)
         return reward
 
     return verify

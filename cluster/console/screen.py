@@ -2,6 +2,7 @@
 a table, and trajectories in colour.
 """
 
+import math
 import os
 import threading
 import time
@@ -272,7 +273,7 @@ def summary_table(summary: Mapping[str, Any]) -> str:
 
 
 def _number(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
+    return "-" if value is None or not math.isfinite(value) else format(value, form)
 
 
 def duration(seconds: float) -> str:

@@ -7,6 +7,7 @@ any, it is absent, only the reverse KL is measured, and nothing is answered gree
 
 import asyncio
 import itertools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -75,8 +76,9 @@ class Evaluator:
             metrics["eval/accuracy_sampled"] = float(np.mean(list(rewards.values())))
         # Missing scores are NaN, and nanmean leaves them out.
         log_ratios = (written.student_logprobs - scores.logprobs)[written.trained]
+        scored_any = bool(np.isfinite(log_ratios).any())  # the mean of nothing is NaN, and numpy would warn of it
         metrics |= {
-            "eval/reverse_kl": float(np.nanmean(log_ratios)),
+            "eval/reverse_kl": float(np.nanmean(log_ratios)) if scored_any else math.nan,
             "eval/response_length_mean": float(written.trained_lengths.mean()),
         }
         busy = {"rollout": sum(seconds for _, seconds in drawn), "teacher": scored.busy_seconds}

@@ -17,7 +17,7 @@ from actors.errors import CampaignError, UserError
 from tests.waiting import until
 
 MODULE = """
-import ctypes, os, sys, time
+import ctypes, os, subprocess, sys, time
 def word(response, reference):
     print("a line on standard output", flush=True)
     if response == "raise": raise KeyError("left")
@@ -26,6 +26,14 @@ def word(response, reference):
     if response == "crash": ctypes.string_at(0)
     if response == "sleep": time.sleep(600)
     if response == "nan": return float("nan")
+    if response == "interrupt": raise KeyboardInterrupt
+    if response == "large": return 1e308
+    if response == "detach": subprocess.Popen(["sleep", "600"], start_new_session=True)
+    if response == "close": os.closerange(3, 1000)
+    if response == "write":
+        for i in range(3, 1000):
+            try: os.write(i, b'{"reward": 7}\\n')
+            except OSError: pass
     return float(response == reference)
 """
 
@@ -61,14 +69,32 @@ def test_a_pattern_that_never_ends_costs_its_deadline_and_the_next_response_is_j
         ("raise", r"words_of_mine:word, which failed (KeyError: 'left')"),
         ("exit", "words_of_mine:word, which failed (SystemExit: 3)"),
         ("nan", "words_of_mine:word, which returned nan"),
+        ("interrupt", "KeyboardInterrupt: "),
+        ("large", "words_of_mine:word, which returned 1e+308"),
+        ("close", "its process ended (exit status 1)"),
         ("gone", "its process ended (exit status 3)"),
         ("crash", "its process ended (signal 11)"),
     ],
 )
-def test_a_function_that_fails_costs_one_verdict(judge: Callable, response: str, reason: str) -> None:
+def test_a_function_that_fails_costs_one_verdict(
+    judge: Callable, response: str, reason: str, capfd: pytest.CaptureFixture
+) -> None:
     found = judge("words_of_mine:word").rewards(["a", response, "a"], ["a", "a", "b"])
     assert found.rewards.tolist() == [1.0, 0.0, 0.0]
     assert len(found.failed) == 1 and found.failed[0].endswith(reason)
+    assert response == "crash" or "Traceback" not in capfd.readouterr().err
+
+
+def test_what_a_function_writes_to_descriptors_is_no_verdict(judge: Callable) -> None:
+    assert judge("words_of_mine:word").rewards(["write", "a"], ["a", "a"]).rewards.tolist() == [0.0, 1.0]
+
+
+def test_a_detached_program_of_a_function_ends_with_its_process(judge: Callable) -> None:
+    one = judge("words_of_mine:word")
+    one.rewards(["detach"], ["a"])
+    [program] = [child for process in children() for child in process.children() if child.name() == "sleep"]
+    one.close()
+    until(lambda: not program.is_running() or program.status() == psutil.STATUS_ZOMBIE, "the program is gone")
 
 
 def test_a_function_that_waits_is_ended_and_what_it_prints_is_not_on_standard_output(

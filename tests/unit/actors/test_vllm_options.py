@@ -45,6 +45,12 @@ def test_an_option_that_vllm_does_not_have_or_of_another_type_is_named(option: s
         ("logprobs_mode", "raw_logits", "expected no such option: it is set here"),
         ("temperature", 0.5, "expected sampling.temperature"),
         ("dtype", "float16", "expected the key of this name"),
+        ("hf_overrides", {"rope_theta": 1.0}, "expected no such option: the learner trains the model"),
+        ("hf_config_path", "elsewhere", "expected no such option: the learner trains the model"),
+        ("tokenizer", "elsewhere", "expected no such option: the learner trains the model"),
+        ("max_num_seqs", -1, "found -1, expected at least 1"),
+        ("max_num_seqs", 0, "found 0, expected at least 1"),
+        ("gpu_memory_utilization", 2, "found 2, expected at least 0.01 and at most 1"),
     ],
 )
 def test_samplers_that_the_objective_does_not_know_are_refused(option: str, value: Any, told: str) -> None:
