@@ -259,17 +259,16 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _status(options: argparse.Namespace) -> int:
-    from rich.console import Console
     from rich.live import Live
 
-    from cluster.console.screen import status_screen
+    from cluster.console.screen import PlainConsole, status_screen
     from cluster.console.status import EVERY_SECONDS, RUNNING_STATES, StatusReader, find_run, read_status
 
     run_dir = find_run(options.run)
     if options.json:
         print(json.dumps(read_status(run_dir), indent=2))
         return 0
-    console = Console(highlight=False)
+    console = PlainConsole()
     if not options.watch:
         console.print(status_screen(read_status(run_dir)))
         return 0
@@ -301,13 +300,11 @@ def _steer(options: argparse.Namespace) -> int:
 
 
 def _tail(options: argparse.Namespace) -> int:
-    from rich.console import Console
-
-    from cluster.console.screen import trajectory_text
+    from cluster.console.screen import PlainConsole, trajectory_text
     from cluster.console.status import EVERY_SECONDS, RUNNING_STATES, find_run, read_status
     from cluster.records.writer import read_jsonl, trajectory_files
 
-    run_dir, console, shown = find_run(options.run), Console(highlight=False), -1
+    run_dir, console, shown = find_run(options.run), PlainConsole(), -1
     while True:
         going = read_status(run_dir)["state"] in RUNNING_STATES
         files = {step: path for step, path in trajectory_files(run_dir).items() if step > shown}

@@ -2,7 +2,7 @@
 a table, and trajectories in colour.
 """
 
-import math
+import errno
 import os
 import threading
 import time
@@ -21,7 +21,7 @@ from rich.text import Text
 from actors.plain_text import concealed, printable
 from cluster.console.status import StatusReader
 from cluster.records.event_table import describe, row_of
-from cluster.records.metric_table import METRICS, is_evaluation, listed
+from cluster.records.metric_table import METRICS, is_evaluation, listed, written
 
 COLOURS = {"good": "green", "warn": "yellow", "bad": "red", "": "cyan"}
 LIVE_TONES = {"running": "good", "lost": "bad", "starting": ""}
@@ -115,7 +115,7 @@ def status_line(status: Mapping[str, Any]) -> str:
     if "tokens_per_second" in status:
         parts.append(f"{status['tokens_per_second']:,.0f} tokens/s")
     kl = metrics.get("reverse_kl", evaluation.get("eval/reverse_kl"))
-    parts.append(f"reverse KL {_number(kl, METRICS['reverse_kl'].digits)}")
+    parts.append(f"reverse KL {written(kl, METRICS['reverse_kl'].digits)}")
     if "eval/accuracy" in evaluation:
         of_teacher = f" (teacher {teacher:.1%})" if teacher is not None else ""
         parts.append(f"accuracy {evaluation['eval/accuracy']:.1%}{of_teacher}")
@@ -244,12 +244,23 @@ def _colour(student: float | None, teacher: float | None) -> str:
     return next((style for limit, style in LOG_RATIO_COLOURS if student - teacher >= limit), "")
 
 
+class PlainConsole(Console):
+    """A console whose reader may end first, for example `| head`: the command line takes the error as the end."""
+
+    def __init__(self) -> None:
+        super().__init__(highlight=False)
+
+    def on_broken_pipe(self) -> None:
+        """rich would end the program with exit status 1."""
+        raise BrokenPipeError(errno.EPIPE, "the reader of the output is gone")
+
+
 def print_table(rows: Sequence[Sequence[str]]) -> None:
     """[rows][columns] of text, the first row a heading."""
     table = Table(*(Column(name, overflow="fold") for name in rows[0]), box=SIMPLE)
     for row in rows[1:]:
         table.add_row(*map(printable, row))
-    Console(highlight=False).print(table)
+    PlainConsole().print(table)
 
 
 def summary_table(summary: Mapping[str, Any]) -> str:
@@ -261,19 +272,15 @@ def summary_table(summary: Mapping[str, Any]) -> str:
     ]
     lines = [f"{'held-out prompts':<18}{'accuracy':>10}{'sampled':>10}{'reverse KL':>12}"]
     for name, accuracy, sampled, kl in rows:
-        figures = (_number(summary.get(accuracy), ".1%"), _number(summary.get(sampled), ".1%"))
-        distance = _number(summary.get(kl), ".4f") if kl else "0"  # the teacher's distance to itself
+        figures = (written(summary.get(accuracy), ".1%"), written(summary.get(sampled), ".1%"))
+        distance = written(summary.get(kl), ".4f") if kl else "0"  # the teacher's distance to itself
         lines.append(f"{name:<18}{figures[0]:>10}{figures[1]:>10}{distance:>12}")
     counts = (
-        f"{_number(summary.get('updates'), ',')} updates",
-        f"{_number(summary.get('tokens_generated'), ',')} tokens",
-        f"{_number(summary.get('wall_seconds'), ',.1f')} seconds",
+        f"{written(summary.get('updates'), ',')} updates",
+        f"{written(summary.get('tokens_generated'), ',')} tokens",
+        f"{written(summary.get('wall_seconds'), ',.1f')} seconds",
     )
     return "\n".join([*lines, ", ".join(counts)])
-
-
-def _number(value: float | None, form: str) -> str:
-    return "-" if value is None or not math.isfinite(value) else format(value, form)
 
 
 def duration(seconds: float) -> str:

@@ -26,6 +26,11 @@ GREEDY, SAMPLED = 0, 1
 """The sample number in an evaluation's ids: how the response was drawn."""
 
 
+def mean_of_scored(log_ratios: np.ndarray) -> float:
+    """The mean without missing values, which are NaN; NaN where all are missing."""
+    return math.nan if np.isnan(log_ratios).all() else float(np.nanmean(log_ratios))  # numpy warns of a mean of nothing
+
+
 class Evaluator:
     """Held-out prompts, and the verifier that judges responses to them."""
 
@@ -76,9 +81,8 @@ class Evaluator:
             metrics["eval/accuracy_sampled"] = float(np.mean(list(rewards.values())))
         # Missing scores are NaN, and nanmean leaves them out.
         log_ratios = (written.student_logprobs - scores.logprobs)[written.trained]
-        scored_any = bool(np.isfinite(log_ratios).any())  # the mean of nothing is NaN, and numpy would warn of it
         metrics |= {
-            "eval/reverse_kl": float(np.nanmean(log_ratios)) if scored_any else math.nan,
+            "eval/reverse_kl": mean_of_scored(log_ratios),
             "eval/response_length_mean": float(written.trained_lengths.mean()),
         }
         busy = {"rollout": sum(seconds for _, seconds in drawn), "teacher": scored.busy_seconds}

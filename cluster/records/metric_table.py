@@ -3,6 +3,7 @@
 The writer checks each line against it; guards, `status`, the report and docs/metrics.md take their metrics from it.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -316,7 +317,13 @@ def of_status(row: str) -> dict[str, Metric]:
     return {key: metric for key, metric in METRICS.items() if metric.status == row}
 
 
-def listed(row: str, values: dict[str, float]) -> str:
-    """The metrics of a status row that have a value, as `label value` side by side."""
-    parts = [f"{m.label} {values[key]:{m.digits}}" for key, m in of_status(row).items() if values.get(key) is not None]
-    return "   ".join(parts)
+def listed(row: str, values: Mapping[str, float | None]) -> str:
+    """The metrics of a status row that were measured, as `label value` side by side."""
+    return "   ".join(
+        f"{m.label} {written(values[key], m.digits)}" for key, m in of_status(row).items() if key in values
+    )
+
+
+def written(value: float | None, form: str) -> str:
+    """A number for the screen; "-" where there is none, which is NaN in the process and null in its files."""
+    return "-" if value is None or not math.isfinite(value) else format(value, form)

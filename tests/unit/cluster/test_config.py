@@ -100,6 +100,7 @@ def test_an_unknown_key_of_a_teacher_names_the_nearest(tmp_path: Path) -> None:
         ("sampling.stop_token_ids=[a]", "sampling.stop_token_ids"),
         ("student=[]", "student"),
         ("name=[1]", "name"),
+        (f"name={'a' * 300}", "name"),
     ],
 )
 def test_a_wrong_type_is_refused_by_its_key(tmp_path: Path, override: str, where: str) -> None:

@@ -5,6 +5,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 
@@ -12,6 +13,8 @@ from cluster import cli
 from cluster.config import CheckpointConfig
 from cluster.console.screen import summary_table
 from cluster.console.status import read_status
+from cluster.loop.evaluation import mean_of_scored
+from cluster.records.metric_table import listed
 from cluster.records.writer import TRAJECTORY_KEYS, read_jsonl, trajectory_files
 from cluster.report.page import write_report
 from cluster.state.campaign_state import CampaignState
@@ -171,3 +174,12 @@ def test_math_gives_rewards_in_training(folder: Path) -> None:
     rows = read_jsonl(run_dir / "metrics.jsonl")
     assert [row["reward_mean"] for row in rows] == [0.0, 0.0] and len(rows) == 2
     assert {row["reward"] for row in read_jsonl(trajectory_files(run_dir)[1])} <= {0.0, 1.0}
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_mean_of_no_scores_is_one_sign_and_no_warning() -> None:
+    kl = mean_of_scored(np.array([np.nan, np.nan]))
+    assert np.isnan(kl) and "nan" not in summary_table({"reverse_kl_end": kl})
+    assert listed("evaluation", {"eval/reverse_kl": kl}) == listed("evaluation", {"eval/reverse_kl": None})
+    assert listed("evaluation", {"eval/reverse_kl": kl}) == "reverse KL -"
+    assert mean_of_scored(np.array([np.nan, 1.0, 2.0])) == 1.5

@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -156,3 +158,16 @@ def test_a_status_is_printed_without_escapes(folder: Path) -> None:
     progress.note(EVIL)
     status = progress._status() | {"cause": EVIL, "host": EVIL, "roles": {EVIL: EVIL}, "state": "lost"}
     assert harmless(printed(status_screen(status))) and status_line(status)
+
+
+def test_a_reader_that_ends_first_is_no_error_of_a_command_that_prints_with_rich() -> None:
+    code = (
+        "import sys; from argparse import Namespace; from cluster.cli import _status_of; "
+        "from cluster.console.screen import print_table; "
+        "sys.exit(_status_of(Namespace(command=lambda _: print_table([['a']]))))"
+    )
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as gone:
+        found = subprocess.run([sys.executable, "-c", code], stdout=gone, stderr=subprocess.PIPE, text=True)
+    assert (found.returncode, found.stderr) == (0, "")
