@@ -309,7 +309,7 @@ def _tail(options: argparse.Namespace) -> int:
         going = read_status(run_dir)["state"] in RUNNING_STATES
         files = {step: path for step, path in trajectory_files(run_dir).items() if step > shown}
         for step in sorted(files) if options.follow else sorted(files)[-1:]:
-            for row in read_jsonl(files[step])[: options.rows]:
+            for row in read_jsonl(files[step], checked=True)[: options.rows]:
                 console.print(trajectory_text(row))
             shown = step
         if not (options.follow and going):

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from actors.errors import CampaignError, LearnerLostError
+from actors.json_files import DamagedError
 from cluster.config import CampaignConfig
 from cluster.console.control import handlers, obey
 from cluster.console.screen import Progress
@@ -34,7 +35,7 @@ from cluster.loop.teachers import Teachers
 from cluster.preflight import check_models
 from cluster.records.disk import Disk
 from cluster.records.event_table import describe
-from cluster.records.writer import METRICS_FILE, REPORT_FILE, RunRecords, read_summary
+from cluster.records.writer import METRICS_FILE, REPORT_FILE, SUMMARY_FILE, RunRecords, read_summary
 from cluster.report.page import write_report
 from cluster.roles import build_fleets, build_learner
 from cluster.state.campaign_state import CampaignState
@@ -77,7 +78,7 @@ def run_campaign(
             print(f"understudy: {describe(kind, fields)}", file=sys.stderr)
 
         found = newest_sound(config, told, resume_from)
-        done = read_summary(config.run_dir)
+        done = _summary(config.run_dir, told)
         if found.state.step >= config.pipeline.updates and done.get("updates") == found.state.step:
             return done, True
         inputs = read_inputs(config)
@@ -86,6 +87,15 @@ def run_campaign(
         take_up(config, records, told, found)
         found.state.inputs = now
         return _run_connected(config, records, inputs, found)
+
+
+def _summary(run_dir: Path, told: Callable[..., None]) -> dict[str, Any]:
+    """The summary of a campaign that has ended; a damaged one counts for nothing, and is written again at the end."""
+    try:
+        return read_summary(run_dir)
+    except DamagedError as error:
+        told("damaged_summary", cause=str(error), path=str(run_dir / SUMMARY_FILE))
+        return {}
 
 
 def _run_connected(

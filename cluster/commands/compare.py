@@ -142,7 +142,7 @@ class Reached(NamedTuple):
 
 def reached(run_dir: Path, accuracy: float) -> Reached | None:
     """The first evaluation with at least this accuracy; None: there is none."""
-    rows = [row for row in read_jsonl(run_dir / METRICS_FILE) if "eval/accuracy" in row]
+    rows = [row for row in read_jsonl(run_dir / METRICS_FILE, checked=True) if "eval/accuracy" in row]
     for row in rows:
         if row["eval/accuracy"] >= accuracy:
             return Reached(row["step"], row.get("tokens_generated", 0), row["wall_seconds"] - rows[0]["wall_seconds"])

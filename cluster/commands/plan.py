@@ -26,7 +26,7 @@ from cluster.planning.datasheet import (
     teacher_seconds,
 )
 from cluster.planning.throughput import Plan, Stage, mean_of, measured
-from cluster.records.writer import CONFIG_FILE, METRICS_FILE, read_jsonl, read_summary
+from cluster.records.writer import CONFIG_FILE, METRICS_FILE, read_jsonl, summary_if_whole
 
 CALIBRATION_UPDATES = 4
 
@@ -49,11 +49,11 @@ def from_run(config: CampaignConfig, run_dir: Path) -> Plan:
 
     UserError: the run has not ended, or has taken no update.
     """
-    summary = read_summary(run_dir)
+    summary = summary_if_whole(run_dir)
     if not summary:
         raise UserError("--run", run_dir, "the directory of a run that has ended (with a summary.json)")
     ran = load_config(run_dir / CONFIG_FILE, environment=False)
-    metrics = [row for row in read_jsonl(run_dir / METRICS_FILE) if row["step"] > 0]
+    metrics = [row for row in read_jsonl(run_dir / METRICS_FILE, checked=True) if row["step"] > 0]
     try:
         plan = measured(
             summary,

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from actors.errors import CampaignError, UserError
+from actors.json_files import read_json
 from cluster.fleet.ray_actor import Resources
 from cluster.fleet.ray_cluster import check_scaled
 from cluster.fleet.ray_fleet import Fleet
@@ -42,7 +43,7 @@ async def obey(run_dir: Path, handlers: Mapping[str, Handler]) -> None:
 
 async def _obey_one(path: Path, handlers: Mapping[str, Handler]) -> None:
     try:
-        asked = json.loads(path.read_text("utf-8"))
+        asked = read_json(path)
         answer = {"done": True, "told": await handlers[asked["command"]](asked.get("arguments", {}))}
     except UserError as error:
         answer = {"done": False, "error": error.to_json()}

@@ -16,14 +16,16 @@ from pathlib import Path
 from typing import Any
 
 from actors.errors import UserError, is_full_disk
+from actors.json_files import read_json
 from cluster.config import CampaignConfig
 from cluster.config_file import load_config
 from cluster.planning.throughput import Plan, Stage, mean_of
 from cluster.records.event_table import BEGINNINGS, ENDS, row_of
+from cluster.records.forms import wrong_in
 from cluster.records.metric_table import METRICS, is_evaluation, of_status
 from cluster.records.reader import JsonlTail
 from cluster.records.utilisation import role_of
-from cluster.records.writer import CONFIG_FILE, EVENTS_FILE, METRICS_FILE, read_summary, write_atomically
+from cluster.records.writer import CONFIG_FILE, EVENTS_FILE, METRICS_FILE, summary_if_whole, write_atomically
 
 STATUS_FILE = "status.json"
 EVERY_SECONDS = 2.0
@@ -174,7 +176,7 @@ class StatusReader:
         `lost`: it has not written for LOST_AFTER_SECONDS, though no event says that it ended.
         """
         config, updates, events = self.config, self._updates.read(), self._events.read()
-        summary = read_summary(self._run_dir)
+        summary = summary_if_whole(self._run_dir)
         live = _live(self._run_dir) if live is None else {**live, **_signature()}
         now = time.time() if now is None else now
         last: dict[str, Any] = updates.recent[-1] if updates.recent else {}
@@ -233,10 +235,10 @@ def _stands_after(seconds_per_update: float) -> float:
 
 def _live(run_dir: Path) -> dict[str, Any]:
     try:
-        content = json.loads((run_dir / STATUS_FILE).read_text("utf-8"))
+        content = read_json(run_dir / STATUS_FILE)
     except (OSError, ValueError):  # absent, or damaged: the other files say the most
         return {}
-    return content if isinstance(content, dict) else {}
+    return {} if wrong_in(STATUS_FILE, content) else content
 
 
 def _state(kind: str, live: Mapping[str, Any], now: float) -> str:

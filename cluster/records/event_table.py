@@ -93,6 +93,7 @@ EVENTS: dict[str, Event] = {
     "saved_at_the_end": Event("the campaign ends with an error; update {step} is saved first ({cause})", "warn"),
     "not_saved_at_the_end": Event("update {step} could not be saved before the end: {cause}", "bad"),
     "damaged_checkpoint": Event("{path} is damaged, so the campaign continues after update {to_step}: {cause}", "bad"),
+    "damaged_summary": Event("{path} is damaged; it is written again at the end of the campaign: {cause}", "warn"),
     "checkpoint_set_aside": Event("{path} is set aside: the campaign continues after update {to_step}", "warn"),
     "unchecked_checkpoint": Event(
         "{path} has no checksums (an earlier release wrote it); it is taken as it is", "warn"

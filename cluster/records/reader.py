@@ -1,6 +1,5 @@
 """Reads a run directory, of a campaign that has ended, is running, or has crashed: metrics, events, settings, pace."""
 
-import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,13 +10,14 @@ import yaml
 
 from actors.errors import UserError
 from cluster.records.event_table import FAULTS
+from cluster.records.forms import parsed_row
 from cluster.records.writer import (
     CONFIG_FILE,
     EVENTS_FILE,
     METRICS_FILE,
     UNDONE_FILE,
     read_jsonl,
-    read_summary,
+    summary_if_whole,
     trajectory_files,
 )
 
@@ -82,9 +82,12 @@ def load_run(path: Path) -> Run:
     try:
         config_file = path / CONFIG_FILE
         config_text = config_file.read_text("utf-8") if config_file.exists() else ""
-        metrics, events = with_throughput(read_jsonl(path / METRICS_FILE)), read_jsonl(path / EVENTS_FILE)
-        undone = read_jsonl(path / UNDONE_FILE)
-        summary = read_summary(path)
+        metrics, events = (
+            with_throughput(read_jsonl(path / METRICS_FILE, checked=True)),
+            read_jsonl(path / EVENTS_FILE, checked=True),
+        )
+        undone = read_jsonl(path / UNDONE_FILE, checked=True)
+        summary = summary_if_whole(path)
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise UserError(str(path), str(error), "the files that a campaign wrote") from error
     config = _parsed(config_text)
@@ -177,6 +180,8 @@ class JsonlTail(Generic[Kept]):
 
     def read(self) -> Kept:
         """Reads the new lines and returns the summary of the whole file. ValueError: a line is not JSON."""
+        if self._path.exists() and not self._path.is_file():  # opening a pipe would wait for its writer
+            raise UserError(str(self._path), "a directory" if self._path.is_dir() else "no regular file", "a file")
         try:
             with self._path.open("rb") as file:
                 there = os.fstat(file.fileno())
@@ -186,10 +191,12 @@ class JsonlTail(Generic[Kept]):
                 added = file.read()
         except FileNotFoundError:
             return self._make()
+        except OSError as error:
+            raise UserError(str(self._path), error.strerror or error, "a file that can be read") from error
         complete = added[: added.rfind(b"\n") + 1]  # the campaign is still writing the rest
         for line in complete.splitlines():
             try:
-                self._kept.add(json.loads(line))
+                self._kept.add(parsed_row(self._path.name, line))
             except ValueError as error:
                 raise UserError(str(self._path), f"a damaged line ({error})", "a JSON object in each line") from error
         self._offset += len(complete)

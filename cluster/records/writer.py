@@ -8,6 +8,8 @@ import errno
 import json
 import math
 import os
+import re
+import sys
 import threading
 import time
 from collections import deque
@@ -17,8 +19,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from actors.errors import UserError, is_full_disk
+from actors.json_files import DamagedError, bytes_of, parsed, read_json
 from actors.plain_text import concealed
 from cluster.records.event_table import EVENTS, FAULTS
+from cluster.records.forms import parsed_row, wrong_in
 from cluster.records.metric_table import METRIC_KEYS, STEP_ZERO_KEYS
 
 METRICS_FILE, EVENTS_FILE, SUMMARY_FILE = "metrics.jsonl", "events.jsonl", "summary.json"
@@ -59,6 +63,9 @@ TRAJECTORY_KEYS = (
 """Keys of each line of trajectories/step_*.jsonl. Lists have one entry for each token of the response."""
 
 
+TRAJECTORY_NAME = re.compile(r"step_([0-9]{1,18})\.jsonl")
+
+
 class Full(NamedTuple):
     """A disk that takes no writes."""
 
@@ -78,6 +85,7 @@ class RunRecords:
         """max_files: how many files of sample trajectories are kept. max_rows: how many trajectories each of them holds."""
         self.run_dir, self.max_files, self.max_rows = Path(run_dir), max_files, max_rows
         self.run_dir.mkdir(parents=True, exist_ok=True)
+        self._demand_kinds()
         # First: a crash may have torn the last line of a file that is appended to.
         for name in (METRICS_FILE, EVENTS_FILE, LEDGER_FILE, UNDONE_FILE):
             _cut_torn_line(self.run_dir / name)
@@ -95,11 +103,20 @@ class RunRecords:
         self._writing = threading.Lock()  # `flush` runs in a thread
         self.full: Full | None = None
         """Set while the disk is full."""
-        self.faults = sum(row.get("kind") in FAULTS for row in events)
+        self.faults = sum(str(row.get("kind")) in FAULTS for row in events)
         """Events that are faults, over all runs of the campaign."""
         self.on_metrics: Callable[[Mapping[str, Any]], None] | None = None
         """Called with each line of metrics.jsonl, after it is written."""
         self._started = self._last_update = time.monotonic()
+
+    def _demand_kinds(self) -> None:
+        """UserError: a file that is written later is another thing, such as a pipe, whose writer would wait for ever."""
+        for name in (METRICS_FILE, EVENTS_FILE, LEDGER_FILE, UNDONE_FILE):
+            if (path := self.run_dir / name).exists() and not path.is_file():
+                raise UserError(str(path), "a directory" if path.is_dir() else "no regular file", "a file to write to")
+        folder = self.run_dir / TRAJECTORIES_DIRECTORY
+        if (folder.exists() or folder.is_symlink()) and not folder.is_dir():
+            raise UserError(str(folder), "no directory", "a directory for sample trajectories; move it away")
 
     @property
     def wall_seconds(self) -> float:
@@ -218,29 +235,31 @@ class RunRecords:
             if kept > step:
                 path.unlink()
         # A summary means that the campaign has ended.
-        (self.run_dir / SUMMARY_FILE).unlink(missing_ok=True)
+        summary = self.run_dir / SUMMARY_FILE
+        if summary.is_dir() and not summary.is_symlink():  # not removed: nobody knows what is in it
+            summary.rename(summary.with_name(f"{SUMMARY_FILE}.{time.time_ns()}.damaged"))
+        summary.unlink(missing_ok=True)
         self.last_step = max((row["step"] for row in rows), default=-1)
 
 
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
+def read_jsonl(path: Path, *, checked: bool = False) -> list[dict[str, Any]]:
     """The JSON objects of a file, one from each line; [] without a file. An incomplete last line is ignored.
 
+    checked: the values must have the form that their readers rely on, too (forms.py).
     UserError: the file cannot be read, or another line is damaged.
     """
     try:
-        lines = Path(path).read_bytes().split(b"\n")
+        lines = bytes_of(Path(path)).split(b"\n")
     except FileNotFoundError:
         return []
-    except OSError as error:
-        raise UserError(str(path), error.strerror or error, "a file that can be read") from error
+    except DamagedError as error:
+        raise UserError(str(path), error, "a file that can be read") from error
     rows = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
-            if not isinstance(row := json.loads(line), dict):
-                raise ValueError("no JSON object")
-            rows.append(row)
+            rows.append(parsed_row(Path(path).name if checked else "", line))
         except ValueError as error:
             if number == len(lines):  # no newline after it: torn by a crash, or caught while being written
                 break
@@ -249,17 +268,30 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 def read_summary(run_dir: Path) -> dict[str, Any]:
-    """summary.json; {} for a campaign that has not ended."""
+    """summary.json; {} for a campaign that has not ended. DamagedError: it cannot be read. It is derived from other files,
+    so nothing has to fail for it."""
     try:
-        return json.loads((Path(run_dir) / SUMMARY_FILE).read_text("utf-8"))
+        summary = read_json(Path(run_dir) / SUMMARY_FILE)
     except FileNotFoundError:
+        return {}
+    if wrong := wrong_in(SUMMARY_FILE, summary):
+        raise DamagedError(wrong)
+    return summary
+
+
+def summary_if_whole(run_dir: Path) -> dict[str, Any]:
+    """For those who show a run: summary.json, or {}; a damaged one is left out, which is said."""
+    try:
+        return read_summary(run_dir)
+    except DamagedError as error:
+        print(f"note: {Path(run_dir) / SUMMARY_FILE} is damaged ({error}) and left out", file=sys.stderr)
         return {}
 
 
 def trajectory_files(run_dir: Path) -> dict[int, Path]:
     """Step -> file of its sample trajectories, in ascending order."""
     files = sorted((Path(run_dir) / TRAJECTORIES_DIRECTORY).glob("step_*.jsonl"))
-    return {int(path.stem.removeprefix("step_")): path for path in files}
+    return {int(match[1]): path for path in files if (match := TRAJECTORY_NAME.fullmatch(path.name))}
 
 
 def _demand_keys(where: str, row: Mapping[str, Any], keys: Iterable[str]) -> None:
@@ -345,6 +377,6 @@ def _cut_torn_line(path: Path) -> None:
 
 def _is_json(line: bytes) -> bool:
     try:
-        return isinstance(json.loads(line), dict)
+        return isinstance(parsed(line), dict)
     except ValueError:
         return False

@@ -28,7 +28,7 @@ def samples(runs: Sequence[tuple[str, dict[int, Path]]]) -> str:
     last = {run: max(step for r, step in shown if r == run) for run, _ in shown}
     first_run = min(last)
     for (run, step), path in shown.items():
-        rows = read_jsonl(path)
+        rows = read_jsonl(path, checked=True)
         kept = max(kept, len(rows))
         hidden = (run, step) != (first_run, last[first_run])
         articles += [_article(run, step, row, hidden) for row in _within(rows, budget)]

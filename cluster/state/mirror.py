@@ -16,6 +16,7 @@ from typing import Any
 import fsspec
 
 from actors.errors import UserError
+from actors.json_files import parsed
 from cluster.config import CampaignConfig
 from cluster.records.writer import (
     CONFIG_FILE,
@@ -106,7 +107,7 @@ class Mirror:
         try:
             sizes = {
                 _within(str(name)): int(size)
-                for name, size in json.loads(self._fs.cat_file(str(source / COMPLETE))).items()
+                for name, size in parsed(self._fs.cat_file(str(source / COMPLETE))).items()
             }
         except (ValueError, TypeError, AttributeError) as error:
             raise UserError(KEY, f"{source / COMPLETE} ({error})", "the sizes of the files of the copy") from error

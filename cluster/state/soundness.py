@@ -4,13 +4,13 @@ A checkpoint is sound if every file has its checksum (learner/student/checksums.
 the step in the directory's name, and fits ledger.jsonl. One that is not is set aside under another name, and said.
 """
 
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from actors.errors import UserError
+from actors.json_files import bytes_of, parsed, read_json
 from cluster.config import CampaignConfig
 from cluster.records.writer import LEDGER_FILE, read_jsonl
 from cluster.state.campaign_state import STATE_FILE, CampaignState
@@ -48,12 +48,14 @@ def newest_sound(config: CampaignConfig, on_event: OnEvent, resume_from: str | N
     except OSError as error:
         raise UserError(str(checkpoints), error.strerror or error, "a directory to read and to write") from error
     wanted = steps if resume_from is None else [step_of(resume_from, checkpoints, steps)]
-    rows = read_jsonl(config.run_dir / LEDGER_FILE)
+    rows = read_jsonl(config.run_dir / LEDGER_FILE, checked=True)
     damaged: list[tuple[Path, str]] = []
     for step in reversed(wanted):
         checkpoint = step_directory(checkpoints, step)
         found = examined(checkpoint, rows)
         if isinstance(found, str):
+            if found.startswith(LEDGER_FILE) and resume_from is None:
+                _demand_whole_ledger(config.run_dir / LEDGER_FILE, rows, step, found)
             damaged.append((checkpoint, found))
             continue
         if not is_sealed(checkpoint):
@@ -73,6 +75,17 @@ def clear_the_way(found: Found, on_event: OnEvent) -> None:
         on_event("checkpoint_set_aside", path=str(_aside(path, "set_aside")), to_step=found.state.step)
 
 
+def _demand_whole_ledger(path: Path, rows: Sequence[Mapping[str, Any]], step: int, why: str) -> None:
+    """UserError: the ledger lacks updates up to `step`, or has one twice, so it is at fault and not the checkpoint.
+
+    Every update has one row, which is on disk before the update's checkpoint.
+    """
+    trained = sorted(row["step"] for row in rows if "trained" in row and row.get("step", step + 1) <= step)
+    if trained != list(range(1, step + 1)):
+        expected = "the file as the campaign left it, together with its checkpoints: put back a copy of it, or name a"
+        raise UserError(str(path), why, f"{expected} checkpoint that it fits with --resume-from")
+
+
 def _nothing_sound(config: CampaignConfig, damaged: list[tuple[Path, str]], resume_from: str | None) -> UserError:
     (where, why), others = damaged[0], len(damaged) - 1
     if all(cause.startswith(LEDGER_FILE) for _, cause in damaged):
@@ -87,15 +100,15 @@ def _nothing_sound(config: CampaignConfig, damaged: list[tuple[Path, str]], resu
 def examined(checkpoint: Path, ledger_rows: Iterable[Mapping[str, Any]]) -> CampaignState | str:
     """The state in a checkpoint, or in one line what is wrong with the checkpoint. UserError: a later release wrote it."""
     try:
-        text = (checkpoint / STATE_FILE).read_text("utf-8")
-        content = json.loads(text)
+        text = bytes_of(checkpoint / STATE_FILE).decode()
+        content = parsed(text)
         new = has_checksum(text)
         state = CampaignState.from_json(content)
-        learner = json.loads((checkpoint / "training" / "learner.json").read_text("utf-8"))
+        learner = read_json(checkpoint / "training" / "learner.json")
         version, step = learner["policy_version"], int(STEP_NAME.fullmatch(checkpoint.name)[1])  # type: ignore[index]
     except OSError as error:
         return f"{error.filename}: {error.strerror or error}"
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         return f"{STATE_FILE} or learner.json cannot be read ({type(error).__name__}: {error})"
     if not state.step == version == step:
         return f"it holds the state of update {state.step} and the weights of update {version}"
@@ -117,7 +130,7 @@ def examined(checkpoint: Path, ledger_rows: Iterable[Mapping[str, Any]]) -> Camp
 def step_of(resume_from: str, checkpoints: Path, steps: list[int]) -> int:
     """The step that `--resume-from` names: `100`, `step_00000100`, or the directory's path. UserError: it is not there."""
     name = Path(resume_from).name
-    match = STEP_NAME.fullmatch(name) or re.fullmatch(r"(\d{1,9})", resume_from)
+    match = STEP_NAME.fullmatch(name) or re.fullmatch(r"([0-9]{1,9})", resume_from)
     step = int(match[1]) if match else -1
     if step not in steps:
         known = ", ".join(map(str, steps)) or "none"

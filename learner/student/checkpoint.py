@@ -22,9 +22,10 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from actors import json_files
 from actors.errors import UserError
 
-STEP_NAME = re.compile(r"step_(\d{8})")
+STEP_NAME = re.compile(r"step_([0-9]{8})")
 
 
 def step_directory(checkpoints: Path, step: int) -> Path:
@@ -79,6 +80,8 @@ def restore_replaced(checkpoints: Path) -> None:
 def set_aside(directory: Path, why: str) -> Path:
     """Renames a checkpoint to `<name>.<why>`, which no reader takes for one; returns that path. OSError: it cannot be."""
     aside = directory.with_name(f"{directory.name}.{why}")
+    if aside.is_symlink() or aside.is_file():
+        aside.unlink()
     shutil.rmtree(aside, ignore_errors=True)
     return directory.rename(aside)
 
@@ -126,7 +129,7 @@ def write_json(path: Path, content: Any) -> None:
 def read_json(path: Path) -> Any:
     """Reads a file of `write_json`. UserError: it is missing or damaged."""
     try:
-        return json.loads(path.read_text("utf-8"))
+        return json_files.read_json(path)
     except (OSError, ValueError) as error:
         raise UserError(
             str(path), error, "a complete checkpoint; remove this one to go on from the one before"

@@ -17,6 +17,7 @@ from typing import Any
 import xxhash
 
 from actors.errors import CheckpointError, UserError
+from actors.json_files import read_json
 
 MANIFEST = Path("training", "checksums.json")
 FORMAT = 1
@@ -77,7 +78,7 @@ def damage(directory: Path, besides: Collection[str] = ()) -> str | None:
     UserError: a later release wrote it.
     """
     try:
-        content = json.loads((directory / MANIFEST).read_text("utf-8"))
+        content = read_json(directory / MANIFEST)
         written, files = content["format"], content["files"]
         spans = [
             (name, int(offset), int(size), str(told))
@@ -85,7 +86,7 @@ def damage(directory: Path, besides: Collection[str] = ()) -> str | None:
             for offset, size, told in entry["spans"]
         ]
         sizes = {str(name): int(entry["bytes"]) for name, entry in files.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         return f"{MANIFEST}: {type(error).__name__}: {error}"
     if written != FORMAT:
         raise UserError(
@@ -108,6 +109,8 @@ def damage(directory: Path, besides: Collection[str] = ()) -> str | None:
                     return f"{name} is damaged: the checksum of the bytes from {offset} on is {now}, and was {told}"
     except OSError as error:
         return f"{error.filename or 'a file'}: {error.strerror or error}"
+    except (ValueError, OverflowError) as error:  # a name or a place that no file can have
+        return f"{MANIFEST}: {error}"
     return None
 
 

@@ -12,7 +12,10 @@ import pytest
 from actors.errors import UserError
 from cluster.config import CampaignConfig
 from cluster.config_file import load_config
-from cluster.records.writer import RunRecords, read_jsonl
+from cluster.console.status import read_status
+from cluster.records.reader import load_run
+from cluster.records.writer import SUMMARY_KEYS, RunRecords, read_jsonl
+from cluster.run import _summary
 from cluster.state.resume import take_up
 from cluster.state.soundness import newest_sound
 from learner.student.checkpoint import checkpoint_steps
@@ -209,3 +212,104 @@ def test_a_part_that_no_rank_wrote_is_no_checkpoint(tmp_path: Path) -> None:
     seal(tmp_path)
     told = damage(tmp_path)
     assert told is not None and told.startswith("model.safetensors is damaged: the checksum of the bytes from 2 on")
+
+
+def put(file: Path, kind: str) -> None:
+    """Damages one file, in a way that a reader must neither stumble over nor wait for."""
+    content = file.read_bytes() if file.is_file() else b"{}"
+    shutil.rmtree(file) if file.is_dir() else file.unlink(missing_ok=True)
+    match kind:
+        case "directory":
+            file.mkdir()
+        case "pipe":
+            os.mkfifo(file)
+        case "device":
+            file.symlink_to("/dev/zero")
+        case _:
+            kinds = {
+                "empty": b"",
+                "zeros": b"\0" * 99,
+                "half": content[: len(content) // 2],
+                "other bytes": b"\xff\xfe{",
+            }
+            file.write_bytes({**kinds, "deep": b"[" * 100_000 + b"\n", "list": b"[1]\n"}[kind])
+
+
+KINDS = ("empty", "zeros", "half", "other bytes", "deep", "list", "directory", "pipe", "device")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_damaged_summary_keeps_no_campaign_from_going_on(
+    kind: str, run: tuple[CampaignConfig, Path], capsys: pytest.CaptureFixture
+) -> None:
+    config, _ = run
+    put(config.run_dir / "summary.json", kind)
+    told: list[str] = []
+    assert _summary(config.run_dir, lambda event, **_: told.append(event)) == {} and told == ["damaged_summary"]
+    assert read_status(config.run_dir)["update"] == 6
+    assert "summary.json is damaged (" in capsys.readouterr().err
+    records = RunRecords(config.run_dir)
+    assert take_up(config, records)[0].step == 6
+    records.write_summary(dict.fromkeys(SUMMARY_KEYS))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["checksums.json", "campaign.json", "learner.json"])
+def test_a_file_of_a_checkpoint_is_neither_waited_for_nor_stumbled_over(
+    name: str, kind: str, run: tuple[CampaignConfig, Path]
+) -> None:
+    config, newest = run
+    put(newest / "training" / name, kind)
+    newest.with_name("step_00000006.damaged").write_text("a file")
+    newest.with_name("step_٠٠٠٠٠٠١٤").mkdir()
+    assert take_up(config, RunRecords(config.run_dir))[0].step == 4
+
+
+@pytest.mark.parametrize("kind", KINDS[3:])
+@pytest.mark.parametrize("name", ["ledger.jsonl", "metrics.jsonl", "events.jsonl", "trajectories"])
+def test_damaged_records_are_refused_in_one_line_before_anything_is_changed(
+    name: str, kind: str, run: tuple[CampaignConfig, Path]
+) -> None:
+    config, newest = run
+    if name == "trajectories" and kind == "directory":
+        pytest.skip("it is one")
+    put(config.run_dir / name, kind)
+    if kind == "other bytes" and name != "trajectories":
+        (config.run_dir / name).write_bytes(b"\xff\xfe{\n")
+    with pytest.raises(UserError, match=f"{name}.*: found .*, expected "):
+        newest_sound(config, RunRecords(config.run_dir).event)
+    if name in ("metrics.jsonl", "events.jsonl"):
+        with pytest.raises(UserError, match=f"{name}.*: found .*, expected "):
+            read_status(config.run_dir)
+    assert checkpoint_steps(newest.parent) == [2, 4, 6]
+
+
+def test_a_ledger_that_was_cut_is_no_damage_of_the_checkpoints(run: tuple[CampaignConfig, Path]) -> None:
+    config, newest = run
+    ledger = config.run_dir / "ledger.jsonl"
+    lines = ledger.read_text().splitlines(keepends=True)
+    for kept in (lines[:3], lines[:2] + lines[3:], lines + lines[4:5]):
+        ledger.write_text("".join(kept))
+        with pytest.raises(UserError, match=r"ledger.jsonl: found .* put back a copy of it, or name a checkpoint"):
+            newest_sound(config, RunRecords(config.run_dir).event)
+    ledger.write_text("".join(lines[:3]))
+    assert newest_sound(config, RunRecords(config.run_dir).event, "2").state.step == 2
+    with pytest.raises(UserError, match="--resume-from: found ２, expected"):
+        newest_sound(config, RunRecords(config.run_dir).event, "２")
+    assert checkpoint_steps(newest.parent) == [2, 4, 6]
+
+
+def test_lines_of_another_form_are_refused_in_one_line(run: tuple[CampaignConfig, Path]) -> None:
+    config, _ = run
+    for name, row in (
+        ("metrics.jsonl", '{"step": 7, "loss": "low"}'),
+        ("metrics.jsonl", '{"loss": 1}'),
+        ("events.jsonl", '{"kind": []}'),
+        ("events.jsonl", '{"time": 1}'),
+    ):
+        whole = (config.run_dir / name).read_text()
+        (config.run_dir / name).write_text(f"{whole}{row}\n")
+        for read in (read_status, load_run):
+            with pytest.raises(UserError, match=f"{name}.*found a damaged line"):
+                read(config.run_dir)
+        (config.run_dir / name).write_text(whole)
