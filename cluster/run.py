@@ -89,12 +89,12 @@ def run_campaign(
         return _run_connected(config, records, inputs, found)
 
 
-def _summary(run_dir: Path, told: Callable[..., None]) -> dict[str, Any]:
+def _summary(run_dir: Path, on_event: Callable[..., None]) -> dict[str, Any]:
     """The summary of a campaign that has ended; a damaged one counts for nothing, and is written again at the end."""
     try:
         return read_summary(run_dir)
     except DamagedError as error:
-        told("damaged_summary", cause=str(error), path=str(run_dir / SUMMARY_FILE))
+        on_event("damaged_summary", cause=str(error), path=str(run_dir / SUMMARY_FILE))
         return {}
 
 
