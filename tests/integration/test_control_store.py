@@ -12,6 +12,7 @@ from tests.waiting import until
 
 pytestmark = pytest.mark.integration
 PATIENCE_SECONDS = 3.0
+ROOT = str(Path(__file__).parents[2])
 
 
 def run(folder: str, config_file: str) -> None:
@@ -21,6 +22,7 @@ def run(folder: str, config_file: str) -> None:
     import cluster.cli
     from cluster.fleet import ray_control_store
 
+    os.environ["PYTHONPATH"] = ROOT  # the actors import the engine from the tests
     os.chdir(folder)
     ray_control_store.PATIENCE_SECONDS = PATIENCE_SECONDS
     cluster.cli.main(["run", config_file])
