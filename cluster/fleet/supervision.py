@@ -225,7 +225,7 @@ class Supervisor:
     async def _join(self, replica: Replica) -> None:
         try:
             await self._start_firmly(replica, True)
-        except CampaignError as error:
+        except (CampaignError, UserError) as error:
             if replica in self.replicas:
                 self.replicas.remove(replica)
             replica.kill()
