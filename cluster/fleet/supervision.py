@@ -18,7 +18,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
 from typing import Any
 
-from actors.errors import CampaignError, LearnerLostError, UnavailableError
+from actors.errors import CampaignError, LearnerLostError, UnavailableError, UserError
 from cluster.fleet.ray_actor import (
     ActorLostError,
     DiedAtStartError,
