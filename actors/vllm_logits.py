@@ -12,8 +12,8 @@ import torch
 
 MARK = -1
 """Token id of the entry that holds the log-prob before the filters."""
-EXTENSION = "actors.vllm_logits.WorkerExtension"
-"""Value of vLLM's option `worker_extension_cls`."""
+EXTENSION = "actors.rollout.vllm_worker.WorkerExtension"
+"""Value of vLLM's option `worker_extension_cls`. One class for all engines: vLLM refuses a second one in a process."""
 
 
 class WorkerExtension:
