@@ -1,10 +1,15 @@
 """Settings of every test: how many random examples, one thread per process, and no traces in the environment."""
 
 import os
+import signal
 from collections.abc import Iterator
 
 # Before torch is imported. Tests run two at a time on two cores, and their tensors are too small for a second thread.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# `nohup make test` ignores it, and commands that tests start would inherit that; some tests send it.
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 import pytest
 from hypothesis import HealthCheck, settings
