@@ -185,7 +185,7 @@ class FakeLearner(FakeFleet):
         self.world.version += 1
         if self.world.version == self.world.interrupt_at:
             self.world.interrupted.set()
-        return dict.fromkeys(OF_THE_LEARNER, 0.0) | {"busy_seconds": 0.1}
+        return dict.fromkeys(OF_THE_LEARNER, 0.0) | {"busy_seconds": 0.1, "tokens_trained": SIZE}
 
     async def stream(self, method: str, on_item: Any) -> list[list[Reference]]:
         assert method == "publish"

@@ -5,7 +5,7 @@ from rich.console import Console
 
 from cluster.console.screen import Progress, status_screen, summary_table
 from cluster.console.status import read_status, write_status
-from cluster.records.metric_table import METRIC_KEYS
+from cluster.records.metric_table import METRIC_KEYS, METRICS
 from cluster.records.writer import RunRecords
 from tests.fake_run import CONFIG
 
@@ -37,7 +37,8 @@ class Run:
         self.progress.read_live = lambda: LIVE
 
     def update(self, step: int, **more: object) -> None:
-        row = {**dict.fromkeys(METRIC_KEYS, 0.5), "step": step, "wall_seconds": self.clock.now, "dropped": 0}
+        row = {key: [0.5] if METRICS[key].form == "histogram" else 0.5 for key in METRIC_KEYS}
+        row |= {"step": step, "wall_seconds": self.clock.now, "dropped": 0}
         row |= {"tokens_generated": 1000 * step, "reverse_kl": 0.25, **more}
         self.records.metrics(row)
         self.progress.update(row, ROLES)
