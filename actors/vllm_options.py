@@ -27,7 +27,7 @@ OWNED = (
     *("weight_transfer_config", "skip_tokenizer_init", "runner", "convert"),
 )
 """Options that this package sets, and relies on."""
-ALIKE = (*("hf_overrides", "hf_config_path", "tokenizer", "revision", "code_revision", "tokenizer_revision"),)
+ALIKE = ("hf_overrides", "hf_config_path", "tokenizer", "revision", "code_revision", "tokenizer_revision")
 """Options that make the student's model or tokenizer another one than the learner's."""
 RANGES: dict[str, tuple[float, float]] = {
     "max_num_seqs": (1, float("inf")),

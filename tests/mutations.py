@@ -146,7 +146,7 @@ def broken_text(draw: random.Random, text: str) -> str:
 
 
 def broken_bytes(draw: random.Random, content: bytes) -> bytes:
-    """Bytes of which some are others, gone, or more."""
+    """The content with some bytes changed, removed or added."""
     at = draw.randrange(len(content) + 1)
     match draw.randrange(6):
         case 0:

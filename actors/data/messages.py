@@ -4,8 +4,9 @@ As vLLM's server reads them: a list of text parts is one text, an assistant's tu
 fields that are null are absent, and the arguments of a tool call are an object, also where JSON text was written.
 """
 
-import json
 from typing import Any
+
+from actors.json_files import parsed
 
 
 def messages_of(prompt: Any, *, continued: bool) -> list[dict[str, Any]]:
@@ -36,7 +37,7 @@ def tools_of(value: Any) -> list[dict[str, Any]] | None:
     None: there are none. ValueError: what is wrong with it.
     """
     if isinstance(value, str):
-        value = _from_json(value) if value.strip() else None
+        value = parsed(value) if value.strip() else None
     if not value:
         return None
     if not isinstance(value, list) or not all(isinstance(tool, dict) and name_of(tool) for tool in value):
@@ -99,20 +100,12 @@ def _with_arguments(function: dict[str, Any], where: str) -> dict[str, Any]:
     arguments = function.get("arguments")
     if isinstance(arguments, str) and arguments.strip():
         try:
-            arguments = _from_json(arguments)
+            arguments = parsed(arguments)
         except ValueError as error:
             raise ValueError(f"{where} has arguments of {name_of(function)} that are no JSON: {error}") from error
     if not isinstance(arguments or {}, dict):
         raise ValueError(f"{where} has arguments of {name_of(function)} that are no object")
     return {name: value for name, value in function.items() if value is not None} | {"arguments": arguments or {}}
-
-
-def _from_json(text: str) -> Any:
-    """ValueError: it is no JSON, or too deep."""
-    try:
-        return json.loads(text)
-    except RecursionError as error:
-        raise ValueError("too many nested lists or objects") from error
 
 
 def _refuse_json(text: str) -> None:
@@ -122,7 +115,7 @@ def _refuse_json(text: str) -> None:
     if not text.lstrip().startswith("["):
         return
     try:
-        content = _from_json(text)
+        content = parsed(text)
     except ValueError:
         return
     if isinstance(content, list) and content and all(isinstance(one, dict) and "role" in one for one in content):

@@ -27,7 +27,7 @@ from actors.errors import AbortedError, EngineError, WeightError
 from actors.rollout.engine import Response, filters, trajectories_of
 from actors.rollout.vllm_lora import adapter_options, adapter_request, check_adapter, load_adapter
 from actors.trajectory import Requests
-from actors.vllm_logits import MARK
+from actors.vllm_logits import EXTENSION, MARK
 from actors.vllm_startup import build_llm, importing_vllm
 from actors.weights.buckets import WeightVersion, shapes
 
@@ -367,7 +367,7 @@ def _build(
         "trust_remote_code": trust_remote_code,
         "seed": seed,
         "weight_transfer_config": {"backend": BACKEND},
-        "worker_extension_cls": "actors.rollout.vllm_worker.WorkerExtension",
+        "worker_extension_cls": EXTENSION,
         # Log-probs of the distribution that is sampled from. Without filters both modes agree.
         "logprobs_mode": "processed_logprobs" if filters(sampling) else "raw_logprobs",
         "max_logprobs": support_size + 1,  # vLLM refuses requests for more; its default is 20

@@ -99,9 +99,9 @@ class Teacher:
         is the same. log_weights: [B] log of this teacher's share in a mixture, copied into the scores; None: 0.
 
         A token has the score NaN, and is counted as missing, where its log-prob is missing, not finite or implausible
-        (PLAUSIBLE), where its id is not below `vocabulary`, or where nothing is left of its support. A single entry of
-        a support of which the same holds is NaN, with the id 0; the others keep theirs. In the context, the last row of
-        the vocabulary stands for ids that the teacher has no row for. The result depends on `ids` and on the
+        (PLAUSIBLE), where its id is not below `vocabulary`, or where nothing is left of its support. For the same reasons
+        a single entry of a support is NaN, with the id 0; the other entries keep their scores. In the context, the last
+        row of the vocabulary stands for ids that the teacher has no row for. The result depends on `ids` and on the
         trajectories, not on the batches that they came in. KeyError: an id that no batch holds.
         """
         start = time.perf_counter()

@@ -253,7 +253,7 @@ async def steps_of(handle: Any) -> tuple[int, tuple[str, float]]:
 
 def end_processes(replica: Replica) -> None:
     """Kills the actor's process and its children, on the actor's node. It works on stopped processes too."""
-    task: Any = ray.remote(_kill_tree).options(
+    task: Any = ray.remote(kill_tree).options(
         num_cpus=0, max_retries=0, scheduling_strategy=NodeAffinitySchedulingStrategy(replica.node, soft=False)
     )
     task.remote(replica.process)
@@ -371,7 +371,8 @@ def _steps(_actor: Any) -> tuple[int, tuple[str, float]]:
     return count(), waiting()
 
 
-def _kill_tree(process: int) -> None:
+def kill_tree(process: int) -> None:
+    """Kills a process and all that it has started; one that is gone is no error."""
     with suppress(psutil.NoSuchProcess):
         first = psutil.Process(process)
         # The children are listed and killed before their parent: they would no longer be its children after its end.

@@ -81,7 +81,7 @@ def _join(address: str, key: str, options: dict[str, Any]) -> None:
 def probe(address: str, seconds: float = PROBE_SECONDS) -> None:
     """Asks whether a control store may be there: Ray itself would wait for minutes for one that is not.
 
-    address: host:port, or ray://host:port, of which only the connection is tried. ConnectionError, TimeoutError: it is not.
+    address: host:port; or ray://host:port, where only the connection is tried. ConnectionError, TimeoutError: it is not.
     """
     scheme, _, place = address.rpartition("://")
     host, _, port = place.rpartition(":")

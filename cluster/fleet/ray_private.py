@@ -17,12 +17,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import psutil
 import ray
 from ray._private import services
 from ray._private import utils as ray_utils
 
 from actors.errors import CampaignError, UserError
+from cluster.fleet.ray_actor import kill_tree
 from cluster.interrupts import INTERRUPTS, say
 
 TRIES = 3
@@ -186,7 +186,7 @@ def _start(options: dict[str, Any], watchdog: Watchdog) -> None:
             ray.init(address="local", **options)
     except BaseException:
         for leader in leaders:
-            _kill(leader.pid)
+            kill_tree(leader.pid)
         raise
     finally:
         internals.ConsolePopen = popen
@@ -206,14 +206,6 @@ def loopback_as_it_is() -> Iterator[None]:
         yield
     finally:
         internals.resolve_ip_for_localhost = resolve
-
-
-def _kill(leader: int) -> None:
-    with suppress(psutil.NoSuchProcess):
-        process = psutil.Process(leader)
-        for one in [*process.children(recursive=True), process]:
-            with suppress(psutil.NoSuchProcess):
-                one.kill()
 
 
 def session_folder() -> Path | None:

@@ -38,7 +38,7 @@ class Ending:
         turn: asyncio.Lock,
         on_event: Callable[..., None],
     ):
-        """turn: held by whoever calls the learner, for a whole update."""
+        """turn: a lock. Each caller of the learner holds it for a whole update."""
         self._checkpoints, self._state, self._learner = checkpoints, state, learner
         self._turn, self._on_event = turn, on_event
 

@@ -141,7 +141,7 @@ def _gap(spans: Spans, size: int) -> str:
         if offset > end:
             return f"nobody wrote the bytes from {end} to {offset}"
         end = max(end, offset + length)
-    return "" if end == size else f"it has {size} bytes, of which {end} were written"
+    return "" if end == size else f"it has {size} bytes, and {end} of them were written"
 
 
 def _hash_of_span(path: Path, offset: int, size: int) -> str:

@@ -37,7 +37,7 @@ WEIGHTS = [
 ]
 """Names of files that hold weights or data, or that say where weights are."""
 IN_FOLDERS = (".py", ".jinja")
-"""What is kept of subfolders: packages of code, and `additional_chat_templates`."""
+"""Suffixes of the files in subfolders that are kept: packages of code, and `additional_chat_templates`."""
 LARGEST_BYTES = 256 << 20
 """No file of a tokenizer is larger; they are held in memory."""
 DEEPEST = 3

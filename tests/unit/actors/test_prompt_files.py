@@ -181,7 +181,7 @@ REFUSED = {
     "message 1 has arguments of f that are no JSON": [
         {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}, USER
     ],
-    "message 1 has arguments of f that are no JSON: too many nested": [
+    "message 1 has arguments of f that are no JSON: it is nested too deeply": [
         {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "[" * 50_000}}]}, USER
     ],
     "the last message is the assistant's": [USER, {"role": "assistant", "content": "a"}],

@@ -24,6 +24,8 @@ NOT_HERE = {
     ("pip", "check"): "tells about the installation",
     ("mkdocs", "serve"): "goes on for ever; the site is built by a test of its own",
     ("ray", "status"): "asks a cluster",
+    ("sbatch",): "asks a Slurm cluster",
+    ("docker", "run"): "starts a container",
 }
 """First words -> why they are not run."""
 STEERING = ("pause", "resume", "stop", "scale")
