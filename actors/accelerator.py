@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from actors.errors import UserError
+from actors.gpu_share import PROCESS_BYTES, torch_fraction
 
 NO_GPU = ("", "-1", "none", "void", "nodevfiles")
 """First entries of CUDA_VISIBLE_DEVICES that name no GPU."""
@@ -43,6 +44,31 @@ def require_gpu(reserved: str) -> str:
             f"{_driver()}",
             "a build of torch for this driver, a newer driver, or no GPU (gpus_per_replica: 0, no CUDA_VISIBLE_DEVICES)",
         ) from error
+
+
+def card_bytes() -> int:
+    """Memory of this process's first GPU, as the driver counts it."""
+    import torch
+
+    return int(torch.cuda.mem_get_info()[1])
+
+
+def describe_gpu(reserved: str) -> tuple[str, int]:
+    """The GPU's name and its bytes. UserError: see `require_gpu`."""
+    return require_gpu(reserved), card_bytes()
+
+
+def keep_to_share(gpus: float) -> None:
+    """Limits torch in this process to its share of the GPU: beyond it, an allocation is its own out-of-memory error.
+
+    UserError: the share has no room for more than the process itself.
+    """
+    import torch
+
+    if (fraction := torch_fraction(gpus, card_bytes())) <= 0:
+        found = f"{gpus:g}, {gpus * card_bytes() / 1e9:.1f} of the {card_bytes() / 1e9:.1f} GB of the GPU"
+        raise UserError("gpus_per_replica", found, f"more than the {PROCESS_BYTES / 1e9:.1f} GB of a process alone")
+    torch.cuda.set_per_process_memory_fraction(fraction)
 
 
 def _build(torch: Any) -> str:

@@ -125,7 +125,8 @@ class RolloutConfig:
     replicas: int = number(1, minimum=1)
     """Number of rollout actors."""
     gpus_per_replica: float | None = number(None, minimum=0)
-    """GPUs of one actor. Null: one for each tensor-parallel rank, or a share of it where the cluster has a single GPU."""
+    """GPUs of one actor. Null: one for each tensor-parallel rank, or, where the cluster has a single GPU, a share of it. Below
+    1: a share of a GPU, to which the actor keeps (docs/scaling.md)."""
     cpus_per_replica: float = number(1.0, minimum=0)
     """CPU cores that Ray reserves for one actor."""
     resources: dict[str, float] = field(default_factory=dict)
@@ -143,7 +144,8 @@ class RolloutConfig:
     cheaper. In both cases the recorded log-probs are those of the distribution that was sampled from."""
     engine: dict[str, Any] = field(default_factory=dict)
     """Further options of the engine, passed on unchanged. With `vllm`: any option of its `LLM` class, for example
-    `max_num_seqs: 256`."""
+    `max_num_seqs: 256`. Where they are not given, `max_model_len` is the longest prompt and response, and
+    `gpu_memory_utilization` follows from the share of a GPU."""
 
 
 @dataclass
@@ -187,7 +189,8 @@ class TeacherConfig:
     replicas: int = number(1, minimum=1)
     """Number of actors of this teacher."""
     gpus_per_replica: float | None = number(None, minimum=0)
-    """GPUs of one actor. Null: one, or a share of it where the cluster has a single GPU."""
+    """GPUs of one actor. Null: one, or a share of it where the cluster has a single GPU. Below 1: as in the section
+    `rollout`."""
     cpus_per_replica: float = number(1.0, minimum=0)
     """CPU cores that Ray reserves for one actor."""
     resources: dict[str, float] = field(default_factory=dict)

@@ -85,6 +85,10 @@ class RolloutCounts(NamedTuple):
     """Seconds that this engine has worked since its last report."""
     unjudged: tuple[str, ...] = ()
     """Why responses have no verdict, once for each of them; their reward is 0."""
+    seats: int = 0
+    """Responses that the engine should write at a time; 0: not said."""
+    preempted: int = 0
+    """Responses that lost their place in the engine's full cache since its last report, and were computed again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from actors.errors import UserError
+from actors.gpu_share import engine_fraction, is_share
 
 PLAIN: dict[str, Any] = {"int": int, "float": (int, float), "bool": bool, "str": str, "None": type(None)}
 """Types of options that are checked here. vLLM checks the others when the engine is built."""
@@ -91,6 +92,29 @@ def check_options(options: Mapping[str, Any], key: str) -> None:
         )
         if set(kinds) <= PLAIN.keys() and not fits:
             raise UserError(f"{key}.{name}", repr(value), f"a value of the type {known[name]}")
+
+
+def share_options(options: Mapping[str, Any], gpus: float | None, card_bytes: int, key: str) -> dict[str, Any]:
+    """Options that keep an engine to its share of a GPU; none for whole GPUs.
+
+    options: the user's own. gpus: `gpus_per_replica`. card_bytes: of the GPU; 0: not known here, so that the reserve for
+    the process is left out. UserError, on `key` and the option: it asks for more than the share.
+    """
+    if gpus is None or not is_share(gpus):
+        return {}
+    most = engine_fraction(gpus, card_bytes) if card_bytes else gpus
+    share = f"the share of {gpus:g} GPUs" + (f" of {card_bytes / 1e9:.1f} GB" if card_bytes else "")
+    if most <= 0:
+        section = key.rpartition(".")[0]
+        raise UserError(f"{section}.gpus_per_replica", f"{gpus:g}", f"more: nothing is left for an engine in {share}")
+    expected = f"at most {most:g} in {share} (gpus_per_replica), or nothing: it is set from the share"
+    if isinstance(asked := options.get("gpu_memory_utilization"), int | float) and asked > most:
+        raise UserError(f"{key}.gpu_memory_utilization", asked, expected)
+    cache = options.get("kv_cache_memory_bytes")
+    if card_bytes and isinstance(cache, int) and cache > most * card_bytes:
+        fits = f"less than the {most * card_bytes / 1e9:.1f} GB in {share}, or nothing: it is set from the share"
+        raise UserError(f"{key}.kv_cache_memory_bytes", f"{cache} ({cache / 1e9:.1f} GB)", fits)
+    return {"gpu_memory_utilization": most}
 
 
 @cache

@@ -14,6 +14,7 @@ from actors.teacher.alignment import make_reader
 from actors.teacher.backends import backend_of, needs_plan
 from actors.vllm_options import check_options
 from cluster.config import CampaignConfig
+from cluster.fleet.gpu_division import division, refuse_overdrawn
 from cluster.fleet.ray_cluster import check_gpus, connected, refuse_relative_output, room_to_begin
 from cluster.inputs import max_prompt_tokens, read_inputs, student_stop_tokens, turn_ends
 from cluster.state.mirror import mirror_of
@@ -71,6 +72,8 @@ def _engine(config: CampaignConfig) -> str:
     for name, teacher in config.teachers.items():
         if teacher.backend == "vllm":
             check_options(teacher.engine, f"teachers.{name}.engine")
+    teachers = {f"teacher.{name}": teacher.gpus_per_replica for name, teacher in config.teachers.items()}
+    refuse_overdrawn(config, {"rollout": config.rollout.gpus_per_replica, **teachers})
     return config.rollout.backend
 
 
@@ -160,6 +163,8 @@ def _cluster(config: CampaignConfig) -> str:
         needed, _, short = room_to_begin(config, private)
         if short:
             raise short
-        gpus = check_gpus(needed)
+        gpus, card_bytes = check_gpus(needed)
+    refuse_overdrawn(config, {role: one.gpus for role, (_, one) in needed.items()}, card_bytes)
     actors = [f"{role} {n} x ({r.cpus:g} CPUs, {r.gpus:g} GPUs)" for role, (n, r) in needed.items()]
-    return ", ".join(actors) + (gpus and f"; {gpus}")
+    shared = division({role: (n, r.gpus) for role, (n, r) in needed.items()}, card_bytes) if card_bytes else ""
+    return "; ".join(part for part in (", ".join(actors), gpus, shared) if part)

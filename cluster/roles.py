@@ -3,13 +3,19 @@
 Nothing is started here. Paths become absolute, since actors may have another working directory.
 """
 
+import asyncio
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from actors.config import StudentConfig, TeacherConfig, publishes_adapter
+from actors.data.models import engine_context, load_config
+from actors.gpu_share import is_share
 from actors.rollout.actor import RolloutActor
+from actors.rollout.engine import PromptLengths
 from actors.teacher.backends import backend_of, teacher_class
 from actors.teacher.cross_tokenizer import CrossTokenizerTeacher
 from actors.teacher.turn_ends import TurnEndTeacher
@@ -20,6 +26,9 @@ from cluster.fleet.ray_learner import LearnerGroup
 from cluster.inputs import Inputs
 from learner.learner import Learner
 
+SPARE_TOKENS = 128
+"""Room in a teacher's context for its self-test, for the end of a turn, and for the token that vLLM writes."""
+
 
 def build_fleets(
     config: CampaignConfig,
@@ -27,11 +36,12 @@ def build_fleets(
     needed: dict[str, tuple[int, Resources]],
     begin: dict[str, int],
     on_event: Callable[..., None],
+    turn: asyncio.Lock,
 ) -> dict[str, Fleet]:
     """The fleets `rollout` and `teacher.<name>`, not started.
 
     needed: role -> (actors, resources of one actor). begin: role -> actors to start with; fewer than `needed` where the
-    cluster has no room for all yet.
+    cluster has no room for all yet. turn: held by each actor that starts on a share of a GPU.
     """
 
     def fleet(role: str, actor: type, *arguments: Any, **keywords: Any) -> Fleet:
@@ -47,27 +57,30 @@ def build_fleets(
             start_timeout_seconds=config.ray.start_timeout_seconds,
             hang_timeout_seconds=config.ray.hang_timeout_seconds,
             on_event=on_event,
+            turn=turn if is_share(resources.gpus) else None,
         )
 
     rollout = fleet(
         "rollout",
         RolloutActor,
         _local(config.student.model),
-        config.rollout,
+        replace(config.rollout, gpus_per_replica=needed["rollout"][1].gpus),
         config.sampling,
         inputs.stop_token_ids,
         config.seed,
         support_size=config.student_support_size,
-        # A delta is decoded onto the version before it, so the actor keeps a copy of that on the host.
-        keep_weights=config.weights.encoding == "delta",
+        keep_weights=config.weights.encoding == "delta",  # the base of the next one
         verifier=config.evaluation.verifier if config.gives_rewards else None,
         adapter=config.student.lora if publishes_adapter(config.student) else None,
         vocabulary=inputs.vocabulary,
+        prompts=_lengths(inputs),
         trust_remote_code=config.student.trust_remote_code,
     )
     fleets = {"rollout": rollout}
     for name, teacher in _as_actors_need(config).items():
         role, key = f"teacher.{name}", f"teachers.{name}"
+        engine, gpus = _teacher_engine(config, inputs, name, teacher), needed[role][1].gpus
+        teacher = replace(teacher, gpus_per_replica=gpus, engine=engine)
         actor = teacher_class(teacher, key)
         if name in inputs.turn_ends:
             fleets[role] = fleet(role, TurnEndTeacher, actor, teacher, key, inputs.vocabulary, inputs.turn_ends[name])
@@ -85,8 +98,10 @@ def build_learner(
     checkpoint: Path | None,
     needed: dict[str, tuple[int, Resources]],
     on_event: Callable[..., None],
+    turn: asyncio.Lock,
 ) -> Fleet:
     """The learner, not started. checkpoint: where it takes its state from; None at the start of a campaign.
+    turn: see `build_fleets`.
 
     The fleet does not replace a learner that has died: its weights are lost, so the campaign goes back to a checkpoint.
     """
@@ -114,7 +129,44 @@ def build_learner(
         start_timeout_seconds=config.ray.start_timeout_seconds,
         hang_timeout_seconds=config.ray.hang_timeout_seconds,
         on_event=on_event,
+        turn=turn if is_share(resources.gpus) else None,
     )
+
+
+def starts_last(config: CampaignConfig) -> set[str]:
+    """Roles whose engines size themselves by the free memory of their GPU, which must not change meanwhile."""
+    teachers = {
+        f"teacher.{name}" for name, t in config.teachers.items() if backend_of(t, f"teachers.{name}").measures_gpu
+    }
+    return {"rollout", *teachers}
+
+
+def _teacher_engine(config: CampaignConfig, inputs: Inputs, name: str, teacher: TeacherConfig) -> dict[str, Any]:
+    """The options of a teacher's engine, with the length of the longest text that it reads as `max_model_len`.
+
+    By default vLLM wants room in its cache for one text of the model's whole context, which few GPUs have beside a large
+    model. A teacher with its own tokenizer reads as many tokens as its tokenizer makes: it keeps the default.
+    """
+    if (
+        not backend_of(teacher, f"teachers.{name}").measures_gpu
+        or teacher.tokenizer
+        or "max_model_len" in teacher.engine
+    ):
+        return teacher.engine
+    sets = [(inputs.prompts, inputs.prompt_routes), (inputs.held_out, inputs.held_out_routes)]
+    read = [
+        routes.privileged.get(name, prompts) for prompts, routes in sets if prompts is not None and routes is not None
+    ]
+    most = max(int(np.diff(prompts.offsets).max()) for prompts in read) + config.sampling.max_response_tokens
+    network = load_config(teacher.model, teacher.trust_remote_code, f"teachers.{name}.model")
+    context = engine_context(network, {}, f"teachers.{name}.engine")
+    return {"max_model_len": min(most + SPARE_TOKENS, context), **teacher.engine}
+
+
+def _lengths(inputs: Inputs) -> PromptLengths:
+    sets = [prompts for prompts in (inputs.prompts, inputs.held_out) if prompts is not None]
+    longest = max(int(np.diff(prompts.offsets).max()) for prompts in sets)
+    return PromptLengths(int(inputs.prompts.offsets[-1]) // len(inputs.prompts), longest)
 
 
 def _local_student(config: CampaignConfig) -> StudentConfig:

@@ -17,11 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from actors.errors import CampaignError, LearnerLostError
+from actors.gpu_share import is_share
 from actors.json_files import DamagedError
 from cluster.config import CampaignConfig
 from cluster.console.control import handlers, obey
 from cluster.console.screen import Progress
 from cluster.console.status import keep_status, live_actors, persistently
+from cluster.fleet.ray_actor import Resources
 from cluster.fleet.ray_cluster import connected, refuse_relative_output, room_to_begin
 from cluster.fleet.ray_control_store import control_store_lost
 from cluster.fleet.ray_fleet import Fleet
@@ -37,7 +39,7 @@ from cluster.records.disk import Disk
 from cluster.records.event_table import describe
 from cluster.records.writer import METRICS_FILE, REPORT_FILE, SUMMARY_FILE, RunRecords, read_summary
 from cluster.report.page import write_report
-from cluster.roles import build_fleets, build_learner
+from cluster.roles import build_fleets, build_learner, starts_last
 from cluster.state.campaign_state import CampaignState
 from cluster.state.checkpoints import what_is_good
 from cluster.state.resume import claimed, take_up
@@ -142,8 +144,9 @@ class Running:
         if self.short:
             self.on_event("short_of_resources", cause=str(self.short))
         INTERRUPTS.last_acts.append(self._ended_now)
-        self.fleets = build_fleets(config, inputs, self.needed, begin, self.on_event)
-        self.learner = build_learner(config, inputs, checkpoint, self.needed, self.on_event)
+        self.turn = asyncio.Lock()
+        self.fleets = build_fleets(config, inputs, self.needed, begin, self.on_event, self.turn)
+        self.learner = build_learner(config, inputs, checkpoint, self.needed, self.on_event, self.turn)
         exported = {"prometheus": lambda _: Prometheus(config.name)} if config.tracking.prometheus else {}
         self.trackers = Trackers(
             make_trackers(config, exported),
@@ -205,7 +208,8 @@ class Running:
                 fleet.close()
 
     async def _start(self) -> None:
-        await asyncio.gather(*(fleet.start() for fleet in (self.learner, *self.fleets.values())))
+        for fleets in in_order([self.learner, *self.fleets.values()], starts_last(self.config), self.needed):
+            await asyncio.gather(*(fleet.start() for fleet in fleets))
         if self.short:  # the missing actors join when the cluster has room
             for role, fleet in self.fleets.items():
                 fleet.resize(self.needed[role][0])
@@ -255,7 +259,7 @@ class Running:
 
     async def _replace_learner(self, checkpoint: Path | None) -> None:
         lost = self.learner
-        self.learner = build_learner(self.config, self.inputs, checkpoint, self.needed, self.on_event)
+        self.learner = build_learner(self.config, self.inputs, checkpoint, self.needed, self.on_event, self.turn)
         self.learner.inherit(lost)  # first: another job could take the place while the new learner starts
         await self.learner.start(patient=True)
         self.on_event("learner_restored", step=self.state.step, checkpoint=str(checkpoint or "the untrained student"))
@@ -302,6 +306,13 @@ class Running:
             "last_update_seconds_ago": self.records.last_update_seconds_ago,
             "waits_for": self.records.full.told() if self.records.full else "",
         }
+
+
+def in_order(fleets: Sequence[Fleet], last: set[str], needed: dict[str, tuple[int, Resources]]) -> list[list[Fleet]]:
+    """The fleets in the groups that start one after the other: where roles share GPUs, engines (`last`) after the others."""
+    shared = any(is_share(resources.gpus) for _, resources in needed.values())
+    early = [fleet for fleet in fleets if not shared or fleet.role not in last]
+    return [early, [fleet for fleet in fleets if fleet not in early]]
 
 
 async def _while_the_cluster_lives(work: Coroutine[Any, Any, None]) -> None:

@@ -132,7 +132,8 @@ class LearnerConfig:
     replicas: int = number(1, minimum=1)
     """Ranks of the learner. Weights, moments and every update are split between them; the result is that of one rank."""
     gpus_per_replica: float | None = number(None, minimum=0)
-    """GPUs of one rank. Null: one, or a share if the cluster has a single GPU. A whole number with several ranks."""
+    """GPUs of one rank. Null: one, or a share if the cluster has a single GPU. Below 1: a share, to which the learner keeps.
+    A whole number with several ranks."""
     cpus_per_replica: float = number(1.0, minimum=0)
     """CPU cores that Ray reserves for one rank."""
     resources: dict[str, float] = field(default_factory=dict)

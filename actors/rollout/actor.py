@@ -15,7 +15,7 @@ from actors.data.tokenizer import load_tokenizer
 from actors.errors import CampaignError, EngineError
 from actors.memory import give_back
 from actors.rollout.batched_calls import BatchedCalls
-from actors.rollout.engine import check_answer, make_engine, told_apart
+from actors.rollout.engine import PromptLengths, check_answer, make_engine, told_apart
 from actors.trajectory import FINISH_REASONS, Requests, RolloutCounts, Trajectories
 from actors.weights.buckets import WeightVersion, join
 from actors.weights.delta import DeltaVersion, Receiver
@@ -50,18 +50,20 @@ class RolloutActor(BatchedCalls):
         verifier: VerifierConfig | None = None,
         adapter: LoraConfig | None = None,
         vocabulary: int | None = None,
+        prompts: PromptLengths | None = None,
     ):
         """Builds the engine, without weights: `load_weights` comes before `generate`.
 
         model, config, sampling, stop_token_ids, seed, support_size, trust_remote_code, adapter: see Engine.__init__.
         keep_weights: keep a copy of the weights on the host, which deltas are applied to.
         vocabulary: tokens of the tokenizer, beyond which nothing is sampled; None: the rows of the model.
+        prompts: see `make_engine`.
         verifier: computes the rewards of responses whose requests have a reference.
         UserError: the engine or the verifier refuses its configuration.
         """
         super().__init__()
         self._sampling = sampling
-        self._reported_seconds = 0.0
+        self._reported_seconds, self._reported_preemptions = 0.0, 0
         self._receiver = Receiver(keep_weights)
         self._judge: Judge | None = None
         if verifier is not None:
@@ -77,6 +79,7 @@ class RolloutActor(BatchedCalls):
             trust_remote_code=trust_remote_code,
             adapter=adapter,
             vocabulary=vocabulary,
+            prompts=prompts,
         )
 
     async def generate(self, requests: Requests, greedy: bool = False) -> tuple[RolloutCounts, Trajectories]:
@@ -104,6 +107,8 @@ class RolloutActor(BatchedCalls):
         # Calls overlap, so an engine's seconds belong to no single call: each reports those since the last report.
         busy_seconds = self._engine.busy_seconds - self._reported_seconds
         self._reported_seconds += busy_seconds
+        preempted = getattr(self._engine, "preempted", 0)  # an engine of the user's own need not count them
+        self._reported_preemptions, more = preempted, preempted - self._reported_preemptions
         counts = RolloutCounts(
             trajectories.lengths,
             # reduceat needs segments that are not empty: every response has at least one token.
@@ -111,6 +116,8 @@ class RolloutActor(BatchedCalls):
             trajectories.finish_reasons == FINISH_REASONS.index("length"),
             busy_seconds,
             tuple(unjudged),
+            self._engine.seats,
+            more,
         )
         return counts, trajectories
 

@@ -19,6 +19,7 @@ from actors.weights.buckets import WeightVersion, unpack
 
 __all__ = [
     "Engine",
+    "PromptLengths",
     "Response",
     "check_answer",
     "engine_class",
@@ -53,7 +54,8 @@ class Engine(Protocol):
     version: int | None
     """Version of the loaded weights; None before the first `load_weights`."""
     seats: int
-    """Responses that the engine writes at the same time. The campaign keeps about this many under way at each actor."""
+    """Responses that the engine writes at the same time. The campaign keeps about this many under way at each actor. It may
+    change: every answer reports it."""
     busy_seconds: float
     """Seconds of work since the engine was built. Only grows; the report's busy time is its increase."""
     tokens_sampled: int
@@ -123,6 +125,15 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Ends the engine's threads and frees its memory. Running requests are lost."""
+
+
+class PromptLengths(NamedTuple):
+    """Tokens of a campaign's prompts; 0: not known."""
+
+    usual: int = 0
+    """On average."""
+    longest: int = 0
+    """Of all that are ever sampled from, held-out ones too."""
 
 
 class Response(NamedTuple):
@@ -210,7 +221,13 @@ def engine_class(backend: str) -> type[Engine]:
 
 
 def make_engine(
-    model: str, config: RolloutConfig, sampling: SamplingConfig, *, vocabulary: int | None = None, **options: Any
+    model: str,
+    config: RolloutConfig,
+    sampling: SamplingConfig,
+    *,
+    vocabulary: int | None = None,
+    prompts: PromptLengths | None = None,
+    **options: Any,
 ) -> Engine:
     """Builds the engine that `config.backend` names. The options are those of `Engine.__init__`.
 
@@ -220,7 +237,7 @@ def make_engine(
     UserError: see `engine_class`; or what was built lacks an attribute of `Engine`.
     """
     if config.backend in BUILT_IN:
-        options["vocabulary"] = vocabulary
+        options |= {"vocabulary": vocabulary, "prompts": prompts or PromptLengths()}
     engine = engine_class(config.backend)(model, config, sampling, **options)
     missing = [name for name in ATTRIBUTES if not hasattr(engine, name)]
     if missing:

@@ -22,9 +22,10 @@ import numpy as np
 
 from actors.accelerator import torch_device
 from actors.config import LoraConfig, RolloutConfig, SamplingConfig
-from actors.data.models import expected_tensors
+from actors.data.models import engine_context, expected_tensors, load_config
 from actors.errors import AbortedError, EngineError, WeightError
-from actors.rollout.engine import Response, filters, trajectories_of
+from actors.rollout.engine import PromptLengths, Response, filters, trajectories_of
+from actors.rollout.seats import Seats
 from actors.rollout.vllm_lora import adapter_options, adapter_request, check_adapter, load_adapter
 from actors.trajectory import Requests
 from actors.vllm_logits import EXTENSION, MARK
@@ -32,6 +33,8 @@ from actors.vllm_startup import build_llm, importing_vllm
 from actors.weights.buckets import WeightVersion, shapes
 
 T = TypeVar("T")
+
+NOT_KNOWN = PromptLengths()
 
 
 class _Command(NamedTuple):
@@ -57,6 +60,9 @@ class _Call:
 
     def id(self, place: int) -> tuple[int, ...]:
         return tuple(self._requests.ids[place].tolist())
+
+    def prompt_tokens(self, place: int) -> int:
+        return int(np.diff(self._requests.prompt_offsets[place : place + 2])[0])
 
     def finish(self, place: int, completion: Any) -> None:
         self._completions[place] = completion
@@ -88,6 +94,7 @@ class VllmEngine:
         trust_remote_code: bool = False,
         adapter: LoraConfig | None = None,
         vocabulary: int | None = None,
+        prompts: PromptLengths = NOT_KNOWN,
     ):
         """See Engine.__init__ and `make_engine`. The weights are random, or those of the model's files where an adapter is published.
 
@@ -111,16 +118,32 @@ class VllmEngine:
         self._adapter = adapter
         self._request = adapter_request() if adapter else None
         more = adapter_options(adapter) if adapter else {}
+        if prompts.longest:
+            # By default vLLM wants room in its cache for one sequence of the model's whole context.
+            length = prompts.longest + sampling.max_response_tokens
+            network = load_config(model, trust_remote_code, "student.model")
+            more["max_model_len"] = min(length, engine_context(network, {}, "rollout.engine"))
         self._filters = filters(sampling)
         self._llm = _build(model, config, sampling, support_size, seed, trust_remote_code, more)
         self._llm.collective_rpc("shape_logits", args=(sampling.temperature, vocabulary))
         if self._filters:
             self._llm.collective_rpc("record_unfiltered")
         self._engine = self._llm.llm_engine
-        self.seats: int = self._engine.vllm_config.scheduler_config.max_num_seqs
-        """Requests that one step serves. vLLM queues the others."""
+        expected = prompts.usual + sampling.max_response_tokens
+        self._seats = Seats(*cache_of(self._engine.vllm_config), expected)
+        self.preempted = 0
+        """Times that a response lost its blocks of the full cache to another, and was computed again."""
+        count_preemptions(self._engine.engine_core.engine_core.scheduler, self._preempts)
         self._thread = threading.Thread(target=self._run, name="vllm-engine", daemon=True)
         self._thread.start()
+
+    @property
+    def seats(self) -> int:
+        """Responses that the cache holds at their usual length, at most `max_num_seqs`. vLLM queues what it has no room for."""
+        return self._seats.number
+
+    def _preempts(self) -> None:
+        self.preempted += 1
 
     def generate(self, requests: Requests, sampling: SamplingConfig, *, greedy: bool = False) -> Future:
         """Samples B requests; the future's result is their Trajectories, in the order of the requests.
@@ -321,6 +344,7 @@ class VllmEngine:
                 if output.finished and output.request_id in self._waiting:
                     self.tokens_sampled += len(output.outputs[0].token_ids)
                     call, place = self._waiting[output.request_id]
+                    self._seats.ended(call.prompt_tokens(place) + len(output.outputs[0].token_ids))
                     call.finish(place, output.outputs[0])
                     del self._waiting[output.request_id]
         except Exception as error:
@@ -333,6 +357,30 @@ class VllmEngine:
         for call, _ in self._waiting.values():
             call.fail(EngineError(f"the vLLM engine has failed: {error!r}"))
         self._waiting.clear()
+
+
+def cache_of(vllm_config: Any) -> tuple[int, int, int]:
+    """(`max_num_seqs`, tokens that the cache holds, tokens of a block) of an engine that was built."""
+    cache = vllm_config.cache_config
+    # The first is vLLM's own sum, which counts layers with a sliding window as what they are.
+    tokens = cache.kv_cache_size_tokens or cache.num_gpu_blocks * cache.block_size
+    return vllm_config.scheduler_config.max_num_seqs, tokens, cache.block_size
+
+
+def count_preemptions(scheduler: Any, on_preemption: Callable[[], None]) -> None:
+    """Calls `on_preemption` for each response that vLLM takes its blocks of the cache away from, for want of room.
+
+    vLLM has no log line of it, and counts only with its statistics on, together with the responses that `load_weights` makes
+    it compute again; these come with `drop_stale_output`. The method is private to vLLM: a test on a real engine would tell.
+    """
+    preempt = scheduler._preempt_request
+
+    def counted(request: Any, timestamp: float, drop_stale_output: bool = False) -> None:
+        if not drop_stale_output:
+            on_preemption()
+        preempt(request, timestamp, drop_stale_output=drop_stale_output)
+
+    scheduler._preempt_request = counted
 
 
 def _uncancellable() -> Future:
@@ -377,7 +425,7 @@ def _build(
         # With chunked prefill vLLM samples after each chunk and then rewinds the request's random generator. Only
         # generators on GPUs can be rewound, so on a CPU each prompt is prefilled in one step, also after new weights.
         options["enable_chunked_prefill"] = False
-    return build_llm(options, config.engine, "rollout.engine")
+    return build_llm(options, config.engine, "rollout.engine", config.gpus_per_replica)
 
 
 def _response(completion: Any, support_size: int, filtered: bool) -> Response:

@@ -36,6 +36,8 @@ class Backend:
     context length is not known before the start."""
     uses_gpu: bool = False
     """An actor reserves `tensor_parallel_size` GPUs where `gpus_per_replica` is null and the cluster has GPUs."""
+    measures_gpu: bool = False
+    """It sizes itself by how the free memory of its GPU changes while it starts. On a GPU with other roles it starts last."""
     tempers: bool = False
     """It scores at `Teacher.temperature`. False: it sends log-probs at temperature 1 only, which cannot be turned into
     others, since that takes the whole distribution."""
@@ -70,6 +72,7 @@ BACKENDS = {
         signals=("sampled", "topk", "full"),
         has_model_files=True,
         uses_gpu=True,
+        measures_gpu=True,
         tempers=True,
         tensor_parallel=True,
         settings=("engine",),

@@ -46,7 +46,7 @@ class VllmTeacher(Teacher):
             "max_num_batched_tokens": config.microbatch_tokens,
         }
         keep_tensors()
-        self._llm = build_llm(options, config.engine, f"{key}.engine")
+        self._llm = build_llm(options, config.engine, f"{key}.engine", config.gpus_per_replica)
         self._llm.collective_rpc("shape_logits", args=(self.temperature,))
         # It writes one token after what it scores.
         self.context = self._llm.llm_engine.model_config.max_model_len - 1

@@ -26,8 +26,9 @@ from ray.exceptions import (
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
-from actors.accelerator import require_gpu
+from actors.accelerator import keep_to_share, require_gpu
 from actors.errors import ActorFaultError, CampaignError, LostObjectError, StoreFullError, UserError
+from actors.gpu_share import is_share
 from actors.heartbeat import count, waiting
 from cluster.fleet.ray_room import shortage_now
 
@@ -338,7 +339,8 @@ def _keeping_its_error(actor_class: type, gpus: float = 0.0) -> type:
     """The class with a constructor that keeps an error instead of raising it; `wait_until_built` raises it.
 
     An error in the constructor of a Ray actor reaches callers only as text, as part of "the actor died". An error in
-    a call arrives as the exception that it was. gpus: if any are reserved, torch is asked first whether it can use them.
+    a call arrives as the exception that it was. gpus: if any are reserved, torch is asked first whether it can use them,
+    and is limited to a share of one.
     """
 
     def build(self: Any, *arguments: Any, **keywords: Any) -> None:
@@ -346,6 +348,8 @@ def _keeping_its_error(actor_class: type, gpus: float = 0.0) -> type:
         try:
             if gpus:
                 require_gpu(f"{gpus:g} by Ray")
+            if is_share(gpus):
+                keep_to_share(gpus)
             actor_class.__init__(self, *arguments, **keywords)  # type: ignore[misc]
         except Exception as error:
             self.error_of_constructor = error

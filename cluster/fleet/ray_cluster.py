@@ -13,11 +13,12 @@ import ray
 from ray._private import services
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from actors.accelerator import require_gpu
+from actors.accelerator import describe_gpu
 from actors.config import TeacherConfig
 from actors.errors import UserError
 from actors.teacher.backends import backend_of
 from cluster.config import CampaignConfig
+from cluster.fleet.gpu_division import refuse_overdrawn
 from cluster.fleet.ray_actor import Resources, errors_of
 from cluster.fleet.ray_private import first_line, loopback_as_it_is, private_cluster, shut_down, without_handlers_of_ray
 
@@ -111,7 +112,7 @@ def role_resources(config: CampaignConfig, cluster_gpus: float, *, private: bool
     """Role -> (replicas, resources of one). Roles are `rollout`, `teacher.<name>` and `learner`.
 
     Where the configuration sets no number of GPUs, an actor gets 1 (or its tensor-parallel size) in a cluster with
-    GPUs, a share in one with a single GPU, and 0 in one without.
+    GPUs, and 0 in one without. In one with a single GPU these actors share evenly what the others leave of it.
     """
     wanted: dict[str, tuple[Any, float]] = {
         "rollout": (config.rollout, float(config.rollout.tensor_parallel_size)),
@@ -119,15 +120,18 @@ def role_resources(config: CampaignConfig, cluster_gpus: float, *, private: bool
         "learner": (config.learner, 1.0),
     }
     ranks = config.learner.replicas  # several never share a GPU: a collective wants one for each
-    actors = sum(role.replicas for role, _ in wanted.values())
+    sharing = sum(role.replicas for role, default in wanted.values() if default and role.gpus_per_replica is None)
+    rest = 1 - sum(role.replicas * (role.gpus_per_replica or 0) for role, _ in wanted.values())
+    # Rounded down to hundredths, so that the sum is never above one GPU.
+    share = int(100 * rest / sharing + 1e-6) / 100 if sharing and rest > 0 else 0
 
     def gpus(explicit: float | None, default: float) -> float:
         if explicit is not None:
             return explicit
         if cluster_gpus == 0:
             return 0.0
-        # Shares are rounded down to hundredths, so that their sum is never above one GPU.
-        return default if cluster_gpus > 1 or default == 0 or ranks > 1 else int(100 / actors) / 100
+        # With nothing left for a share it is a whole one, which then does not fit: never a CPU in its place.
+        return default if cluster_gpus > 1 or default == 0 or ranks > 1 else share or default
 
     environment = {} if private or cluster_gpus else dict(CPU_THREADS)
     return {
@@ -175,13 +179,15 @@ class Room(NamedTuple):
 
 
 def room_to_begin(config: CampaignConfig, private: bool) -> Room:
-    """How many actors of each role there is room for now. UserError: not even one of each role fits.
+    """How many actors of each role there is room for now. UserError: not even one of each role fits, or an
+    engine asks for more of a GPU than its share.
 
     A shared cluster may be short of nodes for a time: one was lost, or is still joining. The campaign then begins with
     one actor of each role and all ranks of the learner, and grows when there is room. A private cluster never grows.
     """
     there = ray.cluster_resources()
     needed = role_resources(config, there.get("GPU", 0.0), private=private)
+    refuse_overdrawn(config, {role: one.gpus for role, (_, one) in needed.items()})
     try:
         check_fits(needed, there, "the cluster")
     except UserError as error:
@@ -194,15 +200,16 @@ def room_to_begin(config: CampaignConfig, private: bool) -> Room:
     return Room(needed, {role: count for role, (count, _) in needed.items()})
 
 
-def check_gpus(needed: dict[str, tuple[int, Resources]], seconds: float = GPU_CHECK_SECONDS) -> str:
-    """Computes something on a GPU of each node, where actors reserve GPUs; what was found. UserError: torch cannot.
+def check_gpus(needed: dict[str, tuple[int, Resources]], seconds: float = GPU_CHECK_SECONDS) -> tuple[str, int]:
+    """Computes something on a GPU of each node, where actors reserve GPUs: what was found, and the bytes of the smallest GPU
+    (0: none was asked). UserError: torch cannot.
 
     A node whose GPUs others hold for longer than `seconds` is not asked; its actors find out when they start.
     """
     if not any(resources.gpus for _, resources in needed.values()):
-        return ""
+        return "", 0
     nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("GPU")]
-    ask: Any = ray.remote(require_gpu)
+    ask: Any = ray.remote(describe_gpu)
     answers = [
         ask.options(
             num_cpus=0,
@@ -214,11 +221,13 @@ def check_gpus(needed: dict[str, tuple[int, Resources]], seconds: float = GPU_CH
     ]
     ready, waiting = ray.wait(answers, num_returns=len(answers), timeout=seconds)
     with errors_of("the check of a GPU"):
-        names = Counter(ray.get(ready))
+        found = ray.get(ready)
+    names = Counter(f"{name} ({size / 1e9:.0f} GB)" for name, size in found)
     for answer in waiting:
         ray.cancel(answer, force=True)
     busy = [f"{len(waiting)} nodes whose GPUs are in use were not asked"] if waiting else []
-    return ", ".join([*(f"{name} on {count} nodes" for name, count in names.items()), *busy])
+    told = ", ".join([*(f"{name} on {count} nodes" for name, count in names.items()), *busy])
+    return told, min((size for _, size in found), default=0)
 
 
 def check_scaled(needed: dict[str, tuple[int, Resources]], role: str, replicas: int) -> None:

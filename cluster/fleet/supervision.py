@@ -15,7 +15,7 @@ import asyncio
 import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Coroutine
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from typing import Any
 
 from actors.errors import CampaignError, LearnerLostError, UnavailableError, UserError
@@ -71,11 +71,14 @@ class Supervisor:
         start_timeout_seconds: float,
         hang_timeout_seconds: float = 300.0,
         on_event: OnEvent,
+        turn: asyncio.Lock | None = None,
     ):
         """Describes the actors; `start` creates them.
 
         max_restarts: restarts of one replica within an hour. None: a lost actor is not replaced, and every call raises
         LearnerLostError. hang_timeout_seconds: the longest silence, or work without progress, before an actor is ended.
+        turn: held while an actor is built. Fleets whose actors share GPUs have one in common, so that an engine can measure
+        what the others leave.
         """
         self.role = role
         self.restarts = 0
@@ -86,7 +89,7 @@ class Supervisor:
         self._actor_class, self._arguments, self._keywords = actor_class, arguments, keywords
         self._resources, self._max_restarts = resources, max_restarts
         self._start_timeout, self._hang_timeout = start_timeout_seconds, hang_timeout_seconds
-        self._on_event = on_event
+        self._on_event, self._turn = on_event, turn
         self._changed = asyncio.Condition()
         """Notified when a replica may have become free, alive or lost."""
         self._failure: Exception | None = None
@@ -178,7 +181,7 @@ class Supervisor:
                     lambda reason: self._waits(replica.name, 1, waiting, reason),
                 )
             waiting = []
-            async with asyncio.timeout(self._start_timeout):
+            async with self._turn or nullcontext(), asyncio.timeout(self._start_timeout):
                 await self._create(replica)
         except TimeoutError as error:
             late = f"{replica.name} did not start within {self._start_timeout:g} s (ray.start_timeout_seconds)"

@@ -191,6 +191,7 @@ class Campaign:
             self.state.tokens_generated += int(counts.lengths.sum())
             self.state.busy["rollout"] += counts.busy_seconds
             self._reporter.unjudged(counts.unjudged)
+            self._reporter.preempted(counts.preempted, counts.seats)
             self._queues.sampled(issued, counts, reference)
 
         await self._for_each(self._queues.next_to_sample, sample, "rollout")

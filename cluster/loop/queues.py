@@ -173,7 +173,7 @@ class Queues:
         self.slots = Slots(self._update_size, self._max_staleness, remaining)
         self.in_flight = InFlight()
         self.seats = 0
-        """Responses that a rollout actor samples at a time."""
+        """Responses that a rollout actor samples at a time, as the last answer of one said: it follows their lengths."""
         self._open_before = state.ledger.open_numbers()
         """Numbers that an earlier run of the campaign issued and did not train; they are issued first."""
         self._to_sample: asyncio.Queue[Issued] = asyncio.Queue()
@@ -206,6 +206,7 @@ class Queues:
         """A rollout actor has answered. trajectories: the reference that holds these ids, and perhaps others."""
         turn = next(self._turns)  # answers are numbered in the order of their arrival
         self.in_flight.count(counts.lengths)
+        self.seats = counts.seats or self.seats
         self._state.ledger.sampled(issued.numbers)
         rows = zip(
             issued.numbers,

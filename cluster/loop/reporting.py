@@ -21,6 +21,9 @@ from cluster.records.utilisation import TRACE_FILE, Utilisation, add_up
 from cluster.records.writer import RunRecords
 from cluster.state.campaign_state import CampaignState
 
+PREEMPTED_SHARE = 0.1
+"""Preemptions for each trajectory of an update above which they are told: their keys and values are computed twice."""
+
 
 class LoopClock:
     """Adds the loop's wall-clock seconds, and what each actor did in them, to the campaign's state."""
@@ -76,6 +79,7 @@ class Reporter:
         self._evaluator, self._rollout, self._versions = evaluator, rollout, versions
         self._records, self._progress = records, progress
         self._unjudged: list[str] = []
+        self._preempted, self._seats, self._told_of_preemptions = 0, 0, False
         self._doing = {"rollout": "idle", "teacher": "idle", "learner": "idle"}
 
     async def begin(self) -> None:
@@ -101,6 +105,7 @@ class Reporter:
         if causes := self._unjudged:
             self._unjudged = []
             self.event("unjudged", count=len(causes), cause=causes[0], step=step)
+        self._tell_preemptions(record)
         due = step == self._config.pipeline.updates or step % self._config.evaluation.every_updates == 0
         newest = self._versions.newest
         # An update that an earlier process left unwritten is not evaluated: the actors no longer hold its weights.
@@ -122,6 +127,18 @@ class Reporter:
     def unjudged(self, causes: Sequence[str]) -> None:
         """Responses were left without a verdict. They are recorded with the next line of metrics.jsonl, in one event."""
         self._unjudged += causes
+
+    def preempted(self, count: int, seats: int) -> None:
+        """An engine with this many seats has taken the cache of so many responses for others, since it last said so."""
+        self._preempted, self._seats = self._preempted + count, seats or self._seats
+
+    def _tell_preemptions(self, record: dict[str, Any]) -> None:
+        count, self._preempted = self._preempted, 0
+        record["preempted"] = count
+        if count > PREEMPTED_SHARE * self._config.trajectories_per_update and not self._told_of_preemptions:
+            self._told_of_preemptions = True
+            way_out = f"lower rollout.engine.max_num_seqs towards {self._seats}, or give the engines more memory"
+            self.event("preempted", count=count, step=record["step"], cause=way_out)
 
     def doing(self, role: str, what: str) -> None:
         """Shows what a role is doing."""

@@ -78,6 +78,9 @@ EVENTS: dict[str, Event] = {
     # Rewards.
     "unjudged": Event("{count} responses have no verdict and count as wrong ({cause})", "warn"),
     # Resources.
+    "preempted": Event(
+        "engines took the cache of a running response for another {count} times in update {step}: {cause}", "warn"
+    ),
     "short_of_resources": Event("starting with one actor of each role; more join when there is room ({cause})", "warn"),
     "waiting_for_resources": Event("{actor} waits: {cause}", "warn"),
     "object_store_full": Event("{actor} waits: {cause}", "warn"),

@@ -265,6 +265,11 @@ METRICS: dict[str, Metric] = {
         PIPELINE, "tokens, total", "tokens without a finite score of the teacher; they are masked",
         always=False, status="staleness", label="missing scores", digits=",",
     ),
+    "preempted": Metric(
+        PIPELINE, "times", "a running response lost its place in an engine's full cache since the line before; it is computed again later",
+        "a tenth of the trajectories of an update and more: `rollout.engine.max_num_seqs` is too high, or the engines have too little memory",
+        always=False,
+    ),
     "queue_sample": Metric(PIPELINE, "trajectories", "waiting for a rollout actor", always=False),
     "queue_sampling": Metric(PIPELINE, "trajectories", "being sampled", always=False),
     "queue_score": Metric(PIPELINE, "trajectories", "waiting for a teacher", always=False),

@@ -277,3 +277,28 @@ def test_the_memory_of_kernels_on_a_cpu_levels_off(engine: VllmEngine) -> None:
         held[rows] = allocated_bytes()
     assert held[1000] - held[500] > 5e6  # without this the next line would show nothing
     assert held[1600] - held[1100] < 0.05 * (held[1000] - held[500])
+
+
+def test_a_small_cache_gives_fewer_seats_and_its_preemptions_are_counted(model: Any, engine: VllmEngine) -> None:
+    """Twelve blocks of 32 tokens hold six sequences of 48 tokens at their end, and all sixteen at their beginning."""
+    long = SamplingConfig(max_response_tokens=40)
+    texts = [[20 + i] * 8 for i in range(16)]
+    small = make(model, long, block_size=32, num_gpu_blocks_override=12, max_num_batched_tokens=2048)
+    small.load_weights(*publish(model, 0)).result(timeout=600)
+    large = make(model, long, block_size=32)
+    large.load_weights(*publish(model, 0)).result(timeout=600)
+    assert large.seats == 16 and small.seats == int(12 * 32 / (40 * 9 / 8))
+    running = small.generate(ask(texts), long)
+    while not small.preempted:
+        assert not running.done(), "vLLM has not taken any response's blocks"
+    small.load_weights(*publish(model, 1)).result(timeout=600)  # which makes all running ones start again, and is none
+    running.result(timeout=600)
+    before = small.preempted
+    assert small.seats < 8 and large.preempted == 0
+    written = small.generate(ask(texts), long).result(timeout=600)
+    assert small.preempted > before
+    expected = large.generate(ask(texts), long).result(timeout=600)
+    assert responses(written) == responses(expected)
+    assert large.preempted == 0 and large.seats == 16
+    small.close()
+    large.close()

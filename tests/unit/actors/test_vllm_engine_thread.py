@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from actors.errors import EngineError, WeightError
+from actors.rollout.seats import Seats
 from actors.rollout.vllm_engine import VllmEngine
 from actors.trajectory import Requests
 
@@ -52,6 +53,7 @@ def engine() -> Any:
     made._support_size, made._recompute_kv, made._request, made._adapter = 0, True, None, None
     made._sampling_params = lambda *_: None
     made._check_tensors = lambda _: None
+    made._seats = Seats(8, 1000, 16, 100)
     made._engine = SteppedVllm()
     made._thread = threading.Thread(target=made._run, daemon=True)
     made._thread.start()

@@ -322,6 +322,35 @@ def test_nothing_is_trained_beyond_the_bound_and_the_ledger_accounts_for_every_n
     assert max(row["staleness_max"] for row in rows) == max(world.staleness)
 
 
+class CrowdedRollout(FakeRollout):
+    """Its engines say how many responses their cache holds, and that they have taken some of it away."""
+
+    def __init__(self, world: World, replicas: int):
+        super().__init__(world, replicas)
+        self.rooms: list[int] = []
+
+    async def room(self, calls: int) -> Any:
+        self.rooms.append(calls)
+        return await super().room(calls)
+
+    async def ask(self, requests: Any, *, units: int, at: Any = None) -> Any:
+        counts, reference = await super().ask(requests, units=units, at=at)
+        return counts._replace(seats=16, preempted=2), reference
+
+
+def test_seats_follow_what_engines_say_and_preemptions_are_recorded_and_told_once(tmp_path: Path) -> None:
+    config, world = configuration(tmp_path, updates=6, bound=1), World(bound=1, delay=0.01)
+    made = campaign(config, world, rollout=(rollout := CrowdedRollout(world, 2)))
+    assert run(made) is True
+    assert rollout.rooms[0] == 100 + 13 and rollout.rooms[-1] == 16 + 3
+    rows = read_jsonl(config.run_dir / "metrics.jsonl")
+    assert sum(row["preempted"] for row in rows) <= 2 * made.state.ledger.counts()["issued"]
+    assert rows[0]["preempted"] >= 2
+    told = [row for row in read_jsonl(config.run_dir / "events.jsonl") if row["kind"] == "preempted"]
+    assert len(told) == 1 and told[0]["step"] == 1 and told[0]["count"] == rows[0]["preempted"]
+    assert told[0]["cause"].startswith("lower rollout.engine.max_num_seqs towards 16,")
+
+
 @pytest.mark.parametrize("bound", [0, 2])
 def test_what_is_lost_is_sampled_again_and_each_number_is_trained_once(tmp_path: Path, bound: int) -> None:
     config, world = configuration(tmp_path, updates=12, bound=bound, samples=2), World(bound=bound, delay=0.01)
