@@ -7,9 +7,11 @@ from collections.abc import Iterator
 # Before torch is imported. Tests run two at a time on two cores, and their tensors are too small for a second thread.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# `nohup make test` ignores it, and commands that tests start would inherit that; some tests send it.
+# `nohup make test` ignores SIGHUP, a shell's `make test &` SIGINT. Commands that tests start would inherit that.
 if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
 from hypothesis import HealthCheck, settings

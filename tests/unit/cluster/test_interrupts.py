@@ -1,6 +1,5 @@
 """A signal at any time ends in a checkpoint or in one line; a terminal that closes takes nothing with it."""
 
-import errno
 import json
 import os
 import re
@@ -12,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from cluster.console import terminal
 from cluster.console.terminal import LastingStream, lasting_output
 from cluster.interrupts import WARNINGS, Interrupts
 from cluster.records.writer import read_jsonl
@@ -140,35 +140,59 @@ def test_output_on_a_full_disk_does_not_end_the_campaign(folder: Path) -> None:
     assert read_jsonl(folder / "runs" / "unread" / "events.jsonl")[-1]["kind"] == "finished"
 
 
-class Gone:
-    def __init__(self, error: Exception, descriptor: int):
-        self.error, self.descriptor = error, descriptor
-
-    def write(self, text: str = "") -> int:
-        raise self.error
-
-    flush = write
-
-    def fileno(self) -> int:
-        return self.descriptor
+def writer_of_a_pipe() -> int:
+    reader, writer = os.pipe()
+    os.close(reader)
+    return writer
 
 
-@pytest.mark.parametrize("code", [errno.EPIPE, errno.EIO, errno.ENOSPC])
-def test_output_that_cannot_be_written_is_dropped(tmp_path: Path, code: int) -> None:
-    with (tmp_path / "out").open("w") as file:
-        stream = LastingStream(Gone(OSError(code, os.strerror(code)), file.fileno()))
+def writer_of_a_terminal() -> int:
+    ours, theirs = os.openpty()
+    os.close(ours)
+    return theirs
+
+
+@pytest.mark.parametrize("gone", [writer_of_a_pipe, writer_of_a_terminal])
+def test_output_that_nobody_reads_any_more_is_dropped(gone: Any) -> None:
+    with open(gone(), "w") as file:
+        stream = LastingStream(file)
         assert stream.write("text") == 4
         stream.writelines(["a", "b"])
         stream.flush()
-        os.write(file.fileno(), b"later")  # a terminal is replaced by nothing; a full disk may have room again
-    assert (tmp_path / "out").read_text() == ("later" if code == errno.ENOSPC else "")
+        os.write(file.fileno(), b"later")  # of others: it does not fail either
 
 
-def test_output_is_as_before_after_the_block() -> None:
-    before = sys.stdout
-    with lasting_output():
-        assert sys.stdout is not before
-    assert sys.stdout is before
+def test_a_full_disk_drops_output_and_takes_later_lines() -> None:
+    with open("/dev/full", "w") as file:  # closing it flushes it, as the end of Python does
+        stream = LastingStream(file)
+        assert stream.write("text") == 4
+        stream.flush()
+        assert os.readlink(f"/proc/self/fd/{file.fileno()}") == "/dev/full"
+
+
+def test_a_reader_that_stands_still_is_waited_for_once_and_gets_later_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(terminal, "PATIENCE_SECONDS", 0.01)
+    reader, writer = os.pipe()
+    with open(writer, "w") as file:
+        stream = LastingStream(file)
+        stream.write("a" * (1 << 20) + "\n")  # a pipe holds 64 KiB: without patience's end this waits for ever
+        monkeypatch.setattr(terminal, "PATIENCE_SECONDS", None)  # select's word for ever
+        stream.write("dropped")
+        taken = len(os.read(reader, 1 << 20))
+        assert 4096 <= taken < 1 << 20
+        stream.write("later")
+        assert os.read(reader, 100) == b"later"
+    os.close(reader)
+
+
+def test_output_is_as_before_after_the_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with (tmp_path / "out").open("w") as file:
+        monkeypatch.setattr(sys, "stdout", file)
+        with lasting_output():
+            assert sys.stdout is not file
+            print("é\udcff", end="")
+        assert sys.stdout is file
+    assert (tmp_path / "out").read_text() == "é\\udcff"
 
 
 def test_handlers_are_as_before_and_nohup_is_respected() -> None:

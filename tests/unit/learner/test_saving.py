@@ -119,9 +119,10 @@ def write_for_ever(models: dict[str, Path], folder: Path) -> None:
 
 
 def test_killed_at_any_moment_of_a_write_the_newest_checkpoint_loads(models: dict[str, Path], tmp_path: Path) -> None:
-    draw, kills, interrupted = random.Random(0), 25, 0
+    draw, kills, interrupted = random.Random(0), 0, 0
     expected = load_file(models["student"] / "model.safetensors").keys()
-    for _ in range(kills):
+    while interrupted < 9 or not checkpoint_steps(tmp_path):  # how many kills that takes depends on the disk
+        kills += 1
         for old in tmp_path.glob(".step_*"):
             shutil.rmtree(old)
         process = clean_process.start(write_for_ever, models, tmp_path, log=tmp_path / "log")
@@ -132,6 +133,7 @@ def test_killed_at_any_moment_of_a_write_the_newest_checkpoint_loads(models: dic
         process.join()
         assert process.exitcode == -signal.SIGKILL, (tmp_path / "log").read_text()
         interrupted += any(tmp_path.glob(".step_*"))
+        assert kills < 20 * (interrupted + 1), "hardly any write was interrupted: this shows nothing"
         for step in checkpoint_steps(tmp_path):
             directory = step_directory(tmp_path, step)
             assert read_json(directory / "training" / "learner.json")["policy_version"] == step
@@ -139,8 +141,6 @@ def test_killed_at_any_moment_of_a_write_the_newest_checkpoint_loads(models: dic
             assert {tensor.item() for name, tensor in moments.items() if name.endswith(".step")} == {float(step)}
             assert load_file(directory / "model.safetensors").keys() == expected
         prune(tmp_path, checkpoint_steps(tmp_path)[-2:])
-    assert checkpoint_steps(tmp_path)
-    assert interrupted > kills / 3, "hardly any write was interrupted: this has shown nothing"
 
 
 def test_nothing_in_a_checkpoint_is_pickled(models: dict[str, Path], tmp_path: Path) -> None:
