@@ -104,6 +104,10 @@ def is_full_disk(error: BaseException) -> bool:
     return isinstance(error, DiskFullError) or (isinstance(error, OSError) and error.errno in PASSING)
 
 
+class GivenUpError(CampaignError):
+    """The learner has given up an update, as it was asked to: its weights and moments are those from before it."""
+
+
 class GuardError(CampaignError):
     """A guard stopped the campaign. The message names the metric, its value and its bound."""
 

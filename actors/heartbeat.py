@@ -8,6 +8,7 @@ the actor hangs.
 import time
 
 _count = 0
+_does = ""
 _waits_for = ""
 _waits_since = 0.0
 
@@ -21,6 +22,17 @@ def beat() -> None:
 def count() -> int:
     """Number of steps that this process has taken."""
     return _count
+
+
+def does(what: str) -> None:
+    """Says what this process does while it starts, for example which model it downloads. Empty: nothing that takes long."""
+    global _does
+    _does = what
+
+
+def doing() -> str:
+    """What this process has said last that it does."""
+    return _does
 
 
 def wait_for(what: str) -> None:

@@ -85,6 +85,10 @@ class CheckpointConfig:
     keep_best: int = number(1, minimum=0)
     """Number of checkpoints to keep besides: the evaluated ones with the highest held-out accuracy; where no held-out
     prompt has a reference answer, with the lowest reverse KL."""
+    grace_seconds: float | None = number(None, above=0)
+    """Time between the signal that ends the campaign and its end by force, as the scheduler gives it (`--signal` of Slurm,
+    `terminationGracePeriodSeconds` of Kubernetes). A checkpoint that takes longer, as measured before the first update, is
+    refused then; a later one is told (docs/operating.md). Null: not known, nothing is compared."""
     mirror: str | None = None
     """URL of a directory (`s3://bucket/runs`, `gs://…`, any file system of fsspec). Checkpoints and records are copied there
     during training. If the run directory is lost, the campaign resumes from the copy."""
@@ -118,7 +122,8 @@ class RayConfig:
     """An actor that does not answer for this long, or works without progress (an engine's step, a micro-batch, an answer
     from a server), is killed and replaced."""
     start_timeout_seconds: float = number(600.0, above=0)
-    """Time limit for an actor to start, including loading its model."""
+    """An actor that makes no progress with its start for this long ends the campaign. Bytes of a download, bytes that are
+    read or filled, and loaded weights are progress; waiting for room in the cluster at the start is not."""
 
 
 @dataclass

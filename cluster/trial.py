@@ -5,12 +5,13 @@ and its weights in every engine); trackers connect when they are made. What rema
 """
 
 import asyncio
+import math
 import shutil
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from actors.data.models import check_fit
 from actors.errors import CampaignError, CheckpointError, UserError
@@ -46,13 +47,16 @@ async def try_out(
     nbytes = int(await learner.call("checkpoint_bytes"))
     await asyncio.to_thread(demand_room, config, nbytes)
     whole = nbytes <= WHOLE_BYTES
-    await _checkpoint(config, state, learner, whole)
+    measured = await _checkpoint(config, state, learner, whole)
+    takes = measured.seconds if whole else measured.seconds * nbytes / max(measured.nbytes, 1)
+    demand_time(config, nbytes, takes, measured)
     await asyncio.to_thread(_records, config, state, records, needed)
     if (mirror := mirror_of(config)) is not None:
         await asyncio.to_thread(mirror.try_out)
     part = "" if whole else f", with {SAMPLE_BYTES >> 20} MiB of its {nbytes / GIB:.1f} GiB"
     what = f"a checkpoint{part}, summary, report" + (", mirror" if mirror is not None else "")
-    on_event("tried", seconds=time.monotonic() - began, what=what)
+    takes_seconds = round(takes, 1)
+    on_event("tried", seconds=time.monotonic() - began, what=what, checkpoint_seconds=takes_seconds, nbytes=nbytes)
 
 
 def demand_room(config: CampaignConfig, nbytes: int) -> None:
@@ -69,15 +73,40 @@ def demand_room(config: CampaignConfig, nbytes: int) -> None:
         )
 
 
-async def _checkpoint(config: CampaignConfig, state: CampaignState, learner: Fleet, whole: bool) -> None:
+class Measured(NamedTuple):
+    """A checkpoint, or a part of one, that was written to the disk."""
+
+    nbytes: int
+    seconds: float
+    """From the call to the flushed files, without reading them back."""
+
+
+def demand_time(config: CampaignConfig, nbytes: int, seconds: float, measured: Measured) -> None:
+    """UserError: a checkpoint of so many bytes takes so many seconds, and an interrupted campaign is given fewer."""
+    grace = config.checkpoint.grace_seconds
+    if grace is not None and seconds > grace:
+        rate = measured.nbytes / max(measured.seconds, 1e-9) / 1e9
+        found = f"{grace:g}, and a checkpoint of {nbytes / 1e9:.3g} GB takes {seconds:.3g} s ({config.run_dir} took {rate:.3g} GB/s)"
+        raise UserError(
+            "checkpoint.grace_seconds",
+            found,
+            f"at least {math.ceil(1.5 * seconds)}, here and in the scheduler (docs/operating.md), or a faster disk",
+        )
+
+
+async def _checkpoint(config: CampaignConfig, state: CampaignState, learner: Fleet, whole: bool) -> Measured:
     """Writes a checkpoint as in training, reads it back, and removes it."""
+    began = time.monotonic()
     try:
         partial = await asyncio.to_thread(new_directory, step_directory(config.run_dir / "checkpoints", 0))
         try:
             await learner.call("save", str(partial.resolve()), None if whole else SAMPLE_BYTES)
             while not await learner.call("saved"):
                 await asyncio.sleep(POLL_SECONDS)
+            nbytes = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
+            measured = Measured(nbytes, time.monotonic() - began)
             await asyncio.to_thread(_read_back, config, state, partial, whole)
+            return measured
         finally:
             discard(partial)
     except (OSError, CheckpointError) as error:

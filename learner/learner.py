@@ -19,7 +19,7 @@ import torch
 from actors.accelerator import torch_device
 from actors.config import StudentConfig, TeacherConfig, publishes_adapter
 from actors.data.models import find_model, load_head
-from actors.errors import CampaignError, CheckpointError, NonFiniteLossError
+from actors.errors import CampaignError, CheckpointError, GivenUpError, NonFiniteLossError
 from actors.forward.packing import Microbatch
 from actors.memory import give_back
 from actors.trajectory import TeacherScores, Trajectories, TrajectoryId, select_trajectories
@@ -104,6 +104,8 @@ class Learner:
         self._busy_seconds = 0.0
         self._stepped_from = -1
         """The policy version of the last optimiser step; the current one within an update that has not ended."""
+        self._gives_up = False
+        """Whether `give_up` was called."""
         self._write = BackgroundWrite()
         self._checkpoint = bool(checkpoint)
         """Whether there is a checkpoint to go on from."""
@@ -152,7 +154,7 @@ class Learner:
         factor of the schedule's learning rate. domains: [B] of the prompts, to measure each.
         The result depends on `ids`, trajectories and scores, not on how they are batched.
         KeyError: a trajectory is missing. CampaignError: scores are missing. NonFiniteLossError: loss or gradient is not
-        finite; that step was not taken.
+        finite; that step was not taken. GivenUpError: `give_up` was called before the first step.
         """
         start = time.perf_counter()
         written = select_trajectories(ids, [b for b in batches if isinstance(b, Trajectories)])
@@ -191,6 +193,14 @@ class Learner:
         self._busy_seconds += metrics["busy_seconds"]
         give_back()
         return metrics
+
+    def give_up(self) -> None:
+        """Called beside `update`, in another thread: the campaign ends, and waits for a checkpoint only.
+
+        The update under way ends with GivenUpError before its next pass; so does every later one. An update that has
+        taken an optimiser step is finished: to go back from there would take a copy of weights and moments.
+        """
+        self._gives_up = True
 
     def publish(self, delta: bool = False) -> Iterator[np.ndarray | WeightVersion | DeltaVersion]:
         """This rank's rows of the weights as buckets in the rollout dtype, each when it is filled, then their manifest.
@@ -308,6 +318,17 @@ class Learner:
         most = int(self._ranks.max(torch.tensor(len(passes), device=self._device)))
         return passes + [NO_TOKENS] * (most - len(passes))
 
+    def _go_on(self) -> None:
+        """Before each pass until the first step. GivenUpError: the update is to be given up; all ranks raise it together."""
+        if self._stepped_from == self.policy_version:
+            return
+        asked = self._gives_up
+        if self._ranks.size > 1:  # the call reaches the ranks at different times
+            asked = bool(self._ranks.max(torch.tensor(int(asked), device=self._device)))
+        if asked:
+            self._optimizer.zero_grad(set_to_none=True)
+            raise GivenUpError(f"update {self.policy_version + 1} was given up before its first step")
+
     def _take_steps(self, batch: UpdateBatch, begun: UpdateBatch | None, collected: UpdateMetrics) -> dict[str, float]:
         """Takes the steps of all epochs and minibatches; returns what is measured of steps.
 
@@ -336,6 +357,7 @@ class Learner:
         """Accumulates the gradient of the loss of these rows, and clips it; returns its norm before clipping."""
         self._optimizer.zero_grad(set_to_none=True)
         for microbatch in self._passes(batch, rows):
+            self._go_on()
             loss = self._forward.loss(batch.part(microbatch), microbatch, self._beta, collected)
             # The sum, so that all ranks refuse together: one that raised alone would leave the others in `backward`.
             total = self._ranks.sum(loss.detach())
@@ -406,6 +428,7 @@ class Learner:
         states: list[torch.Tensor] = []
         places = torch.zeros_like(batch.tensors["tokens"])
         for microbatch in self._passes(batch, rows):
+            self._go_on()
             part = batch.part(microbatch)
             index = torch.from_numpy(microbatch.tokens).to(self._device)
             keep = states.append if keep_states else None

@@ -23,6 +23,8 @@ class Handle:
     def __init__(self, actor: Any):
         self._actor, self._turn = actor, asyncio.Lock()
         self._calls: list[asyncio.Future] = []
+        self.start = ("", "")
+        """What it tells of its start: a text that changes with its progress, and what it does."""
         self.awake, self.dead, self.steps, self.waits = asyncio.Event(), asyncio.Event(), 0, ("", 0.0)
         self.awake.set()
 
@@ -69,6 +71,9 @@ def with_fleet(
         await handle.alive(handle.awake.wait())
         return handle.steps, handle.waits
 
+    async def progress_of(handles: list[Handle]) -> list[tuple[str, str]]:
+        return [handle.start for handle in handles]
+
     async def nothing(*_: Any) -> Any:
         return None
 
@@ -86,6 +91,8 @@ def with_fleet(
             "wait_until_built": nothing,
             "whereabouts": whereabouts,
             "steps_of": steps_of,
+            "started": nothing,
+            "progress_of": progress_of,
             "end_processes": lambda replica: replica.handle.dead.set(),
         }.items():
             if hasattr(module, name):

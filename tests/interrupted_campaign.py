@@ -1,5 +1,6 @@
 """Light campaigns that stop at a known place, so that a test can send signals there. Each runs in a process of its own."""
 
+import itertools
 import os
 import pty
 import select
@@ -11,12 +12,25 @@ from pathlib import Path
 from typing import Any
 
 import cluster.run
+from learner.forward import Forward
 from learner.learner import Learner
 from tests import light_campaign
 
 
+def tell_when_asked(folder: Path) -> None:
+    """Makes the learner create `folder/asked` once it is asked to give up."""
+    give_up = Learner.give_up
+
+    def telling(self: Learner) -> None:
+        give_up(self)
+        (folder / "asked").touch()
+
+    Learner.give_up = telling  # type: ignore[method-assign]
+
+
 def wait_at_update(number: int, folder: Path) -> None:
     """Makes update `number` of the learner create `folder/reached`, and wait for `folder/go`."""
+    tell_when_asked(folder)
     update = Learner.update
 
     def waiting(self: Learner, *arguments: Any, **keywords: Any) -> Any:
@@ -28,6 +42,20 @@ def wait_at_update(number: int, folder: Path) -> None:
     Learner.update = waiting  # type: ignore[method-assign]
 
 
+def wait_between_passes(number: int, folder: Path) -> None:
+    """Makes update `number` wait in its second pass, which has a gradient of the first one."""
+    tell_when_asked(folder)
+    loss, passes = Forward.loss, itertools.count(1)
+
+    def waiting(self: Forward, *arguments: Any) -> Any:
+        if next(passes) == 8 * (number - 1) + 2:
+            (folder / "reached").touch()
+            wait_for(folder / "go")
+        return loss(self, *arguments)
+
+    Forward.loss = waiting  # type: ignore[method-assign]
+
+
 def wait_for(file: Path) -> None:
     while not file.exists():
         time.sleep(0.01)
@@ -36,6 +64,12 @@ def wait_for(file: Path) -> None:
 def run_to_update(folder: Path, number: int, config: str) -> None:
     """`understudy run` that waits in an update."""
     wait_at_update(number, folder)
+    light_campaign.run_command_here(folder, "run", config)
+
+
+def run_to_second_pass(folder: Path, number: int, config: str) -> None:
+    """`understudy run` that waits in an update, between two micro-batches of one trajectory each, of eight."""
+    wait_between_passes(number, folder)
     light_campaign.run_command_here(folder, "run", config)
 
 

@@ -63,7 +63,7 @@ class LocalFleet:
         self.replicas = [
             SimpleNamespace(
                 **{"name": f"{role}-{i}", "alive": False, "under_way": 0, "calls": 0, "restarts": 0, "version": None},
-                **{"handle": None, "behind": False, "silent": "", "silent_since": 0.0, "waits_for": ""},
+                **{"handle": None, "behind": False, "silent": "", "silent_since": 0.0, "waits_for": "", "doing": ""},
             )
             for i in range(replicas)
         ]
@@ -101,6 +101,10 @@ class LocalFleet:
             replica.under_way -= units
             replica.calls -= 1
         return result if returns == 1 else (result[0], *map(Reference, result[1:]))
+
+    async def call_beside(self, method: str) -> None:
+        for replica in self.replicas:
+            getattr(replica.actor, method)()
 
     async def ask(self, requests: Requests, *, units: int, at: Any) -> Any:
         return await self.call("generate", requests, returns=2, units=units, at=at)

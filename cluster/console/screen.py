@@ -180,6 +180,7 @@ def _roles(status: Mapping[str, Any]) -> RenderableType:
         for actor in actors
         if actor.get("waits_for")
     ]
+    notes += [f"{actor['name']} starts: {actor['doing']}" for actor in actors if actor.get("doing")]
     if status.get("stands"):
         notes.insert(0, f"no update for {duration(status['last_update_seconds_ago'])}")
     if status.get("waits_for"):

@@ -76,7 +76,7 @@ async def persistently(task: str, work: Callable[[], Awaitable[None]], on_event:
 
 def live_actors(replicas: Iterable[Any]) -> list[dict[str, Any]]:
     """What status.json has of each Replica. silent_seconds: since its last sign of life, 0 for one that is well.
-    waits_seconds: for how long it has waited for something outside, such as a teacher's server."""
+    doing: what a starting one does. waits_seconds: for how long it has waited for something outside, such as a teacher's server."""
     now = time.monotonic()
     return [
         {
@@ -87,6 +87,7 @@ def live_actors(replicas: Iterable[Any]) -> list[dict[str, Any]]:
             "version": replica.version,
             "silent_seconds": round(now - replica.silent_since, 1) if replica.alive and replica.silent else 0.0,
             "behind": replica.alive and replica.behind,
+            "doing": "" if replica.alive else replica.doing,
             "waits_for": replica.waits_for if replica.alive else "",
             "waits_seconds": round(now - replica.waits_since, 1) if replica.alive and replica.waits_for else 0.0,
         }

@@ -31,6 +31,7 @@ from actors.errors import ActorFaultError, CampaignError, LostObjectError, Store
 from actors.gpu_share import is_share
 from actors.heartbeat import count, waiting
 from cluster.fleet.ray_room import shortage_now
+from cluster.fleet.ray_start import Teller, forget, told
 
 WAIT_SECONDS = 5.0
 """After this long without a place it is asked why, and again each time it has passed."""
@@ -111,6 +112,8 @@ class Replica:
     node: str = ""
     """Ray's id of the actor's node."""
     process: int = 0
+    doing: str = ""
+    """What it does while it starts, for example which model it downloads."""
     batched: Any = None
     """The BatchedCaller of its actor (ray_batched_calls.py), from the first `ask` on."""
     version: int | None = None
@@ -242,6 +245,22 @@ async def whereabouts(handle: Any) -> tuple[str, int]:
     return await handle.__ray_call__.remote(_whereabouts)
 
 
+async def started(handle: Any) -> None:
+    """The start is over: the actor tells no more of it."""
+    with errors_of("the start"):
+        await handle.__ray_call__.options(concurrency_group=SUPERVISION).remote(_end_start)
+        await asyncio.to_thread(forget, handle)
+
+
+async def progress_of(handles: Iterable[Any]) -> list[tuple[str, str]]:
+    """What each of these new actors has told of its start (ray_start.py)."""
+
+    def read() -> list[tuple[str, str]]:
+        return [told(handle) for handle in handles]
+
+    return await asyncio.to_thread(read)
+
+
 async def steps_of(handle: Any) -> tuple[int, tuple[str, float]]:
     """The number of small steps that the actor has taken, and what it waits for (actors/heartbeat.py); answers also while
     it works.
@@ -250,6 +269,12 @@ async def steps_of(handle: Any) -> tuple[int, tuple[str, float]]:
     """
     with errors_of("the watch"):
         return await handle.__ray_call__.options(concurrency_group=SUPERVISION).remote(_steps)
+
+
+async def beside(handle: Any, method: str) -> None:
+    """Calls a method in the thread that answers the watch, while the actor works on another call. Errors: see `errors_of`."""
+    with errors_of(method):
+        await handle.__ray_call__.options(concurrency_group=SUPERVISION).remote(_call, method)
 
 
 def end_processes(replica: Replica) -> None:
@@ -344,7 +369,7 @@ def _keeping_its_error(actor_class: type, gpus: float = 0.0) -> type:
     """
 
     def build(self: Any, *arguments: Any, **keywords: Any) -> None:
-        self.error_of_constructor = None
+        self.error_of_constructor, self.start_teller = None, Teller()
         try:
             if gpus:
                 require_gpu(f"{gpus:g} by Ray")
@@ -373,6 +398,14 @@ def _whereabouts(_actor: Any) -> tuple[str, int]:
 
 def _steps(_actor: Any) -> tuple[int, tuple[str, float]]:
     return count(), waiting()
+
+
+def _end_start(actor: Any) -> None:
+    actor.start_teller.end()
+
+
+def _call(actor: Any, method: str) -> None:
+    getattr(actor, method)()
 
 
 def kill_tree(process: int) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 from actors.errors import ActorFaultError, CampaignError, StoreFullError
 from actors.trajectory import Requests, RolloutCounts
-from cluster.fleet.ray_actor import ActorLostError, Replica, invoke, streamed
+from cluster.fleet.ray_actor import ActorLostError, Replica, beside, invoke, streamed
 from cluster.fleet.ray_batched_calls import BatchedCaller
 from cluster.fleet.supervision import LATE_SECONDS, Supervisor
 
@@ -116,6 +116,11 @@ class Fleet(Supervisor):
             await invoke(handle, method, arguments, 1)
         except (ActorLostError, ActorFaultError) as error:
             self._lost(replica, handle, _kind(error), error)
+
+    async def call_beside(self, method: str) -> None:
+        """Calls a method of every living actor at once, beside the calls that they work on. Losses are not told here."""
+        living = [replica.handle for replica in self.replicas if replica.alive]
+        await asyncio.gather(*(beside(handle, method) for handle in living), return_exceptions=True)
 
     def tell_nodes(self, method: str, *arguments: Any) -> None:
         """Calls a method of one living actor on each node. Returns at once; answers and errors are ignored."""

@@ -24,6 +24,7 @@ from cluster.fleet.ray_actor import (
     create,
     invoke,
     place,
+    started,
     streamed,
     wait_until_built,
     whereabouts,
@@ -76,6 +77,10 @@ class LearnerRank:
         """Calls a method of the learner."""
         return getattr(self._learner, method)(*arguments, **keywords)
 
+    def give_up(self) -> None:
+        """See Learner; called while another call is under way."""
+        self._learner.give_up()
+
     def stream(self, method: str, *arguments: Any) -> Any:
         """Calls a generator method of the learner."""
         yield from getattr(self._learner, method)(*arguments)
@@ -92,8 +97,7 @@ class LearnerGroup(Fleet):
         try:
             async with asyncio.timeout(None if patient else self._start_timeout):
                 await self._find_room(waiting)
-            async with asyncio.timeout(self._start_timeout):
-                await self._start_all()
+            await self._in_time(self.replicas, self._start_all())
         except TimeoutError as error:
             raise CampaignError(
                 f"the {len(self.replicas)} ranks of the learner did not start within {self._start_timeout:g} s "
@@ -169,6 +173,7 @@ class LearnerGroup(Fleet):
         port = await invoke(self.replicas[0].handle, "listen", (host,), 1)
         arguments = (host, port, self._arguments, self._keywords)
         await self._together("the start", lambda replica: invoke(replica.handle, "build", arguments, 1))
+        await asyncio.gather(*(started(replica.handle) for replica in self.replicas))
 
     async def _together(self, what: str, one: Callable[[Replica], Coroutine[Any, Any, Any]]) -> list[Any]:
         """Runs `one` for every rank at once; gives the answers by rank.

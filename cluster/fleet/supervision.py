@@ -28,6 +28,8 @@ from cluster.fleet.ray_actor import (
     end_processes,
     errors_of,
     place,
+    progress_of,
+    started,
     steps_of,
     wait_until_built,
     whereabouts,
@@ -51,6 +53,8 @@ SILENT_SECONDS = 10.0
 """After this long without an answer to the watch, or after a quarter of the hang time-out, an actor is silent."""
 CLOSE_SECONDS = 3.0
 """For the end of all actors of a fleet. Without its control store, Ray waits for ever."""
+LOOK_SECONDS = 5.0
+"""Between two looks at the progress of a start."""
 LATE_SECONDS = 5.0
 """A call to each actor waits this long for the others after the first answer, or twice as long as that took."""
 
@@ -107,7 +111,7 @@ class Supervisor:
         """Starts every replica and waits until all can work.
 
         patient: wait without limit for free resources in the cluster. UserError: an actor's constructor raised it.
-        CampaignError: an actor could not start, or not in time.
+        CampaignError: an actor could not start, or made no progress with it for `start_timeout_seconds`.
         """
         await asyncio.gather(*(self._start_firmly(replica, patient) for replica in self.replicas))
 
@@ -181,8 +185,8 @@ class Supervisor:
                     lambda reason: self._waits(replica.name, 1, waiting, reason),
                 )
             waiting = []
-            async with self._turn or nullcontext(), asyncio.timeout(self._start_timeout):
-                await self._create(replica)
+            async with self._turn or nullcontext():
+                await self._in_time([replica], self._create(replica))
         except TimeoutError as error:
             late = f"{replica.name} did not start within {self._start_timeout:g} s (ray.start_timeout_seconds)"
             raise CampaignError(late + await self._who_holds_the_room(waiting)) from error
@@ -193,6 +197,50 @@ class Supervisor:
         self._on_event("actor_started", actor=replica.name)
         self._in_background(self._watch(replica))
         await self._available()
+
+    async def _in_time(self, replicas: list[Replica], work: Coroutine[Any, Any, None]) -> None:
+        """Waits for the work of a start as long as one of these actors makes progress.
+
+        CampaignError: none has made any for `start_timeout_seconds`.
+        """
+        working = asyncio.create_task(work)
+        progress: Any = None
+        since = time.monotonic()
+        try:
+            while True:
+                await asyncio.wait([working], timeout=min(LOOK_SECONDS, self._start_timeout / 4))
+                if working.done():
+                    return working.result()
+                found = await self._look(replicas)
+                if found != progress:
+                    progress, since = found, time.monotonic()
+                elif time.monotonic() - since > self._start_timeout:
+                    raise CampaignError(self._stuck(replicas))
+        finally:
+            working.cancel()
+            await asyncio.gather(working, return_exceptions=True)
+            for replica in replicas:
+                replica.doing = ""
+
+    async def _look(self, replicas: list[Replica]) -> list[Any]:
+        """What shows the progress of new actors; notes what they do."""
+        there = [replica for replica in replicas if replica.handle is not None]
+        handles = [replica.handle for replica in there]
+        try:
+            async with asyncio.timeout(LOOK_SECONDS):
+                found = await progress_of(handles)
+        except Exception:  # of any kind: an answer that is missing is no progress
+            found = [("", replica.doing) for replica in there]
+        for replica, (_, doing) in zip(there, found, strict=True):
+            replica.doing = doing
+        return [*handles, *(progress for progress, _ in found)]
+
+    def _stuck(self, replicas: list[Replica]) -> str:
+        who = replicas[0].name if len(replicas) == 1 else f"the {len(replicas)} ranks of the learner"
+        last = sorted({replica.doing for replica in replicas if replica.doing})
+        doing = f"; the last that was heard: {', '.join(last)}" if last else ""
+        limit = f"{self._start_timeout:g} s (ray.start_timeout_seconds) of its last progress"
+        return f"{who} did not start within {limit}{doing}"
 
     def _waits(self, name: str, places: int, waiting: list[str], reason: str) -> None:
         """A place is not there yet: for lack of room (`reason`), or because Ray has not assigned it ("")."""
@@ -222,6 +270,7 @@ class Supervisor:
                 replica.node, replica.process = await whereabouts(replica.handle)
                 if self.prepare is not None:
                     await self.prepare(replica.handle)
+                await started(replica.handle)
         except ActorLostError as error:
             raise DiedAtStartError(f"{replica.name} could not start: {error}") from error
 

@@ -32,7 +32,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from actors.data.prompts import PromptSet, requests
-from actors.errors import AbortedError, LostObjectError
+from actors.errors import AbortedError, GivenUpError, LostObjectError
 from cluster.config import CampaignConfig
 from cluster.console.screen import Progress
 from cluster.fleet.ray_fleet import Fleet
@@ -227,6 +227,9 @@ class Campaign:
                 self._reporter.doing("learner", f"update {self.state.step + 1}")
                 try:
                     metrics = await self._take_update(update)
+                except GivenUpError:  # the campaign is interrupted; `Ending` has asked for it, and saves the state
+                    self.state.ledger.reopen([one.sampled.number for one in update])
+                    return
                 except LostObjectError as error:
                     self._reporter.lost(len(update), error)
                     self._queues.lost(update)

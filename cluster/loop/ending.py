@@ -1,9 +1,12 @@
 """How a loop ends before its last update: what is saved first, and which error counts.
 
-    interrupted                            the update under way is finished and saved
-    an error, and the learner lives        the same, then the error
+    interrupted                            the update under way is given up, and the one before it is saved
+    an error, and the learner lives        the update under way is finished and saved, then the error
     the learner is lost; a guard's error   nothing is saved: its weights are gone, or rejected
 
+The learner gives up between two micro-batches, before the first optimiser step. An update that has taken one is finished
+and saved: of several steps (`learner.epochs_per_update`, `minibatches_per_update`) the others are still to come. The
+trajectories of an update that was given up stay open in the ledger, so the campaign that resumes samples them again.
 An update that failed in the middle of its steps is not saved either: its weights belong to no update.
 """
 
@@ -43,16 +46,22 @@ class Ending:
         self._turn, self._on_event = turn, on_event
 
     async def interrupted(self, train: asyncio.Task) -> None:
-        """Saves the newest update, once the one under way is finished; raises the error of that update, if it fails.
+        """Saves the newest update, once the one under way is given up or finished; raises the error of that, if it fails.
 
         train: the stage that takes updates.
         """
-        async with self._turn:
-            if failure := error_of(train):
-                raise failure
-            self._on_event("interrupted", step=self._state.step)
-            await self._checkpoints.save(self._state, self._learner)
-            await self._checkpoints.settle()
+        # Beside the wait for the turn: a learner that does not answer is lost, which ends that wait too.
+        telling = asyncio.create_task(self._learner.call_beside("give_up"))
+        try:
+            async with self._turn:
+                if failure := error_of(train):
+                    raise failure
+                self._on_event("interrupted", step=self._state.step)
+                self._state.uncount_open()
+                await self._checkpoints.save(self._state, self._learner)
+                await self._checkpoints.settle()
+        finally:
+            telling.cancel()
 
     async def failed(self, error: BaseException, train: asyncio.Task, patience: float) -> None:
         """The same after the error of a stage, where there is something to save, and raises that error.

@@ -45,6 +45,11 @@ EVENTS: dict[str, Event] = {
     "finished": Event("finished after update {step}", "good", "finished", ends=True, news=False),
     "contents_changed": Event("{key}: {path} has other contents than the campaign began with, as was allowed", "warn"),
     "configuration_changed": Event("continued with another configuration: {changed}", "warn"),
+    "commit_unknown": Event(
+        "{key}: {path} is taken at commit {commit}; an earlier release began the campaign and did not record its commit",
+        "warn",
+    ),
+    "pinned": Event("{commits}", news=False),
     # What an operator asked for.
     "paused": Event("paused", "warn"),
     "continued": Event("resumed"),
@@ -93,6 +98,10 @@ EVENTS: dict[str, Event] = {
     ),
     # Checkpoints.
     "checkpoint": Event("checkpoint of update {step} written: {path}", news=False),
+    "slow_checkpoint": Event(
+        "the checkpoint of update {step} took {seconds:g} s; an interrupt gives it {grace_seconds:g} (checkpoint.grace_seconds)",
+        "warn",
+    ),
     "saved_at_the_end": Event("the campaign ends with an error; update {step} is saved first ({cause})", "warn"),
     "not_saved_at_the_end": Event("update {step} could not be saved before the end: {cause}", "bad"),
     "damaged_checkpoint": Event("{path} is damaged, so the campaign continues after update {to_step}: {cause}", "bad"),

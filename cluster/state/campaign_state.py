@@ -49,12 +49,19 @@ class CampaignState:
     """The fingerprints of prompts and models (same_inputs.py)."""
     _busy_before: dict[str, float] = field(default_factory=lambda: dict.fromkeys(ROLES, 0.0))
     """`busy` at the last call of `busy_since_last_step`."""
+    _counted_before: tuple[int, int] = (0, 0)
+    """`tokens_generated` and `missing_scores` at that call."""
 
     def busy_since_last_step(self) -> dict[str, float]:
         """Role -> seconds of work since the last call; called once an update."""
         since = {role: self.busy[role] - self._busy_before[role] for role in ROLES}
         self._busy_before = dict(self.busy)
+        self._counted_before = self.tokens_generated, self.missing_scores
         return since
+
+    def uncount_open(self) -> None:
+        """Before the checkpoint of an interrupt: what was sampled since the last update is sampled again, and counts then."""
+        self.tokens_generated, self.missing_scores = self._counted_before
 
     def to_json(self) -> dict[str, Any]:
         """The content of `training/campaign.json`."""
@@ -94,6 +101,7 @@ class CampaignState:
             faults=content["faults"],
             inputs=content.get("inputs", {}),
             _busy_before=dict(content["busy"]),
+            _counted_before=(content["tokens_generated"], content["missing_scores"]),
         )
 
 

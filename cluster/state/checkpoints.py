@@ -13,6 +13,7 @@ is written again, of the update that is newest then, and training waits until it
 import asyncio
 import math
 import re
+import time
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -145,7 +146,7 @@ class Checkpoints:
     async def _write(
         self, step: int, content: str, state: CampaignState, learner: Fleet, copied: asyncio.Event
     ) -> None:
-        target = step_directory(self._directory, step)
+        target, began = step_directory(self._directory, step), time.monotonic()
         try:
             partial = await asyncio.to_thread(new_directory, target)
             try:
@@ -163,7 +164,11 @@ class Checkpoints:
             except BaseException:  # also CancelledError, from `close`
                 discard(partial)
                 raise
-            self._records.event("checkpoint", step=step, path=str(target))
+            seconds = round(time.monotonic() - began, 1)
+            self._records.event("checkpoint", step=step, path=str(target), seconds=seconds)
+            grace = self._config.grace_seconds
+            if grace is not None and seconds > grace:
+                self._records.event("slow_checkpoint", step=step, seconds=seconds, grace_seconds=grace)
             # The mirrored checkpoint may still be being copied.
             keep = steps_to_keep(checkpoint_steps(self._directory), state, self._config)
             await asyncio.to_thread(prune, self._directory, {*keep, self._copied_now})

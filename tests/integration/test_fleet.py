@@ -13,7 +13,7 @@ import pytest
 from ray.exceptions import OutOfDiskError
 
 from actors.errors import ActorFaultError, CampaignError, LearnerLostError, StoreFullError, UserError
-from actors.heartbeat import beat
+from actors.heartbeat import beat, does
 from cluster.fleet.ray_actor import Resources
 from cluster.fleet.ray_fleet import Fleet
 from cluster.fleet.restarts import Restarts
@@ -25,7 +25,12 @@ class Worker:
     """A role without a model."""
 
     def __init__(self, folder: str = "", fault: str = ""):
-        self.weights = 0
+        self.weights, self.noted = 0, False
+        if fault == "steady":  # longer than its time limit, and never long without a sign
+            for step in range(50):
+                does(f"step {step}")
+                beat()
+                time.sleep(0.1)
         if fault == "user":
             raise UserError("student.model", "nothing", "a model", ["model"])
         if fault == "user's words":
@@ -57,6 +62,16 @@ class Worker:
     def process(self, seconds: float = 0.0) -> int:
         time.sleep(seconds)
         return os.getpid()
+
+    def note(self) -> None:
+        self.noted = True
+
+    def wait_for_note(self) -> bool:
+        for _ in range(6000):
+            if self.noted:
+                return True
+            time.sleep(0.01)
+        return False
 
     def load(self, value: int) -> int:
         if value < 0:
@@ -428,6 +443,29 @@ def test_an_actor_that_takes_too_long_to_start_is_an_error() -> None:
             await fleet.start()
 
     with_fleet(body, "", "slow", timeout=1.5, start=False)
+
+
+def test_a_start_that_makes_progress_may_take_longer_than_the_limit() -> None:
+    async def body(fleet: Fleet, _: Any) -> None:
+        starting, seen = asyncio.create_task(fleet.start()), set()
+        while not starting.done():
+            seen.add(fleet.replicas[0].doing.rpartition(" ")[0])
+            await asyncio.sleep(0.05)
+        await starting
+        assert seen == {"", "step"} and fleet.replicas[0].doing == ""
+        assert await fleet.call("process")
+
+    with_fleet(body, "", "steady", timeout=4.0, start=False)
+
+
+def test_a_call_beside_reaches_an_actor_that_works() -> None:
+    async def body(fleet: Fleet, _: Any) -> None:
+        work = asyncio.create_task(fleet.call("wait_for_note"))
+        await until(lambda: fleet.replicas[0].under_way == 1)
+        await fleet.call_beside("note")
+        assert await work
+
+    with_fleet(body)
 
 
 def test_a_spent_restart_budget_ends_every_call_with_the_actors_name() -> None:

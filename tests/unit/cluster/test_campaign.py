@@ -58,6 +58,7 @@ class World:
         self.under_way = self.most_under_way = 0
         self.interrupt_at: int | None = None
         self.interrupted: Any = None
+        self.gives_up = False
         self.losing: dict[str, float] = {}
         """Method -> probability that an object among its arguments is lost."""
         self.stuck_at = ""
@@ -159,6 +160,10 @@ class FakeTeacher(FakeFleet):
 
 
 class FakeLearner(FakeFleet):
+    async def call_beside(self, method: str) -> None:
+        assert method == "give_up"
+        self.world.gives_up = True
+
     async def call(self, method: str, *arguments: Any, rate_scale: float = 1.0, domains: Any = None) -> Any:
         if method == "save":
             await self.world.work("save")

@@ -68,6 +68,21 @@ def advance(state: CampaignState, learner: SlowLearner, steps: int = 1) -> None:
     learner.version = state.step
 
 
+def test_a_checkpoint_says_how_long_it_took_and_warns_where_that_is_longer_than_the_grace_period(
+    tmp_path: Path,
+) -> None:
+    async def body(checkpoints: Checkpoints, state: CampaignState, learner: SlowLearner) -> None:
+        learner.may_write.set()
+        advance(state, learner)
+        await checkpoints.save(state, learner)  # type: ignore[arg-type]
+        await checkpoints.settle()
+
+    for number, (grace, kinds) in enumerate(((1e-9, ["checkpoint", "slow_checkpoint"]), (600.0, ["checkpoint"]))):
+        config = with_checkpoints(tmp_path / str(number), body, grace_seconds=grace)
+        rows = read_jsonl(config.run_dir / "events.jsonl")
+        assert [row["kind"] for row in rows] == kinds and all(row["seconds"] >= 0 for row in rows)
+
+
 def test_training_goes_on_while_a_checkpoint_is_written_and_at_most_one_is_under_way(tmp_path: Path) -> None:
     async def body(checkpoints: Checkpoints, state: CampaignState, learner: SlowLearner) -> None:
         directory = tmp_path / "run" / "checkpoints"

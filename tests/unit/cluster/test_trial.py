@@ -15,7 +15,7 @@ from cluster.config_file import load_config
 from cluster.fleet.ray_cluster import role_resources
 from cluster.records.writer import RunRecords
 from cluster.state.campaign_state import CampaignState
-from cluster.trial import try_out
+from cluster.trial import Measured, demand_time, try_out
 from learner.learner import Learner
 from tests.light_campaign import configuration, make_folder
 from tests.tiny_updates import make_learner
@@ -68,6 +68,34 @@ def test_of_a_large_model_a_part_is_tried(config: CampaignConfig, monkeypatch: p
     monkeypatch.setattr(cluster.trial, "SAMPLE_BYTES", 1 << 20)
     (event,) = tried(config)
     assert event["what"].startswith("a checkpoint, with 1 MiB of its ") and left(config) == []
+
+
+def test_a_checkpoint_that_takes_longer_than_the_grace_period_is_refused(config: CampaignConfig) -> None:
+    measured = Measured(nbytes=64_000_000, seconds=0.5)
+    demand_time(config, 98_300_000_000, 768.0, measured)  # nothing is known of the scheduler
+    config.checkpoint.grace_seconds = 800
+    demand_time(config, 98_300_000_000, 768.0, measured)
+    config.checkpoint.grace_seconds = 120
+    found = (
+        r"checkpoint\.grace_seconds: found 120, and a checkpoint of 98\.3 GB takes 768 s \(.*/run took 0\.128 GB/s\), "
+        r"expected at least 1152, here and in the scheduler"
+    )
+    with pytest.raises(UserError, match=found):
+        demand_time(config, 98_300_000_000, 768.0, measured)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_the_time_of_a_checkpoint_is_measured_and_compared(
+    config: CampaignConfig, whole: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not whole:  # a part that holds all is as large as the checkpoint, so that the two agree
+        monkeypatch.setattr(cluster.trial, "WHOLE_BYTES", 1000)
+    (event,) = tried(config)
+    assert event["nbytes"] > 30_000 and event["checkpoint_seconds"] >= 0.0
+    config.checkpoint.grace_seconds = 1e-6
+    with pytest.raises(UserError, match=r"checkpoint\.grace_seconds: found 1e-06"):
+        tried(config)
+    assert left(config) == []
 
 
 def fail(*_: Any, **__: Any) -> Any:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from actors.config import LoraConfig
-from actors.errors import NonFiniteLossError
+from actors.errors import GivenUpError, NonFiniteLossError
 from actors.trajectory import TeacherScores, Trajectories
 from actors.weights.buckets import join, unpack, verify
 from actors.weights.delta import DeltaVersion, Receiver
@@ -142,7 +142,7 @@ def trial(material: Material, ranks: Ranks | None) -> dict[str, Any]:
             found[f"from {other}"] = {"metrics": [material.update(learner, name)], **state_of(learner)}
     found["delta"] = changes(material, ranks)
     if ranks:
-        found |= refused(material, ranks)
+        found |= refused(material, ranks) | {"given_up": given_up(material, ranks)}
     return found
 
 
@@ -170,6 +170,28 @@ def refused(material: Material, ranks: Ranks) -> dict[str, Any]:
         learner.update(written.ids, replace(written, behaviour_logprobs=bad), scores)
     after = Published(received(learner.publish()))
     return {"refusal": str(error.value), "unchanged": before[-1] == after[-1]}  # the manifest, checksums included
+
+
+def given_up(material: Material, ranks: Ranks) -> list[tuple[str, int, bool]]:
+    """Of each rank: its error where only the last one is told to give up, in its first pass; the passes that it has
+    begun; whether its weights are unchanged."""
+    learner = material.learner("plain", ranks, microbatch_tokens=1)
+    before = Published(received(learner.publish()))
+    loss, passes = learner._forward.loss, [0]
+
+    def counted(*arguments: Any) -> Any:
+        passes[0] += 1
+        if passes[0] == 1 and ranks.rank == ranks.size - 1:
+            learner.give_up()
+        return loss(*arguments)
+
+    learner._forward.loss = counted  # type: ignore[method-assign]
+    with pytest.raises(GivenUpError) as error:
+        material.update(learner, "plain")
+    after = Published(received(learner.publish()))
+    told: list[Any] = [None] * ranks.size
+    dist.all_gather_object(told, (str(error.value), passes[0], before[-1] == after[-1]))
+    return told
 
 
 def run_rank(rank: int, size: int, material: Material) -> None:
@@ -359,3 +381,10 @@ def test_trajectories_are_shared_out_by_their_tokens() -> None:
         loads = [costs[rows][share[rows]].sum() for share in shares]
         assert max(loads) <= max(9, -(-costs[rows].sum() // 3) + 1)
     assert Ranks().own_trajectories(costs, steps).all()
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_all_ranks_give_up_in_the_same_pass_though_one_of_them_is_told(
+    found: dict[int, dict[str, Any]], size: int
+) -> None:
+    assert found[size]["given_up"] == [("update 1 was given up before its first step", 1, True)] * size
