@@ -7,6 +7,7 @@ checkpoint, as every `run` does.
 """
 
 import asyncio
+import math
 import os
 import re
 import shlex
@@ -22,6 +23,7 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from actors.errors import CampaignError, UserError
+from cluster.config import CampaignConfig
 from cluster.config_file import load_config
 from cluster.fleet.ray_private import first_line
 
@@ -33,6 +35,8 @@ REQUEST_SECONDS = (5.0, 20.0)
 """Of one question: to connect, and between two parts of the answer."""
 CHANGE_SECONDS = 300.0
 """For the answer to a job or a package: the head unpacks what it is sent."""
+STOP_SECONDS = 1800.0
+"""`checkpoint.grace_seconds`, where it is not set."""
 LONGEST_ANSWER = 2000
 """Characters of an answer that a message may draw on."""
 EXIT_STATUS = {JobStatus.SUCCEEDED: 0, JobStatus.STOPPED: 130}
@@ -65,7 +69,7 @@ def submit(
         job = client.submit_job(
             entrypoint=shlex.join(["python", "-m", "cluster", "run", str(relative), *overrides]),
             submission_id=f"understudy-{config.name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
-            runtime_env={"working_dir": str(here), "excludes": EXCLUDES, "env_vars": variables},
+            runtime_env={"working_dir": str(here), "excludes": EXCLUDES, "env_vars": _patience(config) | variables},
             metadata={"campaign": config.name, "run_dir": str(config.run_dir)},
         )
     return client, job
@@ -158,6 +162,11 @@ def follow(client: JobSubmissionClient, job: str) -> int:
     if not details.driver_exit_code:
         raise CampaignError(f"job {job} failed: {details.message}")
     return details.driver_exit_code
+
+
+def _patience(config: CampaignConfig) -> dict[str, str]:
+    """How long `ray job stop` waits for a checkpoint before it kills the campaign; Ray itself waits for 3 seconds."""
+    return {"RAY_JOB_STOP_WAIT_TIME_S": str(math.ceil(config.checkpoint.grace_seconds or STOP_SECONDS))}
 
 
 def _environment(names: Sequence[str]) -> dict[str, str]:

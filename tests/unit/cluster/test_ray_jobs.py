@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from actors.errors import UserError
+from cluster.config import CampaignConfig
 from cluster.fleet import ray_jobs
 
 VERSION = json.dumps({"version": "4", "ray_version": "2.60.0", "ray_commit": "x"})
@@ -108,3 +109,11 @@ def test_a_server_that_fails_after_the_first_answer_is_one_line(tmp_path: Any, m
     monkeypatch.chdir(root)
     with pytest.raises(UserError, match="status 500: the agent is away, 3 times"):
         ray_jobs.submit("configs/quickstart.yaml", [f"output_dir={tmp_path}"], address=server.address, environment=[])
+
+
+def test_a_job_that_is_stopped_has_the_time_to_write_a_checkpoint() -> None:
+    """Ray itself kills a stopped job after 3 seconds."""
+    config = CampaignConfig()
+    assert ray_jobs._patience(config) == {"RAY_JOB_STOP_WAIT_TIME_S": "1800"}
+    config.checkpoint.grace_seconds = 99.5
+    assert ray_jobs._patience(config) == {"RAY_JOB_STOP_WAIT_TIME_S": "100"}

@@ -1,6 +1,7 @@
 """What deploy/ holds, as far as it can be held against schemas and against the project without a cluster."""
 
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -15,6 +16,7 @@ import yaml
 from cluster.cli import command_parser
 from cluster.config_file import load_config
 from cluster.records.metric_table import EVALUATION_KEYS, METRIC_KEYS
+from tests.waiting import until
 
 ROOT = Path(__file__).resolve().parents[3]
 DEPLOY = ROOT / "deploy"
@@ -83,6 +85,96 @@ def test_the_slurm_script_is_bash_and_says_how_it_is_used() -> None:
     used = subprocess.run(["bash", script], capture_output=True, text=True)
     assert used.returncode != 0
     assert "usage: sbatch deploy/slurm.sbatch CONFIG" in used.stderr
+
+
+def in_slurm(folder: Path, campaign: str) -> subprocess.Popen:
+    """The batch script with stand-ins of Slurm and Ray; `campaign` is what `understudy` does. All add lines to `log`."""
+    programs = {
+        "bin/srun": 'echo "srun $*" >> log; while [[ $1 == --* ]]; do shift; done; exec "$@"',
+        "bin/scontrol": 'if [ "$1" = show ]; then echo node-1; else echo "scontrol $*" >> log; fi',
+        ".venv/bin/ray": '[ "$1" = status ] || exec sleep 2',
+        ".venv/bin/understudy": f'echo "understudy $*" >> log; echo "HF_HOME=$HF_HOME" >> log; {campaign}',
+    }
+    for name, body in programs.items():
+        file = folder / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(f"#!/bin/bash\n{body}\n")
+        file.chmod(0o755)
+    slurm = {
+        "SLURM_SUBMIT_DIR": str(folder),
+        "SLURM_JOB_NODELIST": "node-1",
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NUM_NODES": "1",
+        "SLURM_CPUS_ON_NODE": "96",
+    }
+    environment = {"PATH": f"{folder / 'bin'}:{os.environ['PATH']}", **slurm}
+    command = ["bash", str(DEPLOY / "slurm.sbatch"), "a.yaml", "seed=1"]
+    return subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+SAVES = "trap 'sleep 0.3; echo checkpoint >> log; exit 130' TERM; touch runs; while true; do sleep 0.05; done"
+
+
+def test_under_slurm_the_job_is_requeued_after_the_checkpoint_and_not_before(tmp_path: Path) -> None:
+    script = in_slurm(tmp_path, SAVES)
+    until((tmp_path / "runs").exists, "a campaign", lambda: script.poll() is None)
+    script.terminate()
+    assert script.wait(60) == 130
+    lines = (tmp_path / "log").read_text().splitlines()
+    assert lines[-2:] == ["checkpoint", "scontrol requeue 7"]
+    assert "understudy run a.yaml checkpoint.grace_seconds=900 seed=1" in lines
+    assert f"HF_HOME={tmp_path}/hf_home" in lines
+    # One core is what a step gets that does not ask, and what Ray would count.
+    assert all("--cpus-per-task=96" in line for line in lines if re.match("srun .*(ray start|understudy run)", line))
+
+
+@pytest.mark.parametrize("status", [130, 0, 1, 2])
+def test_under_slurm_a_campaign_that_ends_by_itself_is_not_requeued(tmp_path: Path, status: int) -> None:
+    assert in_slurm(tmp_path, f"exit {status}").wait(60) == status
+    assert "requeue" not in (tmp_path / "log").read_text()
+
+
+def grace_of_slurm() -> int:
+    [seconds] = re.findall(r"^#SBATCH --signal=B:TERM@(\d+)$", (DEPLOY / "slurm.sbatch").read_text(), re.MULTILINE)
+    return int(seconds)
+
+
+@pytest.mark.parametrize("cluster", clusters(), ids=["rayjob", "raycluster"])
+def test_a_pod_that_ends_waits_for_the_checkpoint_and_all_pods_share_a_cache_of_models(cluster: dict[str, Any]) -> None:
+    groups = {
+        group.get("groupName", "head"): group for group in [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+    }
+    for name, group in groups.items():
+        pod = group["template"]["spec"]
+        [container] = pod["containers"]
+        variables = {one["name"]: one["value"] for one in container["env"]}
+        shared = next(mount["mountPath"] for mount in container["volumeMounts"] if mount["name"] == "shared")
+        assert variables["HF_HOME"].startswith(f"{shared}/")
+        if name in ("head", "learner"):
+            grace = pod["terminationGracePeriodSeconds"]
+            assert grace == grace_of_slurm() == int(variables["RAY_JOB_STOP_WAIT_TIME_S"])
+            *_, command = container["lifecycle"]["preStop"]["exec"]["command"]
+            script, run = command.split()
+            assert (DEPLOY / Path(script).name).stat().st_mode & 0o111 and script.startswith("/opt/understudy/deploy/")
+            assert run.startswith(f"{shared}/runs/")
+        else:  # a rollout or teacher actor is replaced: nothing waits for its pod
+            assert "lifecycle" not in container
+    entrypoint = shlex.split(manifest("kuberay/rayjob.yaml")["spec"]["entrypoint"])
+    assert f"checkpoint.grace_seconds={grace_of_slurm()}" in entrypoint and "name=understudy" in entrypoint
+
+
+def test_the_script_before_a_pods_end_returns_once_the_campaign_has_ended(tmp_path: Path) -> None:
+    program = tmp_path / "understudy"
+    program.write_text(
+        '#!/bin/sh\necho "$*" >> log\n[ "$1" = stop ] && exit 1\n'
+        '[ "$(wc -l < log)" -lt 4 ] && echo \'{"state": "running"}\' || echo \'{"state": "stopped"}\'\n'
+    )
+    (tmp_path / "sleep").write_text("#!/bin/sh\n")
+    for file in (program, tmp_path / "sleep"):
+        file.chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    subprocess.run([DEPLOY / "stop_and_wait.sh", "a"], cwd=tmp_path, env=environment, check=True, timeout=60)
+    assert (tmp_path / "log").read_text().splitlines() == ["stop a", *["status a --json"] * 3]
 
 
 def test_the_image_installs_files_that_are_there() -> None:
