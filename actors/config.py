@@ -46,10 +46,22 @@ class StudentConfig:
 
     model: str = "???"
     """Hugging Face model directory or hub name: config, safetensors, tokenizer with a chat template."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub name. Null: its main branch. A campaign resolves it to a commit when it begins, writes
+    that to its config.yaml, and keeps it: later processes and other nodes load the same, also where the branch has moved."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Set it only for code that you have read."""
     lora: LoraConfig | None = None
     """Adapters to train. Null: all weights are trained."""
+
+    @property
+    def source(self) -> str:
+        """What is loaded: the model, with its revision."""
+        return _at(self.model, self.revision)
+
+
+def _at(name: str, revision: str | None) -> str:
+    return name if revision is None else f"{name}@{revision}"
 
 
 def publishes_adapter(student: StudentConfig) -> bool:
@@ -66,6 +78,8 @@ class PromptsConfig:
     Hugging Face dataset, with its subset after a colon: `openai/gsm8k:main`."""
     split: str = "train"
     """Split to read when `path` is a Hugging Face dataset."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hugging Face dataset on the hub, as in `student.revision`."""
     prompt_field: str = "prompt"
     """Field with the prompt: a string, or a list of chat messages with `role` and `content`."""
     tools_field: str = "tools"
@@ -154,9 +168,13 @@ class TeacherConfig:
 
     model: str = "???"
     """Hugging Face model directory or hub name; for an `http` teacher, the name under which it is served."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub name, as in `student.revision`."""
     tokenizer: str | None = None
     """Directory or hub name of the teacher's tokenizer, where it is not the student's; most often the same as `model`. The
     teacher reads the student's text, and its log-probs are mapped back to the student's tokens. Null: the student's."""
+    tokenizer_revision: str | None = None
+    """Branch, tag or commit of the tokenizer's hub name. Null: that of the model, where it is the same name."""
     domains: list[str] = field(default_factory=list)
     """Domains of the prompts that it scores. Empty: the domains that no other teacher names. Where several teachers score
     a prompt, the student learns from their mixture."""
@@ -215,3 +233,16 @@ class TeacherConfig:
     """Tokens to which the head is applied at a time: [chunk, vocabulary] is the largest array."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Set it only for code that you have read."""
+
+    @property
+    def source(self) -> str:
+        """What is loaded: the model, with its revision."""
+        return _at(self.model, self.revision)
+
+    @property
+    def tokenizer_source(self) -> str | None:
+        """The tokenizer of its own, with its revision; None: it has none."""
+        if self.tokenizer is None:
+            return None
+        same = self.tokenizer_revision is None and self.tokenizer == self.model
+        return _at(self.tokenizer, self.revision if same else self.tokenizer_revision)

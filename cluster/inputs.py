@@ -55,7 +55,7 @@ class Limit(NamedTuple):
 def student_limit(config: CampaignConfig) -> Limit:
     """What the student, and the engine that samples from it, can read. UserError: no room for a response."""
     student, engine = config.student, config.rollout.engine
-    network = load_config(student.model, student.trust_remote_code, "student.model")
+    network = load_config(student.source, student.trust_remote_code, "student.model")
     if config.rollout.backend == "vllm" or "max_model_len" in engine:
         return _with_room(config, Limit(engine_context(network, engine, "rollout.engine"), "the student's context"))
     return _with_room(config, Limit(context_length(network), "the student's context"))
@@ -82,9 +82,9 @@ def max_prompt_tokens(config: CampaignConfig) -> int:
 def read_inputs(config: CampaignConfig) -> Inputs:
     """Reads everything. UserError: a file, a field or a token that is missing or wrong, or a verifier that fails."""
     student = config.student
-    tokenizer = load_tokenizer(student.model, student.trust_remote_code, "student.model")
+    tokenizer = load_tokenizer(student.source, student.trust_remote_code, "student.model")
     stop = student_stop_tokens(config)
-    model_config = load_config(student.model, student.trust_remote_code, "student.model")
+    model_config = load_config(student.source, student.trust_remote_code, "student.model")
     rows = model_config.get_text_config().vocab_size
     _refuse_unknown(config.learner.objective.masked_token_ids, rows, "learner.objective.masked_token_ids")
     prompts, prompt_routes = _read(config, config.prompts, tokenizer, "prompts")
@@ -124,9 +124,9 @@ def read_inputs(config: CampaignConfig) -> Inputs:
 def student_stop_tokens(config: CampaignConfig) -> list[int]:
     """The tokens at which a response ends: the student's, and the configured ones. UserError: none, or one without a row."""
     student, key, configured = config.student, "student.model", config.sampling.stop_token_ids
-    rows = load_config(student.model, student.trust_remote_code, key).get_text_config().vocab_size
-    directory = find_model(student.model, key, weights=False, code=student.trust_remote_code)
-    its = stop_token_ids(directory, load_tokenizer(student.model, student.trust_remote_code, key), rows, key)
+    rows = load_config(student.source, student.trust_remote_code, key).get_text_config().vocab_size
+    directory = find_model(student.source, key, weights=False, code=student.trust_remote_code)
+    its = stop_token_ids(directory, load_tokenizer(student.source, student.trust_remote_code, key), rows, key)
     _refuse_unknown(configured, rows, "sampling.stop_token_ids")
     if not its and not configured:
         raise UserError(
@@ -150,11 +150,11 @@ def turn_ends(config: CampaignConfig, name: str) -> TurnEnds | None:
         return None  # unknown; or its own tokenizer translates the end
     found = [
         turn_end(
-            find_model(model.model, where, weights=False, code=model.trust_remote_code),
-            load_tokenizer(model.model, model.trust_remote_code, where),
+            find_model(model.source, where, weights=False, code=model.trust_remote_code),
+            load_tokenizer(model.source, model.trust_remote_code, where),
             config.prompts.chat,
             config.prompts.chat_template_arguments,
-            rows=load_config(model.model, model.trust_remote_code, where).get_text_config().vocab_size,
+            rows=load_config(model.source, model.trust_remote_code, where).get_text_config().vocab_size,
             key=where,
         )
         for model, where in ((student, "student.model"), (teacher, key))
@@ -162,7 +162,7 @@ def turn_ends(config: CampaignConfig, name: str) -> TurnEnds | None:
     if None in found or found[0] == found[1]:
         return None
     ends = TurnEnds(*(token for token in found if token is not None))
-    rows = load_config(teacher.model, teacher.trust_remote_code, key).get_text_config().vocab_size
+    rows = load_config(teacher.source, teacher.trust_remote_code, key).get_text_config().vocab_size
     if ends.student >= rows and teacher.signal in ("full", "hidden"):
         expected = (
             "sampled, topk or student_topk where the teacher has no row for the token that ends the student's turn"
@@ -180,9 +180,9 @@ def _read(config: CampaignConfig, source: PromptsConfig, tokenizer: Any, key: st
     response, limits = config.sampling.max_response_tokens, teacher_limits(config)
     prompts = load_prompts(source, tokenizer, student_limit(config).tokens - response, key)
     own = {
-        name: load_tokenizer(teacher.tokenizer, teacher.trust_remote_code, f"teachers.{name}.tokenizer")
+        name: load_tokenizer(its, teacher.trust_remote_code, f"teachers.{name}.tokenizer")
         for name, teacher in config.teachers.items()
-        if teacher.tokenizer is not None
+        if (its := teacher.tokenizer_source) is not None
     }
     read_otherwise = {
         name: load_prompts(source, own.get(name, tokenizer), UNBOUNDED, key, teacher.prompt_template)
@@ -226,7 +226,7 @@ def _templates(config: CampaignConfig) -> str:
         f"teachers.{name}"
         for name, teacher in config.teachers.items()
         if backend_of(teacher).has_model_files
-        and load_tokenizer(teacher.model, teacher.trust_remote_code, f"teachers.{name}.model").chat_template
+        and load_tokenizer(teacher.source, teacher.trust_remote_code, f"teachers.{name}.model").chat_template
     ]
     example = f", for example that of {having[0]}" if having else ""
     return (

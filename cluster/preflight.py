@@ -17,6 +17,7 @@ from cluster.config import CampaignConfig
 from cluster.fleet.gpu_division import division, refuse_overdrawn
 from cluster.fleet.ray_cluster import check_gpus, connected, refuse_relative_output, room_to_begin
 from cluster.inputs import max_prompt_tokens, read_inputs, student_stop_tokens, turn_ends
+from cluster.pins import pin, places
 from cluster.state.mirror import mirror_of
 from learner.objective.estimator_table import own_functions
 
@@ -30,6 +31,8 @@ def checks(config: CampaignConfig, *, offline: bool) -> Iterator[tuple[str, Call
     def here(*paths: str) -> bool:
         return not offline or all(Path(path).exists() for path in paths)
 
+    if not offline and any(place.on_hub for place in places(config)):
+        yield "hub", lambda: pin(config)
     student = config.student
     yield "student", (lambda: _student(config)) if here(student.model) else None
     for name, teacher in config.teachers.items():
@@ -88,18 +91,18 @@ def _student(config: CampaignConfig) -> str:
     student = config.student
     if student.lora is not None and find_spec("peft") is None:
         raise UserError("student.lora", "no library peft", "pip install peft accelerate")
-    check_fit(student.model, student.trust_remote_code, "student.model", quantised="refused")
-    tokenizer = load_tokenizer(student.model, student.trust_remote_code, "student.model")
+    check_fit(student.source, student.trust_remote_code, "student.model", quantised="refused")
+    tokenizer = load_tokenizer(student.source, student.trust_remote_code, "student.model")
     student_stop_tokens(config)
     return f"{len(tokenizer)} tokens, prompts of at most {max_prompt_tokens(config)}"
 
 
 def _teacher(config: CampaignConfig, name: str) -> str:
     student, teacher, key = config.student, config.teachers[name], f"teachers.{name}.model"
-    ours = load_tokenizer(student.model, student.trust_remote_code, "student.model")
+    ours = load_tokenizer(student.source, student.trust_remote_code, "student.model")
     reading = ""
-    if teacher.tokenizer is not None:
-        theirs = load_tokenizer(teacher.tokenizer, teacher.trust_remote_code, f"teachers.{name}.tokenizer")
+    if (source := teacher.tokenizer_source) is not None:
+        theirs = load_tokenizer(source, teacher.trust_remote_code, f"teachers.{name}.tokenizer")
         prompts = config.prompts
         make_reader(ours, theirs, f"teachers.{name}.tokenizer", prompts.chat, prompts.chat_template_arguments)
         reading = f"a tokenizer of its own with {len(theirs)} tokens"
@@ -109,16 +112,16 @@ def _teacher(config: CampaignConfig, name: str) -> str:
             reading and f"; {reading}"
         )
     reader: Literal["transformers", "elsewhere"] = "transformers" if teacher.backend == "transformers" else "elsewhere"
-    check_fit(teacher.model, teacher.trust_remote_code, key, quantised=reader)
+    check_fit(teacher.source, teacher.trust_remote_code, key, quantised=reader)
     if needs_plan(teacher):
-        tensor_parallel_plan(teacher.model, teacher.trust_remote_code, key)
+        tensor_parallel_plan(teacher.source, teacher.trust_remote_code, key)
     # With its own tokenizer the vocabularies need not agree: it sends the log-probs of the student's tokens only.
     if reading:
         return reading
-    tokenizers = (ours, load_tokenizer(teacher.model, teacher.trust_remote_code, key))
+    tokenizers = (ours, load_tokenizer(teacher.source, teacher.trust_remote_code, key))
     configs = (
-        load_config(student.model, student.trust_remote_code, "student.model"),
-        load_config(teacher.model, teacher.trust_remote_code, key),
+        load_config(student.source, student.trust_remote_code, "student.model"),
+        load_config(teacher.source, teacher.trust_remote_code, key),
     )
     remarks = check_tokenizers_agree(*tokenizers, *configs, key)
     if (ends := turn_ends(config, name)) is not None:

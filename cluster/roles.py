@@ -63,7 +63,7 @@ def build_fleets(
     rollout = fleet(
         "rollout",
         RolloutActor,
-        _local(config.student.model),
+        _local(config.student.source),
         replace(config.rollout, gpus_per_replica=needed["rollout"][1].gpus),
         config.sampling,
         inputs.stop_token_ids,
@@ -170,7 +170,7 @@ def _lengths(inputs: Inputs) -> PromptLengths:
 
 
 def _local_student(config: CampaignConfig) -> StudentConfig:
-    return replace(config.student, model=_local(config.student.model))
+    return replace(config.student, model=_local(config.student.source), revision=None)
 
 
 def _as_actors_need(config: CampaignConfig) -> dict[str, TeacherConfig]:
@@ -178,8 +178,10 @@ def _as_actors_need(config: CampaignConfig) -> dict[str, TeacherConfig]:
     return {
         name: replace(
             teacher,
-            model=_local(teacher.model) if backend_of(teacher, f"teachers.{name}").has_model_files else teacher.model,
-            tokenizer=None if teacher.tokenizer is None else _local(teacher.tokenizer),
+            model=_local(teacher.source) if backend_of(teacher, f"teachers.{name}").has_model_files else teacher.model,
+            revision=None,
+            tokenizer=None if teacher.tokenizer_source is None else _local(teacher.tokenizer_source),
+            tokenizer_revision=None,
             temperature=config.sampling.temperature if teacher.temperature is None else teacher.temperature,
         )
         for name, teacher in config.teachers.items()

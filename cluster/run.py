@@ -34,6 +34,7 @@ from cluster.loop.campaign import Campaign
 from cluster.loop.evaluation import Evaluator
 from cluster.loop.samples import TrainingSamples
 from cluster.loop.teachers import Teachers
+from cluster.pins import pin
 from cluster.preflight import check_models
 from cluster.records.disk import Disk
 from cluster.records.event_table import describe
@@ -69,6 +70,7 @@ def run_campaign(
     """
     INTERRUPTS.starts()
     refuse_relative_output(config)
+    commits = pin(config)
     check_models(config)
     with claimed(config) as changed:
         records = RunRecords(config.run_dir)  # within the lock: it repairs files that another process might be writing
@@ -79,6 +81,9 @@ def run_campaign(
             records.event(kind, **fields)
             print(f"understudy: {describe(kind, fields)}", file=sys.stderr)
 
+        if commits:
+            records.event("pinned", commits=commits)
+            print(f"understudy: {commits}", file=sys.stderr)
         found = newest_sound(config, told, resume_from)
         done = _summary(config.run_dir, told)
         if found.state.step >= config.pipeline.updates and done.get("updates") == found.state.step:
@@ -279,8 +284,11 @@ class Running:
     def _interrupt(self, loop: asyncio.AbstractEventLoop) -> str:
         """A signal asks for the end: tells the loop, and returns what the end waits for."""
         loop.call_soon_threadsafe(self.interrupted.set)
-        doing = self.progress.roles.get("learner", "idle")
-        first = f"{doing} is finished, then " if doing.startswith("update") else ""
+        doing, first = self.progress.roles.get("learner", "idle"), ""
+        if doing.startswith("update"):
+            several = self.config.learner.epochs_per_update * self.config.learner.minibatches_per_update > 1
+            or_not = " (or finished, if it has taken an optimiser step)" if several else ""
+            first = f"{doing} is given up{or_not}, then "
         return f"{first}a checkpoint is written (the last one is of update {self._saved_step()})"
 
     def _ended_now(self) -> None:

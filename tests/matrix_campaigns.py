@@ -377,6 +377,17 @@ EXCEPTIONS: dict[Choice, str] = {
     ("ray.address", "null"): "the campaigns share a cluster; those of test_run.py have private ones",
     ("ray.object_store_mebibytes", "set"): "of a private cluster: test_run.py",
     ("learner.compile", "true"): "compiling takes half a minute without a GPU: test_compile.py",
+    **dict.fromkeys(
+        [
+            ("student.revision", "set"),
+            ("teachers.*.revision", "set"),
+            ("teachers.*.tokenizer_revision", "set"),
+            ("prompts.revision", "set"),
+            ("evaluation.prompts.revision", "set"),
+        ],
+        "of names on a hub: test_pins.py has campaigns on one",
+    ),
+    ("checkpoint.grace_seconds", "set"): "compared with the time of a checkpoint: test_trial.py, test_checkpoints.py",
     ("rollout.tensor_parallel_size", "other"): "half a minute without GPUs: test_tensor_parallel.py",
 }
 """Choices that no campaign makes -> why, and where they run."""

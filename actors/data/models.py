@@ -7,19 +7,23 @@ only inside the functions that need them. `key` is always the configuration key 
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeGuard
 
+from actors.data import hub
 from actors.data.weight_files import (
     FLOATS,
     refuse_misfit,
     refuse_quantised,
     refuse_two_heads,
     stored_tensors,
+    weight_file_names,
 )
 from actors.errors import UserError
+from actors.heartbeat import beat, does
 
 if TYPE_CHECKING:
     import torch
@@ -39,20 +43,26 @@ CONTEXT_NAMES = (
 """What architectures call their context length in config.json."""
 SCALED_ALREADY = ("default", "su", "longrope", "llama3", "yarn", "deepseek_yarn", "deepseek_llama_scaling")
 """Kinds of rope scaling whose `max_position_embeddings` has the factor in it, in vLLM as in transformers."""
+STUBS = "understudy-headers-"
+"""Beginning of the names of folders whose weight files have headers only (`with_headers`)."""
 MODEL_DIRECTORY = "a Hugging Face model directory (config.json, safetensors, tokenizer)"
 
 
 def looks_local(name: str) -> bool:
     """Whether a name is a path and not a hub name: it exists, has more than one slash, or its parent folder exists."""
     path = Path(name).expanduser()
-    return path.exists() or name.count("/") > 1 or ("/" in name and path.parent.exists())
+    if path.exists():
+        return True
+    name, _ = hub.split(name)
+    return name.count("/") > 1 or ("/" in name and path.parent.exists())
 
 
 def find_model(model: str, key: str, *, weights: bool = True, code: bool = False) -> Path:
     """The directory of a model: the path itself, or the hub's snapshot (downloaded unless it is in the cache).
 
-    weights: download the safetensors, too. code: download Python files, too. UserError: no such directory, no
-    config.json, or the hub does not answer or does not know the name.
+    model: a path, or a hub name, with its revision after an @. weights: download the safetensors, too: those that the
+    index names, since many repositories hold the weights several times. code: download Python files, too.
+    UserError: no such directory, no config.json, or see `hub_errors`.
     """
     if looks_local(model):
         path = Path(model).expanduser().absolute()
@@ -60,15 +70,49 @@ def find_model(model: str, key: str, *, weights: bool = True, code: bool = False
             siblings = [str(p) for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
             raise UserError(key, path, "an existing directory: " + MODEL_DIRECTORY, siblings)
     else:
-        # Patterns: many repositories hold the weights several times, in other formats.
-        from huggingface_hub import snapshot_download
-
-        patterns = [*SMALL_FILES, *(["*.safetensors"] if weights else []), *(["*.py"] if code else [])]
-        with as_user_error(key, f"the hub name {model}", "a local directory, a cached hub name, or a hub that answers"):
-            path = Path(snapshot_download(model, allow_patterns=patterns))
+        path = hub.snapshot(model, [*SMALL_FILES, *(["*.py"] if code else [])], key)
+        if weights and not _all_there(path):
+            path = hub.snapshot(model, weight_file_names(path, key), key)
     if not (path / "config.json").is_file():
         raise UserError(key, f"{path} without config.json", MODEL_DIRECTORY)
     return path
+
+
+def _all_there(path: Path) -> bool:
+    try:
+        return all((path / name).is_file() for name in weight_file_names(path, ""))
+    except UserError:  # an index that cannot be read is told where it is read
+        return False
+
+
+@contextmanager
+def with_headers(model: str, key: str, *, code: bool = False) -> Iterator[Path]:
+    """Within the block: a directory that holds all that `stored_tensors` and `check_fit` read of the model.
+
+    That is the model's own directory, or the hub's snapshot if it holds the weights. Of other hub names it is a folder
+    with the small files, and safetensors files that have their headers and lengths, and holes for the tensors: a few
+    megabytes are downloaded, whatever the model's size. UserError: see `find_model` and `hub.headers`.
+    """
+    path = find_model(model, key, weights=False, code=code)
+    if looks_local(model) or _all_there(path):
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix=STUBS) as parent:
+        folder = Path(parent, model.replace("/", "--"))
+        folder.mkdir()
+        for file in path.iterdir():
+            (folder / file.name).symlink_to(file.resolve())
+        there, names = hub.file_names(model, key), weight_file_names(path, key)
+        known = [name for name in names if name in there]
+        for name, (header, size) in zip(known, hub.headers(model, known, key), strict=True):
+            with (folder / name).open("wb") as stub:
+                stub.write(header)
+                stub.truncate(size)
+        # What a directory of files would be refused for, too: several sets of weights, or none but pickled ones.
+        for name in there:
+            if "/" not in name and name.endswith((".safetensors", ".bin")) and not (folder / name).exists():
+                (folder / name).touch()
+        yield folder
 
 
 def load_config(model: str, trust_remote_code: bool, key: str) -> PreTrainedConfig:
@@ -112,9 +156,13 @@ def load_model(
         from transformers.distributed import DistributedConfig
 
         split = {"distributed_config": DistributedConfig(tp_plan="auto", tp_size=ranks)}
+    does(f"loads {model}")
     network: Any = _load(path, config, dtype, trust_remote_code, key, **split)
+    beat()
     network = network.to(device).eval()
+    beat()
     refuse_not_finite(network, key)
+    does("")
     return network
 
 
@@ -163,7 +211,8 @@ def _load(
         logging.set_verbosity(verbosity)
     network, report = loaded
     refuse_misfit(path, report, network, key)
-    refuse_two_heads(path, stored, network, key)
+    if not path.parent.name.startswith(STUBS):  # holes would be equal; the actors compare the tensors when they load
+        refuse_two_heads(path, stored, network, key)
     return network
 
 
@@ -221,14 +270,15 @@ def check_fit(
     quantised: what reads weights that config.json calls quantised. `elsewhere`: an engine, which checks them itself.
     UserError: see `load_model`.
     """
-    path = find_model(model, key, code=trust_remote_code)
-    config = load_config(str(path), trust_remote_code, key)
-    if quantised == "transformers" or getattr(config, "quantization_config", None) is None:
-        _load(path, config, "float32", trust_remote_code, key, device_map="meta")
-    elif quantised == "elsewhere":
-        stored_tensors(path, key)
-    else:
-        raise UserError(key, f"{path} with quantised weights (quantization_config)", f"weights of {', '.join(FLOATS)}")
+    with with_headers(model, key, code=trust_remote_code) as path:
+        config = load_config(str(path), trust_remote_code, key)
+        if quantised == "transformers" or getattr(config, "quantization_config", None) is None:
+            _load(path, config, "float32", trust_remote_code, key, device_map="meta")
+        elif quantised == "elsewhere":
+            stored_tensors(path, key)
+        else:
+            found = f"{path} with quantised weights (quantization_config)"
+            raise UserError(key, found, f"weights of {', '.join(FLOATS)}")
 
 
 def context_length(config: PreTrainedConfig) -> int:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from actors.config import PromptsConfig
+from actors.data.hub import hub_errors
 from actors.data.models import as_user_error, looks_local
 from actors.errors import UserError
 
@@ -32,9 +33,7 @@ def read_records(
     optional: fields that records may have. UserError: the file is missing, of another kind or broken, or lacks a field.
     """
     path = Path(config.path).expanduser()
-    if not (
-        path.is_file() or path.suffix in (".jsonl", ".parquet") or (looks_local(config.path) and not path.is_dir())
-    ):
+    if path.is_dir() or is_hub_dataset(config.path):
         return "row", _arrow_rows(_dataset(path, config, key, fields, optional), config.path, key)
     if not path.is_file():
         near = [str(p) for p in path.parent.glob("*")]
@@ -46,6 +45,12 @@ def read_records(
             f"{key}.path", config.path, "a .jsonl or .parquet file (.jsonl.gz too), or the name of a dataset"
         )
     return "row", _arrow_rows(_parquet(path, fields, optional), config.path, key)
+
+
+def is_hub_dataset(name: str) -> bool:
+    """Whether `prompts.path` is the name of a data set on the hub: no file, no directory, and nothing like a path."""
+    path = Path(name).expanduser()
+    return not path.exists() and path.suffix not in (".jsonl", ".parquet") and not looks_local(name)
 
 
 def field_of(record: dict[str, Any], name: str, where: str, key: str) -> Any:
@@ -124,8 +129,10 @@ def _dataset(
             name, subset = str(path), ""
         elif not is_offline_mode():
             # Fails at once if the hub does not answer; load_dataset would retry for half a minute.
-            HfApi().repo_info(name, repo_type="dataset")
-        found = datasets.load_dataset(name, subset or None, split=config.split)
+            with hub_errors(f"{key}.path", name, config.revision, others=False):
+                HfApi().repo_info(name, repo_type="dataset", revision=config.revision)
+        # A directory of data files has no revision: `pin` refuses one.
+        found = datasets.load_dataset(name, subset or None, split=config.split, revision=config.revision)
     columns = _columns(found.column_names, config.path, fields, optional)
     yield from found.select_columns(columns).with_format("arrow").iter(BATCH)
 

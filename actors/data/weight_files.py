@@ -82,17 +82,29 @@ def _files(path: Path, key: str) -> list[Path]:
                 key, f"{path} with {beside[0]} and no {INDEX}", f"{WHOLE}, or the index that names its parts"
             )
         return [path / WHOLE]
+    names = weight_file_names(path, key)
+    if absent := [name for name in names if not (path / name).is_file()]:
+        raise UserError(key, f"{path} without {absent[0]}", f"every file that {INDEX} names")
+    if WHOLE in beside and WHOLE not in names:
+        raise UserError(key, f"{path} with {WHOLE} and with {INDEX}, which names other files", "one of the two")
+    return [path / name for name in names]
+
+
+def weight_file_names(path: Path, key: str) -> list[str]:
+    """The safetensors files that a model directory should have: those that its index names, or WHOLE without one.
+
+    UserError: an index that cannot be read.
+    """
+    index = path / INDEX
+    if not index.is_file():
+        return [WHOLE]
     try:
         names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
         if not names or any(Path(name).name != name for name in names):
             raise ValueError("names of files in this directory are expected")
     except Exception as error:
         raise UserError(key, f"{index} ({type(error).__name__}: {error})", "a JSON object with weight_map") from error
-    if absent := [name for name in names if not (path / name).is_file()]:
-        raise UserError(key, f"{path} without {absent[0]}", f"every file that {INDEX} names")
-    if WHOLE in beside and WHOLE not in names:
-        raise UserError(key, f"{path} with {WHOLE} and with {INDEX}, which names other files", "one of the two")
-    return [path / name for name in names]
+    return names
 
 
 def refuse_quantised(path: Path, stored: Mapping[str, Stored], config: Any, key: str) -> None:

@@ -22,7 +22,7 @@ import numpy as np
 
 from actors.accelerator import torch_device
 from actors.config import LoraConfig, RolloutConfig, SamplingConfig
-from actors.data.models import engine_context, expected_tensors, load_config
+from actors.data.models import engine_context, expected_tensors, find_model, load_config
 from actors.errors import AbortedError, EngineError, WeightError
 from actors.rollout.engine import PromptLengths, Response, filters, trajectories_of
 from actors.rollout.seats import Seats
@@ -124,6 +124,8 @@ class VllmEngine:
             network = load_config(model, trust_remote_code, "student.model")
             more["max_model_len"] = min(length, engine_context(network, {}, "rollout.engine"))
         self._filters = filters(sampling)
+        # vLLM gets files that are here: it would download the weights of a hub name, which versions replace.
+        model = str(find_model(model, "student.model", weights=adapter is not None, code=trust_remote_code))
         self._llm = _build(model, config, sampling, support_size, seed, trust_remote_code, more)
         self._llm.collective_rpc("shape_logits", args=(sampling.temperature, vocabulary))
         if self._filters:

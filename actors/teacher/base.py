@@ -199,7 +199,7 @@ def context_of(config: TeacherConfig, key: str) -> int:
 
     key: of the teacher's section. UserError: its files cannot be read.
     """
-    network = load_config(config.model, config.trust_remote_code, f"{key}.model")
+    network = load_config(config.source, config.trust_remote_code, f"{key}.model")
     if config.backend == "vllm":
         return engine_context(network, config.engine, f"{key}.engine") - 1  # it writes a token after what it scores
     return context_length(network) if has_context(network) else UNBOUNDED

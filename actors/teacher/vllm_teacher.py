@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from actors.config import TeacherConfig
-from actors.data.models import load_config
+from actors.data.models import find_model, load_config
 from actors.teacher.base import Teacher, known_prompts, texts_of
 from actors.trajectory import Limits, Prompts, Trajectories, normalised, offsets_of
 from actors.vllm_logits import EXTENSION
@@ -33,7 +33,7 @@ class VllmTeacher(Teacher):
         asked = {"sampled": 0, "topk": min(config.top_k, self.vocabulary), "full": rows}
         self._asked = asked[config.signal]
         options = {
-            "model": config.model,
+            "model": str(find_model(config.model, f"{key}.model", code=config.trust_remote_code)),
             "dtype": config.dtype,
             "tensor_parallel_size": config.tensor_parallel_size,
             "trust_remote_code": config.trust_remote_code,

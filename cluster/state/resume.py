@@ -11,6 +11,7 @@ from typing import Any
 from actors.errors import UserError
 from cluster.config import CampaignConfig
 from cluster.config_file import differences, load_config, write_config
+from cluster.pins import hold
 from cluster.records.metric_table import is_evaluation
 from cluster.records.writer import CONFIG_FILE, LEDGER_FILE, METRICS_FILE, RunRecords, read_jsonl
 from cluster.state.campaign_state import CampaignState
@@ -85,6 +86,7 @@ def claimed(config: CampaignConfig) -> Iterator[dict[str, Any]]:
             pass  # the file system has no locks
         if mirror := mirror_of(config):
             _bring_back(mirror, run_dir)
+            hold(config)  # the copy's commits, where the run directory had none
         changed = _changed(config)
         try:
             write_config(config, run_dir / CONFIG_FILE)
@@ -145,7 +147,9 @@ def _changed(config: CampaignConfig) -> dict[str, Any]:
     if not written.exists():
         return {}
     found = differences(load_config(written, environment=False), config)
-    if refused := [difference for difference in found if not may_change(difference[0], config)]:
+    # A run that an earlier release began has no commits: it gets them now.
+    kept = [d for d in found if not (d[0].rpartition(".")[2].endswith("revision") and d[1] is None)]
+    if refused := [difference for difference in kept if not may_change(difference[0], config)]:
         raise UserError(
             str(config.run_dir),
             "a campaign with " + ", ".join(f"{key}={old} where this one has {new}" for key, old, new in refused),
