@@ -1,5 +1,7 @@
 """Learner update, teacher scoring and publishing at the shapes of real models, next to plain loops: prints JSON.
 
+    python -m benchmarks.gpu smoke [--out DIR]       everything that one card can show, in nine minutes: smoke/runner.py
+
     python -m benchmarks.gpu all --shape 4b [--tokens 16384] [--length 4096] [--parts learner plain teacher]
     python -m benchmarks.gpu learner --shape tiny --tokens 512 --length 128 --device cpu
 
@@ -253,9 +255,13 @@ PARTS: dict[str, Callable[[argparse.Namespace, Path], Result]] = {
 
 
 def main() -> None:
-    """Prints one line of JSON for each part."""
+    """Prints one line of JSON for each part; or runs the smoke test."""
+    if sys.argv[1:2] == ["smoke"]:
+        from benchmarks.gpu.smoke.runner import main as smoke
+
+        sys.exit(smoke(sys.argv[2:]))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["all", *PARTS])
+    parser.add_argument("what", choices=["all", "smoke", *PARTS])
     parser.add_argument("--shape", default="0.6b")
     for name, default in (("tokens", 16384), ("length", 4096), ("prompt", 64), ("repeats", 3)):
         parser.add_argument(f"--{name}", type=int, default=default)

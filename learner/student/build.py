@@ -52,7 +52,7 @@ def build_student(
     model = load_model(
         student.model if lora or checkpoint is None else checkpoint,
         config.compute_dtype if lora else "float32",
-        device if ranks.size == 1 else "cpu",  # with several ranks a device may only have room for its shard
+        "cpu" if ranks.sharded else device,  # with several ranks a device may only have room for its shard
         trust_remote_code=student.trust_remote_code,
         key="student.model",
     )

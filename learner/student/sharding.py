@@ -28,9 +28,13 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 class Ranks:
     """This process's rank and the number of ranks R of its learner; by default rank 0 of 1."""
 
-    def __init__(self, rank: int = 0, size: int = 1):
-        """size > 1: torch.distributed must have been initialised with this rank and size."""
+    def __init__(self, rank: int = 0, size: int = 1, *, sharded: bool = False):
+        """size > 1: torch.distributed must have been initialised with this rank and size.
+
+        sharded: shards, and uses the process group, with one rank too. One card then tries what several need.
+        """
         self.rank, self.size = rank, size
+        self.sharded = sharded or size > 1
 
     @classmethod
     def join(cls, store: dist.Store, rank: int, size: int, device: str) -> "Ranks":
@@ -46,7 +50,7 @@ class Ranks:
         float32, the dtypes of autocast on one rank. Gradients are summed in float32.
         UserError: the model does not name its layer classes.
         """
-        if self.size == 1:
+        if not self.sharded:
             return
         mesh = dist.init_device_mesh(device, (self.size,))
         layers = decoder_layers(model)
@@ -81,21 +85,21 @@ class Ranks:
 
     def sum(self, values: Tensor) -> Tensor:
         """The element-wise sum over the ranks, without gradient."""
-        if self.size > 1:
+        if self.sharded:
             values = values.detach().clone()
             dist.all_reduce(values)
         return values
 
     def max(self, values: Tensor) -> Tensor:
         """The element-wise maximum over the ranks."""
-        if self.size > 1:
+        if self.sharded:
             values = values.clone()
             dist.all_reduce(values, dist.ReduceOp.MAX)
         return values
 
     def concatenate(self, values: Tensor) -> Tensor:
         """[n_r, ...] on each rank r -> [sum_r n_r, ...] in the order of the ranks, on every rank."""
-        if self.size == 1:
+        if not self.sharded:
             return values
         counts = [torch.zeros((), dtype=torch.int64, device=values.device) for _ in range(self.size)]
         dist.all_gather(counts, torch.tensor(len(values), device=values.device))

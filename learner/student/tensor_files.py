@@ -116,7 +116,7 @@ def model_tensors(
     stand_in_of: dict[int, torch.Tensor] = {}
     stand_ins = {name: stand_in_of.setdefault(id(tensor), torch.zeros(1)) for name, tensor in state.items()}
     state = {name: state[name].detach() for name in remove_tied_weights_from_state_dict(stand_ins, model)}
-    if ranks is not None and ranks.size > 1:
+    if ranks is not None and ranks.sharded:
         # Converting tensors without memory shows whether the file has the same tensors as the model.
         shapes = {name: torch.empty(tensor.shape, device="meta") for name, tensor in state.items()}
         if revert_weight_conversion(model, shapes).keys() == state.keys():

@@ -1,0 +1,166 @@
+"""Runs the parts of the smoke test, each in a process of its own with a time limit, and writes what they found.
+
+    python -m benchmarks.gpu smoke [--out DIR] [--parts attention ranks …] [--seconds 530]
+    python -m benchmarks.gpu smoke --device cpu --shape tiny      what the tests run
+
+It needs torch and transformers, and one GPU. Parts run in order of risk, so that a clock that runs out costs the least; a
+part for which too little is left is `not run`. While a part runs, the process of the next one does its imports, and waits
+with its hands off the GPU. DIR gets smoke.md (tables for docs/benchmarks.md), smoke.json (all figures) and smoke.log; they are
+written again after each part. Exit status: 0 if every verdict is ok, otherwise 1; 2 without a usable GPU.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks.gpu.smoke.report import Found, figure_table, page, verdict_table
+
+
+class Part(NamedTuple):
+    """One part of the test."""
+
+    function: str
+    """Import path of a function (report, options)."""
+    limit: int
+    """Seconds after which it is killed."""
+    needs: int
+    """Seconds below which it is not begun."""
+    shape: str = ""
+    """Of benchmarks/gpu/shapes.py, where it takes one."""
+
+
+HERE = "benchmarks.gpu.smoke"
+PARTS = {
+    "attention": Part(f"{HERE}.attention:attention", 60, 20),
+    "ranks": Part(f"{HERE}.ranks:ranks", 80, 30),
+    "loop": Part(f"{HERE}.loop:loop", 80, 30),
+    "update-4b": Part(f"{HERE}.updates:update", 120, 60, "4b"),
+    "head": Part(f"{HERE}.updates:head", 30, 15, "4b"),
+    "adamw": Part(f"{HERE}.optimizers:adamw", 40, 15, "0.6b"),
+    "teacher": Part(f"{HERE}.scoring:teacher", 75, 40, "4b"),
+    "copies": Part(f"{HERE}.copies:copies", 45, 20, "0.6b"),
+    "update-0.6b": Part(f"{HERE}.updates:update", 60, 25, "0.6b"),
+    "compiled": Part(f"{HERE}.updates:compiled", 120, 60, "0.6b"),
+}
+"""In order of risk. Together they take about six minutes where nothing hangs."""
+SECONDS = 530
+
+
+def arguments(words: list[str]) -> argparse.Namespace:
+    """The command line, behind `smoke`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu smoke",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--out", type=Path, default=Path("smoke"), help="where the results go")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--shape", help="of all parts, instead of their own; `tiny` for a CPU")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="for all parts together")
+    return parser.parse_args(words)
+
+
+class Started:
+    """The process of a part: it imports, then waits for `begin`."""
+
+    def __init__(self, name: str, options: argparse.Namespace, folder: Path):
+        self.name, self.report, self._log = name, folder / f"{name}.lines", folder / f"{name}.log"
+        shape = options.shape or PARTS[name].shape
+        command = [sys.executable, "-m", "benchmarks.gpu.smoke", PARTS[name].function, str(self.report)]
+        command += ["--device", options.device, "--models", str(folder / "models"), *(["--shape", shape] if shape else [])]
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+        if options.device == "cpu":
+            environment["CUDA_VISIBLE_DEVICES"] = ""
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment, start_new_session=True
+            )
+
+    def run(self, limit: float) -> Found:
+        """Lets it begin, and waits for its end; kills it, and what it has started, at the limit."""
+        start = time.monotonic()
+        with contextlib.suppress(BrokenPipeError):  # it died during its imports
+            self._process.stdin.write(b"begin\n")  # type: ignore[union-attr]
+            self._process.stdin.close()  # type: ignore[union-attr]
+        try:
+            status = self._process.wait(limit)
+            killed = f"killed by signal {-status}" if status < 0 else f"exit status {status}"
+            otherwise = ("failed", f"{killed}: {self.last_words()}")
+        except subprocess.TimeoutExpired:
+            otherwise = ("too late", f"it was killed after {limit:.0f} s")
+        self.end()
+        return Found.read(self.name, self.report, time.monotonic() - start, otherwise)
+
+    def end(self) -> None:
+        """Kills its process group, whatever is left of it."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+    def last_words(self) -> str:
+        """The end of its output."""
+        lines = self._log.read_text("utf-8", errors="replace").split("\n")
+        return " ".join([line.strip() for line in lines if line.strip()][-2:])[-300:]
+
+    def log(self) -> str:
+        """Its whole output."""
+        return f"=== {self.name}\n{self._log.read_text('utf-8', errors='replace')}\n"
+
+
+def run_parts(options: argparse.Namespace, folder: Path) -> list[Found]:
+    """The parts, one after the other; DIR is written again after each."""
+    names = [name for name in PARTS if name in options.parts]
+    if options.shape and "update-4b" in names:
+        names = [name for name in names if name != "update-0.6b"]  # the same update again
+    deadline, found, logs = time.monotonic() + options.seconds, [], []
+    started = Started(names[0], options, folder)
+    for name, following in zip(names, [*names[1:], None], strict=True):
+        part, here = PARTS[name], started
+        left = deadline - time.monotonic()
+        started = Started(following, options, folder) if following else here
+        if left < part.needs:
+            here.end()
+            found.append(Found(name, reason=f"{left:.0f} s are left, and it needs {part.needs}"))
+        else:
+            found.append(here.run(min(part.limit, left)))
+        logs.append(here.log())
+        write(options.out, found, "".join(logs))
+        print(told(found[-1]), flush=True)
+    return found
+
+
+def told(part: Found) -> str:
+    """A part on the screen: verdict, figures, and what was wrong."""
+    lines = [f"{part.part}: {part.verdict}{' - ' * bool(part.reason)}{part.reason} ({part.seconds:.0f} s)"]
+    table = figure_table([part]).splitlines()[2:]
+    lines += ["    " + " ".join(row.strip("|").split("|", 1)[1].replace("|", " ").split()) for row in table]
+    return "\n".join(lines)
+
+
+def write(out: Path, found: list[Found], log: str) -> None:
+    """The three files."""
+    content: dict[str, Any] = {"date": f"{datetime.now():%Y-%m-%d %H:%M}", "parts": [asdict(part) for part in found]}
+    (out / "smoke.json").write_text(json.dumps(content, indent=1), "utf-8")
+    (out / "smoke.md").write_text(page(found, content["date"]), "utf-8")
+    (out / "smoke.log").write_text(log, "utf-8")
+
+
+def main(words: list[str]) -> int:
+    """Runs the parts that the command line names; the exit status."""
+    options = arguments(words)
+    options.out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="smoke-") as folder:
+        found = run_parts(options, Path(folder))
+    print("\n" + verdict_table(found), f"\nwritten: {options.out}/smoke.md, smoke.json, smoke.log", sep="\n")
+    return 0 if all(part.verdict == "ok" for part in found) else 1
