@@ -20,7 +20,19 @@ from benchmarks.gpu.smoke.report import Found, figure_table, missed, page
 from benchmarks.gpu.smoke.runner import PARTS, Part
 
 ROOT = Path(__file__).resolve().parents[2]
-ABSENT = ("ray", "vllm", "omegaconf", "numba", "xxhash", "peft", "pandas", "datasets", "pyarrow", "tensorboardX", "pytest")
+ABSENT = (
+    "ray",
+    "vllm",
+    "omegaconf",
+    "numba",
+    "xxhash",
+    "peft",
+    "pandas",
+    "datasets",
+    "pyarrow",
+    "tensorboardX",
+    "pytest",
+)
 """Some of what a machine with a card, torch and transformers lacks."""
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, MistralConfig, Qwen3Config
+from transformers import MistralConfig, MistralForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from actors.forward import packing
 from actors.forward.packing import Packing, hidden_states, use_packed_attention
@@ -37,7 +37,7 @@ CASES = {
     "grouped heads, as Qwen3-4B": Case(32, 8, 128, None, RAGGED),
     "one head of keys": Case(8, 1, 64, None, RAGGED),
     "a window of 128": Case(16, 8, 128, 128, RAGGED),
-    "a window of 1": Case(4, 2, 64, 1, RAGGED[:6]),
+    "a window of 2": Case(4, 2, 64, 2, RAGGED[:6]),
     "heads of 256": Case(8, 4, 256, None, RAGGED),
     "one long sequence among short ones": Case(4, 2, 128, None, [3, 4096, 3]),
     "a long sequence with a window": Case(4, 2, 128, 512, [3, 4096, 3]),
@@ -67,7 +67,7 @@ def attention(report: Report, options: argparse.Namespace) -> None:
 
 def small(case: Case) -> Case:
     """The same for a CPU, in milliseconds."""
-    window = case.window and max(1, case.window // 16)
+    window = case.window and max(2, case.window // 16)
     return case._replace(size=16, heads=case.heads // 4 * 4 and 4, keys=min(case.keys, 2), window=window,
                          lengths=[max(1, length // 16) for length in case.lengths])  # fmt: skip
 
@@ -155,7 +155,8 @@ def compare_model(config: Any, device: str) -> tuple[float, float]:
     """Errors of (states, gradients of all weights) of a packed row under autocast, against its sequences one by one."""
     torch.manual_seed(0)
     with torch.device(device):
-        model: Any = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+        kind = Qwen3ForCausalLM if isinstance(config, Qwen3Config) else MistralForCausalLM
+        model: Any = kind._from_config(config, attn_implementation="sdpa").eval()
     lengths = [5, 40, 17, 1, 100, 100]
     tokens = np.random.default_rng(0).integers(2, config.vocab_size, sum(lengths))
     weights = torch.randn(len(tokens), config.hidden_size, device=device)

@@ -27,7 +27,9 @@ def copies(report: Report, options: argparse.Namespace) -> None:
     other = torch.empty_like(there)
     report.figure("within the card", round(nbytes / seconds_of(lambda: other.copy_(there)) / 1e9, 1), "GB/s")
     first, second = (torch.empty(nbytes, dtype=torch.uint8).fill_(value) for value in (0, 1))
-    report.figure("within the host, all threads", round(nbytes / seconds_of(lambda: first.copy_(second)) / 1e9, 2), "GB/s")
+    report.figure(
+        "within the host, all threads", round(nbytes / seconds_of(lambda: first.copy_(second)) / 1e9, 2), "GB/s"
+    )
     buffer = torch.from_numpy(Buffer().of(1 << 20))
     report.holds("the buffer of buckets is pinned", not on_gpu or buffer.is_pinned())
     publishing(report, options)

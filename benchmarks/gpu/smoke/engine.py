@@ -71,10 +71,14 @@ class TransformersEngine:
         tokens, logprobs = [], []
         while len(tokens) < most and not ended.all():
             beat()
-            out = self._model(input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True)
+            out = self._model(
+                input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True
+            )
             cache = out.past_key_values
             logprobs_BV = torch.log_softmax(out.logits[:, -1].float() / sampling.temperature, -1)
-            chosen = logprobs_BV.argmax(-1) if greedy else torch.multinomial(logprobs_BV.exp(), 1, generator=generator)[:, 0]
+            chosen = (
+                logprobs_BV.argmax(-1) if greedy else torch.multinomial(logprobs_BV.exp(), 1, generator=generator)[:, 0]
+            )
             tokens.append(chosen)
             logprobs.append(logprobs_BV.gather(1, chosen[:, None])[:, 0])
             ended |= torch.isin(chosen, self._stop)

@@ -51,9 +51,7 @@ def ranks(report: Report, options: argparse.Namespace) -> None:
         dist.destroy_process_group()
 
 
-def compared(
-    report: Report, dtype: str, model: Path, work: Work, tokens: int, sharded: Ranks, folder: Path
-) -> None:
+def compared(report: Report, dtype: str, model: Path, work: Work, tokens: int, sharded: Ranks, folder: Path) -> None:
     """One learner with shards and one without, side by side."""
     how: dict[str, Any] = {"compute_dtype": dtype, "optimizer": STEADY, "head_chunk_tokens": 256}
     how["bucket_bytes"] = 8 << 20

@@ -12,17 +12,18 @@ written again after each part. Exit status: 0 if every verdict is ok, otherwise 
 import argparse
 import contextlib
 import json
+import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import tempfile
 import time
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+from benchmarks.gpu.smoke import child
 from benchmarks.gpu.smoke.report import Found, figure_table, page, verdict_table
 
 
@@ -72,50 +73,50 @@ def arguments(words: list[str]) -> argparse.Namespace:
 
 
 class Started:
-    """The process of a part: it imports, then waits for `begin`."""
+    """The process of a part: it imports, then waits for its turn."""
 
     def __init__(self, name: str, options: argparse.Namespace, folder: Path):
-        self.name, self.report, self._log = name, folder / f"{name}.lines", folder / f"{name}.log"
-        shape = options.shape or PARTS[name].shape
-        command = [sys.executable, "-m", "benchmarks.gpu.smoke", PARTS[name].function, str(self.report)]
-        command += ["--device", options.device, "--models", str(folder / "models"), *(["--shape", shape] if shape else [])]
-        environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-        if options.device == "cpu":
-            environment["CUDA_VISIBLE_DEVICES"] = ""
-        with self._log.open("wb") as log:
-            self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment, start_new_session=True
-            )
+        self.name, self._report, self._log = name, folder / f"{name}.lines", folder / f"{name}.log"
+        # A fork has no imports to do. But CUDA does not survive one, whoever has touched it before.
+        context: Any = multiprocessing.get_context("fork" if options.device == "cpu" else "spawn")
+        self._turn = context.Event()
+        given = SimpleNamespace(
+            device=options.device, shape=options.shape or PARTS[name].shape, models=folder / "models"
+        )
+        arguments = (PARTS[name].function, given, self._report, self._log, self._turn)
+        self._process = context.Process(target=child.run, args=arguments, daemon=True)
+        self._process.start()
 
     def run(self, limit: float) -> Found:
         """Lets it begin, and waits for its end; kills it, and what it has started, at the limit."""
         start = time.monotonic()
-        with contextlib.suppress(BrokenPipeError):  # it died during its imports
-            self._process.stdin.write(b"begin\n")  # type: ignore[union-attr]
-            self._process.stdin.close()  # type: ignore[union-attr]
-        try:
-            status = self._process.wait(limit)
-            killed = f"killed by signal {-status}" if status < 0 else f"exit status {status}"
-            otherwise = ("failed", f"{killed}: {self.last_words()}")
-        except subprocess.TimeoutExpired:
-            otherwise = ("too late", f"it was killed after {limit:.0f} s")
+        self._turn.set()
+        self._process.join(limit)
+        status = self._process.exitcode
         self.end()
-        return Found.read(self.name, self.report, time.monotonic() - start, otherwise)
+        if status is None:
+            otherwise = ("too late", f"it was killed after {limit:.0f} s")
+        else:
+            how = f"killed by signal {-status}" if status < 0 else f"exit status {status}"
+            otherwise = ("failed", f"{how}: {self.last_words()}")
+        return Found.read(self.name, self._report, time.monotonic() - start, otherwise)
 
     def end(self) -> None:
-        """Kills its process group, whatever is left of it."""
-        with contextlib.suppress(ProcessLookupError):
+        """Kills it and what it has started, whatever is left of it."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
+        self._process.kill()  # also before it has a group of its own
+        self._process.join()
 
     def last_words(self) -> str:
         """The end of its output."""
-        lines = self._log.read_text("utf-8", errors="replace").split("\n")
+        lines = self.log().split("\n")[1:]
         return " ".join([line.strip() for line in lines if line.strip()][-2:])[-300:]
 
     def log(self) -> str:
         """Its whole output."""
-        return f"=== {self.name}\n{self._log.read_text('utf-8', errors='replace')}\n"
+        text = self._log.read_text("utf-8", errors="replace") if self._log.exists() else ""
+        return f"=== {self.name}\n{text}\n"
 
 
 def run_parts(options: argparse.Namespace, folder: Path) -> list[Found]:
@@ -123,6 +124,9 @@ def run_parts(options: argparse.Namespace, folder: Path) -> list[Found]:
     names = [name for name in PARTS if name in options.parts]
     if options.shape and "update-4b" in names:
         names = [name for name in names if name != "update-0.6b"]  # the same update again
+    if options.device == "cpu":
+        for name in names:
+            child.load(PARTS[name].function)  # once, for all forks
     deadline, found, logs = time.monotonic() + options.seconds, [], []
     started = Started(names[0], options, folder)
     for name, following in zip(names, [*names[1:], None], strict=True):

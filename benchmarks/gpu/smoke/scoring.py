@@ -57,7 +57,9 @@ def repeats(report: Report, scoring: Untested, sizes: Sizes, shape: str) -> None
     """The probe ten times, a full batch twice, and the probe's verdict in a campaign."""
     written = probe(scoring.vocabulary)
     first, *others = (scoring.score(written.ids, written)[1].logprobs for _ in range(10))
-    report.figure("the probe ten times: largest difference", max(float(np.abs(o - first).max()) for o in others), "nats")
+    report.figure(
+        "the probe ten times: largest difference", max(float(np.abs(o - first).max()) for o in others), "nats"
+    )
     report.figure("the probe repeats bit for bit", "yes" if all(np.array_equal(first, o) for o in others) else "no")
     work, _ = make_work(shape, sizes.tokens, sizes.length, sizes.prompt)
     once, twice = (scoring.score(work.ids, work)[1].logprobs for _ in range(2))

@@ -31,12 +31,11 @@ class Blake2:
 
 
 def fill_in() -> list[str]:
-    """Puts a stand-in in the place of xxhash if it is not installed; returns the names of what was missing."""
-    if "xxhash" in sys.modules or find_spec("xxhash") is not None:
-        return []
-    module: Any = types.ModuleType("xxhash")
-    module.xxh3_64 = Blake2
-    module.xxh3_64_intdigest = lambda data: Blake2(data).intdigest()
-    module.xxh3_64_hexdigest = lambda data: Blake2(data).hexdigest()
-    sys.modules["xxhash"] = module
-    return ["xxhash"]
+    """Puts a stand-in in the place of xxhash if it is not installed; returns the names of what is missing."""
+    if "xxhash" not in sys.modules and find_spec("xxhash") is None:
+        module: Any = types.ModuleType("xxhash")
+        module.xxh3_64 = Blake2
+        module.xxh3_64_intdigest = lambda data: Blake2(data).intdigest()
+        module.xxh3_64_hexdigest = lambda data: Blake2(data).hexdigest()
+        sys.modules["xxhash"] = module
+    return ["xxhash"] if getattr(sys.modules.get("xxhash"), "xxh3_64", None) is Blake2 else []

@@ -16,7 +16,7 @@ from actors.trajectory import TeacherScores, Trajectories
 from benchmarks.gpu.shapes import forward_flops
 from benchmarks.gpu.smoke.memory import formula
 from benchmarks.gpu.smoke.report import Report
-from benchmarks.gpu.smoke.timing import free, peak_bytes, peak_flops, seconds_of
+from benchmarks.gpu.smoke.timing import peak_bytes, peak_flops, seconds_of
 from benchmarks.gpu.smoke.work import learner_of, model_of, scored
 from learner.learner import Learner
 
@@ -41,7 +41,9 @@ def update(report: Report, options: argparse.Namespace) -> None:
     offload = sum(items.values()) > 0.97 * room
     if offload:
         items = formula(shape, sizes.tokens, offload=True)
-        report.note("the formula is above the card's memory: moments are in host memory (offload_optimizer), times include it")
+        report.note(
+            "the formula is above the card's memory: moments are in host memory (offload_optimizer), times include it"
+        )
     learner = learner_of(model, sizes.tokens, offload_optimizer=offload)
     if torch.cuda.is_available() and not offload:
         report.holds("AdamW is fused on a GPU", bool(learner._optimizer.param_groups[0].get("fused")))
@@ -115,24 +117,26 @@ def compiled(report: Report, options: argparse.Namespace) -> None:
     model = model_of(shape, options.models)
     work = scored(shape, sizes.tokens, sizes.length, sizes.prompt, "topk")
     other = scored(shape, sizes.tokens // 2, sizes.length, sizes.prompt, "topk")  # another number of tokens
-    found: dict[bool, Any] = {}
-    for compile_ in (False, True):
-        learner = learner_of(model, sizes.tokens, compile=compile_)
-        first = seconds_of_one(learner, work)
-        metrics = learner.update(other[0].ids, *other)
-        seconds = seconds_of(lambda: learner.update(work[0].ids, *work), 3 if torch.cuda.is_available() else 1)  # noqa: B023
-        found[compile_] = metrics
-        name = "compiled" if compile_ else "eager"
-        report.figure(f"{name}: the first update", round(first, 2), "s")
-        report.figure(f"{name}: an update", round(seconds, 4), "s")
-        del learner
-        free()
+    found = {
+        how: stepped(report, learner_of(model, sizes.tokens, compile=how), work, other, how) for how in (False, True)
+    }
     counters = torch._dynamo.utils.counters
     report.figure("compiled graphs", counters["stats"].get("unique_graphs", 0))
     report.figure("calls that were not compiled", sum(counters["unimplemented"].values()))
     for name in ("loss", "grad_norm"):
         error = abs(found[True][name] - found[False][name]) / max(abs(found[False][name]), 1e-3)
         report.check(f"compiled against eager: {name} of the second update", error, 0.05)
+
+
+def stepped(report: Report, learner: Learner, work: Any, other: Any, compile_: bool) -> dict[str, float]:
+    """Times the first and later updates with this learner; the metrics of an update of another size between them."""
+    first = seconds_of_one(learner, work)
+    metrics = learner.update(other[0].ids, *other)
+    seconds = seconds_of(lambda: learner.update(work[0].ids, *work), 3 if torch.cuda.is_available() else 1)
+    name = "compiled" if compile_ else "eager"
+    report.figure(f"{name}: the first update", round(first, 2), "s")
+    report.figure(f"{name}: an update", round(seconds, 4), "s")
+    return metrics
 
 
 def seconds_of_one(learner: Learner, work: tuple[Trajectories, TeacherScores]) -> float:

@@ -1,6 +1,5 @@
-"""The process of one part: imports, waits for its turn, runs. Started by runner.py."""
+"""The process of one part: imports, waits for its turn, runs, reports."""
 
-import argparse
 import importlib
 import os
 import platform
@@ -8,38 +7,45 @@ import sys
 import time
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from benchmarks.gpu.smoke.report import Report
+from benchmarks.gpu.smoke.standins import fill_in
 
 
-def main() -> None:
-    """Runs the function at this import path."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("function")
-    parser.add_argument("report", type=Path)
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--shape", default="tiny")
-    parser.add_argument("--models", type=Path)
-    options = parser.parse_args()
-    report = Report(options.report)
-    module, _, function = options.function.partition(":")
+def load(function: str) -> Any:
+    """The function of a part, by its import path."""
+    fill_in()
+    module, _, name = function.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def run(function: str, options: Any, report: Path, log: Path, turn: Any) -> None:
+    """Runs a part and ends the process. turn: an Event; before it is set the GPU belongs to another part.
+
+    options: `device`, `shape` and `models`, the folder of models that parts share.
+    """
+    os.setsid()  # what it starts is killed with it
+    with log.open("ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    if options.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
     def part(report: Report) -> None:
         begun = time.perf_counter()
-        from benchmarks.gpu.smoke.standins import fill_in
-
-        missing = fill_in()
-        found = getattr(importlib.import_module(module), function)
+        body = load(function)
         imported = time.perf_counter() - begun
-        sys.stdin.readline()  # not before this may it touch the GPU: another part is on it
+        turn.wait()
         report.machine(machine(options.device))
         report.figure("imports", round(imported, 1), "s")
-        for name in missing:
-            report.note(f"without the package {name}: a stand-in for it, so times of checksums are not ours")
-        found(report, options)
+        for name in fill_in():
+            report.note(f"without the package {name}: another hash in its place, so times with checksums are not ours")
+        body(report, options)
 
-    report.run(part)
+    Report(report).run(part)
     sys.stdout.flush()
+    sys.stderr.flush()
     os._exit(0)  # no thread of a library may hold the card after the verdict
 
 
@@ -55,7 +61,3 @@ def machine(device: str) -> dict[str, object]:
         raise RuntimeError("torch finds no GPU here: --device cpu --shape tiny, or a machine with one")
     memory = torch.cuda.get_device_properties(0).total_memory
     return {"card": torch.cuda.get_device_name(), "GB": round(memory / 1e9, 1), "CUDA": torch.version.cuda, **versions}
-
-
-if __name__ == "__main__":
-    main()
