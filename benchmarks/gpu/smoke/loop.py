@@ -44,8 +44,7 @@ def loop(report: Report, options: argparse.Namespace) -> None:
     vllm = on_gpu and find_spec("vllm") is not None
     report.figure("engine", "vllm" if vllm else "transformers")
     parts = build(vllm, on_gpu)
-    import os
-    updates, count = (20, 64) if on_gpu else eval(os.environ["UC"])
+    updates, count = (20, 64) if on_gpu else (10, 32)
     asyncio.run(run(report, parts, updates, count))
 
 
@@ -60,7 +59,7 @@ def build(vllm: bool, on_gpu: bool) -> Parts:
     config = LearnerConfig(
         compute_dtype="float32",
         objective=ObjectiveConfig(estimator="full"),
-        optimizer=OptimizerConfig(learning_rate=2e-4, warmup_updates=2),
+        optimizer=OptimizerConfig(learning_rate=2e-4 if on_gpu else 1e-3, warmup_updates=2),
     )
     learner = Learner(
         StudentConfig(student), config, total_updates=60, temperature=1.0, publish_dtype="float32", bucket_bytes=1 << 20

@@ -125,8 +125,8 @@ def run_parts(options: argparse.Namespace, folder: Path) -> list[Found]:
     if options.shape and "update-4b" in names:
         names = [name for name in names if name != "update-0.6b"]  # the same update again
     if options.device == "cpu":
-        for name in names:
-            child.load(PARTS[name].function)  # once, for all forks
+        for name in names:  # once, for all forks
+            child.load(PARTS[name].function)
     deadline, found, logs = time.monotonic() + options.seconds, [], []
     started = Started(names[0], options, folder)
     for name, following in zip(names, [*names[1:], None], strict=True):

@@ -1,4 +1,4 @@
-"""(c) Updates at the shapes of real models: speed, memory against the formula, host synchronisations, compiled layers.
+"""(c) Updates at the shapes of real models: speed, memory against what is reckoned, host synchronisations, compiled layers.
 
 An update is what a campaign's learner does with 16,384 tokens: collating, passes with gradient checkpointing, one step. The
 signals are a teacher's top 64 and its hidden states, at the real vocabulary.
@@ -8,16 +8,18 @@ import argparse
 import time
 import warnings
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import torch
+import torch._dynamo
 
 from actors.trajectory import TeacherScores, Trajectories
 from benchmarks.gpu.shapes import forward_flops
-from benchmarks.gpu.smoke.memory import formula
+from benchmarks.gpu.smoke.memory import reckoned
 from benchmarks.gpu.smoke.report import Report
 from benchmarks.gpu.smoke.timing import peak_bytes, peak_flops, seconds_of
-from benchmarks.gpu.smoke.work import learner_of, model_of, scored
+from benchmarks.gpu.smoke.work import config_of, learner_of, model_of, scored
 from learner.learner import Learner
 
 SIGNALS = ("topk", "hidden")
@@ -33,27 +35,27 @@ class Sizes:
 
 
 def update(report: Report, options: argparse.Namespace) -> None:
-    """Updates with each signal; the first one's memory against the formula."""
+    """Updates with each signal; memory against what `check` reckons."""
     shape, sizes = options.shape, Sizes(options.shape)
     model = model_of(shape, options.models)
-    items = formula(shape, sizes.tokens, offload=False)
     room = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else float("inf")
-    offload = sum(items.values()) > 0.97 * room
-    if offload:
-        items = formula(shape, sizes.tokens, offload=True)
-        report.note(
-            "the formula is above the card's memory: moments are in host memory (offload_optimizer), times include it"
-        )
-    learner = learner_of(model, sizes.tokens, offload_optimizer=offload)
-    if torch.cuda.is_available() and not offload:
+    config = config_of(sizes.tokens)
+    bound, items = reckoned(shape, sizes.tokens, config)
+    if bound > 0.97 * room:
+        config = replace(config, offload_optimizer=True)
+        bound, items = reckoned(shape, sizes.tokens, config)
+        report.note("more is reckoned than the card has: moments are in host memory (offload_optimizer), times include it")
+    learner = learner_of(model, sizes.tokens, offload_optimizer=config.offload_optimizer)
+    if torch.cuda.is_available() and not config.offload_optimizer:
         report.holds("AdamW is fused on a GPU", bool(learner._optimizer.param_groups[0].get("fused")))
-    for name, nbytes in items.items():
-        report.figure(f"formula: {name}", round(nbytes / 1e9, 3), "GB")
+    report.figure("reckoned, at most", round(bound / 1e9, 3), "GB")
+    for item in items:
+        report.figure(f"reckoned: {item.name}", round(item.nbytes / 1e9, 3), "GB")
     for signal in SIGNALS:
         work = scored(shape, sizes.tokens, sizes.length, sizes.prompt, signal)
         metrics = learner.update(work[0].ids, *work)  # the first one makes moments and compiles kernels
         report.holds(f"{signal}: loss and gradient are finite", 0 < metrics["grad_norm"] < float("inf"))
-        one(report, learner, shape, sizes, work, signal, sum(items.values()))
+        one(report, learner, shape, sizes, work, signal, bound)
     synchronisations(report, learner, work)
     profile(report, learner, work)
 
@@ -62,7 +64,7 @@ def one(
     report: Report, learner: Learner, shape: str, sizes: Sizes, work: tuple[Trajectories, TeacherScores], signal: str,
     bound: float,
 ) -> None:  # fmt: skip
-    """Speed and memory of an update with this signal. bound: bytes by the formula."""
+    """Speed and memory of an update with this signal. bound: bytes that are reckoned."""
 
     def take() -> None:
         learner.update(work[0].ids, *work)
@@ -79,7 +81,7 @@ def one(
     report.figure(f"{signal}: held before the update", round(before / 1e9, 2), "GB")
     report.figure(f"{signal}: highest in the update", round(peak / 1e9, 2), "GB")
     report.figure(f"{signal}: reserved by torch", round(torch.cuda.max_memory_reserved() / 1e9, 2), "GB")
-    report.check(f"{signal}: highest memory over the formula's sum", peak / bound, 1.02)
+    report.check(f"{signal}: highest memory over what is reckoned", peak / bound, 1.02)
 
 
 def synchronisations(report: Report, learner: Learner, work: tuple[Trajectories, TeacherScores]) -> None:

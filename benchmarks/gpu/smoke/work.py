@@ -49,18 +49,22 @@ def scored(shape: str, tokens: int, length: int, prompt: int, signal: str) -> tu
     return written, replace(scores, support_ids=ids.astype(np.int32), support_logprobs=np.ascontiguousarray(logprobs))
 
 
-def learner_of(model: Path, tokens: int, *, ranks: Ranks | None = None, checkpoint: Path | None = None,
-               bucket_bytes: int = 256 << 20, **changes: Any) -> Learner:  # fmt: skip
-    """A learner as a campaign has it, with the objective `full`. tokens: of a micro-batch. changes: of LearnerConfig."""
-    config = LearnerConfig(
+def config_of(tokens: int) -> LearnerConfig:
+    """As a campaign has it, with the objective `full`. tokens: of a micro-batch."""
+    return LearnerConfig(
         gradient_checkpointing=True,
         microbatch_tokens=tokens,
         objective=ObjectiveConfig(estimator="full"),
         optimizer=OptimizerConfig(learning_rate=1e-6, warmup_updates=0),
     )
+
+
+def learner_of(model: Path, tokens: int, *, ranks: Ranks | None = None, checkpoint: Path | None = None,
+               bucket_bytes: int = 256 << 20, **changes: Any) -> Learner:  # fmt: skip
+    """A learner with this configuration. changes: of LearnerConfig."""
     return Learner(
         StudentConfig(str(model)),
-        replace(config, **changes),
+        replace(config_of(tokens), **changes),
         total_updates=100,
         temperature=1.0,
         publish_dtype="bfloat16",
