@@ -44,7 +44,9 @@ def update(report: Report, options: argparse.Namespace) -> None:
     if bound > 0.97 * room:
         config = replace(config, offload_optimizer=True)
         bound, items = reckoned(shape, sizes.tokens, config)
-        report.note("more is reckoned than the card has: moments are in host memory (offload_optimizer), times include it")
+        report.note(
+            "more is reckoned than the card has: moments are in host memory (offload_optimizer), times include it"
+        )
     learner = learner_of(model, sizes.tokens, offload_optimizer=config.offload_optimizer)
     if torch.cuda.is_available() and not config.offload_optimizer:
         report.holds("AdamW is fused on a GPU", bool(learner._optimizer.param_groups[0].get("fused")))
