@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from actors.errors import UserError
 from actors.gpu_share import PROCESS_BYTES, torch_fraction
@@ -22,6 +22,25 @@ def torch_device() -> str:
     if visible.split(",")[0].strip().lower() not in NO_GPU:
         require_gpu(f"CUDA_VISIBLE_DEVICES={visible}")
     return "cpu"
+
+
+class Card(NamedTuple):
+    """A GPU as torch reports it."""
+
+    name: str
+    nbytes: int
+    """Its memory."""
+
+    def share(self, gpus: float) -> "Card":
+        """What an actor with this many GPUs has of one."""
+        return self if gpus >= 1 else Card(f"{gpus:g} of {self.name}", int(gpus * self.nbytes))
+
+
+def card_here() -> Card | None:
+    """The GPU of this process; None without one."""
+    import torch
+
+    return Card(torch.cuda.get_device_name(), card_bytes()) if torch.cuda.is_available() else None
 
 
 def require_gpu(reserved: str) -> str:

@@ -7,6 +7,7 @@ docs/scaling.md has the formula to compare with. Prints JSON.
 """
 
 import argparse
+import ctypes
 import json
 import multiprocessing
 import os
@@ -17,6 +18,8 @@ from typing import Any
 import numpy as np
 
 SIZES = (1, 2, 4)
+M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1
+"""glibc's numbers of the options of mallopt."""
 
 
 def resident(field: str) -> int:
@@ -31,13 +34,26 @@ def reset_peak() -> int:
     return resident("VmRSS")
 
 
-def measure(rank: int, size: int, model: Path, folder: Path, answers: Any) -> None:
-    """Runs one rank in this process; puts (rank, bytes by phase) into the queue `answers`."""
+def give_back_at_once() -> None:
+    """Sets malloc to return freed memory: by default resident memory would be far above the memory in use."""
+    libc = ctypes.CDLL(None)
+    for option in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
+        libc.mallopt(option, 1 << 16)
+
+
+def measure(rank: int, size: int, model: Path, folder: Path, answers: Any, nodes: str = "") -> None:
+    """Runs one rank in this process; puts (rank, bytes by phase) into the queue `answers`.
+
+    nodes: the node of each rank; each node then keeps a copy of the weights. `build_own` is the highest memory of its own
+    while a rank loads the model, without pages of files, which the ranks of a node share.
+    """
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    give_back_at_once()
     import torch
     import torch.distributed as dist
 
     from learner.learner import Learner
+    from learner.student import build
     from learner.student.sharding import Ranks
     from tests.tiny_updates import make_learner, sampled
 
@@ -46,10 +62,19 @@ def measure(rank: int, size: int, model: Path, folder: Path, answers: Any) -> No
     written, scores = sampled({"student": folder / "small", "other": folder / "small"}, "other", "sampled")
     ranks = None
     if size > 1:
-        ranks = Ranks.join(dist.FileStore(str(folder / f"meeting-{size}"), size), rank, size, "cpu")
-    idle = reset_peak()
+        ranks = Ranks.join(dist.FileStore(str(folder / f"meeting-{size}{nodes}"), size), rank, size, "cpu", nodes)
+    cast, own = build._as_trained, []
+    build.device_bytes = lambda device: 1 << 50  # type: ignore[assignment]
+
+    def cast_and_look(module: Any, **how: Any) -> None:
+        cast(module, **how)
+        own.append(resident("RssAnon"))
+
+    build._as_trained = cast_and_look  # type: ignore[assignment]
+    idle, idle_own = reset_peak(), resident("RssAnon")
     learner: Learner = make_learner(models, ranks=ranks, publish_dtype="bfloat16", bucket_bytes=8 << 20)
-    found = {"build_peak": resident("VmHWM") - idle, "built": reset_peak() - idle}
+    found = {"build_own": max(own) - idle_own, "built": resident("RssAnon") - idle_own}
+    idle += reset_peak() - idle - found["built"]  # pages of files that were read are not counted from here on
     for _ in range(2):
         learner.update(written.ids, written, scores)
     found |= {"update_peak": resident("VmHWM") - idle, "updated": reset_peak() - idle}
@@ -68,20 +93,18 @@ def main() -> None:
     for name, default in (("hidden", 512), ("layers", 8), ("vocabulary", 16384)):
         parser.add_argument(f"--{name}", type=int, default=default)
     arguments = parser.parse_args()
-    from safetensors.numpy import load_file
+    import torch
+    from safetensors.torch import load_file
 
     from tests.tiny_models import make_tiny_model
 
-    # By default malloc keeps freed memory, and the resident memory would be far above the memory in use.
-    os.environ |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        model = make_tiny_model(
-            folder / "model", hidden=arguments.hidden, layers=arguments.layers, vocab_extra=arguments.vocabulary
-        )
+        shape = {"hidden": arguments.hidden, "layers": arguments.layers, "vocab_extra": arguments.vocabulary}
+        model = make_tiny_model(folder / "model", **shape, dtype=torch.bfloat16)
         make_tiny_model(folder / "small", hidden=32, layers=1)
-        parameters = sum(tensor.size for tensor in load_file(model / "model.safetensors").values())
+        parameters = sum(tensor.numel() for tensor in load_file(model / "model.safetensors").values())
         result: dict[str, Any] = {"parameters": parameters}
         for size in SIZES:
             answers = context.Queue()

@@ -1,10 +1,12 @@
 """Checks a campaign before it starts, in a few seconds: models, tokenizers, prompts, verifier, mirror, cluster."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
+from actors.accelerator import Card, card_here
 from actors.data.judge import Judge
 from actors.data.models import check_fit, load_config, tensor_parallel_plan
 from actors.data.tokenizer import check_tokenizers_agree, load_tokenizer, template_difference
@@ -15,9 +17,10 @@ from actors.teacher.backends import backend_of, needs_plan
 from actors.vllm_options import check_options
 from cluster.config import CampaignConfig
 from cluster.fleet.gpu_division import division, refuse_overdrawn
-from cluster.fleet.ray_cluster import check_gpus, connected, refuse_relative_output, room_to_begin
+from cluster.fleet.ray_cluster import check_gpus, connected, refuse_relative_output, room_to_begin, transfer_rate
 from cluster.inputs import max_prompt_tokens, read_inputs, student_stop_tokens, turn_ends
 from cluster.pins import pin, places
+from cluster.planning.memory import LARGE_VERSION, Role, roles, student_numbers, version_bytes, versions_sentence
 from cluster.state.mirror import mirror_of
 from learner.objective.estimator_table import own_functions
 
@@ -40,6 +43,10 @@ def checks(config: CampaignConfig, *, offline: bool) -> Iterator[tuple[str, Call
         check = (lambda name=name: _teacher(config, name)) if known else None
         yield f"teacher {name}", check
     yield "engine", lambda: _engine(config)
+    models = [student.model, *(t.model for t in config.teachers.values() if backend_of(t).has_model_files)]
+    memory = cache(lambda: {role.name: role for role in roles(config)})
+    for name in ["learner", "rollout", *(f"teachers.{name}" for name in config.teachers)]:
+        yield f"memory of {name}", (partial(_memory, name, memory)) if here(*models) else None
     if own_functions(config.learner.objective):
         yield "objective", lambda: _objective(config)
     evaluation = config.evaluation.prompts
@@ -58,6 +65,19 @@ def check_models(config: CampaignConfig) -> None:
     _student(config)
     for name in config.teachers:
         _teacher(config, name)
+
+
+def _memory(name: str, all_roles: Callable[[], Mapping[str, Role]]) -> str:
+    """What one actor of a role holds, item by item. UserError: more than the card of this machine, if it has one."""
+    known = all_roles()
+    if name not in known:
+        return "on its servers"
+    gpus = known[name].gpus
+    card = card_here() if gpus != 0 else None
+    if card is not None:
+        card = card.share(1 if gpus is None else gpus)
+        known[name].demand_room(card)
+    return known[name].sentence(card)
 
 
 def _mirror(config: CampaignConfig) -> str:
@@ -167,7 +187,13 @@ def _cluster(config: CampaignConfig) -> str:
         if short:
             raise short
         gpus, card_bytes = check_gpus(needed)
+        nbytes = version_bytes(config, *student_numbers(config))
+        versions = "weight versions " + versions_sentence(nbytes, transfer_rate() if nbytes > LARGE_VERSION else None)
+    for role in roles(config) if card_bytes else ():
+        own = needed[role.name.replace("teachers.", "teacher.")][1].gpus
+        if own:
+            role.demand_room(Card("the smallest GPU", card_bytes).share(own))
     refuse_overdrawn(config, {role: one.gpus for role, (_, one) in needed.items()}, card_bytes)
     actors = [f"{role} {n} x ({r.cpus:g} CPUs, {r.gpus:g} GPUs)" for role, (n, r) in needed.items()]
     shared = division({role: (n, r.gpus) for role, (n, r) in needed.items()}, card_bytes) if card_bytes else ""
-    return "; ".join(part for part in (", ".join(actors), gpus, shared) if part)
+    return "; ".join(part for part in (", ".join(actors), gpus, shared, versions) if part)

@@ -93,7 +93,8 @@ class Forward:
             return {"logprobs": token_logprobs(logprobs_nV, part.tokens[rows])} | reduce(logprobs_nV, rows)
 
         beat()
-        with torch.autocast(self._device, torch.bfloat16, enabled=self._half):
+        # Without autocast's cache: a weight is cast once a pass anyway, and would be held until the end of the forward pass.
+        with torch.autocast(self._device, torch.bfloat16, enabled=self._half, cache_enabled=False):
             hidden = hidden_states(self._body, microbatch.input_ids, microbatch.lengths, self._device)
             # Prompts need no log-probs, and the head is the costliest layer of a small model.
             hidden = hidden[torch.from_numpy(microbatch.positions).to(self._device)]

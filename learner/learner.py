@@ -109,19 +109,19 @@ class Learner:
         self._write = BackgroundWrite()
         self._checkpoint = bool(checkpoint)
         """Whether there is a checkpoint to go on from."""
+        self._teachers = dict(teachers or {})
+        following = {name: t.ema_decay for name, t in self._teachers.items() if t.ema_decay is not None}
         self._model, body, self._pass_tokens, self._adapter = build_student(
-            student, config, checkpoint, self._ranks, self._device
+            student, config, checkpoint, self._ranks, self._device, averages=len(following)
         )
         head: Any = self._model.get_output_embeddings()
         self._vocabulary = min(len(head.weight), vocabulary or len(head.weight))
         self._files = self._other_files() if self._ranks.rank == 0 else {}
         self._optimizer = build_optimizer(self._model, config.optimizer, offload=config.offload_optimizer)
-        self._teachers = dict(teachers or {})
         sampling: dict[str, Any] = {"temperature": temperature, "vocabulary": self._vocabulary}
         named = any(teacher.signal == "student_topk" for teacher in self._teachers.values())
         self._forward = Forward(body, head.weight, head.bias, config, self._device, **sampling, named_by_student=named)
         self._heads = same_rows(self._load_heads(), self._vocabulary, turn_ends or {})
-        following = {name: t.ema_decay for name, t in self._teachers.items() if t.ema_decay is not None}
         self._averages = MovingAverages(self._model, following)
         self.policy_version, self._beta = 0, config.objective.trust_region.beta
         if checkpoint:
@@ -213,12 +213,14 @@ class Learner:
             named: Any = list(adapter_tensors(self._model).items())
         else:
             named = list(merged_tensors(self._model) if self._adapter else self._model.named_parameters())
+        named = [pair for number, pair in enumerate(named) if self._ranks.writes(number)]
         yield from self._publisher.full_or_delta(self.policy_version, named, self._publish_dtype, delta=delta)
         give_back()
 
     def publish_average(self, teacher: str) -> Iterator[np.ndarray | WeightVersion]:
         """The same of the moving average that this teacher is, in its dtype."""
-        averages, dtype = self._averages.weights_of(teacher), self._teachers[teacher].dtype
+        dtype = self._teachers[teacher].dtype
+        averages = [pair for i, pair in enumerate(self._averages.weights_of(teacher)) if self._ranks.writes(i)]
         yield from self._publisher.full(self.policy_version, averages, dtype)
 
     def save(self, directory: str, sample_bytes: int | None = None) -> None:
@@ -241,14 +243,14 @@ class Learner:
         # Copies, since the next update changes the weights while the thread writes.
         first = self._ranks.rank == 0
         merged = merged_tensors(self._model) if self._adapter else None
-        weights = copies(sample(model_tensors(self._model, self._ranks, merged), sample_bytes))
+        weights = copies(sample(model_tensors(self._model, self._ranks, merged), sample_bytes), self._ranks)
         offloaded = {"host_values": self._optimizer.host_values} if isinstance(self._optimizer, OffloadedAdamW) else {}
         moments = optimizer_tensors(self._model, self._optimizer)
         files = {
             "model.safetensors": weights,
-            f"adapter/{ADAPTER_FILE}": copies(adapter_tensors(self._model)) if self._adapter else {},
-            "training/optimizer.safetensors": copies(sample(moments, sample_bytes), **offloaded),
-            "training/averages.safetensors": copies(sample(self._averages.tensors(), sample_bytes)),
+            f"adapter/{ADAPTER_FILE}": copies(adapter_tensors(self._model), self._ranks) if self._adapter else {},
+            "training/optimizer.safetensors": copies(sample(moments, sample_bytes), self._ranks, **offloaded),
+            "training/averages.safetensors": copies(sample(self._averages.tensors(), sample_bytes), self._ranks),
         }
         progress = {"policy_version": self.policy_version, "beta": self._beta}
         dtype = dtype_of(weights)
@@ -367,6 +369,7 @@ class Learner:
                 self._refuse(f"the loss is {total.item()}", batch.trajectories.ids[wrong])
             loss.backward()
         trained = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
+        self._ranks.sum_over_copies(trained)
         norm = full_tensor(torch.nn.utils.clip_grad_norm_(trained, self._config.optimizer.max_grad_norm)).item()
         if not math.isfinite(norm):
             self._refuse(f"the gradient's norm is {norm}", batch.trajectories.ids[rows])

@@ -46,8 +46,11 @@ class ModelNumbers:
 
     @classmethod
     def of(cls, text: Any, parameters: int) -> "ModelNumbers":
-        """From a configuration of transformers (of the text model). parameters: number of all parameters."""
-        heads = text.num_attention_heads
+        """From a configuration of transformers (of the text model). parameters: number of all parameters.
+
+        What a configuration does not name counts as little: a model with a state instead of attention has no heads.
+        """
+        heads = getattr(text, "num_attention_heads", None) or 1
         key_heads = getattr(text, "num_key_value_heads", None) or heads
         size = getattr(text, "head_dim", None) or text.hidden_size // heads
         inner = getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * text.hidden_size
@@ -201,9 +204,8 @@ def _weights_of_a_pass(model: ModelNumbers, run: LearnerNumbers) -> Iterable[Ite
     yield Item("gradient of the output layer", gradient * head, (HEAD,))
     yield Item("gradient of the output layer, of one chunk", (item if gradient and cast else 0) * head, (HEAD,))
     if run.ranks == 1:
-        # Autocast keeps its casts until the end of the forward pass; without checkpointing the graph keeps them longer.
-        casts = cast * model.layers * layer
-        yield Item("layers, cast", casts, (HEAD, *search) if run.checkpointing else (*PASS, *search))
+        # Without checkpointing the graph keeps the casts of all layers.
+        yield Item("layers, cast", 0 if run.checkpointing else cast * model.layers * layer, (HEAD, LAYERS))
         yield Item("one layer, cast", cast * layer if run.checkpointing else 0, (LAYERS,))
         yield Item("gradient of one weight, and its cast", (4 + cast) * layer // 3 if gradient else 0, (LAYERS,))
         if model.tied:
@@ -220,7 +222,8 @@ def _weights_of_a_pass(model: ModelNumbers, run: LearnerNumbers) -> Iterable[Ite
 def _activations(model: ModelNumbers, run: LearnerNumbers) -> Iterable[Item]:
     t, c, hidden = run.pass_tokens, run.head_chunk_tokens, model.hidden
     layer = t * model.saved_bytes(run.compute_bytes)
-    yield Item("layer inputs", 4 * t * hidden * model.layers, (HEAD, LAYERS), certain=False)
+    # Certain, since packing fills a pass.
+    yield Item("layer inputs", 4 * t * hidden * model.layers, (HEAD, LAYERS))
     if run.checkpointing:
         yield Item("one layer, computed again", layer, (LAYERS,), certain=False)
     else:

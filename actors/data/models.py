@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeGuard
+from unittest import mock
 
 from actors.data import hub
 from actors.data.weight_files import (
@@ -137,15 +138,18 @@ def tensor_parallel_plan(model: str, trust_remote_code: bool, key: str) -> dict[
 
 
 def load_model(
-    model: str, dtype: str, device: str, trust_remote_code: bool, key: str, *, ranks: int = 1
+    model: str, dtype: str | None, device: str, trust_remote_code: bool, key: str, *, ranks: int = 1
 ) -> PreTrainedModel:
     """Loads the causal language model in evaluation mode, with sdpa attention, on `device` ("cpu", "cuda:0").
 
-    dtype: "float32", "bfloat16" or "float16". ranks: number of processes that share the model's layers by its
+    dtype: "float32", "bfloat16" or "float16". None: a float32 model whose weights are still bfloat16 where the files hold
+    nothing else, for the caller to cast; on the CPU they stay in the mapped files until then. ranks: number of processes that share the model's layers by its
     tensor-parallel plan; this process is one of them (torch.distributed). Every weight comes from the files: a missing
     tensor is an error, never a random initialisation. UserError: see `find_model` and `check_weights`; or the weights
     do not match config.json, or are not finite.
     """
+    import torch
+
     path = find_model(model, key, code=trust_remote_code)
     config = load_config(str(path), trust_remote_code, key)
     cap = getattr(config.get_text_config(), "attn_logit_softcapping", None)
@@ -159,11 +163,34 @@ def load_model(
     does(f"loads {model}")
     network: Any = _load(path, config, dtype, trust_remote_code, key, **split)
     beat()
+    if dtype is None and network.dtype != torch.float32:
+        _set_float32_buffers(network, config, trust_remote_code)
     network = network.to(device).eval()
     beat()
     refuse_not_finite(network, key)
     does("")
     return network
+
+
+def _set_float32_buffers(network: PreTrainedModel, config: PreTrainedConfig, trust_remote_code: bool) -> None:
+    """Gives a model of 16 bits the constants of a float32 model, unrounded: a scale of the embeddings, for example."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    stored = network.state_dict().keys()
+    rounded = [name for name, buffer in network.named_buffers() if buffer.dtype == network.dtype and name not in stored]
+    if not rounded:
+        return
+    register = torch.nn.Module.register_parameter
+
+    def without_memory(module: torch.nn.Module, name: str, parameter: torch.nn.Parameter | None) -> None:
+        register(module, name, parameter if parameter is None else torch.nn.Parameter(parameter.to("meta")))
+
+    with mock.patch.object(torch.nn.Module, "register_parameter", without_memory):
+        exact = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code, dtype=torch.float32)
+    for name in rounded:
+        module, _, own = name.rpartition(".")
+        setattr(network.get_submodule(module), own, exact.get_buffer(name))
 
 
 def refuse_not_finite(network: PreTrainedModel, key: str) -> None:
@@ -180,7 +207,7 @@ def refuse_not_finite(network: PreTrainedModel, key: str) -> None:
 
 
 def _load(
-    path: Path, config: PreTrainedConfig, dtype: str, trust_remote_code: bool, key: str, **how: Any
+    path: Path, config: PreTrainedConfig, dtype: str | None, trust_remote_code: bool, key: str, **how: Any
 ) -> PreTrainedModel:
     """Loads a model, and refuses files that do not hold what config.json describes. how: more for `from_pretrained`."""
     import torch
@@ -189,6 +216,8 @@ def _load(
 
     stored = stored_tensors(path, key)
     refuse_quantised(path, stored, config, key)
+    if dtype is None:
+        dtype = "bfloat16" if {tensor.dtype for tensor in stored.values()} == {"BF16"} else "float32"
     logging.disable_progress_bar()
     verbosity = logging.get_verbosity()
     try:

@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from actors.data.models import load_config as load_model_config
 from actors.errors import UserError
 from actors.vllm_options import check_options
 from cluster.config import CampaignConfig
@@ -19,14 +18,14 @@ from cluster.planning.datasheet import (
     Load,
     ModelSize,
     cached_sequences,
-    learner_bytes,
     learner_seconds,
     rollout_seconds,
-    teacher_bytes,
     teacher_seconds,
 )
+from cluster.planning.memory import network_without_memory, roles
 from cluster.planning.throughput import Plan, Stage, mean_of, measured
 from cluster.records.writer import CONFIG_FILE, METRICS_FILE, read_jsonl, summary_if_whole
+from learner.memory_items import peak
 
 CALIBRATION_UPDATES = 4
 
@@ -99,14 +98,12 @@ def from_data_sheet(config: CampaignConfig, gpu_name: str, load: Load) -> tuple[
     if gpu_name not in GPUS:
         raise UserError("--gpu", gpu_name, "a GPU that is known", list(GPUS))
     gpu, gpus, replicas = GPUS[gpu_name], gpus_of(config), config.replicas
-    student = model_size(config.student.model, config.student.trust_remote_code, "student.model")
+    student = model_size(config.student.source, config.student.trust_remote_code, "student.model")
     teachers = {
-        name: model_size(teacher.model, teacher.trust_remote_code, f"teachers.{name}.model")
+        name: model_size(teacher.source, teacher.trust_remote_code, f"teachers.{name}.model")
         for name, teacher in config.teachers.items()
     }
-    largest, largest_config = max(
-        ((teachers[name], config.teachers[name]) for name in teachers), key=lambda pair: pair[0].parameters
-    )
+    largest = max(teachers.values(), key=lambda size: size.parameters)
     check_options(config.rollout.engine, "rollout.engine")
     concurrency = int(config.rollout.engine.get("max_num_seqs", 256))
     seconds = {
@@ -115,41 +112,33 @@ def from_data_sheet(config: CampaignConfig, gpu_name: str, load: Load) -> tuple[
         "learner": learner_seconds(load, student, gpu, replicas["learner"], config.learner.gradient_checkpointing),
     }
     stages = tuple(Stage(role, seconds[role], replicas[role], gpus[role]) for role in seconds)
-    teacher_memory = teacher_bytes(largest, largest_config.microbatch_tokens, largest_config.head_chunk_tokens)
     sequences = cached_sequences(load, student, gpu, max(gpus["rollout"], 1))
-    memory = [
-        ["role", "of one GPU", "GiB", "of"],
-        _memory(f"weights; the rest holds {sequences:,.0f} sequences", (2 * student.parameters,), "rollout", gpus, gpu),
-        _memory("weights; activations", teacher_memory, "teacher", gpus, gpu),
-        _memory(
-            "weights, gradients, moments; to compute with",
-            learner_bytes(student, replicas["learner"]),
-            "learner",
-            gpus,
-            gpu,
-        ),
-    ]
+    memory = [["role", "of one GPU", "GiB", "of"], *_memory(config, gpu)]
+    memory[1][1] += f"; the rest holds {sequences:,.0f} sequences"
     return Plan(stages, config.pipeline.max_staleness > 0), memory
 
 
-def _memory(what: str, sizes: tuple[float, ...], role: str, gpus: dict[str, float], gpu: Gpu) -> list[str]:
-    each = [size / max(gpus[role], 1) for size in sizes]
-    fits = "" if sum(each) <= 0.95 * gpu.memory else ", does not fit"
-    return [role, what, " + ".join(f"{size / 2**30:.1f}" for size in each), f"{gpu.memory / 2**30:.0f}{fits}"]
+def _memory(config: CampaignConfig, gpu: Gpu) -> list[list[str]]:
+    """[role, its largest items, GiB, GiB of the GPU] for an engine, the largest teacher and a rank of the learner."""
+    held = {role.name: peak(role.device) for role in roles(config)}
+    largest = max((name for name in held if name.startswith("teachers.")), key=lambda name: held[name][0])
+    rows = []
+    for name, (nbytes, items) in zip(
+        ("rollout", "teacher", "learner"), (held["rollout"], held[largest], held["learner"]), strict=True
+    ):
+        parts = ", ".join(item.name for item in sorted(items, key=lambda item: -item.nbytes)[:4])
+        fits = "" if nbytes <= 0.95 * gpu.memory else ", does not fit"
+        rows.append([name, parts, f"{nbytes / 2**30:.1f}", f"{gpu.memory / 2**30:.0f}{fits}"])
+    return rows
 
 
 def model_size(model: str, trust_remote_code: bool, key: str) -> ModelSize:
     """Sizes from config.json alone, without reading weights. If a token uses k of E experts, k / E of their parameters are
     active."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    config = load_model_config(model, trust_remote_code, key)
-    with torch.device("meta"):
-        network = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    network = network_without_memory(model, trust_remote_code, key)
     sizes = {name: parameter.numel() for name, parameter in network.named_parameters()}
     total, experts = sum(sizes.values()), sum(size for name, size in sizes.items() if ".experts." in name)
-    text = config.get_text_config()
+    text = network.config.get_text_config()
     count = getattr(text, "num_experts", None) or getattr(text, "num_local_experts", None) or 1
     idle = experts * (1 - getattr(text, "num_experts_per_tok", count) / count)
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads

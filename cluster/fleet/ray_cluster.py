@@ -4,11 +4,13 @@ import logging
 import os
 import secrets
 import socket
+import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
+import numpy as np
 import ray
 from ray._private import services
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -28,6 +30,8 @@ CPU_THREADS = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 LOOPBACK = "127.0.0.1"
 PROBE_SECONDS = 5.0
 GPU_CHECK_SECONDS = 60.0
+PROBE_BYTES = 256 << 20
+"""Size of the object with which the transfer between two nodes is measured."""
 TOKEN_SETTINGS = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 """If one of these is set, the user has chosen how clusters are protected. Otherwise a private one gets its own token."""
 
@@ -228,6 +232,40 @@ def check_gpus(needed: dict[str, tuple[int, Resources]], seconds: float = GPU_CH
     busy = [f"{len(waiting)} nodes whose GPUs are in use were not asked"] if waiting else []
     told = ", ".join([*(f"{name} on {count} nodes" for name, count in names.items()), *busy])
     return told, min((size for _, size in found), default=0)
+
+
+def transfer_rate(nbytes: int = PROBE_BYTES) -> float | None:
+    """Bytes a second at which an object goes from one node's store to another's; None with a single node.
+
+    Measured with one object between two nodes. Others that use the network at this time make it lower.
+    """
+    nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
+    if len(nodes) < 2:
+        return None
+
+    def task(function: Callable[..., Any], node: str) -> Any:
+        there = NodeAffinitySchedulingStrategy(node, soft=False)
+        remote: Any = ray.remote(function)
+        return remote.options(num_cpus=0, max_retries=0, scheduling_strategy=there)
+
+    make, size = task(_zeros, nodes[0]), task(_length, nodes[1])
+    ray.get(size.remote(make.remote(1)))  # starts a worker on each
+    seconds = {}
+    for count in (1, nbytes):  # the first without bytes to speak of: what a task takes by itself
+        made = make.remote(count)
+        ray.wait([made], fetch_local=False)
+        start = time.perf_counter()
+        ray.get(size.remote(made))
+        seconds[count] = time.perf_counter() - start
+    return nbytes / max(seconds[nbytes] - seconds[1], 1e-3)
+
+
+def _zeros(nbytes: int) -> np.ndarray:
+    return np.zeros(nbytes, np.uint8)
+
+
+def _length(values: np.ndarray) -> int:
+    return len(values)
 
 
 def check_scaled(needed: dict[str, tuple[int, Resources]], role: str, replicas: int) -> None:

@@ -62,15 +62,15 @@ class LearnerRank:
         )
         return port
 
-    def build(self, host: str, port: int, arguments: tuple, keywords: dict[str, Any]) -> None:
+    def build(self, host: str, port: int, nodes: list[str], arguments: tuple, keywords: dict[str, Any]) -> None:
         """Connects to the other ranks and builds this rank's Learner; returns when all have connected.
 
-        host, port: where rank 0 listens. arguments, keywords: of Learner.
+        host, port: where rank 0 listens. nodes: of each rank. arguments, keywords: of Learner.
         """
         if host == LOOPBACK:  # Gloo would otherwise listen at the machine's address, which other machines can reach
             os.environ["GLOO_SOCKET_IFNAME"] = "lo"
         store = self._store or dist.TCPStore(host, port, is_master=False)
-        ranks = Ranks.join(store, self._rank, self._size, torch_device())
+        ranks = Ranks.join(store, self._rank, self._size, torch_device(), nodes)
         self._learner = Learner(*arguments, **keywords, ranks=ranks)
 
     def call(self, method: str, *arguments: Any, **keywords: Any) -> Any:
@@ -171,7 +171,7 @@ class LearnerGroup(Fleet):
         nodes = await self._together("node", lambda replica: invoke(replica.handle, "node", (), 1))
         host = LOOPBACK if len(set(nodes)) == 1 else nodes[0]
         port = await invoke(self.replicas[0].handle, "listen", (host,), 1)
-        arguments = (host, port, self._arguments, self._keywords)
+        arguments = (host, port, nodes, self._arguments, self._keywords)
         await self._together("the start", lambda replica: invoke(replica.handle, "build", arguments, 1))
         await asyncio.gather(*(started(replica.handle) for replica in self.replicas))
 

@@ -93,19 +93,3 @@ def learner_seconds(load: Load, student: ModelSize, gpu: Gpu, gpus: float, check
     tokens = load.trajectories * (load.prompt_tokens + load.response_tokens)
     passes = 8 if checkpointing else 6
     return passes * student.active_parameters * tokens / (gpu.flops * gpus * EFFICIENCY["train"])
-
-
-def teacher_bytes(teacher: ModelSize, microbatch_tokens: int, head_chunk_tokens: int) -> tuple[float, float]:
-    """(bytes of the bfloat16 weights, bytes of a micro-batch's hidden states and of one float32 chunk of the head)."""
-    activations = 2 * 8 * microbatch_tokens * teacher.hidden + 2 * 4 * head_chunk_tokens * teacher.vocabulary
-    return 2 * teacher.parameters, activations
-
-
-def learner_bytes(student: ModelSize, ranks: int) -> tuple[float, float]:
-    """(bytes of one rank's optimiser state, bytes of the weights that it computes with).
-
-    The state is float32 weights, gradients and AdamW's two moments: 16 bytes for each parameter of its share. One rank
-    computes with a bfloat16 copy; several ranks gather embedding and head (docs/scaling.md).
-    """
-    gathered = 14 * student.vocabulary * student.hidden
-    return 16 * student.parameters / ranks, 2 * student.parameters if ranks == 1 else gathered

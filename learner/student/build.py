@@ -6,7 +6,8 @@ many names. The policy that is trained must be the one that was sampled.
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,8 +22,13 @@ from actors.data.models import load_model, response_head
 from actors.errors import UserError
 from actors.forward.packing import attend_uncompiled, hidden_states, use_packed_attention
 from learner.config import LearnerConfig
+from learner.memory_items import Item, LearnerNumbers, ModelNumbers, learner_items, peak
 from learner.student.lora import add_adapters
 from learner.student.sharding import Ranks, decoder_layers
+
+ROOM = 0.85
+"""Share of a device's memory that a copy of the weights for each node may fill, by the formula. The rest is for the
+allocator's gaps, for NCCL, and for scores of the update, whose size the lengths of its responses decide."""
 
 
 class Student(NamedTuple):
@@ -38,12 +44,21 @@ class Student(NamedTuple):
 
 
 def build_student(
-    student: StudentConfig, config: LearnerConfig, checkpoint: str | None, ranks: Ranks, device: str
+    student: StudentConfig,
+    config: LearnerConfig,
+    checkpoint: str | None,
+    ranks: Ranks,
+    device: str,
+    *,
+    averages: int = 0,
 ) -> Student:
     """Builds the student with the weights of `student.model`, or of the directory `checkpoint`.
 
+    averages: moving averages of the weights that the learner will keep.
+
     Trained weights are float32. With adapters the frozen weights have the compute dtype: they are never updated, so more
-    precision would be lost in every pass. UserError: see load_model, add_adapters, compile_layers and Ranks.shard.
+    precision would be lost in every pass. Until a layer is sharded, its weights stay in the mapped files, where the ranks
+    of a node share them. UserError: see load_model, add_adapters, compile_layers and Ranks.shard.
     """
     # Checks by forward passes come before compiling and sharding, which would make them slow or collective. Adapters come
     # before sharding, so that they are sharded, too.
@@ -51,13 +66,21 @@ def build_student(
     # A checkpoint's model.safetensors holds merged weights. With adapters the frozen weights are those of `student.model`.
     model = load_model(
         student.model if lora or checkpoint is None else checkpoint,
-        config.compute_dtype if lora else "float32",
+        config.compute_dtype if lora else None,
         "cpu" if ranks.sharded else device,  # with several ranks a device may only have room for its shard
         trust_remote_code=student.trust_remote_code,
         key="student.model",
     )
+    sizes = partial(_rank_items, model, config, averages)
+    if device != "cpu":  # whose memory is not the rank's alone
+        _demand_room(sizes(ranks.size, adapter=0 if lora else None), ranks.size, device)
+    cast = partial(_as_trained, device=device, dtype=None if lora else torch.float32)
+    if not ranks.sharded:
+        cast(model)
     body, _, _ = response_head(model, "student.model")
-    pass_tokens = config.microbatch_tokens if use_packed_attention(model) else 1
+    # In the dtype of the masters, which shows the weakest influence between sequences.
+    with nullcontext() if lora or not ranks.sharded else computed_in_float32(model):
+        pass_tokens = config.microbatch_tokens if use_packed_attention(model) else 1
     model.requires_grad_(True)
     stored = Path(checkpoint, "adapter") if checkpoint else None
     adapter = add_adapters(model, lora, stored) if lora else None
@@ -67,8 +90,70 @@ def build_student(
         compile_layers(model)
     if config.gradient_checkpointing:
         recompute_layers(model)
-    ranks.shard(model, device, getattr(torch, config.compute_dtype))
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad) if lora else None
+
+    def fits(size: int) -> bool:
+        return peak(sizes(size, adapter=trained))[0] <= ROOM * device_bytes(device)
+
+    ranks.shard(model, device, getattr(torch, config.compute_dtype), fits, cast)
     return Student(model, body, pass_tokens, adapter)
+
+
+def device_bytes(device: str) -> int:
+    """Memory of a rank's device; 0 for a CPU."""
+    return torch.cuda.get_device_properties(device).total_memory if device != "cpu" else 0
+
+
+def _rank_items(
+    model: PreTrainedModel, config: LearnerConfig, averages: int, ranks: int, *, adapter: int | None
+) -> list[Item]:
+    """The memory of a rank, where so many share the weights. adapter: trained parameters beside the model's own."""
+    total = sum(p.numel() for p in model.parameters()) - (adapter or 0)
+    numbers = ModelNumbers.of(model.config.get_text_config(), total)
+    run = LearnerNumbers.of(config, ranks=ranks, averages=averages, adapter_parameters=adapter)
+    return learner_items(numbers, run)
+
+
+def _demand_room(items: list[Item], ranks: int, device: str) -> None:
+    """UserError: the device is too small for what this rank will hold for certain. Moments come with the first step."""
+    there, (least, parts) = device_bytes(device), peak(items, certain=True)
+    if least > there:
+        listed = ", ".join(f"{part.name} {part.nbytes / 1e9:.1f}" for part in parts if part.nbytes > 5e7)
+        expected = f"at most the {there / 1e9:.1f} GB of {torch.cuda.get_device_name(device)}: more ranks, or "
+        raise UserError(
+            "learner.replicas",
+            f"{ranks}, with which each rank holds {least / 1e9:.1f} GB at least ({listed})",
+            expected + "learner.offload_optimizer: true",
+        )
+
+
+def _as_trained(module: torch.nn.Module, device: str, dtype: torch.dtype | None) -> None:
+    """Moves a module to its device and dtype, one tensor at a time. dtype: None leaves it as it is."""
+    module.to(device=device, dtype=dtype)
+
+
+@contextmanager
+def computed_in_float32(model: torch.nn.Module) -> Iterator[None]:
+    """Within the block, modules compute with float32 copies of their 16-bit weights, which they drop after the pass."""
+    kept: dict[torch.nn.Parameter, torch.Tensor] = {}
+
+    def widen(module: torch.nn.Module, _: Any) -> None:
+        for parameter in module.parameters(recurse=False):
+            kept[parameter] = parameter.data
+            parameter.data = parameter.data.float()
+
+    def restore(module: torch.nn.Module, *_: Any) -> None:
+        for parameter in module.parameters(recurse=False):
+            parameter.data = kept.pop(parameter)
+
+    modules = [module for module in model.modules() if any(p.dtype.itemsize == 2 for p in module.parameters(False))]
+    hooks = [module.register_forward_pre_hook(widen) for module in modules]
+    hooks += [module.register_forward_hook(restore, always_call=True) for module in modules]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def check_repeatable(model: PreTrainedModel) -> None:

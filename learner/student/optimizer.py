@@ -77,8 +77,13 @@ class OffloadedAdamW(torch.optim.AdamW):
         local.copy_(host)
 
 
-def build_optimizer(model: torch.nn.Module, config: OptimizerConfig, *, offload: bool = False) -> torch.optim.AdamW:
+def build_optimizer(
+    model: torch.nn.Module, config: OptimizerConfig, *, offload: bool = False, fused: bool | None = None
+) -> torch.optim.AdamW:
     """AdamW over all trainable parameters. offload: moments in host memory.
+
+    fused: one kernel that writes in place; None: on a GPU. There torch would otherwise compute lists of tensors, with 4
+    bytes of temporaries a parameter, or, of sharded parameters, one at a time. On a CPU one at a time is as good.
 
     Weight decay acts on matrices only: it would pull the scales of norms, which are near 1, towards 0.
     """
@@ -88,7 +93,10 @@ def build_optimizer(model: torch.nn.Module, config: OptimizerConfig, *, offload:
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
     kind = OffloadedAdamW if offload else torch.optim.AdamW
-    return kind(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=config.epsilon)
+    if fused is None:
+        fused = any(parameter.device.type == "cuda" for parameter in trained)
+    betas = (config.beta1, config.beta2)
+    return kind(groups, lr=config.learning_rate, betas=betas, eps=config.epsilon, fused=fused or None)
 
 
 def learning_rate(update: int, total_updates: int, config: OptimizerConfig) -> float:
@@ -134,7 +142,9 @@ def load_optimizer_tensors(
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             moments = {key: read(f"{name}.{key}", parameter.detach()) for key in MOMENTS}
-            step = read(f"{name}.step", torch.zeros(()))
+            # The fused kernel counts the steps on the device.
+            where = parameter.device if optimizer.defaults["fused"] else "cpu"
+            step = read(f"{name}.step", torch.zeros(())).to(where)
             if isinstance(optimizer, OffloadedAdamW):
                 # A tensor read from a file may be a view of the mapped file, whose storage cannot be resized.
                 moments = {key: value.clone() for key, value in moments.items()}

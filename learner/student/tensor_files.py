@@ -82,7 +82,7 @@ def checkpoint_error(error: Exception) -> CheckpointError:
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """A copy of this rank's rows of a tensor, or of all its rows."""
+    """A copy of this rank's rows of a tensor, or of all its rows, or of none."""
 
     shape: tuple[int, ...]
     """Shape of the tensor with the rows of all ranks."""
@@ -138,15 +138,20 @@ def _on_first_rank(
 
 
 def copies(
-    tensors: Mapping[str, torch.Tensor], host_values: Callable[[torch.Tensor], torch.Tensor | None] = lambda _: None
+    tensors: Mapping[str, torch.Tensor],
+    ranks: Ranks | None = None,
+    host_values: Callable[[torch.Tensor], torch.Tensor | None] = lambda _: None,
 ) -> dict[str, Rows]:
-    """Copies this rank's rows of each tensor to host memory.
+    """Copies this rank's rows of each tensor to host memory; none of those that another copy of the weights writes.
 
     host_values: tensor -> its values if they are already in host memory (offloaded moments), else None.
     """
     found = {}
-    for name, tensor in tensors.items():
+    for number, (name, tensor) in enumerate(tensors.items()):
         own, first = own_rows(tensor.detach())
+        if ranks is not None and isinstance(tensor, DTensor) and not ranks.writes(number):
+            found[name] = Rows(tuple(tensor.shape), first, torch.empty(0, dtype=own.dtype))
+            continue
         offloaded = host_values(tensor)
         values = (own if offloaded is None else offloaded).to("cpu", copy=True).contiguous()
         found[name] = Rows(tuple(tensor.shape), first, values)
