@@ -74,7 +74,7 @@ def test_every_recipe_has_the_memory_of_each_role_by_item(name: str) -> None:
     found = {role.name: role.sentence(None) for role in roles(config)}
     assert found.keys() == {"learner", "rollout", *(f"teachers.{teacher}" for teacher in config.teachers)}
     for parts in (
-        ("weights", "gradients", "AdamW's moments", "log-probs of a head chunk"),
+        ("weights", "gradients", "AdamW's moments"),
         ("weights", "cache of one"),
     ):
         sentence = found["learner" if "gradients" in parts else "rollout"]
@@ -107,14 +107,14 @@ def test_the_figures_of_the_eight_billion() -> None:
             "qwen3_4b_privileged.yaml",
             ["teachers.self.ema_decay=0.99"],
             H100,
-            r"learner\.replicas: found 1, .* moving averages 16\.1.* offload_optimizer: true",
+            r"learner\.replicas: found 1, .* moving averages 16\.1.*offload_optimizer: true",
         ),
         ("qwen3_4b_privileged.yaml", [], CARD_OF_24, r"learner\.replicas: found 1, .* the memory of NVIDIA GeForce"),
         (
             "qwen3_8b_from_32b.yaml",
             [],
             CARD_OF_24,
-            r"teachers\.default\.tensor_parallel_size: found 1, .* quantization",
+            r"teachers\.default\.tensor_parallel_size: found 1, .*quantization",
         ),
     ],
 )

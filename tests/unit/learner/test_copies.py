@@ -37,13 +37,21 @@ NAMES = [name for name in ("plain", "many passes", "taken back", "experts", "ada
 and offloaded moments, files written by the first rank, and merged weights."""
 
 
+def names(size: int) -> list[str]:
+    """The settings for so many ranks; one rank on each node differs from two in the mesh alone."""
+    return NAMES if size == 4 else NAMES[:2]
+
+
+CASES = [(size, name) for size in NODES for name in names(size)]
+
+
 def run_rank(rank: int, size: int, material: Material) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     store = dist.FileStore(str(material.folder / f"nodes-{size}"), size)
     ranks = Ranks.join(store, rank, size, "cpu", NODES[size])
     build.device_bytes = lambda device: 1 << 40  # type: ignore[assignment]
     found: dict[str, Any] = {}
-    for name in NAMES:
+    for name in names(size):
         learner = material.learner(name, ranks, publish_dtype="bfloat16")
         found[name] = {"fresh": Published(received(learner.publish()))}
         learner = material.learner(name, ranks)
@@ -96,8 +104,7 @@ def one(material: Material) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("size", NODES)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("size", "name"), CASES)
 def test_copies_take_the_update_that_one_rank_takes(
     name: str, size: int, one: dict[str, Any], of_ranks: dict[int, list[dict[str, Any]]]
 ) -> None:
@@ -124,7 +131,7 @@ def test_every_node_has_all_rows_and_publishes_its_share(size: int, of_ranks: di
         copy, copies, rows, whole = own["shares"]
         assert (copy, copies) == ("ab".index(NODES[size][rank]), 2)
         assert rows <= 1.1 * whole / each
-    for name in NAMES:
+    for name in names(size):
         published = [sum(entry.nbytes for entry in own[name]["fresh"][-1].tensors) for own in of_ranks[size]]
         assert max(published) < 0.75 * sum(published)
 
@@ -139,8 +146,7 @@ def test_deltas_of_copies_make_the_next_version(size: int, of_ranks: dict[int, l
     assert_same_bits(tensors(found["change"], receiver), tensors(found["second"]))
 
 
-@pytest.mark.parametrize("size", NODES)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("size", "name"), CASES)
 def test_copies_write_the_files_that_one_rank_writes(
     name: str, size: int, material: Material, one: dict[str, Any], of_ranks: dict[int, list[dict[str, Any]]]
 ) -> None:

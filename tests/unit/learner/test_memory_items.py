@@ -171,15 +171,13 @@ def test_a_layer_saves_for_its_backward_pass_what_the_formula_says(
 def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[ModelNumbers, dict[str, dict[str, float]]]:
     """The numbers of a model, and by kind of learner what its first rank held, in bytes."""
     folder = tmp_path_factory.mktemp("memory")
-    model = make_tiny_model(folder / "model", hidden=512, layers=10, vocab_extra=16_384, dtype=torch.bfloat16)
+    model = make_tiny_model(folder / "model", hidden=512, layers=8, vocab_extra=16_384, dtype=torch.bfloat16)
     make_tiny_model(folder / "small", hidden=32, layers=1)
     answers: Queue = clean_process.CONTEXT.Queue()
     found = {}
-    for name, size, nodes in (("one", 1, ""), ("two", 2, ""), ("copies", 2, "ab")):
+    for name, size in (("one", 1), ("two", 2)):
         processes = [
-            clean_process.start(
-                measure_and_end, rank, size, model, folder, answers, nodes, log=folder / f"{name}-{rank}"
-            )
+            clean_process.start(measure_and_end, rank, size, model, folder, answers, log=folder / f"{name}-{rank}")
             for rank in range(size)
         ]
         for rank, process in enumerate(processes):
@@ -199,17 +197,17 @@ def measure_and_end(*arguments: Any) -> None:
     arguments[4].join_thread()  # the process ends by os._exit, which would not wait for what is still in the queue
 
 
-@pytest.mark.parametrize(("name", "ranks"), [("one", 1), ("two", 2), ("copies", 1)])
+@pytest.mark.parametrize(("name", "ranks"), [("one", 1), ("two", 2)])
 def test_a_rank_holds_what_the_arithmetic_says(name: str, ranks: int, measured: Any) -> None:
     model, found = measured
     run = LearnerNumbers(
         ranks=ranks, compute_bytes=4, pass_tokens=64, head_chunk_tokens=64, checkpointing=False, step="single"
     )
     formula, _ = peak(learner_items(model, run))
-    # Megabytes of libraries and of small tensors come on top of this small model's 17 million parameters.
-    assert found[name]["update_peak"] == pytest.approx(formula, rel=0.1, abs=4e6)
-    assert found[name]["built"] == pytest.approx(4 * model.parameters / ranks, rel=0.1, abs=4e6)
-    assert found[name]["updated"] == pytest.approx(16 * model.parameters / ranks, rel=0.1, abs=4e6)
+    # Megabytes of libraries and of small tensors come on top of this small model's 26 million parameters.
+    assert found[name]["update_peak"] == pytest.approx(formula, rel=0.1)
+    assert found[name]["built"] == pytest.approx(4 * model.parameters / ranks, rel=0.1, abs=10e6)
+    assert found[name]["updated"] == pytest.approx(16 * model.parameters / ranks, rel=0.1, abs=10e6)
 
 
 def test_a_rank_loads_the_student_without_a_copy_of_it(measured: Any) -> None:
