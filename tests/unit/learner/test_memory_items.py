@@ -215,4 +215,4 @@ def test_a_rank_loads_the_student_without_a_copy_of_it(measured: Any) -> None:
     rows = 4 * model.parameters / 2
     # Beside its rows one layer, or embedding and head, in float32, while they are sharded; not the whole model.
     assert found["two"]["build_own"] < rows + 4 * model.head + 8e6
-    assert found["two"]["build_own"] < 3.2 * model.parameters
+    assert found["two"]["build_own"] < 3.5 * model.parameters
