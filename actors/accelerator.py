@@ -9,6 +9,11 @@ from actors.gpu_share import PROCESS_BYTES, torch_fraction
 
 NO_GPU = ("", "-1", "none", "void", "nodevfiles")
 """First entries of CUDA_VISIBLE_DEVICES that name no GPU."""
+SWITCH = "UNDERSTUDY_DETERMINISTIC"
+DETERMINISTIC = {SWITCH: "1", "CUBLAS_WORKSPACE_CONFIG": ":4096:8", "VLLM_BATCH_INVARIANT": "1"}
+"""Environment of every actor with `deterministic: true`. cuBLAS and vLLM read theirs when they start."""
+BATCH_INVARIANT = (9, 0)
+"""Least compute capability of vLLM's batch-invariant mode (vllm/envs.py)."""
 DRIVER_FILE = Path("/proc/driver/nvidia/version")
 
 
@@ -41,6 +46,33 @@ def card_here() -> Card | None:
     import torch
 
     return Card(torch.cuda.get_device_name(), card_bytes()) if torch.cuda.is_available() else None
+
+
+def deterministic() -> bool:
+    """Whether this process was started by a campaign with `deterministic: true`."""
+    return os.environ.get(SWITCH) == "1"
+
+
+def settle_algorithms() -> None:
+    """With `deterministic: true`, makes torch use kernels that repeat to the bit, and raise where there is none."""
+    import torch
+
+    if deterministic():
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # for debugging only, and slow
+
+
+def require_batch_invariance(device: str, key: str) -> None:
+    """UserError on a GPU that vLLM has no batch-invariant kernels for, with `deterministic: true`."""
+    import torch
+
+    if not deterministic() or device != "cuda":
+        return
+    found = torch.cuda.get_device_capability()
+    if found < BATCH_INVARIANT:
+        name = f"{torch.cuda.get_device_name()} of compute capability {found[0]}.{found[1]}"
+        least = ".".join(map(str, BATCH_INVARIANT))
+        raise UserError("deterministic", f"true, and {name} for {key}", f"false, or {least} for vLLM (H100 and later)")
 
 
 def require_gpu(reserved: str) -> str:

@@ -91,6 +91,15 @@ class RolloutCounts(NamedTuple):
     """Responses that lost their place in the engine's full cache since its last report, and were computed again."""
 
 
+class LoadSeconds(NamedTuple):
+    """How long a rollout actor took to load a weight version."""
+
+    prepared: float
+    """Seconds to verify, decode and stage it, while the engine went on."""
+    stood_still: float
+    """Seconds for which no token was sampled."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trajectories:
     """What the student wrote. Every array is aligned with `ids` or, through the offsets, with the tokens."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from actors.accelerator import card_bytes, torch_device
+from actors.accelerator import card_bytes, require_batch_invariance, torch_device
 from actors.errors import UnavailableError, UserError
 from actors.gpu_share import is_share
 from actors.heartbeat import beat
@@ -56,6 +56,7 @@ def build_llm(options: dict[str, Any], more: dict[str, Any], key: str, gpus: flo
     """
     refuse_samplers(more, key)
     device = torch_device()
+    require_batch_invariance(device, key.removesuffix(".engine"))
     with importing_vllm():
         from torch import OutOfMemoryError
         from vllm import LLM

@@ -1,10 +1,16 @@
-"""Time to bring a weight version from one process to four, over one memory copy and a pickled state_dict. Prints a table.
+"""Time to bring a weight version from one process to four, over one memory copy and a pickled state_dict; and for how long
+an engine stands still while it loads one. Prints two tables.
 
-    python -m benchmarks.publish [--mebibytes 512] [--readers 4] [--rounds 5]
+    python -m benchmarks.publish [--mebibytes 512] [--readers 4] [--rounds 5] [--ranks 4]
 
 `versions` is what a campaign does (cluster/loop/weight_sync.py): it lays out buckets with checksums and streams them into the
 object store, where every reader verifies them in place. `pickled state_dict` is the simplest way: pickle.dumps, one object,
 pickle.loads in every reader, no check. Neither includes an engine. The ways take turns; the best of several rounds counts.
+
+The second table has the two parts of a load, of a version with the rows of several ranks, into parameters on the GPU where
+there is one: before, tensors were verified one after the other, and the engine stood still while rows were concatenated in
+fresh memory and copied. After, they are verified and staged in as many threads as torch may use, beside the engine, and rows
+are copied straight to their places. `--mebibytes` counts in both.
 """
 
 import argparse
@@ -19,8 +25,21 @@ import numpy as np
 import ray
 import torch
 
-from actors.weights.buckets import WeightVersion, join
+from actors.trajectory import LoadSeconds
+from actors.weights.buckets import (
+    WeightVersion,
+    copy_rows,
+    join,
+    pack_all,
+    rows_of,
+    unpack,
+    verify,
+    verify_sizes,
+    verify_tensor,
+    window,
+)
 from actors.weights.delta import Receiver
+from actors.weights.staging import Staging
 from cluster.config import WeightsConfig
 from cluster.fleet.ray_actor import Resources
 from cluster.fleet.ray_fleet import Fleet
@@ -60,10 +79,10 @@ class Reader:
     def prefetch(self, bucket: np.ndarray) -> None:
         """Does nothing, as in the rollout actor."""
 
-    def load_weights(self, *published: np.ndarray | WeightVersion) -> float:
+    def load_weights(self, *published: np.ndarray | WeightVersion) -> LoadSeconds:
         """Verifies every tensor."""
         join(Receiver(False).receive(*published))
-        return 0.0
+        return LoadSeconds(0.0, 0.0)
 
     def unpickle(self, content: bytes) -> int:
         """Unpickles the state_dict."""
@@ -109,13 +128,58 @@ async def measure(mebibytes: int, readers: int, rounds: int) -> dict[str, float]
     return best
 
 
+def load_seconds(mebibytes: int, ranks: int, rounds: int) -> dict[str, tuple[float, float]]:
+    """Way -> seconds (prepared beside the engine, standing still), the best of the rounds."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    named = [(f"layer.{i}", torch.randn(1 << 10, 4 << 9).bfloat16()) for i in range(mebibytes // 4)]
+    parts = [
+        pack_all(1, [(name, tensor.chunk(ranks)[rank]) for name, tensor in named], "bfloat16", BUCKET_BYTES)
+        for rank in range(ranks)
+    ]
+    manifest, buckets = join(parts)
+    parameters = {name: tensor.to(device) for name, tensor in named}
+    staging = Staging()
+
+    def before() -> tuple[float, float, float]:
+        start = time.perf_counter()
+        verify_sizes(manifest, buckets)
+        for entry in manifest.tensors:
+            verify_tensor(1, entry, window(entry, buckets))
+        prepared = time.perf_counter()
+        for name, tensor in unpack(manifest, buckets):
+            parameters[name].copy_(tensor)
+        return start, prepared, time.perf_counter()
+
+    def after() -> tuple[float, float, float]:
+        start = time.perf_counter()
+        verify(manifest, buckets)
+        staged = staging.stage(buckets)
+        prepared = time.perf_counter()
+        for name, rows in rows_of(manifest, staged):
+            copy_rows(rows, parameters[name])
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        staging.release()
+        return start, prepared, time.perf_counter()
+
+    best = {}
+    for way in (before, after):
+        taken = [way() for _ in range(rounds + 1)][1:]  # the first fills kept memory, once in a campaign
+        best[way.__name__] = (min(b - a for a, b, _ in taken), min(c - b for _, b, c in taken))
+    for name, tensor in named:
+        assert torch.equal(parameters[name].cpu(), tensor)
+    return best
+
+
 def main() -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mebibytes", type=int, default=512)
     parser.add_argument("--readers", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--ranks", type=int, default=4)
     options = parser.parse_args()
+    loads = load_seconds(options.mebibytes, options.ranks, options.rounds)
     ray.init(
         address="local", include_dashboard=False, num_cpus=8, log_to_driver=False, logging_level=logging.ERROR,
         object_store_memory=(options.mebibytes * 4) << 20,
@@ -124,7 +188,11 @@ def main() -> None:
     print("| way | seconds | over one memcpy |\n|---|---|---|")
     for name, seconds in best.items():
         print(f"| {name} | {seconds:.3f} | {seconds / best['memcpy']:.1f} |")
-    print(f"\npickled / versions: {best['pickled state_dict'] / best['versions']:.1f}")
+    print(f"\npickled / versions: {best['pickled state_dict'] / best['versions']:.1f}\n")
+    print("| load | prepared beside the engine (s) | standing still (s) |\n|---|---|---|")
+    for name, (prepared, still) in loads.items():
+        print(f"| {name} | {prepared:.3f} | {still:.3f} |")
+    print(f"\nstanding still, before / after: {loads['before'][1] / loads['after'][1]:.1f}")
 
 
 if __name__ == "__main__":

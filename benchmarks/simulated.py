@@ -18,10 +18,9 @@ import numpy as np
 
 from actors.config import PromptsConfig, StudentConfig, TeacherConfig
 from actors.data.prompts import PromptSet
-from actors.rollout.actor import RolloutCounts
 from actors.rollout.batched_calls import BatchedCalls
 from actors.teacher.base import TeacherCounts
-from actors.trajectory import Requests, TeacherScores, Trajectories, offsets_of
+from actors.trajectory import LoadSeconds, Requests, RolloutCounts, TeacherScores, Trajectories, offsets_of
 from actors.weights.buckets import WeightVersion
 from cluster.config import CampaignConfig, CheckpointConfig, EvaluationConfig, PipelineConfig
 from cluster.fleet.ray_actor import Resources
@@ -74,11 +73,11 @@ class SleepingRollout(BatchedCalls):
     async def prefetch(self, bucket: np.ndarray) -> None:
         """Brings the bucket to this node, since it is an argument."""
 
-    async def load_weights(self, *published: np.ndarray | WeightVersion) -> float:
+    async def load_weights(self, *published: np.ndarray | WeightVersion) -> LoadSeconds:
         """Sleeps."""
         await asyncio.sleep(self._times.load)
         self._version = published[-1].version  # type: ignore[union-attr]
-        return self._times.load
+        return LoadSeconds(0.0, self._times.load)
 
     async def generate(self, requests: Requests) -> tuple[RolloutCounts, Trajectories]:
         """Sleeps for each response, in a seat; records the weight version of each half of its tokens."""

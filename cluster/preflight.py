@@ -1,6 +1,7 @@
 """Checks a campaign before it starts, in a few seconds: models, tokenizers, prompts, verifier, mirror, cluster."""
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,7 +14,7 @@ from actors.data.tokenizer import check_tokenizers_agree, load_tokenizer, templa
 from actors.errors import UserError
 from actors.rollout.engine import engine_class
 from actors.teacher.alignment import make_reader
-from actors.teacher.backends import backend_of, needs_plan
+from actors.teacher.backends import backend_of, needs_plan, refuse_full
 from actors.vllm_options import check_options
 from cluster.config import CampaignConfig
 from cluster.fleet.gpu_division import division, refuse_overdrawn
@@ -23,6 +24,7 @@ from cluster.pins import pin, places
 from cluster.planning.memory import LARGE_VERSION, Role, roles, student_numbers, version_bytes, versions_sentence
 from cluster.state.mirror import mirror_of
 from learner.objective.estimator_table import own_functions
+from learner.validation import starts_at_learner
 
 
 def checks(config: CampaignConfig, *, offline: bool) -> Iterator[tuple[str, Callable[[], str] | None]]:
@@ -97,6 +99,11 @@ def _engine(config: CampaignConfig) -> str:
             check_options(teacher.engine, f"teachers.{name}.engine")
     teachers = {f"teacher.{name}": teacher.gpus_per_replica for name, teacher in config.teachers.items()}
     refuse_overdrawn(config, {"rollout": config.rollout.gpus_per_replica, **teachers})
+    objective, dtypes = config.learner.objective, (config.rollout.dtype, config.learner.compute_dtype)
+    clips = starts_at_learner(replace(objective, mismatch=replace(objective.mismatch, pi_old="learner")))
+    if set(dtypes) != {"float32"} and clips and not starts_at_learner(objective, *dtypes):
+        key = "learner.objective.mismatch.pi_old"
+        return f"{config.rollout.backend}; note: with {key}: engine the clip also acts on the rounding of 16 bits"
     return config.rollout.backend
 
 
@@ -143,6 +150,8 @@ def _teacher(config: CampaignConfig, name: str) -> str:
         load_config(student.source, student.trust_remote_code, "student.model"),
         load_config(teacher.source, teacher.trust_remote_code, key),
     )
+    rows = configs[1].get_text_config().vocab_size
+    refuse_full(teacher, f"teachers.{name}", rows, config.sampling.max_response_tokens)
     remarks = check_tokenizers_agree(*tokenizers, *configs, key)
     if (ends := turn_ends(config, name)) is not None:
         own, its = (

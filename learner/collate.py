@@ -58,7 +58,9 @@ class Part:
     coefficient: Tensor
     """[n] float32: A_t, where it was computed for the whole update; else 0."""
     old_logprobs: Tensor
-    """[n] float32: log pi_old, what the ratio is to."""
+    """[n] float32: log pi_old, what trust region and metrics measure from."""
+    start_logprobs: Tensor
+    """[n] float32: log of what the clipped ratio is to: `old_logprobs`, or the learner's own (`mismatch.pi_old`)."""
     importance: Tensor
     """[n] float32: weight that corrects for the engine's numerics, 1 where nothing is corrected."""
     on_policy: Tensor
@@ -136,7 +138,8 @@ class UpdateBatch:
     def take_policy(self, logprobs: Tensor) -> None:
         """Sets pi_old to the learner's own log-probs [N], where the engine's before its filter are not known."""
         sampled = _tensor(self.trajectories.behaviour_logprobs, self.device)
-        self.tensors["behaviour_logprobs"] = self.tensors["old_logprobs"] = logprobs
+        for name in ("behaviour_logprobs", "old_logprobs", "start_logprobs"):
+            self.tensors[name] = logprobs
         self.tensors["filter_weight"] = filter_weights(logprobs, sampled)
         # Nothing is left to compare the learner's numerics with.
         self.tensors["on_policy"] = torch.zeros_like(self.tensors["on_policy"])
@@ -190,6 +193,14 @@ class UpdateBatch:
             rows=torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths)).to(self.device),
             shape=(len(lengths), int((columns[trained] + 1).max(initial=0))),
         )
+
+
+def from_here(part: Mapping[str, Tensor], own: Tensor) -> dict[str, Tensor]:
+    """The changed fields of a Part or an update where the clipped ratio starts from the learner's own log-probs [n].
+
+    Tokens of these very weights: they are pi_old. Of an older version: trust region and metrics measure from that still.
+    """
+    return {"start_logprobs": own, "old_logprobs": torch.where(part["on_policy"], own, part["old_logprobs"])}
 
 
 def _tensor(values: np.ndarray, device: str) -> Tensor:
@@ -282,7 +293,7 @@ def collate(
         "weights": zeros,  # set for each step, by `weigh`
         "coefficient": zeros,  # set by the learner's look-ahead, where it depends on the whole update
         "reward_cost": zeros,  # set below, where there are rewards
-        "old_logprobs": behaviour,  # the learner's own instead, where the engine's numerics are corrected
+        **dict.fromkeys(("old_logprobs", "start_logprobs"), behaviour),  # or the learner's own, see `_look_ahead`
         "importance": torch.ones_like(zeros),
         "on_policy": tensor(written.trained & (written.policy_versions == policy_version)),
         "support_ids": tensor(scores.support_ids.astype(np.int64)),

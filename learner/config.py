@@ -30,11 +30,16 @@ class MismatchConfig:
 
     correction: Literal["none", "truncate", "mask"] = "none"
     """Weighs tokens by pi_old / pi_behaviour. `truncate` cuts the weight at `high`; `mask` leaves out tokens outside [low,
-    high]. `none`: pi_old is the log-prob that the engine recorded."""
+    high]. `none`: the ratio of the token alone, see `pi_old`."""
     level: Literal["token", "prefix", "sequence"] = "token"
     """Tokens whose ratios the weight multiplies: this token, the response up to it (for `full`, before it), or all."""
     low: float = number(0.5, minimum=0)
     high: float = number(2.0, above=0)
+    pi_old: Literal["auto", "engine", "learner"] = "auto"
+    """Where the clipped ratio starts, with `correction: none`. `engine`: from the log-prob that the engine recorded, whose
+    rounding is then clipped as if it were a step. `learner`: from the learner's own log-prob at the start of the update;
+    its ratio to the recorded one is a weight, cut at `high`, that no clip acts on. It costs a pass without gradients
+    where an update has several steps. `auto`: `learner` where engine or learner compute in 16 bits, else `engine`."""
 
 
 @dataclass

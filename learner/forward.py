@@ -4,6 +4,7 @@ Shapes: n tokens of the micro-batch or of a chunk of it, H hidden size, V vocabu
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -11,7 +12,7 @@ import torch
 from actors.forward.logprobs import chunked_head, entropy, token_logprobs
 from actors.forward.packing import Microbatch, hidden_states
 from actors.heartbeat import beat
-from learner.collate import Part
+from learner.collate import Part, from_here
 from learner.config import LearnerConfig, ObjectiveConfig
 from learner.costs import (
     coefficients,
@@ -23,7 +24,7 @@ from learner.costs import (
 from learner.hidden_states import Head, HiddenStates
 from learner.metrics import UpdateMetrics, agreement
 from learner.objective.estimator_table import estimator_row, reads_distribution
-from learner.objective.policy_gradient import surrogate
+from learner.objective.policy_gradient import corrected_weights, surrogate
 from learner.objective.trust_region import ESTIMATORS as TRUST_REGION
 from learner.objective.trust_region import exact, k3
 from learner.student.sharding import full_tensor
@@ -46,14 +47,16 @@ class Forward:
         temperature: float,
         vocabulary: int | None,
         named_by_student: bool,
+        own_pi_old: bool = False,
     ):
         """temperature: that was sampled at. vocabulary: number of the head's rows that are tokens; None: all.
-        named_by_student: the teachers' supports are the student's most likely tokens."""
+        named_by_student: the teachers' supports are the student's most likely tokens. own_pi_old: the clipped ratio starts
+        from the learner's own log-probs, and their ratio to the recorded ones is a weight (`mismatch.pi_old`)."""
         self._body, self._weight, self._bias = body, weight_VH, bias_V
         self._objective, self._chunk_tokens = config.objective, config.head_chunk_tokens
         self._half = config.compute_dtype == "bfloat16"
         self._device, self._temperature, self._vocabulary = device, temperature, vocabulary
-        self._named_by_student = named_by_student
+        self._named_by_student, self._own_pi_old = named_by_student, own_pi_old
 
     def as_hidden_states(self, states: torch.Tensor, places: torch.Tensor) -> HiddenStates:
         """Hidden states [N', H] of the current weights as pi_old over the whole vocabulary, for the exact trust region.
@@ -112,7 +115,9 @@ class Forward:
             )
         return dict(zip(names, values, strict=True))
 
-    def loss(self, part: Part, microbatch: Microbatch, beta: float, collected: UpdateMetrics) -> torch.Tensor:
+    def loss(
+        self, part: Part, microbatch: Microbatch, beta: float, collected: UpdateMetrics, *, starts_here: bool = False
+    ) -> torch.Tensor:
         """[] the micro-batch's share of the loss, in nats; the shares of all micro-batches and ranks add up to the loss.
 
             loss = sum_n w_n (m_n cost_n + beta KL_n)
@@ -122,7 +127,8 @@ class Forward:
         KL: the estimate of KL(pi_old || pi_theta) of `trust_region.estimator`, [n]. cost [n], by the estimator:
         with a coefficient A_t (no gradient), f max(ratio A, clip(ratio, 1 - low, 1 + high) A) with
         ratio = pi_theta / pi_old (PPO, arXiv 1707.06347); `full`, the divergence at each context; `sft`, -log pi_theta.
-        part: tensors [n] of the micro-batch on this device. collected: takes the metrics of these tokens.
+        part: tensors [n] of the micro-batch on this device. collected: takes the metrics of these tokens. starts_here: the
+        weights are those that the update starts from, and `part` does not hold their log-probs.
         """
         objective, row = self._objective, estimator_row(self._objective.estimator)
         full = not row.samples_action
@@ -140,20 +146,12 @@ class Forward:
 
         found = self.columns(part, microbatch, reduce, measure)
         logprobs, kl = found["logprobs"], found.get("kl")
+        if self._own_pi_old and starts_here:  # without a pass of its own: this one has its weights
+            fields = {"on_policy": part.on_policy, "old_logprobs": part.old_logprobs}
+            part = replace(part, **from_here(fields, logprobs.detach()))
         if full_cost_is_exact_kl(objective):
             kl = found["cost"].detach()  # the cost is the KL to be measured: one pass over [n, V] serves both
-        # Without a coefficient: the divergence of `full`, or the negative log-likelihood of `sft`.
-        cost, clipped = found.get("cost", -logprobs), torch.zeros_like(part.mask)
-        if row.has_coefficient:
-            student = logprobs if objective.recompute_log_ratio else part.behaviour_logprobs
-            whole_update = needs_whole_update(objective)
-            # Computed here, A_t costs no pass of its own, but sees only the trajectories of this micro-batch.
-            a_t = part.coefficient if whole_update else coefficients(student, kl, part, None, objective)
-            cost, clipped = self._surrogate(logprobs, part, a_t)
-        elif full and objective.reward_weight:
-            # The divergence needs no sampled action, a reward does: it has its own clipped ratio.
-            of_reward, clipped = self._surrogate(logprobs, part, objective.reward_weight * part.reward_cost)
-            cost = cost + of_reward
+        cost, clipped = self._cost(logprobs, part, found.get("cost"), kl)
         region = objective.trust_region.estimator
         forward_kl = found["forward_kl"] if region == "exact" else TRUST_REGION[region](logprobs, part.old_logprobs)
         # Filled, not multiplied by 0: a masked token may hold NaN. The importance weight corrects the cost alone; the
@@ -173,12 +171,36 @@ class Forward:
             collected.add(loss, part, microbatch.rows, columns)
         return loss
 
+    def _cost(
+        self, logprobs: torch.Tensor, part: Part, divergence: torch.Tensor | None, kl: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """([n] cost of each token, [n] whether a clip took its gradient). divergence: that of `full`."""
+        objective = self._objective
+        if estimator_row(objective.estimator).has_coefficient:
+            student = logprobs if objective.recompute_log_ratio else part.behaviour_logprobs
+            whole_update = needs_whole_update(objective)
+            # Computed here, A_t costs no pass of its own, but sees only the trajectories of this micro-batch.
+            a_t = part.coefficient if whole_update else coefficients(student, kl, part, None, objective)
+            return self._surrogate(logprobs, part, a_t)
+        unclipped = torch.zeros_like(part.mask)
+        if divergence is None:  # the negative log-likelihood of `sft`
+            return -logprobs, unclipped
+        if not objective.reward_weight:
+            return divergence, unclipped
+        # The divergence needs no sampled action, a reward does: it has its own clipped ratio.
+        of_reward, clipped = self._surrogate(logprobs, part, objective.reward_weight * part.reward_cost)
+        return divergence + of_reward, clipped
+
     def _surrogate(
         self, logprobs: torch.Tensor, part: Part, coefficient: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         o = self._objective
         bounds = {"dual_clip": o.dual_clip, "through_log_ratio": o.through_log_ratio}
-        cost, clipped = surrogate(logprobs, part.old_logprobs, coefficient, o.clip_low, o.clip_high, **bounds)  # type: ignore[arg-type]
+        cost, clipped = surrogate(logprobs, part.start_logprobs, coefficient, o.clip_low, o.clip_high, **bounds)  # type: ignore[arg-type]
+        if self._own_pi_old:
+            # The rest of the ratio to the policy that sampled: a constant, which the engine's rounding is in.
+            before = part.start_logprobs - part.behaviour_logprobs
+            cost = corrected_weights(before, "truncate", o.mismatch.low, o.mismatch.high) * cost
         return part.filter_weight * cost, clipped
 
 

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 
-from actors.accelerator import torch_device
+from actors.accelerator import settle_algorithms, torch_device
 from actors.config import StudentConfig, TeacherConfig, publishes_adapter
 from actors.data.models import find_model, load_head
 from actors.errors import CampaignError, CheckpointError, GivenUpError, NonFiniteLossError
@@ -25,7 +25,7 @@ from actors.memory import give_back
 from actors.trajectory import TeacherScores, Trajectories, TrajectoryId, select_trajectories
 from actors.weights.buckets import WeightVersion
 from actors.weights.delta import DeltaVersion
-from learner.collate import NO_TOKENS, UpdateBatch, collate, minibatch_rows
+from learner.collate import NO_TOKENS, UpdateBatch, collate, from_here, minibatch_rows
 from learner.config import LearnerConfig
 from learner.costs import check_own_functions, coefficients, importance_of, needs_whole_update
 from learner.forward import Forward, exact_forward_kl, exact_reverse_kl, no_columns
@@ -58,6 +58,7 @@ from learner.student.tensor_files import (
     sample,
     write_tensors,
 )
+from learner.validation import starts_at_learner
 
 UNRECORDED = (
     "learner.objective.mismatch.correction: the engine of rollout.backend records no log-probs before top-k and top-p, so "
@@ -94,6 +95,7 @@ class Learner:
         and all calls, are the same on every rank. UserError: a function of the user's own fails.
         """
         check_own_functions(config.objective)
+        settle_algorithms()
         self._student, self._config = student, config
         self._total_updates = total_updates
         self._publish_dtype = publish_dtype
@@ -120,7 +122,9 @@ class Learner:
         self._optimizer = build_optimizer(self._model, config.optimizer, offload=config.offload_optimizer)
         sampling: dict[str, Any] = {"temperature": temperature, "vocabulary": self._vocabulary}
         named = any(teacher.signal == "student_topk" for teacher in self._teachers.values())
-        self._forward = Forward(body, head.weight, head.bias, config, self._device, **sampling, named_by_student=named)
+        self._own_pi_old = starts_at_learner(config.objective, publish_dtype, config.compute_dtype)
+        sampling |= {"named_by_student": named, "own_pi_old": self._own_pi_old}
+        self._forward = Forward(body, head.weight, head.bias, config, self._device, **sampling)
         self._heads = same_rows(self._load_heads(), self._vocabulary, turn_ends or {})
         self._averages = MovingAverages(self._model, following)
         self.policy_version, self._beta = 0, config.objective.trust_region.beta
@@ -183,7 +187,9 @@ class Learner:
         groups = self._groups(ids, scores, domains)
         metrics = collected.means(groups, self._ranks) | response_metrics(batch.trajectories)
         metrics |= {**steps, "learning_rate": rate, "beta": self._beta}
-        metrics["mismatch_ess"] = effective_sample_size(batch.tensors["importance"].log(), batch.tensors["mask"]).item()
+        if self._config.objective.mismatch.correction != "none":  # of the weights as they were cut
+            cut = batch.tensors["importance"].log()
+            metrics["mismatch_ess"] = effective_sample_size(cut, batch.tensors["mask"]).item()
         target = self._config.objective.trust_region.target_kl
         if target is not None:
             # After the last step: before it, a single on-policy step has not moved yet.
@@ -348,19 +354,25 @@ class Learner:
                 collected.begin_step(size, again=epoch > 0, moved=moved)
                 if moved and self._config.objective.trust_region.max_kl is not None:
                     begun, _ = self._now(batch, rows)
-                found["grad_norm"] = self._accumulate(batch, rows, collected)
+                found["grad_norm"] = self._accumulate(batch, rows, collected, starts_here=begun is None)
                 found["step_scale"] = self._step(begun, rows)
                 found["steps_taken"] += found["step_scale"] > 0
                 if found["step_scale"] < 1:
                     return found  # cut at the KL limit: a further step would go beyond it
         return found
 
-    def _accumulate(self, batch: UpdateBatch, rows: np.ndarray, collected: UpdateMetrics) -> float:
-        """Accumulates the gradient of the loss of these rows, and clips it; returns its norm before clipping."""
+    def _accumulate(
+        self, batch: UpdateBatch, rows: np.ndarray, collected: UpdateMetrics, *, starts_here: bool
+    ) -> float:
+        """Accumulates the gradient of the loss of these rows, and clips it; returns its norm before clipping.
+
+        starts_here: the batch does not hold the learner's own log-probs at the start of the update.
+        """
         self._optimizer.zero_grad(set_to_none=True)
         for microbatch in self._passes(batch, rows):
             self._go_on()
-            loss = self._forward.loss(batch.part(microbatch), microbatch, self._beta, collected)
+            part = batch.part(microbatch)
+            loss = self._forward.loss(part, microbatch, self._beta, collected, starts_here=starts_here)
             # The sum, so that all ranks refuse together: one that raised alone would leave the others in `backward`.
             total = self._ranks.sum(loss.detach())
             if not torch.isfinite(total):
@@ -457,7 +469,9 @@ class Learner:
         if correct and batch.policy_unknown:
             raise CampaignError(UNRECORDED)
         limited = region.max_kl is not None or region.target_kl is not None
-        if not (whole_update or correct or batch.policy_unknown or exact_region or limited):
+        # The pass of an update's only step has the weights of the update's start itself.
+        moves = self._own_pi_old and self._config.epochs_per_update * self._config.minibatches_per_update > 1
+        if not (whole_update or correct or batch.policy_unknown or exact_region or limited or moves):
             return None  # pi_old is then pi_behaviour, as it was recorded, and the update needs no extra pass
         with_kl = whole_update and reads_distribution(objective)
         begun, kl = self._now(batch, np.arange(len(batch.trajectories)), with_kl=with_kl)
@@ -469,7 +483,9 @@ class Learner:
         if correct:
             # From here on the ratio is to the learner's own pi_old; the weight carries what lies before it.
             batch.tensors["importance"] = importance_of(own, all_tokens, objective)
-            batch.tensors["old_logprobs"] = own
+            batch.tensors["old_logprobs"] = batch.tensors["start_logprobs"] = own
+        elif self._own_pi_old:
+            batch.tensors.update(from_here(batch.tensors, own))
         if whole_update:
             student = own if objective.recompute_log_ratio else all_tokens.behaviour_logprobs
             found = coefficients(student, kl if with_kl else None, all_tokens, batch.groups(), objective)

@@ -235,11 +235,26 @@ def _step(objective: ObjectiveConfig) -> Iterator[Contradiction]:
     yield region.target_kl is not None and region.beta == 0, f"{KEY}.trust_region.beta", 0, expected
     expected = f"at most high={mismatch.high:g}"
     yield mismatch.low > mismatch.high, f"{KEY}.mismatch.low", mismatch.low, expected
+    corrected = mismatch.correction != "none"
+    expected = "auto or learner: a correction is relative to the learner's own log-probs"
+    yield corrected and mismatch.pi_old == "engine", f"{KEY}.mismatch.pi_old", "engine", expected
     weighed = (
         not estimator_row(o.estimator).samples_action and mismatch.correction != "none" and mismatch.level == "token"
     )
     expected = "prefix or sequence: the estimator full samples no action, and has no token to correct"
     yield weighed, f"{KEY}.mismatch.level", "token", expected
+
+
+def starts_at_learner(objective: ObjectiveConfig, *dtypes: str) -> bool:
+    """Whether the clipped ratio starts from the learner's own log-probs, though nothing is corrected (`mismatch.pi_old`).
+
+    dtypes: those that the engine and the learner compute in.
+    """
+    mismatch, row = objective.mismatch, estimator_row(objective.estimator)
+    clips = row.has_coefficient or (not row.samples_action and objective.reward_weight > 0)
+    if mismatch.correction != "none" or not clips:
+        return False
+    return mismatch.pi_old == "learner" or (mismatch.pi_old == "auto" and set(dtypes) != {"float32"})
 
 
 def gives_rewards(objective: ObjectiveConfig) -> bool:

@@ -192,6 +192,7 @@ ACTS: dict[str, Callable[[CampaignConfig, Any], bool]] = {
     "learner.objective.mismatch.level": lambda _, mismatch: mismatch.correction != "none",
     "learner.objective.mismatch.low": lambda _, mismatch: mismatch.correction == "mask",
     "learner.objective.mismatch.high": lambda _, mismatch: mismatch.correction != "none",
+    "learner.objective.mismatch.pi_old": lambda _, mismatch: mismatch.correction == "none",
     "learner.optimizer.final_fraction": lambda _, optimizer: optimizer.schedule != "constant",
     "weights.anchor_every": lambda config, weights: weights.encoding == "delta" and config.pipeline.updates > 1,
     "evaluation.every_updates": lambda _, evaluation: evaluation.prompts is not None,

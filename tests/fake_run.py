@@ -115,6 +115,8 @@ def _update(step: int, updates: int, max_staleness: int, draw: random.Random) ->
         "busy_teacher": 0.2 * noise,
         "busy_learner": 0.3 * noise,
         "publish_seconds": 0.015 * noise,
+        "prepare_seconds": 0.004 * noise,
+        "standstill_seconds": 0.002 * noise,
         "publish_bytes": 446720,
     }
 

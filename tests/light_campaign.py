@@ -252,7 +252,9 @@ def run_with_kills(config_file: Path, kills: int, draw: random.Random, longest: 
     return kills
 
 
-OF_TIME = re.compile(r"wall_seconds|busy.*|publish_.*seconds|loop_seconds|actor_seconds|faults|checksum")
+OF_TIME = re.compile(
+    r"wall_seconds|busy.*|publish_.*seconds|prepare_seconds|standstill_seconds|loop_seconds|actor_seconds|faults|checksum"
+)
 
 
 def fingerprint(run_dir: Path) -> dict[str, str]:

@@ -94,6 +94,7 @@ CAMPAIGNS: dict[str, Campaign] = {
             "pipeline.prompts_per_update": 4,
             "learner.objective.estimator": "to_go_expected",
             "learner.objective.gamma": 0.9,
+            "learner.objective.mismatch.pi_old": "learner",
         },
     ),
     "whole": Campaign(
@@ -107,6 +108,7 @@ CAMPAIGNS: dict[str, Campaign] = {
             "learner.objective.estimator": "full",
             "rollout.on_new_weights": "wait",
             "rollout.dtype": "bfloat16",
+            "learner.objective.mismatch.pi_old": "engine",
             "pipeline.max_staleness": 1,
             "pipeline.oversample": 0.5,
             "evaluation.prompts": {"path": "./rows", "domain_field": "domain", "limit": 2},
@@ -135,6 +137,7 @@ CAMPAIGNS: dict[str, Campaign] = {
     "to_go": Campaign(
         {
             "teachers": one(),
+            "deterministic": True,
             "learner.objective.estimator": "to_go",
             "learner.objective.baseline": "batch_mean",
             "student.lora": {"rank": 4, "rank_stabilised": True},

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from actors.errors import CampaignError, EngineError
 from actors.memory import give_back
 from actors.rollout.batched_calls import BatchedCalls
 from actors.rollout.engine import PromptLengths, check_answer, make_engine, told_apart
-from actors.trajectory import FINISH_REASONS, Requests, RolloutCounts, Trajectories
+from actors.trajectory import FINISH_REASONS, LoadSeconds, Requests, RolloutCounts, Trajectories
 from actors.weights.buckets import WeightVersion, join
 from actors.weights.delta import DeltaVersion, Receiver
 
@@ -65,6 +66,7 @@ class RolloutActor(BatchedCalls):
         self._sampling = sampling
         self._reported_seconds, self._reported_preemptions = 0.0, 0
         self._receiver = Receiver(keep_weights)
+        self._loading = asyncio.Lock()
         self._judge: Judge | None = None
         if verifier is not None:
             self._judge, self._tokenizer = Judge(verifier), load_tokenizer(model, trust_remote_code, "student.model")
@@ -124,24 +126,28 @@ class RolloutActor(BatchedCalls):
     async def prefetch(self, bucket: np.ndarray) -> None:
         """Does nothing: passing the argument makes Ray pull the bucket to this node before `load_weights` needs it."""
 
-    async def load_weights(self, *published: np.ndarray | WeightVersion | DeltaVersion) -> float:
-        """Verifies and loads a weight version, dense or as a delta. Returns the seconds without sampling.
+    async def load_weights(self, *published: np.ndarray | WeightVersion | DeltaVersion) -> LoadSeconds:
+        """Verifies and loads a weight version, dense or as a delta. One at a time: the next waits.
 
-        published: for each rank of the learner its buckets ([bytes] uint8), then their manifest. Checksums are verified
-        and deltas decoded in a helper thread, while the engine goes on. WeightError: damaged, for another model, or a
-        delta from a version that is not held; the engine then keeps the weights that it has.
+        published: for each rank of the learner its buckets ([bytes] uint8), then their manifest. Checksums are verified,
+        deltas decoded and buckets copied to where the engine loads from in helper threads, while the engine goes on.
+        WeightError: damaged, for another model, or a delta from a version that is not held; the engine then keeps the
+        weights that it has.
         """
-        ranks = await asyncio.to_thread(self._receiver.receive, *published)
-        manifest, buckets = join(ranks)
-        loaded = await asyncio.to_thread(self._engine.load_weights, manifest, buckets)
-        with _ends_with_the_engine():
-            stood_still = await asyncio.wrap_future(loaded)
-        if self._engine.version != manifest.version:
-            found = f"after a load the engine's version is {self._engine.version}"
-            raise CampaignError(f"rollout.backend: {found}, expected {manifest.version} (docs/extending.md)")
-        self._receiver.hold(ranks)  # only now: after an error the old version is still the base of the next delta
-        await asyncio.to_thread(give_back)
-        return stood_still or 0.0
+        async with self._loading:
+            start = time.perf_counter()
+            ranks = await asyncio.to_thread(self._receiver.receive, *published)
+            manifest, buckets = join(ranks)
+            loaded = await asyncio.to_thread(self._engine.load_weights, manifest, buckets)
+            prepared = time.perf_counter() - start
+            with _ends_with_the_engine():
+                stood_still = await asyncio.wrap_future(loaded)
+            if self._engine.version != manifest.version:
+                found = f"after a load the engine's version is {self._engine.version}"
+                raise CampaignError(f"rollout.backend: {found}, expected {manifest.version} (docs/extending.md)")
+            self._receiver.hold(ranks)  # only now: after an error the old version is still the base of the next delta
+            await asyncio.to_thread(give_back)
+            return LoadSeconds(prepared, stood_still or 0.0)
 
     async def abort(self, ids: np.ndarray | None = None) -> None:
         """Aborts the requests with these ids [B, 3], or all of them. Their calls end with AbortedError."""

@@ -106,6 +106,8 @@ class Engine(Protocol):
     def load_weights(self, manifest: WeightVersion, buckets: Sequence[np.ndarray]) -> Future:
         """Replaces all weights by those of a version. Result: the seconds for which no token was sampled; or None.
 
+        Called in a helper thread: what can be prepared while the engine goes on may be done before it returns.
+
         The checksums have been verified. `unpack(manifest, buckets)` yields (name, tensor) with
         the names of a Hugging Face checkpoint, in `config.dtype`. The tensors are views of shared memory that other
         actors read, too: copy them, never write to them, and keep none after the future is done.

@@ -9,13 +9,11 @@ Why not AsyncLLM: it always starts a second process, which costs 5 to 13 s and a
 
 import itertools
 import queue
-import tempfile
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
@@ -31,6 +29,7 @@ from actors.trajectory import Requests
 from actors.vllm_logits import EXTENSION, MARK
 from actors.vllm_startup import build_llm, importing_vllm
 from actors.weights.buckets import WeightVersion, shapes
+from actors.weights.staging import Shared, Staging, staging_for
 
 T = TypeVar("T")
 
@@ -81,6 +80,8 @@ class VllmEngine:
     """Samples trajectories with vLLM's continuous batching. Its weights come from published versions only."""
 
     _filters = False
+    _staging: Staging | None = None
+    """Where versions lie while they are loaded; None: where they have come."""
 
     def __init__(
         self,
@@ -130,6 +131,7 @@ class VllmEngine:
         self._llm.collective_rpc("shape_logits", args=(sampling.temperature, vocabulary))
         if self._filters:
             self._llm.collective_rpc("record_unfiltered")
+        self._staging = None if adapter else staging_for(torch_device(), self._tensor_parallel)
         self._engine = self._llm.llm_engine
         expected = prompts.usual + sampling.max_response_tokens
         self._seats = Seats(*cache_of(self._engine.vllm_config), expected)
@@ -179,14 +181,15 @@ class VllmEngine:
         """Replaces all weights between two steps; the future's result is the seconds without a step.
 
         Running requests continue with the new weights. With `on_new_weights: wait` they end first, and later requests
-        wait. Names and shapes are compared with the model's in the caller's thread, before vLLM changes anything: vLLM
-        cannot undo an update that fails halfway. After such a failure the engine refuses all further work.
+        wait. In the caller's thread, while the engine goes on, names and shapes are compared with the model's (vLLM cannot
+        undo an update that fails halfway; after such a failure the engine refuses all further work), and the buckets are
+        copied to where vLLM's workers read them fastest (actors/weights/staging.py).
         """
 
         def load() -> float:
             start = time.perf_counter()
             try:
-                self._replace_weights(manifest, buckets)
+                self._replace_weights(manifest, staged)
             except Exception as error:
                 self._fail(error)  # not one token more from weights that are half replaced
                 raise WeightError(f"version {manifest.version} could not be loaded: {error}") from error
@@ -199,7 +202,11 @@ class VllmEngine:
             refused: Future = Future()
             refused.set_exception(error)
             return refused
-        return self._submit(load, "idle" if self._wait_for_running else "next")
+        staged = self._staging.stage(buckets) if self._staging else buckets
+        loaded = self._submit(load, "idle" if self._wait_for_running else "next")
+        if self._staging:
+            loaded.add_done_callback(self._staging.release)
+        return loaded
 
     def _check_tensors(self, manifest: WeightVersion) -> None:
         """WeightError unless the version has exactly the model's tensors: vLLM accepts an incomplete version silently."""
@@ -270,19 +277,16 @@ class VllmEngine:
             raise WeightError("vLLM kept the prefix cache of the old weights")
 
     def _replace_model(self, manifest: WeightVersion, buckets: Sequence[np.ndarray]) -> None:
-        # vLLM's tensor-parallel workers are other processes, which map the buckets from shared memory: vLLM does not
-        # serialise arrays in an update unless VLLM_ALLOW_INSECURE_SERIALIZATION is set.
-        with tempfile.TemporaryDirectory(dir="/dev/shm" if self._tensor_parallel else None) as folder:
-            update: dict[str, Any] = {"manifest": manifest}
-            if self._tensor_parallel:
-                update["paths"] = [str(Path(folder, str(i))) for i in range(len(buckets))]
-                for path, bucket in zip(update["paths"], buckets, strict=True):
-                    bucket.tofile(path)
-            else:
-                update["buckets"] = list(buckets)
-            self._llm.start_weight_update()
-            self._llm.update_weights({"update_info": update})
-            self._llm.finish_weight_update(str(manifest.version))
+        update: dict[str, Any] = {"manifest": manifest}
+        if isinstance(self._staging, Shared):
+            # vLLM's tensor-parallel workers are other processes, which map the buckets: vLLM does not serialise arrays in
+            # an update unless VLLM_ALLOW_INSECURE_SERIALIZATION is set.
+            update["paths"] = self._staging.paths(len(buckets))
+        else:
+            update["buckets"] = list(buckets)
+        self._llm.start_weight_update()
+        self._llm.update_weights({"update_info": update})
+        self._llm.finish_weight_update(str(manifest.version))
 
     def _sampling_params(self, sampling: SamplingConfig, seed: int, greedy: bool) -> Any:
         from vllm import SamplingParams

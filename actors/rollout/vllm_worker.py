@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
     WeightTransferInitInfo,
@@ -64,12 +65,13 @@ class HostWeightTransferEngine(WeightTransferEngine[HostInitInfo, HostUpdateInfo
         initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: HostUpdateInfo) -> None:
-        """Copies every tensor into the model."""
+        """Copies every tensor into the model. vLLM's `update_weights` synchronises after it, once."""
         manifest: WeightVersion = update_info.manifest
         buckets = update_info.buckets or [_mapped(path) for path in update_info.paths]
-        self.model.load_weights(  # type: ignore[operator]
-            unpack(manifest, buckets)
-        )
+        # A GPU gets rows from pinned memory without waiting for them, while vLLM prepares the next layer. On a CPU vLLM
+        # reads the buckets in place.
+        device = None if current_platform.is_cpu() else self.device
+        self.model.load_weights(unpack(manifest, buckets, device))  # type: ignore[operator]
 
     def finish_weight_update(self) -> None:
         """Converts the layers to the form in which they compute (fused, transposed, packed)."""
@@ -79,6 +81,8 @@ class HostWeightTransferEngine(WeightTransferEngine[HostInitInfo, HostUpdateInfo
             for module in self.model.modules():
                 if isinstance(module, VocabParallelEmbedding) and hasattr(module, "cpu_linear"):
                     module.quant_method.process_weights_after_loading(module)
+        else:
+            torch.accelerator.synchronize()  # so that the seconds without a step are counted to their end
 
     def shutdown(self) -> None:
         """Nothing to release."""

@@ -22,6 +22,8 @@ class Backend:
 
     signals: tuple[str, ...] = ("sampled",)
     """Values of `signal` that it can send. Each of them fills other fields of TeacherScores."""
+    gpu_signals: tuple[str, ...] = ()
+    """Those of `signals` that it can send on a GPU only."""
     generates: bool = True
     """It has `generate`, which answers prompts greedily: needed where `evaluation.teacher` measures its accuracy."""
     samples: bool = False
@@ -52,6 +54,43 @@ class Backend:
     transformers has a tensor-parallel plan for."""
 
 
+NAMED_TOKENS = (
+    "sampled, topk or full, or backend: transformers: vLLM scores named tokens with its second model runner only, which "
+    "needs a GPU with Triton, and which some models and options do not have"
+)
+"""Expected in place of `student_topk` where a vLLM engine cannot send it."""
+FULL_BYTES = 4 << 30
+"""Memory for the log-probs of one text over the whole vocabulary, in an engine's process."""
+ENTRY_BYTES = 24
+"""Of one log-prob there: an id of 8 bytes and a float of 4, and once more while the chunks of a text are joined."""
+
+
+def full_tokens(vocabulary: int) -> int:
+    """The longest text, in tokens, whose log-probs over the whole vocabulary a vLLM engine can send."""
+    return FULL_BYTES // (vocabulary * ENTRY_BYTES)
+
+
+def refuse_full(teacher: TeacherConfig, key: str, vocabulary: int, response_tokens: int) -> None:
+    """UserError where a vLLM teacher would have to hold more than FULL_BYTES of one response over the whole vocabulary.
+
+    key: of the teacher's section. vocabulary: rows of its output layer. response_tokens: of the longest response.
+    """
+    most = full_tokens(vocabulary)
+    if teacher.backend == "vllm" and teacher.signal == "full" and response_tokens + 1 > most:
+        needed = (response_tokens + 1) * vocabulary * ENTRY_BYTES / 1e9
+        found = (
+            f"full: {response_tokens + 1:,} tokens x {vocabulary:,} log-probs x {ENTRY_BYTES} bytes = {needed:.1f} GB"
+        )
+        expected = f"at most {FULL_BYTES / 1e9:.1f} GB in one piece, {most:,} tokens; or topk, or backend: transformers"
+        raise UserError(f"{key}.signal", found, f"{expected}, whose signal hidden holds no such array")
+
+
+def refuse_without_gpu(teacher: TeacherConfig, key: str, gpus: float) -> None:
+    """UserError where the signal needs a GPU and an actor has none. key: of the teacher's section."""
+    if not gpus and teacher.signal in backend_of(teacher, key).gpu_signals:
+        raise UserError(f"{key}.signal", f"{teacher.signal} without a GPU", NAMED_TOKENS)
+
+
 OWN_SETTINGS = ("urls", "api_key_variable", "engine")
 """Keys of TeacherConfig that only some backends read. They are empty by default."""
 
@@ -69,7 +108,8 @@ BACKENDS = {
     ),
     "vllm": Backend(
         class_path="actors.teacher.vllm_teacher:VllmTeacher",
-        signals=("sampled", "topk", "full"),
+        signals=("sampled", "topk", "full", "student_topk"),
+        gpu_signals=("student_topk",),
         has_model_files=True,
         uses_gpu=True,
         measures_gpu=True,

@@ -27,6 +27,8 @@ from actors.trajectory import (
 
 PLAUSIBLE = (-1000.0, 1e-3)
 """Nats. Some servers answer a sentinel such as -9999 in place of a log-prob; values outside are treated as missing."""
+REPEATS = 0.02
+"""Nats by which an answer to the probe may differ when asked again, where kernels or batches change from call to call."""
 UNBOUNDED = 2**31 - 1
 """Stands for a vocabulary or a context whose size is not known."""
 

@@ -7,14 +7,14 @@ import numpy as np
 import torch
 from torch.distributed.tensor import DTensor
 
-from actors.accelerator import torch_device
+from actors.accelerator import deterministic, settle_algorithms, torch_device
 from actors.config import SamplingConfig, TeacherConfig
 from actors.data.models import load_model, response_head
 from actors.errors import CampaignError, WeightError
 from actors.forward.logprobs import chunked_head, to_array, token_logprobs
 from actors.forward.packing import hidden_states, microbatches, use_packed_attention
 from actors.heartbeat import beat
-from actors.teacher.base import Teacher, context_of, known_prompts, probe
+from actors.teacher.base import REPEATS, Teacher, context_of, known_prompts, probe
 from actors.trajectory import FINISH_REASONS, Limits, Prompts, Requests, RolloutCounts, Trajectories, offsets_of
 from actors.weights.buckets import WeightVersion, join, shapes, unpack
 from actors.weights.delta import Receiver
@@ -31,6 +31,7 @@ class LocalTeacher(Teacher):
         broken, or `response_head` refuses the architecture. CampaignError: see `self_test`.
         """
         super().__init__(config, key, vocabulary)
+        settle_algorithms()
         self._device = torch_device()
         self._model: Any = load_model(
             config.model,
@@ -52,7 +53,7 @@ class LocalTeacher(Teacher):
             self._bias = None if self._bias is None else self._bias[:vocabulary]
         embedding: Any = self._model.get_input_embeddings()
         self.vocabulary = min(len(self._weight), len(embedding.weight))
-        self._compare(self.self_test())
+        self._compare(self.self_test(repeats=repeats_of(self._device)))
 
     @torch.no_grad()
     def load_weights(self, *published: np.ndarray | WeightVersion) -> None:
@@ -205,6 +206,12 @@ class LocalTeacher(Teacher):
         seconds = time.perf_counter() - start
         versions = np.full(len(requests.ids), policy_version, np.int32)
         return RolloutCounts(np.diff(offsets), versions, ~stopped, seconds), written
+
+
+def repeats_of(device: str) -> float:
+    """Nats by which the answers to one text may differ there: a GPU's kernels may add in another order each time, unless
+    they are told not to (`deterministic`)."""
+    return REPEATS if device == "cuda" and not deterministic() else 0.0
 
 
 def _beat(_tokens: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:

@@ -27,6 +27,8 @@ ALIGNMENT_BYTES = 64
 """Tensors start at multiples of this, so that views are aligned for vector loads."""
 SMALL_BYTES = 1 << 20
 """Below this, starting threads costs more than they save."""
+DEVICE_BYTES = 256 << 20
+"""A larger tensor that needs no joining is copied to a GPU by whoever takes it, into its own place."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +111,7 @@ def lay_out(shapes: Iterable[tuple[str, tuple[int, ...]]], dtype: str, bucket_by
 
 
 class Buffer:
-    """One block of memory for all buckets in turn. Fresh memory would cost more than the copy, in page faults."""
+    """One block of memory that is kept. Fresh memory would cost more than the copy, in page faults."""
 
     def __init__(self) -> None:
         self._bytes = np.empty(0, np.uint8)
@@ -186,9 +188,12 @@ def window(entry: TensorEntry, buckets: Sequence[np.ndarray]) -> np.ndarray:
 def verify(manifest: WeightVersion, buckets: Sequence[np.ndarray]) -> None:
     """WeightError unless every bucket has its size and every tensor its checksum."""
     verify_sizes(manifest, buckets)
-    for entry in manifest.tensors:
+
+    def check(entry: TensorEntry) -> None:
         beat()
         verify_tensor(manifest.version, entry, window(entry, buckets))
+
+    in_threads(check, manifest.tensors, nbytes=manifest.nbytes)
 
 
 def verify_sizes(manifest: WeightVersion, buckets: Sequence[np.ndarray]) -> None:
@@ -247,12 +252,37 @@ def shapes(manifest: WeightVersion) -> dict[str, tuple[int, ...]]:
     return found
 
 
-def unpack(manifest: WeightVersion, buckets: Sequence[np.ndarray]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yields (name, tensor) for every tensor: a view of its bucket, or the concatenated rows of several ranks."""
+def unpack(
+    manifest: WeightVersion, buckets: Sequence[np.ndarray], device: torch.device | None = None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yields (name, tensor) for every tensor: a view of its bucket, or the concatenated rows of several ranks.
+
+    device: a GPU. Rows are then copied straight to their place in a tensor on it, without waiting for the copies: the
+    caller synchronises before the buckets change. Only a tensor above DEVICE_BYTES that one rank has whole stays a view,
+    so that no second copy of it is on the GPU.
+    """
+    for name, rows in rows_of(manifest, buckets):
+        if device is None or (len(rows) == 1 and rows[0].nbytes > DEVICE_BYTES):
+            yield name, rows[0] if len(rows) == 1 else torch.cat(rows)
+            continue
+        shape = (sum(map(len, rows)), *rows[0].shape[1:]) if rows[0].ndim else rows[0].shape
+        whole = torch.empty(shape, dtype=rows[0].dtype, device=device)
+        copy_rows(rows, whole)
+        yield name, whole
+
+
+def rows_of(manifest: WeightVersion, buckets: Sequence[np.ndarray]) -> Iterator[tuple[str, list[torch.Tensor]]]:
+    """Yields (name, the rows of each rank that has any, in the order of the ranks): views of the buckets."""
     entries: dict[str, list[TensorEntry]] = {}
     for entry in manifest.tensors:
         entries.setdefault(entry.name, []).append(entry)
     for name, parts in entries.items():
         # A rank without rows of this tensor has an empty part; without it a single part needs no copy.
-        rows = [as_tensor(buckets[e.bucket], e.dtype, e.shape, e.offset, e.nbytes) for e in parts if e.nbytes]
-        yield name, rows[0] if len(rows) == 1 else torch.cat(rows)
+        yield name, [as_tensor(buckets[e.bucket], e.dtype, e.shape, e.offset, e.nbytes) for e in parts if e.nbytes]
+
+
+def copy_rows(rows: Sequence[torch.Tensor], whole: torch.Tensor) -> None:
+    """Copies the rows of all ranks to their places in a tensor, which may be on a GPU; does not wait for the copies."""
+    places = whole.split([len(own) for own in rows]) if whole.ndim else [whole]
+    for place, own in zip(places, rows, strict=True):
+        place.copy_(own, non_blocking=True)

@@ -8,7 +8,9 @@ Each side computes each checksum once: one for each tensor of the new version (i
 the delta's manifest and payload. The base is not checked again: a damaged base decodes to a tensor with a wrong checksum.
 """
 
-from collections.abc import Sequence
+import operator
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -17,6 +19,7 @@ import xxhash
 from actors.errors import WeightError
 from actors.heartbeat import beat
 from actors.weights.buckets import (
+    Buffer,
     TensorEntry,
     Version,
     WeightVersion,
@@ -119,11 +122,16 @@ def encode_delta(
 
 
 def apply_delta(
-    delta: DeltaVersion, payload: np.ndarray, base_manifest: WeightVersion, base_buckets: Sequence[np.ndarray]
+    delta: DeltaVersion,
+    payload: np.ndarray,
+    base_manifest: WeightVersion,
+    base_buckets: Sequence[np.ndarray],
+    memory: Callable[[int, int], np.ndarray] = lambda _, size: np.zeros(size, np.uint8),
 ) -> tuple[WeightVersion, list[np.ndarray]]:
-    """Decodes a delta onto its base: (manifest, buckets) of the new version, verified, in new memory.
+    """Decodes a delta onto its base: (manifest, buckets) of the new version, verified.
 
-    The base is only read, so a failure leaves it as it was. WeightError: manifest or payload are damaged, the base is
+    memory: (number of a bucket, its bytes) -> [bytes] uint8 for it, not that of the base; by default new memory. The base
+    is only read, so a failure leaves it as it was. WeightError: manifest or payload are damaged, the base is
     another version or damaged, or a tensor does not have the new version's checksum.
     """
     if _seal(delta, payload) != delta.checksum:
@@ -132,7 +140,7 @@ def apply_delta(
     if delta.base_version != base_manifest.version or _layout(delta.new) != _layout(base_manifest) or not checksums:
         raise WeightError(f"delta from version {delta.base_version} does not fit version {base_manifest.version}")
     verify_sizes(base_manifest, base_buckets)
-    buckets = [np.zeros(size, np.uint8) for size in base_manifest.bucket_bytes]
+    buckets = [memory(number, size) for number, size in enumerate(base_manifest.bucket_bytes)]
     codes, end = [], 0
     for entry in delta.entries:
         codes.append(payload[end : end + entry.nbytes])
@@ -171,12 +179,14 @@ class Receiver:
         self._keep = keep
         self._held: list[Version] = []
         """The last version, one part for each rank of the learner."""
+        self._decoded: list[defaultdict[tuple[int, int], Buffer]] = [defaultdict(Buffer), defaultdict(Buffer)]
+        """Memory of two versions by (rank, bucket): one is decoded into the first while the second may be its base."""
 
     def receive(self, *published: np.ndarray | WeightVersion | DeltaVersion) -> list[Version]:
         """The published version with verified checksums, one (manifest, buckets) for each rank of the learner.
 
-        published: for each rank its buckets and then its manifest. Buckets of a dense version are not copied.
-        WeightError: a tensor, manifest or payload is damaged, or a delta's base is not held.
+        published: for each rank its buckets and then its manifest. Buckets of a dense version are not copied. A delta is
+        decoded into kept memory, which the next call overwrites unless `hold` was called. WeightError: a tensor, manifest or payload is damaged, or a delta's base is not held.
         """
         ranks: list[Version] = []
         buckets: list[np.ndarray] = []
@@ -197,9 +207,14 @@ class Receiver:
             raise WeightError(f"a delta from version {delta.base_version}, and no version is held")
         if self._held[rank][0] == delta.new:  # a retried call: the first one has already loaded this delta
             return self._held[rank]
-        return apply_delta(delta, buckets[0], *self._held[rank])
+        memory = self._decoded[0]
+        return apply_delta(
+            delta, buckets[0], *self._held[rank], memory=lambda bucket, size: memory[rank, bucket].of(size)
+        )
 
     def hold(self, ranks: list[Version]) -> None:
         """Makes this version the next delta's base. Called once the engine has loaded it."""
-        if self._keep:
-            self._held = ranks
+        if not self._keep or (self._held and all(map(operator.is_, ranks, self._held))):  # or it was loaded again
+            return
+        self._held = ranks
+        self._decoded.reverse()  # what is held now is not overwritten

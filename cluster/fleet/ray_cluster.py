@@ -15,10 +15,10 @@ import ray
 from ray._private import services
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from actors.accelerator import describe_gpu
+from actors.accelerator import DETERMINISTIC, describe_gpu
 from actors.config import TeacherConfig
 from actors.errors import UserError
-from actors.teacher.backends import backend_of
+from actors.teacher.backends import backend_of, refuse_without_gpu
 from cluster.config import CampaignConfig
 from cluster.fleet.gpu_division import refuse_overdrawn
 from cluster.fleet.ray_actor import Resources, errors_of
@@ -116,7 +116,8 @@ def role_resources(config: CampaignConfig, cluster_gpus: float, *, private: bool
     """Role -> (replicas, resources of one). Roles are `rollout`, `teacher.<name>` and `learner`.
 
     Where the configuration sets no number of GPUs, an actor gets 1 (or its tensor-parallel size) in a cluster with
-    GPUs, and 0 in one without. In one with a single GPU these actors share evenly what the others leave of it.
+    GPUs, and 0 in one without. In one with a single GPU these actors share evenly what the others leave of it. UserError: a
+    teacher's signal needs a GPU.
     """
     wanted: dict[str, tuple[Any, float]] = {
         "rollout": (config.rollout, float(config.rollout.tensor_parallel_size)),
@@ -137,14 +138,24 @@ def role_resources(config: CampaignConfig, cluster_gpus: float, *, private: bool
         # With nothing left for a share it is a whole one, which then does not fit: never a CPU in its place.
         return default if cluster_gpus > 1 or default == 0 or ranks > 1 else share or default
 
-    environment = {} if private or cluster_gpus else dict(CPU_THREADS)
-    return {
+    def environment(role: Any) -> dict[str, str]:
+        exact = DETERMINISTIC if config.deterministic else {}
+        if not cluster_gpus:
+            return exact | ({} if private else CPU_THREADS)
+        # Not only in a cluster that was joined, where Ray sets it: the workers of a private one inherit CPU_THREADS.
+        threads = {"OMP_NUM_THREADS": f"{int(role.cpus_per_replica)}"} if role.cpus_per_replica >= 2 else {}
+        return exact | threads
+
+    needed = {
         name: (
             role.replicas,
-            Resources(role.cpus_per_replica, gpus(role.gpus_per_replica, default), environment, role.resources),
+            Resources(role.cpus_per_replica, gpus(role.gpus_per_replica, default), environment(role), role.resources),
         )
         for name, (role, default) in wanted.items()
     }
+    for name, teacher in config.teachers.items():
+        refuse_without_gpu(teacher, f"teachers.{name}", needed[f"teacher.{name}"][1].gpus)
+    return needed
 
 
 def check_fits(needed: dict[str, tuple[int, Resources]], there: dict[str, float], where: str) -> None:

@@ -116,13 +116,16 @@ class ObjectStoreTransport:
         known = {replica.handle for replica in self._rollout.replicas}
         self._sent = {handle: version for handle, version in self._sent.items() if handle in known}
         self._sent |= {replica.handle: published.version for replica in loading}
-        await _load(self._rollout, published.references)
+        loaded = await _load(self._rollout, published.references)
         for replica in loading:
             if not replica.behind:
                 replica.version = published.version
         published.seconds += time.perf_counter() - start
         if published.record:
             published.record["publish_seconds"] = published.seconds
+            # Of the slowest actor each: they load side by side.
+            published.record["prepare_seconds"] = max((one.prepared for one in loaded), default=0.0)
+            published.record["standstill_seconds"] = max((one.stood_still for one in loaded), default=0.0)
 
     async def give(self, handle: Any) -> None:
         """See WeightTransport. A new actor has no base, so it loads the anchor and then every delta after it. One that was
@@ -177,9 +180,10 @@ class EmaTeachers:
                 await handle.load_weights.remote(*given[name])
 
 
-async def _load(fleet: Fleet, references: list[Any]) -> None:
-    """Loads a version into every living actor of a fleet. LearnerLostError: its objects were lost with a node."""
+async def _load(fleet: Fleet, references: list[Any]) -> list[Any]:
+    """Loads a version into every living actor of a fleet; their answers. LearnerLostError: its objects were lost with a
+    node."""
     try:
-        await fleet.call_each("load_weights", *references)
+        return await fleet.call_each("load_weights", *references)
     except LostObjectError as error:
         raise LearnerLostError(f"{LOST}: {error}") from error

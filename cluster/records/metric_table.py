@@ -204,7 +204,10 @@ METRICS: dict[str, Metric] = {
         guarded=True, chart="Importance ESS",
     ),
     "mismatch_ess": Metric(
-        STEP, "share", "effective sample size of the weights that correct for the engine's numerics",
+        STEP, "share",
+        "effective sample size of the ratio of the learner, in its first pass over a token, to the engine that sampled it: "
+        "rounding and, on stale data, the updates between; of the weights as they were cut, where `mismatch.correction` "
+        "corrects",
         "below 0.9: engine and learner disagree", always=False, guarded=True,
     ),
     "filter_weight_mean": Metric(
@@ -280,6 +283,19 @@ METRICS: dict[str, Metric] = {
     "publish_seconds": Metric(
         PIPELINE, "seconds", "from the learner to every rollout actor",
         chart="Publishing", form="seconds", status="weights", label="published in seconds", digits=".2f",
+    ),
+    "prepare_seconds": Metric(
+        PIPELINE, "seconds",
+        "of it: verifying, decoding and staging the version beside a rollout engine that goes on, the slowest actor",
+        "far above `publish_bytes` over a GB/s or two for each CPU: raise `rollout.cpus_per_replica`",
+        always=False, chart="Loading a version", line="prepared beside the engine", form="seconds",
+        status="weights", label="prepared", digits=".2f",
+    ),
+    "standstill_seconds": Metric(
+        PIPELINE, "seconds", "of it: no token was sampled while the weights were replaced, the slowest actor",
+        "near `publish_seconds`: weights are copied from pageable memory",
+        always=False, chart="Loading a version", line="standstill", form="seconds",
+        status="weights", label="standstill", digits=".2f",
     ),
     "publish_bytes": Metric(
         PIPELINE, "bytes", "size of the published weights",

@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from actors.trajectory import LoadSeconds
+
 STATES = ("busy", "loading", "blocked", "waiting", "away")
 TRACE_FILE = "trace.json"
 MAX_SLICES = 40_000
@@ -72,10 +74,10 @@ class Utilisation:
             track.under_way[method] = track.under_way.get(method, 0) + 1
 
     def ended(self, actor: str, role: str, method: str, answer: Any = None) -> None:
-        """A call has ended. `load_weights` returns the seconds for which the engine paused, just before now."""
+        """A call has ended. `load_weights` returns for how long the engine has paused, just before now."""
         track = self._track(actor, role)
-        if method == "load_weights" and isinstance(answer, float):
-            self._stood_still(actor, track, answer)
+        if isinstance(answer, LoadSeconds):
+            self._stood_still(actor, track, answer.stood_still)
         elif method in track.under_way:
             if track.under_way[method] == 1:
                 self._pass_time(actor, track, self._clock())

@@ -57,6 +57,11 @@ def discounted_suffix_sum(x_BT: Tensor, gamma: float) -> Tensor:
     return total
 
 
+def running_sum(x_BT: Tensor) -> Tensor:
+    """sum over t' <= t of x_t'. Not `cumsum`, whose order of additions on a GPU is another in each run."""
+    return discounted_suffix_sum(x_BT.flip(1), 1.0).flip(1)
+
+
 def trajectory(log_ratio_BT: Tensor, mask_BT: Tensor) -> Tensor:
     """(i) A_t = sum over all t' of r_t'. Unbiased; REINFORCE (Williams 1992); the highest variance."""
     return _masked(_masked(log_ratio_BT, mask_BT).sum(1, keepdim=True).expand_as(log_ratio_BT), mask_BT)
@@ -183,7 +188,7 @@ def position_weights(coefficient_BT: Tensor, mask_BT: Tensor, strength: float) -
     Biased: the weight depends on what follows y_t, through the denominator.
     """
     size = _masked(coefficient_BT, mask_BT).abs()
-    before = size.cumsum(1) - size
+    before = running_sum(size) - size
     return 1 + strength * (1 - before / size.sum(1, keepdim=True).clamp(min=torch.finfo(size.dtype).tiny))
 
 
@@ -299,10 +304,10 @@ def log_importance_weights(log_ratio_BT: Tensor, mask_BT: Tensor, level: str) ->
     """
     log_ratio = torch.where(mask_BT, log_ratio_BT.detach(), torch.zeros_like(log_ratio_BT))
     if level == "prefix":
-        log_ratio = log_ratio.cumsum(1)
+        log_ratio = running_sum(log_ratio)
     elif level == "before":
         # Shifted by one: the product is empty at t = 1, and its log is 0.
-        log_ratio = torch.nn.functional.pad(log_ratio[:, :-1].cumsum(1), (1, 0))
+        log_ratio = torch.nn.functional.pad(running_sum(log_ratio[:, :-1]), (1, 0))
     elif level == "sequence":
         log_ratio = log_ratio.sum(1, keepdim=True).expand_as(log_ratio)
     else:

@@ -27,7 +27,7 @@ from tests.waiting import PATIENCE_SECONDS, until
 
 ROOT = Path(__file__).resolve().parents[2]
 UPDATES = 6
-OF_TIME = re.compile(r"wall_seconds|busy_.*|publish_seconds|loop_seconds")
+OF_TIME = re.compile(r"wall_seconds|busy_.*|publish_seconds|prepare_seconds|standstill_seconds|loop_seconds")
 LIGHT = f"rollout.backend={BACKEND}"
 
 pytestmark = pytest.mark.integration
@@ -140,6 +140,7 @@ def test_a_run_directory_has_every_file_and_key_of_the_contract(calm: Path, fold
         assert row["policy_version"] == row["step"]
         assert row["staleness_max"] == row["dropped"] == 0
         assert row["trajectories"] == 8 * row["step"]
+        assert row["prepare_seconds"] > 0 and 0 < row["standstill_seconds"] < row["publish_seconds"]
         assert row["engine_logprob_abs_diff"] < 1e-4
         assert (row.keys() >= set(EVALUATION_KEYS)) == (row["step"] in (3, 6))
     kinds = [row["kind"] for row in read_jsonl(calm / "events.jsonl")]

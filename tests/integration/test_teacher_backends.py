@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 import time
+import types
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import replace
@@ -17,10 +18,10 @@ import pytest
 
 from actors.config import TeacherConfig
 from actors.errors import UserError
-from actors.teacher.base import probe
+from actors.teacher.base import probe, texts_of
 from actors.teacher.http import HttpTeacher
 from actors.teacher.local import LocalTeacher
-from actors.teacher.vllm_teacher import VllmTeacher
+from actors.teacher.vllm_teacher import OF_A_TEXT, VllmTeacher, named_requests, named_scores
 from actors.trajectory import Limits, Prompts, Trajectories, offsets_of
 from tests.tiny_updates import random_trajectories
 
@@ -124,3 +125,62 @@ def test_a_server_that_refuses_our_key_is_told(server: str) -> None:
     wanted = config("sampled", backend="http", urls=[server])
     with pytest.raises(UserError, match=r"teachers.wise.urls: found .*status 401"):
         HttpTeacher(wanted, "teachers.wise", VOCABULARY)
+
+
+def test_tokens_that_the_student_names_are_scored_by_vllms_own_worker_and_refused_on_a_cpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """vLLM's checks of the request, its worker's rows and its types, with torch in place of its two GPU kernels."""
+    import torch
+    from vllm.outputs import RequestOutput
+    from vllm.sampling_params import SamplingParams
+    from vllm.v1.worker.gpu.sample import prompt_logprob
+
+    with pytest.raises(UserError, match=r"^teachers.wise.signal: found student_topk, expected sampled, topk or full"):
+        VllmTeacher(config("student_topk", backend="vllm"), "teachers.wise", VOCABULARY)
+    t = written()
+    t = replace(t, support_ids=np.random.default_rng(0).integers(0, 90, (len(t.response_tokens), TOP_K), np.int32))
+    ours = LocalTeacher(config("student_topk"), "teachers.wise", VOCABULARY)
+    expected = ours.score(t.ids, t)[1]
+    monkeypatch.setattr(prompt_logprob, "async_tensor_h2d", lambda ids, device, kind: torch.from_numpy(ids).to(kind))
+    monkeypatch.setattr(
+        prompt_logprob, "compute_token_logprobs", lambda logits, ids: logits.log_softmax(-1).gather(-1, ids)
+    )
+    worker: Any = prompt_logprob.PromptLogprobsWorker(1, torch.device("cpu"))
+    model: Any = types.SimpleNamespace(
+        max_model_len=256, get_vocab_size=lambda: VOCABULARY, max_logprobs=-1, logprobs_mode="raw_logprobs"
+    )
+    answers = []
+    for text, asked in zip(texts_of(t), named_requests(t, VOCABULARY), strict=True):
+        params = SamplingParams(**OF_A_TEXT, **asked)
+        params._validate_logprobs(model)
+        assert len(params.prompt_logprob_token_ids) == len(text) - 1 - params.prompt_logprob_start  # input_processor.py
+        worker.add_request("one", 0, params)
+        body = ours._model.model
+        with torch.no_grad():
+            states = body(torch.tensor([text]), use_cache=False).last_hidden_state[0]
+        done: dict[str, torch.Tensor] = {}
+        cut = len(text) // 2  # a prompt that is computed in two steps
+        for first, last in ((0, cut), (cut, len(text))):
+            batch = types.SimpleNamespace(
+                req_ids=["one"],
+                idx_mapping_np=np.zeros(1, np.int64),
+                num_computed_prefill_tokens_np=np.array([first]),
+                num_scheduled_tokens=np.array([last - first]),
+                prefill_len_np=np.array([len(text)]),
+                query_start_loc_np=np.array([0]),
+            )
+            done |= worker.compute_prompt_token_id_logprobs(
+                lambda rows: torch.nn.functional.linear(rows, ours._weight).detach(),
+                states[first:last],
+                batch,
+                np.array([len(text)]),
+            )
+        answers.append(RequestOutput("one", None, text, None, [], True, prompt_token_id_logprobs=done["one"].numpy()))
+    teacher: Any = VllmTeacher.__new__(VllmTeacher)
+    teacher.__dict__ |= ours.__dict__
+    teacher.score_tokens = lambda trajectories: named_scores(answers, trajectories)
+    found = teacher.score(t.ids, t)[1]
+    np.testing.assert_allclose(found.logprobs, expected.logprobs, atol=1e-4)
+    np.testing.assert_array_equal(found.support_ids, expected.support_ids)
+    np.testing.assert_allclose(found.support_logprobs, expected.support_logprobs, atol=1e-4)

@@ -112,13 +112,14 @@ def test_an_engine_that_does_not_say_which_version_it_holds_is_refused_and_the_v
     held: list[object] = []
     ranks = [(WeightVersion(7, (), ()), [])]
     actor: Any = RolloutActor.__new__(RolloutActor)
+    actor._loading = asyncio.Lock()
     actor._receiver = types.SimpleNamespace(receive=lambda *_: ranks, hold=held.append)
     actor._engine = types.SimpleNamespace(load_weights=lambda *_: done, version=None)
     with pytest.raises(CampaignError, match=r"^rollout.backend: after a load the engine's version is None, expected 7"):
         asyncio.run(actor.load_weights())
     assert not held
     actor._engine.version = 7
-    assert asyncio.run(actor.load_weights()) == 0.0 and held == [ranks]
+    assert asyncio.run(actor.load_weights()).stood_still == 0.0 and held == [ranks]
 
 
 @pytest.mark.parametrize("support", [0, 2])

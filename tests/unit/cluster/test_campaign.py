@@ -24,9 +24,8 @@ from actors.errors import (
     LostObjectError,
     UserError,
 )
-from actors.rollout.actor import RolloutCounts
 from actors.teacher.base import TeacherCounts
-from actors.trajectory import TrajectoryId, offsets_of
+from actors.trajectory import LoadSeconds, RolloutCounts, TrajectoryId, offsets_of
 from cluster.config import CampaignConfig, PipelineConfig
 from cluster.loop import campaign as loop_module
 from cluster.loop.campaign import Campaign
@@ -144,7 +143,7 @@ class FakeRollout(FakeFleet):
         for replica in self.replicas:
             await asyncio.sleep(self.world.draw.random() * self.world.delay)
             replica.version = manifest.value.version
-        return [0.0] * len(self.replicas)
+        return [LoadSeconds(0.2, 0.1)] * len(self.replicas)
 
 
 class FakeTeacher(FakeFleet):

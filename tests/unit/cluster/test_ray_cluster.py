@@ -38,6 +38,14 @@ def test_roles_that_ask_for_resources_of_their_own_get_them(tmp_path: Path) -> N
     check_fits(needed, {"CPU": 8, "GPU": 8, "big": 2, "fast": 1}, "here")
 
 
+@pytest.mark.parametrize("private", [True, False])
+def test_an_actor_on_a_gpu_has_as_many_threads_as_cpus_also_in_a_private_cluster(tmp_path: Path, private: bool) -> None:
+    wanted = config(tmp_path, "rollout.cpus_per_replica=8")
+    needed = role_resources(wanted, 8.0, private=private)
+    assert needed["rollout"][1].environment == {"OMP_NUM_THREADS": "8"}
+    assert needed["learner"][1].environment == {}
+
+
 @pytest.mark.parametrize(
     ("there", "message"),
     [

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from actors.trajectory import LoadSeconds
 from cluster.records.utilisation import STATES, Utilisation, add_up, by_role, mean_actors
 
 
@@ -66,7 +67,7 @@ def test_loading_is_what_the_engine_stood_still(clock: Clock) -> None:
     clock.now += 4
     found.began("rollout-0", "rollout", "load_weights")
     clock.now += 6
-    found.ended("rollout-0", "rollout", "load_weights", 1.5)
+    found.ended("rollout-0", "rollout", "load_weights", LoadSeconds(2.0, 1.5))
     found.ended("learner-0", "learner", "publish")
     clock.now += 2
     assert found.seconds() == {"rollout-0": states(busy=10.5, loading=1.5), "learner-0": states(loading=10, waiting=2)}
