@@ -59,7 +59,8 @@ def settle_algorithms() -> None:
 
     if deterministic():
         torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # for debugging only, and slow
+        # For debugging only, and slow.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def require_batch_invariance(device: str, key: str) -> None:

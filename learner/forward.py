@@ -6,6 +6,7 @@ Shapes: n tokens of the micro-batch or of a chunk of it, H hidden size, V vocabu
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -147,8 +148,9 @@ class Forward:
         found = self.columns(part, microbatch, reduce, measure)
         logprobs, kl = found["logprobs"], found.get("kl")
         if self._own_pi_old and starts_here:  # without a pass of its own: this one has its weights
-            fields = {"on_policy": part.on_policy, "old_logprobs": part.old_logprobs}
-            part = replace(part, **from_here(fields, logprobs.detach()))
+            before = {"on_policy": part.on_policy, "old_logprobs": part.old_logprobs}
+            own: dict[str, Any] = dict(from_here(before, logprobs.detach()))
+            part = replace(part, **own)
         if full_cost_is_exact_kl(objective):
             kl = found["cost"].detach()  # the cost is the KL to be measured: one pass over [n, V] serves both
         cost, clipped = self._cost(logprobs, part, found.get("cost"), kl)
