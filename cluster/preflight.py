@@ -119,6 +119,11 @@ def _student(config: CampaignConfig) -> str:
     if student.lora is not None and find_spec("peft") is None:
         raise UserError("student.lora", "no library peft", "pip install peft accelerate")
     check_fit(student.source, student.trust_remote_code, "student.model", quantised="refused")
+    if config.learner.sequence_parallel > 1:
+        from actors.forward.slices import check_slices  # imports torch.distributed, which only this needs here
+
+        found = load_config(student.source, student.trust_remote_code, "student.model")
+        check_slices(found, config.learner.sequence_parallel)
     tokenizer = load_tokenizer(student.source, student.trust_remote_code, "student.model")
     student_stop_tokens(config)
     return f"{len(tokenizer)} tokens, prompts of at most {max_prompt_tokens(config)}"

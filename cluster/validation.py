@@ -67,7 +67,9 @@ def _student(config: CampaignConfig) -> Iterator[Contradiction]:
         expected = f"at most {LARGEST_ADAPTER}, or publish: merged"
         yield lora.rank > LARGEST_ADAPTER, "student.lora.rank", lora.rank, expected
         yield lora.dora, "student.lora.dora", "true", "false with publish: adapter, because vLLM has no DoRA"
-    gpus, ranks = config.learner.gpus_per_replica, config.learner.replicas
+    gpus, ranks, together = config.learner.gpus_per_replica, config.learner.replicas, config.learner.sequence_parallel
+    expected = f"a divisor of learner.replicas, {ranks}"
+    yield ranks % together != 0, "learner.sequence_parallel", together, expected
     expected = "1, or 0: each of several ranks has one GPU of its own"
     yield ranks > 1 and gpus not in (None, 0, 1), "learner.gpus_per_replica", gpus, expected
 

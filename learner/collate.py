@@ -5,15 +5,17 @@ trajectories of a micro-batch, T the longest of their responses; K support, V vo
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from actors.forward.packing import Microbatch, microbatches
-from actors.trajectory import TeacherScores, Trajectories
+from actors.forward.slices import Slices
+from actors.trajectory import TeacherScores, Trajectories, ragged_rows
 from learner.config import ObjectiveConfig
 from learner.hidden_states import Head, HiddenStates
 from learner.objective.divergences import extrapolated_teacher
@@ -35,9 +37,18 @@ NO_TOKENS = Microbatch(
 another. All ranks gather the layers together, so each has to make as many passes as the others."""
 
 
+class Step(NamedTuple):
+    """One optimiser step of an epoch."""
+
+    rows: np.ndarray
+    """Numbers of its trajectories in the update, on all ranks."""
+    passes: list[Microbatch]
+    """This rank's micro-batches, as many as on every other rank."""
+
+
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What the loss of one micro-batch needs."""
+    """What the loss of one micro-batch needs; where several ranks share its row, of the tokens that this rank predicts."""
 
     tokens: Tensor
     """[n] int64."""
@@ -83,6 +94,10 @@ class Part:
     """[n] row in the micro-batch."""
     shape: tuple[int, int]
     """b, T."""
+    whole: "Part | None" = None
+    """The same of all tokens of the row, without WIDE_TENSORS, where several ranks share it."""
+    own: slice = field(default_factory=lambda: slice(None))
+    """Which tokens of `whole` these are."""
 
     def padded(self, values: Tensor) -> Tensor:
         """[n] -> [b, T], trained tokens only, 0 where a response has no more of them.
@@ -112,12 +127,12 @@ class UpdateBatch:
     reference_hidden: list[HiddenStates] = field(default_factory=list)
     old_hidden: list[HiddenStates] = field(default_factory=list)
     """None or one."""
-    this_rank_B: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
-    """[B] bool: the trajectories that this rank trains on."""
     policy_unknown: bool = False
     """Tokens were filtered by an engine that has not recorded their log-probs before the filter."""
     wide_places: Tensor | None = None
     """[N] int64: the row of each of this rank's tokens in WIDE_TENSORS. None with one rank, which has all rows."""
+    sliced: bool = False
+    """Several ranks share each row."""
 
     def weigh(self, rows: np.ndarray, objective: ObjectiveConfig, beta: float) -> float:
         """Sets the weights of the tokens of these rows, which make one step; all others get 0. Returns its `step_size`.
@@ -151,48 +166,56 @@ class UpdateBatch:
         costs = reward_cost(reward_B, all_tokens.padded(all_tokens.mask), self.groups())
         self.tensors["reward_cost"] = all_tokens.flat(costs)
 
-    def microbatches(self, token_budget: int, rows: np.ndarray) -> list[Microbatch]:
-        """Forward passes of at most `token_budget` tokens over the trajectories of `rows`."""
-        t = self.trajectories
-        return microbatches(
-            t.prompt_tokens, t.prompt_offsets, t.response_tokens, t.response_offsets, token_budget, rows=rows
-        )
-
     def all_tokens(self) -> Part:
         """All tokens of the update as one part; its padded form is [B, T] in the order of the ids. With several ranks it
         lacks WIDE_TENSORS, which each rank has of its own tokens only."""
         lengths = self.trajectories.lengths
-        rows = np.arange(len(lengths))
-        nothing = rows[:0]
-        # Lengths, tokens and positions of a forward pass are not needed: none is made.
-        all_rows = Microbatch(rows, nothing, nothing, nothing, tokens=np.arange(lengths.sum()))
-        return self.part(all_rows, wide=self.wide_places is None)
+        return self._part(np.arange(len(lengths)), np.arange(lengths.sum()), wide=self.wide_places is None)
 
     def groups(self) -> Tensor:
         """[B] the same number for all samples of one prompt."""
         _, groups = np.unique(self.trajectories.ids[:, :2], axis=0, return_inverse=True)
         return torch.from_numpy(groups.reshape(-1)).to(self.device)
 
-    def part(self, microbatch: Microbatch, *, wide: bool = True) -> Part:
-        """The tensors of one micro-batch of trajectories of this rank. wide: with WIDE_TENSORS."""
-        index = torch.from_numpy(microbatch.tokens).to(self.device)
-        wide_index = index[:0] if not wide else index if self.wide_places is None else self.wide_places[index]
-        lengths = self.trajectories.lengths[microbatch.rows]
-        trained = self.trajectories.trained[microbatch.tokens]
+    def part(self, microbatch: Microbatch) -> Part:
+        """The tensors of one micro-batch of this rank."""
+        if not self.sliced:
+            return self._part(microbatch.rows, microbatch.tokens, wide=True)
+        offsets = self.trajectories.response_offsets
+        tokens = ragged_rows(np.arange(offsets[-1]), offsets, microbatch.rows)
+        whole = self._part(microbatch.rows, tokens, wide=False)
+        # The tokens that a slice predicts are neighbours in the row.
+        start = int(np.argmax(tokens == microbatch.tokens[0])) if len(microbatch.tokens) else 0
+        own = slice(start, start + len(microbatch.tokens))
+        values = self._values(microbatch.tokens, wide=True)
+        return replace(whole, **values, columns=whole.columns[own], rows=whole.rows[own], whole=whole, own=own)
+
+    def _part(self, rows: np.ndarray, tokens: np.ndarray, *, wide: bool) -> Part:
+        """The part of all tokens of these trajectories. wide: with WIDE_TENSORS."""
+        lengths = self.trajectories.lengths[rows]
+        trained = self.trajectories.trained[tokens]
         # A token's column is the number of trained tokens before it in its own response: those before it in the whole
         # part, less those before its response began. Context between two trained tokens leaves no gap.
         before = np.cumsum(trained) - trained
         starts = np.repeat(np.cumsum(lengths) - lengths, lengths)
         columns = before - before[starts] if len(before) else before
         return Part(
-            **{name: values[wide_index if name in WIDE_TENSORS else index] for name, values in self.tensors.items()},
-            hidden=[source.at(index) for source in self.hidden],
-            reference_hidden=[source.at(index) for source in self.reference_hidden],
-            old_hidden=next((source.at(index) for source in self.old_hidden), None),
+            **self._values(tokens, wide=wide),
             columns=torch.from_numpy(columns).to(self.device),
             rows=torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths)).to(self.device),
             shape=(len(lengths), int((columns[trained] + 1).max(initial=0))),
         )
+
+    def _values(self, tokens: np.ndarray, *, wide: bool) -> dict[str, Any]:
+        """The fields of a Part that have a row for each of these tokens."""
+        index = torch.from_numpy(tokens).to(self.device)
+        wide_index = index[:0] if not wide else index if self.wide_places is None else self.wide_places[index]
+        return {
+            **{name: values[wide_index if name in WIDE_TENSORS else index] for name, values in self.tensors.items()},
+            "hidden": [source.at(index) for source in self.hidden],
+            "reference_hidden": [source.at(index) for source in self.reference_hidden],
+            "old_hidden": next((source.at(index) for source in self.old_hidden), None),
+        }
 
 
 def from_here(part: Mapping[str, Tensor], own: Tensor) -> dict[str, Tensor]:
@@ -230,6 +253,41 @@ def minibatch_rows(trajectories: int, count: int) -> list[np.ndarray]:
     return [np.arange(start, trajectories, count) for start in range(min(count, trajectories))]
 
 
+def steps_of(
+    written: Trajectories,
+    of_step: Sequence[np.ndarray],
+    this_rank_B: np.ndarray,
+    token_budget: int,
+    slices: Slices | None,
+    ranks: Ranks,
+    device: str,
+) -> list[Step]:
+    """Cuts an update into forward passes, once for all its epochs.
+
+    of_step: the rows of each step. this_rank_B: [B] bool, the trajectories that this rank trains on, or its group where
+    `slices` says that several ranks share a row of `token_budget` tokens. A rank with fewer passes than another gets
+    NO_TOKENS: in each pass the ranks gather the layers together, so one that stopped earlier would leave the others waiting.
+    """
+    t = written
+    arrays = t.prompt_tokens, t.prompt_offsets, t.response_tokens, t.response_offsets
+    passes = [microbatches(*arrays, token_budget, rows=rows[this_rank_B[rows]]) for rows in of_step]
+    if slices is not None:
+        passes = [[one.within(slices.own(len(one.input_ids))) for one in of] for of in passes]
+    most = ranks.max(torch.tensor([len(of) for of in passes], device=device)).tolist()
+    return [
+        Step(rows, of + [NO_TOKENS] * (count - len(of))) for rows, of, count in zip(of_step, passes, most, strict=True)
+    ]
+
+
+def tokens_of(steps: Sequence[Step], count: int) -> np.ndarray:
+    """[N] bool: the tokens that these passes predict, of `count` in the update."""
+    found = np.zeros(count, bool)
+    for step in steps:
+        for one in step.passes:
+            found[one.tokens] = True
+    return found
+
+
 def _mask(
     written: Trajectories,
     scores: MergedScores,
@@ -250,6 +308,7 @@ def collate(
     written: Trajectories,
     batches: Sequence[TeacherScores],
     this_rank_B: np.ndarray,
+    this_rank_N: np.ndarray,
     policy_version: int,
     objective: ObjectiveConfig,
     device: str,
@@ -258,16 +317,18 @@ def collate(
     vocabulary: int,
     heads: Mapping[str, Head],
     ranks: Ranks,
+    sliced: bool,
 ) -> UpdateBatch:
     """The tensors of the update on `written`, in its order; the fields of Part say their shapes and units.
 
-    this_rank_B: [B] bool, the trajectories that this rank trains on. batches:
-    hold the scores of these, from all their teachers, and perhaps of others. heads: of teachers that send hidden states.
+    this_rank_B: [B] bool, the trajectories that this rank trains on. this_rank_N: [N] bool, their tokens; where several
+    ranks share each row (`sliced`), those that this rank predicts. batches:
+    hold the scores of these trajectories, from all their teachers, and perhaps of others. heads: of teachers that send hidden states.
     policy_version: of the weights that the update starts from. CampaignError: scores of a trajectory are missing.
     """
     tensor = partial(_tensor, device=device)
-    scores = merge_scores(written, this_rank_B, batches, objective.reference_teacher, heads, ranks, device)
-    this_rank_N = np.repeat(this_rank_B, written.lengths)
+    reference_name = objective.reference_teacher
+    scores = merge_scores(written, this_rank_B, this_rank_N, batches, reference_name, heads, ranks, device)
     mask = _mask(written, scores, objective, masked_token_ids, vocabulary)
 
     def where_known(values: np.ndarray) -> Tensor:
@@ -300,9 +361,9 @@ def collate(
         "support_logprobs": where_known(scores.support_logprobs),
         "reference_logprobs": where_known(scores.reference_support_logprobs),
     }
-    places = None if this_rank_B.all() else tensor(np.cumsum(this_rank_N) - 1)
+    places = None if this_rank_N.all() else tensor(np.cumsum(this_rank_N) - 1)
     hidden, of_reference = scores.hidden, scores.reference_hidden
-    batch = UpdateBatch(written, tensors, device, hidden, of_reference, [], this_rank_B, unknown, places)
+    batch = UpdateBatch(written, tensors, device, hidden, of_reference, [], unknown, places, sliced)
     if written.rewards.size:
         batch.set_rewards(tensor(written.rewards))
     return batch

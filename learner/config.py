@@ -136,6 +136,9 @@ class LearnerConfig:
 
     replicas: int = number(1, minimum=1)
     """Ranks of the learner. Weights, moments and every update are split between them; the result is that of one rank."""
+    sequence_parallel: int = number(1, minimum=1)
+    """This many consecutive ranks share each row of tokens: each holds a part of its activations, and in attention a part of
+    the heads (docs/scaling.md). For long responses. Must divide `replicas` and the student's attention heads."""
     gpus_per_replica: float | None = number(None, minimum=0)
     """GPUs of one rank. Null: one, or a share if the cluster has a single GPU. Below 1: a share, to which the learner keeps.
     A whole number with several ranks."""
@@ -150,8 +153,8 @@ class LearnerConfig:
     epochs_per_update: int = number(1, minimum=1)
     """Passes over an update's trajectories before the new weights are published."""
     microbatch_tokens: int = number(16384, minimum=1)
-    """Tokens of one forward and backward pass. Trajectories are packed end to end without padding; gradients accumulate
-    over the passes of an optimiser step."""
+    """Tokens of one forward and backward pass, on all ranks that share it. Trajectories are packed end to end without
+    padding; gradients accumulate over the passes of an optimiser step."""
     head_chunk_tokens: int = number(1024, minimum=1)
     """Tokens per application of the language-model head: [chunk, vocabulary] is the largest array."""
     gradient_checkpointing: bool = False

@@ -12,6 +12,7 @@ import torch
 
 from actors.forward.logprobs import chunked_head, entropy, token_logprobs
 from actors.forward.packing import Microbatch, hidden_states
+from actors.forward.slices import Slices
 from actors.heartbeat import beat
 from learner.collate import Part, from_here
 from learner.config import LearnerConfig, ObjectiveConfig
@@ -49,15 +50,17 @@ class Forward:
         vocabulary: int | None,
         named_by_student: bool,
         own_pi_old: bool = False,
+        slices: Slices | None = None,
     ):
         """temperature: that was sampled at. vocabulary: number of the head's rows that are tokens; None: all.
         named_by_student: the teachers' supports are the student's most likely tokens. own_pi_old: the clipped ratio starts
-        from the learner's own log-probs, and their ratio to the recorded ones is a weight (`mismatch.pi_old`)."""
+        from the learner's own log-probs, and their ratio to the recorded ones is a weight (`mismatch.pi_old`). slices: this
+        rank's place among those that share each row; None: it has all tokens."""
         self._body, self._weight, self._bias = body, weight_VH, bias_V
         self._objective, self._chunk_tokens = config.objective, config.head_chunk_tokens
         self._half = config.compute_dtype == "bfloat16"
         self._device, self._temperature, self._vocabulary = device, temperature, vocabulary
-        self._named_by_student, self._own_pi_old = named_by_student, own_pi_old
+        self._named_by_student, self._own_pi_old, self._slices = named_by_student, own_pi_old, slices
 
     def as_hidden_states(self, states: torch.Tensor, places: torch.Tensor) -> HiddenStates:
         """Hidden states [N', H] of the current weights as pi_old over the whole vocabulary, for the exact trust region.
@@ -99,9 +102,11 @@ class Forward:
         beat()
         # Without autocast's cache: a weight is cast once a pass anyway, and would be held until the end of the forward pass.
         with torch.autocast(self._device, torch.bfloat16, enabled=self._half, cache_enabled=False):
-            hidden = hidden_states(self._body, microbatch.input_ids, microbatch.lengths, self._device)
+            row, slices = microbatch.input_ids, self._slices
+            hidden = hidden_states(self._body, row, microbatch.lengths, self._device, slices)
+            first = 0 if slices is None else slices.own(len(row)).start
             # Prompts need no log-probs, and the head is the costliest layer of a small model.
-            hidden = hidden[torch.from_numpy(microbatch.positions).to(self._device)]
+            hidden = hidden[torch.from_numpy(microbatch.positions - first).to(self._device)]
             if keep is not None:
                 keep(hidden)
             values = chunked_head(
@@ -182,7 +187,7 @@ class Forward:
             student = logprobs if objective.recompute_log_ratio else part.behaviour_logprobs
             whole_update = needs_whole_update(objective)
             # Computed here, A_t costs no pass of its own, but sees only the trajectories of this micro-batch.
-            a_t = part.coefficient if whole_update else coefficients(student, kl, part, None, objective)
+            a_t = part.coefficient if whole_update else self._coefficients(student, kl, part)
             return self._surrogate(logprobs, part, a_t)
         unclipped = torch.zeros_like(part.mask)
         if divergence is None:  # the negative log-likelihood of `sft`
@@ -192,6 +197,17 @@ class Forward:
         # The divergence needs no sampled action, a reward does: it has its own clipped ratio.
         of_reward, clipped = self._surrogate(logprobs, part, objective.reward_weight * part.reward_cost)
         return divergence + of_reward, clipped
+
+    def _coefficients(self, logprobs: torch.Tensor, kl: torch.Tensor | None, part: Part) -> torch.Tensor:
+        """[n] A_t, which may depend on later tokens, and so on what other ranks of the row have found."""
+        if part.whole is None or self._slices is None:
+            return coefficients(logprobs, kl, part, None, self._objective)
+        found = logprobs.new_zeros((2, len(part.whole.tokens)))
+        found[0, part.own] = logprobs.detach()
+        if kl is not None:
+            found[1, part.own] = kl.detach()
+        logprobs, of_row = self._slices.sum(found)  # exact: each token is 0 on all ranks but one
+        return coefficients(logprobs, None if kl is None else of_row, part.whole, None, self._objective)[part.own]
 
     def _surrogate(
         self, logprobs: torch.Tensor, part: Part, coefficient: torch.Tensor

@@ -20,12 +20,11 @@ from actors.accelerator import settle_algorithms, torch_device
 from actors.config import StudentConfig, TeacherConfig, publishes_adapter
 from actors.data.models import find_model, load_head
 from actors.errors import CampaignError, CheckpointError, GivenUpError, NonFiniteLossError
-from actors.forward.packing import Microbatch
 from actors.memory import give_back
 from actors.trajectory import TeacherScores, Trajectories, TrajectoryId, select_trajectories
 from actors.weights.buckets import WeightVersion
 from actors.weights.delta import DeltaVersion
-from learner.collate import NO_TOKENS, UpdateBatch, collate, from_here, minibatch_rows
+from learner.collate import Step, UpdateBatch, collate, from_here, minibatch_rows, steps_of, tokens_of
 from learner.config import LearnerConfig
 from learner.costs import check_own_functions, coefficients, importance_of, needs_whole_update
 from learner.forward import Forward, exact_forward_kl, exact_reverse_kl, no_columns
@@ -116,6 +115,7 @@ class Learner:
         self._model, body, self._pass_tokens, self._adapter = build_student(
             student, config, checkpoint, self._ranks, self._device, averages=len(following)
         )
+        self._slices = self._ranks.slices(config.sequence_parallel)
         head: Any = self._model.get_output_embeddings()
         self._vocabulary = min(len(head.weight), vocabulary or len(head.weight))
         self._files = self._other_files() if self._ranks.rank == 0 else {}
@@ -123,7 +123,7 @@ class Learner:
         sampling: dict[str, Any] = {"temperature": temperature, "vocabulary": self._vocabulary}
         named = any(teacher.signal == "student_topk" for teacher in self._teachers.values())
         self._own_pi_old = starts_at_learner(config.objective, publish_dtype, config.compute_dtype)
-        sampling |= {"named_by_student": named, "own_pi_old": self._own_pi_old}
+        sampling |= {"named_by_student": named, "own_pi_old": self._own_pi_old, "slices": self._slices}
         self._forward = Forward(body, head.weight, head.bias, config, self._device, **sampling)
         self._heads = same_rows(self._load_heads(), self._vocabulary, turn_ends or {})
         self._averages = MovingAverages(self._model, following)
@@ -163,10 +163,12 @@ class Learner:
         start = time.perf_counter()
         written = select_trajectories(ids, [b for b in batches if isinstance(b, Trajectories)])
         scores = [b for b in batches if isinstance(b, TeacherScores)]
+        steps, this_rank_B = self._steps(written)
         batch = collate(
             written,
             scores,
-            self._share(written),
+            this_rank_B,
+            tokens_of(steps, len(written.response_tokens)),
             self.policy_version,
             self._config.objective,
             self._device,
@@ -174,19 +176,20 @@ class Learner:
             vocabulary=self._vocabulary,
             heads=self._heads,
             ranks=self._ranks,
+            sliced=self._slices is not None,
         )
-        begun = self._look_ahead(batch)
+        begun = self._look_ahead(batch, steps)
         rate = rate_scale * learning_rate(self.policy_version + 1, self._total_updates, self._config.optimizer)
         # Set here, by no scheduler: the rate is a function of the version, so a resumed run has the same.
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         collected = UpdateMetrics()
-        steps = self._take_steps(batch, begun, collected)
+        taken = self._take_steps(batch, steps, begun, collected)
         self.policy_version += 1
         self._averages.follow()
         groups = self._groups(ids, scores, domains)
         metrics = collected.means(groups, self._ranks) | response_metrics(batch.trajectories)
-        metrics |= {**steps, "learning_rate": rate, "beta": self._beta}
+        metrics |= {**taken, "learning_rate": rate, "beta": self._beta}
         if self._config.objective.mismatch.correction != "none":  # of the weights as they were cut
             cut = batch.tensors["importance"].log()
             metrics["mismatch_ess"] = effective_sample_size(cut, batch.tensors["mask"]).item()
@@ -194,7 +197,7 @@ class Learner:
         if target is not None:
             # After the last step: before it, a single on-policy step has not moved yet.
             assert begun is not None
-            self._beta = adapted_beta(self._beta, self._forward_kl(begun, np.arange(len(ids))), target)
+            self._beta = adapted_beta(self._beta, self._forward_kl(begun, steps), target)
         metrics["busy_seconds"] = (time.perf_counter() - start) * self._ranks.size  # summed over the role's processes
         self._busy_seconds += metrics["busy_seconds"]
         give_back()
@@ -307,24 +310,13 @@ class Learner:
         names = self._teachers.keys() - {reference}
         return groups_of(ids, teaching, domains, teachers=names, ranks=self._ranks, device=self._device)
 
-    def _share(self, written: Trajectories) -> np.ndarray:
-        """[B] bool: the trajectories that this rank trains on."""
-        return self._ranks.own_trajectories(
-            np.diff(written.prompt_offsets) + written.lengths, self._minibatches(written)
-        )
-
-    def _minibatches(self, trajectories: Trajectories) -> list[np.ndarray]:
-        """The rows of each optimiser step of one epoch."""
-        return minibatch_rows(len(trajectories), self._config.minibatches_per_update)
-
-    def _passes(self, batch: UpdateBatch, rows: np.ndarray) -> list[Microbatch]:
-        """This rank's micro-batches of the rows, followed by NO_TOKENS until all ranks have the same number.
-
-        In each pass the ranks gather the layers together: one that stopped earlier would leave the others waiting.
-        """
-        passes = batch.microbatches(self._pass_tokens, rows[batch.this_rank_B[rows]])
-        most = int(self._ranks.max(torch.tensor(len(passes), device=self._device)))
-        return passes + [NO_TOKENS] * (most - len(passes))
+    def _steps(self, written: Trajectories) -> tuple[list[Step], np.ndarray]:
+        """(the steps of one epoch; [B] bool, the trajectories that this rank, or its group, trains on)."""
+        rows = minibatch_rows(len(written), self._config.minibatches_per_update)
+        costs = np.diff(written.prompt_offsets) + written.lengths
+        this_rank_B = self._ranks.own_trajectories(costs, rows, self._config.sequence_parallel)
+        cut = (this_rank_B, self._pass_tokens, self._slices, self._ranks, self._device)
+        return steps_of(written, rows, *cut), this_rank_B
 
     def _go_on(self) -> None:
         """Before each pass until the first step. GivenUpError: the update is to be given up; all ranks raise it together."""
@@ -337,15 +329,17 @@ class Learner:
             self._optimizer.zero_grad(set_to_none=True)
             raise GivenUpError(f"update {self.policy_version + 1} was given up before its first step")
 
-    def _take_steps(self, batch: UpdateBatch, begun: UpdateBatch | None, collected: UpdateMetrics) -> dict[str, float]:
+    def _take_steps(
+        self, batch: UpdateBatch, steps: Sequence[Step], begun: UpdateBatch | None, collected: UpdateMetrics
+    ) -> dict[str, float]:
         """Takes the steps of all epochs and minibatches; returns what is measured of steps.
 
         begun: the batch with the weights before the update as pi_old, where the trust region measures the KL to them.
         """
         found = {"grad_norm": 0.0, "step_scale": 1.0, "steps_taken": 0, "steps_skipped": 0}
         for epoch in range(self._config.epochs_per_update):
-            for rows in self._minibatches(batch.trajectories):
-                size = batch.weigh(rows, self._config.objective, self._beta)
+            for step in steps:
+                size = batch.weigh(step.rows, self._config.objective, self._beta)
                 if not size:
                     # Not even with a gradient of 0: moments and weight decay would move the weights.
                     found["steps_skipped"] += 1
@@ -353,23 +347,21 @@ class Learner:
                 moved = found["steps_taken"] > 0
                 collected.begin_step(size, again=epoch > 0, moved=moved)
                 if moved and self._config.objective.trust_region.max_kl is not None:
-                    begun, _ = self._now(batch, rows)
-                found["grad_norm"] = self._accumulate(batch, rows, collected, starts_here=begun is None)
-                found["step_scale"] = self._step(begun, rows)
+                    begun, _ = self._now(batch, [step])
+                found["grad_norm"] = self._accumulate(batch, step, collected, starts_here=begun is None)
+                found["step_scale"] = self._step(begun, step)
                 found["steps_taken"] += found["step_scale"] > 0
                 if found["step_scale"] < 1:
                     return found  # cut at the KL limit: a further step would go beyond it
         return found
 
-    def _accumulate(
-        self, batch: UpdateBatch, rows: np.ndarray, collected: UpdateMetrics, *, starts_here: bool
-    ) -> float:
-        """Accumulates the gradient of the loss of these rows, and clips it; returns its norm before clipping.
+    def _accumulate(self, batch: UpdateBatch, step: Step, collected: UpdateMetrics, *, starts_here: bool) -> float:
+        """Accumulates the gradient of the loss of this step, and clips it; returns its norm before clipping.
 
         starts_here: the batch does not hold the learner's own log-probs at the start of the update.
         """
         self._optimizer.zero_grad(set_to_none=True)
-        for microbatch in self._passes(batch, rows):
+        for microbatch in step.passes:
             self._go_on()
             part = batch.part(microbatch)
             loss = self._forward.loss(part, microbatch, self._beta, collected, starts_here=starts_here)
@@ -377,17 +369,18 @@ class Learner:
             total = self._ranks.sum(loss.detach())
             if not torch.isfinite(total):
                 rows_here = torch.from_numpy(microbatch.rows if not torch.isfinite(loss) else microbatch.rows[:0])
-                wrong = self._ranks.concatenate(rows_here.to(self._device)).cpu().numpy()
+                # Ranks that share a row may name the same trajectories.
+                wrong = np.unique(self._ranks.concatenate(rows_here.to(self._device)).cpu().numpy())
                 self._refuse(f"the loss is {total.item()}", batch.trajectories.ids[wrong])
             loss.backward()
         trained = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
         self._ranks.sum_over_copies(trained)
         norm = full_tensor(torch.nn.utils.clip_grad_norm_(trained, self._config.optimizer.max_grad_norm)).item()
         if not math.isfinite(norm):
-            self._refuse(f"the gradient's norm is {norm}", batch.trajectories.ids[rows])
+            self._refuse(f"the gradient's norm is {norm}", batch.trajectories.ids[step.rows])
         return norm
 
-    def _step(self, begun: UpdateBatch | None, rows: np.ndarray) -> float:
+    def _step(self, begun: UpdateBatch | None, step: Step) -> float:
         """Takes the step, shortened where it goes beyond `trust_region.max_kl`; returns the share taken, in [0, 1].
 
         The line search of TRPO (arXiv 1502.05477, appendix C), on a straight line between the weights before and after.
@@ -409,19 +402,19 @@ class Learner:
                 for parameter, a, b in zip(parameters, before, after, strict=True):
                     # The ends exactly: rounding, or an infinite step, must not change the weights that are gone back to.
                     parameter.copy_({0.0: a, 1.0: b}.get(scale, a + scale * (b - a)))
-            return self._forward_kl(begun, rows)
+            return self._forward_kl(begun, [step])
 
         scale, _ = backed_off(measure, limit)
         return scale
 
     @torch.no_grad()
-    def _forward_kl(self, begun: UpdateBatch, rows: np.ndarray) -> float:
+    def _forward_kl(self, begun: UpdateBatch, steps: Sequence[Step]) -> float:
         """KL(pi_old || pi_theta) of the current weights, mean in nats a token: exact if the trust region is, else k3.
 
         begun: the batch with pi_old as `_now` has found it.
         """
         sums = torch.zeros(2, dtype=torch.float64, device=self._device)
-        for microbatch in self._passes(begun, rows):
+        for microbatch in (one for step in steps for one in step.passes):
             part = begun.part(microbatch)
             found = self._forward.columns(part, microbatch, partial(exact_forward_kl, part))
             # k3 and not k1: each of its terms is at least 0, so a small sample does not hide a KL behind a negative one.
@@ -432,17 +425,19 @@ class Learner:
         return total / max(tokens, 1.0)
 
     @torch.no_grad()
-    def _now(self, batch: UpdateBatch, rows: np.ndarray, *, with_kl: bool = False) -> tuple[UpdateBatch, torch.Tensor]:
+    def _now(
+        self, batch: UpdateBatch, steps: Sequence[Step], *, with_kl: bool = False
+    ) -> tuple[UpdateBatch, torch.Tensor]:
         """(the batch with the learner's weights as they are now as pi_old; with_kl: [N] KL(pi || q) at each context).
 
-        A pass over these rows without gradients. Other rows have zeros. An exact trust region also gets pi_old over the
+        A pass over these steps without gradients. Other rows have zeros. An exact trust region also gets pi_old over the
         whole vocabulary, as hidden states.
         """
         found = {name: torch.zeros(len(batch.tensors["mask"]), device=self._device) for name in ("logprobs", "kl")}
         keep_states = self._config.objective.trust_region.estimator == "exact"
         states: list[torch.Tensor] = []
         places = torch.zeros_like(batch.tensors["tokens"])
-        for microbatch in self._passes(batch, rows):
+        for microbatch in (one for step in steps for one in step.passes):
             self._go_on()
             part = batch.part(microbatch)
             index = torch.from_numpy(microbatch.tokens).to(self._device)
@@ -456,7 +451,7 @@ class Learner:
         old = [self._forward.as_hidden_states(torch.cat(states), places)] if keep_states else []
         return replace(batch, tensors={**batch.tensors, "old_logprobs": logprobs}, old_hidden=old), kl
 
-    def _look_ahead(self, batch: UpdateBatch) -> UpdateBatch | None:
+    def _look_ahead(self, batch: UpdateBatch, steps: Sequence[Step]) -> UpdateBatch | None:
         """A pass over the update without gradients, before the first step, if the objective needs one.
 
         It computes what a micro-batch cannot: the learner's own pi_old (to correct the engine's numerics, in place of what
@@ -474,7 +469,7 @@ class Learner:
         if not (whole_update or correct or batch.policy_unknown or exact_region or limited or moves):
             return None  # pi_old is then pi_behaviour, as it was recorded, and the update needs no extra pass
         with_kl = whole_update and reads_distribution(objective)
-        begun, kl = self._now(batch, np.arange(len(batch.trajectories)), with_kl=with_kl)
+        begun, kl = self._now(batch, steps, with_kl=with_kl)
         batch.old_hidden.extend(begun.old_hidden)
         own = begun.tensors["old_logprobs"]
         if batch.policy_unknown:

@@ -3,12 +3,13 @@
 Every rank gets the fields with one number a token ([N]) for all tokens, since weights and coefficients depend on the
 whole update. Wider fields ([n, K], hidden states) stay on the rank that trains on the token.
 Shapes: B trajectories and N response tokens of the update; M, n the trajectories and response tokens of this rank (all of
-them with one rank); K support, V vocabulary, H hidden size.
+them with one rank; where ranks share rows, M are the group's, and n the tokens that this rank predicts); K support, V
+vocabulary, H hidden size.
 """
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -50,6 +51,7 @@ class MergedScores:
 def merge_scores(
     written: Trajectories,
     this_rank_B: np.ndarray,
+    this_rank_N: np.ndarray,
     batches: Sequence[TeacherScores],
     reference_teacher: str | None,
     heads: Mapping[str, Head],
@@ -60,18 +62,18 @@ def merge_scores(
 
     CampaignError: scores of a trajectory of this rank are missing. A collective: all ranks must call it.
     """
-    ids, this_rank_N = written.ids[this_rank_B], np.repeat(this_rank_B, written.lengths)
+    ids, own_n = written.ids[this_rank_B], this_rank_N[np.repeat(this_rank_B, written.lengths)]
     by_reference = [batch for batch in batches if batch.teacher == reference_teacher]
     by_teachers = [batch for batch in batches if batch.teacher != reference_teacher]
     _check_shares(ids, by_teachers)
     support, width, reference_width = _widths(by_teachers, by_reference, ranks, device)
-    teacher = _scores_of(ids, by_teachers, support, width)
-    reference = None if reference_teacher is None else _scores_of(ids, by_reference, support, reference_width)
+    teacher = _scores_of(ids, own_n, by_teachers, support, width)
+    reference = None if reference_teacher is None else _scores_of(ids, own_n, by_reference, support, reference_width)
     logprobs, reference_logprobs, scored, distributed = _of_all_ranks(teacher, reference, this_rank_N, ranks, device)
 
     def hidden(of: Sequence[TeacherScores], *, of_reference: bool) -> list[HiddenStates]:
         named = {name: head for name, head in heads.items() if (name == reference_teacher) == of_reference}
-        return _hidden_states(ids, of, named, this_rank_N, ranks, device)
+        return _hidden_states(ids, own_n, of, named, this_rank_N, ranks, device)
 
     return MergedScores(
         logprobs,
@@ -86,8 +88,10 @@ def merge_scores(
     )
 
 
-def _scores_of(ids: np.ndarray, batches: Sequence[TeacherScores], support: int, width: int) -> TeacherScores:
-    """The scores of the trajectories with these ids [M, 3], which may be none.
+def _scores_of(
+    ids: np.ndarray, own_n: np.ndarray, batches: Sequence[TeacherScores], support: int, width: int
+) -> TeacherScores:
+    """The scores of the trajectories with these ids [M, 3], which may be none, at those tokens that are this rank's own.
 
     support, width: columns of `support_ids` and `support_logprobs` where the batches have any.
     """
@@ -102,7 +106,11 @@ def _scores_of(ids: np.ndarray, batches: Sequence[TeacherScores], support: int, 
             support_ids=np.zeros((0, support), np.int32),
             support_logprobs=np.zeros((0, width), np.float32),
         )
-    return select_scores(ids, batches, width)
+    found = select_scores(ids, batches, width)
+    if own_n.all():
+        return found
+    own = {name: getattr(found, name)[own_n] for name in ("logprobs", "support_ids", "support_logprobs")}
+    return replace(found, **own)
 
 
 def _check_shares(ids: np.ndarray, batches: Sequence[TeacherScores]) -> None:
@@ -167,6 +175,7 @@ def _of_all_ranks(
 
 def _hidden_states(
     ids: np.ndarray,
+    own_n: np.ndarray,
     batches: Sequence[TeacherScores],
     heads: Mapping[str, Head],
     this_rank_N: np.ndarray,
@@ -175,7 +184,8 @@ def _hidden_states(
 ) -> list[HiddenStates]:
     """The hidden states of the teachers with these heads, for the trajectories with these ids [M, 3].
 
-    this_rank_N: [N] bool, the tokens of these trajectories among the update's. With several ranks each rank has an entry
+    own_n: bool, which of the tokens of these trajectories are this rank's own. this_rank_N: [N] bool, the same among the
+    update's tokens. With several ranks each rank has an entry
     for every head, also for a teacher that scored none of its trajectories: all ranks must run the same operations.
     """
     _, teachers = scores_by_teacher(ids, batches) if len(ids) and heads else ([], {})
@@ -183,7 +193,10 @@ def _hidden_states(
     for name, head in sorted(heads.items()):
         if name in teachers:
             scores = teachers[name]
-            places, log_weights, states = scores.places, scores.log_weights, from_array(scores.hidden).to(device)
+            kept = own_n[scores.places]
+            hidden = scores.hidden if kept.all() else scores.hidden[kept]
+            places = (np.cumsum(own_n) - 1)[scores.places[kept]]
+            log_weights, states = scores.log_weights[kept], from_array(hidden).to(device)
         elif ranks.size > 1:
             places, log_weights, states = np.zeros(0, np.int64), np.zeros(0, np.float32), head[0][:0]
         else:

@@ -3,23 +3,27 @@
 `microbatches` groups trajectories into rows of at most a number of tokens. `use_packed_attention` replaces the attention
 of a model's layers, and `hidden_states` runs the model on such a row. On GPUs one kernel computes all sequences of a row
 (torch's variable-length flash attention). Elsewhere neighbours of equal length are computed as a batch. In both cases
-attention costs the sum of the squared lengths, not the square of the row's length.
+attention costs the sum of the squared lengths, not the square of the row's length. Several ranks may share a row (slices.py).
 
 Shapes: B trajectories, N response tokens in all; b sequences of T tokens together, and n response tokens, in one
 micro-batch; h heads of size d; s neighbours of equal length L.
 """
 
-from dataclasses import dataclass
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
 from itertools import groupby
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
-from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from actors.forward.slices import Slices, length_dependent_rope
 from actors.trajectory import ragged_rows
 
 NAME = "packed"
@@ -47,6 +51,11 @@ class Microbatch:
     """[n] int64: indices into `input_ids` where the model predicts a response token, i.e. one before that token."""
     tokens: np.ndarray
     """[n] int64: indices of the same response tokens in the flat arrays [N]."""
+
+    def within(self, own: slice) -> "Microbatch":
+        """The same row, with the predictions that are made at these tokens of it only."""
+        inside = (self.positions >= own.start) & (self.positions < own.stop)
+        return replace(self, positions=self.positions[inside], tokens=self.tokens[inside])
 
 
 def group_by_budget(lengths: np.ndarray, budget: int) -> list[np.ndarray]:
@@ -113,13 +122,20 @@ class Packing:
     """[b + 1] int32: start of each sequence, and the end of the last."""
     longest: int
     """Length of the longest sequence."""
+    slices: Slices | None = None
+    """This rank's place among those that share the row; None: it has all tokens."""
 
     @classmethod
-    def of(cls, lengths: np.ndarray, device: str) -> "Packing":
+    def of(cls, lengths: np.ndarray, device: str, slices: Slices | None = None) -> "Packing":
         """The packing of sequences with these lengths [b], in this order."""
         runs = tuple((len(list(same)), length) for length, same in groupby(lengths.tolist()))
         offsets = torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
-        return cls(runs, offsets.to(device), int(lengths.max()))
+        return cls(runs, offsets.to(device), int(lengths.max()), slices)
+
+    @property
+    def tokens(self) -> int:
+        """T."""
+        return sum(count * length for count, length in self.runs)
 
 
 @torch.no_grad()
@@ -131,6 +147,8 @@ def use_packed_attention(model: PreTrainedModel) -> bool:
     replaced. Layers that declare such a kind are refused by name. Others are found by a test: a row of two sequences is
     compared with its second sequence alone. After False the caller runs each sequence in its own pass.
     """
+    if length_dependent_rope(model.config) is not None:
+        return False  # a long sequence would change the positions of the short ones beside it
     if not set(getattr(model.config.get_text_config(), "layer_types", None) or ()) <= KNOWN_LAYERS:
         return False
     AttentionInterface.register(NAME, _attend)
@@ -156,20 +174,28 @@ def attend_uncompiled() -> None:
     AttentionInterface.register(NAME, torch.compiler.disable(_attend))
 
 
-def hidden_states(body: torch.nn.Module, tokens: np.ndarray, lengths: np.ndarray, device: str) -> torch.Tensor:
+def hidden_states(
+    body: torch.nn.Module, tokens: np.ndarray, lengths: np.ndarray, device: str, slices: Slices | None = None
+) -> torch.Tensor:
     """Last hidden states [T, H] of a row: tokens [T], the lengths [b] of its sequences.
 
-    Several sequences in a row need a model for which `use_packed_attention` returned True.
+    Several sequences in a row need a model for which `use_packed_attention` returned True, and so does a row that several
+    ranks share. slices: this rank's place among them; the states are then those of `slices.own(T)`, and all ranks of the
+    group must call this with the same row.
     """
     # A single sequence takes transformers' usual path, which every model supports.
     packed: dict[str, Any] = {}
-    if len(lengths) > 1:
+    if slices is not None:
+        tokens, lengths = slices.filled(tokens, lengths)
+    if len(lengths) > 1 or slices is not None:
+        own = slice(None) if slices is None else slices.own(len(tokens))
         starts = np.cumsum(lengths) - lengths
         position_ids = np.arange(len(tokens)) - np.repeat(starts, lengths)  # each sequence counts from 0
         packed = {
-            "position_ids": torch.from_numpy(position_ids).to(device)[None],
-            "packing": Packing.of(lengths, device),  # transformers passes it on to `_attend`
+            "position_ids": torch.from_numpy(position_ids[own]).to(device)[None],
+            "packing": Packing.of(lengths, device, slices),  # transformers passes it on to `_attend`
         }
+        tokens = tokens[own]
     return body(input_ids=torch.from_numpy(tokens).to(device)[None], use_cache=False, **packed).last_hidden_state[0]
 
 
@@ -187,24 +213,46 @@ def _attend(
     packing: Packing | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of one layer: query, key, value [1, h, T, d] -> [1, T, h, d].
+    """Attention of one layer: query, key, value [1, h, T, d] -> [1, T, h, d]; with slices, T is this rank's tokens.
 
     Without a packing: [B, h, T, d] -> [B, T, h, d], the same as transformers' sdpa attention.
     """
     # A position bias spans the whole row, so it cannot be packed; use_packed_attention then sees other hidden states.
     if packing is None or options.get("position_bias") is not None:
         return _attend_batch(module, query, key, value, attention_mask, **options), None
+    slices = packing.slices
+    if slices is None:
+        return _attend_row(module, query, key, value, packing, **options), None
+    # In the dtype of the product with autocast, so that no more is exchanged than is needed.
+    device = query.device.type
+    kind = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
+    query, key, value = slices.to_heads(query.to(kind), key.to(kind), value.to(kind), packing.tokens)
+    # The module's own number of query heads for each key head does not hold for repeated key heads.
+    groups = query.shape[1] // key.shape[1]
+    of_heads: Any = SimpleNamespace(num_key_value_groups=groups, is_causal=getattr(module, "is_causal", True))
+    return slices.to_tokens(_attend_row(of_heads, query, key, value, packing, **options)), None
+
+
+def _attend_row(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    packing: Packing,
+    **options: Any,
+) -> torch.Tensor:
+    """Attention inside each sequence of a row: query, key, value [1, h, T, d] -> [1, T, h, d]."""
     if query.is_cuda:
         # The kernel takes half precision only. Under autocast query and key may still be float32 after the rotary embedding.
         kind = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else query.dtype
         if kind != torch.float32 and query.shape[-1] <= FLASH_HEAD and not options.get("dropout"):
-            return _attend_flash(query.to(kind), key.to(kind), value.to(kind), packing, **options), None
+            return _attend_flash(query.to(kind), key.to(kind), value.to(kind), packing, **options)
     sizes = [count * length for count, length in packing.runs]
     outputs = []
     for run, *row in zip(packing.runs, *(x[0].split(sizes, 1) for x in (query, key, value)), strict=True):
         q, k, v = (x.unflatten(1, run).transpose(0, 1) for x in row)  # [h, s * L, d] -> [s, h, L, d]
         outputs.append(_attend_batch(module, q, k, v, None, **options).flatten(0, 1))
-    return torch.cat(outputs)[None], None
+    return torch.cat(outputs)[None]
 
 
 def _attend_batch(
@@ -235,10 +283,23 @@ def _attend_flash(
 ) -> torch.Tensor:
     """All sequences of the row in one kernel, in half precision on a GPU: [1, h, T, d] -> [1, T, h, d]."""
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, h, d]
+    kernel, takes_groups = _kernel()
+    if takes_groups:
+        options: dict[str, Any] = {"enable_gqa": True}
+    else:
+        options, groups = {}, q.shape[1] // k.shape[1]
+        k, v = (x if groups == 1 else x.repeat_interleave(groups, 1) for x in (k, v))
     offsets, longest = packing.offsets, packing.longest
     # (tokens to the left, tokens to the right) that a token sees; -1: all.
     window = (-1 if sliding_window is None else sliding_window - 1, 0)
-    out: Any = varlen_attn(
-        q, k, v, offsets, offsets, longest, longest, scale=scaling, window_size=window, enable_gqa=True
-    )
-    return out[None]
+    return kernel(q, k, v, offsets, offsets, longest, longest, scale=scaling, window_size=window, **options)[None]
+
+
+@cache
+def _kernel() -> tuple[Callable[..., Any], bool]:
+    """torch's attention over sequences of any length, and whether it takes fewer key heads than query heads (not yet in
+    torch 2.11)."""
+    # Imported where it is needed: it registers operators with torch.compile, whose import takes as long as all others here.
+    from torch.nn.attention.varlen import varlen_attn
+
+    return varlen_attn, "enable_gqa" in inspect.signature(varlen_attn).parameters

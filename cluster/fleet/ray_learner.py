@@ -13,7 +13,7 @@ from typing import Any
 
 import ray
 import torch.distributed as dist
-from ray.util.placement_group import PlacementGroup, remove_placement_group
+from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 
 from actors.accelerator import torch_device
 from actors.errors import ActorFaultError, CampaignError, LostObjectError, StoreFullError
@@ -164,8 +164,11 @@ class LearnerGroup(Fleet):
         waiting.clear()
 
     async def _start_all(self) -> None:
+        size = len(self.replicas)
+        bundles = list(range(size)) if self._placement is None else await asyncio.to_thread(_by_node, self._placement)
         for rank, replica in enumerate(self.replicas):
-            replica.handle = create(LearnerRank, (rank, len(self.replicas)), {}, self._resources, self._placement, rank)
+            at = (self._resources, self._placement, bundles[rank])
+            replica.handle = create(LearnerRank, (rank, size), {}, *at)
             await wait_until_built(replica.handle, replica.name)
             replica.node, replica.process = await whereabouts(replica.handle)
         nodes = await self._together("node", lambda replica: invoke(replica.handle, "node", (), 1))
@@ -221,6 +224,13 @@ class LearnerGroup(Fleet):
             super()._lost(replica, handle, kind, cause)
             for other in self.replicas:
                 other.kill()
+
+
+def _by_node(placement: PlacementGroup) -> list[int]:
+    """Numbers of the group's bundles, those of one node side by side: ranks that share rows of tokens are consecutive, and
+    exchange more than others (`learner.sequence_parallel`)."""
+    node_of = placement_group_table(placement)["bundles_to_node_id"]
+    return sorted(node_of, key=lambda bundle: (node_of[bundle], bundle))
 
 
 def _own_arguments(arguments: tuple, rank: int) -> list[Any]:

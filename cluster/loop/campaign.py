@@ -317,7 +317,8 @@ class Campaign:
         config, sampled = self.config.learner, [one.sampled for one in update]
         ids = ids_of(sampled)
         costs = self._prompts.lengths_of(ids[:, 1]) + np.array([one.length for one in sampled])
-        scores = scores_by_rank(update, costs, config.minibatches_per_update, config.replicas)
+        parallel = (config.replicas, config.sequence_parallel)
+        scores = scores_by_rank(update, costs, config.minibatches_per_update, *parallel)
         return await self.learner.call(
             "update",
             ids,

@@ -89,19 +89,24 @@ def trajectories_of(sampled: Iterable[Sampled]) -> list[Any]:
     return each_once(one.trajectories for one in in_order)
 
 
-def scores_by_rank(scored: Sequence[Scored], costs_B: np.ndarray, minibatches: int, ranks: int) -> PerRank:
+def scores_by_rank(
+    scored: Sequence[Scored], costs_B: np.ndarray, minibatches: int, ranks: int, sequence_parallel: int = 1
+) -> PerRank:
     """The references of each rank's scores: of the trajectories that it trains on, as the learner divides them.
+
+    `sequence_parallel` consecutive ranks train on the same trajectories, and get the same references.
 
     scored: the B trajectories of an update. costs_B: [B] tokens of prompt and response, by which the learner balances
     its ranks. minibatches: optimiser steps of one epoch. Each rank's references are in the order of scoring, for the
     same reason as in `trajectories_of`, and each is there once: one object may hold a whole batch.
     """
     # The same function with the same arguments as in the learner: each rank finds the scores that it expects.
-    owner = owners(costs_B, minibatch_rows(len(scored), minibatches), ranks).tolist()
-    found: list[list[Any]] = [[] for _ in range(ranks)]
-    for one, rank in sorted(zip(scored, owner, strict=True), key=lambda pair: pair[0].turn):
-        found[rank] += one.scores
-    return PerRank([each_once(references) for references in found])
+    groups = ranks // sequence_parallel
+    owner = owners(costs_B, minibatch_rows(len(scored), minibatches), groups).tolist()
+    found: list[list[Any]] = [[] for _ in range(groups)]
+    for one, group in sorted(zip(scored, owner, strict=True), key=lambda pair: pair[0].turn):
+        found[group] += one.scores
+    return PerRank([each_once(found[rank // sequence_parallel]) for rank in range(ranks)])
 
 
 def split_evenly(count: int, parts: int) -> list[range]:

@@ -21,6 +21,7 @@ from actors.config import StudentConfig
 from actors.data.models import load_model, response_head
 from actors.errors import UserError
 from actors.forward.packing import attend_uncompiled, hidden_states, use_packed_attention
+from actors.forward.slices import KEY, check_slices
 from learner.config import LearnerConfig
 from learner.memory_items import Item, LearnerNumbers, ModelNumbers, learner_items, peak
 from learner.student.lora import add_adapters
@@ -58,7 +59,8 @@ def build_student(
 
     Trained weights are float32. With adapters the frozen weights have the compute dtype: they are never updated, so more
     precision would be lost in every pass. Until a layer is sharded, its weights stay in the mapped files, where the ranks
-    of a node share them. UserError: see load_model, add_adapters, compile_layers and Ranks.shard.
+    of a node share them. UserError: see load_model, add_adapters, compile_layers, check_slices and Ranks.shard; or ranks
+    cannot share the rows of this model.
     """
     # Checks by forward passes come before compiling and sharding, which would make them slow or collective. Adapters come
     # before sharding, so that they are sharded, too.
@@ -80,7 +82,13 @@ def build_student(
     body, _, _ = response_head(model, "student.model")
     # In the dtype of the masters, which shows the weakest influence between sequences.
     with nullcontext() if lora or not ranks.sharded else computed_in_float32(model):
-        pass_tokens = config.microbatch_tokens if use_packed_attention(model) else 1
+        packed = use_packed_attention(model)
+    check_slices(model.config, config.sequence_parallel)
+    if config.sequence_parallel > 1 and not packed:
+        found = (
+            f"{config.sequence_parallel} and {type(model).__name__}, in which more than attention passes between tokens"
+        )
+        raise UserError(KEY, found, "1, or a model whose attention can be replaced (docs/scaling.md)")
     model.requires_grad_(True)
     stored = Path(checkpoint, "adapter") if checkpoint else None
     adapter = add_adapters(model, lora, stored) if lora else None
@@ -96,7 +104,7 @@ def build_student(
         return peak(sizes(size, adapter=trained))[0] <= ROOM * device_bytes(device)
 
     ranks.shard(model, device, getattr(torch, config.compute_dtype), fits, cast)
-    return Student(model, body, pass_tokens, adapter)
+    return Student(model, body, config.microbatch_tokens if packed else 1, adapter)
 
 
 def device_bytes(device: str) -> int:

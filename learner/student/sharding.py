@@ -3,7 +3,8 @@
     weights, moments, gradients   sharded by rows, one block of rows a rank (FSDP2); gathered layer by layer for a pass
     copies of these               one, over all ranks; or one for each node, where the ranks are on several and a node has
                                   room: layers are then gathered within a node, gradients summed between nodes once a step
-    trajectories                  each trained on one rank; all ranks have about the same number of tokens
+    trajectories                  each trained on one rank, or on one group of ranks that share each row of tokens
+                                  (actors/forward/slices.py); all have about the same number of tokens
     decisions                     taken from sums over all ranks, so every rank decides the same
 
 A learner of one rank makes the same calls, which then do nothing. Every rank must make the same collective calls in the
@@ -23,6 +24,7 @@ from torch.distributed.tensor import DTensor, Partial
 from transformers import PreTrainedModel
 
 from actors.errors import UserError
+from actors.forward.slices import KEY, Slices
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 """A collective that takes longer than this has failed: one of the ranks is lost."""
@@ -42,6 +44,7 @@ class Ranks:
         """The number of the copy of the weights that this rank has rows of, and how many there are."""
         self._same_rows: dist.ProcessGroup | None = None
         """The ranks of all copies that have the same rows."""
+        self._slices: dict[int, Slices] = {}
 
     @classmethod
     def join(cls, store: dist.Store, rank: int, size: int, device: str, nodes: Sequence[str] = ()) -> "Ranks":
@@ -126,9 +129,24 @@ class Ranks:
         """Whether this rank writes its rows of the tensor with this number: the copies take turns."""
         return number % self.copies == self.copy
 
-    def own_trajectories(self, costs_B: np.ndarray, steps: Sequence[np.ndarray]) -> np.ndarray:
-        """[B] bool: the trajectories that this rank trains on. Arguments: see `owners`."""
-        return owners(costs_B, steps, self.size) == self.rank
+    def own_trajectories(
+        self, costs_B: np.ndarray, steps: Sequence[np.ndarray], sequence_parallel: int = 1
+    ) -> np.ndarray:
+        """[B] bool: the trajectories that this rank trains on, or its group of `sequence_parallel` consecutive ranks.
+        Other arguments: see `owners`."""
+        return owners(costs_B, steps, self.size // sequence_parallel) == self.rank // sequence_parallel
+
+    def slices(self, count: int) -> Slices | None:
+        """This rank's place in its group of `count` consecutive ranks, which share each row; None where count is 1.
+
+        UserError: count does not divide the ranks. A collective.
+        """
+        if self.size % count:
+            raise UserError(KEY, count, f"a divisor of learner.replicas, {self.size}")
+        if count > 1 and count not in self._slices:
+            group, _ = dist.new_subgroups(count, timeout=COLLECTIVE_TIMEOUT)
+            self._slices[count] = Slices(self.rank % count, count, group)
+        return self._slices.get(count)
 
     def sum(self, values: Tensor) -> Tensor:
         """The element-wise sum over the ranks, without gradient."""
@@ -161,11 +179,11 @@ class Ranks:
 
 
 def owners(costs_B: np.ndarray, steps: Sequence[np.ndarray], ranks: int) -> np.ndarray:
-    """[B] the rank that trains on each trajectory.
+    """[B] the rank, or the group of ranks that share each row, that trains on each trajectory.
 
-    costs_B: tokens of each trajectory, prompt and response. steps: the rows of each optimiser step. Within a step the
-    longest trajectory goes first, to the rank with the fewest tokens so far, so all ranks get about the same cost. The
-    driver calls the same function to send each rank the scores of its own trajectories.
+    ranks: their number, or that of the groups. costs_B: tokens of each trajectory, prompt and response. steps: the rows of
+    each optimiser step. Within a step the longest trajectory goes first, to the rank with the fewest tokens so far, so all
+    ranks get about the same cost. The driver calls the same function to send each rank the scores of its own trajectories.
     """
     owner = np.zeros(len(costs_B), np.int64)
     for rows in steps if ranks > 1 else ():
