@@ -118,7 +118,7 @@ class LearnerNumbers:
     compute_bytes: int = 2
     """Of the compute dtype: 2 or 4."""
     pass_tokens: int = 16384
-    """t: `microbatch_tokens`, or the longest trajectory if that is longer."""
+    """t: `microbatch_tokens`, or the longest trajectory if that is longer; of a rank that shares rows with others, its part."""
     head_chunk_tokens: int = 1024
     checkpointing: bool = True
     offload: bool = False
@@ -144,7 +144,7 @@ class LearnerNumbers:
         found: dict[str, Any] = {
             "ranks": config.replicas,
             "compute_bytes": 4 if config.compute_dtype == "float32" else 2,
-            "pass_tokens": max(config.microbatch_tokens, longest),
+            "pass_tokens": -(-max(config.microbatch_tokens, longest) // config.sequence_parallel),
             "head_chunk_tokens": config.head_chunk_tokens,
             "checkpointing": config.gradient_checkpointing,
             "offload": config.offload_optimizer,
