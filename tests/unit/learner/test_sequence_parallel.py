@@ -57,7 +57,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "signal": "sampled",
         "minibatches_per_update": 2,
         "epochs_per_update": 2,
-        "objective": ObjectiveConfig(estimator="reward", mismatch=MismatchConfig(correction="truncate", level="sequence")),
+        "objective": ObjectiveConfig(
+            estimator="reward", mismatch=MismatchConfig(correction="truncate", level="sequence")
+        ),
     },
     "text of the teacher": {"signal": "sampled", "objective": ObjectiveConfig(estimator="sft")},
     "supports of a mixture": {"signal": "student_topk", "objective": EXTRAPOLATED},
