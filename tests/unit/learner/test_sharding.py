@@ -179,11 +179,11 @@ def given_up(material: Material, ranks: Ranks) -> list[tuple[str, int, bool]]:
     before = Published(received(learner.publish()))
     loss, passes = learner._forward.loss, [0]
 
-    def counted(*arguments: Any) -> Any:
+    def counted(*arguments: Any, **keywords: Any) -> Any:
         passes[0] += 1
         if passes[0] == 1 and ranks.rank == ranks.size - 1:
             learner.give_up()
-        return loss(*arguments)
+        return loss(*arguments, **keywords)
 
     learner._forward.loss = counted  # type: ignore[method-assign]
     with pytest.raises(GivenUpError) as error:
