@@ -7,7 +7,9 @@ with a mixture of versions. With one GPU (or none) vLLM runs in this process and
 Why not AsyncLLM: it always starts a second process, which costs 5 to 13 s and a copy of the weights in each update.
 """
 
+import hashlib
 import itertools
+import os
 import queue
 import threading
 import time
@@ -29,7 +31,8 @@ from actors.trajectory import Requests
 from actors.vllm_logits import EXTENSION, MARK
 from actors.vllm_startup import build_llm, importing_vllm
 from actors.weights.buckets import WeightVersion, shapes
-from actors.weights.staging import Shared, Staging, staging_for
+from actors.weights.node_staging import NodeStaging
+from actors.weights.staging import Staging, staging_for
 
 T = TypeVar("T")
 
@@ -80,7 +83,7 @@ class VllmEngine:
     """Samples trajectories with vLLM's continuous batching. Its weights come from published versions only."""
 
     _filters = False
-    _staging: Staging | None = None
+    _staging: Staging | NodeStaging | None = None
     """Where versions lie while they are loaded; None: where they have come."""
 
     def __init__(
@@ -131,7 +134,7 @@ class VllmEngine:
         self._llm.collective_rpc("shape_logits", args=(sampling.temperature, vocabulary))
         if self._filters:
             self._llm.collective_rpc("record_unfiltered")
-        self._staging = None if adapter else staging_for(torch_device(), self._tensor_parallel)
+        self._staging = None if adapter else staging_for(torch_device(), node_name(model, config.dtype) if self._tensor_parallel else "")
         self._engine = self._llm.llm_engine
         expected = prompts.usual + sampling.max_response_tokens
         self._seats = Seats(*cache_of(self._engine.vllm_config), expected)
@@ -202,7 +205,7 @@ class VllmEngine:
             refused: Future = Future()
             refused.set_exception(error)
             return refused
-        staged = self._staging.stage(buckets) if self._staging else buckets
+        staged = self._staging.stage(manifest, buckets) if self._staging else buckets
         loaded = self._submit(load, "idle" if self._wait_for_running else "next")
         if self._staging:
             loaded.add_done_callback(self._staging.release)
@@ -245,6 +248,8 @@ class VllmEngine:
         """Ends the thread. Running requests are lost."""
         self._commands.put(None)
         self._thread.join(timeout=10)
+        if isinstance(self._staging, NodeStaging):
+            self._staging.close()
 
     def apply_model(self, function: Callable[[Any], T]) -> Future:
         """Runs a function of vLLM's torch module between two steps. Result: a list of its value in each worker."""
@@ -265,25 +270,22 @@ class VllmEngine:
         if self._failure is not None:
             raise self._failure
 
-    def _replace_weights(self, manifest: WeightVersion, buckets: Sequence[np.ndarray]) -> None:
+    def _replace_weights(self, manifest: WeightVersion, staged: Sequence[Any]) -> None:
         self._drain()
         if self._adapter is not None:
-            load_adapter(self._engine, self._adapter, manifest, buckets)
+            load_adapter(self._engine, self._adapter, manifest, staged)
         else:
-            self._replace_model(manifest, buckets)
+            self._replace_model(manifest, staged)
         # Without reset_running_requests vLLM resets nothing while a request runs. Running requests lose their blocks, too,
         # and are prefilled again with the new weights.
         if self._recompute_kv and not self._engine.reset_prefix_cache(reset_running_requests=True):
             raise WeightError("vLLM kept the prefix cache of the old weights")
 
-    def _replace_model(self, manifest: WeightVersion, buckets: Sequence[np.ndarray]) -> None:
+    def _replace_model(self, manifest: WeightVersion, staged: Sequence[Any]) -> None:
         update: dict[str, Any] = {"manifest": manifest}
-        if isinstance(self._staging, Shared):
-            # vLLM's tensor-parallel workers are other processes, which map the buckets: vLLM does not serialise arrays in
-            # an update unless VLLM_ALLOW_INSECURE_SERIALIZATION is set.
-            update["paths"] = self._staging.paths(len(buckets))
-        else:
-            update["buckets"] = list(buckets)
+        # vLLM's tensor-parallel workers are other processes, which map the buckets: vLLM does not serialise arrays in an
+        # update unless VLLM_ALLOW_INSECURE_SERIALIZATION is set.
+        update["places" if self._tensor_parallel else "buckets"] = list(staged)
         self._llm.start_weight_update()
         self._llm.update_weights({"update_info": update})
         self._llm.finish_weight_update(str(manifest.version))
@@ -363,6 +365,12 @@ class VllmEngine:
         for call, _ in self._waiting.values():
             call.fail(EngineError(f"the vLLM engine has failed: {error!r}"))
         self._waiting.clear()
+
+
+def node_name(model: str, dtype: str) -> str:
+    """A name that the engines of one campaign on a node have in common, and no others. Ray tells its workers the job's id."""
+    told = "\n".join([os.environ.get("RAY_JOB_ID", ""), model, dtype])
+    return hashlib.blake2b(told.encode(), digest_size=8).hexdigest()
 
 
 def cache_of(vllm_config: Any) -> tuple[int, int, int]:

@@ -4,7 +4,6 @@
 register it when they import this module; they import it because `worker_extension_cls` names it.
 """
 
-import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +21,7 @@ from vllm.platforms import current_platform
 
 from actors.vllm_logits import WorkerExtension as LogitsExtension
 from actors.weights.buckets import WeightVersion, unpack
+from actors.weights.node_staging import Place, mapped
 
 BACKEND = "understudy"
 
@@ -39,8 +39,8 @@ class HostUpdateInfo(WeightTransferUpdateInfo):
     """WeightVersion."""
     buckets: Any = None
     """uint8 arrays, read in place, for a worker in the engine's process; else None."""
-    paths: Any = None
-    """Paths of files in shared memory, which workers in other processes map; else None."""
+    places: Any = None
+    """Places of the node's copy (actors/weights/node_staging.py), which workers in other processes map; else None."""
 
 
 class HostWeightTransferEngine(WeightTransferEngine[HostInitInfo, HostUpdateInfo]):
@@ -67,7 +67,7 @@ class HostWeightTransferEngine(WeightTransferEngine[HostInitInfo, HostUpdateInfo
     def receive_weights(self, update_info: HostUpdateInfo) -> None:
         """Copies every tensor into the model. vLLM's `update_weights` synchronises after it, once."""
         manifest: WeightVersion = update_info.manifest
-        buckets = update_info.buckets or [_mapped(path) for path in update_info.paths]
+        buckets = update_info.buckets or [mapped(Place(*place)) for place in update_info.places]
         # A GPU gets rows from pinned memory without waiting for them, while vLLM prepares the next layer. On a CPU vLLM
         # reads the buckets in place.
         device = None if current_platform.is_cpu() else self.device
@@ -86,11 +86,6 @@ class HostWeightTransferEngine(WeightTransferEngine[HostInitInfo, HostUpdateInfo
 
     def shutdown(self) -> None:
         """Nothing to release."""
-
-
-def _mapped(path: str) -> np.ndarray:
-    """Maps a file as a bucket. mmap refuses empty files; a learner's rank without rows publishes an empty bucket."""
-    return np.memmap(path, np.uint8, "r") if os.path.getsize(path) else np.empty(0, np.uint8)
 
 
 class WorkerExtension(LogitsExtension):

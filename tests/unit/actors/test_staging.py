@@ -1,8 +1,10 @@
 """Weights are brought to kept memory while the engine goes on; during the load it reads from there."""
 
 import itertools
+import tempfile
 import threading
 from concurrent.futures import Future
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,9 +15,13 @@ import torch
 from actors.weights import buckets as buckets_module
 from actors.weights.buckets import Buffer, WeightVersion, join, unpack, window
 from actors.weights.delta import Receiver, encode_delta
-from actors.weights.staging import Shared, Staging, staging_for
+from actors.weights.node_staging import NodeStaging
+from actors.weights.staging import Staging, staging_for
 from tests.unit.actors.test_vllm_engine_thread import engine, request  # noqa: F401
 from tests.unit.actors.test_weights import of_ranks, tensors
+
+NONE: Any = None
+"""The manifest, which only the node's copy needs."""
 
 
 def read_only(*values: list[int]) -> list[np.ndarray]:
@@ -26,26 +32,22 @@ def read_only(*values: list[int]) -> list[np.ndarray]:
     return arrays
 
 
-@pytest.mark.parametrize("kind", [Staging, Shared])
-def test_each_version_is_copied_into_the_same_memory(kind: type[Staging]) -> None:
-    staging = kind()
-    first = staging.stage(read_only([1, 2, 3, 4], [], [5]))
+def test_each_version_is_copied_into_the_same_memory() -> None:
+    staging = Staging()
+    first = staging.stage(NONE, read_only([1, 2, 3, 4], [], [5]))
     assert [bucket.tolist() for bucket in first] == [[1, 2, 3, 4], [], [5]]
     staging.release()
-    second = staging.stage(read_only([6, 7], [8], [9]))
+    second = staging.stage(NONE, read_only([6, 7], [8], [9]))
     assert [bucket.tolist() for bucket in second] == [[6, 7], [8], [9]]
     assert second[0].ctypes.data == first[0].ctypes.data and second[2].ctypes.data == first[2].ctypes.data
-    if isinstance(staging, Shared):
-        mapped = [np.memmap(path, np.uint8, "r") for path in staging.paths(3)]  # as a worker of another process does
-        assert [bucket[: len(own)].tolist() for bucket, own in zip(mapped, second, strict=True)] == [[6, 7], [8], [9]]
 
 
 def test_a_version_that_is_being_loaded_is_not_overwritten() -> None:
     staging, seen = Staging(), []
     loading: Future = Future()
     loading.add_done_callback(staging.release)
-    [first] = staging.stage(read_only([1]))
-    thread = threading.Thread(target=lambda: seen.append(staging.stage(read_only([2]))))
+    [first] = staging.stage(NONE, read_only([1]))
+    thread = threading.Thread(target=lambda: seen.append(staging.stage(NONE, read_only([2]))))
     thread.start()
     thread.join(0.05)
     assert not seen and first.tolist() == [1]
@@ -57,14 +59,14 @@ def test_a_version_that_is_being_loaded_is_not_overwritten() -> None:
 def test_memory_that_is_pinned_already_is_read_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.Tensor, "is_pinned", lambda _: True)
     buckets = read_only([1], [2])
-    assert all(staged is bucket for staged, bucket in zip(Staging().stage(buckets), buckets, strict=True))
-    assert Shared().stage(buckets)[0] is not buckets[0]  # no other process can map it
+    assert all(staged is bucket for staged, bucket in zip(Staging().stage(NONE, buckets), buckets, strict=True))
 
 
-def test_an_engine_on_a_cpu_reads_buckets_in_place() -> None:
-    assert staging_for("cpu", False) is None
-    assert type(staging_for("cuda", False)) is Staging
-    assert type(staging_for("cuda", True)) is type(staging_for("cpu", True)) is Shared
+def test_an_engine_on_a_cpu_reads_buckets_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert staging_for("cpu", "") is None
+    assert type(staging_for("cuda", "")) is Staging
+    assert type(staging_for("cuda", "a")) is type(staging_for("cpu", "a")) is NodeStaging
 
 
 def test_a_version_is_staged_while_the_engine_steps_and_loaded_from_there(engine: Any) -> None:  # noqa: F811
