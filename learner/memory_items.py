@@ -260,6 +260,20 @@ def engine_items(
     return [item for item in found if item.nbytes]
 
 
+def engine_host_items(version: int, *, tensor_parallel: int, delta: bool, pinned: bool) -> list[Item]:
+    """The host memory of one engine's weights, beside the object store. version: bytes of a dense weight version.
+
+    pinned: the engine copies to a GPU from memory of its own, into which deltas are decoded at once. Workers of several
+    ranks are other processes: they read a copy that all engines of the node share (actors/weights/node_staging.py).
+    """
+    found = [
+        Item("a version, once a node for all engines", version if tensor_parallel > 1 else 0),
+        Item("a version in pinned memory", version if pinned and tensor_parallel == 1 and not delta else 0),
+        Item("the version that deltas are applied to, and the next", 2 * version if delta else 0),
+    ]
+    return [item for item in found if item.nbytes]
+
+
 def teacher_items(
     model: ModelNumbers, *, dtype_bytes: int, tensor_parallel: int, pass_tokens: int, head_chunk_tokens: int
 ) -> list[Item]:

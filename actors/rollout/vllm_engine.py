@@ -134,7 +134,7 @@ class VllmEngine:
         self._llm.collective_rpc("shape_logits", args=(sampling.temperature, vocabulary))
         if self._filters:
             self._llm.collective_rpc("record_unfiltered")
-        self._staging = None if adapter else staging_for(torch_device(), node_name(model, config.dtype) if self._tensor_parallel else "")
+        self._staging = None if adapter else staging_for(torch_device(), node_name(model, config))
         self._engine = self._llm.llm_engine
         expected = prompts.usual + sampling.max_response_tokens
         self._seats = Seats(*cache_of(self._engine.vllm_config), expected)
@@ -367,9 +367,11 @@ class VllmEngine:
         self._waiting.clear()
 
 
-def node_name(model: str, dtype: str) -> str:
-    """A name that the engines of one campaign on a node have in common, and no others. Ray tells its workers the job's id."""
-    told = "\n".join([os.environ.get("RAY_JOB_ID", ""), model, dtype])
+def node_name(model: str, config: RolloutConfig) -> str:
+    """A name that a campaign's engines on a node have in common, and no others; "" for workers in the engine's process."""
+    if config.tensor_parallel_size == 1:
+        return ""
+    told = "\n".join([os.environ.get("RAY_JOB_ID", ""), model, config.dtype])  # Ray tells its workers the job's id
     return hashlib.blake2b(told.encode(), digest_size=8).hexdigest()
 
 

@@ -7,7 +7,6 @@ register it when they import this module; they import it because `worker_extensi
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,

@@ -117,11 +117,11 @@ class NodeStaging:
 
     def _open(self, told: dict[str, Any]) -> bool:
         """Opens the segment that the meeting file names; False: it is gone, with all that had it open."""
-        if self._segment is not None and os.fstat(self._segment).st_ino == told["inode"]:
+        if self._segment is not None and _identity(self._segment) == told["identity"]:
             return True
         with suppress(OSError):
             found = os.open(told["path"], os.O_RDWR)
-            if os.fstat(found).st_ino == told["inode"]:  # the number of a process may have been given to another
+            if _identity(found) == told["identity"]:  # the number of a process may have been given to another
                 self._use(found)
                 return True
             os.close(found)
@@ -150,7 +150,7 @@ class NodeStaging:
 
         in_threads(copy, buckets, offsets, nbytes=size)
         self.copies += 1
-        now = {"version": version, "path": _path_of(self._segment), "inode": os.fstat(self._segment).st_ino}
+        now = {"version": version, "path": _path_of(self._segment), "identity": _identity(self._segment)}
         os.pwrite(self._meeting, json.dumps(now).encode(), 0)
 
 
@@ -158,6 +158,12 @@ def mapped(place: Place) -> np.ndarray:
     """The bucket at a place, [nbytes] uint8, to be read only. mmap refuses what is empty: a rank without rows has such a bucket."""
     path, offset, nbytes = place
     return np.memmap(path, np.uint8, "r", offset, (nbytes,)) if nbytes else np.empty(0, np.uint8)
+
+
+def _identity(descriptor: int) -> list[int]:
+    """Of the file that is open, among all of this machine."""
+    found = os.fstat(descriptor)
+    return [found.st_dev, found.st_ino]
 
 
 def _path_of(descriptor: int | None) -> str:

@@ -25,6 +25,7 @@ class Staging:
     def stage(self, _manifest: WeightVersion, buckets: Sequence[np.ndarray]) -> list[np.ndarray]:
         """The same bytes in kept memory, which stays as it is until `release`. Buckets that are pinned are not copied.
 
+        Deltas are decoded into pinned memory: then the block that the first, dense version was copied to is given up.
         Waits while the version before is still being loaded from there. Copies in as many threads as torch may use.
         """
         self._free.acquire()
@@ -32,6 +33,8 @@ class Staging:
             self._blocks += [Buffer() for _ in range(len(buckets) - len(self._blocks))]
             staged = list(buckets)
             moved = [number for number, bucket in enumerate(buckets) if not self._in_place(bucket)]
+            for number in set(range(len(self._blocks))) - set(moved):
+                self._blocks[number] = Buffer()
 
             def copy(number: int) -> None:
                 beat()

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from actors.accelerator import Card
-from actors.config import TeacherConfig
+from actors.config import TeacherConfig, publishes_adapter
 from actors.data.models import engine_context, load_config
 from actors.errors import UserError
 from actors.teacher.backends import backend_of
@@ -17,6 +17,7 @@ from learner.memory_items import (
     Item,
     LearnerNumbers,
     ModelNumbers,
+    engine_host_items,
     engine_items,
     host_items,
     learner_items,
@@ -168,14 +169,20 @@ def rollout_role(config: CampaignConfig, student: ModelNumbers, adapter: int | N
         context=_context(config, config.student, "student.model", rollout.engine, "rollout.engine"),
         adapter_bytes=item * (adapter or 0),
     )
-    copies = 2 if config.weights.encoding == "delta" else 0
-    host = [Item("the version that deltas are applied to, and the next", copies * item * student.parameters)]
     size = rollout.tensor_parallel_size
+    # An adapter alone, and an engine of the user's own, is loaded from the buckets as they have come.
+    staged = rollout.backend == "vllm" and not publishes_adapter(config.student)
+    host = engine_host_items(
+        version_bytes(config, student, adapter),
+        tensor_parallel=size if staged else 1,
+        delta=config.weights.encoding == "delta",
+        pinned=staged and rollout.gpus_per_replica != 0,
+    )
     way = "a larger rollout.tensor_parallel_size, or a smaller rollout.engine.max_model_len"
     return Role(
         "rollout",
         device,
-        [part for part in host if part.nbytes],
+        host,
         rollout.gpus_per_replica,
         way,
         "rollout.tensor_parallel_size",
@@ -206,7 +213,7 @@ def teacher_role(config: CampaignConfig, name: str, model: ModelNumbers) -> Role
 
 def version_bytes(config: CampaignConfig, student: ModelNumbers, adapter: int | None) -> int:
     """Bytes of one dense weight version."""
-    published = student.parameters if adapter is None or _merged(config) else adapter
+    published = adapter if adapter is not None and publishes_adapter(config.student) else student.parameters
     return ITEM_BYTES[config.rollout.dtype] * published
 
 
@@ -222,10 +229,6 @@ def versions_sentence(nbytes: int, rate: float | None) -> str:
         "; weights.encoding: delta sends less, and another transport is a class with the methods of WeightTransport and a "
         "row in TRANSPORTS (cluster/loop/weight_sync.py)"
     )
-
-
-def _merged(config: CampaignConfig) -> bool:
-    return config.student.lora is not None and config.student.lora.publish == "merged"
 
 
 def _context(config: CampaignConfig, model: Any, key: str, engine: Mapping[str, Any], engine_key: str) -> int:

@@ -30,7 +30,7 @@ def test_a_row_says_whether_it_has_run_and_names_a_test_that_exists_and_a_comman
     assert named, test
     tree = ast.parse((ROOT / named[1]).read_text("utf-8"))
     assert named[2] in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
-    assert re.fullmatch(r"`(python|understudy|make|pytest|sbatch) [^`]+`", command), command
+    assert re.fullmatch(r"`(python|understudy|make|pytest|sbatch|kubectl) [^`]+`", command), command
 
 
 def test_the_first_lines_say_nothing_has_run_while_every_row_does() -> None:

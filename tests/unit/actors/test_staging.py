@@ -3,6 +3,7 @@
 import itertools
 import tempfile
 import threading
+import weakref
 from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
@@ -60,6 +61,18 @@ def test_memory_that_is_pinned_already_is_read_where_it_is(monkeypatch: pytest.M
     monkeypatch.setattr(torch.Tensor, "is_pinned", lambda _: True)
     buckets = read_only([1], [2])
     assert all(staged is bucket for staged, bucket in zip(Staging().stage(NONE, buckets), buckets, strict=True))
+
+
+def test_memory_that_deltas_do_without_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    staging = Staging()
+    first = staging.stage(NONE, read_only([1, 2, 3], [4]))
+    kept = [weakref.ref(block._bytes) for block in staging._blocks]
+    del first
+    staging.release()
+    assert all(block() is not None for block in kept)
+    monkeypatch.setattr(Staging, "_in_place", lambda _, bucket: len(bucket) == 3)
+    staging.stage(NONE, read_only([5, 6, 7], [8]))
+    assert kept[0]() is None and kept[1]() is not None
 
 
 def test_an_engine_on_a_cpu_reads_buckets_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -142,6 +142,36 @@ def test_check_says_it_and_refuses_on_a_known_card(monkeypatch: pytest.MonkeyPat
     on_cpu["memory of teachers.default"]()
 
 
+APPLIED = "the version that deltas are applied to, and the next"
+SHARED = "a version, once a node for all engines"
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "expected"),
+    [
+        ("qwen3_8b_from_32b.yaml", [], {"a version in pinned memory": 16.4}),
+        ("qwen3_8b_from_32b.yaml", ["rollout.tensor_parallel_size=2"], {SHARED: 16.4}),
+        ("qwen3_8b_from_32b.yaml", ["rollout.tensor_parallel_size=2", "rollout.dtype=float32"], {SHARED: 32.8}),
+        ("qwen3_8b_from_32b.yaml", ["weights.encoding=delta"], {APPLIED: 32.8}),
+        (
+            "qwen3_8b_from_32b.yaml",
+            ["weights.encoding=delta", "rollout.tensor_parallel_size=2"],
+            {SHARED: 16.4, APPLIED: 32.8},
+        ),
+        ("qwen3_8b_from_32b.yaml", ["rollout.gpus_per_replica=0"], {}),
+        ("qwen3_8b_from_32b.yaml", ["rollout.gpus_per_replica=0", "rollout.tensor_parallel_size=2"], {SHARED: 16.4}),
+        ("qwen3_8b_lora.yaml", [], {}),
+        ("qwen3_8b_lora.yaml", ["student.lora.publish=merged"], {"a version in pinned memory": 16.4}),
+    ],
+)
+def test_the_host_memory_in_which_engines_stage_versions_is_told(
+    name: str, overrides: list[str], expected: dict[str, float]
+) -> None:
+    rollout = roles(recipe(name, *overrides))[1]
+    assert {item.name: round(item.nbytes / 1e9, 1) for item in rollout.host} == expected
+    assert rollout.sentence(None).partition("; host: ")[2] == ", ".join(f"{k} {v}" for k, v in expected.items())
+
+
 def test_a_served_teacher_is_not_counted() -> None:
     served = [
         "teachers.default.backend=http",
