@@ -111,9 +111,10 @@ class NodeStaging:
         return told.get("version") == version and self._open(told)
 
     def _told(self) -> dict[str, Any]:
-        """What the meeting file says; {} for a new one, or where the last copy was broken off."""
-        text = os.pread(self._meeting, 4096, 0)
-        return json.loads(text) if text else {}
+        """What the meeting file says; {} for a new one, and where the last copy or the machine was broken off."""
+        with suppress(ValueError):
+            return json.loads(os.pread(self._meeting, 4096, 0))
+        return {}
 
     def _open(self, told: dict[str, Any]) -> bool:
         """Opens the segment that the meeting file names; False: it is gone, with all that had it open."""

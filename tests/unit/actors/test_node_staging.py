@@ -132,6 +132,17 @@ def test_the_copy_of_a_process_that_was_killed_is_found_by_those_that_have_it_op
     first.release()
 
 
+@pytest.mark.parametrize(
+    "left", [b"", b"\0" * 90, b'{"version": "aba27c6c', b'{"version": "a", "path": "/proc/0/fd/1", "identity": []}']
+)
+def test_what_a_machine_that_went_down_has_left_is_no_version(left: bytes, engines: list[NodeStaging]) -> None:
+    engines[0]._path.write_bytes(left)
+    for engine in engines:
+        check(engine.stage(*version(0)), version(0))
+        engine.release()
+    assert [engine.copies for engine in engines] == [1, 0, 0]
+
+
 def test_a_copy_that_was_broken_off_is_no_version(engines: list[NodeStaging]) -> None:
     first, second, _ = engines
     whole = version(0)
