@@ -1,23 +1,69 @@
 """Configuration of rollout and teacher actors, prompts and sampling. Standard library only.
 
 `number(...)` attaches the allowed range to a field; `cluster/config.py` checks it where the full key is known.
-`"???"` marks a required value.
+`"???"` marks a required value. Every field has a class of change, `Change`: by `setting(...)`, by `number(..., change=...)`, or
+by `@changing(...)` for all fields of a dataclass that name none. A field without one fails a test.
 """
 
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from collections.abc import Callable
+from dataclasses import Field, dataclass, field, fields, is_dataclass
+from types import MappingProxyType
+from typing import Any, Literal, TypeVar, get_args
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Signal = Literal["sampled", "topk", "student_topk", "full", "hidden"]
 
 
+Change = Literal["free", "same contents", "on request", "never"]
+"""Whether a campaign that has begun may go on with another value of a key (docs/changes.md is made from it).
+
+`free`: it does not change the mathematics: memory, numbers of actors, resources, where things are. `same contents`: a path or
+name that is free while the fingerprint of what is there stays the same, and on request otherwise. `on request`: it changes
+the mathematics from here on; `--allow-change KEY` allows it, and it is recorded. `never`: it is another campaign.
+A field that holds a section needs none; with one (`prompts: PromptsConfig | None = setting(None, "free")`) it goes before
+those of the fields below.
+"""
+Section = TypeVar("Section", bound=type)
+
+
+def setting(default: Any, change: Change) -> Any:
+    """A dataclass field with a class of change. default: the value, or a function that makes it (`list`, a dataclass)."""
+    if callable(default):
+        return field(default_factory=default, metadata={"change": change})
+    return field(default=default, metadata={"change": change})
+
+
 def number(
-    default: Any, *, minimum: float | None = None, above: float | None = None, maximum: float | None = None
+    default: Any,
+    *,
+    minimum: float | None = None,
+    above: float | None = None,
+    maximum: float | None = None,
+    change: Change | None = None,
 ) -> Any:
-    """A dataclass field with a range: minimum <= value <= maximum, value > above."""
-    return field(default=default, metadata={"minimum": minimum, "above": above, "maximum": maximum})
+    """A dataclass field with a range: minimum <= value <= maximum, value > above; and a class of change."""
+    range_ = {"minimum": minimum, "above": above, "maximum": maximum}
+    return field(default=default, metadata=range_ if change is None else {**range_, "change": change})
 
 
+def changing(change: Change) -> Callable[[Section], Section]:
+    """Gives a class of change to every field of a dataclass that has none of its own."""
+
+    def give(section: Section) -> Section:
+        for item in fields(section):
+            if "change" not in item.metadata and not holds_section(item):
+                item.metadata = MappingProxyType({**item.metadata, "change": change})
+        return section
+
+    return give
+
+
+def holds_section(item: Field[Any]) -> bool:
+    """Whether a field's value is a dataclass, or has such by name; their own fields then have the classes."""
+    return any(is_dataclass(kind) for kind in (item.type, *get_args(item.type)))
+
+
+@changing("never")
 @dataclass
 class LoraConfig:
     """Low-rank adapters, trained in place of the weights (LoRA): less memory, and a small adapter in each checkpoint.
@@ -35,7 +81,7 @@ class LoraConfig:
     """Multiply by alpha / sqrt(rank) instead (rsLoRA, arXiv 2312.03732)."""
     dora: bool = False
     """Train the length of each row of a weight separately from its direction (DoRA, arXiv 2402.09353)."""
-    publish: Literal["merged", "adapter"] = "merged"
+    publish: Literal["merged", "adapter"] = setting("merged", "free")
     """What engines load. `merged`: the weights with the adapter added; engines sample at full speed. `adapter`: the adapter
     alone; versions are small, and vLLM's LoRA kernels compute it beside the model's own weights."""
 
@@ -44,15 +90,17 @@ class LoraConfig:
 class StudentConfig:
     """The policy that is trained."""
 
-    model: str = "???"
+    model: str = setting("???", "same contents")
     """Hugging Face model directory or hub name: config, safetensors, tokenizer with a chat template."""
-    revision: str | None = None
+    revision: str | None = setting(None, "same contents")
     """Branch, tag or commit of a hub name. Null: its main branch. A campaign resolves it to a commit when it begins, writes
     that to its config.yaml, and keeps it: later processes and other nodes load the same, also where the branch has moved."""
-    trust_remote_code: bool = False
+    trust_remote_code: bool = setting(False, "free")
     """Run Python code that comes with the model. Set it only for code that you have read."""
     lora: LoraConfig | None = None
     """Adapters to train. Null: all weights are trained."""
+    optimizer: Literal["keep", "new"] = setting("new", "never")
+    """Where `model` is a checkpoint of another campaign: `keep` begins with its AdamW moments, `new` with none."""
 
     @property
     def source(self) -> str:
@@ -69,16 +117,17 @@ def publishes_adapter(student: StudentConfig) -> bool:
     return student.lora is not None and student.lora.publish == "adapter"
 
 
+@changing("on request")
 @dataclass
 class PromptsConfig:
     """Where prompts come from and how they are turned into tokens."""
 
-    path: str = "???"
+    path: str = setting("???", "same contents")
     """A .jsonl, .jsonl.gz or .parquet file, a directory that `save_to_disk` wrote or that holds data files, or the name of a
     Hugging Face dataset, with its subset after a colon: `openai/gsm8k:main`."""
     split: str = "train"
     """Split to read when `path` is a Hugging Face dataset."""
-    revision: str | None = None
+    revision: str | None = setting(None, "same contents")
     """Branch, tag or commit of a Hugging Face dataset on the hub, as in `student.revision`."""
     prompt_field: str = "prompt"
     """Field with the prompt: a string, or a list of chat messages with `role` and `content`."""
@@ -99,6 +148,7 @@ class PromptsConfig:
     """Visit the prompts in a new order in each epoch, determined by the campaign's seed."""
 
 
+@changing("on request")
 @dataclass
 class VerifierConfig:
     """How a response is judged: a function of the response and the reference answer, which returns a reward."""
@@ -114,6 +164,7 @@ class VerifierConfig:
     without a verdict counts as wrong, and an event says why. 20 of them in a row end the campaign."""
 
 
+@changing("on request")
 @dataclass
 class SamplingConfig:
     """The distribution from which trajectories are sampled."""
@@ -134,29 +185,29 @@ class SamplingConfig:
 class RolloutConfig:
     """Rollout actors: inference engines that sample trajectories."""
 
-    backend: str = "vllm"
+    backend: str = setting("vllm", "on request")
     """The engine: `vllm`, or `package.module:Class` of your own (docs/extending.md)."""
-    replicas: int = number(1, minimum=1)
+    replicas: int = number(1, minimum=1, change="free")
     """Number of rollout actors."""
-    gpus_per_replica: float | None = number(None, minimum=0)
+    gpus_per_replica: float | None = number(None, minimum=0, change="free")
     """GPUs of one actor. Null: one for each tensor-parallel rank, or, where the cluster has a single GPU, a share of it. Below
     1: a share of a GPU, to which the actor keeps (docs/scaling.md)."""
-    cpus_per_replica: float = number(1.0, minimum=0)
+    cpus_per_replica: float = number(1.0, minimum=0, change="free")
     """CPU cores that Ray reserves for one actor."""
-    resources: dict[str, float] = field(default_factory=dict)
+    resources: dict[str, float] = setting(dict, "free")
     """Custom Ray resources that one actor reserves. They keep a role on the nodes meant for it: a node started with
     `ray start --resources='{"big_memory": 8}'` takes eight actors with `resources: {big_memory: 1}`."""
-    tensor_parallel_size: int = number(1, minimum=1)
+    tensor_parallel_size: int = number(1, minimum=1, change="free")
     """GPUs over which one engine shards its weights."""
-    dtype: Dtype = "bfloat16"
+    dtype: Dtype = setting("bfloat16", "on request")
     """Data type of the engine's weights, and of the weight versions that the learner publishes."""
-    on_new_weights: Literal["continue", "wait"] = "continue"
+    on_new_weights: Literal["continue", "wait"] = setting("continue", "on request")
     """What happens to running responses when new weights arrive. `continue`: they continue on the new weights from the next
     token, and each token records its version. `wait`: the weights wait until all have ended, and no new response starts."""
-    recompute_kv: bool = True
+    recompute_kv: bool = setting(True, "on request")
     """Recompute the cached keys and values of running responses with the new weights. False: keep the old ones, which is
     cheaper. In both cases the recorded log-probs are those of the distribution that was sampled from."""
-    engine: dict[str, Any] = field(default_factory=dict)
+    engine: dict[str, Any] = setting(dict, "free")
     """Further options of the engine, passed on unchanged. With `vllm`: any option of its `LLM` class, for example
     `max_num_seqs: 256`. Where they are not given, `max_model_len` is the longest prompt and response, and
     `gpu_memory_utilization` follows from the share of a GPU."""
@@ -166,72 +217,72 @@ class RolloutConfig:
 class TeacherConfig:
     """Teacher actors: models that score the student's responses."""
 
-    model: str = "???"
+    model: str = setting("???", "same contents")
     """Hugging Face model directory or hub name; for an `http` teacher, the name under which it is served."""
-    revision: str | None = None
+    revision: str | None = setting(None, "same contents")
     """Branch, tag or commit of a hub name, as in `student.revision`."""
-    tokenizer: str | None = None
+    tokenizer: str | None = setting(None, "same contents")
     """Directory or hub name of the teacher's tokenizer, where it is not the student's; most often the same as `model`. The
     teacher reads the student's text, and its log-probs are mapped back to the student's tokens. Null: the student's."""
-    tokenizer_revision: str | None = None
+    tokenizer_revision: str | None = setting(None, "same contents")
     """Branch, tag or commit of the tokenizer's hub name. Null: that of the model, where it is the same name."""
-    domains: list[str] = field(default_factory=list)
+    domains: list[str] = setting(list, "on request")
     """Domains of the prompts that it scores. Empty: the domains that no other teacher names. Where several teachers score
     a prompt, the student learns from their mixture."""
-    weight: float = number(1.0, above=0)
+    weight: float = number(1.0, above=0, change="on request")
     """Its weight in such a mixture of probabilities, relative to the other teachers' weights."""
-    prompt_template: str | None = None
+    prompt_template: str | None = setting(None, "on request")
     """Text that this teacher reads in place of the prompt (of its last user message), with `{prompt}` and any field of the
     record: `{prompt} The reference answer is {answer}.` The student never sees it."""
-    backend: str = "transformers"
+    backend: str = setting("transformers", "on request")
     """What computes its log-probs. `transformers`: the model in the actor's process. `vllm`: a vLLM engine there, for
     models over several GPUs. `http`: servers that run elsewhere (`urls`). Or `package.module:Class` of your own
     (docs/extending.md)."""
-    tensor_parallel_size: int = number(1, minimum=1)
+    tensor_parallel_size: int = number(1, minimum=1, change="free")
     """GPUs over which one actor shards the weights: by vLLM, or, with `transformers`, by the plan of the model's
     architecture, with one process for each GPU."""
-    engine: dict[str, Any] = field(default_factory=dict)
+    engine: dict[str, Any] = setting(dict, "on request")
     """With `vllm`: further options of vLLM's engine, for example `quantization: fp8`. With a class of your own: its
     options."""
-    urls: list[str] = field(default_factory=list)
+    urls: list[str] = setting(list, "free")
     """With `http`: URLs of OpenAI-compatible servers that return log-probs of prompts, each ending in `/v1`."""
-    api_key_variable: str | None = None
+    api_key_variable: str | None = setting(None, "free")
     """With `http`: the environment variable, on the actors' nodes, that holds the servers' key."""
-    timeout_seconds: float = number(120.0, above=0)
+    timeout_seconds: float = number(120.0, above=0, change="free")
     """With `http`: time limit of one request."""
-    away_timeout_seconds: float = number(1800.0, above=0)
+    away_timeout_seconds: float = number(1800.0, above=0, change="free")
     """With `http`: how long the servers are waited for while none of them answers; then the campaign ends with an error and
     a checkpoint. While one of several answers, it takes the work of the others."""
-    requests_per_url: int = number(8, minimum=1)
+    requests_per_url: int = number(8, minimum=1, change="free")
     """With `http`: concurrent requests of one actor to each server."""
-    replicas: int = number(1, minimum=1)
+    replicas: int = number(1, minimum=1, change="free")
     """Number of actors of this teacher."""
-    gpus_per_replica: float | None = number(None, minimum=0)
+    gpus_per_replica: float | None = number(None, minimum=0, change="free")
     """GPUs of one actor. Null: one, or a share of it where the cluster has a single GPU. Below 1: as in the section
     `rollout`."""
-    cpus_per_replica: float = number(1.0, minimum=0)
+    cpus_per_replica: float = number(1.0, minimum=0, change="free")
     """CPU cores that Ray reserves for one actor."""
-    resources: dict[str, float] = field(default_factory=dict)
+    resources: dict[str, float] = setting(dict, "free")
     """Custom Ray resources that one actor reserves, as in `rollout.resources`."""
-    dtype: Dtype = "bfloat16"
+    dtype: Dtype = setting("bfloat16", "on request")
     """Data type of the weights. Log-probs are computed in float32."""
-    signal: Signal = "sampled"
+    signal: Signal = setting("sampled", "on request")
     """What the teacher sends for each token. `sampled`: the token's log-prob. The others add log-probs over a support:
     `topk` the teacher's top `top_k` tokens, `student_topk` the student's, `full` the whole vocabulary, `hidden` the hidden
     states from which the learner computes the whole vocabulary."""
-    temperature: float | None = number(None, above=0)
+    temperature: float | None = number(None, above=0, change="on request")
     """Divides this teacher's logits. Null: the student's, `sampling.temperature`, so that a teacher with the student's
     weights is the student's own policy. 1: its distribution as it is; an `http` teacher can send no other."""
-    top_k: int = number(64, minimum=2)
+    top_k: int = number(64, minimum=2, change="on request")
     """Size of the support when `signal` is `topk` or `student_topk`."""
-    ema_decay: float | None = number(None, above=0, maximum=1)
+    ema_decay: float | None = number(None, above=0, maximum=1, change="never")
     """The teacher follows the student. After each update its weights are decay x teacher + (1 - decay) x student, starting
     from the student's initial weights; `model` is the student's. Null: the teacher is frozen."""
-    microbatch_tokens: int = number(16384, minimum=1)
+    microbatch_tokens: int = number(16384, minimum=1, change="free")
     """Tokens of one forward pass. Trajectories are packed end to end, without padding."""
-    head_chunk_tokens: int = number(1024, minimum=1)
+    head_chunk_tokens: int = number(1024, minimum=1, change="free")
     """Tokens to which the head is applied at a time: [chunk, vocabulary] is the largest array."""
-    trust_remote_code: bool = False
+    trust_remote_code: bool = setting(False, "free")
     """Run Python code that comes with the model. Set it only for code that you have read."""
 
     @property

@@ -12,7 +12,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +85,7 @@ def _end_soon(status: int) -> None:
 def command_parser() -> argparse.ArgumentParser:
     """The parser of all commands and their arguments."""
     parser = argparse.ArgumentParser(prog="understudy", description="On-policy distillation of language models on Ray.")
+    parser.add_argument("--version", action=_Version, help="print the versions of everything that a campaign runs with")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     def command(name: str, function: object, text: str) -> argparse.ArgumentParser:
@@ -95,6 +96,20 @@ def command_parser() -> argparse.ArgumentParser:
     _add_commands_of_a_configuration(command)
     _add_commands_of_a_run(command)
     return parser
+
+
+class _Version(argparse.Action):
+    """Prints the versions and ends; reads them only when it is asked."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, help: str | None = None):
+        super().__init__(option_strings, dest, nargs=0, help=help)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from cluster.records.software import software
+
+        for name, found in software().items():
+            print(f"{name.replace('_', ' ')}: {found}")
+        parser.exit()
 
 
 Command = Callable[[str, object, str], argparse.ArgumentParser]
@@ -119,7 +134,7 @@ def _add_commands_of_a_configuration(command: Command) -> None:
         action="append",
         default=[],
         metavar="KEY",
-        help="go on although the contents under this key are others (prompts, student.model, teachers.NAME.model); repeats",
+        help="go on with another value of this key or section, or other contents (docs/changes.md); repeats",
     )
     check = configured(
         "check", _check, "check configuration, models, prompts and cluster before a campaign starts", example
@@ -173,6 +188,14 @@ def _add_commands_of_a_run(command: Command) -> None:
     tail = of_a_run("tail", _tail, "print trajectories, coloured by how far student and teacher disagree")
     tail.add_argument("--rows", type=int, default=8, metavar="N", help="trajectories of each evaluation (default 8)")
     tail.add_argument("--follow", action="store_true", help="print more as they are written, until the campaign ends")
+    export = of_a_run("export", _export, "write a checkpoint as a model that transformers and vLLM load")
+    export.add_argument("out", metavar="OUT", type=Path, help="directory to write; it must not exist, or be empty")
+    which = export.add_mutually_exclusive_group()
+    which.add_argument("--step", metavar="N", help="this checkpoint (default: the newest whole one)")
+    which.add_argument("--best", action="store_true", help="the evaluated one with the highest accuracy or lowest KL")
+    dtypes = ("float32", "bfloat16", "float16")
+    export.add_argument("--dtype", choices=dtypes, help="of the weights (default: rollout.dtype, the engines')")
+    export.add_argument("--adapter-only", action="store_true", help="with student.lora: the adapter, not merged")
     report = command("report", _report, "write a self-contained HTML page about one or more runs")
     report.add_argument("run_dirs", nargs="+", metavar="RUN_DIR", type=Path)
     report.add_argument("--output", type=Path, help="file to write (default: report.html in the first run directory)")
@@ -340,6 +363,25 @@ def _compare(options: argparse.Namespace) -> int:
     )
     print(table(results, options.target))
     print(f"report: {write_comparison(results, output).resolve()}")
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    from cluster.console.status import find_run
+
+    run_dir = find_run(options.run)
+    from cluster.commands.export import export
+
+    step, dtype = export(
+        run_dir,
+        options.out,
+        step=options.step,
+        best=options.best,
+        dtype=options.dtype,
+        adapter_only=options.adapter_only,
+    )
+    what = "the adapter" if options.adapter_only else "the student"
+    print(f"{what} after update {step}, in {dtype}: {options.out.resolve()}")
     return 0
 
 

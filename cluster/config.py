@@ -14,7 +14,9 @@ from actors.config import (
     StudentConfig,
     TeacherConfig,
     VerifierConfig,
+    changing,
     number,
+    setting,
 )
 from cluster.guards import GuardConfig, default_guards
 from learner.config import LearnerConfig
@@ -25,24 +27,25 @@ from learner.validation import gives_rewards
 class PipelineConfig:
     """The amount of work, and how far the stages may run ahead of one another."""
 
-    updates: int = number(100, minimum=1)
+    updates: int = number(100, minimum=1, change="free")
     """Optimiser steps of the whole campaign."""
-    prompts_per_update: int = number(64, minimum=1)
+    prompts_per_update: int = number(64, minimum=1, change="on request")
     """Prompts of one update."""
-    samples_per_prompt: int = number(1, minimum=1)
+    samples_per_prompt: int = number(1, minimum=1, change="never")
     """Trajectories sampled from each prompt (a group)."""
-    max_staleness: int = number(0, minimum=0)
+    max_staleness: int = number(0, minimum=0, change="on request")
     """The largest number of updates between sampling a token and training on it. 0: strictly on-policy, deterministic."""
-    oversample: float = number(0.0, minimum=0, maximum=1)
+    oversample: float = number(0.0, minimum=0, maximum=1, change="on request")
     """When new weights arrive, issue extra trajectories for those still being sampled, up to this share of an update, so
     that a few very long responses do not delay the rest. Needs max_staleness >= 1."""
 
 
+@changing("free")
 @dataclass
 class EvaluationConfig:
     """Evaluation on held-out prompts, by the rollout actors that also train."""
 
-    prompts: PromptsConfig | None = None
+    prompts: PromptsConfig | None = setting(None, "free")
     """The held-out prompts. Null: no evaluation. Accuracy is measured over those that have a reference answer; where none
     has one (`reference_field: null`), there is the reverse KL alone."""
     verifier: VerifierConfig = field(default_factory=VerifierConfig)
@@ -58,6 +61,7 @@ class EvaluationConfig:
     last, for reading. The teacher's log-probs are left out where its signal is `full` or `hidden`."""
 
 
+@changing("free")
 @dataclass
 class WeightsConfig:
     """How weights travel from the learner to the rollout actors."""
@@ -74,6 +78,7 @@ class WeightsConfig:
     """Size of a bucket, the unit that is put into the object store and pulled once by each node."""
 
 
+@changing("free")
 @dataclass
 class CheckpointConfig:
     """When checkpoints are written, and which are kept."""
@@ -94,6 +99,7 @@ class CheckpointConfig:
     during training. If the run directory is lost, the campaign resumes from the copy."""
 
 
+@changing("free")
 @dataclass
 class TrackingConfig:
     """Where metrics go besides metrics.jsonl."""
@@ -108,6 +114,21 @@ class TrackingConfig:
     """A tracking server of MLflow. Needs mlflow-skinny."""
 
 
+@changing("free")
+@dataclass
+class AlertsConfig:
+    """Who is called when a guard acts, an actor is lost, or the campaign ends (docs/alerts.md)."""
+
+    command: str | None = None
+    """A program and its arguments, run on the campaign's machine with the alert as JSON on its standard input."""
+    webhook: str | None = None
+    """A URL that the alert is sent to as JSON, by POST. One that holds a key comes from the environment:
+    `${oc.env:ALERTS_URL}`."""
+    timeout_seconds: float = number(10.0, above=0)
+    """Time limit of one call of the program or the URL."""
+
+
+@changing("free")
 @dataclass
 class RayConfig:
     """Which cluster the campaign runs on."""
@@ -130,11 +151,11 @@ class RayConfig:
 class CampaignConfig:
     """One run of the loop, from a YAML file to a finished student."""
 
-    name: str = "???"
+    name: str = setting("???", "free")
     """Name of the run directory, `<output_dir>/<name>`."""
-    output_dir: str = "runs"
+    output_dir: str = setting("runs", "free")
     """Directory that holds run directories. Inside a submitted job it must be absolute."""
-    seed: int = number(0, minimum=0)
+    seed: int = number(0, minimum=0, change="never")
     """Determines the order of prompts and the seed of every sample."""
     deterministic: bool = False
     """Compute with kernels that repeat to the bit, also on GPUs: torch's deterministic algorithms in learner and teachers,
@@ -154,6 +175,7 @@ class CampaignConfig:
     """Conditions on the metrics of every update, by names of your choice. Some exist by default
     (docs/guards.md): they warn, and those of weights that stand still for ten updates stop the campaign."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    alerts: AlertsConfig = field(default_factory=AlertsConfig)
     ray: RayConfig = field(default_factory=RayConfig)
 
     @property

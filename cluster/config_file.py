@@ -10,7 +10,7 @@ import difflib
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
@@ -24,12 +24,16 @@ from yaml.scanner import ScannerError
 from actors.errors import UserError
 from actors.plain_text import conceal
 from cluster.config import CampaignConfig
+from cluster.records.writer import CONFIG_FILE, OF_THIS_RUN
+from cluster.renamed_keys import SCHEMA, carried_over, renamed
 from cluster.validation import refuse
 
 LARGEST = 2**63 - 1
 """The largest whole number of a configuration: everything that reads it has 64 bits."""
 OF_ENVIRONMENT = re.compile(r"\$\{\s*oc\.env\s*:\s*([A-Za-z_]\w*)")
 """A reference to an environment variable, and its name."""
+CARRIED = "_carried"
+"""Attribute of a loaded configuration: a line for each key that an earlier release called otherwise."""
 REFERENCES = "_references"
 """Attribute of a loaded configuration: see `_references`."""
 
@@ -52,22 +56,30 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, environment:
     have its secrets. UserError: the first key or value that does not fit the dataclasses, their ranges, or the other settings.
     """
     content = _read(Path(path))
+    content, carried = _of_today(str(path), content)
     _check_type(f"{path}: ", "", CampaignConfig, content)
     for override in overrides:
+        if became := renamed(override.partition("=")[0]):
+            raise UserError("override", repr(override), f"the key of today: it {became}")
         change = _parse(override)
         _check_type(f"override {override!r}: ", "", CampaignConfig, change)
         content = OmegaConf.merge(content, change)
     config = _to_object(str(path), content, environment)
+    setattr(config, CARRIED, carried)
     _check_values(config)
     refuse(config)
     config.output_dir = str(Path(config.output_dir).expanduser())
     return config
 
 
-def write_config(config: CampaignConfig, path: Path) -> None:
+def write_config(config: CampaignConfig, path: Path, of_this_run: Mapping[str, Any] | None = None) -> None:
     """Writes the resolved configuration as YAML, by renaming a temporary file; see `as_dictionary`."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(OmegaConf.to_yaml(OmegaConf.create(as_dictionary(config))), "utf-8")
+    text = OmegaConf.to_yaml(OmegaConf.create(as_dictionary(config)))
+    if of_this_run:
+        text += "# What the campaign wrote about itself; these are no settings.\n"
+        text += yaml.safe_dump({OF_THIS_RUN: dict(of_this_run)}, sort_keys=False, allow_unicode=True)
+    temporary.write_text(text, "utf-8")
     temporary.replace(path)
 
 
@@ -116,6 +128,27 @@ def _read(file: Path) -> Any:
     if not OmegaConf.is_dict(content):
         raise UserError(str(file), "a list or a single value", "lines of `key: value`")
     return content
+
+
+def of_this_run(run_dir: Path) -> dict[str, Any]:
+    """What a campaign wrote about itself in its config.yaml; {} where there is none. UserError: the file cannot be read."""
+    file = run_dir / CONFIG_FILE
+    if not file.exists():
+        return {}
+    content = OmegaConf.to_container(_read(file), resolve=False)
+    found = content.get(OF_THIS_RUN) if isinstance(content, dict) else None
+    return {str(key): value for key, value in found.items()} if isinstance(found, dict) else {}
+
+
+def _of_today(file: str, content: Any) -> tuple[Any, list[str]]:
+    """The settings under their names of today, without what a campaign wrote about itself; and what was renamed."""
+    raw: Any = OmegaConf.to_container(content, resolve=False)
+    own = raw.pop(OF_THIS_RUN, None)
+    schema = own.get("schema", 1) if isinstance(own, dict) else 1
+    if not isinstance(schema, int) or schema > SCHEMA:
+        raise UserError(f"{file}: {OF_THIS_RUN}.schema", schema, f"at most {SCHEMA}: a later release wrote this file")
+    lines = carried_over(raw, schema)
+    return OmegaConf.create(raw), lines
 
 
 def _parse(override: str) -> Any:
@@ -271,7 +304,7 @@ def _check_values(config: CampaignConfig) -> None:
             raise UserError(key, "a URL with a password", "one without: keys come from the environment")
         if type(value) is int and abs(value) > LARGEST:
             raise UserError(key, f"a number of {len(str(abs(value)))} digits", "at most 2^63 - 1")
-        if not limits or value is None:
+        if "minimum" not in limits or value is None:
             continue
         rules = [
             (limits["minimum"], lambda v, x: v >= x, ">="),

@@ -10,10 +10,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from actors.config import number
+from actors.config import changing, number
 from actors.errors import UserError
 
 
+@changing("on request")
 @dataclass
 class GuardConfig:
     """Watches one metric of every update (docs/metrics.md) and acts when it is out of bounds for several updates in a row."""

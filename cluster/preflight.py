@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Literal
 
 from actors.accelerator import Card, card_here
+from actors.config import StudentConfig
 from actors.data.judge import Judge
-from actors.data.models import check_fit, load_config, tensor_parallel_plan
+from actors.data.models import check_fit, find_model, load_config, tensor_parallel_plan
 from actors.data.tokenizer import check_tokenizers_agree, load_tokenizer, template_difference
 from actors.errors import UserError
 from actors.rollout.engine import engine_class
@@ -23,8 +24,10 @@ from cluster.inputs import max_prompt_tokens, read_inputs, student_stop_tokens, 
 from cluster.pins import pin, places
 from cluster.planning.memory import LARGE_VERSION, Role, roles, student_numbers, version_bytes, versions_sentence
 from cluster.state.mirror import mirror_of
+from cluster.tracking.alerts import check_alerts
 from learner.objective.estimator_table import own_functions
 from learner.validation import starts_at_learner
+from learner.student.checkpoint import MOMENTS_FILE
 
 
 def checks(config: CampaignConfig, *, offline: bool) -> Iterator[tuple[str, Callable[[], str] | None]]:
@@ -58,11 +61,14 @@ def checks(config: CampaignConfig, *, offline: bool) -> Iterator[tuple[str, Call
         yield "verifier", lambda: _verifier(config)
     if config.checkpoint.mirror is not None:
         yield "mirror", None if offline else lambda: _mirror(config)
+    if config.alerts.command or config.alerts.webhook:
+        yield "alerts", lambda: check_alerts(config.alerts)
     yield "cluster", None if offline else lambda: _cluster(config)
 
 
 def check_models(config: CampaignConfig) -> None:
     """UserError unless all model files are complete, the tokenizers agree, and the engine's class can be imported."""
+    check_alerts(config.alerts)
     _engine(config)
     _student(config)
     for name in config.teachers:
@@ -124,9 +130,30 @@ def _student(config: CampaignConfig) -> str:
 
         found = load_config(student.source, student.trust_remote_code, "student.model")
         check_slices(found, config.learner.sequence_parallel)
+    if student.optimizer == "keep":
+        _demand_moments(student)
     tokenizer = load_tokenizer(student.source, student.trust_remote_code, "student.model")
     student_stop_tokens(config)
     return f"{len(tokenizer)} tokens, prompts of at most {max_prompt_tokens(config)}"
+
+
+def _demand_moments(student: StudentConfig) -> None:
+    """UserError: `student.model` holds no moments of AdamW for all of its weights."""
+    file = find_model(student.source, "student.model", code=student.trust_remote_code) / MOMENTS_FILE
+    found = f"keep, and no {MOMENTS_FILE} in {student.model}"
+    names: list[str] = []
+    if file.exists():
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(file, "numpy") as opened:
+                names = list(opened.keys())
+        except (OSError, SafetensorError) as error:
+            found = f"keep, and {file} cannot be read ({error})"
+        else:
+            found = f"keep, and the moments of {'adapters' if names else 'nothing'} in {student.model}"
+    if not names or any(".lora_" in name for name in names):
+        raise UserError("student.optimizer", found, "new, or a checkpoint of a campaign that trained all weights")
 
 
 def _teacher(config: CampaignConfig, name: str) -> str:

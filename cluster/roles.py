@@ -4,7 +4,7 @@ Nothing is started here. Paths become absolute, since actors may have another wo
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from cluster.fleet.ray_fleet import Fleet
 from cluster.fleet.ray_learner import LearnerGroup
 from cluster.inputs import Inputs
 from learner.learner import Learner
+from learner.schedule import Plan
 
 SPARE_TOKENS = 128
 """Room in a teacher's context for its self-test, for the end of a turn, and for the token that vLLM writes."""
@@ -96,12 +97,13 @@ def build_learner(
     config: CampaignConfig,
     inputs: Inputs,
     checkpoint: Path | None,
+    plans: Sequence[Plan],
     needed: dict[str, tuple[int, Resources]],
     on_event: Callable[..., None],
     turn: asyncio.Lock,
 ) -> Fleet:
-    """The learner, not started. checkpoint: where it takes its state from; None at the start of a campaign.
-    turn: see `build_fleets`.
+    """The learner, not started. checkpoint: where it takes its state from; None at the start of a campaign. plans: of a
+    learning rate that was planned anew. turn: see `build_fleets`.
 
     The fleet does not replace a learner that has died: its weights are lost, so the campaign goes back to a checkpoint.
     """
@@ -122,6 +124,7 @@ def build_learner(
             "masked_role_token_ids": inputs.masked_role_token_ids,
             "turn_ends": inputs.turn_ends,
             "vocabulary": inputs.vocabulary,
+            "plans": tuple(plans),
         },
         replicas=replicas,
         resources=resources,

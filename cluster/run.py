@@ -45,9 +45,10 @@ from cluster.state.campaign_state import CampaignState
 from cluster.state.checkpoints import what_is_good
 from cluster.state.resume import claimed, take_up
 from cluster.state.rollback import RollBack, roll_back
-from cluster.state.same_inputs import demand_same, fingerprints
+from cluster.state.same_inputs import demand_same, demand_same_architecture, fingerprints
 from cluster.state.soundness import Found, newest_sound
 from cluster.state.summary import summarise
+from cluster.tracking.alerts import Alerts
 from cluster.tracking.outbox import Trackers
 from cluster.tracking.ray_prometheus import Prometheus
 from cluster.tracking.trackers import make_trackers
@@ -63,7 +64,7 @@ def run_campaign(
     """Runs a campaign, or resumes the one in its run directory; a finished one is not run again.
 
     resume_from: the step or directory of the checkpoint to resume from; by default the newest that is sound.
-    allow_change: keys of prompts and models whose contents may be others than the campaign began with.
+    allow_change: keys that may be others than the campaign ran with, and prompts and models whose contents may be others.
 
     Returns the summary, and whether the campaign is complete (False: it was interrupted). UserError: the configuration,
     an input or the run directory is at fault. CampaignError: it broke while it ran.
@@ -72,10 +73,8 @@ def run_campaign(
     refuse_relative_output(config)
     commits = pin(config)
     check_models(config)
-    with claimed(config) as changed:
+    with claimed(config, allow_change) as taken:
         records = RunRecords(config.run_dir)  # within the lock: it repairs files that another process might be writing
-        if changed:
-            records.event("configuration_changed", changed=changed)
 
         def told(kind: str, **fields: Any) -> None:
             records.event(kind, **fields)
@@ -90,9 +89,14 @@ def run_campaign(
             return done, True
         inputs = read_inputs(config)
         now = fingerprints(config, inputs.prompts, inputs.held_out)
-        demand_same(found.state.inputs, now, allow_change, told)
+        here: dict[str, Any] = {"step": found.state.step, "tokens_generated": found.state.tokens_generated}
+        contents = demand_same(found.state.inputs, now, allow_change, partial(told, **here), taken.changed)
+        if contents and found.checkpoint:
+            demand_same_architecture(config, found.checkpoint)
+        taken.planned(found.state.step)  # refuses before records are cut back
         take_up(config, records, told, found)
         found.state.inputs = now
+        taken.accept(found.state, contents, told)
         return _run_connected(config, records, inputs, found)
 
 
@@ -151,7 +155,7 @@ class Running:
         INTERRUPTS.last_acts.append(self._ended_now)
         self.turn = asyncio.Lock()
         self.fleets = build_fleets(config, inputs, self.needed, begin, self.on_event, self.turn)
-        self.learner = build_learner(config, inputs, checkpoint, self.needed, self.on_event, self.turn)
+        self.learner = build_learner(config, inputs, checkpoint, state.plans, self.needed, self.on_event, self.turn)
         exported = {"prometheus": lambda _: Prometheus(config.name)} if config.tracking.prometheus else {}
         self.trackers = Trackers(
             make_trackers(config, exported),
@@ -159,8 +163,12 @@ class Running:
             next_step=state.step + 1,
             metrics_file=config.run_dir / METRICS_FILE,
         )
+        self.alerts = Alerts(config, self.on_event)
+        records.on_event = self.alerts.event
         (self.trackers.wait if checkpoint else self.trackers.require)()
-        records.on_metrics = self.trackers.log
+        records.on_metrics = lambda row: self.trackers.log(
+            {**row, "faults": records.faults, "guard_actions": records.guard_actions}
+        )
         self.disk = Disk(records, self.on_event)
         self.gate = asyncio.Event()
         self.gate.set()
@@ -209,6 +217,7 @@ class Running:
                 task.cancel()
             self.inputs.judge.close()
             self.trackers.close()
+            self.alerts.close()
             for fleet in (self.learner, *self.fleets.values()):
                 fleet.close()
 
@@ -247,12 +256,11 @@ class Running:
                     raise CampaignError(f"{error}; {replaced}") from error
                 await asyncio.sleep(budget.pause())
                 budget.count()
-                failed_at, faults, inputs = self.state.step, self.state.faults, self.state.inputs
+                failed_at, before = self.state.step, self.state
                 await self.disk.lines_written()
                 take = partial(asyncio.to_thread, take_up, self.config, self.records, self.told)
                 self.state, checkpoint = await self.disk.patiently(take)
-                self.state.inputs = inputs
-                self.state.faults = faults  # events stay on record, so their count does not go back either
+                self.state.keep_of(before)
                 if again.seen(self.state.step, failed_at, error):
                     raise CampaignError(f"{error}; {again.told(self.state.step)}") from error
             except RollBack as wanted:
@@ -264,7 +272,9 @@ class Running:
 
     async def _replace_learner(self, checkpoint: Path | None) -> None:
         lost = self.learner
-        self.learner = build_learner(self.config, self.inputs, checkpoint, self.needed, self.on_event, self.turn)
+        self.learner = build_learner(
+            self.config, self.inputs, checkpoint, self.state.plans, self.needed, self.on_event, self.turn
+        )
         self.learner.inherit(lost)  # first: another job could take the place while the new learner starts
         await self.learner.start(patient=True)
         self.on_event("learner_restored", step=self.state.step, checkpoint=str(checkpoint or "the untrained student"))
@@ -300,6 +310,7 @@ class Running:
 
     def _refresh(self) -> dict[str, Any]:
         self.trackers.report()
+        self.alerts.report()
         return self.progress.refresh()
 
     def _live_status(self) -> dict[str, Any]:

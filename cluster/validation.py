@@ -32,6 +32,7 @@ def refuse(config: CampaignConfig) -> None:
         *_pipeline(config),
         *(row for role, actors in _roles(config).items() for row in _resources(role, actors)),
         *_rewards(config),
+        *_alerts(config),
     ):
         if wrong:
             raise UserError(key, found, expected)
@@ -63,6 +64,9 @@ def _student(config: CampaignConfig) -> Iterator[Contradiction]:
     yield lora is not None and following is not None, "student.lora", "adapters", expected
     expected = "dense where student.lora.publish is adapter: an adapter changes completely"
     yield adapter and config.weights.encoding == "delta", "weights.encoding", "delta", expected
+    kept = lora is not None and config.student.optimizer == "keep"
+    expected = "new: with student.lora, new adapters are trained, and the checkpoint has no moments of them"
+    yield kept, "student.optimizer", "keep", expected
     if lora is not None and adapter:
         expected = f"at most {LARGEST_ADAPTER}, or publish: merged"
         yield lora.rank > LARGEST_ADAPTER, "student.lora.rank", lora.rank, expected
@@ -110,6 +114,13 @@ def _rewards(config: CampaignConfig) -> Iterator[Contradiction]:
     yield config.gives_rewards and verdict >= hang, "evaluation.verifier.timeout_seconds", verdict, expected
     missing = config.gives_rewards and config.prompts.reference_field is None
     yield missing, "prompts.reference_field", "null", "the field with the reference answer, for rewards"
+
+
+def _alerts(config: CampaignConfig) -> Iterator[Contradiction]:
+    """The URL that alerts are sent to. It may be a secret, so it is in no message."""
+    url = config.alerts.webhook
+    wrong = url is not None and not url.startswith("$") and not _is_server(url)
+    yield wrong, "alerts.webhook", "something else", "http://host/path or https://host/path"
 
 
 def _is_server(url: str) -> bool:

@@ -1,4 +1,5 @@
-"""Writes docs/configuration.md from the dataclasses: every key with its default, its range and its meaning.
+"""Writes docs/configuration.md from the dataclasses, every key with its default, its range and its meaning, and
+docs/changes.md, which of them may change when a campaign goes on.
 
 python docs/make_configuration.py [--check]
 """
@@ -16,8 +17,68 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from cluster.config import CampaignConfig  # noqa: E402
+from cluster.state.changes import keys_of  # noqa: E402
 
 TARGET = ROOT / "docs" / "configuration.md"
+CHANGES = ROOT / "docs" / "changes.md"
+CLASSES = {
+    "free": "It does not change the mathematics. The event `configuration_changed` records it.",
+    "same contents": "A path or a name: free while what is there has the same fingerprint (it moved), and on request otherwise.",
+    "on request": "It changes the mathematics from here on: `--allow-change KEY`.",
+    "never": "It is another campaign, which can begin from this one's checkpoint.",
+}
+ABOUT_CHANGES = """# What may change when a campaign goes on
+
+Generated from the dataclasses by `python docs/make_configuration.py`; do not edit.
+
+The same command resumes a campaign. Some keys may then have another value, in the YAML file or as `key=value`:
+
+    understudy run configs/quickstart.yaml learner.microbatch_tokens=4096
+    understudy run configs/quickstart.yaml learner.optimizer.learning_rate=5e-7 --allow-change learner.optimizer.learning_rate
+    understudy run configs/quickstart.yaml pipeline.updates=600
+
+`--allow-change KEY` names a key or a section (`teachers.second` is all of a teacher that is added or removed) and may be
+repeated; where nothing changes it does nothing, so a job that is submitted again keeps it. What is on request is recorded
+with its step, before and after: as the event `setting_changed`, in the `history` at the end of `config.yaml`, in every
+checkpoint from the next one on, and as a mark in the report's charts. A refusal names all keys at once and writes nothing.
+
+## Longer than planned
+
+`pipeline.updates` may be raised or lowered at any time, also of a campaign that has finished. If the learning rate depends on
+it, the schedule is planned anew from the update s where the campaign is (`schedule_planned`); so it is when the schedule, its
+warm-up, its final fraction or the learning rate change:
+
+- Within the warm-up, the warm-up goes on. After it there is no second one.
+- The rate begins at the rate of update s and goes, on the shape of `schedule`, to `final_fraction` of the learning rate at the
+  last update: rate(u) = final + (rate(s) - final) x remaining((u - s) / (updates - s)), with remaining(p) = 1 - p or
+  (1 + cos(pi p)) / 2. It never jumps up. `constant` keeps the rate of update s.
+- Where the learning rate itself changes (on request), it begins at the new one.
+- A schedule that has come down to 0 leaves nothing to go on with. The campaign says so, and goes on with
+  `--allow-change learner.optimizer.learning_rate`, from the learning rate that is configured.
+- A guard's factor on the rate stays. Plans are absolute: a campaign that goes back to an earlier checkpoint takes the same rates.
+
+An adaptive `trust_region.beta` goes on from its value unless `beta` itself changes. The moments of AdamW stay in every case.
+After other prompts, the place in the order of prompts stays, counted in prompts; what was issued and not trained is issued again.
+
+## Another campaign from this one's checkpoint
+
+What may never change makes a new campaign. It begins with the student of the old one:
+
+    understudy run configs/quickstart.yaml name=second student.model=RUN/checkpoints/step_00000100 student.optimizer=keep
+
+`student.optimizer: keep` begins with the checkpoint's AdamW moments (and their step counts), `new` with none. Update, schedule,
+prompts and ledger begin anew. With `student.lora` only `new` is possible: a checkpoint's model holds the merged weights. Checkpoints
+of a campaign that still runs are removed in time (`checkpoint.keep_last`): copy the directory, or [export](serving.md) it.
+
+## Moving
+
+The run directory, models and prompts may move. `understudy run --resume NEW_PLACE` takes the name and the output directory from
+the place; models and prompts are found by `student.model=NEW_PATH` (and so on), which is free while the fingerprints are the same.
+A relative path in `config.yaml` is looked for in the directory where the command is given and then, with `--resume`, in the one where
+the campaign was begun (`of_this_run.begun_in`). Runs of 0.1 do not say where that was.
+
+## Every key
+"""
 
 
 def meanings(cls: type) -> dict[str, str]:
@@ -80,21 +141,35 @@ def section(cls: type, prefix: str) -> list[str]:
     return lines
 
 
+def of_changes() -> str:
+    """The page of what may change."""
+    lines = [ABOUT_CHANGES]
+    for change, meaning in CLASSES.items():
+        keys = [f"`{key.replace('*', '<name>')}`" for key, own in keys_of() if own == change]
+        lines += [f"### {change.capitalize()}", "", meaning, "", *textwrap.wrap(", ".join(keys), 125), ""]
+    lines.append(
+        "`evaluation.verifier` is free where it only measures, and on request where training uses its rewards."
+    )
+    return "\n".join(lines) + "\n"
+
+
 def main() -> int:
-    """Writes the page, or with --check compares it with the dataclasses."""
+    """Writes the pages, or with --check compares them with the dataclasses."""
     text = "\n".join(
         [
             "# Configuration",
             "",
             "Generated from the dataclasses by `python docs/make_configuration.py`; do not edit. Set a key in YAML, or as",
-            "`key=value` on the command line.",
+            "`key=value` on the command line. [What may change](changes.md) says which keys a running campaign may change.",
             "",
             *section(CampaignConfig, ""),
         ]
     )
+    pages = {TARGET: text, CHANGES: of_changes()}
     if "--check" in sys.argv:
-        return 0 if TARGET.read_text("utf-8") == text else 1
-    TARGET.write_text(text, "utf-8")
+        return 0 if all(page.exists() and page.read_text("utf-8") == its for page, its in pages.items()) else 1
+    for page, its in pages.items():
+        page.write_text(its, "utf-8")
     return 0
 
 

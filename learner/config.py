@@ -3,12 +3,13 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from actors.config import number
+from actors.config import changing, number, setting
 
 TokenRole = Literal["end_of_sequence", "template"]
 Aggregation = Literal["token_mean", "sequence_mean", "sequence_sum", "constant"]
 
 
+@changing("on request")
 @dataclass
 class TrustRegionConfig:
     """Keeps pi_theta near pi_old: adds beta * KL(pi_old || pi_theta) to the loss, and limits the KL of a step."""
@@ -24,6 +25,7 @@ class TrustRegionConfig:
     """Hard limit: a step that exceeds it is scaled down by 1/2, 1/4, ... until the KL is within it, and ends the update."""
 
 
+@changing("on request")
 @dataclass
 class MismatchConfig:
     """Corrects for differences between the sampling engine and the learner: the learner computes pi_old itself."""
@@ -42,11 +44,12 @@ class MismatchConfig:
     where an update has several steps. `auto`: `learner` where engine or learner compute in 16 bits, else `engine`."""
 
 
+@changing("on request")
 @dataclass
 class ObjectiveConfig:
     """The on-policy distillation objective with a clipped ratio; docs/objective.md has formulas, sources and biases."""
 
-    estimator: str = "immediate"
+    estimator: str = setting("immediate", "never")
     """The coefficient A_t of grad log pi(y_t): `trajectory`, `to_go`, `to_go_expected`, `discounted` or `immediate`. Or
     `full`, the gradient of the divergence itself over the teacher's support; `reward`, the reward alone (reinforcement
     learning); `sft`, -log pi on responses that the teacher wrote. Or package.module:function of your own
@@ -56,10 +59,10 @@ class ObjectiveConfig:
     baseline: Literal["none", "batch_mean", "group_mean", "exact_kl"] = "none"
     """Subtracted from A_t: its mean over the update's other trajectories at that position, over the prompt's other samples
     at that position, or the exact KL at the context (needs a distribution)."""
-    divergence: str = "reverse_kl"
+    divergence: str = setting("reverse_kl", "never")
     """For `full`, the divergence that is minimised at each context: `reverse_kl`, `forward_kl`, `jsd`, `skewed_forward_kl`,
     `skewed_reverse_kl`, `entropy_gated_kl`, or package.module:function of your own (docs/extending.md)."""
-    cost: str | None = None
+    cost: str | None = setting(None, "never")
     """package.module:function of your own that replaces the log-ratio log pi - log q in A_t, or with `full` in the
     expected cost (docs/extending.md). Null: the log-ratio."""
     mixture: float = number(0.5, above=0, maximum=1)
@@ -109,6 +112,7 @@ class ObjectiveConfig:
     trust_region: TrustRegionConfig = field(default_factory=TrustRegionConfig)
 
 
+@changing("on request")
 @dataclass
 class OptimizerConfig:
     """AdamW with warm-up and a schedule."""
@@ -134,35 +138,35 @@ class OptimizerConfig:
 class LearnerConfig:
     """The learner, the only role that changes weights."""
 
-    replicas: int = number(1, minimum=1)
+    replicas: int = number(1, minimum=1, change="free")
     """Ranks of the learner. Weights, moments and every update are split between them; the result is that of one rank."""
-    sequence_parallel: int = number(1, minimum=1)
+    sequence_parallel: int = number(1, minimum=1, change="free")
     """This many consecutive ranks share each row of tokens: each holds a part of its activations, and in attention a part of
     the heads (docs/scaling.md). For long responses. Must divide `replicas` and the student's attention heads."""
-    gpus_per_replica: float | None = number(None, minimum=0)
+    gpus_per_replica: float | None = number(None, minimum=0, change="free")
     """GPUs of one rank. Null: one, or a share if the cluster has a single GPU. Below 1: a share, to which the learner keeps.
     A whole number with several ranks."""
-    cpus_per_replica: float = number(1.0, minimum=0)
+    cpus_per_replica: float = number(1.0, minimum=0, change="free")
     """CPU cores that Ray reserves for one rank."""
-    resources: dict[str, float] = field(default_factory=dict)
+    resources: dict[str, float] = setting(dict, "free")
     """Custom Ray resources that one rank reserves, as in `rollout.resources`."""
-    compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    compute_dtype: Literal["float32", "bfloat16"] = setting("bfloat16", "on request")
     """Data type of the forward and backward pass. Master weights and optimiser state are always float32."""
-    minibatches_per_update: int = number(1, minimum=1)
+    minibatches_per_update: int = number(1, minimum=1, change="on request")
     """An update's trajectories are split into this many parts, each with its own optimiser step."""
-    epochs_per_update: int = number(1, minimum=1)
+    epochs_per_update: int = number(1, minimum=1, change="on request")
     """Passes over an update's trajectories before the new weights are published."""
-    microbatch_tokens: int = number(16384, minimum=1)
+    microbatch_tokens: int = number(16384, minimum=1, change="free")
     """Tokens of one forward and backward pass, on all ranks that share it. Trajectories are packed end to end without
     padding; gradients accumulate over the passes of an optimiser step."""
-    head_chunk_tokens: int = number(1024, minimum=1)
+    head_chunk_tokens: int = number(1024, minimum=1, change="free")
     """Tokens per application of the language-model head: [chunk, vocabulary] is the largest array."""
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = setting(False, "free")
     """Recompute the layers' activations in the backward pass: less memory, about a third more time, the same numbers.
     (Dropout is off in the learner, with or without it.)"""
-    compile: bool = False
+    compile: bool = setting(False, "free")
     """Compile the decoder layers with torch.compile: the first update is slower, later ones are faster. Rounding differs."""
-    offload_optimizer: bool = False
+    offload_optimizer: bool = setting(False, "free")
     """Keep AdamW's moments in host memory and copy those of one parameter at a time to the GPU for its step. Saves 8 bytes
     of GPU memory a parameter; each step copies the moments both ways. The result is bit-equal."""
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)

@@ -33,6 +33,7 @@ from learner.metrics import UpdateMetrics, groups_of, response_metrics
 from learner.objective.estimator_table import reads_distribution
 from learner.objective.policy_gradient import effective_sample_size
 from learner.objective.trust_region import adapted_beta, backed_off, k3
+from learner.schedule import Plan, learning_rate
 from learner.student.build import build_student
 from learner.student.checkpoint import flush, read_json, write_json
 from learner.student.checksums import write_part
@@ -41,7 +42,6 @@ from learner.student.model_files import read_model_files, write_model_files
 from learner.student.optimizer import (
     OffloadedAdamW,
     build_optimizer,
-    learning_rate,
     load_optimizer_tensors,
     optimizer_tensors,
 )
@@ -83,6 +83,7 @@ class Learner:
         masked_role_token_ids: Sequence[int] = (),
         turn_ends: Mapping[str, tuple[int, int]] | None = None,
         vocabulary: int | None = None,
+        plans: Sequence[Plan] = (),
         ranks: Ranks | None = None,
     ):
         """Loads the student, or, where `checkpoint` names a directory, the state that was saved there.
@@ -90,13 +91,14 @@ class Learner:
         teachers: by name. The learner loads the heads of those that send hidden states, and keeps the averages of those
         that follow the student. masked_role_token_ids: the tokens of `objective.masked_token_roles`. vocabulary: number of
         the student's tokens; further rows of its head are padding. turn_ends: by teacher, (student's, teacher's) token
-        where they end a turn with different ones. ranks: this process among those of the learner; all other arguments,
-        and all calls, are the same on every rank. UserError: a function of the user's own fails.
+        where they end a turn with different ones. plans: of a learning rate that was planned anew. ranks: this process
+        among those of the learner; all other arguments, and all calls, are the same on every rank. UserError: a function of
+        the user's own fails.
         """
         check_own_functions(config.objective)
         settle_algorithms()
         self._student, self._config = student, config
-        self._total_updates = total_updates
+        self._total_updates, self._plans = total_updates, plans
         self._publish_dtype = publish_dtype
         self._ranks = ranks or Ranks()
         self._publisher = Publisher(bucket_bytes, keep=keep_published)
@@ -130,16 +132,25 @@ class Learner:
         self.policy_version, self._beta = 0, config.objective.trust_region.beta
         if checkpoint:
             self._restore(Path(checkpoint, "training"))
+        elif student.optimizer == "keep":
+            self._take_moments(find_model(student.source, "student.model", code=student.trust_remote_code) / "training")
 
     def _restore(self, training: Path) -> None:
         """Loads what a checkpoint has besides the weights: version, beta, moments, averages."""
         state = read_json(training / "learner.json")
-        self.policy_version, self._beta = state["policy_version"], state["beta"]
+        self.policy_version = state["policy_version"]
+        region = self._config.objective.trust_region
+        # One that was adapted goes on, unless the campaign goes on with another `trust_region.beta`.
+        if region.target_kl is not None and state.get("configured_beta", region.beta) == region.beta:
+            self._beta = state["beta"]
+        self._take_moments(training)
+        if self._averages.tensors():
+            self._averages.load(StoredTensors(training / "averages.safetensors").like)
+
+    def _take_moments(self, training: Path) -> None:
         moments = StoredTensors(training / "optimizer.safetensors")
         if len(moments):
             load_optimizer_tensors(self._model, self._optimizer, moments.like)
-        if self._averages.tensors():
-            self._averages.load(StoredTensors(training / "averages.safetensors").like)
 
     def update(
         self,
@@ -179,7 +190,9 @@ class Learner:
             sliced=self._slices is not None,
         )
         begun = self._look_ahead(batch, steps)
-        rate = rate_scale * learning_rate(self.policy_version + 1, self._total_updates, self._config.optimizer)
+        rate = rate_scale * learning_rate(
+            self.policy_version + 1, self._total_updates, self._config.optimizer, self._plans
+        )
         # Set here, by no scheduler: the rate is a function of the version, so a resumed run has the same.
         for group in self._optimizer.param_groups:
             group["lr"] = rate
@@ -261,7 +274,8 @@ class Learner:
             "training/optimizer.safetensors": copies(sample(moments, sample_bytes), self._ranks, **offloaded),
             "training/averages.safetensors": copies(sample(self._averages.tensors(), sample_bytes), self._ranks),
         }
-        progress = {"policy_version": self.policy_version, "beta": self._beta}
+        configured = self._config.objective.trust_region.beta
+        progress = {"policy_version": self.policy_version, "beta": self._beta, "configured_beta": configured}
         dtype = dtype_of(weights)
 
         def write() -> None:

@@ -381,6 +381,10 @@ PLACES = {"url": "http://127.0.0.1:1/v1", "mirror": "/tmp/mirror", "address": "1
 EXCEPTIONS: dict[Choice, str] = {
     ("ray.address", "null"): "the campaigns share a cluster; those of test_run.py have private ones",
     ("ray.object_store_mebibytes", "set"): "of a private cluster: test_run.py",
+    ("alerts.command", "set"): "calls a program: tests/unit/cluster/test_alerts.py",
+    ("alerts.timeout_seconds", "other"): "of these: tests/unit/cluster/test_alerts.py",
+    ("alerts.webhook", "set"): "calls a server: tests/unit/cluster/test_alerts.py",
+    ("student.optimizer", "keep"): "begins with another campaign's checkpoint: tests/unit/cluster/test_week_two.py",
     ("learner.compile", "true"): "compiling takes half a minute without a GPU: test_compile.py",
     **dict.fromkeys(
         [

@@ -30,6 +30,8 @@ class Event:
     """`understudy status` lists it under "news"."""
     withdraws: tuple[str, ...] = ()
     """Kinds whose news of the same actor are over with this event."""
+    marked: bool = False
+    """The report's charts have a mark where it happened, if it has a step."""
     guard_action: str = ""
     """The guard action (`guards.<name>.action`) that this event records."""
 
@@ -43,13 +45,24 @@ EVENTS: dict[str, Event] = {
     "stopped": Event("stopped after update {step}; the same command continues it", "warn", "interrupted", ends=True),
     "failed": Event("failed after update {step}: {cause}", "bad", "failed", ends=True),
     "finished": Event("finished after update {step}", "good", "finished", ends=True, news=False),
-    "contents_changed": Event("{key}: {path} has other contents than the campaign began with, as was allowed", "warn"),
+    "contents_changed": Event(
+        "{key}: {path} has other contents than the campaign began with, as was allowed", "warn", "changed", marked=True
+    ),
     "configuration_changed": Event("continued with another configuration: {changed}", "warn"),
     "commit_unknown": Event(
         "{key}: {path} is taken at commit {commit}; an earlier release began the campaign and did not record its commit",
         "warn",
     ),
     "pinned": Event("{commits}", news=False),
+    "setting_changed": Event("from update {step} on {key} is {after}; it was {before}", "warn", "changed", marked=True),
+    "schedule_planned": Event(
+        "the learning rate is planned anew after update {step}: from {rate:.3g} to {final_rate:.3g} at update {until}",
+        "warn",
+        "planned",
+        marked=True,
+    ),
+    "software_changed": Event("continued with other software: {changed}", "warn"),
+    "key_carried_over": Event("a key of an earlier release: {cause}", "warn"),
     # What an operator asked for.
     "paused": Event("paused", "warn"),
     "continued": Event("resumed"),
@@ -139,6 +152,10 @@ EVENTS: dict[str, Event] = {
     "tracker_returned": Event(
         "{tracker} takes metrics again: {late} updates were sent late, {dropped} are left out", "good"
     ),
+    "alerts_failed": Event("alerts.{tracker} takes no alerts ({cause}); they are tried again", "warn"),
+    "alerts_returned": Event("alerts.{tracker} takes alerts again: {late} were late, {dropped} are left out", "good"),
+    "alerts_behind": Event("alerts.{tracker} did not take the last {missing} alerts; events.jsonl has them", "warn"),
+    "alert_refused": Event("alerts.{channel} refused an alert for good: {cause}", "warn"),
     "tracker_behind": Event("{tracker} did not get the last {missing} updates; metrics.jsonl has them", "warn"),
 }
 

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from actors.errors import UserError, is_full_disk
 from actors.json_files import DamagedError, bytes_of, parsed, read_json
 from actors.plain_text import concealed
-from cluster.records.event_table import EVENTS, FAULTS
+from cluster.records.event_table import EVENTS, FAULTS, row_of
 from cluster.records.forms import parsed_row, wrong_in
 from cluster.records.metric_table import METRIC_KEYS, STEP_ZERO_KEYS
 
@@ -29,6 +29,8 @@ METRICS_FILE, EVENTS_FILE, SUMMARY_FILE = "metrics.jsonl", "events.jsonl", "summ
 LEDGER_FILE = "ledger.jsonl"
 UNDONE_FILE = "undone.jsonl"
 CONFIG_FILE, REPORT_FILE, TRAJECTORIES_DIRECTORY = "config.yaml", "report.html", "trajectories"
+OF_THIS_RUN = "of_this_run"
+"""The key of config.yaml under which a campaign writes about itself (cluster/state/taken_over.py); no setting."""
 
 SUMMARY_KEYS = (
     "accuracy_start",
@@ -105,8 +107,12 @@ class RunRecords:
         """Set while the disk is full."""
         self.faults = sum(str(row.get("kind")) in FAULTS for row in events)
         """Events that are faults, over all runs of the campaign."""
+        self.guard_actions = sum(bool(row_of(str(row.get("kind"))).guard_action) for row in events)
+        """The same of guards' actions."""
         self.on_metrics: Callable[[Mapping[str, Any]], None] | None = None
         """Called with each line of metrics.jsonl, after it is written."""
+        self.on_event: Callable[[Mapping[str, Any]], None] | None = None
+        """Called with each line of events.jsonl, likewise."""
         self._started = self._last_update = time.monotonic()
 
     def _demand_kinds(self) -> None:
@@ -152,7 +158,10 @@ class RunRecords:
             raise ValueError(f"{EVENTS_FILE}: the event {kind} has no row in cluster/records/event_table.py")
         row = {"time": round(time.time(), 3), "wall_seconds": self.wall_seconds, "kind": kind, "cause": cause}
         self.faults += kind in FAULTS
+        self.guard_actions += bool(EVENTS[kind].guard_action)
         self._append(EVENTS_FILE, {**fields, **row})
+        if self.on_event is not None:
+            self.on_event({**fields, **row})
 
     def closed(self, row: Mapping[str, Any]) -> None:
         """Appends a row of the ledger (cluster/state/ledger.py): trajectories that were trained on or dropped."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from html import escape
 from typing import Any, NamedTuple
 
-from cluster.records.event_table import row_of
+from cluster.records.event_table import Event, describe, row_of
 from cluster.records.metric_table import METRICS, SECTIONS, Metric
 from cluster.records.reader import BUSY, tokens_so_far
 from cluster.report.charts import (
@@ -93,18 +93,19 @@ def read_series(figure: Figure, runs: Sequence[tuple[str, Rows]], across: str = 
 
 @dataclass(frozen=True)
 class Past:
-    """The guards' actions in a run: their events, and the metrics of undone updates. Empty for several runs."""
+    """What has changed the course of a run: guards' actions, changed settings, the metrics of undone updates. Empty for
+    several runs."""
 
     events: Sequence[dict[str, Any]] = ()
     undone: Rows = ()
 
     def marks(self, figure: Figure, across: str = "step") -> list[Mark]:
-        """The marks of a chart: every action, but warnings only on charts of their metric."""
+        """The marks of a chart: every action and change, but warnings only on charts of their metric."""
         keys = [key for key, _ in figure.keys]
         return [
-            Mark(float(event[across]), row.label, row.tone, f"{event.get('guard')}: {event.get('cause')}")
+            Mark(float(event[across]), row.label, row.tone, _told(event, row))
             for event in self.events
-            if (row := row_of(event["kind"])).guard_action and event.get(across) is not None
+            if ((row := row_of(event["kind"])).guard_action or row.marked) and event.get(across) is not None
             if row.guard_action != "warn" or event.get("metric") in keys
         ]
 
@@ -172,6 +173,10 @@ def small_figures(figures: Sequence[Figure], runs: Sequence[tuple[str, Rows]], p
         )
         drawn.append(_frame(_explained(figure, runs), chart, latest if len(runs) == 1 else ""))
     return "".join(drawn), "".join(steady)
+
+
+def _told(event: dict[str, Any], row: Event) -> str:
+    return f"{event.get('guard')}: {event.get('cause')}" if row.guard_action else describe(event["kind"], event)
 
 
 class Histogram(NamedTuple):

@@ -17,7 +17,8 @@ from typing import Any
 from actors.errors import UserError
 from cluster.records.metric_table import METRICS, PIPELINE
 from cluster.records.reader import Run, load_run
-from cluster.records.writer import CONFIG_FILE
+from cluster.records.software import in_one_line
+from cluster.records.writer import CONFIG_FILE, OF_THIS_RUN
 from cluster.report.charts import PALETTE_SIZE
 from cluster.report.figures import (
     GROUPS,
@@ -121,6 +122,9 @@ def _configuration(names: Sequence[str], runs: Sequence[Run]) -> str:
             f'<h3>Where they differ</h3><div class="wide"><table class="differences"><tr><th></th>{head}</tr>{rows}</table></div>'
         )
     for name, run in zip(names, runs, strict=True):
+        if software := run.setting(f"{OF_THIS_RUN}.software"):
+            title = "" if len(runs) == 1 else f"{escape(name)}: "
+            parts.append(f'<p class="meta">{title}{escape(in_one_line(software))}</p>')
         if run.config_text:
             opened = " open" if len(runs) == 1 else ""
             parts.append(

@@ -11,6 +11,7 @@ from typing import Any
 from cluster.guards import GuardState
 from cluster.records.writer import write_atomically
 from cluster.state.ledger import Ledger
+from learner.schedule import Plan
 from learner.student.checkpoint import read_json
 from learner.student.checksums import with_checksum
 
@@ -47,6 +48,12 @@ class CampaignState:
     """Events that are faults (an actor died, hung ...), over all runs of the campaign."""
     inputs: dict[str, dict[str, str]] = field(default_factory=dict)
     """The fingerprints of prompts and models (same_inputs.py)."""
+    history: list[dict[str, Any]] = field(default_factory=list)
+    """What has changed the mathematics while the campaign ran (taken_over.py)."""
+    plans: list[Plan] = field(default_factory=list)
+    """Of a learning rate that was planned anew."""
+    software: dict[str, str] = field(default_factory=dict)
+    """Name -> version of what runs now."""
     _busy_before: dict[str, float] = field(default_factory=lambda: dict.fromkeys(ROLES, 0.0))
     """`busy` at the last call of `busy_since_last_step`."""
     _counted_before: tuple[int, int] = (0, 0)
@@ -62,6 +69,11 @@ class CampaignState:
     def uncount_open(self) -> None:
         """Before the checkpoint of an interrupt: what was sampled since the last update is sampled again, and counts then."""
         self.tokens_generated, self.missing_scores = self._counted_before
+
+    def keep_of(self, now: "CampaignState") -> None:
+        """After going back to an earlier checkpoint: takes from the state before what is of this run and not of that step."""
+        self.inputs, self.history, self.plans, self.software = now.inputs, now.history, now.plans, now.software
+        self.faults = now.faults  # events stay on record, so their count does not go back either
 
     def to_json(self) -> dict[str, Any]:
         """The content of `training/campaign.json`."""
@@ -79,6 +91,9 @@ class CampaignState:
             "actor_seconds": self.actor_seconds,
             "faults": self.faults,
             "inputs": self.inputs,
+            "history": self.history,
+            "plans": [plan.to_json() for plan in self.plans],
+            "software": self.software,
         }
 
     @classmethod
@@ -100,6 +115,9 @@ class CampaignState:
             actor_seconds=content.get("actor_seconds", {}),
             faults=content["faults"],
             inputs=content.get("inputs", {}),
+            history=content.get("history", []),
+            plans=[Plan(**plan) for plan in content.get("plans", [])],
+            software=content.get("software", {}),
             _busy_before=dict(content["busy"]),
             _counted_before=(content["tokens_generated"], content["missing_scores"]),
         )

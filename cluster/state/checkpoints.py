@@ -15,8 +15,10 @@ import math
 import re
 import time
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from actors.errors import CheckpointError, DiskFullError, is_full_disk
 from cluster.config import CampaignConfig, CheckpointConfig
@@ -219,14 +221,21 @@ def checkpoints_to_hold(config: CampaignConfig) -> int:
 def steps_to_keep(steps: list[int], state: CampaignState, config: CheckpointConfig) -> set[int]:
     """The checkpoints to keep: the last `keep_last`, the best `keep_best`, and those that are not evaluated yet.
 
-    steps: all that exist, ascending. Best means highest held-out accuracy, or, where none is measured, lowest reverse KL;
-    of equal ones, the earlier. An evaluation without a number is the worst.
+    steps: all that exist, ascending.
     """
-    measured = state.evaluations
-    key, sign = (
-        ("eval/accuracy", -1) if any("eval/accuracy" in one for one in measured.values()) else ("eval/reverse_kl", 1)
-    )
-    cost = {step: math.inf if (value := one.get(key)) is None else sign * value for step, one in measured.items()}
-    evaluated = [step for step in steps if step in cost]
-    best = sorted(evaluated, key=lambda step: (math.isnan(cost[step]), cost[step], step))[: config.keep_best]
+    best = best_first(steps, state.evaluations)[: config.keep_best]
     return {*steps[-config.keep_last :], *best, *(record["step"] for record in state.pending)}
+
+
+def best_first(steps: Sequence[int], evaluations: Mapping[int, Mapping[str, Any]]) -> list[int]:
+    """The evaluated ones of these steps, the best first.
+
+    Best means highest held-out accuracy, or, where none is measured, lowest reverse KL; of equal ones, the earlier. An
+    evaluation without a number is the worst. evaluations: step -> its metrics.
+    """
+    key, sign = (
+        ("eval/accuracy", -1) if any("eval/accuracy" in one for one in evaluations.values()) else ("eval/reverse_kl", 1)
+    )
+    cost = {step: math.inf if (value := one.get(key)) is None else sign * value for step, one in evaluations.items()}
+    evaluated = [step for step in steps if step in cost]
+    return sorted(evaluated, key=lambda step: (math.isnan(cost[step]), cost[step], step))

@@ -2,7 +2,6 @@
 
 import fcntl
 import os
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,42 +9,22 @@ from typing import Any
 
 from actors.errors import UserError
 from cluster.config import CampaignConfig
-from cluster.config_file import differences, load_config, write_config
+from cluster.config_file import load_config, of_this_run
 from cluster.pins import hold
 from cluster.records.metric_table import is_evaluation
 from cluster.records.writer import CONFIG_FILE, LEDGER_FILE, METRICS_FILE, RunRecords, read_jsonl
 from cluster.state.campaign_state import CampaignState
+from cluster.state.changes import WHERE
 from cluster.state.mirror import KEY, Mirror, mirror_of
 from cluster.state.soundness import Found, clear_the_way, newest_sound
-
-WHERE = ("name", "output_dir")
-"""Keys that locate the run directory; `--resume DIRECTORY` sets them."""
-RESUMABLE_KEYS = (
-    "name",
-    "output_dir",
-    "rollout.replicas",
-    "rollout.cpus_per_replica",
-    "rollout.gpus_per_replica",
-    "teachers.*.replicas",
-    "teachers.*.cpus_per_replica",
-    "teachers.*.gpus_per_replica",
-    "learner.cpus_per_replica",
-    "learner.gpus_per_replica",
-    "*.resources",
-    "pipeline.updates",
-    "evaluation.*",
-    "weights.*",
-    "checkpoint.*",
-    "guards.*",
-    "tracking.*",
-    "ray.*",
-)
-"""Keys that may change when a campaign is resumed; `*` stands for any name. `pipeline.updates` may change only where
-the learning rate does not depend on it."""
+from cluster.state.taken_over import TakenOver
 
 
 def config_of(run_dir: Path, overrides: Sequence[str]) -> CampaignConfig:
     """The configuration in a run directory with overrides `key=value`. The directory may have been moved.
+
+    A relative path of prompts or models that leads nowhere from here is looked for in the directory where the campaign was
+    begun, and becomes absolute if it is there.
 
     UserError: it is no run directory, or an override names a key of WHERE.
     """
@@ -56,16 +35,28 @@ def config_of(run_dir: Path, overrides: Sequence[str]) -> CampaignConfig:
         if override.partition("=")[0] in WHERE:
             raise UserError("override", repr(override), "none of name and output_dir: the run directory says them")
     config = load_config(run_dir / CONFIG_FILE, overrides)
+    _find_again(config, of_this_run(run_dir).get("begun_in"))
     config.output_dir, config.name = str(run_dir.parent), run_dir.name
     return config
 
 
+def _find_again(config: CampaignConfig, begun_in: Any) -> None:
+    sources: list[tuple[Any, str]] = [(config.student, "model"), (config.prompts, "path")]
+    sources += [(config.evaluation.prompts, "path")] if config.evaluation.prompts else []
+    sources += [(teacher, name) for teacher in config.teachers.values() for name in ("model", "tokenizer")]
+    for owner, name in sources:
+        path = getattr(owner, name)
+        if path and begun_in and not Path(path).exists() and Path(str(begun_in), path).exists():
+            setattr(owner, name, str(Path(str(begun_in), path)))
+
+
 @contextmanager
-def claimed(config: CampaignConfig) -> Iterator[dict[str, Any]]:
+def claimed(config: CampaignConfig, allow_change: Sequence[str] = ()) -> Iterator[TakenOver]:
     """Creates and locks the run directory; within the block no other process can run a campaign in it.
 
-    Yields the changes of the configuration since its last run: key -> [before, after]. UserError: the directory cannot
-    be written to, another process holds it, or it holds a campaign with another configuration.
+    Yields what its last run was configured with, and what is other now. allow_change: keys and sections that may be other,
+    though they change the mathematics. UserError: the directory cannot be written to, another process holds it, or it holds
+    a campaign with another configuration.
     """
     run_dir = config.run_dir
     try:
@@ -87,12 +78,10 @@ def claimed(config: CampaignConfig) -> Iterator[dict[str, Any]]:
         if mirror := mirror_of(config):
             _bring_back(mirror, run_dir)
             hold(config)  # the copy's commits, where the run directory had none
-        changed = _changed(config)
-        try:
-            write_config(config, run_dir / CONFIG_FILE)
-        except OSError as error:
-            raise UserError("output_dir", f"{run_dir} ({error.strerror})", "a directory to write to") from error
-        yield changed
+        taken = TakenOver.of(config, allow_change)
+        if not (run_dir / CONFIG_FILE).exists():
+            taken.write()
+        yield taken
 
 
 def _bring_back(mirror: Mirror, run_dir: Path) -> None:
@@ -140,27 +129,3 @@ def fit_records(config: CampaignConfig, records: RunRecords, state: CampaignStat
             str(config.run_dir / LEDGER_FILE), error, "the file as the campaign left it, together with its checkpoints"
         ) from error
     state.ledger.on_close = records.closed
-
-
-def _changed(config: CampaignConfig) -> dict[str, Any]:
-    written = config.run_dir / CONFIG_FILE
-    if not written.exists():
-        return {}
-    found = differences(load_config(written, environment=False), config)
-    # A run that an earlier release began has no commits: it gets them now.
-    kept = [d for d in found if not (d[0].rpartition(".")[2].endswith("revision") and d[1] is None)]
-    if refused := [difference for difference in kept if not may_change(difference[0], config)]:
-        raise UserError(
-            str(config.run_dir),
-            "a campaign with " + ", ".join(f"{key}={old} where this one has {new}" for key, old, new in refused),
-            "the same configuration to go on with, or another name",
-        )
-    return {key: [old, new] for key, old, new in found if key not in WHERE}
-
-
-def may_change(key: str, config: CampaignConfig) -> bool:
-    """Whether a resumed campaign may have another value of this key (see RESUMABLE_KEYS)."""
-    if key == "pipeline.updates" and config.learner.optimizer.schedule != "constant":
-        return False
-    patterns = (re.escape(pattern).replace(r"\*", "[^ ]+") for pattern in RESUMABLE_KEYS)
-    return any(re.fullmatch(pattern, key) for pattern in patterns)

@@ -5,6 +5,7 @@ ones, and another teacher would pull the student elsewhere, both without a word.
 """
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from actors.data.fingerprints import model_fingerprint, prompts_fingerprint
@@ -12,9 +13,21 @@ from actors.data.hub import COMMIT, split
 from actors.data.models import find_model, looks_local
 from actors.data.prompts import PromptSet
 from actors.errors import UserError
+from actors.json_files import read_json
 from actors.teacher.backends import backend_of
 from cluster.config import CampaignConfig
+from cluster.state.changes import Changed, begin_anew, is_below, is_key
 
+NO_NETWORK = (
+    "dtype",
+    "torch_dtype",
+    "transformers_version",
+    "_name_or_path",
+    "use_cache",
+    "eos_token_id",
+    "pad_token_id",
+)
+"""Keys of config.json that say nothing of the layers."""
 Fingerprints = dict[str, dict[str, str]]
 """Configuration key -> {"path": as it is configured, "fingerprint": of what is there}. Of a model on a hub the fingerprint is
 its commit, so that its weights need not be downloaded to compare them."""
@@ -43,16 +56,31 @@ def fingerprints(config: CampaignConfig, prompts: PromptSet, held_out: PromptSet
     return {key: {"path": str(path), "fingerprint": told} for key, (path, told) in found.items()}
 
 
-def demand_same(before: Fingerprints, now: Fingerprints, allowed: Sequence[str], on_event: Callable[..., Any]) -> None:
-    """Refuses other contents than those of the checkpoint, unless they are allowed; then tells them as an event.
+def demand_same(
+    before: Fingerprints,
+    now: Fingerprints,
+    allowed: Sequence[str],
+    on_event: Callable[..., Any],
+    changed: Sequence[Changed] = (),
+) -> list[Changed]:
+    """Refuses other contents than those of the checkpoint, unless they are allowed; then tells them as an event, and returns
+    those that change the mathematics.
 
-    before: of the checkpoint; keys that it lacks (it is of an earlier release) are not compared. allowed: the keys of
-    `--allow-change`, each with all keys below it. UserError: other contents, or a key that nothing has.
+    before: of the checkpoint, {} without one; keys that it lacks (it is of an earlier release) are not compared. allowed: of
+    `--allow-change`, each with all keys below it. changed: configured keys that are others. UserError: other contents, a name
+    of something that has no fingerprint, or a key that nothing has.
     """
     for key in allowed:
-        if not any(_below(one, key) for one in now):
+        if not any(is_below(one, [key]) for one in now) and not is_key(key):
             raise UserError("--allow-change", key, "one of " + ", ".join(now), list(now))
-    for key in sorted(before.keys() & now.keys()):
+    compared, others = before.keys() & now.keys(), []
+    for one in changed:
+        known = {one.key, one.key.removesuffix(".path"), one.key.removesuffix(".revision")} & compared
+        known |= {one.key.replace("tokenizer_revision", "tokenizer").replace("revision", "model")} & compared
+        if one.change == "same contents" and before and not known and not is_below(one.key, allowed):
+            found = f"{one.after} where the campaign had {one.before}, and nothing here tells whether it is the same"
+            raise UserError(one.key, found, f"{one.before}, or --allow-change {one.key} to go on with this one")
+    for key in sorted(compared):
         then, here = before[key], now[key]
         if then["fingerprint"] == here["fingerprint"]:
             continue
@@ -60,16 +88,32 @@ def demand_same(before: Fingerprints, now: Fingerprints, allowed: Sequence[str],
             # An earlier release recorded the contents, without the commit; they are not here to be compared.
             on_event("commit_unknown", key=key, path=here["path"], commit=here["fingerprint"])
             continue
-        # Held-out prompts may be configured anew at any time (RESUMABLE_KEYS); the same path with other contents may not.
+        # Held-out prompts may be configured anew at any time; the same path with other contents may not.
         moved = key.startswith("evaluation.") and then["path"] != here["path"]
-        if not moved and not any(_below(key, one) for one in allowed):
+        if not moved and not is_below(key, allowed):
             raise UserError(
                 key,
                 f"{here['path']} with other contents than the campaign began with",
                 f"the same contents, another name for a new campaign, or --allow-change {key} to go on with these",
             )
         on_event("contents_changed", key=key, path=here["path"])
+        if not moved:
+            others.append(Changed(key, then["fingerprint"], here["fingerprint"], "on request"))
+    return others
 
 
-def _below(key: str, above: str) -> bool:
-    return key == above or key.startswith(f"{above}.")
+def demand_same_architecture(config: CampaignConfig, checkpoint: Path) -> None:
+    """UserError: the files of `student.model`, which are allowed to be others, describe another network than the checkpoint."""
+    key = "student.model"
+    directory = find_model(config.student.model, key, weights=False, code=config.student.trust_remote_code)
+    before, now = (_network(read_json(where / "config.json")) for where in (checkpoint, directory))
+    if other := sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name)):
+        found = (
+            f"a model whose config.json has {other[0]}: {now.get(other[0])}, and the campaign's {before.get(other[0])}"
+        )
+        raise UserError(key, found, f"the same network; or {begin_anew(config)}")
+
+
+def _network(config: Any) -> dict[str, Any]:
+    """What of a config.json describes the network."""
+    return {name: value for name, value in config.items() if name not in NO_NETWORK}

@@ -127,14 +127,17 @@ def examined(checkpoint: Path, ledger_rows: Iterable[Mapping[str, Any]]) -> Camp
     return fault or state
 
 
-def step_of(resume_from: str, checkpoints: Path, steps: list[int]) -> int:
-    """The step that `--resume-from` names: `100`, `step_00000100`, or the directory's path. UserError: it is not there."""
+def step_of(resume_from: str, checkpoints: Path, steps: list[int], option: str = "--resume-from") -> int:
+    """The step that `--resume-from` names: `100`, `step_00000100`, or the directory's path. UserError: it is not there.
+
+    option: by which it was named, for the message.
+    """
     name = Path(resume_from).name
     match = STEP_NAME.fullmatch(name) or re.fullmatch(r"([0-9]{1,9})", resume_from)
     step = int(match[1]) if match else -1
     if step not in steps:
         known = ", ".join(map(str, steps)) or "none"
-        raise UserError("--resume-from", resume_from, f"a checkpoint in {checkpoints}, by its step: {known}")
+        raise UserError(option, resume_from, f"a checkpoint in {checkpoints}, by its step: {known}")
     return step
 
 

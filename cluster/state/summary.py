@@ -43,4 +43,6 @@ def summarise(
         "faults": state.faults,
         "ledger": state.ledger.counts(),
         "dropped_because": dict(state.ledger.dropped),
+        "software": state.software,
+        "history": state.history,
     }

@@ -1,4 +1,4 @@
-"""One thread for each tracker, so that a server that is slow, stalls or is away never holds the campaign up.
+"""One thread for each tracker or channel of alerts, so that one that is slow, stalls or is away never holds the campaign up.
 
 put      the loop adds a step's metrics and goes on
 send     the thread delivers them in order, and tries again what failed
@@ -9,7 +9,7 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -33,8 +33,8 @@ CLOSE_SECONDS = 5.0
 class Tracker(Protocol):
     """Receives the metrics of each step. Its methods are called from one thread."""
 
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """metrics: the finite numbers of one line of metrics.jsonl."""
+    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """metrics: the finite numbers of one line of metrics.jsonl; of alerts (alerts.py), a number and what is sent."""
 
     def close(self) -> None:
         """Called after the last step."""
@@ -43,8 +43,16 @@ class Tracker(Protocol):
 class Outbox:
     """What one tracker is still to get, and the thread that sends it."""
 
-    def __init__(self, name: str, make: Callable[[int], Tracker], next_step: int, metrics_file: Path):
-        """name: its key of `tracking`. make: builds the tracker, given the first step that it will get; it is called again after a failure."""
+    def __init__(
+        self,
+        name: str,
+        make: Callable[[int], Tracker],
+        next_step: int,
+        metrics_file: Path | None,
+    ):
+        """name: its key of `tracking`. make: builds the tracker, given the first step that it will get; it is called again
+        after a failure. metrics_file: where records are that had no room in memory; None: nowhere, as with
+        alerts."""
         self.name, self.label = name, name.removesuffix("_uri").removesuffix("_project")
         self.first_error: Exception | None = None
         """Why the tracker could not be built the first time."""
@@ -53,8 +61,8 @@ class Outbox:
         self._make, self._metrics_file = make, metrics_file
         self._tracker: Tracker | None = None
         self._sent = next_step - 1
-        self._pending: deque[tuple[int, dict[str, float]]] = deque()
-        self._late: deque[tuple[int, dict[str, float]]] = deque()
+        self._pending: deque[tuple[int, dict[str, Any]]] = deque()
+        self._late: deque[tuple[int, dict[str, Any]]] = deque()
         """From metrics.jsonl; older than those that are pending."""
         self._overflow = 0
         """Records that had no room in memory."""
@@ -68,7 +76,7 @@ class Outbox:
         self._thread = threading.Thread(target=self._work, name=f"tracker {name}", daemon=True)
         self._thread.start()
 
-    def put(self, step: int, metrics: dict[str, float]) -> None:
+    def put(self, step: int, metrics: dict[str, Any]) -> None:
         """Adds the metrics of a step. A step that is not after the last one means that the campaign was rolled back."""
         with self._changed:
             self._sent = min(self._sent, step - 1)
@@ -100,8 +108,9 @@ class Outbox:
     def join(self, seconds: float) -> None:
         """Waits for the thread's end for at most `seconds`, and reports what was not delivered."""
         self._thread.join(max(seconds, 0))
-        if left := len(self._late) + len(self._pending) + self._overflow:
-            self.tell("tracker_behind", tracker=self.label, missing=left)
+        lost = 0 if self._metrics_file else self._dropped
+        if left := len(self._late) + len(self._pending) + self._overflow + lost:
+            self.tell("tracker_behind" if self._metrics_file else "alerts_behind", tracker=self.label, missing=left)
 
     # --------------------------------------------------------------------------------------------- the thread's part
 
@@ -143,7 +152,7 @@ class Outbox:
                 self._changed.wait_for(lambda: self._closing, seconds)
             return self._closing
 
-    def _next(self) -> tuple[int, dict[str, float]] | None:
+    def _next(self) -> tuple[int, dict[str, Any]] | None:
         with self._changed:
             if self._overflow and not self._late:
                 self._read_late()
@@ -154,12 +163,13 @@ class Outbox:
     def _read_late(self) -> None:
         """Reads the records that had no room in memory."""
         end = self._pending[0][0] if self._pending else math.inf
-        missed = [row for row in read_jsonl(self._metrics_file) if self._sent < row["step"] < end]
+        rows = read_jsonl(self._metrics_file) if self._metrics_file else []
+        missed = [row for row in rows if self._sent < row["step"] < end]
         self._late.extend((int(row["step"]), finite_numbers(row)) for row in missed[-SENT_AGAIN:])
         self._dropped += max(self._overflow - len(self._late), 0)
         self._overflow = 0
 
-    def _delivered(self, record: tuple[int, dict[str, float]]) -> None:
+    def _delivered(self, record: tuple[int, dict[str, Any]]) -> None:
         with self._changed:
             for queue in (self._late, self._pending):
                 if queue and queue[0] is record:  # unless a rollback has removed it meanwhile
@@ -167,13 +177,13 @@ class Outbox:
                     self._sent = record[0]
             self._sent_late += self._outage
             if self._outage and not (self._late or self._pending or self._overflow):
-                self.tell("tracker_returned", tracker=self.label, late=self._sent_late, dropped=self._dropped)
+                self.tell("tracker_returned" if self._metrics_file else "alerts_returned", tracker=self.label, late=self._sent_late, dropped=self._dropped)
                 self._outage, self._sent_late, self._dropped = False, 0, 0
 
     def _fails(self, cause: str) -> None:
         if not self._outage:
             self._outage = True
-            self.tell("tracker_failed", tracker=self.label, cause=cause)
+            self.tell("tracker_failed" if self._metrics_file else "alerts_failed", tracker=self.label, cause=cause)
 
     def tell(self, kind: str, **fields: Any) -> None:
         """Keeps an event for `news`."""
@@ -226,12 +236,17 @@ class Trackers:
 
     def close(self) -> None:
         """Lets all trackers get what they miss, for at most CLOSE_SECONDS."""
-        for box in self._boxes:
-            box.finish()
-        deadline = time.monotonic() + CLOSE_SECONDS
-        for box in self._boxes:
-            box.join(deadline - time.monotonic())
+        finish_all(self._boxes, CLOSE_SECONDS)
         self.report()
+
+
+def finish_all(boxes: Sequence[Outbox], seconds: float) -> None:
+    """Asks all threads to deliver what there is, and waits for them for at most so long together."""
+    for box in boxes:
+        box.finish()
+    deadline = time.monotonic() + seconds
+    for box in boxes:
+        box.join(deadline - time.monotonic())
 
 
 def finite_numbers(record: Mapping[str, Any]) -> dict[str, float]:

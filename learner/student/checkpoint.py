@@ -25,6 +25,7 @@ from typing import Any
 from actors import json_files
 from actors.errors import UserError
 
+MOMENTS_FILE = "training/optimizer.safetensors"
 STEP_NAME = re.compile(r"step_([0-9]{8})")
 
 

@@ -1,9 +1,8 @@
-"""Builds AdamW, computes the learning rate, and lists the optimiser's state for checkpoints.
+"""Builds AdamW, and lists the optimiser's state for checkpoints.
 
 With `learner.offload_optimizer` the two moments of AdamW, 8 bytes a parameter, stay in host memory between steps.
 """
 
-import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -97,26 +96,6 @@ def build_optimizer(
         fused = any(parameter.device.type == "cuda" for parameter in trained)
     betas = (config.beta1, config.beta2)
     return kind(groups, lr=config.learning_rate, betas=betas, eps=config.epsilon, fused=fused or None)
-
-
-def learning_rate(update: int, total_updates: int, config: OptimizerConfig) -> float:
-    """The learning rate of one update: linear warm-up, then the schedule.
-
-    update: number of the update, counted from 1. With w = warmup_updates, the rate of update u <= w is peak * u / (w + 1). After
-    that p = (u - w) / (total_updates - w) goes from 0 to 1, and the rate is peak * (f + (1 - f) * remaining(p)), where f
-    is `final_fraction`. A constant schedule has f = 1.
-    """
-    # w + 1, not w: the first update after the warm-up then continues the line and does not repeat its last rate.
-    if update <= config.warmup_updates:
-        return config.learning_rate * update / (config.warmup_updates + 1)
-    progress = min(1.0, (update - config.warmup_updates) / max(1, total_updates - config.warmup_updates))
-    remaining = {
-        "constant": 1.0,
-        "linear": 1 - progress,
-        "cosine": (1 + math.cos(math.pi * progress)) / 2,
-    }[config.schedule]
-    floor = 1.0 if config.schedule == "constant" else config.final_fraction
-    return config.learning_rate * (floor + (1 - floor) * remaining)
 
 
 def optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:

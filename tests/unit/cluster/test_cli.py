@@ -363,10 +363,11 @@ def test_what_there_is_to_run_is_said_once(work: Here) -> None:
     (work / "runs" / "here").rename(work / "moved: here" / "b")
     moved = config_of(work / "moved: here" / "b", ["rollout.replicas=3"])
     assert (moved.run_dir, moved.rollout.replicas) == (work / "moved: here" / "b", 3)
-    with claimed(moved) as changed:
-        assert changed == {"rollout.replicas": [1, 3]}
-    with claimed(moved) as changed:
-        assert changed == {}
+    with claimed(moved) as taken:
+        assert taken.changed == [("rollout.replicas", 1, 3, "free")]
+        taken.write()
+    with claimed(moved) as taken:
+        assert taken.changed == []
 
 
 def test_an_output_directory_that_is_a_file_is_refused(work: Here) -> None:

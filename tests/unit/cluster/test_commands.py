@@ -26,6 +26,8 @@ NOT_HERE = {
     ("ray", "status"): "asks a cluster",
     ("sbatch",): "asks a Slurm cluster",
     ("docker", "run"): "starts a container",
+    ("git", "pull"): "changes the reader's clone",
+    ("curl", "http://127.0.0.1:8000/v1/chat/completions"): "asks that server",
 }
 """First words -> why they are not run."""
 STEERING = ("pause", "resume", "stop", "scale")
@@ -93,7 +95,7 @@ def test_the_command_is_one_that_this_version_has(
 
 
 def of_understudy(words: list[str], folder: Path, run_dir: Path) -> None:
-    if len(words) == 1:  # a command's name alone
+    if len(words) == 1:  # a command's name, or an option, alone
         assert words[0] in command_parser().format_help()
         return
     if words[0] in ("plan", "submit") and words[1].startswith("--"):  # what is to be added to `plan CONFIG`
@@ -115,7 +117,7 @@ def of_understudy(words: list[str], folder: Path, run_dir: Path) -> None:
             main([*[word for word in words if word != "--watch"], *extra])
         assert ended.value.code == 0
     else:
-        assert words[0] in ("run", "submit", "compare", *STEERING), f"{words[0]} is not looked into"
+        assert words[0] in ("run", "submit", "compare", "export", *STEERING), f"{words[0]} is not looked into"
 
 
 def script(words: list[str]) -> Path:

@@ -194,3 +194,13 @@ def test_the_dashboard_asks_for_gauges_that_campaigns_export() -> None:
     }
     assert asked <= exported and len(asked) > 10
     assert all(panel["gridPos"]["x"] + panel["gridPos"]["w"] <= 24 for panel in panels)
+
+
+def test_alert_rules_and_scrape_configuration_name_gauges_that_there_are() -> None:
+    rules = manifest("alert_rules.yml")["groups"][0]["rules"]
+    assert manifest("prometheus.yml")["rule_files"] == ["alert_rules.yml"] and len(rules) == 5
+    named = {name for rule in rules for name in re.findall(r"ray_understudy_(\w+)", rule["expr"])}
+    assert named <= {*METRIC_KEYS, "faults", "guard_actions"} and "step" in named
+    for rule in rules:
+        assert rule["alert"] in (ROOT / "docs" / "monitoring.md").read_text()
+        assert {"summary", "what_to_do"} == rule["annotations"].keys()

@@ -9,10 +9,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from learner.config import OptimizerConfig
+from learner.schedule import learning_rate
 from learner.student.optimizer import (
     OffloadedAdamW,
     build_optimizer,
-    learning_rate,
     load_optimizer_tensors,
     optimizer_tensors,
 )
