@@ -105,7 +105,7 @@ def demand_same(
 def demand_same_architecture(config: CampaignConfig, checkpoint: Path) -> None:
     """UserError: the files of `student.model`, which are allowed to be others, describe another network than the checkpoint."""
     key = "student.model"
-    directory = find_model(config.student.model, key, weights=False, code=config.student.trust_remote_code)
+    directory = find_model(config.student.source, key, weights=False, code=config.student.trust_remote_code)
     before, now = (_network(read_json(where / "config.json")) for where in (checkpoint, directory))
     if other := sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name)):
         found = (

@@ -177,7 +177,12 @@ class Outbox:
                     self._sent = record[0]
             self._sent_late += self._outage
             if self._outage and not (self._late or self._pending or self._overflow):
-                self.tell("tracker_returned" if self._metrics_file else "alerts_returned", tracker=self.label, late=self._sent_late, dropped=self._dropped)
+                self.tell(
+                    "tracker_returned" if self._metrics_file else "alerts_returned",
+                    tracker=self.label,
+                    late=self._sent_late,
+                    dropped=self._dropped,
+                )
                 self._outage, self._sent_late, self._dropped = False, 0, 0
 
     def _fails(self, cause: str) -> None:
