@@ -157,7 +157,7 @@ class CampaignConfig:
     """Directory that holds run directories. Inside a submitted job it must be absolute."""
     seed: int = number(0, minimum=0, change="never")
     """Determines the order of prompts and the seed of every sample."""
-    deterministic: bool = False
+    deterministic: bool = setting(False, "free")
     """Compute with kernels that repeat to the bit, also on GPUs: torch's deterministic algorithms in learner and teachers,
     vLLM's batch-invariant mode in engines (H100 and later). Slower, most of all in engines. CPUs repeat without it."""
     student: StudentConfig = field(default_factory=StudentConfig)

@@ -26,8 +26,8 @@ from cluster.planning.memory import LARGE_VERSION, Role, roles, student_numbers,
 from cluster.state.mirror import mirror_of
 from cluster.tracking.alerts import check_alerts
 from learner.objective.estimator_table import own_functions
-from learner.validation import starts_at_learner
 from learner.student.checkpoint import MOMENTS_FILE
+from learner.validation import starts_at_learner
 
 
 def checks(config: CampaignConfig, *, offline: bool) -> Iterator[tuple[str, Callable[[], str] | None]]:
