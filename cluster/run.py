@@ -85,12 +85,15 @@ def run_campaign(
             print(f"understudy: {commits}", file=sys.stderr)
         found = newest_sound(config, told, resume_from)
         done = _summary(config.run_dir, told)
-        if found.state.step >= config.pipeline.updates and done.get("updates") == found.state.step:
+        ended = found.state.step >= config.pipeline.updates and done.get("updates") == found.state.step
+        if ended and not any(one.change == "same contents" for one in taken.changed):
             return done, True
         inputs = read_inputs(config)
         now = fingerprints(config, inputs.prompts, inputs.held_out)
         here: dict[str, Any] = {"step": found.state.step, "tokens_generated": found.state.tokens_generated}
         contents = demand_same(found.state.inputs, now, allow_change, partial(told, **here), taken.changed)
+        if ended:
+            return done, True
         if contents and found.checkpoint:
             demand_same_architecture(config, found.checkpoint)
         taken.planned(found.state.step)  # refuses before records are cut back

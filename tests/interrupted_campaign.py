@@ -47,11 +47,11 @@ def wait_between_passes(number: int, folder: Path) -> None:
     tell_when_asked(folder)
     loss, passes = Forward.loss, itertools.count(1)
 
-    def waiting(self: Forward, *arguments: Any) -> Any:
+    def waiting(self: Forward, *arguments: Any, **keywords: Any) -> Any:
         if next(passes) == 8 * (number - 1) + 2:
             (folder / "reached").touch()
             wait_for(folder / "go")
-        return loss(self, *arguments)
+        return loss(self, *arguments, **keywords)
 
     Forward.loss = waiting  # type: ignore[method-assign]
 

@@ -17,8 +17,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from actors.trajectory import LoadSeconds
-
 STATES = ("busy", "loading", "blocked", "waiting", "away")
 TRACE_FILE = "trace.json"
 MAX_SLICES = 40_000
@@ -76,8 +74,10 @@ class Utilisation:
     def ended(self, actor: str, role: str, method: str, answer: Any = None) -> None:
         """A call has ended. `load_weights` returns for how long the engine has paused, just before now."""
         track = self._track(actor, role)
-        if isinstance(answer, LoadSeconds):
-            self._stood_still(actor, track, answer.stood_still)
+        if (
+            stood_still := getattr(answer, "stood_still", None)
+        ) is not None:  # without an import of LoadSeconds, and of numpy
+            self._stood_still(actor, track, stood_still)
         elif method in track.under_way:
             if track.under_way[method] == 1:
                 self._pass_time(actor, track, self._clock())

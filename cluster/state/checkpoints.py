@@ -166,10 +166,11 @@ class Checkpoints:
             except BaseException:  # also CancelledError, from `close`
                 discard(partial)
                 raise
-            seconds = round(time.monotonic() - began, 1)
+            took = time.monotonic() - began
+            seconds = round(took, 1)
             self._records.event("checkpoint", step=step, path=str(target), seconds=seconds)
             grace = self._config.grace_seconds
-            if grace is not None and seconds > grace:
+            if grace is not None and took > grace:
                 self._records.event("slow_checkpoint", step=step, seconds=seconds, grace_seconds=grace)
             # The mirrored checkpoint may still be being copied.
             keep = steps_to_keep(checkpoint_steps(self._directory), state, self._config)

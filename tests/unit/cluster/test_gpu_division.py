@@ -261,7 +261,7 @@ def test_roles_are_told_their_share_and_have_one_turn_in_common(
     for there, shared in ((1.0, True), (8.0, False), (0.0, False)):
         needed = role_resources(wanted, there, private=False)
         build_fleets(wanted, inputs, needed, dict.fromkeys(needed, 1), print, turn := asyncio.Lock())
-        build_learner(wanted, inputs, None, needed, print, turn)
+        build_learner(wanted, inputs, None, [], needed, print, turn)
         own = needed["rollout"][1].gpus
         [rollout] = [one for one in made["rollout"][0][1] if type(one) is type(wanted.rollout)]
         [teacher] = [one for one in made["teacher.default"][0][1] if type(one) is type(wanted.teachers["default"])]
