@@ -1,5 +1,6 @@
 """Parts for tests of the smoke test's runner: each ends in another way."""
 
+import faulthandler
 import os
 import signal
 import time
@@ -30,6 +31,7 @@ def full(_: Report, __: Any) -> None:
 
 def dies(report: Report, _: Any) -> None:
     report.figure("speed", 0.5)
+    faulthandler.disable()  # pytest's, which would print every stack
     os.kill(os.getpid(), signal.SIGSEGV)
 
 
