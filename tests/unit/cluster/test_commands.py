@@ -25,6 +25,7 @@ NOT_HERE = {
     ("mkdocs", "serve"): "goes on for ever; the site is built by a test of its own",
     ("ray", "status"): "asks a cluster",
     ("sbatch",): "asks a Slurm cluster",
+    ("kubectl", "apply"): "asks a Kubernetes cluster; the manifests are tested in tests/unit/deploy",
     ("docker", "run"): "starts a container",
     ("git", "pull"): "changes the reader's clone",
     ("curl", "http://127.0.0.1:8000/v1/chat/completions"): "asks that server",
