@@ -17,6 +17,7 @@ from cluster.records.software import software
 from cluster.records.writer import OF_THIS_RUN, read_jsonl
 from cluster.renamed_keys import SCHEMA
 from cluster.state.campaign_state import read_state
+from cluster.state.resume import config_of
 from cluster.state.same_inputs import demand_same_architecture
 from learner.student.checkpoint import MOMENTS_FILE
 from tests import clean_process
@@ -144,7 +145,8 @@ def test_a_run_directory_and_its_models_move_and_relative_paths_are_found_again(
     assert own(run_dir)["begun_in"] == str(folder) and len(rates(run_dir)) == 3
     (folder / "teacher").rename(tmp_path / "teacher-2")
     shutil.copytree(folder / "student", tmp_path / "student-2")
-    assert "teachers.default.model: found" in run(tmp_path, "--resume", "elsewhere", "pipeline.updates=4", status=2)
+    with pytest.raises(UserError, match=r"^teachers\.default\.model: found"):
+        check_models(config_of(run_dir, []))
     moved = ["teachers.default.model=teacher-2", "student.model=student-2"]
     run(tmp_path, "--resume", "elsewhere", "pipeline.updates=4", *moved)
     assert len(rates(run_dir)) == 4 and own(run_dir)["history"] == []
