@@ -58,11 +58,25 @@ def places(config: CampaignConfig) -> Iterator[Place]:
             yield Place(f"{where}.path", f"{where}.revision", source, "revision", repo, "dataset", on_hub)
 
 
+def refuse_revisions(config: CampaignConfig) -> None:
+    """UserError: a revision of what has none."""
+    for place in places(config):
+        revision = getattr(place.section, place.field)
+        if revision is not None and not place.on_hub:
+            expected = "null: only names on a hub have revisions, and this is a path or a served model"
+            raise UserError(place.revision_key, f"{revision}, of {place.name}", expected)
+    for name, teacher in config.teachers.items():
+        if teacher.tokenizer_revision is not None and teacher.tokenizer is None:
+            expected = f"null, or the tokenizer that it is the revision of: teachers.{name}.tokenizer"
+            raise UserError(f"teachers.{name}.tokenizer_revision", teacher.tokenizer_revision, expected)
+
+
 def pin(config: CampaignConfig) -> str:
     """Puts the commit of every hub name into the configuration; returns what was found, "" where all is on disks.
 
     UserError: a hub that does not know a name or a revision, or does not answer; or a revision of what is no hub name.
     """
+    refuse_revisions(config)
     asked = {place.revision_key: getattr(place.section, place.field) for place in places(config)}
     setattr(config, ASKED, asked)
     hold(config)
@@ -71,9 +85,6 @@ def pin(config: CampaignConfig) -> str:
     for place in places(config):
         revision, held = getattr(place.section, place.field), ""
         if not place.on_hub:
-            if revision is not None:
-                expected = "null: only names on a hub have revisions, and this is a path or a served model"
-                raise UserError(place.revision_key, f"{revision}, of {place.name}", expected)
             continue
         if revision != asked[place.revision_key]:
             held = ", as when the campaign began"

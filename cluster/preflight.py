@@ -21,7 +21,7 @@ from cluster.config import CampaignConfig
 from cluster.fleet.gpu_division import division, refuse_overdrawn
 from cluster.fleet.ray_cluster import check_gpus, connected, refuse_relative_output, room_to_begin, transfer_rate
 from cluster.inputs import max_prompt_tokens, read_inputs, student_stop_tokens, turn_ends
-from cluster.pins import pin, places
+from cluster.pins import pin, places, refuse_revisions
 from cluster.planning.memory import LARGE_VERSION, Role, roles, student_numbers, version_bytes, versions_sentence
 from cluster.state.mirror import mirror_of
 from cluster.tracking.alerts import check_alerts
@@ -39,6 +39,7 @@ def checks(config: CampaignConfig, *, offline: bool) -> Iterator[tuple[str, Call
     def here(*paths: str) -> bool:
         return not offline or all(Path(path).exists() for path in paths)
 
+    refuse_revisions(config)
     if not offline and any(place.on_hub for place in places(config)):
         yield "hub", lambda: pin(config)
     student = config.student

@@ -222,8 +222,9 @@ def _weights_of_a_pass(model: ModelNumbers, run: LearnerNumbers) -> Iterable[Ite
 def _activations(model: ModelNumbers, run: LearnerNumbers) -> Iterable[Item]:
     t, c, hidden = run.pass_tokens, run.head_chunk_tokens, model.hidden
     layer = t * model.saved_bytes(run.compute_bytes)
-    # Certain, since packing fills a pass.
-    yield Item("layer inputs", 4 * t * hidden * model.layers, (HEAD, LAYERS))
+    # Certain where responses of a quarter of their limit fill a pass. Shorter ones, and small updates, may not.
+    fills = run.update_tokens >= 4 * t * run.ranks
+    yield Item("layer inputs", 4 * t * hidden * model.layers, (HEAD, LAYERS), certain=fills)
     if run.checkpointing:
         yield Item("one layer, computed again", layer, (LAYERS,), certain=False)
     else:

@@ -111,6 +111,7 @@ def learner_role(
         copied, _ = peak(learner_items(student, replace(numbers, ranks=ranks // 2)))
         note = f"; on two nodes with a copy of the student each, where that fits, {copied / GB:.1f} GB"
     way = "more ranks" if config.learner.offload_optimizer else "more ranks, or learner.offload_optimizer: true"
+    way += ", a smaller learner.microbatch_tokens"
     if config.student.lora is None:
         way += ", or adapters (student.lora)"
     return Role(

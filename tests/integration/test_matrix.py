@@ -33,6 +33,7 @@ ROOT = Path(__file__).resolve().parents[2]
 ORDINARY = {
     *("started", "tried", "loop_started", "checkpoint", "finished", "actor_started", "actor_ended"),
     *("waiting_for_resources", "actor_starting", "actor_silent", "actor_heard"),  # on a busy machine
+    "pinned",  # of a hub name
 }
 """Kinds of events that any campaign may record."""
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+from benchmarks.gpu.shapes import SHAPES
 from benchmarks.gpu.smoke import child
 from benchmarks.gpu.smoke.report import Found, figure_table, page, verdict_table
 
@@ -67,9 +68,14 @@ def arguments(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("smoke"), help="where the results go")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--shape", help="of all parts, instead of their own; `tiny` for a CPU")
+    parser.add_argument("--shape", choices=SHAPES, help="of all parts, instead of their own; `tiny` for a CPU")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="for all parts together")
-    return parser.parse_args(words)
+    options = parser.parse_args(words)
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--out {options.out}: {error.strerror}")
+    return options
 
 
 class Started:
@@ -163,7 +169,6 @@ def write(out: Path, found: list[Found], log: str) -> None:
 def main(words: list[str]) -> int:
     """Runs the parts that the command line names; the exit status."""
     options = arguments(words)
-    options.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="smoke-") as folder:
         found = run_parts(options, Path(folder))
     print("\n" + verdict_table(found), f"\nwritten: {options.out}/smoke.md, smoke.json, smoke.log", sep="\n")
