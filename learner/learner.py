@@ -520,7 +520,8 @@ class Learner:
     def _refuse(self, what: str, ids: np.ndarray) -> NoReturn:
         """Raises NonFiniteLossError with the first of these trajectories; the gradient is dropped, so no step follows."""
         self._optimizer.zero_grad(set_to_none=True)
-        good = "the last checkpoint is good" if self._checkpoint else "there is no checkpoint before it"
+        saved = self._checkpoint or (self.policy_version > 0 and self._write.good())
+        good = "the last checkpoint is good" if saved else "there is no checkpoint before it"
         names = ", ".join(str(TrajectoryId(*row)) for row in ids[:4].tolist()) + (" …" if len(ids) > 4 else "")
         weights = f"the weights are those of version {self.policy_version}, and"
         if self._stepped_from == self.policy_version:

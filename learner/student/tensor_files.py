@@ -59,6 +59,10 @@ class BackgroundWrite:
         self._finish()
         return True
 
+    def good(self) -> bool:
+        """Waits for the write that is running; whether there was one, and it is well. A failure is raised later still."""
+        return self._under_way is not None and self._under_way.exception() is None
+
     def _finish(self) -> None:
         write, self._under_way = self._under_way, None
         try:

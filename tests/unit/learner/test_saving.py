@@ -5,6 +5,7 @@ import random
 import resource
 import shutil
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import torch
 from safetensors.torch import load, load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3MoeConfig
 
-from actors.errors import CheckpointError
+from actors.errors import CheckpointError, NonFiniteLossError
 from learner.learner import Learner
 from learner.student.checkpoint import checkpoint_steps, commit, new_directory, prune, read_json, step_directory
 from learner.student.tensor_files import DTYPES, copies, model_tensors, write_tensors
@@ -141,6 +142,21 @@ def test_killed_at_any_moment_of_a_write_the_newest_checkpoint_loads(models: dic
             assert {tensor.item() for name, tensor in moments.items() if name.endswith(".step")} == {float(step)}
             assert load_file(directory / "model.safetensors").keys() == expected
         prune(tmp_path, checkpoint_steps(tmp_path)[-2:])
+
+
+def test_what_an_error_says_of_the_last_checkpoint_waits_for_the_one_that_is_being_written(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learner, gate = make_learner(models), threading.Event()
+    written, scores = sampled(models, "other")
+    learner.update(written.ids, written, scores)
+    monkeypatch.setattr("learner.learner.flush", lambda _: gate.wait())
+    good = learner._write.good
+    monkeypatch.setattr(learner._write, "good", lambda: gate.set() or good())
+    learner.save(str(tmp_path / "saved"))
+    with pytest.raises(NonFiniteLossError, match="the last checkpoint is good"):
+        learner._refuse("the loss is nan", written.ids)
+    finish(learner)
 
 
 def test_nothing_in_a_checkpoint_is_pickled(models: dict[str, Path], tmp_path: Path) -> None:
