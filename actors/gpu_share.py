@@ -1,4 +1,4 @@
-"""What a process may allocate on a GPU of which its role has a share (`gpus_per_replica` below 1). Standard library only.
+"""How much memory a process may allocate on a shared GPU (`gpus_per_replica` below 1). Standard library only.
 
 Ray divides a GPU in name only: nothing keeps a process from taking all of it. Each process therefore limits itself: torch's
 allocator (actors/accelerator.py), and vLLM by `gpu_memory_utilization`.

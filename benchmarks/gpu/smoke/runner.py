@@ -83,7 +83,7 @@ class Started:
 
     def __init__(self, name: str, options: argparse.Namespace, folder: Path):
         self.name, self._report, self._log = name, folder / f"{name}.lines", folder / f"{name}.log"
-        # A fork has no imports to do. But CUDA does not survive one, whoever has touched it before.
+        # A fork has its imports already. But CUDA cannot be used in a fork of a process that has used it.
         context: Any = multiprocessing.get_context("fork" if options.device == "cpu" else "spawn")
         self._turn = context.Event()
         given = SimpleNamespace(

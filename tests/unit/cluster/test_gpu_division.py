@@ -163,7 +163,7 @@ def test_check_names_an_engine_that_exceeds_its_share_and_says_the_division(tmp_
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """A GPU of which `free` bytes are free at each question; `limit` is what a process has limited itself to."""
+    """A GPU that answers each question for its free bytes with the next of `free`; `limit` is the limit that the process has set."""
     there = SimpleNamespace(free=[CARD], limit=None, options=None, error=None, slept=0.0)
 
     class Llm:
