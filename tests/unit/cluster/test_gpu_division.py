@@ -33,22 +33,11 @@ from cluster.roles import SPARE_TOKENS, build_fleets, build_learner, starts_last
 from cluster.run import in_order
 from learner.memory_items import LearnerNumbers, ModelNumbers, learner_items, peak, teacher_items
 from tests.actors_of_this_process import Events, with_fleet
+from tests.small_config import config
 from tests.tiny_models import make_tiny_model
 
 CARD = 25_757_220_864
 """Bytes of a GPU sold as 24 GB."""
-BASE = """
-name: here
-student: {model: s}
-teachers: {default: {model: t}}
-prompts: {path: p}
-"""
-
-
-def config(tmp_path: Path, *overrides: str) -> CampaignConfig:
-    path = tmp_path / "campaign.yaml"
-    path.write_text(BASE)
-    return load_config(path, overrides)
 
 
 def inputs_of(lengths: list[int], held_out: list[int] | None = None, privileged: list[int] | None = None) -> Any:

@@ -8,23 +8,9 @@ import pytest
 
 from actors.errors import UserError
 from cluster import preflight as check
-from cluster.config import CampaignConfig
-from cluster.config_file import load_config
 from cluster.fleet import ray_cluster
 from cluster.fleet.ray_cluster import check_fits, role_resources, room_to_begin
-
-BASE = """
-name: here
-student: {model: s}
-teachers: {default: {model: t}}
-prompts: {path: p}
-"""
-
-
-def config(tmp_path: Path, *overrides: str) -> CampaignConfig:
-    path = tmp_path / "campaign.yaml"
-    path.write_text(BASE)
-    return load_config(path, overrides)
+from tests.small_config import config
 
 
 def test_roles_that_ask_for_resources_of_their_own_get_them(tmp_path: Path) -> None:
