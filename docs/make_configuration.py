@@ -132,7 +132,7 @@ def section(cls: type, prefix: str) -> list[str]:
             else f"`{'null' if default is None else default}`"
         )
         rows.append(f"| `{key}` | {' '.join([type_name(hint), *limits])} | {shown} | {texts.get(item.name, '')} |")
-    title = prefix.rstrip(".") or "The campaign"
+    title = f"`{prefix.rstrip('.')}`" if prefix else "The campaign"
     lines = [f"## {title}", "", inspect.getdoc(cls) or "", ""]
     if rows:
         lines += ["| key | type | default | meaning |", "|---|---|---|---|", *rows, ""]
