@@ -15,11 +15,13 @@ import yaml
 from tests.documented import ROOT, python_examples
 
 MENUS = ["Start", "Guides", "Concepts", "Reference", "Project"]
-TAGS = set(
-    "html head meta title link script style body header nav main article aside section footer div span p a ul ol li h1 h2 h3"
-    " h4 h5 h6 table thead tbody tr th td code pre img em strong blockquote hr br button form input label svg path i b small"
-    " noscript kbd dialog details summary dl dt dd".split()
-)
+TAGS = {
+    *("html", "head", "meta", "title", "link", "script", "style", "body", "noscript", "dialog"),
+    *("header", "nav", "main", "article", "aside", "section", "footer", "div", "span", "p", "a", "ul", "ol", "li"),
+    *("h1", "h2", "h3", "h4", "h5", "h6", "table", "thead", "tbody", "tr", "th", "td", "code", "pre", "img", "kbd"),
+    *("em", "strong", "b", "i", "small", "blockquote", "hr", "br", "button", "form", "input", "label", "svg", "path"),
+    *("details", "summary", "dl", "dt", "dd"),
+}
 OURS = ("actors", "learner", "cluster")
 
 
