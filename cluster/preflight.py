@@ -12,6 +12,7 @@ from actors.config import StudentConfig
 from actors.data.judge import Judge
 from actors.data.models import check_fit, find_model, load_config, tensor_parallel_plan
 from actors.data.tokenizer import check_tokenizers_agree, load_tokenizer, template_difference
+from actors.data.weight_files import opened
 from actors.errors import UserError
 from actors.rollout.engine import engine_class
 from actors.teacher.alignment import make_reader
@@ -144,11 +145,11 @@ def _demand_moments(student: StudentConfig) -> None:
     found = f"keep, and no {MOMENTS_FILE} in {student.model}"
     names: list[str] = []
     if file.exists():
-        from safetensors import SafetensorError, safe_open
+        from safetensors import SafetensorError
 
         try:
-            with safe_open(file, "numpy") as opened:
-                names = list(opened.keys())
+            with opened(file, "numpy") as moments:
+                names = list(moments.keys())
         except (OSError, SafetensorError) as error:
             found = f"keep, and {file} cannot be read ({error})"
         else:

@@ -17,6 +17,9 @@ from unittest import mock
 from actors.data import hub
 from actors.data.weight_files import (
     FLOATS,
+    Headers,
+    blaming_memory,
+    opened,
     refuse_misfit,
     refuse_quantised,
     refuse_two_heads,
@@ -223,7 +226,7 @@ def _load(
     try:
         # transformers would print a table of the faults that are reported below in one line.
         logging.set_verbosity_error()
-        with as_user_error(key, path, "a causal language model with sdpa attention"):
+        with as_user_error(key, path, "a causal language model with sdpa attention"), blaming_memory(key, path):
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 path,
                 config=config,
@@ -254,7 +257,6 @@ def load_head(
     files do not hold the tensor.
     """
     import torch
-    from safetensors import safe_open
     from transformers import AutoModelForCausalLM
 
     path = find_model(model, key, code=trust_remote_code)
@@ -273,7 +275,7 @@ def load_head(
         prefix = f"{network.base_model_prefix}."
         for name in (*names, *(name.removeprefix(prefix) for name in names)):  # files may lack the prefix
             if name in stored and stored[name].dtype in FLOATS:
-                with safe_open(stored[name].file, "pt") as tensors:
+                with blaming_memory(key, stored[name].file), opened(stored[name].file, "pt") as tensors:
                     return tensors.get_tensor(name).to(device, getattr(torch, dtype))
         raise UserError(
             key, f"{path} without {' or '.join(names)} in floating point", "the weights of the output layer"
@@ -302,7 +304,9 @@ def check_fit(
     with with_headers(model, key, code=trust_remote_code) as path:
         config = load_config(str(path), trust_remote_code, key)
         if quantised == "transformers" or getattr(config, "quantization_config", None) is None:
-            _load(path, config, "float32", trust_remote_code, key, device_map="meta")
+            # transformers maps the files, and a machine that only checks them may have no room for that.
+            with mock.patch("transformers.modeling_utils.safe_open", Headers):
+                _load(path, config, "float32", trust_remote_code, key, device_map="meta")
         elif quantised == "elsewhere":
             stored_tensors(path, key)
         else:

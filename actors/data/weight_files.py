@@ -10,11 +10,13 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from actors.errors import UserError
+from actors.memory import ROOM, is_refused, limits
 
 INDEX = "model.safetensors.index.json"
 WHOLE = "model.safetensors"
@@ -33,18 +35,63 @@ class Stored(NamedTuple):
     shape: tuple[int, ...]
 
 
+def opened(file: Path | str, framework: Literal["numpy", "pt"]) -> Any:
+    """Opens a safetensors file, to read its header or a few of its tensors.
+
+    The tensors are read and not mapped: Linux counts such a map as memory, and refuses one that is larger than all it has.
+    """
+    from safetensors import safe_open
+
+    return safe_open(file, framework, backend="pread")
+
+
+class Headers:
+    """Stands for `safe_open` in transformers: a file of tensors that have shapes and no memory (device "meta")."""
+
+    def __init__(self, file: Path | str, framework: Literal["numpy", "pt"], **_: Any):
+        self._file = opened(file, framework)
+
+    def keys(self) -> list[str]:
+        """The tensors' names."""
+        return list(self._file.keys())
+
+    def get_slice(self, name: str) -> Any:
+        """One of them."""
+        import torch
+        from transformers.modeling_utils import str_to_torch_dtype
+
+        tensor = self._file.get_slice(name)
+        return torch.empty(tensor.get_shape(), dtype=str_to_torch_dtype[tensor.get_dtype()], device="meta")
+
+    def __exit__(self, *_: object) -> None:
+        """Called by transformers when it has loaded a model."""
+        self._file.__exit__(None, None, None)
+
+
+@contextmanager
+def blaming_memory(key: str, what: object) -> Iterator[None]:
+    """UserError that names the limits where the system refuses memory or address space in this context."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if is_refused(error):
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(key, f"{what}, for which the system refuses memory ({reason}; {limits()})", ROOM) from error
+        raise
+
+
 def stored_tensors(model_dir: Path | str, key: str) -> dict[str, Stored]:
     """Name -> place of every tensor of a model directory; reads the header of every file.
 
     UserError: no file, or one is missing, corrupt or truncated; several that contradict each other; an adapter.
     """
-    from safetensors import safe_open
-
     found: dict[str, Stored] = {}
     for file in _files(Path(model_dir), key):
         try:
             # Opening compares the file's size with its header.
-            with safe_open(file, "numpy") as tensors:
+            with blaming_memory(key, file), opened(file, "numpy") as tensors:
                 for name in tensors.keys():  # noqa: SIM118 - it is not a dictionary
                     if name in found:  # which of the two is read depends on the reader
                         raise UserError(
@@ -185,14 +232,14 @@ def _names_of(network: Any, module: Any) -> list[str]:
 
 def _equal(file: Path, name: str, other_file: Path, other: str, rows: int = 4096) -> bool:
     import torch
-    from safetensors import safe_open
 
-    with safe_open(file, "pt") as here, safe_open(other_file, "pt") as there:
+    with opened(file, "pt") as here, opened(other_file, "pt") as there:
         one, two = here.get_slice(name), there.get_slice(other)
         if one.get_shape() != two.get_shape():
             return False
-        starts: Iterable[int] = range(0, one.get_shape()[0], rows)
-        return all(torch.equal(one[a : a + rows].double(), two[a : a + rows].double()) for a in starts)
+        total = one.get_shape()[0]
+        parts = [slice(a, min(a + rows, total)) for a in range(0, total, rows)]
+        return all(torch.equal(one[part].double(), two[part].double()) for part in parts)
 
 
 def _numberless(name: str) -> str:

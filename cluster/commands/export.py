@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from actors.data.models import check_fit
+from actors.data.weight_files import opened
 from actors.errors import UserError
 from cluster.commands.model_card import model_card
 from cluster.config import CampaignConfig
@@ -126,7 +126,7 @@ def _write_adapter(config: CampaignConfig, checkpoint: Path, out: Path, dtype: s
 
 def cast_file(source: Path, target: Path, dtype: torch.dtype) -> None:
     """Copies a safetensors file with its floating-point tensors in another dtype, one tensor in memory at a time."""
-    with safe_open(source, "pt") as stored:
+    with opened(source, "pt") as stored:
         header: dict[str, Any] = {"__metadata__": stored.metadata() or {"format": "pt"}}
         kinds = {name: _dtype(stored.get_slice(name).get_dtype(), dtype) for name in stored.keys()}  # noqa: SIM118
         # Largest elements first, so that every tensor is aligned to its element size.

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from actors.data.weight_files import blaming_memory, opened
 from actors.errors import UserError
 from actors.json_files import bytes_of, parsed, read_json
 from cluster.config import CampaignConfig
@@ -142,12 +143,12 @@ def step_of(resume_from: str, checkpoints: Path, steps: list[int], option: str =
 
 
 def _torn_tensors(checkpoint: Path) -> str | None:
-    from safetensors import safe_open
-
     for file in checkpoint.rglob("*.safetensors"):
         try:
-            with safe_open(file, "numpy"):
+            with blaming_memory(str(file), file.name), opened(file, "numpy"):
                 pass  # opening compares the file's size with its header
+        except UserError:  # not the file's fault
+            raise
         except Exception as error:
             return f"{file.relative_to(checkpoint)}: {type(error).__name__}: {error}"
     return None

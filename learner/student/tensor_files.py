@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.modeling_utils import remove_tied_weights_from_state_dict, revert_weight_conversion
 
+from actors.data.weight_files import opened
 from actors.errors import CheckpointError, DiskFullError, is_full_disk
 from actors.weights.buckets import Deferred
 from learner.student.checksums import hash_of
@@ -229,7 +229,7 @@ class StoredTensors:
     """A safetensors file, from which each rank reads its own rows of one tensor at a time."""
 
     def __init__(self, path: Path):
-        self._file = safe_open(path, "pt")
+        self._file = opened(path, "pt")
         self._names = set(self._file.keys())
 
     def __len__(self) -> int:
@@ -242,7 +242,8 @@ class StoredTensors:
         if not isinstance(tensor, DTensor):
             return self._file.get_tensor(name).to(tensor.device)
         own, first = own_rows(tensor)
-        rows = self._file.get_slice(name)[first : first + len(own)].to(own.device)
+        stored = self._file.get_slice(name)
+        rows = (stored[first : first + len(own)] if len(own) else stored[:0]).to(own.device)
         return DTensor.from_local(
             rows, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
         )

@@ -1,6 +1,9 @@
 """Weight files are read as their writer meant them, or refused with the reason: by `check`, and by whatever loads them."""
 
 import json
+import math
+import re
+import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from actors.data.models import check_fit, load_head, load_model
 from actors.errors import UserError
+from actors.memory import OVERCOMMIT
+from cluster.state.soundness import _torn_tensors
 from tests.tiny_models import make_tiny_model
 
 KEY = "teachers.a.model"
@@ -174,3 +179,60 @@ def test_a_quantised_student_is_refused_and_a_quantised_teacher_needs_what_reads
     with pytest.raises(UserError, match="optimum"):
         check_fit(str(model), False, KEY)
     check_fit(str(model), False, KEY, quantised="elsewhere")
+
+
+def larger_than_memory(kept: dict[bool, Path], folder: Path, rows: int) -> Path:
+    """A model whose embedding has so many rows, as a hole of its file: the file is read, and hardly takes disk."""
+    model = shutil.copytree(kept[True], folder / "model")
+    file, config = model / "model.safetensors", json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "vocab_size": rows}))
+    content = file.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header, end = json.loads(content[8 : 8 + length]), 0
+    for name, tensor in header.items():
+        if name != "__metadata__":
+            tensor["shape"] = [rows, *tensor["shape"][1:]] if name == EMBEDDING else tensor["shape"]
+            tensor["data_offsets"] = [end, end := end + 4 * math.prod(tensor["shape"])]
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with file.open("wb") as new:
+        new.write(len(text).to_bytes(8, "little") + text)
+        new.truncate(8 + len(text) + end)
+    return model
+
+
+def blames_memory(model: Path, read: Callable[[], object]) -> str:
+    with pytest.raises(UserError) as caught:
+        read()
+    told = str(caught.value)
+    assert told.startswith(f"{KEY}: found {model}") and "for which the system refuses memory" in told
+    assert re.search(r"llocate memory.*; address space \(ulimit -v\) \S+( GB)?, vm.overcommit_memory \w+\), ", told)
+    assert "expected room for the whole file" in told and "max_shard_size" in told
+    return told
+
+
+def test_a_file_larger_than_memory_is_checked_and_where_it_is_loaded_memory_is_blamed(
+    kept: dict[bool, Path], tmp_path: Path
+) -> None:
+    model = larger_than_memory(kept, tmp_path, 30_000_000_000)
+    assert (model / "model.safetensors").stat().st_size > 3.8e12
+    check_fit(str(model), False, KEY)
+    if OVERCOMMIT.read_text().strip() == "0":  # 1 grants any map
+        blames_memory(model, lambda: load_model(str(model), "float32", "cpu", False, KEY))
+
+
+def test_under_a_limit_on_address_space_the_limit_is_blamed_and_no_checkpoint_is_called_damaged(
+    kept: dict[bool, Path], tmp_path: Path
+) -> None:
+    model = larger_than_memory(kept, tmp_path, 100_000_000)
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    most = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + 4_000_000_000
+    resource.setrlimit(resource.RLIMIT_AS, (most, before[1]))
+    try:
+        told = blames_memory(model, lambda: check_fit(str(model), False, KEY))
+        assert f"(ulimit -v) {most / 1e9:.1f} GB" in told
+        blames_memory(model, lambda: load_head(str(model), "float32", "cpu", False, KEY))
+        with pytest.raises(UserError, match="the system refuses memory"):
+            _torn_tensors(model)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
