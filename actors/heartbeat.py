@@ -7,8 +7,12 @@ the actor hangs.
 
 import time
 
+BUILDS, LOADS = "builds itself", "loads its model"
+"""Phases of the start of most actors."""
+
 _count = 0
 _does = ""
+_phases: list[tuple[str, float]] = []
 _waits_for = ""
 _waits_since = 0.0
 
@@ -30,9 +34,21 @@ def does(what: str) -> None:
     _does = what
 
 
+def phase(what: str) -> None:
+    """A phase of this process's start begins, such as an import or the loading of a model; the one before ends. Empty: the
+    start is over."""
+    _phases.append((what, time.monotonic()))
+
+
+def phases() -> list[tuple[str, float]]:
+    """(name, seconds) of each phase, in their order; the last one until now."""
+    ends = [*(began for _, began in _phases[1:]), time.monotonic()]
+    return [(what, end - began) for (what, began), end in zip(_phases, ends, strict=True) if what]
+
+
 def doing() -> str:
-    """What this process has said last that it does."""
-    return _does
+    """What this process has said last that it does, or the phase that its start is in."""
+    return _does or (_phases[-1][0] if _phases else "")
 
 
 def wait_for(what: str) -> None:

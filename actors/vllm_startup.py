@@ -11,7 +11,7 @@ from typing import Any
 from actors.accelerator import card_bytes, require_batch_invariance, torch_device
 from actors.errors import UnavailableError, UserError
 from actors.gpu_share import is_share
-from actors.heartbeat import beat
+from actors.heartbeat import beat, phase
 from actors.vllm_options import refuse_samplers, share_options
 
 CPU_KV_CACHE_BYTES = 256 << 20
@@ -57,6 +57,7 @@ def build_llm(options: dict[str, Any], more: dict[str, Any], key: str, gpus: flo
     refuse_samplers(more, key)
     device = torch_device()
     require_batch_invariance(device, key.removesuffix(".engine"))
+    phase("imports vLLM")
     with importing_vllm():
         from torch import OutOfMemoryError
         from vllm import LLM
@@ -71,6 +72,7 @@ def build_llm(options: dict[str, Any], more: dict[str, Any], key: str, gpus: flo
     if device == "cuda" and is_share(gpus):
         options |= share_options(more, gpus, card_bytes(), key)
         _wait_for_memory((options | more)["gpu_memory_utilization"], key)
+    phase("starts vLLM's engine")
     gc.disable()
     try:
         llm: Any = LLM(**options | more)

@@ -18,8 +18,10 @@ from typing import Any
 
 from actors.errors import CampaignError, UserError
 from actors.plain_text import concealed, printable
+from cluster.config import CampaignConfig
 from cluster.console.terminal import lasting_output
 from cluster.interrupts import INTERRUPTED_STATUS, INTERRUPTS
+from cluster.phases import START
 from cluster.records.writer import REPORT_FILE
 
 END_SECONDS = 10.0
@@ -202,25 +204,33 @@ def _add_commands_of_a_run(command: Command) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from cluster.config_file import load_config
+    if START.rows():  # of another command of this process
+        START.begin()
+    with START.shown():
+        with START.phase("looking at the configuration"):
+            config = _config_of_run(options)
+        with START.phase("importing Ray and transformers"):
+            from cluster.console.screen import summary_table
+            from cluster.run import run_campaign
 
-    if options.resume:
-        from cluster.state.resume import config_of
-
-        config = config_of(options.resume, [*filter(None, [options.config]), *options.overrides])
-    elif options.config:
-        config = load_config(options.config, options.overrides)
-    else:
-        raise UserError("run", "nothing to run", "CONFIG, a YAML file, or --resume RUN_DIR")
-    from cluster.console.screen import summary_table
-    from cluster.run import run_campaign
-
-    summary, complete = run_campaign(config, options.resume_from, options.allow_change)
+        summary, complete = run_campaign(config, options.resume_from, options.allow_change)
     print(summary_table(summary))
     print(f"report: {(config.run_dir / REPORT_FILE).resolve()}")
     if not complete:
         print("interrupted: a checkpoint is written; the same command resumes from it", file=sys.stderr)
     return 0 if complete else INTERRUPTED_STATUS
+
+
+def _config_of_run(options: argparse.Namespace) -> CampaignConfig:
+    from cluster.config_file import load_config
+
+    if options.resume:
+        from cluster.state.resume import config_of
+
+        return config_of(options.resume, [*filter(None, [options.config]), *options.overrides])
+    if options.config:
+        return load_config(options.config, options.overrides)
+    raise UserError("run", "nothing to run", "CONFIG, a YAML file, or --resume RUN_DIR")
 
 
 def _check(options: argparse.Namespace) -> int:

@@ -12,6 +12,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Coroutine, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from cluster.loop.campaign import Campaign
 from cluster.loop.evaluation import Evaluator
 from cluster.loop.samples import TrainingSamples
 from cluster.loop.teachers import Teachers
+from cluster.phases import START
 from cluster.pins import pin
 from cluster.preflight import check_models
 from cluster.records.disk import Disk
@@ -70,9 +72,11 @@ def run_campaign(
     an input or the run directory is at fault. CampaignError: it broke while it ran.
     """
     INTERRUPTS.starts()
+    START.of_a_campaign()
     refuse_relative_output(config)
-    commits = pin(config)
-    check_models(config)
+    with START.phase("looking at models and tokenizers"):
+        commits = pin(config)
+        check_models(config)
     with claimed(config, allow_change) as taken:
         records = RunRecords(config.run_dir)  # within the lock: it repairs files that another process might be writing
 
@@ -83,13 +87,15 @@ def run_campaign(
         if commits:
             records.event("pinned", commits=commits)
             print(f"understudy: {commits}", file=sys.stderr)
-        found = newest_sound(config, told, resume_from)
+        with START.phase("looking for a checkpoint"):
+            found = newest_sound(config, told, resume_from)
         done = _summary(config.run_dir, told)
         ended = found.state.step >= config.pipeline.updates and done.get("updates") == found.state.step
         if ended and not any(one.change == "same contents" for one in taken.changed):
             return done, True
-        inputs = read_inputs(config)
-        now = fingerprints(config, inputs.prompts, inputs.held_out)
+        with START.phase("reading prompts"):
+            inputs = read_inputs(config)
+            now = fingerprints(config, inputs.prompts, inputs.held_out)
         here: dict[str, Any] = {"step": found.state.step, "tokens_generated": found.state.tokens_generated}
         contents = demand_same(found.state.inputs, now, allow_change, partial(told, **here), taken.changed)
         if ended:
@@ -116,14 +122,17 @@ def _run_connected(
     config: CampaignConfig, records: RunRecords, inputs: Inputs, found: Found
 ) -> tuple[dict[str, Any], bool]:
     state, checkpoint = found.state, found.checkpoint
-    progress = Progress(config.run_dir)
+    progress = Progress(config.run_dir, began=START.began)
+    START.tell(progress.note)
     INTERRUPTS.last_acts.append(progress.leave)
 
     async def run(private: bool) -> tuple[dict[str, Any], bool]:
         return await Running(config, state, checkpoint, inputs, records, progress, private).to_the_end()
 
     try:
-        with connected(config) as private:
+        with ExitStack() as stack:
+            with START.phase("starting Ray"):
+                private = stack.enter_context(connected(config))
             return asyncio.run(run(private))
     except OSError as error:
         if error.errno not in DISK_ERRORS:
@@ -191,12 +200,15 @@ class Running:
     async def to_the_end(self) -> tuple[dict[str, Any], bool]:
         """Runs the campaign; see run_campaign. No actor is left when it ends, by an error too."""
         self.loop = asyncio.get_running_loop()
+        self.progress.doing(dict.fromkeys(("rollout", "teacher", "learner"), "starting"))
         # From the beginning, since loading models takes minutes; commands only once there are actors to scale.
         status = partial(keep_status, self.config.run_dir, self._refresh)
         watching = [asyncio.create_task(persistently("status.json", status, self.on_event))]
         try:
-            await _while_the_cluster_lives(self._start())
-            await try_out(self.config, self.state, self.learner, self.records, self.needed, self.on_event)
+            with START.phase("starting actors"):
+                await _while_the_cluster_lives(self._start())
+            with START.phase("trying a checkpoint, summary and report"):
+                await try_out(self.config, self.state, self.learner, self.records, self.needed, self.on_event)
             orders = handlers(self.fleets, self.needed, self.gate, self.on_event, self.interrupted)
             commands = partial(obey, self.config.run_dir, orders)
             watching.append(asyncio.create_task(persistently("commands", commands, self.on_event)))
@@ -205,6 +217,7 @@ class Running:
                 complete = await self._train()
             self.records.event("finished" if complete else "stopped", step=self.state.step)
             summary = summarise(self.config, self.state, self.records.wall_seconds, self.needed)
+            summary["start"] = START.rows()
             await self.disk.lines_written()
             await self.disk.patiently(lambda: self.records.write_summary(summary))
             await self.disk.patiently(lambda: write_report([self.config.run_dir], self.config.run_dir / REPORT_FILE))
@@ -235,8 +248,9 @@ class Running:
         """Runs the loop, again from a checkpoint after a lost learner or a rollback; whether the campaign is complete."""
         teachers = {name: self.fleets[f"teacher.{name}"] for name in self.config.teachers}
         panel = Teachers(teachers, self.inputs.prompt_routes, each=self.config.learner.replicas > 1)
-        await panel.compare_replicas()
-        await panel.try_longest()
+        with START.phase("trying the teachers"):
+            await panel.compare_replicas()
+            await panel.try_longest()
         parts: dict[str, Any] = {
             "prompts": self.inputs.prompts,
             "evaluator": build_evaluator(self.config, self.inputs, teachers, self.on_event),
@@ -320,6 +334,7 @@ class Running:
         """The part of status.json that only this process knows (cluster/console/status.py)."""
         return {
             "roles": self.progress.roles,
+            "start": [] if START.over else START.rows(),
             "actors": live_actors(
                 replica for fleet in (*self.fleets.values(), self.learner) for replica in fleet.replicas
             ),

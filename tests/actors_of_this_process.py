@@ -74,6 +74,9 @@ def with_fleet(
     async def progress_of(handles: list[Handle]) -> list[tuple[str, str]]:
         return [handle.start for handle in handles]
 
+    async def started(_: Handle) -> list[tuple[str, float]]:
+        return [("loads its model", 0.25)]
+
     async def nothing(*_: Any) -> Any:
         return None
 
@@ -91,7 +94,7 @@ def with_fleet(
             "wait_until_built": nothing,
             "whereabouts": whereabouts,
             "steps_of": steps_of,
-            "started": nothing,
+            "started": started,
             "progress_of": progress_of,
             "end_processes": lambda replica: replica.handle.dead.set(),
         }.items():

@@ -64,6 +64,7 @@ class LocalFleet:
             SimpleNamespace(
                 **{"name": f"{role}-{i}", "alive": False, "under_way": 0, "calls": 0, "restarts": 0, "version": None},
                 **{"handle": None, "behind": False, "silent": "", "silent_since": 0.0, "waits_for": "", "doing": ""},
+                doing_since=0.0,
             )
             for i in range(replicas)
         ]

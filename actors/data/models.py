@@ -27,7 +27,7 @@ from actors.data.weight_files import (
     weight_file_names,
 )
 from actors.errors import UserError
-from actors.heartbeat import beat, does
+from actors.heartbeat import BUILDS, LOADS, beat, does, phase
 
 if TYPE_CHECKING:
     import torch
@@ -163,6 +163,7 @@ def load_model(
         from transformers.distributed import DistributedConfig
 
         split = {"distributed_config": DistributedConfig(tp_plan="auto", tp_size=ranks)}
+    phase(LOADS)
     does(f"loads {model}")
     network: Any = _load(path, config, dtype, trust_remote_code, key, **split)
     beat()
@@ -172,6 +173,7 @@ def load_model(
     beat()
     refuse_not_finite(network, key)
     does("")
+    phase(BUILDS)
     return network
 
 

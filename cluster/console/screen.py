@@ -40,11 +40,16 @@ class Progress:
         *,
         plain_every_seconds: float = 5.0,
         clock: Callable[[], float] = time.monotonic,
+        began: float | None = None,
     ):
-        """Without a terminal a line is printed every `plain_every_seconds`, and on each evaluation and the last update."""
+        """Without a terminal a line is printed every `plain_every_seconds`, and on each evaluation and the last update.
+
+        began: time of the command by `clock`, from which the lines of events count; None: now.
+        """
         self._every, self._clock, self._printed = plain_every_seconds, clock, float("-inf")
         self._console = console or Console(highlight=False)
         self._reader, self._lock, self._started = StatusReader(run_dir), threading.Lock(), clock()
+        self._began = self._started if began is None else began
         self._seconds_before = self._reader.read({})["wall_seconds"] or 0.0
         """Wall-clock seconds of earlier processes of the campaign."""
         self.read_live: Callable[[], dict[str, Any]] = dict
@@ -80,7 +85,7 @@ class Progress:
 
     def note(self, text: str) -> None:
         """Prints one line for an event, above the screen."""
-        self._print(f"{duration(self._clock() - self._started):>8}  {text}")
+        self._print(f"{duration(self._clock() - self._began):>8}  {text}")
 
     def close(self) -> None:
         """Leaves the last screen on the terminal. After this only notes are printed."""
@@ -180,7 +185,12 @@ def _roles(status: Mapping[str, Any]) -> RenderableType:
         for actor in actors
         if actor.get("waits_for")
     ]
-    notes += [f"{actor['name']} starts: {actor['doing']}" for actor in actors if actor.get("doing")]
+    notes += [
+        f"{actor['name']} starts: {actor['doing']} ({duration(actor.get('doing_seconds', 0.0))})"
+        for actor in actors
+        if actor.get("doing")
+    ]
+    notes += [f"{row['phase']} ({duration(row['seconds'])})" for row in status.get("start", []) if not row["ended"]]
     if status.get("stands"):
         notes.insert(0, f"no update for {duration(status['last_update_seconds_ago'])}")
     if status.get("waits_for"):

@@ -87,12 +87,18 @@ def live_actors(replicas: Iterable[Any]) -> list[dict[str, Any]]:
             "version": replica.version,
             "silent_seconds": round(now - replica.silent_since, 1) if replica.alive and replica.silent else 0.0,
             "behind": replica.alive and replica.behind,
-            "doing": "" if replica.alive else replica.doing,
+            "doing": "" if replica.alive else _doing(replica),
+            "doing_seconds": 0.0 if replica.alive else round(now - replica.doing_since, 1),
             "waits_for": replica.waits_for if replica.alive else "",
             "waits_seconds": round(now - replica.waits_since, 1) if replica.alive and replica.waits_for else 0.0,
         }
         for replica in replicas
     ]
+
+
+def _doing(replica: Any) -> str:
+    """What a Replica does that does not work yet, or no more."""
+    return replica.doing or ("its process starts" if replica.handle is not None else "it waits for its place")
 
 
 def _signature() -> dict[str, Any]:
@@ -207,6 +213,7 @@ class StatusReader:
             **rates,
             "roles": live.get("roles", {}),
             "actors": live.get("actors", []),
+            "start": live.get("start", []) if state in RUNNING_STATES else [],
             "queues": {key.removeprefix("queue_"): depth for key, depth in last.items() if key.startswith("queue_")},
             "policy_version": last.get("policy_version", 0),
             "ledger": live.get("ledger") or summary.get("ledger", {}),

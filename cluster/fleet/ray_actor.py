@@ -29,7 +29,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 from actors.accelerator import keep_to_share, require_gpu
 from actors.errors import ActorFaultError, CampaignError, LostObjectError, StoreFullError, UserError
 from actors.gpu_share import is_share
-from actors.heartbeat import count, waiting
+from actors.heartbeat import BUILDS, count, phase, phases, waiting
 from cluster.fleet.ray_room import shortage_now
 from cluster.fleet.ray_start import Teller, forget, told
 
@@ -114,6 +114,12 @@ class Replica:
     process: int = 0
     doing: str = ""
     """What it does while it starts, for example which model it downloads."""
+    doing_since: float = field(default_factory=time.monotonic)
+    """Since when; seconds of time.monotonic()."""
+    created: float = 0.0
+    """When its process was asked for; seconds of time.monotonic()."""
+    phases: list[tuple[str, float]] = field(default_factory=list)
+    """(name, seconds) of what it did while it started, after its process was there."""
     batched: Any = None
     """The BatchedCaller of its actor (ray_batched_calls.py), from the first `ask` on."""
     version: int | None = None
@@ -245,11 +251,12 @@ async def whereabouts(handle: Any) -> tuple[str, int]:
     return await handle.__ray_call__.remote(_whereabouts)
 
 
-async def started(handle: Any) -> None:
-    """The start is over: the actor tells no more of it."""
+async def started(handle: Any) -> list[tuple[str, float]]:
+    """The start is over: the actor tells no more of it. Returns (name, seconds) of its phases (actors/heartbeat.py)."""
     with errors_of("the start"):
-        await handle.__ray_call__.options(concurrency_group=SUPERVISION).remote(_end_start)
+        phases = await handle.__ray_call__.options(concurrency_group=SUPERVISION).remote(_end_start)
         await asyncio.to_thread(forget, handle)
+        return phases
 
 
 async def progress_of(handles: Iterable[Any]) -> list[tuple[str, str]]:
@@ -370,6 +377,7 @@ def _keeping_its_error(actor_class: type, gpus: float = 0.0) -> type:
 
     def build(self: Any, *arguments: Any, **keywords: Any) -> None:
         self.error_of_constructor, self.start_teller = None, Teller()
+        phase(BUILDS)
         try:
             if gpus:
                 require_gpu(f"{gpus:g} by Ray")
@@ -378,6 +386,7 @@ def _keeping_its_error(actor_class: type, gpus: float = 0.0) -> type:
             actor_class.__init__(self, *arguments, **keywords)  # type: ignore[misc]
         except Exception as error:
             self.error_of_constructor = error
+        phase("")
 
     names = {"__init__": build, "__module__": actor_class.__module__, "__doc__": actor_class.__doc__}
     return type(actor_class.__name__, (actor_class,), names)
@@ -400,8 +409,9 @@ def _steps(_actor: Any) -> tuple[int, tuple[str, float]]:
     return count(), waiting()
 
 
-def _end_start(actor: Any) -> None:
+def _end_start(actor: Any) -> list[tuple[str, float]]:
     actor.start_teller.end()
+    return phases()
 
 
 def _call(actor: Any, method: str) -> None:

@@ -8,6 +8,7 @@ loss     losing one rank loses the learner: the others need its rows, and are en
 import asyncio
 import os
 import socket
+import time
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -106,7 +107,7 @@ class LearnerGroup(Fleet):
         for replica in self.replicas:
             replica.alive = True
             self._record("ended", replica, "away")
-            self._on_event("actor_started", actor=replica.name)
+            self._tell_start(replica)
             self._in_background(self._watch(replica))
 
     async def call(
@@ -168,6 +169,7 @@ class LearnerGroup(Fleet):
         bundles = list(range(size)) if self._placement is None else await asyncio.to_thread(_by_node, self._placement)
         for rank, replica in enumerate(self.replicas):
             at = (self._resources, self._placement, bundles[rank])
+            replica.created = replica.doing_since = time.monotonic()
             replica.handle = create(LearnerRank, (rank, size), {}, *at)
             await wait_until_built(replica.handle, replica.name)
             replica.node, replica.process = await whereabouts(replica.handle)
@@ -176,7 +178,8 @@ class LearnerGroup(Fleet):
         port = await invoke(self.replicas[0].handle, "listen", (host,), 1)
         arguments = (host, port, nodes, self._arguments, self._keywords)
         await self._together("the start", lambda replica: invoke(replica.handle, "build", arguments, 1))
-        await asyncio.gather(*(started(replica.handle) for replica in self.replicas))
+        for replica in self.replicas:
+            replica.phases = await started(replica.handle)
 
     async def _together(self, what: str, one: Callable[[Replica], Coroutine[Any, Any, Any]]) -> list[Any]:
         """Runs `one` for every rank at once; gives the answers by rank.

@@ -53,8 +53,10 @@ SILENT_SECONDS = 10.0
 """After this long without an answer to the watch, or after a quarter of the hang time-out, an actor is silent."""
 CLOSE_SECONDS = 3.0
 """For the end of all actors of a fleet. Without its control store, Ray waits for ever."""
-LOOK_SECONDS = 5.0
+LOOK_SECONDS = 2.0
 """Between two looks at the progress of a start."""
+LOOK_PATIENCE_SECONDS = 5.0
+"""After this long a look has found nothing."""
 LATE_SECONDS = 5.0
 """A call to each actor waits this long for the others after the first answer, or twice as long as that took."""
 
@@ -194,9 +196,20 @@ class Supervisor:
             return
         replica.alive, replica.behind, replica.tardy, replica.silent = True, False, False, ""
         self._record("ended", replica, "away")
-        self._on_event("actor_started", actor=replica.name)
+        self._tell_start(replica)
         self._in_background(self._watch(replica))
         await self._available()
+
+    def _tell_start(self, replica: Replica) -> None:
+        """Reports that an actor works, with the seconds that its process and each phase have taken."""
+        seconds = time.monotonic() - replica.created
+        process = max(seconds - sum(taken for _, taken in replica.phases), 0.0)
+        phases = {"process": process}
+        for what, taken in replica.phases:
+            phases[what] = phases.get(what, 0.0) + taken
+        cause = f"{seconds:.1f} s: {', '.join(f'{what} {taken:.1f}' for what, taken in phases.items())}"
+        rounded = {what: round(taken, 3) for what, taken in phases.items()}
+        self._on_event("actor_started", actor=replica.name, cause=cause, seconds=round(seconds, 3), phases=rounded)
 
     async def _in_time(self, replicas: list[Replica], work: Coroutine[Any, Any, None]) -> None:
         """Waits for the work of a start as long as one of these actors makes progress.
@@ -227,12 +240,13 @@ class Supervisor:
         there = [replica for replica in replicas if replica.handle is not None]
         handles = [replica.handle for replica in there]
         try:
-            async with asyncio.timeout(LOOK_SECONDS):
+            async with asyncio.timeout(LOOK_PATIENCE_SECONDS):
                 found = await progress_of(handles)
         except Exception:  # of any kind: an answer that is missing is no progress
             found = [("", replica.doing) for replica in there]
         for replica, (_, doing) in zip(there, found, strict=True):
-            replica.doing = doing
+            if doing != replica.doing:
+                replica.doing, replica.doing_since = doing, time.monotonic()
         return [*handles, *(progress for progress, _ in found)]
 
     def _stuck(self, replicas: list[Replica]) -> str:
@@ -262,6 +276,7 @@ class Supervisor:
 
     async def _create(self, replica: Replica) -> None:
         """Creates the actor in its place, and waits until it is ready for work."""
+        replica.created = replica.doing_since = time.monotonic()
         replica.handle = create(self._actor_class, self._arguments, self._keywords, self._resources, replica.placement)
         await wait_until_built(replica.handle, replica.name)
         try:
@@ -270,7 +285,7 @@ class Supervisor:
                 replica.node, replica.process = await whereabouts(replica.handle)
                 if self.prepare is not None:
                     await self.prepare(replica.handle)
-                await started(replica.handle)
+                replica.phases = await started(replica.handle)
         except ActorLostError as error:
             raise DiedAtStartError(f"{replica.name} could not start: {error}") from error
 

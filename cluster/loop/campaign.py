@@ -45,6 +45,7 @@ from cluster.loop.samples import TrainingSamples
 from cluster.loop.teachers import Teachers
 from cluster.loop.weight_sync import TRANSPORTS, EmaTeachers, Published, WeightTransport
 from cluster.loop.work import Issued, Sampled, Scored, ids_of, scores_by_rank, trajectories_of
+from cluster.phases import START
 from cluster.records.writer import RunRecords
 from cluster.state.campaign_state import CampaignState
 from cluster.state.checkpoints import Checkpoints
@@ -262,6 +263,7 @@ class Campaign:
         self._started.set()
         self._clock.start([self.rollout, self.learner, *self.teachers.fleets.values()])
         self._records.event("loop_started", step=self.state.step)
+        self._reporter.loop_started()
         if self.state.step >= self.config.pipeline.updates:  # resumed after the last update: no version will come
             self._all_published.set()
         while True:
@@ -284,8 +286,9 @@ class Campaign:
         self.rollout.prepare = self._versions.give  # first: an actor may be replaced while the weights load
         await self.rollout.call_each("abort")  # what a loop before this one left under way (lost learner, rollback)
         self._queues.seats = (await self.rollout.call("status"))["seats"]
-        await self._versions.load(await self._versions.publish())
-        await self._ema_teachers.load(await self._ema_teachers.publish())
+        with START.phase("the engines get the first weights"):
+            await self._versions.load(await self._versions.publish())
+            await self._ema_teachers.load(await self._ema_teachers.publish())
         await self._reporter.begin()
 
     async def _for_each(

@@ -1,7 +1,7 @@
 """What the loop measures and reports: its clock, the line of each update, evaluations, events, and the terminal."""
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from cluster.loop.evaluation import Evaluator
 from cluster.loop.queues import staleness_histogram
 from cluster.loop.weight_sync import Published, WeightTransport
 from cluster.loop.work import Scored
+from cluster.phases import START
 from cluster.records.disk import Disk
 from cluster.records.event_table import describe
 from cluster.records.utilisation import TRACE_FILE, Utilisation, add_up
@@ -81,6 +82,8 @@ class Reporter:
         self._unjudged: list[str] = []
         self._preempted, self._seats, self._told_of_preemptions = 0, 0, False
         self._doing = {"rollout": "idle", "teacher": "idle", "learner": "idle"}
+        self._end_first: Callable[[], None] | None = None
+        """Ends the phase of the first update, once the loop has started."""
 
     async def begin(self) -> None:
         """Evaluates the untrained student and the teacher, and finishes updates that an earlier process left unwritten.
@@ -88,16 +91,21 @@ class Reporter:
         These are updates whose checkpoint was written before their line of metrics.jsonl.
         """
         if self._state.step == 0 and self._evaluator is not None and not self._state.start:
-            record = await self._evaluate(0)
-            if self._config.evaluation.teacher:
-                accuracy = await self._evaluator.teacher()
-                record |= {} if accuracy is None else {"eval/accuracy_teacher": accuracy}
+            with START.phase("evaluating the untrained student, and its teacher"):
+                record = await self._evaluate(0)
+                if self._config.evaluation.teacher:
+                    accuracy = await self._evaluator.teacher()
+                    record |= {} if accuracy is None else {"eval/accuracy_teacher": accuracy}
             self._state.start = record
             self._write({"step": 0, "policy_version": 0, **record})
         for record in list(self._state.pending):
             # The earlier process may have written the line after the checkpoint that still lists it as pending.
             if record["step"] > self._records.last_step:
                 await self.finish_update(record)
+
+    def loop_started(self) -> None:
+        """The first prompts are about to be issued: the last phase of the start begins."""
+        self._end_first = START.opened(f"update {self._state.step + 1}")
 
     async def finish_update(self, record: dict[str, Any]) -> None:
         """Evaluates the update's weights where an evaluation is due, and writes the update's line of metrics.jsonl."""
@@ -114,6 +122,10 @@ class Reporter:
         self.clock.count()
         self._state.pending = [other for other in self._state.pending if other["step"] > step]
         self._write(record)
+        if self._end_first is not None and not START.over:
+            self._end_first()
+            START.over = True
+            self.event("first_update", step=step, seconds=round(START.seconds, 2), phases=START.rows())
 
     def event(self, kind: str, **fields: Any) -> None:
         """Writes an event to events.jsonl and describes it on the terminal."""

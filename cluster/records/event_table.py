@@ -41,6 +41,7 @@ EVENTS: dict[str, Event] = {
     "started": Event("the campaign has started", begins=True, news=False),
     "resumed": Event("the campaign continues after update {step}", "warn", begins=True),
     "loop_started": Event("the loop has started after update {step}", news=False),
+    "first_update": Event("update {step} ended {seconds:.1f} s after the command", news=False),
     "interrupted": Event("interrupted after update {step}; a checkpoint is being written", "warn"),
     "stopped": Event("stopped after update {step}; the same command continues it", "warn", "interrupted", ends=True),
     "failed": Event("failed after update {step}: {cause}", "bad", "failed", ends=True),
@@ -71,7 +72,7 @@ EVENTS: dict[str, Event] = {
     # Actors.
     "actor_starting": Event("{actor} is starting"),
     "actor_started": Event(
-        "{actor} has started",
+        "{actor} has started ({cause})",
         "good",
         news=False,
         withdraws=("waiting_for_resources", "actor_starting", "actor_silent", "left_behind"),
@@ -177,7 +178,7 @@ def describe(kind: str, fields: Mapping[str, Any]) -> str:
     """One line for an event. `fields` may be its line of events.jsonl; another release may have recorded other fields."""
     if sentence := row_of(kind).sentence:
         try:
-            return sentence.format(**fields).replace(" ()", "")
+            return sentence.format(**{"cause": "", **fields}).replace(" ()", "")
         except (KeyError, ValueError, TypeError):
             pass  # a field is missing or of another type: list what there is
     listed = [f"{name}={value}" for name, value in fields.items() if name not in HIDDEN_FIELDS]

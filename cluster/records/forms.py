@@ -48,6 +48,16 @@ def _live_actors(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(one, dict) and _text(one.get("name")) for one in value)
 
 
+def _phases(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(row, dict)
+        and _text(row.get("phase"))
+        and type(row.get("seconds")) in (int, float)
+        and "ended" in row
+        for row in value
+    )
+
+
 def _texts_by_role(value: Any) -> bool:
     return isinstance(value, dict) and all(map(_text, value.values()))
 
@@ -79,6 +89,7 @@ FORMS: dict[str, dict[str, Check]] = {
         **dict.fromkeys(("host", "state", "waits_for"), _text),
         "roles": _texts_by_role,
         "actors": _live_actors,
+        "start": _phases,
         "ledger": _counts,
     },
 }

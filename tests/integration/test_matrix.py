@@ -31,7 +31,7 @@ from tests.warm_python import warm_python
 
 ROOT = Path(__file__).resolve().parents[2]
 ORDINARY = {
-    *("started", "tried", "loop_started", "checkpoint", "finished", "actor_started", "actor_ended"),
+    *("started", "tried", "loop_started", "first_update", "checkpoint", "finished", "actor_started", "actor_ended"),
     *("waiting_for_resources", "actor_starting", "actor_silent", "actor_heard"),  # on a busy machine
     "pinned",  # of a hub name
 }

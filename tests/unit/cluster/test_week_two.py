@@ -94,7 +94,10 @@ def test_what_is_on_request_is_recorded_everywhere_and_drawn(folder: Path) -> No
     changes = ["--resume", "runs/asked", "pipeline.updates=6", f"{RATE}=5e-4", "sampling.max_response_tokens=5",
                "teachers.default.weight=2"]  # fmt: skip
     refused = run(folder, *changes, status=2)
-    assert refused.count("\n") == 1 and f"--allow-change {RATE} --allow-change sampling.max_response_tokens" in refused
+    assert (
+        refused.count("understudy: ") == 1
+        and f"--allow-change {RATE} --allow-change sampling.max_response_tokens" in refused
+    )
     assert file.read_text() == whole, "nothing is written"
     allowed = ["--allow-change", RATE, "--allow-change", "sampling", "--allow-change", "teachers.default"]
     run(folder, *changes, *allowed)
