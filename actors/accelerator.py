@@ -37,8 +37,8 @@ class Card(NamedTuple):
     """Its memory."""
 
     def share(self, gpus: float) -> "Card":
-        """What an actor with this many GPUs has of one."""
-        return self if gpus >= 1 else Card(f"{gpus:g} of {self.name}", int(gpus * self.nbytes))
+        """What an actor with this many GPUs may allocate on one."""
+        return self if gpus >= 1 else Card(f"{gpus:g} of {self.name}", int(gpus * self.nbytes) - PROCESS_BYTES)
 
 
 def card_here() -> Card | None:

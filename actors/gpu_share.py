@@ -10,6 +10,9 @@ Neither torch's limit nor vLLM's `gpu_memory_utilization` counts it."""
 ENGINE_SPARE_BYTES = 256 << 20
 """vLLM measures what it needs a little too low (its own remark: by 150 MiB), so its budget ends before torch's limit."""
 
+LARGEST_CARD_BYTES = 288_000_000_000
+"""Of the largest GPUs that are sold (NVIDIA B300, AMD MI355X): what does not fit these fits no GPU."""
+
 
 def is_share(gpus: float | None) -> bool:
     """Whether an actor with this many GPUs has one together with others."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from actors.errors import UserError
-from actors.gpu_share import engine_fraction, is_share
+from actors.gpu_share import LARGEST_CARD_BYTES, engine_fraction, is_share
 
 PLAIN: dict[str, Any] = {"int": int, "float": (int, float), "bool": bool, "str": str, "None": type(None)}
 """Types of options that are checked here. vLLM checks the others when the engine is built."""
@@ -111,8 +111,10 @@ def share_options(options: Mapping[str, Any], gpus: float | None, card_bytes: in
     if isinstance(asked := options.get("gpu_memory_utilization"), int | float) and asked > most:
         raise UserError(f"{key}.gpu_memory_utilization", asked, expected)
     cache = options.get("kv_cache_memory_bytes")
-    if card_bytes and isinstance(cache, int) and cache > most * card_bytes:
-        fits = f"less than the {most * card_bytes / 1e9:.1f} GB in {share}, or nothing: it is set from the share"
+    room = most * (card_bytes or LARGEST_CARD_BYTES)
+    if isinstance(cache, int) and cache > room:
+        of = "" if card_bytes else " of the largest GPU there is"
+        fits = f"less than the {room / 1e9:.1f} GB in {share}{of}, or nothing: it is set from the share"
         raise UserError(f"{key}.kv_cache_memory_bytes", f"{cache} ({cache / 1e9:.1f} GB)", fits)
     return {"gpu_memory_utilization": most}
 

@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import Literal
 
 from actors.accelerator import Card, card_here
-from actors.config import StudentConfig
+from actors.config import RolloutConfig, StudentConfig, TeacherConfig
 from actors.data.judge import Judge
 from actors.data.models import check_fit, find_model, load_config, tensor_parallel_plan
 from actors.data.tokenizer import check_tokenizers_agree, load_tokenizer, template_difference
 from actors.data.weight_files import opened
 from actors.errors import UserError
+from actors.gpu_share import LARGEST_CARD_BYTES
 from actors.rollout.engine import engine_class
 from actors.teacher.alignment import make_reader
-from actors.teacher.backends import backend_of, needs_plan, refuse_full
+from actors.teacher.backends import backend_of, needs_plan, refuse_full, refuse_without_gpu
 from actors.vllm_options import check_options
 from cluster.config import CampaignConfig
 from cluster.fleet.gpu_division import division, refuse_overdrawn
@@ -26,6 +27,7 @@ from cluster.pins import pin, places, refuse_revisions
 from cluster.planning.memory import LARGE_VERSION, Role, roles, student_numbers, version_bytes, versions_sentence
 from cluster.state.mirror import mirror_of
 from cluster.tracking.alerts import check_alerts
+from learner.config import LearnerConfig
 from learner.objective.estimator_table import own_functions
 from learner.student.checkpoint import MOMENTS_FILE
 from learner.validation import starts_at_learner
@@ -50,6 +52,9 @@ def checks(config: CampaignConfig, *, offline: bool) -> Iterator[tuple[str, Call
         check = (lambda name=name: _teacher(config, name)) if known else None
         yield f"teacher {name}", check
     yield "engine", lambda: _engine(config)
+    shares = division({role: (count, gpus or 0) for role, (count, gpus) in _configured(config).items()})
+    if shares:
+        yield "shares of GPUs", lambda: shares
     models = [student.model, *(t.model for t in config.teachers.values() if backend_of(t).has_model_files)]
     memory = cache(lambda: {role.name: role for role in roles(config)})
     for name in ["learner", "rollout", *(f"teachers.{name}" for name in config.teachers)]:
@@ -87,6 +92,10 @@ def _memory(name: str, all_roles: Callable[[], Mapping[str, Role]]) -> str:
     if card is not None:
         card = card.share(1 if gpus is None else gpus)
         known[name].demand_room(card)
+    elif gpus:  # which GPU it will be is not known here
+        known[name].demand_room(
+            Card(f"the largest GPU of {LARGEST_CARD_BYTES / 1e9:.0f} GB", LARGEST_CARD_BYTES).share(gpus)
+        )
     return known[name].sentence(card)
 
 
@@ -105,14 +114,27 @@ def _engine(config: CampaignConfig) -> str:
     for name, teacher in config.teachers.items():
         if teacher.backend == "vllm":
             check_options(teacher.engine, f"teachers.{name}.engine")
-    teachers = {f"teacher.{name}": teacher.gpus_per_replica for name, teacher in config.teachers.items()}
-    refuse_overdrawn(config, {"rollout": config.rollout.gpus_per_replica, **teachers})
+    refuse_overdrawn(config, {role: gpus for role, (_, gpus) in _configured(config).items()})
+    for name, teacher in config.teachers.items():
+        if teacher.gpus_per_replica == 0:
+            refuse_without_gpu(teacher, f"teachers.{name}", 0)
     objective, dtypes = config.learner.objective, (config.rollout.dtype, config.learner.compute_dtype)
     clips = starts_at_learner(replace(objective, mismatch=replace(objective.mismatch, pi_old="learner")))
     if set(dtypes) != {"float32"} and clips and not starts_at_learner(objective, *dtypes):
         key = "learner.objective.mismatch.pi_old"
         return f"{config.rollout.backend}; note: with {key}: engine the clip also acts on the rounding of 16 bits"
     return config.rollout.backend
+
+
+def _configured(config: CampaignConfig) -> dict[str, tuple[int, float | None]]:
+    """Role -> (actors, GPUs of one) as configured; None: as the cluster has them."""
+    teachers = {f"teacher.{name}": teacher for name, teacher in config.teachers.items()}
+    roles_of: dict[str, RolloutConfig | TeacherConfig | LearnerConfig] = {
+        "rollout": config.rollout,
+        **teachers,
+        "learner": config.learner,
+    }
+    return {role: (one.replicas, one.gpus_per_replica) for role, one in roles_of.items()}
 
 
 def _objective(config: CampaignConfig) -> str:

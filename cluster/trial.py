@@ -31,7 +31,6 @@ WHOLE_BYTES = 1 << 30
 """A checkpoint up to this size is tried as a whole; of a larger one the tensors of SAMPLE_BYTES."""
 SAMPLE_BYTES = 64 << 20
 POLL_SECONDS = 0.05
-GIB = 1 << 30
 
 
 async def try_out(
@@ -53,7 +52,7 @@ async def try_out(
     await asyncio.to_thread(_records, config, state, records, needed)
     if (mirror := mirror_of(config)) is not None:
         await asyncio.to_thread(mirror.try_out)
-    part = "" if whole else f", with {SAMPLE_BYTES >> 20} MiB of its {nbytes / GIB:.1f} GiB"
+    part = "" if whole else f", with {SAMPLE_BYTES / 1e6:.0f} MB of its {nbytes / 1e9:.3g} GB"
     what = f"a checkpoint{part}, summary, report" + (", mirror" if mirror is not None else "")
     takes_seconds = round(takes, 1)
     on_event("tried", seconds=time.monotonic() - began, what=what, checkpoint_seconds=takes_seconds, nbytes=nbytes)
@@ -68,8 +67,8 @@ def demand_room(config: CampaignConfig, nbytes: int) -> None:
     if free < nbytes * max(number - len(there), 1):
         raise UserError(
             "checkpoint.keep_last",
-            f"{config.checkpoint.keep_last}, with {free / GIB:.2f} GiB free at {config.run_dir}",
-            f"room for {number} checkpoints of {nbytes / GIB:.2f} GiB (keep_last, keep_best and the one being written)",
+            f"{config.checkpoint.keep_last}, with {free / 1e9:.2f} GB free at {config.run_dir}",
+            f"room for {number} checkpoints of {nbytes / 1e9:.3g} GB (keep_last, keep_best and the one being written)",
         )
 
 

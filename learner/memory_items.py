@@ -15,6 +15,9 @@ HEAD, LAYERS, EMBEDDING, STEP, SEARCH = "head", "layers", "embedding", "step", "
 backward pass of the layers; the gradient of the embedding, at its end; the optimiser's step; the search of a shorter step
 for `trust_region.max_kl`."""
 PASS = (HEAD, LAYERS, EMBEDDING)
+CACHE = "cache of one sequence"
+ENGINE_CHUNK = 1024
+"""Tokens whose log-probs vLLM computes at a time (CHUNK_SIZE in vllm/v1/worker/gpu/sample/prompt_logprob.py)."""
 ALWAYS = (*PASS, STEP, SEARCH)
 StepKind = Literal["fused", "foreach", "single"]
 """How AdamW is computed: one kernel that writes in place; lists of tensors, with a temporary of every parameter; or one
@@ -43,6 +46,12 @@ class ModelNumbers:
     """Whether the output layer is the embedding."""
     inner_norms: bool = False
     """Whether queries and keys are normalised head by head, as in Qwen3."""
+    copies: int = 0
+    """k, experts that compute one token, each from a copy of it; 0: no experts."""
+    largest: int = 0
+    """Parameters of a layer's largest weight, where its experts are one tensor; 0: a third of the layer at most."""
+    partial_cache: bool = False
+    """Whether a layer keeps less than all keys and values: a window of them, a state, or latent ones."""
 
     @classmethod
     def of(cls, text: Any, parameters: int) -> "ModelNumbers":
@@ -54,9 +63,12 @@ class ModelNumbers:
         key_heads = getattr(text, "num_key_value_heads", None) or heads
         size = getattr(text, "head_dim", None) or text.hidden_size // heads
         inner = getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * text.hidden_size
-        experts = getattr(text, "num_experts_per_tok", None)
-        if experts:
-            inner = experts * (getattr(text, "moe_intermediate_size", None) or inner)
+        copies, largest = getattr(text, "num_experts_per_tok", None) or 0, 0
+        if copies:
+            width = getattr(text, "moe_intermediate_size", None) or inner
+            count = getattr(text, "num_experts", None) or getattr(text, "num_local_experts", None) or copies
+            # transformers keeps the gates and the up projections of all experts as one weight.
+            inner, largest = copies * width, 2 * count * width * text.hidden_size
         return cls(
             parameters,
             text.num_hidden_layers,
@@ -68,6 +80,10 @@ class ModelNumbers:
             key_heads,
             bool(getattr(text, "tie_word_embeddings", False)),
             inner_norms="qwen3" in getattr(text, "model_type", ""),
+            copies=copies,
+            largest=largest,
+            partial_cache=bool(set(getattr(text, "layer_types", None) or ()) - {"full_attention"})
+            or any(getattr(text, name, None) for name in ("kv_lora_rank", "sliding_window")),
         )
 
     @property
@@ -90,11 +106,14 @@ class ModelNumbers:
         In 16 bits, under autocast with a float32 residual stream: each norm keeps a float32 [H], the second also its
         input, and each of the five products after them a 16-bit copy of its input; attention keeps queries, keys, values
         and output; the feed-forward layer four tensors [I]. A norm of the heads keeps its float32 input and 16-bit output.
+        Experts compute in float32 under autocast, too, and keep their k copies of the input and of the output.
         """
+        experts = 8 * self.copies * self.hidden
         if item == 4:
-            norms, attention, inner = 20 * self.hidden, 8 * (self.queries + self.keys), 16 * self.feed_forward
+            norms, attention, inner = 20 * self.hidden, 8 * (self.queries + self.keys), 16 * self.feed_forward + experts
             return norms + attention + inner + 8 * (self.queries + self.keys) * self.inner_norms
-        norms, attention, inner = 22 * self.hidden, 4 * (self.queries + self.keys), 8 * self.feed_forward
+        inner = (16 if experts else 8) * self.feed_forward + experts
+        norms, attention = 22 * self.hidden, 4 * (self.queries + self.keys)
         return norms + attention + inner + 6 * (self.queries + self.keys) * self.inner_norms
 
 
@@ -207,7 +226,8 @@ def _weights_of_a_pass(model: ModelNumbers, run: LearnerNumbers) -> Iterable[Ite
         # Without checkpointing the graph keeps the casts of all layers.
         yield Item("layers, cast", 0 if run.checkpointing else cast * model.layers * layer, (HEAD, LAYERS))
         yield Item("one layer, cast", cast * layer if run.checkpointing else 0, (LAYERS,))
-        yield Item("gradient of one weight, and its cast", (4 + cast) * layer // 3 if gradient else 0, (LAYERS,))
+        weight = (4 + cast) * (model.largest or layer // 3)
+        yield Item("gradient of one weight, and its cast", weight if gradient else 0, (LAYERS,))
         if model.tied:
             yield Item("gradient of the tied output layer", gradient * head, (LAYERS, EMBEDDING))
         yield Item("gradient of the embedding", gradient * head, (EMBEDDING,))
@@ -229,7 +249,7 @@ def _activations(model: ModelNumbers, run: LearnerNumbers) -> Iterable[Item]:
         yield Item("one layer, computed again", layer, (LAYERS,), certain=False)
     else:
         yield Item("activations of all layers", layer * model.layers, (HEAD, LAYERS), certain=False)
-    gradients = t * (8 * hidden + 2 * run.compute_bytes * model.feed_forward)
+    gradients = t * (8 * (1 + model.copies) * hidden + 2 * run.compute_bytes * model.feed_forward)
     yield Item("gradients of one layer's activations", gradients, (LAYERS,), certain=False)
     yield Item("hidden states and their gradient", 8 * t * hidden, (HEAD,), certain=False)
     search = (SEARCH,) if run.max_kl else ()
@@ -250,15 +270,37 @@ def host_items(model: ModelNumbers, run: LearnerNumbers, *, publish_bytes: int, 
 
 
 def engine_items(
-    model: ModelNumbers, *, dtype_bytes: int, tensor_parallel: int, context: int, adapter_bytes: int = 0
+    model: ModelNumbers,
+    *,
+    dtype_bytes: int,
+    tensor_parallel: int,
+    context: int,
+    cache_bytes: int = 2,
+    adapter_bytes: int = 0,
+    scored_tokens: int = 0,
 ) -> list[Item]:
-    """What one GPU of an engine must hold; the rest of its share is cache. context: tokens of the longest sequence."""
+    """What one GPU of an engine must hold; the rest of its share is cache.
+
+    context: tokens of the longest sequence. cache_bytes: of the cache's dtype. scored_tokens: of a step whose log-probs a
+    teacher sends.
+    """
+    cache = model.cache_bytes(context, cache_bytes) // min(tensor_parallel, model.key_heads)
+    activations = dtype_bytes * scored_tokens * _pass_width(model, tensor_parallel)
+    log_probs = 12 * min(scored_tokens, ENGINE_CHUNK) * model.vocabulary
     found = [
         Item("weights", dtype_bytes * model.parameters // tensor_parallel),
         Item("adapter", adapter_bytes),
-        Item("cache of one sequence", model.cache_bytes(context) // min(tensor_parallel, model.key_heads)),
+        Item(CACHE, cache, certain=not model.partial_cache),
+        Item("activations of one layer", activations, certain=False),
+        Item("log-probs of a chunk of tokens", log_probs, certain=False),
     ]
     return [item for item in found if item.nbytes]
+
+
+def _pass_width(model: ModelNumbers, tensor_parallel: int) -> int:
+    """Values for each token that one layer has at a time in a pass without gradient."""
+    inner = 2 * model.queries + 2 * model.keys + 3 * model.feed_forward + 2 * model.copies * model.hidden
+    return 4 * model.hidden + inner // tensor_parallel
 
 
 def engine_host_items(version: int, *, tensor_parallel: int, delta: bool, pinned: bool) -> list[Item]:
@@ -281,10 +323,11 @@ def teacher_items(
     """The memory of a `transformers` teacher on each of its GPUs: every one has the whole embedding and output layer."""
     whole = model.head * (1 if model.tied else 2)
     weights = whole + (model.parameters - whole) // tensor_parallel
-    width = 4 * model.hidden + (2 * model.queries + 2 * model.keys + 3 * model.feed_forward) // tensor_parallel
     return [
         Item("weights", dtype_bytes * weights),
-        Item("activations of one layer", dtype_bytes * pass_tokens * width, certain=False),
+        Item(
+            "activations of one layer", dtype_bytes * pass_tokens * _pass_width(model, tensor_parallel), certain=False
+        ),
         Item("log-probs of a head chunk", 12 * min(head_chunk_tokens, pass_tokens) * model.vocabulary, certain=False),
     ]
 

@@ -91,7 +91,7 @@ def from_calibration(config: CampaignConfig, run: Callable[[CampaignConfig], Any
 
 
 def from_data_sheet(config: CampaignConfig, gpu_name: str, load: Load) -> tuple[Plan, list[list[str]]]:
-    """The plan on GPUs of this name, and a table of memory: [role, what, GiB of one GPU, GiB that it has].
+    """The plan on GPUs of this name, and a table of memory: [role, what, GB of one GPU, GB that it has].
 
     UserError: an unknown GPU, or a model whose configuration cannot be read.
     """
@@ -113,13 +113,13 @@ def from_data_sheet(config: CampaignConfig, gpu_name: str, load: Load) -> tuple[
     }
     stages = tuple(Stage(role, seconds[role], replicas[role], gpus[role]) for role in seconds)
     sequences = cached_sequences(load, student, gpu, max(gpus["rollout"], 1))
-    memory = [["role", "of one GPU", "GiB", "of"], *_memory(config, gpu)]
+    memory = [["role", "of one GPU", "GB", "of"], *_memory(config, gpu)]
     memory[1][1] += f"; the rest holds {sequences:,.0f} sequences"
     return Plan(stages, config.pipeline.max_staleness > 0), memory
 
 
 def _memory(config: CampaignConfig, gpu: Gpu) -> list[list[str]]:
-    """[role, its largest items, GiB, GiB of the GPU] for an engine, the largest teacher and a rank of the learner."""
+    """[role, its largest items, GB, GB of the GPU] for an engine, the largest teacher and a rank of the learner."""
     held = {role.name: peak(role.device) for role in roles(config)}
     largest = max((name for name in held if name.startswith("teachers.")), key=lambda name: held[name][0])
     rows = []
@@ -128,7 +128,7 @@ def _memory(config: CampaignConfig, gpu: Gpu) -> list[list[str]]:
     ):
         parts = ", ".join(item.name for item in sorted(items, key=lambda item: -item.nbytes)[:4])
         fits = "" if nbytes <= 0.95 * gpu.memory else ", does not fit"
-        rows.append([name, parts, f"{nbytes / 2**30:.1f}", f"{gpu.memory / 2**30:.0f}{fits}"])
+        rows.append([name, parts, f"{nbytes / 1e9:.3g}", f"{gpu.memory / 1e9:.0f}{fits}"])
     return rows
 
 

@@ -281,10 +281,11 @@ def summary_table(summary: Mapping[str, Any]) -> str:
         ("student, after", "accuracy_end", "accuracy_sampled_end", "reverse_kl_end"),
         ("teacher", "accuracy_teacher", "accuracy_sampled_teacher", ""),
     ]
+    measured = any(summary.get(kl) is not None for *_, kl in rows)
     lines = [f"{'held-out prompts':<18}{'accuracy':>10}{'sampled':>10}{'reverse KL':>12}"]
     for name, accuracy, sampled, kl in rows:
         figures = (written(summary.get(accuracy), ".1%"), written(summary.get(sampled), ".1%"))
-        distance = written(summary.get(kl), ".4f") if kl else "0"  # the teacher's distance to itself
+        distance = written(summary.get(kl), ".4f") if kl or not measured else "0"  # the teacher's distance to itself
         lines.append(f"{name:<18}{figures[0]:>10}{figures[1]:>10}{distance:>12}")
     counts = (
         f"{written(summary.get('updates'), ',')} updates",

@@ -20,7 +20,7 @@ from actors.config import TeacherConfig
 from actors.errors import UserError
 from actors.teacher.backends import backend_of, refuse_without_gpu
 from cluster.config import CampaignConfig
-from cluster.fleet.gpu_division import refuse_overdrawn
+from cluster.fleet.gpu_division import least_gpus, refuse_overdrawn, section
 from cluster.fleet.ray_actor import Resources, errors_of
 from cluster.fleet.ray_private import first_line, loopback_as_it_is, private_cluster, shut_down, without_handlers_of_ray
 
@@ -180,6 +180,15 @@ def check_fits(needed: dict[str, tuple[int, Resources]], there: dict[str, float]
                 f"{sum(asked.values()):g} {unit} asked ({parts})",
                 f"at most the {there.get(kind, 0.0):g} {unit} of {where}{smaller}",
             )
+    actors = {name: (count, resources.gpus) for name, (count, resources) in needed.items()}
+    if (least := least_gpus(actors)) > there.get("GPU", 0.0):
+        parts = ", ".join(f"{name} {count} x {gpus:g}" for name, (count, gpus) in actors.items() if gpus)
+        largest = max(actors, key=lambda name: actors[name][1] % 1)
+        raise UserError(
+            f"{section(largest)}.gpus_per_replica",
+            f"{parts}, which take {least} GPUs, since a share lies on one",
+            f"shares that fit the {there.get('GPU', 0.0):g} GPUs of {where}",
+        )
 
 
 class Room(NamedTuple):

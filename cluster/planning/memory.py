@@ -14,6 +14,7 @@ from actors.errors import UserError
 from actors.teacher.backends import backend_of
 from cluster.config import CampaignConfig
 from learner.memory_items import (
+    CACHE,
     Item,
     LearnerNumbers,
     ModelNumbers,
@@ -25,7 +26,7 @@ from learner.memory_items import (
     teacher_items,
 )
 
-GB = 1e9
+GB, MB = 1e9, 1e6
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 LARGE_VERSION = 40e9
 """Bytes of a weight version above which Ray's object store, of 200 GB at most, is the wrong way."""
@@ -52,33 +53,58 @@ class Role:
     note: str = ""
 
     def sentence(self, card: Card | None) -> str:
-        """Every item in GB, the sum at the moment when most is held, and what is beyond the card, if one is known."""
+        """Every item, the sum at the moment when most is held, and what is beyond the card, if one is known.
+
+        In GB, or all of it in MB where it is below 0.1 GB.
+        """
         total, there = peak(self.device)
-        parts = ", ".join(f"{item.name} {_gb(item)}" for item in sorted(there, key=lambda item: -item.nbytes))
-        text = f"{total / GB:.1f} GB: {parts}"
+        unit = GB if total >= GB / 10 else MB
+        text = f"{total / unit:.1f} {'GB' if unit == GB else 'MB'}: {_listed(there, unit)}"
         if card is not None:
             text += f"; of {card.nbytes / GB:.1f} GB ({card.name})"
             if total > card.nbytes:
                 text += ", which may be too little"
         text += self.note
         if self.host:
-            text += "; host: " + ", ".join(f"{item.name} {_gb(item)}" for item in self.host)
+            text += f"; host: {_listed(self.host, unit, as_they_come=True)}"
         return text
 
     def demand_room(self, card: Card) -> None:
         """UserError: what is certain to be held is more than the card has."""
         least, there = peak(self.device, certain=True)
         if least > card.nbytes:
-            parts = ", ".join(f"{item.name} {_gb(item)}" for item in sorted(there, key=lambda item: -item.nbytes))
+            unit = GB if least >= GB / 10 else MB
+            name = "GB" if unit == GB else "MB"
             raise UserError(
                 self.key,
-                f"{self.found}, with which each GPU holds {least / GB:.1f} GB at least ({parts})",
-                f"at most {card.nbytes / GB:.1f} GB, the memory of {card.name}: {self.way_out}",
+                f"{self.found}, with which each GPU holds {least / unit:.1f} {name} at least ({_listed(there, unit)})",
+                f"at most {max(card.nbytes, 0) / unit:.1f} {name}, the memory of {card.name}: {self.way_out}",
             )
 
 
-def _gb(item: Item) -> str:
-    return f"{item.nbytes / GB:.1f}" if item.nbytes >= GB / 10 else f"{item.nbytes / GB:.3f}"
+def _listed(items: list[Item], unit: float, *, as_they_come: bool = False) -> str:
+    ordered = items if as_they_come else sorted(items, key=lambda item: -item.nbytes)
+    return ", ".join(
+        f"{item.name} {item.nbytes / unit:.1f}" if item.nbytes >= unit / 10 else f"{item.name} {item.nbytes / unit:.3f}"
+        for item in ordered
+    )
+
+
+def _demand_cache(engine: Mapping[str, Any], items: list[Item], key: str, context: int) -> None:
+    """UserError: `kv_cache_memory_bytes` is less than one sequence takes, so that vLLM would not start."""
+    given = engine.get("kv_cache_memory_bytes")
+    needed = next((item.nbytes for item in items if item.name == CACHE and item.certain), 0)
+    if isinstance(given, int) and given < needed:
+        expected = (
+            f"at least {needed:,} ({needed / MB:,.1f} MB), the cache of one sequence of {context:,} tokens; or nothing"
+        )
+        raise UserError(f"{key}.kv_cache_memory_bytes", f"{given:,}", expected)
+
+
+def _cache_item_bytes(engine: Mapping[str, Any], dtype: str) -> int:
+    """Of one value in an engine's cache; of formats below 8 bits, 1."""
+    given = str(engine.get("kv_cache_dtype", "auto"))
+    return ITEM_BYTES.get(dtype if given == "auto" else given, 1)
 
 
 def roles(config: CampaignConfig) -> list[Role]:
@@ -163,13 +189,17 @@ def rollout_role(config: CampaignConfig, student: ModelNumbers, adapter: int | N
     """One GPU of an engine: weights and the cache of one sequence; vLLM fills the rest of its share with cache."""
     rollout = config.rollout
     item = ITEM_BYTES[rollout.dtype]
+    context = _context(config, config.student, "student.model", rollout.engine, "rollout.engine")
     device = engine_items(
         student,
         dtype_bytes=item,
         tensor_parallel=rollout.tensor_parallel_size,
-        context=_context(config, config.student, "student.model", rollout.engine, "rollout.engine"),
+        context=context,
+        cache_bytes=_cache_item_bytes(rollout.engine, rollout.dtype),
         adapter_bytes=item * (adapter or 0),
     )
+    if rollout.backend == "vllm":
+        _demand_cache(rollout.engine, device, "rollout.engine", context)
     size = rollout.tensor_parallel_size
     # An adapter alone, and an engine of the user's own, is loaded from the buckets as they have come.
     staged = rollout.backend == "vllm" and not publishes_adapter(config.student)
@@ -205,7 +235,16 @@ def teacher_role(config: CampaignConfig, name: str, model: ModelNumbers) -> Role
         )
     else:
         context = _context(config, teacher, f"{key}.model", teacher.engine, f"{key}.engine")
-        device = engine_items(model, dtype_bytes=item, tensor_parallel=size, context=context)
+        device = engine_items(
+            model,
+            dtype_bytes=item,
+            tensor_parallel=size,
+            context=context,
+            cache_bytes=_cache_item_bytes(teacher.engine, teacher.dtype),
+            scored_tokens=teacher.microbatch_tokens,
+        )
+        if teacher.backend == "vllm":
+            _demand_cache(teacher.engine, device, f"{key}.engine", context)
         if teacher.engine.get("quantization"):  # how many bits a weight has, its files say
             device = [part._replace(certain=False) for part in device]
     way = f"a larger {key}.tensor_parallel_size, or backend: vllm with engine: {{quantization: fp8}}"

@@ -65,6 +65,7 @@ def before_after(run: Run) -> str:
         ("Teacher", "teacher", "accuracy_teacher", "accuracy_sampled_teacher", None),
     ]
     lines = []
+    measured = any(result.get(kl) is not None for *_, kl in rows if kl)
     for name, look, accuracy, sampled, kl in rows:
         share = result.get(accuracy)
         bar = (
@@ -75,7 +76,7 @@ def before_after(run: Run) -> str:
         cells = [
             _cell(share, "{:.1%}".format),
             _cell(result.get(sampled), "{:.1%}".format),
-            _cell(result.get(kl) if kl else 0, compact),
+            _cell(result.get(kl) if kl or not measured else 0, compact),
         ]
         lines.append(f'<tr class="{look}"><th>{name}</th><td class="bar">{bar}</td>{"".join(cells)}</tr>')
     head = "<tr><th>Held-out prompts</th><td></td><th>Accuracy</th><th>Sampled</th><th>Reverse KL</th></tr>"

@@ -24,7 +24,7 @@ from cluster import preflight, roles
 from cluster.config import CampaignConfig
 from cluster.config_file import load_config
 from cluster.fleet import supervision
-from cluster.fleet.gpu_division import division, refuse_overdrawn
+from cluster.fleet.gpu_division import division, least_gpus, refuse_overdrawn
 from cluster.fleet.ray_actor import _keeping_its_error
 from cluster.fleet.ray_cluster import check_fits, role_resources
 from cluster.fleet.ray_fleet import Fleet
@@ -148,6 +148,80 @@ def test_check_names_an_engine_that_exceeds_its_share_and_says_the_division(tmp_
         "each with 0.8 GB for its process"
     )
     assert division({"rollout": (4, 1.0), "learner": (1, 1.0)}, CARD) == ""
+
+
+@pytest.mark.parametrize(
+    ("overrides", "refusal"),
+    [
+        (
+            ["rollout.gpus_per_replica=0.00001"],
+            r"rollout\.gpus_per_replica: found 1e-05, 2\.88 MB of the largest GPU there is",
+        ),
+        (
+            ["learner.gpus_per_replica=0.002"],
+            r"learner\.gpus_per_replica: found 0\.002, .*expected more than the 0\.8 GB that a",
+        ),
+        (["teachers.default.gpus_per_replica=0.001"], r"teachers\.default\.gpus_per_replica: found 0\.001"),
+        (
+            ["teachers.default={tensor_parallel_size: 2, gpus_per_replica: 0.5}"],
+            r"teachers\.default\.gpus_per_replica: found 0\.5, expected at least 2, one for each rank "
+            r"\(teachers\.default\.tensor_parallel_size\)",
+        ),
+        (
+            ["teachers.default={tensor_parallel_size: 4, gpus_per_replica: 2}"],
+            r"default\.gpus_per_replica: found 2, expected at least 4",
+        ),
+        (
+            ["rollout={gpus_per_replica: 0.1, engine: {kv_cache_memory_bytes: 100000000000}}"],
+            r"kv_cache_memory_bytes: .*less than the 28\.8 GB in the share of 0\.1 GPUs of the largest GPU there is",
+        ),
+        (
+            ["teachers.default={backend: vllm, signal: student_topk, gpus_per_replica: 0}"],
+            r"teachers\.default\.signal: found student_topk without a GPU",
+        ),
+    ],
+)
+def test_shares_that_no_gpu_can_give_are_refused_without_one(
+    tmp_path: Path, overrides: list[str], refusal: str
+) -> None:
+    checks = dict(preflight.checks(config(tmp_path, *overrides), offline=True))
+    with pytest.raises(UserError, match=refusal):
+        checks["engine"]()  # type: ignore[misc]
+
+
+def test_the_self_divided_gpu_of_a_teacher_over_several_is_refused_when_the_cluster_is_known(tmp_path: Path) -> None:
+    two = config(tmp_path, "teachers.default.tensor_parallel_size=2")
+    with pytest.raises(UserError, match=r"teachers\.default\.gpus_per_replica: found 0\.33, expected at least 2"):
+        refuse_overdrawn(two, gpus(two))
+    refuse_overdrawn(two, gpus(two, 8.0))
+
+
+@pytest.mark.parametrize(
+    ("actors", "least"),
+    [
+        ({"a": (1, 0.6), "b": (1, 0.6)}, 2),
+        ({"a": (3, 0.6)}, 3),  # 1.8 in all, and no two of them on one GPU
+        ({"a": (3, 0.33)}, 1),
+        ({"a": (10, 0.1)}, 1),
+        ({"a": (1, 0.5), "b": (2, 0.5), "c": (2, 1.0)}, 4),
+        ({"a": (4, 0.0)}, 0),
+    ],
+)
+def test_shares_take_as_many_gpus_as_they_can_be_put_on(actors: dict[str, tuple[int, float]], least: int) -> None:
+    assert least_gpus(actors) == least
+
+
+def test_shares_that_add_up_and_cannot_be_put_on_the_gpus_are_refused(tmp_path: Path) -> None:
+    apart = config(tmp_path, *(f"{role}.gpus_per_replica=0.6" for role in ("rollout", "learner", "teachers.default")))
+    needed = role_resources(apart, 2.0, private=False)
+    with pytest.raises(
+        UserError, match=r"gpus_per_replica: found .*, which take 3 GPUs, since a share lies on one, expected shares"
+    ):
+        check_fits(needed, {"CPU": 8, "GPU": 2}, "here")
+    check_fits(needed, {"CPU": 8, "GPU": 3}, "here")
+    told = dict(preflight.checks(apart, offline=True))["shares of GPUs"]()  # type: ignore[misc]
+    assert told == "rollout 1 x 0.6, teacher.default 1 x 0.6, learner 1 x 0.6: with all others at least 3 GPUs"
+    assert "shares of GPUs" not in dict(preflight.checks(config(tmp_path), offline=True))
 
 
 @pytest.fixture

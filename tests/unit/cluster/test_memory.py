@@ -1,5 +1,8 @@
 """What `check` says of the memory of each role, for every shipped recipe, and what it refuses."""
 
+import re
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ from cluster.config import CampaignConfig
 from cluster.config_file import load_config
 from cluster.planning import memory
 from cluster.planning.memory import roles, version_bytes, versions_sentence
+from tests.tiny_models import make_tiny_model
 
 ROOT = Path(__file__).resolve().parents[3]
 RECIPES = sorted(path.name for path in (ROOT / "configs").glob("*.yaml"))
@@ -56,12 +60,15 @@ def network(model: str, trust_remote_code: bool, key: str) -> Any:
 
 
 real_load_config = memory.load_config
+networks = cache(memory.network_without_memory)
+"""A network of many layers takes seconds to describe."""
 
 
 @pytest.fixture(autouse=True)
 def hub(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(memory, "load_config", network)
+    monkeypatch.setattr(memory, "network_without_memory", networks)
 
 
 def recipe(name: str, *overrides: str) -> CampaignConfig:
@@ -195,3 +202,58 @@ def test_a_version_that_is_too_large_for_the_object_store_is_told() -> None:
     adapters = recipe("qwen3_8b_lora.yaml")
     numbers, thin = memory.student_numbers(adapters)
     assert version_bytes(adapters, numbers, thin) == 87_293_952
+
+
+@pytest.mark.parametrize(
+    ("overrides", "refusal"),
+    [
+        (
+            ["rollout.engine={kv_cache_memory_bytes: 1000}"],
+            r"rollout\.engine\.kv_cache_memory_bytes: found 1,000, expected at least 1,509,949,440 \(1,509\.9 MB\), the cache of "
+            r"one sequence of 10,240 tokens; or nothing",
+        ),
+        (
+            ["teachers.default={backend: vllm, engine: {kv_cache_memory_bytes: 1000, max_model_len: 100}}"],
+            r"teachers\.default\.engine\.kv_cache_memory_bytes: found 1,000, expected at least 26,214,400 ",
+        ),
+        (
+            ["rollout.gpus_per_replica=0.02"],
+            r"rollout\..*: found 1, with which each GPU holds 17\.\d GB at least .*at most 5\.0 GB",
+        ),
+        (
+            ["learner.gpus_per_replica=0.2", "learner.replicas=1"],
+            r"learner\.replicas: found 1, .*the largest GPU of 288 GB",
+        ),
+        (
+            ["teachers.default.gpus_per_replica=0.01"],
+            r"teachers\.default\.tensor_parallel_size: found 1, .* at most 2\.1 GB",
+        ),
+    ],
+)
+def test_what_fits_no_gpu_at_all_is_refused_without_one(
+    overrides: list[str], refusal: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preflight, "card_here", lambda: None)
+    config = recipe("qwen3_8b_from_32b.yaml", *overrides)
+    with pytest.raises(UserError, match=refusal):
+        for name, check in preflight.checks(config, offline=False):
+            if name.startswith("memory of "):
+                check and check()
+
+
+def test_a_small_cache_may_be_enough_where_layers_keep_less_than_all_keys() -> None:
+    config = recipe("qwen3_8b_from_32b.yaml", "rollout.engine={kv_cache_memory_bytes: 1000000000}")
+    numbers, _ = memory.student_numbers(config)
+    memory.rollout_role(config, replace(numbers, partial_cache=True), None)
+    with pytest.raises(UserError, match="kv_cache_memory_bytes"):
+        memory.rollout_role(config, numbers, None)
+    halved = recipe("qwen3_8b_from_32b.yaml", "rollout.engine={kv_cache_memory_bytes: 1000000000, kv_cache_dtype: fp8}")
+    memory.rollout_role(halved, numbers, None)
+
+
+def test_small_models_are_told_in_megabytes(tmp_path: Path) -> None:
+    model = make_tiny_model(tmp_path / "model")
+    config = recipe("quickstart.yaml", f"student.model={model}", f"teachers.default.model={model}")
+    for role in roles(config):
+        found = role.sentence(None)
+        assert re.match(r"\d+\.\d MB: ", found) and not re.search(r" 0\.000\b", found), found

@@ -67,7 +67,7 @@ def test_of_a_large_model_a_part_is_tried(config: CampaignConfig, monkeypatch: p
     monkeypatch.setattr(cluster.trial, "WHOLE_BYTES", 1000)
     monkeypatch.setattr(cluster.trial, "SAMPLE_BYTES", 1 << 20)
     (event,) = tried(config)
-    assert event["what"].startswith("a checkpoint, with 1 MiB of its ") and left(config) == []
+    assert event["what"].startswith("a checkpoint, with 1 MB of its ") and left(config) == []
 
 
 def test_a_checkpoint_that_takes_longer_than_the_grace_period_is_refused(config: CampaignConfig) -> None:
@@ -174,7 +174,7 @@ def test_a_disk_without_room_for_what_is_kept_is_known_before_the_first_update(
     tried(config)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(0, 0, 5 * nbytes - 1))
     with pytest.raises(
-        UserError, match=r"checkpoint\.keep_last: found 3, with .* GiB free .*expected room for 5 checkpoints"
+        UserError, match=r"checkpoint\.keep_last: found 3, with .* GB free .*expected room for 5 checkpoints"
     ):
         tried(config)
 

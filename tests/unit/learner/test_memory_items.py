@@ -80,6 +80,20 @@ def test_what_a_step_holds_beside_the_state() -> None:
     assert highest(RECIPE, averages=1) - highest(RECIPE) == pytest.approx(16.09, abs=0.01)
 
 
+def test_the_experts_of_a_layer_are_one_weight() -> None:
+    from transformers import Qwen3MoeConfig
+
+    config = Qwen3MoeConfig(hidden_size=2048, intermediate_size=6144, num_hidden_layers=48, num_attention_heads=32, head_dim=128, num_key_value_heads=4, num_experts=128, num_experts_per_tok=8, moe_intermediate_size=768, vocab_size=151_936)  # fmt: skip
+    model = ModelNumbers.of(config, 30_532_122_624)
+    assert model.largest == 128 * 2 * 768 * 2048  # transformers: experts.gate_up_proj [128, 2 * 768, 2048]
+    assert 0.63 < model.largest / model.layer < 0.67
+    found = {item.name: item.nbytes for item in learner_items(model, LearnerNumbers())}
+    assert found["gradient of one weight, and its cast"] == 6 * model.largest
+    # A token has 8 copies, each with its share of the feed-forward layer.
+    plain = replace(model, copies=0)
+    assert model.saved_bytes(4) - plain.saved_bytes(4) == 8 * 8 * 2048
+
+
 def test_what_changes_with_the_settings() -> None:
     assert highest(RECIPE, ranks=4) < highest(RECIPE, ranks=2) < highest(RECIPE)
     assert sizes(replace(RECIPE, offload=True))["AdamW's moments, of one parameter"] == pytest.approx(3.11, abs=0.01)
@@ -109,6 +123,11 @@ def test_a_configuration_of_the_learner_gives_its_numbers() -> None:
 def test_engines_teachers_and_the_host() -> None:
     engine = engine_items(QWEN3_4B, dtype_bytes=2, tensor_parallel=2, context=10240)
     assert [item.nbytes for item in engine] == [4_022_468_096, 10240 * 147_456 // 2]
+    scores = engine_items(QWEN3_4B, dtype_bytes=2, tensor_parallel=2, context=10240, scored_tokens=16384)
+    assert {item.name: round(item.nbytes / GB, 2) for item in scores if not item.certain} == {
+        "activations of one layer": 0.98,  # 16,384 x (4 x 2,560 + (2 x 4,096 + 2 x 1,024 + 3 x 9,728) / 2) x 2 bytes
+        "log-probs of a chunk of tokens": 1.87,  # 1,024 x 151,936 x 12 bytes
+    }
     # More ranks than key-value heads hold copies of them.
     assert engine_items(QWEN3_4B, dtype_bytes=2, tensor_parallel=16, context=8)[1].nbytes == 147_456
     teacher = {"dtype_bytes": 2, "pass_tokens": 16384, "head_chunk_tokens": 1024}
@@ -131,7 +150,7 @@ def test_the_module_needs_nothing_but_the_standard_library() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
 
 
-@pytest.mark.parametrize("model", ["qwen3", "llama"])
+@pytest.mark.parametrize("model", ["qwen3", "llama", "qwen3_moe"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_layer_saves_for_its_backward_pass_what_the_formula_says(
     tmp_path: Path, model: Any, dtype: torch.dtype
@@ -152,7 +171,8 @@ def test_a_layer_saves_for_its_backward_pass_what_the_formula_says(
         saved: dict[int, torch.Tensor] = {}
 
         def keep(tensor: torch.Tensor, saved: dict[int, torch.Tensor] = saved) -> torch.Tensor:
-            if tensor.dtype.is_floating_point and tokens in tensor.shape:  # neither weights nor their casts
+            # Neither weights nor their casts; a token meets two experts.
+            if tensor.dtype.is_floating_point and {tokens, 2 * tokens} & set(tensor.shape):
                 saved[tensor.untyped_storage().data_ptr()] = tensor
             return tensor
 
