@@ -62,10 +62,10 @@ def before_after(run: Run) -> str:
     rows = [
         ("Student, before", "before", "accuracy_start", "accuracy_sampled_start", "reverse_kl_start"),
         ("Student, after", "after", "accuracy_end", "accuracy_sampled_end", "reverse_kl_end"),
-        ("Teacher", "teacher", "accuracy_teacher", "accuracy_sampled_teacher", None),
+        ("Teacher", "teacher", "accuracy_teacher", "accuracy_sampled_teacher", ""),
     ]
     lines = []
-    measured = any(result.get(kl) is not None for *_, kl in rows if kl)
+    measured = any(result.get(kl) is not None for *_, kl in rows)
     for name, look, accuracy, sampled, kl in rows:
         share = result.get(accuracy)
         bar = (
