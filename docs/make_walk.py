@@ -53,7 +53,7 @@ def walk_and_draw(walk: Walk) -> None:
         """Command and output, with the addresses and paths of the page."""
         words = " ".join(shlex.quote(word) for word in done.args[3:])
         told = [words, done.stdout]
-        for ours, theirs in ((walk.cluster.address, "http://127.0.0.1:8265"), (str(walk.folder), "/tmp")):
+        for ours, theirs in ((walk.cluster.address, "http://127.0.0.1:8265"), (str(walk.folder), "/tmp/walk")):
             told = [text.replace(ours, theirs) for text in told]
         return f"understudy {told[0]}", told[1]
 

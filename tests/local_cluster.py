@@ -1,9 +1,9 @@
-"""A Ray cluster of several nodes on this machine, token-protected, started with `ray start` as an operator would."""
+"""A Ray cluster of several nodes on this machine, started with the commands of a page, by a user whose home is empty."""
 
 import contextlib
 import json
 import os
-import secrets
+import shlex
 import shutil
 import socket
 import subprocess
@@ -14,6 +14,7 @@ from pathlib import Path
 
 import psutil
 
+from tests.documented import examples_in
 from tests.waiting import PATIENCE_SECONDS, until
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -42,19 +43,23 @@ def free_ports(count: int) -> list[int]:
 class LocalCluster:
     """A head, and the nodes that are added. `ray stop` would stop every Ray on the machine, so this class does not use it."""
 
-    def __init__(self, folder: Path, *, cpus: float = 2, resources: dict[str, float] | None = None):
-        """Starts the head and waits until its job server answers. folder: where its token is kept."""
-        token = folder / "token"
-        token.write_text(secrets.token_hex(32))
+    def __init__(self, folder: Path, page: str = "README.md"):
+        """Starts the head as `page` says, and waits until its job server answers. folder: gets the home of its user."""
+        self._folder, self._page = folder, page
+        [before] = [text for text in examples_in("sh", page) if "ray start --head" in text]
+        preparation, _, rest = before.partition("ray start --head")
+        home = folder / "home"
+        home.mkdir()
         self.environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
             "PATH": f"{BIN}:{os.environ['PATH']}",
-            "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN_PATH": str(token),
+            "HOME": str(home),
             "PYTHONUNBUFFERED": "1",
         }
         """Of a client of this cluster, and of its nodes."""
-        self._folder = folder
+        shown = self.run("bash", "-ec", preparation + "env -0")
+        assert shown.returncode == 0, shown.stderr
+        self.environment = dict(entry.split("=", 1) for entry in shown.stdout.split("\0") if entry)
         self._scratch = Path(tempfile.mkdtemp(prefix="nodes-"))  # short: paths of sockets end after 107 characters
         self._gcs, dashboard, client, self.metrics_port = free_ports(4)
         self.address = f"http://127.0.0.1:{dashboard}"
@@ -62,23 +67,24 @@ class LocalCluster:
         self.nodes: list[psutil.Process] = []
         """`ray start --block` of each node, the head first."""
         self._start(
-            *("--head", f"--port={self._gcs}", f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1"),
+            *shlex.split("ray start --head" + rest.partition("\n")[0], comments=True),
+            *(f"--port={self._gcs}", f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1"),
             *(f"--ray-client-server-port={client}", f"--metrics-export-port={self.metrics_port}"),
             f"--system-config={json.dumps(QUICK_TO_NOTICE)}",
-            cpus=cpus,
-            resources=resources,
         )
-        listing = (BIN / "ray", "job", "list", "--address", self.address)
+        listing = ("ray", "job", "list", "--address", self.address)
         until(lambda: not self.run(*listing).returncode, "a head that answers", self.nodes[0].is_running)
 
-    def add_node(self, *, cpus: float = 2, resources: dict[str, float] | None = None) -> None:
-        """Starts one more node; not two at a time, since nodes of one IP address wait for each other for ever.
+    def add_node(self) -> None:
+        """Starts one more node as the page says; not two at a time, since nodes of one IP address wait for each other for
+        ever.
 
         Its temporary directory is its own: nodes that share one unpack a job's working directory into the same place, each
         removing it first, below the processes that another node has started there.
         """
+        [command] = [text for text in examples_in("sh", self._page) if text.startswith("ray start --address")]
         where = (f"--address=127.0.0.1:{self._gcs}", f"--temp-dir={self._scratch / str(len(self.nodes))}")
-        self._start(*where, cpus=cpus, resources=resources)
+        self._start(*shlex.split(command.replace("\\\n", " ")), *where)
 
     def run(self, *command: object, timeout: float = PATIENCE_SECONDS) -> subprocess.CompletedProcess[str]:
         """Runs a command as this cluster's operator, from the repository's root."""
@@ -116,11 +122,12 @@ class LocalCluster:
             self.kill(node)
         shutil.rmtree(self._scratch, ignore_errors=True)
 
-    def _start(self, *options: str, cpus: float, resources: dict[str, float] | None) -> None:
+    def _start(self, *written: str) -> None:
+        """Runs `ray start …` on ports that are free; of options that are given twice, the last counts."""
         command = [
-            *(str(BIN / "ray"), "start", "--block", "--node-ip-address=127.0.0.1", "--disable-usage-stats"),
-            *(f"--num-cpus={cpus:g}", f"--resources={json.dumps(resources or {})}", "--object-store-memory=200000000"),
-            *("--dashboard-agent-listen-port=0", "--min-worker-port=0", "--max-worker-port=0", *options),
+            *(*written, "--block", "--node-ip-address=127.0.0.1", "--disable-usage-stats"),
+            *("--object-store-memory=200000000", "--dashboard-agent-listen-port=0"),
+            *("--min-worker-port=0", "--max-worker-port=0"),
         ]
         output = self._folder / f"node-{len(self.nodes)}.log"
         with output.open("w") as log:

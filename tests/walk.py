@@ -5,6 +5,7 @@ tests/e2e/test_walk.py checks it, and docs/make_walk.py makes the page's picture
 
 import json
 import re
+import shlex
 import subprocess
 import urllib.request
 from collections.abc import Callable
@@ -12,21 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from cluster.records.writer import read_jsonl
-from tests.local_cluster import LocalCluster
+from tests.documented import commands_of
+from tests.local_cluster import ROOT, LocalCluster
 from tests.waiting import until
 
-CAMPAIGN = (
-    "name=walk",
-    "pipeline.updates=200",
-    "pipeline.max_staleness=1",
-    "pipeline.prompts_per_update=16",
-    "evaluation.prompts.limit=64",
-    "evaluation.every_updates=40",
-    "rollout.resources={rollout: 1}",
-    "teachers.default.resources={teacher: 1}",
-    "learner.resources={learner: 1}",
-)
-"""Changes to configs/quickstart.yaml: short updates, and which nodes each role may have."""
+PAGE = "docs/walk.md"
+
+
+def written(beginning: str) -> list[str]:
+    """The words of the page's one command that begins so, without the program."""
+    [text] = [text for text in commands_of((ROOT / PAGE).read_text("utf-8")) if text.startswith(beginning)]
+    return shlex.split(text)[1:]
 
 
 class Walk:
@@ -35,16 +32,19 @@ class Walk:
     def __init__(self, folder: Path):
         """Starts the cluster: a head for learner and teacher, three nodes for one rollout actor each."""
         self.folder, self.run = folder, folder / "walk"
-        self.cluster = LocalCluster(folder, cpus=2, resources={"learner": 1, "teacher": 1})
+        self.cluster = LocalCluster(folder, PAGE)
         for _ in range(3):
-            self.cluster.add_node(cpus=1, resources={"rollout": 1})
+            self.cluster.add_node()
 
     def submit(self) -> subprocess.CompletedProcess[str]:
         """Submits the campaign as a job."""
-        where = ("--address", self.cluster.address)
-        return self.cluster.understudy(
-            "submit", "configs/quickstart.yaml", *where, f"output_dir={self.folder}", *CAMPAIGN
-        )
+        return self._run("understudy submit")
+
+    def _run(self, beginning: str) -> subprocess.CompletedProcess[str]:
+        """Runs a command of the page with this cluster's address and this walk's directory."""
+        places = {"http://127.0.0.1:8265": self.cluster.address, "/tmp/walk": str(self.folder)}
+        words = [re.sub("|".join(places), lambda found: places[found[0]], word) for word in written(beginning)]
+        return self.cluster.understudy(*words)
 
     def until(self, what: str, condition: Callable[[], object]) -> None:
         """Waits. AssertionError with the campaign's events if it ends first."""
@@ -87,7 +87,7 @@ class Walk:
 
     def scale(self) -> subprocess.CompletedProcess[str]:
         """Adds a rollout actor, on a node of its own."""
-        return self.cluster.understudy("scale", self.run, "rollout=2")
+        return self._run("understudy scale")
 
     def wait_for_actor(self, name: str) -> None:
         """Waits until this actor works."""
@@ -101,9 +101,9 @@ class Walk:
         """Waits until the lost actor works again, on the idle node. The campaign pauses, so that updates are left for it."""
         self.until("the loss", lambda: self.events("actor_died"))
         self.wait_for_updates(2)
-        self.cluster.understudy("pause", self.run)
+        self._run("understudy pause")
         self.until("the replacement", lambda: self.events("actor_restarted"))
-        self.cluster.understudy("resume", self.run)
+        self._run("understudy resume")
 
     def wait_for_the_end(self) -> None:
         """Waits until the campaign has finished and its report is written."""

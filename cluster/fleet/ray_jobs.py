@@ -31,6 +31,8 @@ EXCLUDES = [".git", ".venv", "venv", "runs", "checkpoints", "**/checkpoints", "*
 """Not sent, besides what git ignores: files that another machine cannot use, and run directories."""
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 TRIES, PAUSE_SECONDS = 3, 1.0
+NO_AGENT, AGENT_SECONDS = "No available agent", 60.0
+"""What a head says that has just been started, and for how long it may say so."""
 REQUEST_SECONDS = (5.0, 20.0)
 """Of one question: to connect, and between two parts of the answer."""
 CHANGE_SECONDS = 300.0
@@ -82,7 +84,10 @@ class PatientClient(JobSubmissionClient):
         """The server's answer, JSON. UserError: there is none after TRIES tries."""
         asks = method == "GET"
         limit = (REQUEST_SECONDS[0], REQUEST_SECONDS[1] if asks else CHANGE_SECONDS)
-        for left in reversed(range(TRIES)):
+        patience = time.monotonic() + AGENT_SECONDS
+        left = TRIES
+        while left:
+            left -= 1
             try:
                 answer = super()._do_request(method, endpoint, timeout=limit, **keywords)
             except requests.exceptions.Timeout as error:
@@ -95,6 +100,8 @@ class PatientClient(JobSubmissionClient):
                 reason = _fault_of(answer)
             if not reason:
                 return answer
+            if NO_AGENT in reason and time.monotonic() < patience:
+                left += 1  # the head has only just been started
             if left:
                 time.sleep(PAUSE_SECONDS)
         raise UserError(
@@ -134,7 +141,7 @@ def _one_line(address: str) -> Iterator[None]:
     try:
         yield
     except AuthenticationError as error:
-        expected = "a cluster that takes our token (RAY_AUTH_MODE=token, and its token in RAY_AUTH_TOKEN_PATH)"
+        expected = "a cluster that takes our token (RAY_AUTH_MODE=token, and its token in ~/.ray/auth_token)"
         raise UserError("--address", f"{address}, which refuses it", expected) from error
     except (OSError, RuntimeError, ValueError, TypeError, KeyError, AssertionError, ImportError) as error:
         reason = f"{type(error).__name__}: {error}" if isinstance(error, KeyError) else first_line(error)

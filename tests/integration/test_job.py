@@ -2,28 +2,37 @@
 
 import json
 import secrets
+import shlex
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.local_cluster import BIN, LocalCluster
+from tests.documented import commands_of
+from tests.local_cluster import BIN, ROOT, LocalCluster
 
 pytestmark = pytest.mark.integration
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
-    """A head of its own, with a token."""
+    """A head as the README starts it, in a home where nothing has run."""
     cluster = LocalCluster(tmp_path_factory.mktemp("cluster"))
     yield cluster
     cluster.close()
 
 
+def test_the_readme_makes_a_token_that_only_its_user_can_read(cluster: LocalCluster) -> None:
+    token = Path(cluster.environment["HOME"]) / ".ray" / "auth_token"
+    assert len(token.read_text()) == 64 and token.stat().st_mode & 0o777 == 0o600
+    assert cluster.environment["RAY_AUTH_MODE"] == "token"
+
+
 def submit(cluster: LocalCluster, *arguments: str) -> subprocess.CompletedProcess[str]:
-    where = ("--address", cluster.address)
-    return cluster.understudy("submit", "configs/quickstart.yaml", *where, "--follow", *arguments)
+    [text] = [text for text in commands_of((ROOT / "README.md").read_text()) if text.startswith("understudy submit")]
+    words = shlex.split(text.replace("http://127.0.0.1:8265", cluster.address))
+    return cluster.understudy(*words[1:], *arguments)
 
 
 def test_the_quickstart_runs_as_a_submitted_job(cluster: LocalCluster, tmp_path: Path) -> None:

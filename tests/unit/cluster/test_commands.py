@@ -20,7 +20,10 @@ from tests.fake_run import make_fake_run
 COMMANDS = commands()
 NOT_HERE = {
     ("export",): "sets a variable of the reader's shell",
+    ("source",): "sets variables of the reader's shell",
+    ("(umask",): "makes a token; every LocalCluster runs it",
     ("pip", "install"): "changes the installation; what is installed is in pyproject.toml",
+    ("pip", "config"): "tells about pip",
     ("pip", "check"): "tells about the installation",
     ("mkdocs", "serve"): "goes on for ever; the site is built by a test of its own",
     ("ray", "status"): "asks a cluster",

