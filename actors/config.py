@@ -119,16 +119,24 @@ def publishes_adapter(student: StudentConfig) -> bool:
 
 @changing("on request")
 @dataclass
-class PromptsConfig:
-    """Where prompts come from and how they are turned into tokens."""
+class SourceConfig:
+    """Where records come from, and what their fields are called. One of `path` and `function`."""
 
-    path: str = setting("???", "same contents")
-    """A .jsonl, .jsonl.gz or .parquet file, a directory that `save_to_disk` wrote or that holds data files, or the name of a
-    Hugging Face dataset, with its subset after a colon: `openai/gsm8k:main`."""
+    path: str | None = setting(None, "same contents")
+    """A .jsonl or .parquet file (.jsonl.gz and .jsonl.zst too), a pattern of such files (`data/*.jsonl`, in the order of their
+    names), a directory that `save_to_disk` wrote or that holds data files, or the name of a Hugging Face dataset, with its
+    subset after a colon: `openai/gsm8k:main`."""
     split: str = "train"
     """Split to read when `path` is a Hugging Face dataset."""
     revision: str | None = setting(None, "same contents")
     """Branch, tag or commit of a Hugging Face dataset on the hub, as in `student.revision`."""
+    streaming: bool = False
+    """Read a Hugging Face dataset on the hub from its start as far as `limit`, without downloading all of it."""
+    function: str | None = setting(None, "same contents")
+    """`package.module:function` of your own, called with `function_arguments`: it returns an iterator of records, the same in
+    every call (docs/data.md)."""
+    function_arguments: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of `function`."""
     prompt_field: str = "prompt"
     """Field with the prompt: a string, or a list of chat messages with `role` and `content`."""
     tools_field: str = "tools"
@@ -137,15 +145,61 @@ class PromptsConfig:
     """Field with the reference answer that verifiers read; null when there is none."""
     domain_field: str | None = None
     """Field with the prompt's domain, which selects its teachers (`teachers.<name>.domains`)."""
+    limit: int | None = number(None, minimum=1)
+    """Read at most this many records, from the start."""
+
+    @property
+    def origin(self) -> str:
+        """What messages call the source."""
+        return self.path or self.function or ""
+
+
+@changing("on request")
+@dataclass
+class MixedSourceConfig(SourceConfig):
+    """One of several sources of prompts."""
+
+    weight: float | None = number(None, above=0)
+    """How often its prompts are drawn, relative to the weights of the other sources. Null, for all sources: in proportion to
+    their numbers of prompts. Held-out prompts have none: each is answered once."""
+    domain: str | None = None
+    """The domain of all its prompts, in place of `domain_field`."""
+
+
+@changing("on request")
+@dataclass
+class PromptsConfig(SourceConfig):
+    """Where prompts come from and how they are turned into tokens: one of `path`, `function` and `sources`."""
+
+    sources: dict[str, MixedSourceConfig] = field(default_factory=dict)
+    """Several sources by names of your choice, each with a path or a function and field names of its own."""
     chat: bool = True
     """Render with the tokenizer's chat template (a plain string becomes one user message). False: the text as it is."""
     chat_template_arguments: dict[str, Any] = field(default_factory=dict)
     """Further arguments of the chat template, for example `enable_thinking: false`. With `continue_final_message: true`
     every prompt ends with a message of the assistant, which the student continues."""
-    limit: int | None = number(None, minimum=1)
-    """Read at most this many records, from the start of the file."""
     shuffle: bool = True
-    """Visit the prompts in a new order in each epoch, determined by the campaign's seed."""
+    """Visit the prompts in a new order in each epoch, determined by the campaign's seed. Each of several sources has its own."""
+
+    def each_source(self, key: str) -> dict[str, SourceConfig]:
+        """Configuration key -> source, for one source or several. key: of this section, for example "prompts"."""
+        return {f"{key}.sources.{name}": one for name, one in self.sources.items()} or {key: self}
+
+    @property
+    def origin(self) -> str:
+        """What messages call the sources."""
+        return ", ".join(one.origin for one in self.sources.values()) or super().origin
+
+    @property
+    def has_references(self) -> bool:
+        """Whether prompts may have a reference answer."""
+        return any(one.reference_field is not None for one in self.each_source("").values())
+
+    @property
+    def has_domains(self) -> bool:
+        """Whether prompts may have a domain."""
+        named = any(one.domain is not None for one in self.sources.values())
+        return named or any(one.domain_field is not None for one in self.each_source("").values())
 
 
 @changing("on request")

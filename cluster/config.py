@@ -11,6 +11,7 @@ from actors.config import (
     PromptsConfig,
     RolloutConfig,
     SamplingConfig,
+    SourceConfig,
     StudentConfig,
     TeacherConfig,
     VerifierConfig,
@@ -203,3 +204,12 @@ class CampaignConfig:
     def trajectories_per_update(self) -> int:
         """Trajectories of one update."""
         return self.pipeline.prompts_per_update * self.pipeline.samples_per_prompt
+
+
+def prompt_sources(config: CampaignConfig) -> dict[str, SourceConfig]:
+    """Configuration key -> source, of the prompts and the held-out prompts."""
+    held_out = config.evaluation.prompts
+    return {
+        **config.prompts.each_source("prompts"),
+        **(held_out.each_source("evaluation.prompts") if held_out is not None else {}),
+    }

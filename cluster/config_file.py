@@ -21,6 +21,7 @@ from omegaconf import MISSING, BooleanNode, FloatNode, IntegerNode, OmegaConf, S
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 from yaml.scanner import ScannerError
 
+from actors.config import holds_section
 from actors.errors import UserError
 from actors.plain_text import conceal
 from cluster.config import CampaignConfig
@@ -289,7 +290,8 @@ def _nodes(config: Any, prefix: str = "") -> Iterator[tuple[str, dict[str, Any],
         nested = {name: v for name, v in children.items() if dataclasses.is_dataclass(v)}
         for name, child in nested.items():
             yield from _nodes(child, f"{name}.")
-        if not nested:
+        # Sections by name (`prompts.sources`), and none of them: no value beside the keys of those that have a name.
+        if not nested and not (value == {} and holds_section(item)):
             yield key, dict(item.metadata), value
 
 

@@ -15,7 +15,7 @@ from actors.import_path import is_import_path
 from actors.teacher.backends import backend_of
 from actors.teacher.base import UNBOUNDED, context_of
 from actors.teacher.turn_ends import TurnEnds
-from cluster.config import CampaignConfig
+from cluster.config import CampaignConfig, prompt_sources
 from cluster.loop.teachers import PromptRoutes, routes
 
 TRIAL_SECONDS = 30.0
@@ -101,9 +101,9 @@ def read_inputs(config: CampaignConfig) -> Inputs:
     judge, remarks = Judge(config.evaluation.verifier), []
     try:
         if config.gives_rewards:
-            remarks += try_references(config, judge, config.prompts, prompts)
-        if held_out is not None and config.evaluation.prompts is not None:
-            remarks += try_references(config, judge, config.evaluation.prompts, held_out)
+            remarks += try_references(config, judge, prompts)
+        if held_out is not None:
+            remarks += try_references(config, judge, held_out)
     finally:
         judge.end()  # an evaluation starts it again
     return Inputs(
@@ -185,13 +185,13 @@ def _read(config: CampaignConfig, source: PromptsConfig, tokenizer: Any, key: st
         if (its := teacher.tokenizer_source) is not None
     }
     read_otherwise = {
-        name: load_prompts(source, own.get(name, tokenizer), UNBOUNDED, key, teacher.prompt_template)
+        name: load_prompts(source, own.get(name, tokenizer), None, key, teacher.prompt_template)
         for name, teacher in config.teachers.items()
         if teacher.prompt_template is not None or name in own
     }
     reference = config.learner.objective.reference_teacher
     teaching = {name: teacher for name, teacher in config.teachers.items() if name != reference}
-    routed = routes(prompts.domains, teaching, source.path)
+    routed = routes(prompts.domains, teaching, prompts.where)
     longest: dict[str, int] = {}
     for name in config.teachers:
         # Which of the prompts this teacher reads, and how: with other words, or in other tokens.
@@ -204,9 +204,7 @@ def _read(config: CampaignConfig, source: PromptsConfig, tokenizer: Any, key: st
         if len(wrong):
             found = f"{lengths[wrong[0]]} tokens as teachers.{name} reads it ({len(wrong)} of {len(rows)} are too long)"
             room = f"at most {limit.tokens - response}: {limit.whose}, {limit.tokens} tokens, less the longest response"
-            raise UserError(
-                f"{source.path}, prompt {rows[wrong[0]] + 1}", found, f"{room} (sampling.max_response_tokens)"
-            )
+            raise UserError(prompts.where(rows[wrong[0]]), found, f"{room} (sampling.max_response_tokens)")
     return prompts, PromptRoutes(routed, read_otherwise, longest=longest)
 
 
@@ -237,14 +235,16 @@ def _templates(config: CampaignConfig) -> str:
 
 def _demand_references(source: PromptsConfig, prompts: PromptSet, key: str) -> None:
     if None in prompts.references:
+        prompt = prompts.references.index(None)
+        its = prompts.origin_of(prompt).key
         raise UserError(
-            f"{source.path}, prompt {prompts.references.index(None) + 1}",
-            f"no {source.reference_field}",
-            f"a reference answer for every prompt that is judged ({key}.reference_field)",
+            prompts.where(prompt),
+            f"no {source.each_source(key)[its].reference_field or 'reference answer'}",
+            f"a reference answer for every prompt that is judged ({its}.reference_field)",
         )
 
 
-def try_references(config: CampaignConfig, judge: Judge, source: PromptsConfig, prompts: PromptSet) -> list[str]:
+def try_references(config: CampaignConfig, judge: Judge, prompts: PromptSet) -> list[str]:
     """Tries the reference answers of the prompts, the first one at least, for TRIAL_SECONDS at most; returns remarks.
 
     UserError: the verifier fails, or cannot use a reference. It names the first such prompt.
@@ -255,9 +255,10 @@ def try_references(config: CampaignConfig, judge: Judge, source: PromptsConfig, 
     if error is not None:
         if is_import_path(name) and tried == 0:
             raise error  # it fails from the start: most likely a fault of the function, not of a reference
-        found = f"{source.reference_field} = {references[tried][:60]!r}"
+        key = prompts.origin_of(numbers[tried]).key
+        found = f"{prompt_sources(config)[key].reference_field} = {references[tried][:60]!r}"
         expected = f"a reference that the verifier {name} can use ({error})"
-        raise UserError(f"{source.path}, prompt {numbers[tried] + 1}", found, expected)
+        raise UserError(prompts.where(numbers[tried]), found, expected)
     if not references:
         return ["no reference answers, so the reverse KL is measured, and no accuracy"]
     without, untried = len(prompts) - len(references), len(references) - tried

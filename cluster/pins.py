@@ -8,13 +8,13 @@ them from there, whatever the branches are by then, and asks no hub; another com
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from actors.config import PromptsConfig, StudentConfig, TeacherConfig
+from actors.config import SourceConfig, StudentConfig, TeacherConfig
 from actors.data.hub import COMMIT, Kind, commit_of, offline
 from actors.data.models import looks_local
 from actors.data.prompt_files import is_hub_dataset
 from actors.errors import UserError
 from actors.teacher.backends import backend_of
-from cluster.config import CampaignConfig
+from cluster.config import CampaignConfig, prompt_sources
 from cluster.config_file import load_config
 from cluster.records.writer import CONFIG_FILE
 
@@ -28,7 +28,7 @@ class Place(NamedTuple):
     key: str
     """Of its name, for example "student.model"."""
     revision_key: str
-    section: StudentConfig | TeacherConfig | PromptsConfig
+    section: StudentConfig | TeacherConfig | SourceConfig
     field: str
     """Of the revision in the section."""
     name: str
@@ -52,8 +52,8 @@ def places(config: CampaignConfig) -> Iterator[Place]:
         # One that is the model's is at the model's commit.
         if (own := teacher.tokenizer) and (teacher.tokenizer_revision or own != teacher.model or not place.on_hub):
             yield model(where, teacher, own, "tokenizer")
-    for where, source in (("prompts", config.prompts), ("evaluation.prompts", config.evaluation.prompts)):
-        if source is not None:
+    for where, source in prompt_sources(config).items():
+        if source.path is not None:
             repo, on_hub = source.path.partition(":")[0], is_hub_dataset(source.path)
             yield Place(f"{where}.path", f"{where}.revision", source, "revision", repo, "dataset", on_hub)
 

@@ -11,6 +11,7 @@ from actors.accelerator import Card, card_here
 from actors.config import RolloutConfig, StudentConfig, TeacherConfig
 from actors.data.judge import Judge
 from actors.data.models import check_fit, find_model, load_config, tensor_parallel_plan
+from actors.data.prompt_files import is_pattern
 from actors.data.tokenizer import check_tokenizers_agree, load_tokenizer, template_difference
 from actors.data.weight_files import opened
 from actors.errors import UserError
@@ -19,7 +20,7 @@ from actors.rollout.engine import engine_class
 from actors.teacher.alignment import make_reader
 from actors.teacher.backends import backend_of, needs_plan, refuse_full, refuse_without_gpu
 from actors.vllm_options import check_options
-from cluster.config import CampaignConfig
+from cluster.config import CampaignConfig, prompt_sources
 from cluster.fleet.gpu_division import division, refuse_overdrawn
 from cluster.fleet.ray_cluster import check_gpus, connected, refuse_relative_output, room_to_begin, transfer_rate
 from cluster.inputs import max_prompt_tokens, read_inputs, student_stop_tokens, turn_ends
@@ -62,9 +63,10 @@ def checks(config: CampaignConfig, *, offline: bool) -> Iterator[tuple[str, Call
     if own_functions(config.learner.objective):
         yield "objective", lambda: _objective(config)
     evaluation = config.evaluation.prompts
-    sources = [config.prompts.path, *([evaluation.path] if evaluation else [])]
-    yield "prompts", (lambda: _prompts(config)) if here(student.model, *sources) else None
-    if (evaluation is not None and evaluation.reference_field is not None) or config.gives_rewards:
+    sources = [source.path for source in prompt_sources(config).values() if source.path is not None]
+    files = [path for path in sources if not is_pattern(path)]
+    yield "prompts", (lambda: _prompts(config)) if here(student.model, *files) else None
+    if (evaluation is not None and evaluation.has_references) or config.gives_rewards:
         yield "verifier", lambda: _verifier(config)
     if config.checkpoint.mirror is not None:
         yield "mirror", None if offline else lambda: _mirror(config)

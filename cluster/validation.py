@@ -11,6 +11,7 @@ from actors.import_path import is_import_path
 from actors.teacher.backends import BACKENDS, OWN_SETTINGS, backend_of
 from cluster.config import CampaignConfig
 from cluster.guards import check_guards
+from cluster.prompt_validation import refuse_sources
 from cluster.records.metric_table import guardable
 from learner.config import LearnerConfig
 from learner.validation import Contradiction, refuse_contradictions
@@ -25,6 +26,7 @@ LARGEST_ADAPTER = 512
 
 def refuse(config: CampaignConfig) -> None:
     """UserError for the first contradiction."""
+    refuse_sources(config)
     _objective(config)
     for wrong, key, found, expected in (
         *(row for name, teacher in config.teachers.items() for row in _backend(config, f"teachers.{name}", teacher)),
@@ -46,12 +48,13 @@ def _objective(config: CampaignConfig) -> None:
         raise UserError("name", f"{len(config.name)} characters", f"at most {LONGEST_NAME}: it names a directory")
     if not config.teachers:
         raise UserError("teachers", "none", "at least one, for example teachers.default.model")
-    if any(t.domains for t in config.teachers.values()) and config.prompts.domain_field is None:
+    if any(t.domains for t in config.teachers.values()) and not config.prompts.has_domains:
         raise UserError("prompts.domain_field", "null", "the field that teachers.<name>.domains refers to")
     objective, samples = config.learner.objective, config.pipeline.samples_per_prompt
     refuse_contradictions(objective, config.teachers, config.student.model, samples)
     teaching = [name for name in config.teachers if name != objective.reference_teacher]
     domains = {domain for teacher in config.teachers.values() for domain in teacher.domains}
+    domains |= {source.domain for source in config.prompts.sources.values() if source.domain is not None}
     metrics = guardable(next(iter(config.teachers.values())).signal, teaching if len(teaching) > 1 else (), domains)
     check_guards(config.guards, metrics, config.checkpoint.every_updates * config.checkpoint.keep_last)
 
@@ -112,8 +115,9 @@ def _rewards(config: CampaignConfig) -> Iterator[Contradiction]:
     verdict, hang = config.evaluation.verifier.timeout_seconds, config.ray.hang_timeout_seconds
     expected = f"less than ray.hang_timeout_seconds ({hang:g}), where rollout actors give rewards"
     yield config.gives_rewards and verdict >= hang, "evaluation.verifier.timeout_seconds", verdict, expected
-    missing = config.gives_rewards and config.prompts.reference_field is None
-    yield missing, "prompts.reference_field", "null", "the field with the reference answer, for rewards"
+    for key, source in config.prompts.each_source("prompts").items():
+        missing = config.gives_rewards and source.reference_field is None
+        yield missing, f"{key}.reference_field", "null", "the field with the reference answer, for rewards"
 
 
 def _alerts(config: CampaignConfig) -> Iterator[Contradiction]:
@@ -154,7 +158,7 @@ def _backend(config: CampaignConfig, key: str, teacher: TeacherConfig) -> Iterat
         readers = " or ".join(other for other, its in BACKENDS.items() if name in its.settings)
         yield ignored, f"{key}.{name}", getattr(teacher, name), f"nothing, or backend: {readers}"
     held_out = config.evaluation.prompts
-    measured = held_out is not None and held_out.reference_field is not None and config.evaluation.teacher
+    measured = held_out is not None and held_out.has_references and config.evaluation.teacher
     expected = f"false: the backend {backend} of {key} does not generate"
     yield measured and not row.generates, "evaluation.teacher", "true", expected
 

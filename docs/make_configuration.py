@@ -82,9 +82,12 @@ the campaign was begun (`of_this_run.begun_in`). Runs of 0.1 do not say where th
 
 
 def meanings(cls: type) -> dict[str, str]:
-    """Field -> the string below it."""
+    """Field -> the string below it, also of the dataclasses that this one extends."""
+    above = {}
+    for base in cls.__bases__:
+        above |= meanings(base) if dataclasses.is_dataclass(base) else {}
     body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body  # type: ignore[attr-defined]
-    return {
+    return above | {
         item.target.id: " ".join(after.value.value.split())  # type: ignore[union-attr, attr-defined]
         for item, after in itertools.pairwise(body)
         if isinstance(item, ast.AnnAssign) and isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)

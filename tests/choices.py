@@ -20,8 +20,10 @@ from learner.objective.estimator_table import DIVERGENCES, ESTIMATORS
 Choice = tuple[str, str]
 OWN = "own"
 """An import path: code of the user's own."""
-PATHS = ("jsonl", "jsonl.gz", "parquet", "directory", "saved", "dataset")
-"""Forms of prompts. `saved`: a directory that `save_to_disk` wrote."""
+PATHS = ("jsonl", "jsonl.gz", "jsonl.zst", "parquet", "pattern", "directory", "saved", "dataset", "null")
+"""Forms of prompts. `saved`: a directory that `save_to_disk` wrote. `null`: a function, or several sources."""
+SOURCES = [f"{held_out}prompts.{several}" for held_out in ("", "evaluation.") for several in ("", "sources.*.")]
+"""Where a source of prompts can be."""
 
 
 NAMES: dict[str, tuple[str, ...]] = {
@@ -30,14 +32,12 @@ NAMES: dict[str, tuple[str, ...]] = {
     "learner.objective.estimator": (*ESTIMATORS, OWN),
     "learner.objective.divergence": (*DIVERGENCES, OWN),
     "evaluation.verifier.name": ("exact", "regex", "numeric", "math", OWN),
-    "prompts.path": PATHS,
-    "evaluation.prompts.path": PATHS,
+    **{f"{source}path": PATHS for source in SOURCES},
 }
 """Texts that name one of several things."""
 PLAIN_TEXTS = {
     *("name", "output_dir", "student.model", "teachers.*.model", "guards.*.metric"),
-    *(f"{section}prompts.{name}_field" for section in ("", "evaluation.") for name in ("prompt", "tools")),
-    *("prompts.split", "evaluation.prompts.split"),
+    *(f"{source}{name}" for source in SOURCES for name in ("prompt_field", "tools_field", "split")),
 }
 """Texts of the user's own. A new text without null is added to one of these two tables."""
 
@@ -116,10 +116,10 @@ def _values(key: str, hint: Any, default: Any) -> tuple[str, ...]:
         return (*get_args(kind), *(("null",) if optional else ()))
     if kind is bool:
         return ("true", "false", *(("null",) if optional else ()))
-    if optional:
-        return "null", "set"
     if key in NAMES:
         return NAMES[key]
+    if optional:
+        return "null", "set"
     assert kind is not str or key in PLAIN_TEXTS, f"{key}: to be added to NAMES or PLAIN_TEXTS (tests/choices.py)"
     return ("other",)
 
@@ -136,7 +136,7 @@ def _names(key: str, hint: Any, default: Any, value: Any) -> Iterator[str]:
         yield value
     elif kind is bool:
         yield str(value).lower()
-    elif optional:
+    elif optional and key not in NAMES:
         yield "set"
     elif key in NAMES:
         yield (
@@ -150,8 +150,10 @@ def _names(key: str, hint: Any, default: Any, value: Any) -> Iterator[str]:
         yield "other"
 
 
-def path_kind(path: str) -> str:
+def path_kind(path: str | None) -> str:
     """The row of PATHS that a path of prompts is."""
+    if path is None or "*" in path:
+        return "pattern" if path else "null"
     file = Path(path)
     suffix = "".join(file.suffixes[-2:]).removeprefix(".")
     if suffix in PATHS or file.name == "saved":
@@ -184,8 +186,7 @@ ACTS: dict[str, Callable[[CampaignConfig, Any], bool]] = {
     "teachers.*.timeout_seconds": lambda _, teacher: teacher.backend == "http",
     "teachers.*.away_timeout_seconds": lambda _, teacher: teacher.backend == "http",
     "teachers.*.requests_per_url": lambda _, teacher: teacher.backend == "http",
-    "prompts.split": lambda _, prompts: path_kind(prompts.path) == "dataset",
-    "evaluation.prompts.split": lambda _, prompts: path_kind(prompts.path) == "dataset",
+    **{f"{source}split": lambda _, prompts: path_kind(prompts.path) == "dataset" for source in SOURCES},
     "learner.objective.support": _has_support,
     "learner.objective.mixture": lambda _, o: o.divergence in ("jsd", "skewed_forward_kl", "skewed_reverse_kl"),
     "learner.objective.entropy_threshold": lambda _, o: o.divergence == "entropy_gated_kl",

@@ -8,6 +8,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from tests.choices import SOURCES as SOURCES_OF_PROMPTS
 from tests.choices import Choice
 from tests.light_engine import BACKEND
 
@@ -50,6 +51,19 @@ def foreign(**settings: Any) -> dict[str, Any]:
 
 
 HELD_OUT = {"path": "heldout.jsonl"}
+SOURCES: dict[str, dict[str, Any]] = {
+    "lines": {"path": "train.jsonl", "domain": "a", "limit": 2},
+    "zipped": {"path": "train.jsonl.gz", "domain_field": "domain", "limit": 2},
+    "zst": {"path": "train.jsonl.zst", "tools_field": "utilities", "limit": 2},
+    "table": {"path": "questions.parquet", "prompt_field": "question", "reference_field": None, "limit": 2},
+    "several": {"path": "more/*.jsonl", "limit": 2},
+    "folder": {"path": "./rows", "limit": 2},
+    "saved": {"path": "./saved", "limit": 2},
+    "hub": {"path": "someone/sums", "split": "rest", "limit": 2},
+    "own": {"function": f"{OWN}:sums", "function_arguments": {"count": 2}},
+}
+"""A source of every form."""
+WEIGHED = {name: {**source, "weight": 1 + 0.5 * len(name)} for name, source in SOURCES.items()}
 SERVED = {"backend": "http", "urls": ["{url}"]}
 OURS = {"backend": f"{OWN}:OwnTeacher", "engine": {"own": "option"}}
 SMALL = {"backend": "vllm", "engine": {"kv_cache_memory_bytes": 64 << 20, "max_num_seqs": 8}}
@@ -273,6 +287,10 @@ CAMPAIGNS: dict[str, Campaign] = {
             "teachers": one(signal="hidden"),
             "learner.objective.estimator": "full",
             "learner.objective.divergence": "jsd",
+            "prompts.path": None,
+            "prompts.function": f"{OWN}:sums",
+            "prompts.function_arguments": {"count": 4},
+            "evaluation.prompts": {"function": f"{OWN}:sums", "function_arguments": {"count": 2}},
             "learner.objective.mixture": 0.3,
             "student.model": "sharded",
             "learner.replicas": 2,
@@ -295,6 +313,9 @@ CAMPAIGNS: dict[str, Campaign] = {
             "learner.objective.reference_teacher": "base",
             "rollout.resources": {"room": 1},
             "learner.resources": {"room": 1},
+            "prompts.path": None,
+            "prompts.sources": WEIGHED,
+            "evaluation.prompts": {"sources": SOURCES},
         },
     ),
     "skewed_reverse": Campaign(
@@ -302,6 +323,8 @@ CAMPAIGNS: dict[str, Campaign] = {
             "teachers": one(signal="topk", top_k=8, resources={"room": 1}),
             "learner.objective.estimator": "full",
             "learner.objective.divergence": "skewed_reverse_kl",
+            "prompts.path": "train.jsonl.zst",
+            "evaluation.prompts": {"path": "more/*.jsonl", "limit": 2},
             "learner.objective.support": "renormalised",
             "rollout.dtype": "float16",
             "learner.compute_dtype": "bfloat16",
@@ -312,6 +335,8 @@ CAMPAIGNS: dict[str, Campaign] = {
             "teachers": one(signal="full", tensor_parallel_size=2, model="sharded"),
             "learner.objective.estimator": "full",
             "learner.objective.divergence": "entropy_gated_kl",
+            "prompts.path": "more/*.jsonl",
+            "evaluation.prompts": {"path": "heldout.jsonl.zst"},
             "learner.objective.entropy_threshold": 1.0,
             "learner.objective.proximal_weight": 0.8,
         },
@@ -341,6 +366,8 @@ CAMPAIGNS: dict[str, Campaign] = {
         {
             "teachers": one(),
             "learner.objective.recompute_log_ratio": False,
+            "prompts.path": None,
+            "prompts.sources": {"all": {"path": "more/*.jsonl"}, "first": {"path": "train.jsonl", "limit": 2}},
             "guards": {
                 "warns": {"metric": "entropy", "above": 0.0, "action": "warn"},
                 "lowers": {"metric": "entropy", "above": 0.0, "updates": 2, "action": "lower_rate", "rate_factor": 0.1},
@@ -391,11 +418,12 @@ EXCEPTIONS: dict[Choice, str] = {
             ("student.revision", "set"),
             ("teachers.*.revision", "set"),
             ("teachers.*.tokenizer_revision", "set"),
-            ("prompts.revision", "set"),
-            ("evaluation.prompts.revision", "set"),
+            *((f"{source}revision", "set") for source in SOURCES_OF_PROMPTS),
+            *((f"{source}streaming", "true") for source in SOURCES_OF_PROMPTS),
         ],
-        "of names on a hub: test_pins.py has campaigns on one",
+        "of names on a hub: test_pins.py and test_sources.py have campaigns on one",
     ),
+    ("evaluation.prompts.sources.*.weight", "set"): "refused: each held-out prompt is answered once",
     ("checkpoint.grace_seconds", "set"): "compared with the time of a checkpoint: test_trial.py, test_checkpoints.py",
     ("rollout.tensor_parallel_size", "other"): "half a minute without GPUs: test_tensor_parallel.py",
 }

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -139,3 +140,9 @@ def write_stubs(folder: Path) -> None:
 def tracked(file: Path) -> list[dict[str, Any]]:
     """What a stub has written."""
     return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def sums(count: int = 3) -> Iterator[dict[str, str]]:
+    """Records, as a user's own function yields them."""
+    for i in range(count):
+        yield {"prompt": f"{i}+1=", "answer": str(i + 1)}

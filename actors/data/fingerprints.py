@@ -4,6 +4,7 @@ A model's small files are hashed as a whole. Of each safetensors file it is the 
 distances, so that a model of 140 GB takes a second: training changes every tensor, and another model has another header.
 """
 
+import itertools
 from pathlib import Path
 
 import xxhash
@@ -17,16 +18,18 @@ WHOLE_BYTES = 1 << 20
 """Files up to this size are hashed as a whole."""
 
 
-def prompts_fingerprint(prompts: PromptSet) -> str:
-    """Of the prompts as the student reads them, in their order, with their references and domains.
+def prompts_fingerprint(prompts: PromptSet, rows: range | None = None) -> str:
+    """Of the prompts as the student reads them, in their order, with their references and domains. rows: of these alone.
 
     The same prompts in another file format have the same fingerprint; the number of a prompt then means the same.
     """
     digest = xxhash.xxh3_128()
-    for array in (prompts.tokens, prompts.offsets):
-        digest.update(array.tobytes())
+    rows = range(len(prompts)) if rows is None else rows
+    offsets = prompts.offsets[rows.start : rows.stop + 1]
+    digest.update(prompts.tokens[offsets[0] : offsets[-1]].tobytes())
+    digest.update((offsets - offsets[0]).tobytes())
     for texts in (prompts.references, prompts.domains):
-        for text in texts:
+        for text in itertools.islice(texts, rows.start, rows.stop):
             digest.update(b"\0" if text is None else b"\1" + text.encode(errors="backslashreplace") + b"\0")
     return digest.hexdigest()
 

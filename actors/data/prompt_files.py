@@ -1,4 +1,5 @@
-"""Reads records: JSON lines, Parquet, and data sets of Hugging Face (a hub name, a directory of data files, `save_to_disk`).
+"""Reads records: JSON lines, Parquet, data sets of Hugging Face (a hub name, also as a stream, a directory of data files,
+`save_to_disk`), and what a function of the user's own yields (own_records.py).
 
 A record is a dictionary of plain values. A field that is null inside a nested value of Arrow is absent: Arrow gives
 every struct the fields of all the others.
@@ -6,15 +7,19 @@ every struct the fields of all the others.
 
 from __future__ import annotations
 
+import glob
 import gzip
+import io
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from actors.config import PromptsConfig
+from actors.config import SourceConfig
 from actors.data.hub import hub_errors
 from actors.data.models import as_user_error, looks_local
+from actors.data.own_records import own_records
 from actors.errors import UserError
 
 BATCH = 1024
@@ -24,33 +29,64 @@ SAVED_DATASET, SAVED_SPLITS = "dataset_info.json", "dataset_dict.json"
 """The file by which `Dataset.save_to_disk` and `DatasetDict.save_to_disk` are known."""
 
 
-def read_records(
-    config: PromptsConfig, key: str, fields: list[tuple[str, str]], optional: list[str]
-) -> tuple[str, Iterator[tuple[int, dict[str, Any]]]]:
-    """("line" or "row", iterator of (number from 1, record)); the word is used in messages.
+LINES, FILES = (".jsonl", ".jsonl.gz", ".jsonl.zst"), "an existing .jsonl or .parquet file"
+GZIP, ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
+"""How compressed files begin, whatever they are called."""
 
-    key: the section's configuration key. fields: (configuration key, field) of each field that every record needs.
-    optional: fields that records may have. UserError: the file is missing, of another kind or broken, or lacks a field.
+
+def files_of(source: SourceConfig, key: str) -> list[SourceConfig]:
+    """The source, or, where its path is a pattern, one for each file, in the order of their names.
+
+    UserError: no file matches the pattern.
     """
-    path = Path(config.path).expanduser()
-    if path.is_dir() or is_hub_dataset(config.path):
-        return "row", _arrow_rows(_dataset(path, config, key, fields, optional), config.path, key)
+    if source.path is None or not is_pattern(source.path):
+        return [source]
+    found = sorted(
+        name for name in glob.glob(str(Path(source.path).expanduser()), recursive=True) if Path(name).is_file()
+    )
+    if not found:
+        raise UserError(f"{key}.path", source.path, f"a pattern that files match (from {Path.cwd()})")
+    return [replace(source, path=name) for name in found]
+
+
+def read_records(
+    source: SourceConfig, key: str, fields: list[tuple[str, str]], optional: list[str] | None
+) -> tuple[str, Iterator[tuple[int, dict[str, Any]]]]:
+    """("line", "row" or "record", iterator of (number from 1, record)); the word is used in messages.
+
+    key: the source's configuration key. fields: (configuration key, field) of each field that every record needs.
+    optional: fields that records may have; None: all of theirs. UserError: the file is missing, of another kind or broken,
+    or lacks a field.
+    """
+    if source.function is not None:
+        return "record", own_records(source.function, source.function_arguments, source.limit, key)
+    name = source.path or ""
+    path = Path(name).expanduser()
+    if source.streaming:
+        return "row", _numbered(_streamed(source, key, fields, optional), name, key)
+    if path.is_dir() or is_hub_dataset(name):
+        return "row", _numbered(_rows(_dataset(path, source, key, fields, optional)), name, key)
     if not path.is_file():
         near = [str(p) for p in path.parent.glob("*")]
-        raise UserError(f"{key}.path", path, f"an existing .jsonl or .parquet file (from {Path.cwd()})", near)
-    if path.name.endswith((".jsonl", ".jsonl.gz")):
+        raise UserError(f"{key}.path", path, f"{FILES} (from {Path.cwd()})", near)
+    if path.name.endswith(LINES):
         return "line", _jsonl(path)
     if path.suffix != ".parquet":
-        raise UserError(
-            f"{key}.path", config.path, "a .jsonl or .parquet file (.jsonl.gz too), or the name of a dataset"
-        )
-    return "row", _arrow_rows(_parquet(path, fields, optional), config.path, key)
+        expected = "a .jsonl or .parquet file (.jsonl.gz and .jsonl.zst too), or the name of a dataset"
+        raise UserError(f"{key}.path", name, expected)
+    return "row", _numbered(_rows(_parquet(path, fields, optional)), name, key)
+
+
+def is_pattern(name: str) -> bool:
+    """Whether a path stands for all files that match it."""
+    return any(character in name for character in "*?[") and not Path(name).expanduser().exists()
 
 
 def is_hub_dataset(name: str) -> bool:
     """Whether `prompts.path` is the name of a data set on the hub: no file, no directory, and nothing like a path."""
     path = Path(name).expanduser()
-    return not path.exists() and path.suffix not in (".jsonl", ".parquet") and not looks_local(name)
+    known = name.endswith((*LINES, ".parquet")) or is_pattern(name)
+    return not known and not path.exists() and not looks_local(name)
 
 
 def field_of(record: dict[str, Any], name: str, where: str, key: str) -> Any:
@@ -62,17 +98,28 @@ def field_of(record: dict[str, Any], name: str, where: str, key: str) -> Any:
 
 def _jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     with path.open("rb") as start:
-        compressed = start.read(2) == b"\x1f\x8b"
-    file: Any
-    with gzip.open(path) if compressed else path.open("rb") as file:
+        begins = start.read(4)
+    kind = "gzip" if begins.startswith(GZIP) else "zstd"
+    with _opened(path, begins) as file:
         lines = enumerate(file, 1)
         while True:
-            with as_user_error(str(path), "gzip data that is broken", "a whole file"):
+            with as_user_error(str(path), f"{kind} data that is broken", "a whole file"):
                 number, line = next(lines, (0, b""))
             if not number:
                 return
             if line.strip():
                 yield number, _parsed(line, number, f"{path}, line {number}")
+
+
+def _opened(path: Path, begins: bytes) -> Any:
+    """The file's lines, decompressed."""
+    if begins.startswith(GZIP):
+        return gzip.open(path)
+    if begins.startswith(ZSTD):
+        import pyarrow
+
+        return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), "zstd"))
+    return path.open("rb")
 
 
 def _parsed(line: bytes, number: int, where: str) -> dict[str, Any]:
@@ -96,18 +143,19 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _columns(names: list[str], path: str, fields: list[tuple[str, str]], optional: list[str]) -> list[str]:
+def _columns(names: list[str], path: str, fields: list[tuple[str, str]], optional: list[str] | None) -> list[str]:
     """The columns to read. UserError: one of those that are needed is not among `names`."""
     for key, name in fields:
         field_of(dict.fromkeys(names), name, path, key)
-    wanted = list(dict.fromkeys([*(name for _, name in fields), *(name for name in optional if name in names)]))
+    others = names if optional is None else [name for name in optional if name in names]
+    wanted = list(dict.fromkeys([*(name for _, name in fields), *others]))
     for name in wanted:
         if names.count(name) > 1:
             raise UserError(path, f"{names.count(name)} columns called {name}", "one")
     return wanted
 
 
-def _parquet(path: Path, fields: list[tuple[str, str]], optional: list[str]) -> Iterator[Any]:
+def _parquet(path: Path, fields: list[tuple[str, str]], optional: list[str] | None) -> Iterator[Any]:
     from pyarrow import parquet
 
     file = parquet.ParquetFile(path)
@@ -115,26 +163,47 @@ def _parquet(path: Path, fields: list[tuple[str, str]], optional: list[str]) -> 
 
 
 def _dataset(
-    path: Path, config: PromptsConfig, key: str, fields: list[tuple[str, str]], optional: list[str]
+    path: Path, source: SourceConfig, key: str, fields: list[tuple[str, str]], optional: list[str] | None
 ) -> Iterator[Any]:
     import datasets
-    from huggingface_hub import HfApi, is_offline_mode
 
     datasets.disable_progress_bars()
     if path.is_dir() and any((path / name).is_file() for name in (SAVED_DATASET, SAVED_SPLITS)):
-        found = _saved(datasets.load_from_disk(str(path)), config.split, key)
+        found = _saved(datasets.load_from_disk(str(path)), source.split, key)
     else:
-        name, _, subset = config.path.partition(":")
-        if path.is_dir():
-            name, subset = str(path), ""
-        elif not is_offline_mode():
-            # Fails at once if the hub does not answer; load_dataset would retry for half a minute.
-            with hub_errors(f"{key}.path", name, config.revision, others=False):
-                HfApi().repo_info(name, repo_type="dataset", revision=config.revision)
         # A directory of data files has no revision: `pin` refuses one.
-        found = datasets.load_dataset(name, subset or None, split=config.split, revision=config.revision)
-    columns = _columns(found.column_names, config.path, fields, optional)
+        name, subset = (str(path), None) if path.is_dir() else _on_hub(source, key)
+        found = datasets.load_dataset(name, subset, split=source.split, revision=source.revision)
+    columns = _columns(found.column_names, str(source.path), fields, optional)
     yield from found.select_columns(columns).with_format("arrow").iter(BATCH)
+
+
+def _on_hub(source: SourceConfig, key: str) -> tuple[str, str | None]:
+    """Name and subset of a data set on the hub. UserError: the hub does not know it, or does not answer."""
+    from huggingface_hub import HfApi, is_offline_mode
+
+    name, _, subset = str(source.path).partition(":")
+    if not is_offline_mode():
+        # Fails at once if the hub does not answer; load_dataset would retry for half a minute.
+        with hub_errors(f"{key}.path", name, source.revision, others=False):
+            HfApi().repo_info(name, repo_type="dataset", revision=source.revision)
+    return name, subset or None
+
+
+def _streamed(
+    source: SourceConfig, key: str, fields: list[tuple[str, str]], optional: list[str] | None
+) -> Iterator[dict[str, Any]]:
+    """The first rows of a data set on the hub, at its commit. Its files are read as far as they are needed."""
+    if not is_hub_dataset(str(source.path)):
+        expected = f"false: {source.path} is on a disk, and only data sets on a hub are streamed"
+        raise UserError(f"{key}.streaming", "true", expected)
+    import datasets
+
+    name, subset = _on_hub(source, key)
+    found = datasets.load_dataset(name, subset, split=source.split, revision=source.revision, streaming=True)
+    if found.column_names is not None:
+        found = found.select_columns(_columns(found.column_names, name, fields, optional))
+    yield from found.take(source.limit)
 
 
 def _saved(found: Any, split: str, key: str) -> Any:
@@ -148,14 +217,16 @@ def _saved(found: Any, split: str, key: str) -> Any:
     return found
 
 
-def _arrow_rows(batches: Iterator[Any], path: str, key: str) -> Iterator[tuple[int, dict[str, Any]]]:
+def _rows(batches: Iterator[Any]) -> Iterator[dict[str, Any]]:
+    for batch in batches:
+        yield from batch.to_pylist(maps_as_pydicts="strict")
+
+
+def _numbered(records: Iterator[dict[str, Any]], path: str, key: str) -> Iterator[tuple[int, dict[str, Any]]]:
     expected = "a Parquet file, a directory of data files, or a dataset (owner/name or owner/name:subset) on a hub that answers"
-    number = 0
     with as_user_error(f"{key}.path", path, expected):
-        for batch in batches:
-            for record in batch.to_pylist(maps_as_pydicts="strict"):
-                number += 1
-                yield number, {name: _without_nulls(value) for name, value in record.items()}
+        for number, record in enumerate(records, 1):
+            yield number, {name: _without_nulls(value) for name, value in record.items()}
 
 
 def _without_nulls(value: Any) -> Any:

@@ -1,41 +1,49 @@
-"""Reads, renders and tokenises the prompts once, and issues them in a seeded order.
+"""Reads, renders and tokenises the prompts once, and makes requests of them.
 
-The k-th prompt that a campaign issues is a pure function of k and the seed, so a checkpoint stores only the cursor k.
-Order and seeds come from hashes and raw generator streams, which are the same in every release of the libraries.
+The k-th prompt that a campaign issues is a pure function of k and the seed (prompt_order.py), so a checkpoint stores only the
+cursor k. A sample's seed comes from a hash of its id.
 
 Shapes: M prompts, P prompt tokens in all, B requests.
 """
 
 from __future__ import annotations
 
-import hashlib
-import math
-import re
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, field, replace
 from itertools import chain, islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from actors.config import PromptsConfig
-from actors.data.messages import called_tools, messages_of, name_of, tools_of
-from actors.data.models import as_user_error
-from actors.data.prompt_files import BATCH, field_of, read_records
+from actors.config import PromptsConfig, SourceConfig
+from actors.data.prompt_files import BATCH, field_of, files_of, read_records
+from actors.data.prompt_order import hash_of
+from actors.data.prompt_texts import Reader, text_field
 from actors.errors import UserError
 from actors.trajectory import Requests, offsets_of, ragged_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-TEMPLATE_FIELD = re.compile(r"\{(\w+)\}")
-"""`{field}` in the prompt template of a teacher with privileged information."""
+
+class Origin(NamedTuple):
+    """Where consecutive prompts of a set are from: one file, data set or function."""
+
+    key: str
+    """Configuration key of the source, for example "prompts.sources.sums"."""
+    name: str
+    """Path or function."""
+    unit: str
+    """What it is counted in, for messages: line, row or record."""
+    prompts: int
+    """Prompts of the set that are from there."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptSet:
-    """Prompts in the order of their file. Example: prompt 1 is tokens[offsets[1]:offsets[2]]."""
+    """Prompts in the order of their file, of several sources one after the other.
+
+    Example: prompt 1 is tokens[offsets[1]:offsets[2]].
+    """
 
     tokens: np.ndarray
     """[P] int32."""
@@ -47,9 +55,58 @@ class PromptSet:
     """[M] domains, by which teachers are chosen; None where the record has none."""
     texts: list[str]
     """[M] the tokenised texts: prompts after the chat template."""
+    numbers: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    """[M] int64: the number of the record in its file, from 1; [0]: not known."""
+    origins: tuple[Origin, ...] = ()
+    """Where they are from, in their order."""
 
     def __len__(self) -> int:
         return len(self.references)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Configuration key of each source -> its prompts; a single source is called ""."""
+        found: dict[str, int] = {}
+        for origin in self.origins:
+            found[origin.key] = found.get(origin.key, 0) + origin.prompts
+        return found if len(found) > 1 else {"": len(self)}
+
+    def rows_of(self, key: str) -> range:
+        """The prompts of the source with this configuration key; all, where nothing tells one source from another."""
+        places = [place for place, origin in enumerate(self.origins) if origin.key == key]
+        if not places:
+            return range(len(self))
+        ends = np.cumsum([0, *(origin.prompts for origin in self.origins)]).tolist()
+        return range(ends[places[0]], ends[places[-1] + 1])
+
+    def origin_of(self, prompt: int) -> Origin:
+        """Where a prompt is from."""
+        left = prompt
+        for origin in self.origins:
+            if left < origin.prompts:
+                return origin
+            left -= origin.prompts
+        raise IndexError(prompt)
+
+    def where(self, prompt: int) -> str:
+        """The file and the record of a prompt, for messages: `train.jsonl, line 3`."""
+        origin = self.origin_of(prompt)
+        return f"{origin.name}, {origin.unit} {self.numbers[prompt]}"
+
+    def take(self, rows: np.ndarray) -> PromptSet:
+        """The prompts with these numbers, ascending [m]."""
+        ends = np.cumsum([0, *(origin.prompts for origin in self.origins)])
+        left = np.diff(np.searchsorted(rows, ends)).tolist()
+        return replace(
+            self,
+            tokens=ragged_rows(self.tokens, self.offsets, rows),
+            offsets=offsets_of(self.lengths_of(rows)),
+            references=[self.references[row] for row in rows],
+            domains=[self.domains[row] for row in rows],
+            texts=[self.texts[row] for row in rows],
+            numbers=self.numbers[rows],
+            origins=tuple(one._replace(prompts=count) for one, count in zip(self.origins, left, strict=True)),
+        )
 
     def domains_of(self, ids: np.ndarray) -> list[str | None] | None:
         """[B] domains of the prompts of the trajectories with these ids [B, 3]; None if no prompt has one."""
@@ -67,94 +124,109 @@ class PromptSet:
 def load_prompts(
     config: PromptsConfig,
     tokenizer: PreTrainedTokenizerBase,
-    max_prompt_tokens: int,
+    max_prompt_tokens: int | None,
     key: str,
     template: str | None = None,
 ) -> PromptSet:
-    """Reads, renders and tokenises every prompt of the file or dataset that `config` names.
+    """Reads, renders and tokenises every prompt of the sources that `config` names, in their order.
 
-    max_prompt_tokens: the context length minus the room for a response. key: the section's configuration key, for
-    example "prompts" or "evaluation.prompts". template: the text that a teacher with privileged information reads in
-    place of the prompt, with `{field}` for fields of the record. UserError: the file is missing, empty or broken; or a
+    max_prompt_tokens: the context length minus the room for a response; None: any length. key: the section's configuration
+    key, for example "prompts" or "evaluation.prompts". template: the text that a teacher with privileged information reads in
+    place of the prompt, with `{field}` for fields of the record. UserError: a source is missing, empty or broken; or a
     record lacks a field, has a wrong type or too long a prompt. It names the first such record, counted from 1.
     """
     if config.chat and not tokenizer.chat_template:
         raise UserError(f"{key}.chat", "true, and a tokenizer without a chat template", "a chat template, or false")
-    fields = [
-        (f"{key}.prompt_field", config.prompt_field),
-        (f"{key}.reference_field", config.reference_field),
-        (f"{key}.domain_field", config.domain_field),
-        *(("prompt_template", name) for name in TEMPLATE_FIELD.findall(template or "") if name != "prompt"),
-    ]
-    needed = [(field_key, name) for field_key, name in fields if name is not None]
-    unit, records = read_records(config, key, needed, [config.tools_field])
-    numbers: list[int] = []
-    references: list[str | None] = []
-    domains: list[str | None] = []
-    texts: list[str] = []
-    lengths: list[int] = []
-    tokens: list[np.ndarray] = []
-    records = islice(records, config.limit)
-    while batch := list(islice(records, BATCH)):
-        for number, record in batch:
-            where = f"{config.path}, {unit} {number}"
-            prompt = field_of(record, config.prompt_field, where, f"{key}.prompt_field")
-            texts.append(_render(prompt, record, template, config, tokenizer, where))
-            references.append(_text_field(record, config.reference_field, where, f"{key}.reference_field"))
-            domains.append(_text_field(record, config.domain_field, where, f"{key}.domain_field"))
-            numbers.append(number)
-        # A chat template writes the special tokens itself. The tokenizer adds them to a plain text only.
-        rows = tokenizer(
-            texts[-len(batch) :], add_special_tokens=not config.chat, return_attention_mask=False, verbose=False
-        )["input_ids"]
-        lengths += map(len, rows)
-        # Arrays, batch by batch: lists of Python integers take about ten times the memory.
-        tokens.append(np.fromiter(chain.from_iterable(rows), np.int32))
-    if not texts:
-        raise UserError(config.path, "no records", "at least one prompt")
-    _check_lengths(lengths, max_prompt_tokens, lambda row: f"{config.path}, {unit} {numbers[row]}")
-    return PromptSet(
-        tokens=np.concatenate(tokens),
-        offsets=offsets_of(lengths),
-        references=references,
-        domains=domains,
-        texts=texts,
-    )
+    loaded = _Loaded(Reader(config, tokenizer, template))
+    for source_key, source in config.each_source(key).items():
+        before = len(loaded.texts)
+        for file in files_of(source, source_key):
+            left = None if source.limit is None else source.limit - (len(loaded.texts) - before)
+            if left != 0:
+                loaded.add(replace(file, limit=left), source_key)
+        if len(loaded.texts) == before:
+            raise UserError(source.origin, "no records", "at least one prompt")
+    found = loaded.prompts()
+    check_lengths(found, max_prompt_tokens)
+    return found
 
 
-def _check_lengths(lengths: list[int], most: int, where: Callable[[int], str]) -> None:
-    """UserError: a prompt has no token, or more than `most`. where: names the record of a row, for the message."""
-    found = np.array(lengths)
-    for wrong, expected in (
-        (np.flatnonzero(found == 0), "at least one token"),
-        (np.flatnonzero(found > most), f"at most {most}, which leaves room for the response"),
-    ):
+class _Loaded:
+    """Prompts as they are read. The lists grow by one entry for each prompt."""
+
+    def __init__(self, reader: Reader):
+        self._reader = reader
+        self.texts: list[str] = []
+        self._references: list[str | None] = []
+        self._domains: list[str | None] = []
+        self._numbers: list[np.ndarray] = []
+        self._lengths: list[int] = []
+        self._tokens: list[np.ndarray] = []
+        self._origins: list[Origin] = []
+
+    def add(self, source: SourceConfig, key: str) -> None:
+        """Reads one file, data set or function."""
+        reader, before = self._reader, len(self.texts)
+        domain = getattr(source, "domain", None)
+        fields = [
+            (f"{key}.prompt_field", source.prompt_field),
+            (f"{key}.reference_field", source.reference_field),
+            (f"{key}.domain_field", source.domain_field),
+            *(("prompt_template", name) for name in reader.template_fields),
+        ]
+        needed = [(field_key, name) for field_key, name in fields if name is not None]
+        unit, records = read_records(source, key, needed, [source.tools_field])
+        if source.function is None:  # which keeps its limit itself, and compares two calls at the end
+            records = islice(records, source.limit)
+        while batch := list(islice(records, BATCH)):
+            for number, record in batch:
+                where = f"{source.origin}, {unit} {number}"
+                prompt = field_of(record, source.prompt_field, where, f"{key}.prompt_field")
+                self.texts.append(reader.text(prompt, record, source, where))
+                self._references.append(text_field(record, source.reference_field, where, f"{key}.reference_field"))
+                own = text_field(record, source.domain_field, where, f"{key}.domain_field")
+                self._domains.append(own if domain is None else domain)
+            # A chat template writes the special tokens itself. The tokenizer adds them to a plain text only.
+            rows = reader.tokenizer(
+                self.texts[-len(batch) :],
+                add_special_tokens=not reader.section.chat,
+                return_attention_mask=False,
+                verbose=False,
+            )["input_ids"]
+            self._lengths += map(len, rows)
+            # Arrays, batch by batch: lists of Python integers take about ten times the memory.
+            self._tokens.append(np.fromiter(chain.from_iterable(rows), np.int32))
+            self._numbers.append(np.array([number for number, _ in batch], np.int64))
+        self._origins.append(Origin(key, source.origin, unit, len(self.texts) - before))
+
+    def prompts(self) -> PromptSet:
+        """All that was read."""
+        return PromptSet(
+            tokens=np.concatenate(self._tokens),
+            offsets=offsets_of(self._lengths),
+            references=self._references,
+            domains=self._domains,
+            texts=self.texts,
+            numbers=np.concatenate(self._numbers),
+            origins=tuple(self._origins),
+        )
+
+
+def check_lengths(prompts: PromptSet, most: int | None) -> None:
+    """UserError: a prompt has no token, or more than `most`. It names the first such record."""
+    lengths = np.diff(prompts.offsets)
+    wrongs = [(np.flatnonzero(lengths == 0), "at least one token")]
+    if most is not None:
+        wrongs.append((np.flatnonzero(lengths > most), f"at most {most}, which leaves room for the response"))
+    for wrong, expected in wrongs:
         if len(wrong):
             count = f"({len(wrong)} of {len(lengths)} prompts are like this)"
-            raise UserError(where(wrong[0]), f"a prompt of {lengths[wrong[0]]} tokens {count}", expected)
-
-
-@lru_cache(maxsize=4)
-def prompt_order(seed: int, epoch: int, count: int, shuffle: bool) -> np.ndarray:
-    """The numbers 0 ... count - 1 in the order of this epoch, [count] int64, read-only. Not shuffled: ascending."""
-    order = np.arange(count)
-    if shuffle:
-        # NumPy guarantees the raw stream of a bit generator for all releases, but not that of `permutation`.
-        keys = np.random.Philox(key=_hash(f"order/{seed}/{epoch}")).random_raw(count)
-        order = np.argsort(keys, kind="stable")
-    order.flags.writeable = False  # all callers share the cached array
-    return order
-
-
-def position_to_id(cursor: int, seed: int, count: int, shuffle: bool) -> tuple[int, int]:
-    """(epoch, prompt) of the prompt that is issued at this cursor (from 0). Every epoch issues each of `count` once."""
-    epoch, place = divmod(cursor, count)
-    return epoch, int(prompt_order(seed, epoch, count, shuffle)[place])
+            raise UserError(prompts.where(wrong[0]), f"a prompt of {lengths[wrong[0]]} tokens {count}", expected)
 
 
 def sample_seed(seed: int, epoch: int, prompt: int, sample: int) -> int:
     """The sampler's seed for one trajectory, 0 <= seed < 2^63; the same in a retry, after a restart, on any machine."""
-    return _hash(f"sample/{seed}/{epoch}/{prompt}/{sample}") >> 1
+    return hash_of(f"sample/{seed}/{epoch}/{prompt}/{sample}") >> 1
 
 
 def requests(prompt_set: PromptSet, ids: np.ndarray, campaign_seed: int, *, judged: bool = False) -> Requests:
@@ -168,86 +240,3 @@ def requests(prompt_set: PromptSet, ids: np.ndarray, campaign_seed: int, *, judg
         prompt_offsets=offsets_of(prompt_set.lengths_of(rows)),
         references=tuple(prompt_set.references[row] for row in rows) if judged else (),
     )
-
-
-def _hash(text: str) -> int:
-    # Not Python's `hash`, which differs between processes.
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
-
-
-def _text_field(record: dict[str, Any], name: str | None, where: str, key: str) -> str | None:
-    value = None if name is None else field_of(record, name, where, key)
-    if isinstance(value, float) and math.isnan(value):  # how pandas writes a number that is not there
-        value = None
-    if isinstance(value, list | dict | bytes) or value in (math.inf, -math.inf):
-        raise UserError(where, f"{name} = {str(value)[:60]}", "a string, a number or null")
-    return None if value is None else str(value)
-
-
-def _fill(template: str, prompt: str, record: dict[str, Any], where: str) -> str:
-    """The template with `{prompt}` and each `{field}` replaced by the prompt's text and the record's field."""
-
-    def value_of(match: re.Match[str]) -> str:
-        if match[1] == "prompt":
-            return prompt
-        value = _text_field(record, match[1], where, "prompt_template")
-        if value is None:
-            raise UserError(where, f"{match[1]} = null", "a string or a number, since prompt_template names it")
-        return value
-
-    return TEMPLATE_FIELD.sub(value_of, template)
-
-
-def _render(
-    prompt: Any,
-    record: dict[str, Any],
-    template: str | None,
-    config: PromptsConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    where: str,
-) -> str:
-    """The text of one prompt as the student reads it; with a template, as a privileged teacher reads it."""
-    if config.chat:
-        text = _render_chat(prompt, record, template, config, tokenizer, where)
-    elif not isinstance(prompt, str) or not prompt:
-        raise UserError(where, f"{config.prompt_field} = {str(prompt)[:80]!r}", "a string (chat is false)")
-    else:
-        text = prompt if template is None else _fill(template, prompt, record, where)
-    # JSON may hold half a surrogate pair, which tokenizers refuse with an error that names no record.
-    with as_user_error(where, "a prompt that is not Unicode text", "no lone surrogates"):
-        text.encode()
-    return text
-
-
-def _render_chat(
-    prompt: Any,
-    record: dict[str, Any],
-    template: str | None,
-    config: PromptsConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    where: str,
-) -> str:
-    continued = bool(config.chat_template_arguments.get("continue_final_message"))
-    try:
-        messages = messages_of(prompt, continued=continued)
-    except ValueError as error:
-        expected = "a string, or a list of messages with role and content that does not end with the assistant's"
-        raise UserError(where, f"{config.prompt_field} = {str(prompt)[:80]!r} ({error})", expected) from error
-    try:
-        tools = tools_of(record.get(config.tools_field))
-    except ValueError as error:
-        found = f"{config.tools_field} = {str(record[config.tools_field])[:80]!r} ({error})"
-        raise UserError(where, found, "a list of JSON schemas, one for each tool, or null") from error
-    if template is not None:
-        place = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=-1)
-        messages[place]["content"] = _fill(template, messages[place]["content"], record, where)
-    arguments = {"add_generation_prompt": not continued, **config.chat_template_arguments, "tokenize": False}
-    if tools:
-        arguments["tools"] = tools
-    with as_user_error(where, "a prompt that the chat template refuses", "messages that it accepts"):
-        text = str(tokenizer.apply_chat_template(messages, **arguments))
-    # Many templates know nothing of tools, and would leave them out.
-    for name in [*called_tools(messages), *map(name_of, tools or [])]:
-        if name not in text:
-            raise UserError(where, f"the tool {name!r}, which the chat template leaves out", "a template with tools")
-    return text

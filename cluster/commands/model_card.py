@@ -7,8 +7,8 @@ from typing import Any
 
 import yaml
 
-from actors.config import SamplingConfig
-from cluster.config import CampaignConfig
+from actors.config import MixedSourceConfig, SamplingConfig
+from cluster.config import CampaignConfig, prompt_sources
 from cluster.config_file import as_dictionary
 from cluster.records.software import in_one_line
 from cluster.state.campaign_state import CampaignState
@@ -84,9 +84,10 @@ def _sources(config: CampaignConfig, state: CampaignState) -> list[str]:
     for name, teacher in config.teachers.items():
         how = f"backend {teacher.backend}, signal {teacher.signal}"
         lines.append(f"- teacher `{name}`: {told(f'teachers.{name}.model', teacher.model)}, {how}")
-    lines.append(f"- prompts: {told('prompts', config.prompts.path)}")
-    if config.evaluation.prompts is not None:
-        lines.append(f"- held-out prompts: {told('evaluation.prompts', config.evaluation.prompts.path)}")
+    for key, source in prompt_sources(config).items():
+        what = "held-out prompts" if key.startswith("evaluation.") else "prompts"
+        weight = f", weight {source.weight:g}" if isinstance(source, MixedSourceConfig) and source.weight else ""
+        lines.append(f"- {what}: {told(key, source.origin)}{weight}")
     return lines
 
 

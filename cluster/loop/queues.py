@@ -21,7 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from actors.data.prompts import PromptSet, position_to_id
+from actors.data.prompt_order import PromptOrder
+from actors.data.prompts import PromptSet
 from actors.errors import CampaignError
 from actors.trajectory import RolloutCounts, TrajectoryId
 from cluster.config import CampaignConfig
@@ -164,6 +165,8 @@ class Queues:
         self, config: CampaignConfig, state: CampaignState, prompts: PromptSet, rollout: Fleet, teachers: Teachers
     ):
         self._config, self._state, self._prompts = config, state, prompts
+        weights = [source.weight for source in config.prompts.sources.values()]
+        self._order = PromptOrder(config.seed, prompts.counts, weights, shuffle=config.prompts.shuffle)
         self._rollout, self._teachers = rollout, teachers
         self._max_staleness = config.pipeline.max_staleness
         self._synchronous = self._max_staleness == 0
@@ -283,8 +286,7 @@ class Queues:
 
     def _id(self, number: int) -> tuple[int, int, int]:
         cursor, sample = divmod(number, self._config.pipeline.samples_per_prompt)
-        epoch, prompt = position_to_id(cursor, self._config.seed, len(self._prompts), self._config.prompts.shuffle)
-        return epoch, prompt, sample
+        return *self._order.id_at(cursor), sample
 
     # ----------------------------------------------------------------------------------------- what each stage takes
 

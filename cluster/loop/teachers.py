@@ -2,7 +2,7 @@
 
 import asyncio
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,12 +34,14 @@ def route(domain: str | None, teachers: Mapping[str, TeacherConfig], where: str)
     return {name: math.log(teachers[name].weight / total) for name in chosen}
 
 
-def routes(domains: Sequence[str | None], teachers: Mapping[str, TeacherConfig], where: str) -> list[dict[str, float]]:
-    """The `route` of every prompt. where: the file that the prompts are from."""
+def routes(
+    domains: Sequence[str | None], teachers: Mapping[str, TeacherConfig], where: Callable[[int], str]
+) -> list[dict[str, float]]:
+    """The `route` of every prompt. where: names a prompt by its number, for the message."""
     seen: dict[str | None, dict[str, float]] = {}
-    for number, domain in enumerate(domains, 1):
+    for number, domain in enumerate(domains):
         if domain not in seen:
-            seen[domain] = route(domain, teachers, f"{where}, prompt {number}")
+            seen[domain] = route(domain, teachers, where(number))
     return [seen[domain] for domain in domains]
 
 

@@ -15,7 +15,7 @@ from actors.data.prompts import PromptSet
 from actors.errors import UserError
 from actors.json_files import read_json
 from actors.teacher.backends import backend_of
-from cluster.config import CampaignConfig
+from cluster.config import CampaignConfig, prompt_sources
 from cluster.state.changes import Changed, begin_anew, is_below, is_key
 
 NO_NETWORK = (
@@ -35,9 +35,11 @@ its commit, so that its weights need not be downloaded to compare them."""
 
 def fingerprints(config: CampaignConfig, prompts: PromptSet, held_out: PromptSet | None) -> Fingerprints:
     """What the campaign reads now."""
-    found = {"prompts": (config.prompts.path, prompts_fingerprint(prompts))}
-    if held_out is not None and config.evaluation.prompts is not None:
-        found["evaluation.prompts"] = (config.evaluation.prompts.path, prompts_fingerprint(held_out))
+    found: dict[str, tuple[str, str]] = {}
+    for key, records in prompt_sources(config).items():
+        read = held_out if key.startswith("evaluation.") else prompts
+        if read is not None:
+            found[key] = (records.origin, prompts_fingerprint(read, read.rows_of(key)))
     student = config.student
     models = {"student.model": (student.model, student.source, student.trust_remote_code)}
     for name, teacher in config.teachers.items():
@@ -75,7 +77,7 @@ def demand_same(
             raise UserError("--allow-change", key, "one of " + ", ".join(now), list(now))
     compared, others = before.keys() & now.keys(), []
     for one in changed:
-        known = {one.key, one.key.removesuffix(".path"), one.key.removesuffix(".revision")} & compared
+        known = {one.key.removesuffix(end) for end in ("", ".path", ".revision", ".function")} & compared
         known |= {one.key.replace("tokenizer_revision", "tokenizer").replace("revision", "model")} & compared
         if one.change == "same contents" and before and not known and not is_below(one.key, allowed):
             found = f"{one.after} where the campaign had {one.before}, and nothing here tells whether it is the same"

@@ -15,6 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import datasets
+import pyarrow as pa
 import pytest
 from safetensors.torch import load_file
 
@@ -55,8 +56,13 @@ def make_folder(folder: Path) -> None:
         datasets.Dataset.from_list(records).to_parquet(folder / f"{name}.parquet")
         (folder / f"{name}.jsonl.gz").write_bytes(gzip.compress((folder / f"{name}.jsonl").read_bytes()))
     datasets.Dataset.from_list(rows).save_to_disk(folder / "saved")
-    (folder / "rows").mkdir()
-    (folder / "rows" / "train.jsonl").write_text((folder / "train.jsonl").read_text())
+    for name in ("train", "heldout"):
+        (folder / f"{name}.jsonl.zst").write_bytes(
+            pa.compress((folder / f"{name}.jsonl").read_bytes(), "zstd", asbytes=True)
+        )
+    for name in ("rows", "more"):
+        (folder / name).mkdir()
+        (folder / name / "train.jsonl").write_text((folder / "train.jsonl").read_text())
     (folder / "base.yaml").write_text(BASE)
     write_stubs(folder / "stubs")
     cache_dataset(folder / "hub", "someone", "sums", folder / "train.jsonl")

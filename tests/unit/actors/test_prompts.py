@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 
 from actors.config import PromptsConfig
-from actors.data.prompts import load_prompts, position_to_id, prompt_order, requests, sample_seed
+from actors.data.prompt_order import PromptOrder, prompt_order
+from actors.data.prompts import load_prompts, requests, sample_seed
 from actors.errors import UserError
 from tests.tiny_models import make_tiny_tokenizer
 
@@ -304,14 +305,16 @@ def test_the_order_of_an_epoch_is_a_permutation(seed, epoch, count, shuffle):
 
 @given(seed=st.integers(0, 2**32), count=st.integers(1, 40), epochs=st.integers(1, 4), shuffle=st.booleans())
 def test_the_cursor_visits_every_prompt_once_in_each_epoch(seed, count, epochs, shuffle):
-    issued = [position_to_id(cursor, seed, count, shuffle) for cursor in range(count * epochs)]
+    order = PromptOrder(seed, {"": count}, shuffle=shuffle)
+    issued = [order.id_at(cursor) for cursor in range(count * epochs)]
     assert sorted(issued) == [(epoch, prompt) for epoch in range(epochs) for prompt in range(count)]
     assert [epoch for epoch, _ in issued] == sorted(epoch for epoch, _ in issued)
 
 
 def test_the_cursor_follows_the_order_of_its_epoch():
-    assert [position_to_id(cursor, 3, 6, True)[1] for cursor in range(6, 12)] == prompt_order(3, 1, 6, True).tolist()
-    assert position_to_id(8, 3, 6, False) == (1, 2)
+    order = PromptOrder(3, {"": 6})
+    assert [order.id_at(cursor)[1] for cursor in range(6, 12)] == prompt_order(3, 1, 6, True).tolist()
+    assert PromptOrder(3, {"": 6}, shuffle=False).id_at(8) == (1, 2)
 
 
 def test_the_order_changes_with_the_seed_and_with_the_epoch():
@@ -333,7 +336,7 @@ def test_order_and_seeds_are_the_same_in_every_process_and_for_ever():
     # Golden values: a campaign that is resumed after an upgrade must go on with the same prompts and seeds.
     assert prompt_order(7, 2, 8, True).tolist() == GOLDEN_ORDER
     assert sample_seed(7, 2, 5, 1) == GOLDEN_SEED
-    code = "from actors.data.prompts import *; print(prompt_order(7, 2, 8, True).tolist(), sample_seed(7, 2, 5, 1))"
+    code = "from actors.data.prompts import *; from actors.data.prompt_order import *; print(prompt_order(7, 2, 8, True).tolist(), sample_seed(7, 2, 5, 1))"
     environment = {"PYTHONHASHSEED": "123"}
     out = subprocess.run(
         [sys.executable, "-c", code], cwd=Path(__file__).parents[3], env=environment, capture_output=True

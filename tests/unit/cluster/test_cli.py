@@ -187,7 +187,7 @@ def test_a_teacher_with_another_tokenizer_is_refused(work: Here) -> None:
         (("signal=topk", "top_k=103"), "teachers.default.top_k: found 103, expected at most 102"),
         (("signal=student_topk", "top_k=103"), "teachers.default.top_k: found 103, expected at most 102"),
         (("prompt_template='{prompt} {hint}'",), "prompt_template: found hint, expected a field of train.jsonl"),
-        (("domains=[maths]",), "train.jsonl, prompt 1: found domain 0"),
+        (("domains=[maths]",), "train.jsonl, line 1: found domain 0"),
     ],
 )
 def test_what_a_teacher_cannot_do_is_refused(

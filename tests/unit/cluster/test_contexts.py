@@ -88,7 +88,7 @@ def read(folder: Path, teachers: dict[str, Any], **prompts: Any) -> Any:
 
 
 def test_a_prompt_that_a_teacher_cannot_read_is_refused_before_the_start(folder: Path) -> None:
-    with pytest.raises(UserError, match=r"train\.jsonl, prompt 2: found 8\d tokens as teachers\.w reads it \(1 of 2 "):
+    with pytest.raises(UserError, match=r"train\.jsonl, line 2: found 8\d tokens as teachers\.w reads it \(1 of 2 "):
         read(folder, {"w": ("teacher", {})})
     config, inputs = read(folder, {"w": ("far", {})})
     assert max_prompt_tokens(config) == 200 - 6 and inputs.prompt_routes.longest == {}

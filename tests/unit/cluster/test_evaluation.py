@@ -119,8 +119,7 @@ def test_check_tries_every_reference_answer_of_prompts_that_are_judged(
         cli.main(["check", "--offline", str(file)])
     told = capsys.readouterr().err
     assert (
-        ended.value.code == 2
-        and f"{folder / 'bad.jsonl'}, prompt 3: found answer = 'n/a', expected a reference" in told
+        ended.value.code == 2 and f"{folder / 'bad.jsonl'}, line 3: found answer = 'n/a', expected a reference" in told
     )
 
 

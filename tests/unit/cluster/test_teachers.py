@@ -56,8 +56,8 @@ def test_a_prompt_goes_to_the_teachers_of_its_domain_by_their_shares() -> None:
 
 def test_a_domain_without_a_teacher_is_named_with_its_prompt() -> None:
     named = {name: teacher for name, teacher in TEACHERS.items() if teacher.domains}
-    with pytest.raises(UserError, match=r"p\.jsonl, prompt 2: found domain math, expected .* \(maths, physics\)"):
-        routes(["maths", "math"], named, "p.jsonl")
+    with pytest.raises(UserError, match=r"p\.jsonl, line 2: found domain math, expected .* \(maths, physics\)"):
+        routes(["maths", "math"], named, lambda row: f"p.jsonl, line {row + 1}")
 
 
 def score(fleets: dict[str, MadeUpFleet], prompt_routes: PromptRoutes, ids: np.ndarray) -> Any:

@@ -1,0 +1,82 @@
+"""Refuses sources of prompts that contradict each other or themselves. Pure; standard library only."""
+
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping
+
+from actors.config import MixedSourceConfig, PromptsConfig, SourceConfig
+from actors.errors import UserError
+from cluster.config import CampaignConfig
+from learner.validation import Contradiction
+
+PLACE = ("path", "split", "revision", "function", "function_arguments")
+"""Keys that say which records a source has."""
+
+
+def refuse_sources(config: CampaignConfig) -> None:
+    """UserError for the first contradiction in `prompts` and `evaluation.prompts`."""
+    held_out = config.evaluation.prompts
+    for key, section in (("prompts", config.prompts), ("evaluation.prompts", held_out)):
+        if section is None:
+            continue
+        for wrong, where, found, expected in (
+            *_several(key, section),
+            *(row for its, source in section.each_source(key).items() for row in _one(its, source)),
+            *_weights(key, section.sources, trained=section is not held_out),
+        ):
+            if wrong:
+                raise UserError(where, found, expected)
+
+
+def _several(key: str, section: PromptsConfig) -> Iterator[Contradiction]:
+    """Names of sources, and keys that only one of them can have."""
+    for item in dataclasses.fields(SourceConfig) if section.sources else ():
+        default = item.default if item.default is not dataclasses.MISSING else {}
+        value = getattr(section, item.name)
+        expected = f"nothing where there are {key}.sources: each has a {item.name} of its own"
+        yield value != default, f"{key}.{item.name}", value, expected
+    seen: dict[str, str] = {}
+    for name, source in section.sources.items():
+        where = f"{key}.sources.{name}"
+        yield not re.fullmatch(r"[\w-]+", name), f"{key}.sources", repr(name), "a name of letters, digits, '_' and '-'"
+        place = str([getattr(source, part) for part in PLACE])
+        expected = f"each source once; {key}.sources.<name>.weight says how often its prompts are drawn"
+        yield place in seen, where, f"{source.origin}, which {seen.get(place)} is too", expected
+        seen.setdefault(place, where)
+        both = source.domain is not None and source.domain_field is not None
+        yield both, f"{where}.domain", source.domain, "null where domain_field names a field with the domain"
+
+
+def _one(key: str, source: SourceConfig) -> Iterator[Contradiction]:
+    """Where the records of one source come from."""
+    own = source.function is not None
+    nothing = source.path is None and not own
+    expected = "a value: a file, a directory, a dataset" + ("" if ".sources." in key else f"; or {key}.sources")
+    yield nothing, f"{key}.path", "nothing", f"{expected}; or {key}.function"
+    both = source.path is not None and own
+    yield both, f"{key}.function", source.function, f"null where there is a path ({source.path})"
+    yield (
+        bool(source.function_arguments) and not own,
+        f"{key}.function_arguments",
+        source.function_arguments,
+        "a function",
+    )
+    for name, value, default in (
+        ("split", source.split, "train"),
+        ("revision", source.revision, None),
+        ("streaming", source.streaming, False),
+    ):
+        yield own and value != default, f"{key}.{name}", value, "nothing where a function yields the records"
+    endless = source.streaming and source.limit is None
+    yield endless, f"{key}.limit", "null", "how many rows to read where streaming is true"
+
+
+def _weights(key: str, sources: Mapping[str, MixedSourceConfig], *, trained: bool) -> Iterator[Contradiction]:
+    """Weights of all sources, or of none."""
+    given = [name for name, source in sources.items() if source.weight is not None]
+    without = next((name for name in sources if name not in given), None)
+    for name in given[:1]:
+        weight, where = sources[name].weight, f"{key}.sources.{name}.weight"
+        yield not trained, where, weight, "null: each held-out prompt is answered once"
+        expected = f"a weight, as {where} has one; or none for all, in proportion to their numbers of prompts"
+        yield without is not None, f"{key}.sources.{without}.weight", "null", expected
