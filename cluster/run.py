@@ -37,6 +37,7 @@ from cluster.loop.samples import TrainingSamples
 from cluster.loop.teachers import Teachers
 from cluster.phases import START
 from cluster.pins import pin
+from cluster.planning.memory import shares_version, student_numbers, version_bytes
 from cluster.preflight import check_models
 from cluster.records.disk import Disk
 from cluster.records.event_table import describe
@@ -167,6 +168,9 @@ class Running:
         INTERRUPTS.last_acts.append(self._ended_now)
         self.turn = asyncio.Lock()
         self.fleets = build_fleets(config, inputs, self.needed, begin, self.on_event, self.turn)
+        if shares_version(config):
+            size, nbytes = config.rollout.tensor_parallel_size, version_bytes(config, *student_numbers(config))
+            self.on_event("version_shared", role="rollout", ranks=size, gigabytes=nbytes / 1e9)
         self.learner = build_learner(config, inputs, checkpoint, state.plans, self.needed, self.on_event, self.turn)
         exported = {"prometheus": lambda _: Prometheus(config.name)} if config.tracking.prometheus else {}
         self.trackers = Trackers(

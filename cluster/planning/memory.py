@@ -201,13 +201,11 @@ def rollout_role(config: CampaignConfig, student: ModelNumbers, adapter: int | N
     if rollout.backend == "vllm":
         _demand_cache(rollout.engine, device, "rollout.engine", context)
     size = rollout.tensor_parallel_size
-    # An adapter alone, and an engine of the user's own, is loaded from the buckets as they have come.
-    staged = rollout.backend == "vllm" and not publishes_adapter(config.student)
     host = engine_host_items(
         version_bytes(config, student, adapter),
-        tensor_parallel=size if staged else 1,
+        tensor_parallel=size if _stages(config) else 1,
         delta=config.weights.encoding == "delta",
-        pinned=staged and rollout.gpus_per_replica != 0,
+        pinned=_stages(config) and rollout.gpus_per_replica != 0,
     )
     way = "a larger rollout.tensor_parallel_size, or a smaller rollout.engine.max_model_len"
     return Role(
@@ -219,6 +217,16 @@ def rollout_role(config: CampaignConfig, student: ModelNumbers, adapter: int | N
         "rollout.tensor_parallel_size",
         str(size),
     )
+
+
+def _stages(config: CampaignConfig) -> bool:
+    """Whether engines copy a version before they load it: an adapter, and for an engine of the user's own, stays as it comes."""
+    return config.rollout.backend == "vllm" and not publishes_adapter(config.student)
+
+
+def shares_version(config: CampaignConfig) -> bool:
+    """Whether all engines of a node read one copy of each weight version (actors/weights/node_staging.py)."""
+    return _stages(config) and config.rollout.tensor_parallel_size > 1
 
 
 def teacher_role(config: CampaignConfig, name: str, model: ModelNumbers) -> Role:

@@ -96,6 +96,11 @@ EVENTS: dict[str, Event] = {
     "trajectory_refused": Event("trajectory {trajectory} is dropped: {cause}", "warn"),
     # Rewards.
     "unjudged": Event("{count} responses have no verdict and count as wrong ({cause})", "warn"),
+    "version_shared": Event(
+        "{role}: workers of tensor_parallel_size {ranks} are processes of their own; all engines of a node map one copy of each "
+        "weight version, {gigabytes:.3g} GB",
+        news=False,
+    ),
     # Resources.
     "preempted": Event(
         "engines took the cache of a running response for another {count} times in update {step}: {cause}", "warn"

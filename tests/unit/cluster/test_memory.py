@@ -16,6 +16,7 @@ from cluster.config import CampaignConfig
 from cluster.config_file import load_config
 from cluster.planning import memory
 from cluster.planning.memory import roles, version_bytes, versions_sentence
+from cluster.records.event_table import describe
 from tests.tiny_models import make_tiny_model
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -177,6 +178,14 @@ def test_the_host_memory_in_which_engines_stage_versions_is_told(
     rollout = roles(recipe(name, *overrides))[1]
     assert {item.name: round(item.nbytes / 1e9, 1) for item in rollout.host} == expected
     assert rollout.sentence(None).partition("; host: ")[2] == ", ".join(f"{k} {v}" for k, v in expected.items())
+
+
+def test_where_engines_of_a_node_share_a_version_an_event_says_so() -> None:
+    assert not memory.shares_version(recipe("qwen3_8b_from_32b.yaml"))
+    assert memory.shares_version(recipe("qwen3_8b_from_32b.yaml", "rollout.tensor_parallel_size=2"))
+    assert not memory.shares_version(recipe("qwen3_8b_lora.yaml", "rollout.tensor_parallel_size=2"))
+    told = describe("version_shared", {"role": "rollout", "ranks": 2, "gigabytes": 16.38})
+    assert told.endswith("all engines of a node map one copy of each weight version, 16.4 GB")
 
 
 def test_a_served_teacher_is_not_counted() -> None:
