@@ -178,6 +178,13 @@ class PromptsConfig(SourceConfig):
     chat_template_arguments: dict[str, Any] = field(default_factory=dict)
     """Further arguments of the chat template, for example `enable_thinking: false`. With `continue_final_message: true`
     every prompt ends with a message of the assistant, which the student continues."""
+    max_prompt_tokens: int | None = number(None, minimum=1)
+    """The longest prompt, in tokens as the student reads it. Null: what the contexts of student and teachers leave beside
+    `sampling.max_response_tokens`."""
+    too_long: Literal["refuse", "drop"] = "refuse"
+    """What is done about a longer prompt. `drop`: it is left out, and counted."""
+    duplicates: Literal["keep", "drop"] = "keep"
+    """Prompts that the student reads as the same text as an earlier one, of any source. `drop`: they are left out, and counted."""
     shuffle: bool = True
     """Visit the prompts in a new order in each epoch, determined by the campaign's seed. Each of several sources has its own."""
 

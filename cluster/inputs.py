@@ -1,5 +1,6 @@
 """Reads what the campaign process needs before the start: prompts, held-out prompts, tokenizer, verifier."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -8,12 +9,13 @@ import numpy as np
 from actors.config import PromptsConfig
 from actors.data.judge import Judge
 from actors.data.models import context_length, engine_context, find_model, load_config
+from actors.data.prompt_filters import Dropped, dropped, overlap, repeated
 from actors.data.prompts import PromptSet, load_prompts
 from actors.data.tokenizer import load_tokenizer, stop_token_ids, template_token_ids, turn_end
 from actors.errors import UserError
 from actors.import_path import is_import_path
 from actors.teacher.backends import backend_of
-from actors.teacher.base import UNBOUNDED, context_of
+from actors.teacher.base import context_of
 from actors.teacher.turn_ends import TurnEnds
 from cluster.config import CampaignConfig, prompt_sources
 from cluster.loop.teachers import PromptRoutes, routes
@@ -41,7 +43,31 @@ class Inputs:
     turn_ends: dict[str, TurnEnds] = field(default_factory=dict)
     """Teacher -> what ends a turn, for those that end it with another token than the student."""
     remarks: list[str] = field(default_factory=list)
-    """What `check` says besides: prompts without a reference answer, references that were not tried."""
+    """What `check` says besides: shares of sources, prompts that are left out, prompts without a reference answer."""
+    dropped: dict[str, Dropped] = field(default_factory=dict)
+    """Configuration key of a source -> what is left out of it."""
+    shared: str = ""
+    """What is to be said of held-out prompts that are trained on."""
+
+    def counts(self) -> dict[str, dict[str, int]]:
+        """What summary.json says of the prompts."""
+        sets = {"prompts": self.prompts, "evaluation.prompts": self.held_out}
+        return {
+            name: {
+                "prompts": len(prompts),
+                "too_long": sum(one.too_long for key, one in self.dropped.items() if key.startswith(name)),
+                "duplicates": sum(one.duplicates for key, one in self.dropped.items() if key.startswith(name)),
+            }
+            for name, prompts in sets.items()
+            if prompts is not None
+        }
+
+    def tell(self, on_event: Callable[..., Any]) -> None:
+        """Tells what is left out, and held-out prompts that are trained on, as events."""
+        for key, one in self.dropped.items():
+            on_event("prompts_dropped", key=key, cause=str(one), **one._asdict())
+        if self.shared:
+            on_event("held_out_overlap", cause=self.shared)
 
 
 class Limit(NamedTuple):
@@ -87,7 +113,7 @@ def read_inputs(config: CampaignConfig) -> Inputs:
     model_config = load_config(student.source, student.trust_remote_code, "student.model")
     rows = model_config.get_text_config().vocab_size
     _refuse_unknown(config.learner.objective.masked_token_ids, rows, "learner.objective.masked_token_ids")
-    prompts, prompt_routes = _read(config, config.prompts, tokenizer, "prompts")
+    prompts, prompt_routes, left_out = _read(config, config.prompts, tokenizer, "prompts")
     prompt_routes = prompt_routes._replace(stop_token_ids=stop)
     if (reference := config.learner.objective.reference_teacher) is not None:
         prompt_routes = prompt_routes._replace(routes=[{**route, reference: 0.0} for route in prompt_routes.routes])
@@ -95,10 +121,13 @@ def read_inputs(config: CampaignConfig) -> Inputs:
         _demand_references(config.prompts, prompts, "prompts")
     held_out, held_out_routes = None, None
     if config.evaluation.prompts is not None:
-        held_out, held_out_routes = _read(config, config.evaluation.prompts, tokenizer, "evaluation.prompts")
+        held_out, held_out_routes, more = _read(config, config.evaluation.prompts, tokenizer, "evaluation.prompts")
+        left_out |= more
         longest = {name: max(most, held_out_routes.longest[name]) for name, most in prompt_routes.longest.items()}
         prompt_routes = prompt_routes._replace(longest=longest)
-    judge, remarks = Judge(config.evaluation.verifier), []
+    shared = overlap(held_out, prompts) if held_out is not None else ""
+    judge, remarks = Judge(config.evaluation.verifier), mixture(config, prompts)
+    remarks += [f"{key}: {one}" for key, one in left_out.items()] + ([f"note: {shared}"] if shared else [])
     try:
         if config.gives_rewards:
             remarks += try_references(config, judge, prompts)
@@ -118,7 +147,23 @@ def read_inputs(config: CampaignConfig) -> Inputs:
         min(rows, max(tokenizer.get_vocab().values()) + 1),
         {name: ends for name in config.teachers if (ends := turn_ends(config, name)) is not None},
         remarks,
+        left_out,
+        shared,
     )
+
+
+def mixture(config: CampaignConfig, prompts: PromptSet) -> list[str]:
+    """For each of several sources: its prompts, its share, and how often the campaign goes through them."""
+    sources, counts = config.prompts.sources, prompts.counts
+    if len(counts) < 2:
+        return []
+    weights = [source.weight or counts[f"prompts.sources.{name}"] for name, source in sources.items()]
+    issued = config.pipeline.updates * config.pipeline.prompts_per_update
+    shares = {key: weight / sum(weights) for key, weight in zip(counts, weights, strict=True)}
+    return [
+        f"{key}: {counts[key]:,} prompts, {share:.1%} of all that are drawn, {issued * share / counts[key]:.2g} times each"
+        for key, share in shares.items()
+    ]
 
 
 def student_stop_tokens(config: CampaignConfig) -> list[int]:
@@ -171,14 +216,18 @@ def turn_ends(config: CampaignConfig, name: str) -> TurnEnds | None:
     return ends
 
 
-def _read(config: CampaignConfig, source: PromptsConfig, tokenizer: Any, key: str) -> tuple[PromptSet, PromptRoutes]:
-    """The prompts as the student reads them, and the routes: the teachers of each prompt, and their view of it."""
+def _read(
+    config: CampaignConfig, source: PromptsConfig, tokenizer: Any, key: str
+) -> tuple[PromptSet, PromptRoutes, dict[str, Dropped]]:
+    """The prompts as the student reads them, the routes (the teachers of each prompt, and their view of it), and what was
+    left out of each source."""
     if source.chat and not tokenizer.chat_template:
         raise UserError(f"{key}.chat", "true, and a student without a chat template", _templates(config))
     if source.chat:
         _refuse_unnamed(source, tokenizer, key)
-    response, limits = config.sampling.max_response_tokens, teacher_limits(config)
-    prompts = load_prompts(source, tokenizer, student_limit(config).tokens - response, key)
+    response = config.sampling.max_response_tokens
+    room = student_limit(config).tokens - response
+    prompts = load_prompts(source, tokenizer, room, key)
     own = {
         name: load_tokenizer(its, teacher.trust_remote_code, f"teachers.{name}.tokenizer")
         for name, teacher in config.teachers.items()
@@ -192,20 +241,46 @@ def _read(config: CampaignConfig, source: PromptsConfig, tokenizer: Any, key: st
     reference = config.learner.objective.reference_teacher
     teaching = {name: teacher for name, teacher in config.teachers.items() if name != reference}
     routed = routes(prompts.domains, teaching, prompts.where)
-    longest: dict[str, int] = {}
-    for name in config.teachers:
-        # Which of the prompts this teacher reads, and how: with other words, or in other tokens.
-        rows = np.flatnonzero([name == reference or name in teachers for teachers in routed])
+    # Which of the prompts a teacher reads, and how: with other words, or in other tokens.
+    readers = {
+        name: np.flatnonzero([name == reference or name in teachers for teachers in routed]) for name in config.teachers
+    }
+    too_long = np.diff(prompts.offsets) > min(room, source.max_prompt_tokens or room)
+    too_long |= _unreadable(config, source, prompts, read_otherwise, readers)
+    repeats = repeated(prompts.texts, ~too_long) if source.duplicates == "drop" else np.zeros(len(prompts), bool)
+    left_out = dropped(prompts, too_long, repeats)
+    if left_out:
+        rows = np.flatnonzero(~(too_long | repeats))
+        prompts, routed = prompts.take(rows), [routed[row] for row in rows]
+        read_otherwise = {name: its.take(rows) for name, its in read_otherwise.items()}
+        readers = {name: np.flatnonzero(np.isin(rows, its)) for name, its in readers.items()}
+    longest = {
+        name: int(read_otherwise.get(name, prompts).lengths_of(rows).max(initial=0)) + response
+        for name, rows in readers.items()
+        if backend_of(config.teachers[name]).tries_length
+    }
+    return prompts, PromptRoutes(routed, read_otherwise, longest=longest), left_out
+
+
+def _unreadable(
+    config: CampaignConfig,
+    source: PromptsConfig,
+    prompts: PromptSet,
+    read_otherwise: Mapping[str, PromptSet],
+    readers: Mapping[str, np.ndarray],
+) -> np.ndarray:
+    """[M] bool: prompts that with a response are too long for one of their teachers. UserError: one is, and none is dropped."""
+    found, response = np.zeros(len(prompts), bool), config.sampling.max_response_tokens
+    for name, limit in teacher_limits(config).items():
+        rows = readers[name]
         lengths = read_otherwise.get(name, prompts).lengths_of(rows)
-        if backend_of(config.teachers[name]).tries_length:
-            longest[name] = int(lengths.max(initial=0)) + response
-        limit = limits.get(name, Limit(UNBOUNDED, ""))
         wrong = np.flatnonzero(lengths + response > limit.tokens)
-        if len(wrong):
-            found = f"{lengths[wrong[0]]} tokens as teachers.{name} reads it ({len(wrong)} of {len(rows)} are too long)"
+        if len(wrong) and source.too_long == "refuse":
+            told = f"{lengths[wrong[0]]} tokens as teachers.{name} reads it ({len(wrong)} of {len(rows)} are too long)"
             room = f"at most {limit.tokens - response}: {limit.whose}, {limit.tokens} tokens, less the longest response"
-            raise UserError(prompts.where(rows[wrong[0]]), found, f"{room} (sampling.max_response_tokens)")
-    return prompts, PromptRoutes(routed, read_otherwise, longest=longest)
+            raise UserError(prompts.where(rows[wrong[0]]), told, f"{room} (sampling.max_response_tokens)")
+        found[rows[wrong]] = True
+    return found
 
 
 def _refuse_unnamed(source: PromptsConfig, tokenizer: Any, key: str) -> None:

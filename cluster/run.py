@@ -96,6 +96,7 @@ def run_campaign(
             return done, True
         with START.phase("reading prompts"):
             inputs = read_inputs(config)
+            inputs.tell(told)
             now = fingerprints(config, inputs.prompts, inputs.held_out)
         here: dict[str, Any] = {"step": found.state.step, "tokens_generated": found.state.tokens_generated}
         contents = demand_same(found.state.inputs, now, allow_change, partial(told, **here), taken.changed)
@@ -221,6 +222,7 @@ class Running:
                 complete = await self._train()
             self.records.event("finished" if complete else "stopped", step=self.state.step)
             summary = summarise(self.config, self.state, self.records.wall_seconds, self.needed)
+            summary["prompts"] = self.inputs.counts()
             summary["start"] = START.rows()
             await self.disk.lines_written()
             await self.disk.patiently(lambda: self.records.write_summary(summary))

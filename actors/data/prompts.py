@@ -130,7 +130,8 @@ def load_prompts(
 ) -> PromptSet:
     """Reads, renders and tokenises every prompt of the sources that `config` names, in their order.
 
-    max_prompt_tokens: the context length minus the room for a response; None: any length. key: the section's configuration
+    max_prompt_tokens: the context length minus the room for a response; None: any length (a longer prompt stays, too, where
+    `too_long` is not `refuse`: prompt_filters.py leaves it out). key: the section's configuration
     key, for example "prompts" or "evaluation.prompts". template: the text that a teacher with privileged information reads in
     place of the prompt, with `{field}` for fields of the record. UserError: a source is missing, empty or broken; or a
     record lacks a field, has a wrong type or too long a prompt. It names the first such record, counted from 1.
@@ -147,7 +148,9 @@ def load_prompts(
         if len(loaded.texts) == before:
             raise UserError(source.origin, "no records", "at least one prompt")
     found = loaded.prompts()
-    check_lengths(found, max_prompt_tokens)
+    refuses = max_prompt_tokens is not None and config.too_long == "refuse"
+    check_lengths(found, max_prompt_tokens if refuses else None, "which leaves room for the response")
+    check_lengths(found, config.max_prompt_tokens if refuses else None, f"{key}.max_prompt_tokens")
     return found
 
 
@@ -212,12 +215,12 @@ class _Loaded:
         )
 
 
-def check_lengths(prompts: PromptSet, most: int | None) -> None:
-    """UserError: a prompt has no token, or more than `most`. It names the first such record."""
+def check_lengths(prompts: PromptSet, most: int | None, why: str) -> None:
+    """UserError: a prompt has no token, or more than `most`. It names the first such record. why: of the limit."""
     lengths = np.diff(prompts.offsets)
     wrongs = [(np.flatnonzero(lengths == 0), "at least one token")]
     if most is not None:
-        wrongs.append((np.flatnonzero(lengths > most), f"at most {most}, which leaves room for the response"))
+        wrongs.append((np.flatnonzero(lengths > most), f"at most {most}, {why}"))
     for wrong, expected in wrongs:
         if len(wrong):
             count = f"({len(wrong)} of {len(lengths)} prompts are like this)"

@@ -54,6 +54,8 @@ EVENTS: dict[str, Event] = {
         "{key}: {path} is taken at commit {commit}; an earlier release began the campaign and did not record its commit",
         "warn",
     ),
+    "prompts_dropped": Event("{key}: {cause}", "warn"),
+    "held_out_overlap": Event("{cause}", "warn"),
     "pinned": Event("{commits}", news=False),
     "setting_changed": Event("from update {step} on {key} is {after}; it was {before}", "warn", "changed", marked=True),
     "schedule_planned": Event(
