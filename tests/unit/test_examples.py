@@ -1,18 +1,33 @@
 """Every example and recipe is a configuration that `check` accepts, and what makes the examples still runs."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
+from actors.config import PromptsConfig, VerifierConfig
+from actors.data.models import load_model
+from actors.data.prompts import load_prompts
+from actors.data.tokenizer import load_tokenizer
+from actors.data.verifiers import make_verifier
+from actors.errors import UserError
 from cluster.config_file import load_config
 from cluster.preflight import checks
 from examples.carries.make_prompts import LEAST, carries
+from examples.heal.damage import damage
+from examples.heal.perplexity import compare, interval, negative_logprobs, passages
 from examples.two_domains.make_models import running
+from tests.tiny_models import make_tiny_model
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+TINY = ROOT / "examples" / "addition" / "student"
+HEAL = ROOT / "examples" / "heal"
 CONFIGS = sorted([*ROOT.glob("examples/*/*.yaml"), *ROOT.glob("configs/*.yaml")])
 
 
@@ -45,7 +60,7 @@ def test_the_committed_prompts_are_those_that_the_scripts_make(tmp_path: Path) -
 
 
 def test_the_answers_are_right() -> None:
-    for path in ROOT.glob("examples/*/*.jsonl"):
+    for path in set(ROOT.glob("examples/*/*.jsonl")) - set(HEAL.glob("*")):
         for row in map(json.loads, path.read_text("utf-8").splitlines()):
             if row.get("domain") == "running":
                 totals = [sum(map(int, row["prompt"][1 : i + 2])) % 10 for i in range(len(row["prompt"]) - 1)]
@@ -71,3 +86,108 @@ def test_a_running_sum_by_hand() -> None:
             return 0.5
 
     assert running(Draw()) == ("-48217", "4+0=4,8+4=2,2+2=4,1+4=5,7+5=2;42452")  # type: ignore[arg-type]
+
+
+def prompts_of_heal() -> dict[str, list[dict[str, Any]]]:
+    """The records of each file."""
+    return {
+        path.stem: [json.loads(line) for line in path.read_text("utf-8").splitlines()] for path in HEAL.glob("*.jsonl")
+    }
+
+
+def test_sizes_of_the_sets_of_heal_and_no_prompt_twice() -> None:
+    sets = prompts_of_heal()
+    assert {name: len(rows) for name, rows in sets.items()} == {"train": 420, "heldout": 80, "questions": 60}
+    kinds = {name: {row["kind"] for row in rows} for name, rows in sets.items()}
+    assert kinds["train"] == kinds["heldout"] and len(kinds["train"]) == 8
+    assert all(("answer" in row) == (name == "questions") for name, rows in sets.items() for row in rows)
+    asked = [last_words(row["prompt"]) for rows in sets.values() for row in rows]
+    assert {text for text in asked if asked.count(text) > 1} == set()
+    assert 2_900 < len((HEAL / "text.txt").read_text("utf-8").split()) < 3_100
+    assert len(passages(HEAL / "text.txt")) == 26
+
+
+def last_words(prompt: Any) -> str:
+    """What a prompt asks, without case, punctuation and white space."""
+    text = prompt if isinstance(prompt, str) else "".join(message["content"] for message in prompt)
+    return re.sub(r"[^a-z0-9+*/=-]", "", text.lower())
+
+
+def test_every_prompt_of_heal_is_read_and_every_answer_can_be_judged() -> None:
+    tokenizer = load_tokenizer(str(TINY), False, "student.model")
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    verify = make_verifier(VerifierConfig("numeric"))
+    for name, rows in prompts_of_heal().items():
+        config = PromptsConfig(str(HEAL / f"{name}.jsonl"), reference_field="answer" if name == "questions" else None)
+        read = load_prompts(config, tokenizer, 10_000, "prompts")
+        assert len(read) == len(rows)
+        assert name != "questions" or all(verify(f"It is {answer}.", answer) == 1 for answer in read.references)
+
+
+@pytest.mark.parametrize("architecture", ["qwen3", "llama"])
+def test_a_damaged_model_is_the_source_without_these_layers(architecture: str, tmp_path: Path) -> None:
+    source, output = tmp_path / "source", tmp_path / "damaged"
+    make_tiny_model(source, hidden=32, layers=7, context=64, architecture=architecture)
+    assert damage(str(source), output, "1,4") == [1, 4]
+    before, after = (load_model(str(path), None, "cpu", False, "student.model") for path in (source, output))
+    assert after.config.num_hidden_layers == 5 and after.dtype == before.dtype
+    kinds = getattr(after.config, "layer_types", None)
+    assert kinds is None or len(kinds) == 5
+    expected = {name.replace(".layers.6.", ".layers.4."): value for name, value in before.state_dict().items()}
+    for old, new in ((2, 1), (3, 2), (5, 3)):
+        expected |= {
+            name.replace(f".layers.{old}.", f".layers.{new}."): value
+            for name, value in before.state_dict().items()
+            if f".layers.{old}." in name
+        }
+    found = after.state_dict()
+    assert all(value.equal(expected[name]) for name, value in found.items())
+    assert sum(".layers." in name for name in found) * 7 == sum(".layers." in name for name in before.state_dict()) * 5
+    assert (output / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
+    assert (
+        load_tokenizer(str(output), False, "a").chat_template == load_tokenizer(str(source), False, "a").chat_template
+    )
+    with pytest.raises(UserError, match="a directory that does not exist yet"):
+        damage(str(source), output, "1")
+
+
+def test_which_layers_are_left_out(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    make_tiny_model(source, hidden=32, layers=7, context=64)
+    for wrong in ("7", "1,1", "a", "", "0,1,2,3,4,5,6", "-1"):
+        with pytest.raises(UserError, match=r"^--drop"):
+            damage(str(source), tmp_path / "other", wrong)
+    with pytest.raises(UserError, match=r"^--count: found 4, expected 1 to 3"):
+        damage(str(source), tmp_path / "other", None, count=4)
+    drawn = [damage(str(source), tmp_path / str(seed), None, count=2, seed=seed) for seed in range(6)]
+    assert len({tuple(layers) for layers in drawn}) > 1
+    assert {layer for layers in drawn for layer in layers} <= {2, 3, 4}
+    assert damage(str(source), tmp_path / "again", None, count=2, seed=3) == drawn[3]
+
+
+def test_perplexity_is_that_of_the_models_own_loss_and_a_model_does_not_differ_from_itself(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = ["12+34=46", "5+5=10;7", "1+1"]
+    file = tmp_path / "text.txt"
+    file.write_text("\n\n".join(texts))
+    assert passages(file) == texts
+    model, tokenizer = load_model(str(TINY), "float32", "cpu", False, "a"), load_tokenizer(str(TINY), False, "a")
+    sums, counts = negative_logprobs(model, tokenizer, texts)
+    for text, total, count in zip(texts, sums, counts, strict=True):
+        tokens = torch.tensor([tokenizer(text)["input_ids"]])
+        assert count == tokens.shape[1] - 1
+        assert total / count == pytest.approx(model(tokens, labels=tokens).loss.item(), rel=1e-5)
+    compare([str(TINY), str(TINY)], file, 0)
+    first, second = capsys.readouterr().out.splitlines()
+    assert f"{sums.sum() / counts.sum():.4f} nats a token" in first
+    assert second.endswith("; +0.0000 [+0.0000, +0.0000] to the first")
+
+
+def test_an_interval_covers_the_mean_as_often_as_it_says() -> None:
+    draw, inside = np.random.default_rng(1), 0
+    for _ in range(200):
+        counts = draw.integers(50, 150, 30)
+        low, high = interval(counts * draw.normal(3.0, 0.5, 30), counts, 0)
+        inside += low < 3.0 < high
+    assert 0.88 < inside / 200 < 0.99

@@ -1,0 +1,195 @@
+"""A real language model on every path: SmolLM2-135M-Instruct with three of its layers left out, and the intact one.
+
+UNDERSTUDY_SMOLLM2 names its directory; without it nothing here runs. Each campaign is two updates of four short answers,
+with real Ray and real vLLM: half a minute.
+"""
+
+import json
+import math
+import os
+import socket
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from contextlib import closing, suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from cluster.records.writer import read_jsonl
+from examples.heal.damage import damage
+from tests.waiting import PATIENCE_SECONDS, until
+
+ROOT = Path(__file__).resolve().parents[2]
+VARIABLE = "UNDERSTUDY_SMOLLM2"
+INTACT = os.environ.get(VARIABLE, "")
+ROUNDING = 1e-4
+"""Between the log-probs of engine and learner, both in float32."""
+CACHE = {"kv_cache_memory_bytes": 64 << 20, "max_num_seqs": 8, "max_model_len": 512}
+
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.skipif(not INTACT, reason=f"{VARIABLE} names no directory of SmolLM2-135M-Instruct"),
+]
+
+SHORT = {
+    "pipeline": {"updates": 2, "prompts_per_update": 4},
+    "sampling.max_response_tokens": 16,
+    "rollout.engine": CACHE,
+    "prompts.limit": 24,
+    "evaluation.prompts.limit": 4,
+    "evaluation.every_updates": 2,
+    "checkpoint.every_updates": 2,
+    "learner.optimizer": {"learning_rate": 2e-5, "warmup_updates": 0},
+}
+WITH_ANSWERS = {"path": "examples/heal/questions.jsonl", "reference_field": "answer"}
+JUDGED = {"evaluation.prompts": WITH_ANSWERS, "evaluation.verifier.name": "numeric"}
+ON_SAMPLES = {"teachers.default.signal": "sampled", "learner.objective.estimator": "immediate"}
+PATHS: dict[str, dict[str, Any]] = {
+    "hidden": JUDGED,
+    "topk_adapter": {
+        "teachers.default.signal": "topk",
+        "student.lora": {"rank": 8, "publish": "adapter"},
+        "learner.optimizer.learning_rate": 2e-4,
+    },
+    "lora": {**ON_SAMPLES, "student.lora": {"rank": 8}, "learner.optimizer.learning_rate": 2e-4},
+    "stale": {"teachers.default.signal": "full", "pipeline.max_staleness": 1, "weights.encoding": "delta"},
+    "privileged": {
+        **ON_SAMPLES,
+        **JUDGED,
+        "prompts": WITH_ANSWERS,
+        "teachers.default.prompt_template": "{prompt}\n(The answer is {answer}.)",
+        "learner.objective.reward_weight": 0.1,
+        "pipeline.prompts_per_update": 2,
+        "pipeline.samples_per_prompt": 2,
+    },
+    "http": {
+        **{"teachers.default.model": "intact", "teachers.default.backend": "http", "teachers.default.urls": ["{url}"]},
+        **{"teachers.default.signal": "topk", "teachers.default.top_k": 16, "teachers.default.temperature": 1.0},
+    },
+    "vllm": {
+        **{"teachers.default.backend": "vllm", "teachers.default.engine": CACHE},
+        **{"teachers.default.signal": "topk", "teachers.default.top_k": 16},
+    },
+    "sft": {"learner.objective": {"estimator": "sft", "clip_low": None, "clip_high": None}},
+    "half": {
+        **{"rollout.dtype": "bfloat16", "learner.compute_dtype": "bfloat16", "teachers.default.dtype": "bfloat16"},
+        **{"teachers.default.signal": "student_topk", "learner.gradient_checkpointing": True},
+    },
+}
+"""Name of a campaign -> what it sets beside examples/heal/heal_short.yaml and SHORT. `{url}`: a server's."""
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("models") / "student"
+    assert damage(INTACT, path, "10,14,18") == [10, 14, 18]
+    return path
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    """The intact model behind vLLM's own server."""
+    with closing(socket.socket()) as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [
+        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", INTACT, "--served-model-name"),
+        *("intact", "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--max-logprobs", "20"),
+        *("--enforce-eager", "--kv-cache-memory-bytes", str(64 << 20), "--max-model-len", "512"),
+    ]
+    environment = {**os.environ, "TORCH_COMPILE_DISABLE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def answers() -> bool:
+        with suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2):
+            return True
+        return False
+
+    try:
+        until(answers, "vLLM's server", lambda: process.poll() is None)
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+        for one in family:
+            one.kill()
+        psutil.wait_procs(family, timeout=PATIENCE_SECONDS)
+
+
+def overrides(name: str, folder: Path, student: Path, url: str) -> list[str]:
+    """The arguments of `understudy run` behind the file."""
+    settings = {
+        "name": name,
+        "output_dir": str(folder),
+        "student.model": str(student),
+        "teachers.default.model": INTACT,
+        **SHORT,
+        **PATHS[name],
+    }
+    return [f"{key}={json.dumps(value).replace('{url}', url)}" for key, value in settings.items()]
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_a_real_model_takes_this_path(name: str, student: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    url = request.getfixturevalue("url") if name == "http" else ""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "cluster",
+            "run",
+            "examples/heal/heal_short.yaml",
+            *overrides(name, tmp_path, student, url),
+        ],
+        cwd=ROOT,
+        env={**environment, "HF_HUB_OFFLINE": "1", "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_SECONDS,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    assert "Traceback" not in done.stdout + done.stderr
+    run = tmp_path / name
+    rows = read_jsonl(run / "metrics.jsonl")
+    updates = [row for row in rows if row["step"] > 0]
+    assert [row["step"] for row in updates] == [1, 2] and [row["trajectories"] for row in updates] == [4, 8]
+    assert all(math.isfinite(value) for row in rows for value in row.values() if isinstance(value, float))
+    assert all(row["staleness_max"] <= (name == "stale") for row in updates)
+    if name != "sft":
+        assert_engine_and_learner_agree(updates[0], 0.1 if name == "half" else ROUNDING)
+    evaluated = [row["eval/reverse_kl"] for row in rows if "eval/reverse_kl" in row]
+    assert len(evaluated) == 2 and all(0 < kl < 10 for kl in evaluated)
+    summary = json.loads((run / "summary.json").read_text())
+    assert (summary["accuracy_teacher"] is not None) == (JUDGED.items() <= PATHS[name].items())
+    assert_loads(run / "checkpoints" / "step_00000002", student)
+
+
+def assert_engine_and_learner_agree(first: dict[str, float], rounding: float) -> None:
+    """The first update is on-policy, to the rounding of its dtypes."""
+    assert first["engine_logprob_abs_diff"] < rounding
+    assert first["ratio_mean"] == pytest.approx(1, abs=rounding)
+    assert first["clip_fraction"] == 0
+    assert abs(first["forward_kl_old"]) < rounding
+    assert 0 < first["reverse_kl"] < 10
+
+
+def assert_loads(checkpoint: Path, student: Path) -> None:
+    """transformers loads the checkpoint, which is another model than the student, and its tokenizer writes chats."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    after: Any = AutoModelForCausalLM.from_pretrained(checkpoint)
+    before: Any = AutoModelForCausalLM.from_pretrained(student)
+    assert after.config.num_hidden_layers == before.config.num_hidden_layers == 27
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Say hello."}], tokenize=False, add_generation_prompt=True
+    )
+    tokens = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])
+    with torch.no_grad():
+        ours, theirs = after(tokens).logits, before(tokens).logits
+    assert ours.isfinite().all() and 0 < float((ours.float() - theirs.float()).abs().max()) < 20
