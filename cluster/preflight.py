@@ -41,7 +41,7 @@ def checks(config: CampaignConfig, *, offline: bool) -> Iterator[tuple[str, Call
     """
 
     def here(*paths: str) -> bool:
-        return not offline or all(Path(path).exists() for path in paths)
+        return not offline or all(Path(path).expanduser().exists() for path in paths)
 
     refuse_revisions(config)
     if not offline and any(place.on_hub for place in places(config)):

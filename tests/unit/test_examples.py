@@ -191,3 +191,13 @@ def test_an_interval_covers_the_mean_as_often_as_it_says() -> None:
         low, high = interval(counts * draw.normal(3.0, 0.5, 30), counts, 0)
         inside += low < 3.0 < high
     assert 0.88 < inside / 200 < 0.99
+
+
+def test_models_under_the_home_directory_are_checked_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "student").symlink_to(TINY)
+    config = load_config(ROOT / "configs" / "quickstart.yaml", ["student.model=~/student"])
+    found = dict(checks(config, offline=True))
+    assert all(found[name] is not None for name in ("student", "teacher default", "memory of learner", "prompts"))
+    assert found["student"]() == "74 tokens, prompts of at most 48"  # type: ignore[misc]
