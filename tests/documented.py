@@ -6,8 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-PROGRAMS = ("understudy", "python", "make", "ray", "pip", "mkdocs", "docker", "kubectl", "sbatch", "git")
-"""Text in backticks, or an indented line, is a command if it begins with one of these and has more words."""
+PROGRAMS = (
+    *("understudy", "python", "pytest", "make", "ray", "pip", "mkdocs", "docker", "kubectl", "sbatch", "git"),
+    *("vllm", "hf", "nvidia-smi", "df", "prometheus"),
+)
+"""Text in backticks, or an indented line, is a command if it begins with one of these and has more words. Variables for one
+command (`NAME=value`) may stand before it."""
+VARIABLES = r"^(?:[A-Z_]+=\S+ )+"
 PLACES = {
     "CONFIG": "configs/quickstart.yaml",
     "RUN_DIR": "RUN",
@@ -33,7 +38,7 @@ class Command:
     @property
     def words(self) -> list[str]:
         """Split as a shell does, without comments. The program is named as PATH would find it."""
-        text = re.sub(r"\s*\[[A-Z_a-z=]+ …\]", "", self.text)  # what may be repeated
+        text = re.sub(r"\s*\[[A-Z_a-z=]+ …\]", "", re.sub(VARIABLES, "", self.text))  # what may be repeated
         words = [PLACES.get(word, word) for word in shlex.split(text, comments=True)]
         words = [re.sub(r"=[KN]$", "=1", word) for word in words]
         if words[:3] == ["python", "-m", "cluster"]:
@@ -71,7 +76,7 @@ def commands_of(markdown: str) -> list[str]:
 
 
 def _looks_like_one(text: str) -> bool:
-    program, _, others = text.removeprefix("$ ").removeprefix(".venv/bin/").partition(" ")
+    program, _, others = re.sub(VARIABLES, "", text.removeprefix("$ ")).removeprefix(".venv/bin/").partition(" ")
     return program in PROGRAMS and bool(others)
 
 

@@ -5,6 +5,9 @@ import math
 import random
 from pathlib import Path
 
+from cluster.records.event_table import EVENTS
+from cluster.records.metric_table import METRICS
+
 START = 1_800_000_000.0
 CONFIG = """name: {name}
 output_dir: /runs
@@ -67,6 +70,43 @@ def make_fake_run(
     if of is None:
         (path / "summary.json").write_text(json.dumps(_summary(metrics, updates)))
     return path
+
+
+def make_full_run(path: Path, *, updates: int = 1000, teachers: int = 8, seed: int = 0) -> Path:
+    """A fake run with all that a report can show: every metric, long names, many teachers, changes, guards, alerts, exports."""
+    make_fake_run(path, updates=updates, evaluate_every=max(updates // 20, 1), seed=seed, rows=2)
+    draw = random.Random(seed)
+    names = [f"a-teacher-with-a-long-name-for-domain-{number}" for number in range(teachers)]
+    rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        kind = "eval/accuracy" in row, row["step"] > 0
+        for key, metric in METRICS.items():
+            if key not in row and metric.chart and kind[not key.startswith("eval/")]:
+                row |= {key.replace("<name>", name): _drawn(metric.form, draw) for name in names}
+    _write_lines(path / "metrics.jsonl", rows)
+    events = [json.loads(line) for line in (path / "events.jsonl").read_text().splitlines()]
+    marked = [kind for kind, event in EVENTS.items() if event.marked or event.guard_action]
+    for number, step in enumerate(range(updates // 20, updates, updates // 20)):
+        about = {"cause": "response_length_mean is 80.2, above 60 for 3 updates", "metric": "response_length_mean"}
+        about |= {"guard": "length", "key": "learner.optimizer.learning_rate", "before": 1e-4, "after": 5e-5}
+        place = {"step": step, "wall_seconds": 20 + step / 2, "tokens_generated": 2900 * step, "time": START + step / 2}
+        events.insert(-1, {**about, **place, "kind": marked[number % len(marked)]})
+    _write_lines(path / "events.jsonl", events)
+    _write_lines(
+        path / "exports.jsonl", [{"time": START, "step": updates, "out": "/models/student", "dtype": "bfloat16"}]
+    )
+    lines = "".join(f"  {name}:\n    model: organisation/a-model-with-a-long-name-32B\n" for name in names)
+    config = (path / "config.yaml").read_text()
+    (path / "config.yaml").write_text(
+        config.replace("teachers:\n", f"teachers:\n{lines}") + "alerts: {command: page}\n"
+    )
+    return path
+
+
+def _drawn(form: str, draw: random.Random) -> float | list[int]:
+    if form == "histogram":
+        return [draw.randrange(50) for _ in range(17)]
+    return draw.random() * {"percent": 1, "seconds": 5000, "bytes": 2e9}.get(form, 1.2345)
 
 
 def _progress(step: int, updates: int) -> float:

@@ -1,7 +1,7 @@
 """`understudy export`: one checkpoint as a directory that transformers and vLLM load, with a model card.
 
-The directory gets its name when it is complete and its weights fit its config.json. The run directory is only read, so a
-campaign may go on meanwhile.
+The directory gets its name when it is complete and its weights fit its config.json. The run directory is only read, but for a
+line in exports.jsonl, so a campaign may go on meanwhile.
 """
 
 import json
@@ -20,7 +20,7 @@ from cluster.commands.model_card import model_card
 from cluster.config import CampaignConfig
 from cluster.config_file import load_config
 from cluster.records.metric_table import is_evaluation
-from cluster.records.writer import CONFIG_FILE, LEDGER_FILE, METRICS_FILE, read_jsonl
+from cluster.records.writer import CONFIG_FILE, LEDGER_FILE, METRICS_FILE, read_jsonl, record_export
 from cluster.state.campaign_state import CampaignState
 from cluster.state.checkpoints import best_first
 from cluster.state.soundness import examined, step_of
@@ -72,6 +72,7 @@ def export(
             found = f"{error.strerror or error} ({error.filename or checkpoint})"
             raise UserError(str(out), found, "room to write to, and a checkpoint that stays meanwhile") from error
         raise
+    record_export(run_dir, state.step, out, dtype)
     return state.step, dtype
 
 

@@ -76,6 +76,7 @@ FORMS: dict[str, dict[str, Check]] = {
         "tokens_generated": _number,
     },
     "events.jsonl": {"kind": _text, "cause": _text, "time": _number, "wall_seconds": _number, "step": _number},
+    "exports.jsonl": {"time": _number, "step": _step, "out": _text, "dtype": _text},
     "ledger.jsonl": {"trained": _spans, "dropped": _spans, "step": _step},
     "summary.json": {
         **dict.fromkeys(("updates", "tokens_generated", "wall_seconds", "loop_seconds", "faults"), _number),

@@ -14,6 +14,7 @@ from cluster.records.forms import parsed_row
 from cluster.records.writer import (
     CONFIG_FILE,
     EVENTS_FILE,
+    EXPORTS_FILE,
     METRICS_FILE,
     UNDONE_FILE,
     read_jsonl,
@@ -38,6 +39,8 @@ class Run:
     config_text: str
     config: dict[str, Any]
     trajectories: dict[int, Path]
+    exports: Sequence[dict[str, Any]] = ()
+    """What `understudy export` has written of this run: time, step, out, dtype."""
 
     def first(self, key: str) -> Any:
         """The earliest value of a metric; None without one."""
@@ -87,12 +90,13 @@ def load_run(path: Path) -> Run:
             read_jsonl(path / EVENTS_FILE, checked=True),
         )
         undone = read_jsonl(path / UNDONE_FILE, checked=True)
+        exports = read_jsonl(path / EXPORTS_FILE, checked=True)
         summary = summary_if_whole(path)
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise UserError(str(path), str(error), "the files that a campaign wrote") from error
     config = _parsed(config_text)
     name = str(config.get("name") or path.resolve().name)
-    return Run(path, name, metrics, undone, events, summary, config_text, config, trajectory_files(path))
+    return Run(path, name, metrics, undone, events, summary, config_text, config, trajectory_files(path), exports)
 
 
 def _parsed(text: str) -> dict[str, Any]:

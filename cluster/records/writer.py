@@ -28,6 +28,8 @@ from cluster.records.metric_table import METRIC_KEYS, STEP_ZERO_KEYS
 METRICS_FILE, EVENTS_FILE, SUMMARY_FILE = "metrics.jsonl", "events.jsonl", "summary.json"
 LEDGER_FILE = "ledger.jsonl"
 UNDONE_FILE = "undone.jsonl"
+EXPORTS_FILE = "exports.jsonl"
+"""A line for each `understudy export` of this run: time, step, out, dtype. The campaign does not touch it."""
 CONFIG_FILE, REPORT_FILE, TRAJECTORIES_DIRECTORY = "config.yaml", "report.html", "trajectories"
 OF_THIS_RUN = "of_this_run"
 """The key of config.yaml under which a campaign writes about itself (cluster/state/taken_over.py); no setting."""
@@ -249,6 +251,13 @@ class RunRecords:
             summary.rename(summary.with_name(f"{SUMMARY_FILE}.{time.time_ns()}.damaged"))
         summary.unlink(missing_ok=True)
         self.last_step = max((row["step"] for row in rows), default=-1)
+
+
+def record_export(run_dir: Path, step: int, out: Path, dtype: str) -> None:
+    """Tells the run's report of an export; not where the run directory cannot be written to, as an archive."""
+    row = {"time": round(time.time(), 3), "step": step, "out": str(out.resolve()), "dtype": dtype}
+    with suppress(OSError), (run_dir / EXPORTS_FILE).open("a") as file:
+        file.write(json.dumps(row) + "\n")
 
 
 def read_jsonl(path: Path, *, checked: bool = False) -> list[dict[str, Any]]:

@@ -14,6 +14,9 @@ from typing import NamedTuple
 PALETTE_SIZE = 8
 MAX_POINTS = 200
 """A longer series is drawn as this many means, with a band from the lowest to the highest value of each part."""
+MARK_ROWS = 3
+CHARACTER_WIDTH = 6.4
+"""At most, in pixels, of the small text at marks in any font of the style sheet."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +117,7 @@ def line_chart(
     series = [thinned(one) for one in series if one.values]
     x_format = x_format or compact
     x, y = _axes([*series, *undone], references, y_limits, size, right=104 if end_labels else 10)
-    parts = [_grid(x, y, x_format, y_format), *(_mark(mark, x, y) for mark in marks)]
+    parts = [_grid(x, y, x_format, y_format), _marks(marks, x, y)]
     parts += [_line(one, x, y).replace('class="', 'class="undone ') for one in undone if one.values]
     for name, value in references:
         parts.append(
@@ -269,15 +272,28 @@ def _line(series: Series, x: Axis, y: Axis) -> str:
     return "".join(parts)
 
 
-def _mark(mark: Mark, x: Axis, y: Axis) -> str:
-    at = x.at(mark.place)
-    anchor = "start" if at < (x.start + x.stop) / 2 else "end"
-    shift = 4 if anchor == "start" else -4
-    return (
-        f'<g class="mark {mark.tone}"><title>{escape(mark.text)}</title>'
-        f'<line x1="{at:.1f}" x2="{at:.1f}" y1="{y.start:.1f}" y2="{y.stop:.1f}"/>'
-        f'<text x="{at + shift:.1f}" y="{y.stop + 8:.1f}" text-anchor="{anchor}">{escape(mark.name)}</text></g>'
-    )
+def _marks(marks: Sequence[Mark], x: Axis, y: Axis) -> str:
+    """Lines with names, in up to MARK_ROWS rows. A name without room is left out: its line shows it under the pointer."""
+    parts: list[str] = []
+    taken: list[list[tuple[float, float]]] = [[] for _ in range(MARK_ROWS)]
+    for mark in sorted(marks, key=lambda mark: mark.tone != "bad"):  # the gravest get their names first
+        at = x.at(mark.place)
+        forwards = at < (x.start + x.stop) / 2
+        width = CHARACTER_WIDTH * len(mark.name)
+        span = (at + 4, at + 4 + width) if forwards else (at - 4 - width, at - 4)
+        row = next((row for row, others in enumerate(taken) if not any(_overlap(span, one) for one in others)), None)
+        name = ""
+        if row is not None:
+            taken[row].append(span)
+            place = f'x="{at + (4 if forwards else -4):.1f}" y="{y.stop + 8 + 12 * row:.1f}"'
+            name = f'<text {place} text-anchor="{"start" if forwards else "end"}">{escape(mark.name)}</text>'
+        line = f'<line x1="{at:.1f}" x2="{at:.1f}" y1="{y.start:.1f}" y2="{y.stop:.1f}"/>'
+        parts.append(f'<g class="mark {mark.tone}"><title>{escape(mark.text)}</title>{line}{name}</g>')
+    return "".join(parts)
+
+
+def _overlap(one: tuple[float, float], other: tuple[float, float]) -> bool:
+    return one[0] < other[1] and other[0] < one[1]
 
 
 def _data(

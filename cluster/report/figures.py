@@ -98,11 +98,22 @@ class Past:
 
     events: Sequence[dict[str, Any]] = ()
     undone: Rows = ()
+    exports: Rows = ()
 
     def marks(self, figure: Figure, across: str = "step") -> list[Mark]:
-        """The marks of a chart: every action and change, but warnings only on charts of their metric."""
+        """The marks of a chart: every action, change and export, but warnings only on charts of their metric."""
         keys = [key for key, _ in figure.keys]
-        return [
+        exported = [
+            Mark(
+                row["step"],
+                "exported",
+                "good",
+                f"the checkpoint of update {row['step']} was exported to {row.get('out')}",
+            )
+            for row in self.exports
+            if across == "step" and row.get("step") is not None
+        ]
+        return exported + [
             Mark(float(event[across]), row.label, row.tone, _told(event, row))
             for event in self.events
             if ((row := row_of(event["kind"])).guard_action or row.marked) and event.get(across) is not None

@@ -32,7 +32,8 @@ from cluster.report.figures import (
 )
 from cluster.report.samples import samples
 from cluster.report.summary import DASH, before_after, bottleneck, comparison, headline, meta, state
-from cluster.report.timeline import timeline
+from cluster.report.timeline import exports, timeline
+from cluster.tracking.alerts import calls
 
 TEMPLATE = Path(__file__).with_name("report.html")
 
@@ -65,7 +66,7 @@ def sections(runs: Sequence[Run]) -> dict[str, str]:
     titled = list(zip([""] if one else names, runs, strict=True))  # a single run needs no title on what is its own
     curves = [(name, run.metrics) for name, run in titled]
     teachers = {run.result["accuracy_teacher"] for run in runs} - {None}
-    past = Past(one.events, one.undone) if one else Past()
+    past = Past(one.events, one.undone, one.exports) if one else Past()
     groups, steady = _groups(curves, past)
     return {
         "title": escape(one.name if one else f"{len(runs)} campaigns"),
@@ -79,11 +80,18 @@ def sections(runs: Sequence[Run]) -> dict[str, str]:
         "groups": groups,
         "steady": f'<section class="steady"><h2>Never changed</h2><dl>{steady}</dl></section>' if steady else "",
         "samples": samples([(name, run.trajectories) for name, run in zip(names, runs, strict=True)]),
-        "timeline": "".join(timeline(name, run.events, run.result["wall_seconds"] or 0.0) for name, run in titled),
+        "timeline": "".join(_what_happened(name, run) for name, run in titled),
         "configuration": _configuration(names, runs),
         "written": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
         "sources": ", ".join(f"<code>{escape(str(run.path))}</code>" for run in runs),
     }
+
+
+def _what_happened(name: str, run: Run) -> str:
+    called = bool(run.setting("alerts.command") or run.setting("alerts.webhook"))
+    return timeline(name, run.events, run.result["wall_seconds"] or 0.0, calls if called else None) + exports(
+        run.exports
+    )
 
 
 def _groups(curves: Sequence[tuple[str, Rows]], past: Past) -> tuple[str, str]:

@@ -1,6 +1,7 @@
 """The report's timeline: a lane for each actor over the wall clock, and a list of all events. Pure."""
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from html import escape
 from typing import Any
 
@@ -10,16 +11,30 @@ from cluster.report.charts import seconds
 MAX_LINES = 120
 """Most events without a tone, or with a good one, in the list; only the newest. All others are listed."""
 MAX_LANES = 40
+ALERT = ' <span class="alert" title="an alert was sent">alert</span>'
 
 
-def timeline(name: str, events: Sequence[dict[str, Any]], wall_seconds: float) -> str:
-    """Lanes and list of one run's events. name: of the run, if the page shows several."""
+def timeline(
+    name: str, events: Sequence[dict[str, Any]], wall_seconds: float, calls: Callable[[str], bool] | None = None
+) -> str:
+    """Lanes and list of one run's events. name: of the run, if the page shows several. calls: whether a kind sent an alert."""
     title = f"<h3>{escape(name)}</h3>" if name else ""
     if not events:
         return f"{title}<p class=none>No events were recorded.</p>"
     events = sorted(events, key=lambda event: event["wall_seconds"])
     whole = max(wall_seconds, events[-1]["wall_seconds"]) or 1.0
-    return title + _lanes(events, whole) + _listing(events, opened=not name)
+    return title + _lanes(events, whole) + _listing(events, not name, calls or (lambda kind: False))
+
+
+def exports(rows: Sequence[dict[str, Any]]) -> str:
+    """What `understudy export` has written; "" where it has not."""
+    lines = "".join(
+        f"<tr><td>{time.strftime('%Y-%m-%d %H:%M', time.localtime(row.get('time') or 0))}</td>"
+        f"<td>update {row['step']}</td><td><code>{escape(str(row.get('out', '')))}</code> {escape(str(row.get('dtype', '')))}</td></tr>"
+        for row in rows
+        if row.get("step") is not None
+    )
+    return f'<details open><summary>Exports</summary><table class="events">{lines}</table></details>' if lines else ""
 
 
 def lives(events: Sequence[dict[str, Any]], whole: float) -> dict[str, list[tuple[float, float]]]:
@@ -78,12 +93,12 @@ def _lanes(events: Sequence[dict[str, Any]], whole: float) -> str:
     return f'<div class="lanes">{"".join(rows)}<div class="clock"><span></span><div>{ends}</div></div></div>'
 
 
-def _listing(events: Sequence[dict[str, Any]], opened: bool) -> str:
+def _listing(events: Sequence[dict[str, Any]], opened: bool, calls: Callable[[str], bool]) -> str:
     ordinary = [event for event in events if row_of(event["kind"]).tone in ("", "good")]
     left_out = {id(event) for event in ordinary[: max(len(ordinary) - MAX_LINES, 0)]}
     rows = [
         f'<tr><td>{seconds(event["wall_seconds"])}</td><td><span class="kind {row_of(event["kind"]).tone}">'
-        f"{escape(event['kind'].replace('_', ' '))}</span></td><td>{_details(event)}</td></tr>"
+        f"{escape(event['kind'].replace('_', ' '))}</span>{ALERT * calls(event['kind'])}</td><td>{_details(event)}</td></tr>"
         for event in events
         if id(event) not in left_out
     ]

@@ -11,7 +11,7 @@ import pytest
 
 from cluster.report.page import write_report
 from tests.browser import BROWSER, browser
-from tests.fake_run import make_fake_run
+from tests.fake_run import make_fake_run, make_full_run
 
 pytestmark = [
     pytest.mark.integration,
@@ -55,3 +55,67 @@ async def look(path: Path) -> None:
 def test_the_report_opens_in_a_browser(tmp_path: Path, runs: int) -> None:
     names = [make_fake_run(tmp_path / f"run{seed}", seed=seed) for seed in range(runs)]
     asyncio.run(look(write_report(names, tmp_path / "report.html").resolve()))
+
+
+OVERLAPS = """(() => {
+  const shown = [], clips = new Map();
+  const clip = (e) => {  // what of an element can be seen, as its ancestors cut it
+    if (!e || e === document.body) return [-1e9, -1e9, 1e9, 1e9];
+    if (!clips.has(e)) {
+      let [x0, y0, x1, y1] = clip(e.parentElement);
+      if (!e.namespaceURI.endsWith("svg") && getComputedStyle(e).overflowX !== "visible") {
+        const box = e.getBoundingClientRect();
+        [x0, y0, x1, y1] = [Math.max(x0, box.left), Math.max(y0, box.top), Math.min(x1, box.right), Math.min(y1, box.bottom)];
+      }
+      clips.set(e, [x0, y0, x1, y1]);
+    }
+    return clips.get(e);
+  };
+  const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  for (let node = walker.nextNode(); node; node = walker.nextNode()) {
+    const parent = node.parentElement;
+    if (!node.data.trim() || parent.closest("script, style, title, pre, .tokens, .prompt")) continue;
+    const style = getComputedStyle(parent);
+    if (style.visibility === "hidden" || !parent.getClientRects().length) continue;
+    const range = document.createRange();
+    range.selectNodeContents(node);
+    for (const rect of range.getClientRects()) {
+      let [x0, y0, x1, y1] = clip(parent);
+      [x0, y0] = [Math.max(x0, rect.left), Math.max(y0, rect.top)];
+      [x1, y1] = [Math.min(x1, rect.right), Math.min(y1, rect.bottom)];
+      const slack = (y1 - y0) * 0.15;
+      if (x1 - x0 > 1 && y1 - y0 > 1) shown.push({x0, y0: y0 + slack, x1, y1: y1 - slack, node, text: node.data.trim()});
+    }
+  }
+  shown.sort((a, b) => a.y0 - b.y0);
+  const found = [];
+  for (let i = 0; i < shown.length; i++) for (let j = i + 1; j < shown.length && shown[j].y0 < shown[i].y1; j++) {
+    const a = shown[i], b = shown[j];
+    if (a.node !== b.node && Math.min(a.x1, b.x1) - Math.max(a.x0, b.x0) > 1 && Math.min(a.y1, b.y1) - b.y0 > 1) found.push(a.text + " | " + b.text);
+  }
+  return found;
+})()"""
+"""Pairs of texts that are drawn over each other, as far as both can be seen. Tokens and YAML may scroll; they are left out."""
+LONG = "qwen3-0.6b-from-4b-mathematics-and-code-two-domains-eight-teachers-seed-17"
+SEEN = ((390, "screen"), (1280, "screen"), (1920, "screen"), (794, "print"))
+
+
+async def overlaps(paths: list[Path]) -> list[str]:
+    found = []
+    async with browser() as page:
+        for path, (width, media) in itertools.product(paths, SEEN):
+            await page.open(path, width, "light")
+            await page.ask("Emulation.setEmulatedMedia", media=media)
+            await page.value("document.querySelectorAll('details').forEach(details => details.open = true)")
+            pairs = await page.value(OVERLAPS)
+            found += [f"{path.name}, {width} pixels, {media}: {pair}" for pair in pairs]
+            wide = await page.value("document.documentElement.scrollWidth")
+            found += [f"{path.name}, {media}: {wide} pixels wide, in {width}"] * (wide > width)
+    return found
+
+
+def test_no_texts_of_the_report_overlap_with_long_names_many_teachers_and_many_marks(tmp_path: Path) -> None:
+    one = write_report([make_full_run(tmp_path / LONG)], tmp_path / "one.html")
+    runs = [make_full_run(tmp_path / f"{LONG}-{seed}", updates=40, teachers=1, seed=seed) for seed in range(4)]
+    several = write_report(runs, tmp_path / "several.html")
+    assert asyncio.run(overlaps([one.resolve(), several.resolve()])) == []

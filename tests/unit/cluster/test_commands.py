@@ -1,11 +1,12 @@
 """Every command of README, documentation and examples exists in this version.
 
-Commands that take a second are run: `status`, `tail`, `report` and `plan` on a finished run, `check` with `--offline`.
-For `run`, `submit` and `compare` the arguments are parsed and the configuration is loaded (the tests in STEERING's and
-PARSED_BY_RAY's docstrings, and tests/e2e, run them). Scripts parse their arguments, then stop. NOT_HERE lists the rest.
+Commands that take a second are run: `status`, `tail`, `report` and `plan` on a finished run, `check` with `--offline`, which also
+tries the configurations of `run` and `submit`. Of the others the arguments are parsed: RUN_BY names the tests that run them,
+SCRIPTS says why a script is not run. NOT_HERE lists the rest.
 """
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -28,16 +29,47 @@ NOT_HERE = {
     ("mkdocs", "serve"): "goes on for ever; the site is built by a test of its own",
     ("ray", "status"): "asks a cluster",
     ("sbatch",): "asks a Slurm cluster",
+    ("prometheus",): "a program that the tests do not have; the file is read in tests/unit/deploy",
     ("kubectl", "apply"): "asks a Kubernetes cluster; the manifests are tested in tests/unit/deploy",
     ("docker", "run"): "starts a container",
+    ("vllm", "serve"): "goes on for ever; tests/unit/cluster/test_export.py loads what it would serve",
+    ("hf", "download"): "asks a hub",
+    ("nvidia-smi",): "asks a driver",
+    ("df",): "tells about the reader's machine",
     ("git", "pull"): "changes the reader's clone",
     ("curl", "http://127.0.0.1:8000/v1/chat/completions"): "asks that server",
 }
 """First words -> why they are not run."""
-STEERING = ("pause", "resume", "stop", "scale")
-"""tests/integration/test_steering.py runs these on a campaign."""
-PARSED_BY_RAY = ("start", "job submit")
-"""tests/integration/test_job.py and tests/e2e/test_walk.py run these."""
+RUN_BY = {
+    "understudy run": "tests/integration/test_run.py",
+    "understudy submit": "tests/integration/test_job.py",
+    "understudy compare": "tests/unit/cluster/test_compare.py",
+    "understudy export": "tests/unit/cluster/test_export.py",
+    "understudy pause": "tests/integration/test_steering.py",
+    "understudy resume": "tests/integration/test_steering.py",
+    "understudy stop": "tests/integration/test_steering.py",
+    "understudy scale": "tests/integration/test_steering.py",
+    "ray start": "tests/e2e/test_walk.py",
+    "ray job submit": "tests/integration/test_job.py",
+    "make demo": "tests/e2e/conftest.py",
+    "make test": "",
+    "make test-all": "",
+    "make lint": "",
+    "make setup": "",
+}
+"""First words of a command of which only the arguments are looked at here -> the test that runs it; "": it is what runs tests."""
+SCRIPTS = {
+    "benchmarks": "minutes to hours, or a GPU",
+    "docs/make_configuration.py": "writes pages; tests/unit/cluster/test_documentation.py runs it with --check",
+    "docs/make_metrics.py": "writes a page; tests/unit/cluster/test_documentation.py runs it with --check",
+    "docs/make_walk.py": "minutes, on a cluster of its own; tests/e2e/test_walk.py takes its steps",
+    "deploy/make_grafana.py": "writes what tests/unit/deploy/test_manifests.py compares",
+    "examples": "trains models for minutes; tests/unit/test_examples.py reads what is committed",
+    "tests.unit": "a table of a test's own figures, which the test asserts",
+}
+"""Script, module, or a folder of them -> why it is not run here."""
+CHECKED: set[tuple[str, ...]] = set()
+"""Arguments of `check` that were tried and found good: many pages have the same command."""
 READ_ARGUMENTS = """
 import argparse, json, runpy, sys, traceback
 parse = argparse.ArgumentParser.parse_args
@@ -93,7 +125,7 @@ def test_the_command_is_one_that_this_version_has(
         return
     if program == "understudy":
         return of_understudy(words, tmp_path, run_dir)
-    look = {"python": of_python, "make": of_make, "ray": of_ray}
+    look = {"python": of_python, "make": of_make, "ray": of_ray, "pytest": of_pytest}
     assert program in look, f"{program}: neither looked into nor in NOT_HERE"
     return look[program](words)
 
@@ -111,17 +143,22 @@ def of_understudy(words: list[str], folder: Path, run_dir: Path) -> None:
         load_config(config, [override for override in overrides if ":" not in override.partition("=")[0]])
     elif others:
         raise AssertionError(f"unrecognized: {others}")
+    if words[0] in ("run", "submit") and config and not getattr(options, "allow_change", None):
+        words = ["check", config, *overrides]  # all that comes before the actors
     if words[0] in ("status", "tail", "report", "plan", "check"):
         extra = {
             "report": ["--output", str(folder / "page.html")],
             "plan": [] if "--run" in words else ["--run", str(run_dir)],
             "check": ["--offline"],
         }.get(words[0], [])
+        if words[0] == "check" and tuple(words) in CHECKED:
+            return
         with pytest.raises(SystemExit) as ended:
             main([*[word for word in words if word != "--watch"], *extra])
         assert ended.value.code == 0
+        CHECKED.add(tuple(words))
     else:
-        assert words[0] in ("run", "submit", "compare", "export", *STEERING), f"{words[0]} is not looked into"
+        assert f"understudy {words[0]}" in RUN_BY, f"{words[0]} is not looked into"
 
 
 def script(words: list[str]) -> Path:
@@ -134,6 +171,8 @@ def script(words: list[str]) -> Path:
 
 def of_python(words: list[str]) -> None:
     source = script(words)
+    named = words[1] if words[0] == "-m" else words[0]
+    assert any(named.startswith(known) for known in SCRIPTS), f"{named}: neither run nor in SCRIPTS"
     if "<name>" in str(source):
         assert list(ROOT.glob(str(source.relative_to(ROOT)).replace("<name>", "*")))
     elif "argparse" not in source.read_text("utf-8"):  # those with arguments are looked into together
@@ -154,7 +193,12 @@ def test_scripts_take_the_arguments_that_pages_give_them() -> None:
     assert refused([*scripts, wrong]) == {" ".join(wrong): "exit status 2"}
 
 
+def of_pytest(words: list[str]) -> None:
+    assert all(ROOT.joinpath(word).exists() for word in words)
+
+
 def of_make(words: list[str]) -> None:
+    assert f"make {words[0]}" in RUN_BY
     done = subprocess.run(["make", "--dry-run", *words], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
@@ -162,7 +206,8 @@ def of_make(words: list[str]) -> None:
 def of_ray(words: list[str]) -> None:
     from ray.scripts.scripts import cli
 
-    name = next((known for known in PARSED_BY_RAY if words[: len(known.split())] == known.split()), None)
+    known = [name.split()[1:] for name in RUN_BY if name.startswith("ray ")]
+    name = next((" ".join(one) for one in known if words[: len(one)] == one), None)
     assert name, f"ray {words[0]}: neither looked into nor in NOT_HERE"
     command = cli
     for part in name.split():
@@ -178,7 +223,7 @@ understudy check a.yaml   # a comment
 ray start --head \\
   --num-cpus=2
 ```
-and `python -m benchmarks.head --x`, not `python` or `make_models.py`.
+and `A=1 B=2 python -m benchmarks.head --x`, not `python`, `A=1` or `make_models.py`.
 
     python benchmarks/sizes.py
 
@@ -197,6 +242,17 @@ $ make demo
     assert len(COMMANDS) > 40
 
 
+def test_each_command_that_is_only_parsed_is_run_by_a_test_that_there_is() -> None:
+    tests = {command: test for command, test in RUN_BY.items() if test}
+    for command, test in tests.items():
+        last = command.split()[-1]
+        text = (ROOT / test).read_text("utf-8") + (ROOT / "tests/walk.py").read_text("utf-8")
+        text += (ROOT / "tests/local_cluster.py").read_text("utf-8")
+        assert re.search(rf"\b{last}\b", text), f"{test} does not run {command}"
+    for reason in SCRIPTS.values():
+        assert all((ROOT / path).exists() for path in re.findall(r"tests/[\w/]+\.py", reason))
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -210,6 +266,8 @@ $ make demo
         "make demonstration",
         "ray start --heat",
         "ray stop",
+        "pytest tests/absent.py",
+        "A=1 python -m benchmarks.absent",
         "curl http://127.0.0.1:8265",
     ],
 )

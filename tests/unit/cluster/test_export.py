@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from actors.errors import UserError
 from cluster.commands import export as module
 from cluster.commands.export import export
+from cluster.records.reader import load_run
 from cluster.records.writer import read_jsonl
 from tests.light_campaign import configuration, finish, make_folder, start
 
@@ -80,6 +81,10 @@ def test_the_best_is_the_evaluated_one_with_the_highest_accuracy(folder: Path, t
     (copy / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert export(copy, tmp_path / "best", best=True)[0] == 2
     assert export(copy, tmp_path / "newest")[0] == 4
+    assert [(row["step"], row["out"]) for row in load_run(copy).exports[-2:]] == [
+        (2, str(tmp_path / "best")),
+        (4, str(tmp_path / "newest")),
+    ]
     weights = copy / "checkpoints" / "step_00000002" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-4])
     with pytest.raises(UserError, match=r"step_00000002.*expected a whole checkpoint"):
@@ -132,7 +137,12 @@ def test_nothing_half_has_the_final_name_and_nothing_is_overwritten(
     assert left(tmp_path) == ["empty", "taken"]
     with pytest.raises(UserError, match=r"--step: found 3, expected a checkpoint"):
         export(run_dir(folder), tmp_path / "half", step="3")
-    before = {path: path.stat().st_mtime_ns for path in run_dir(folder).rglob("*")}
+
+    def files() -> dict[Path, int]:
+        found = [path for path in run_dir(folder).rglob("*") if path.name != "exports.jsonl"]
+        return {path: path.stat().st_mtime_ns for path in found}
+
+    before = files()
     monkeypatch.undo()
     export(run_dir(folder), tmp_path / "again")
-    assert {path: path.stat().st_mtime_ns for path in run_dir(folder).rglob("*")} == before, "the run is only read"
+    assert files() == before, "of the run all but the record of exports is only read"

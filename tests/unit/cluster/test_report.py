@@ -1,5 +1,6 @@
 import base64
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -13,12 +14,12 @@ from actors.errors import UserError
 from cluster.records.metric_table import EVALUATION_KEYS, METRIC_KEYS
 from cluster.records.reader import BUSY, load_run, pace, with_throughput
 from cluster.records.writer import SUMMARY_KEYS, TRAJECTORY_KEYS, read_jsonl, read_summary
-from cluster.report.charts import Axis, Series, compact, line_chart, percent, thinned
+from cluster.report.charts import Axis, Mark, Series, compact, line_chart, percent, thinned
 from cluster.report.figures import GROUPS, HERO, HISTOGRAMS
 from cluster.report.page import write_report
 from cluster.report.samples import LEVELS, shade
 from cluster.report.timeline import lives
-from tests.fake_run import make_fake_run
+from tests.fake_run import make_fake_run, make_full_run
 
 VOID = {"meta", "link", "br", "line", "path", "circle", "rect", "polygon", "g"}
 
@@ -395,3 +396,29 @@ def test_what_a_guard_did_is_marked_and_what_it_undid_is_drawn_behind(run):
     assert 'class="undone' in page and "<above>" not in page
     plain = write_report([run, make_fake_run(run.parent / "other")], run / "two.html").read_text()
     assert ">rolled back</text>" not in plain, "several runs are drawn without their guards"
+
+
+def test_names_of_marks_stand_apart_and_the_gravest_keep_theirs():
+    marks = [Mark(step, "changed", "warn", "told") for step in range(10, 60)] + [Mark(30, "rolled back", "bad", "told")]
+    chart = line_chart([Series("a", [0, 100], [0, 1])], label="", y_format=str, marks=marks)
+    names = re.findall(r'<text x="([\d.]+)" y="([\d.]+)" text-anchor="(start|end)">(changed|rolled back)<', chart)
+    assert chart.count("<title>told</title>") == 51, "every line stays, with its text under the pointer"
+    assert 3 <= len(names) < 51 and sum(name == "rolled back" for *_, name in names) == 1
+    boxes = [
+        (y, float(x) - 6.0 * len(name) * (side == "end"), float(x) + 6.0 * len(name) * (side == "start"))
+        for x, y, side, name in names
+    ]
+    for one, other in itertools.combinations(boxes, 2):
+        assert one[0] != other[0] or one[2] <= other[1] or other[2] <= one[1], (one, other)
+
+
+def test_exports_and_alerts_are_told(tmp_path):
+    path = make_full_run(tmp_path / "run", updates=40)
+    page = write_report([path], tmp_path / "page.html").read_text()
+    assert "the checkpoint of update 40 was exported to /models/student" in page, "a mark in the charts"
+    assert re.search(r"Exports</summary>.*update 40</td><td><code>/models/student</code> bfloat16", page)
+    rows = dict.fromkeys(re.findall(r'<span class="kind[^>]*>([^<]*)</span>( <span class="alert")?', page))
+    assert ("actor died", ' <span class="alert"') in rows and ("checkpoint", "") in rows
+    config = (path / "config.yaml").read_text().replace("alerts: {command: page}", "")
+    (path / "config.yaml").write_text(config)
+    assert 'class="alert"' not in write_report([path], tmp_path / "page.html").read_text(), "nobody was called"

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import runpy
 import shlex
 import subprocess
 from pathlib import Path
@@ -196,9 +197,14 @@ def test_the_dashboard_asks_for_gauges_that_campaigns_export() -> None:
     assert all(panel["gridPos"]["x"] + panel["gridPos"]["w"] <= 24 for panel in panels)
 
 
+def test_the_dashboard_is_what_its_script_writes() -> None:
+    written = runpy.run_path(str(ROOT / "deploy" / "make_grafana.py"))["dashboard"]()
+    assert manifest("grafana.json") == written
+
+
 def test_alert_rules_and_scrape_configuration_name_gauges_that_there_are() -> None:
     rules = manifest("alert_rules.yml")["groups"][0]["rules"]
-    assert manifest("prometheus.yml")["rule_files"] == ["alert_rules.yml"] and len(rules) == 5
+    assert manifest("prometheus.yml")["rule_files"] == ["alert_rules.yml"] and len(rules) == 6
     named = {name for rule in rules for name in re.findall(r"ray_understudy_(\w+)", rule["expr"])}
     assert named <= {*METRIC_KEYS, "faults", "guard_actions"} and "step" in named
     for rule in rules:
