@@ -9,6 +9,7 @@ import argparse
 import io
 import json
 import os
+import re
 import sys
 import threading
 import time
@@ -36,11 +37,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser = command_parser()
     options, others = parser.parse_known_args(arguments)
     # `run CONFIG --flag key=value`: argparse leaves positional arguments behind an option over.
-    if [other for other in others if other.startswith("-") or not hasattr(options, "overrides")]:
+    words = "sources" if hasattr(options, "sources") else "overrides"
+    if [other for other in others if other.startswith("-") or not hasattr(options, words)]:
         parser.error(f"unrecognized arguments: {' '.join(others)}")
     if others:
-        options.overrides = [*options.overrides, *others]
-    repeated = _repeated(getattr(options, "overrides", []))
+        setattr(options, words, [*getattr(options, words), *others])
+    repeated = _repeated(getattr(options, words, []))
     if repeated:
         parser.error(f"{repeated} is given twice")
     if options.command in LONG_COMMANDS:
@@ -96,6 +98,7 @@ def command_parser() -> argparse.ArgumentParser:
         return sub
 
     _add_commands_of_a_configuration(command)
+    _add_evaluate(command)
     _add_commands_of_a_run(command)
     return parser
 
@@ -166,6 +169,26 @@ def _add_commands_of_a_configuration(command: Command) -> None:
     versus.add_argument("--seeds", default="0,1,2", help="default 0,1,2")
     versus.add_argument("--target", type=float, default=0.95, help="share of the teacher's accuracy (default 0.95)")
     versus.add_argument("--output", type=Path, help="page to write (default: <output_dir>/<name>-comparison.html)")
+
+
+def _add_evaluate(command: Command) -> None:
+    evaluate = command(
+        "evaluate", _evaluate, "evaluate models on the held-out prompts of a configuration, without training"
+    )
+    evaluate.add_argument(
+        "sources",
+        nargs="+",
+        metavar="MODEL_OR_RUN ... CONFIG [key=value ...]",
+        help="model directories, hub names or run directories; the YAML file; e.g. rollout.replicas=2",
+    )
+    evaluate.add_argument(
+        "--set", action="append", default=[], metavar="NAME", dest="sets", help="this set (default: all); repeats"
+    )
+    which = evaluate.add_mutually_exclusive_group()
+    which.add_argument("--step", metavar="N", help="of runs: this checkpoint (default: the newest whole one)")
+    which.add_argument("--best", action="store_true", help="of runs: the best evaluated checkpoint")
+    evaluate.add_argument("--reverse-kl", action="store_true", help="start the teachers, and measure the reverse KL")
+    evaluate.add_argument("--output", type=Path, help="JSON file (default: <output_dir>/<name>-evaluation.json)")
 
 
 def _add_commands_of_a_run(command: Command) -> None:
@@ -376,6 +399,33 @@ def _compare(options: argparse.Namespace) -> int:
     return 0
 
 
+def _evaluate(options: argparse.Namespace) -> int:
+    from cluster.config_file import load_config
+
+    overrides = [word for word in options.sources if re.match(r"[\w.-]+=", word)]
+    *sources, file = [word for word in options.sources if word not in overrides] or [""]
+    if not sources or not Path(file).is_file():
+        found = f"{file or 'nothing'} as the last of them"
+        raise UserError("evaluate", found, "MODEL_OR_RUN, one or several, then CONFIG, a YAML file")
+    config = load_config(file, overrides)
+    from cluster.commands.evaluate import evaluate, models_of, table, to_evaluate, write_results
+    from cluster.console.screen import print_table
+    from cluster.records.event_table import describe
+
+    wanted = to_evaluate(config, options.sets, options.reverse_kl)
+    models = models_of(sources, options.step, options.best)
+
+    def on_event(kind: str, **fields: Any) -> None:
+        print(f"understudy: {concealed(printable(describe(kind, fields)))}", file=sys.stderr, flush=True)
+
+    results = evaluate(wanted, models, on_event, lambda line: print(line, flush=True))
+    print_table(table(results))
+    output = options.output or Path(config.output_dir) / f"{config.name}-evaluation.json"
+    write_results(wanted, models, results, output)
+    print(f"results: {output.resolve()}")
+    return 0
+
+
 def _export(options: argparse.Namespace) -> int:
     from cluster.console.status import find_run
 
@@ -403,5 +453,5 @@ def _report(options: argparse.Namespace) -> int:
     return 0
 
 
-LONG_COMMANDS = (_run, _check, _submit, _compare, _plan)
+LONG_COMMANDS = (_run, _check, _submit, _compare, _plan, _evaluate)
 """Commands that end with one line on any signal that asks for it."""

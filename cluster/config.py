@@ -3,7 +3,7 @@
 Standard library only. cluster/config_file.py loads it from YAML and checks types and ranges.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -43,14 +43,45 @@ class PipelineConfig:
 
 @changing("free")
 @dataclass
+class EvaluationSetConfig:
+    """One set of held-out prompts, with its own verifier, sampling and length limit (docs/evaluation.md)."""
+
+    prompts: PromptsConfig = setting(PromptsConfig, "free")
+    """Its prompts; `limit` takes the first of them."""
+    verifier: VerifierConfig | None = setting(None, "free")
+    """How its responses are judged, where the prompts have reference answers. Null: only the reverse KL, the entropy and the
+    length are measured."""
+    samples: int = number(1, minimum=1)
+    """Responses to each prompt. Accuracy is the mean over them (avg@k); with several there are pass@k and the majority
+    vote besides."""
+    temperature: float | None = number(None, minimum=0)
+    """Divides the student's logits. 0: the most likely tokens (greedy). Null: `sampling.temperature`. With another
+    distribution than that of training, reverse KL and entropy are not measured."""
+    top_p: float | None = number(None, above=0, maximum=1)
+    """As `sampling.top_p`, which null takes."""
+    top_k: int | None = number(None, minimum=0)
+    """As `sampling.top_k`, which null takes."""
+    max_response_tokens: int | None = number(None, minimum=1)
+    """A longer response is cut here. Null: `sampling.max_response_tokens`."""
+    every_updates: int | None = number(None, minimum=1)
+    """Evaluate after this many updates, and also before the first and after the last. Null: `evaluation.every_updates`."""
+    exposure: bool = False
+    """Measure exposure bias: the reverse KL by position, on the student's own prefixes and on prefixes that the teacher has
+    written."""
+
+
+@changing("free")
+@dataclass
 class EvaluationConfig:
     """Evaluation on held-out prompts, by the rollout actors that also train."""
 
     prompts: PromptsConfig | None = setting(None, "free")
     """The held-out prompts. Null: no evaluation. Accuracy is measured over those that have a reference answer; where none
     has one (`reference_field: null`), there is the reverse KL alone."""
+    sets: dict[str, EvaluationSetConfig] = field(default_factory=dict)
+    """More sets of held-out prompts, by names of your choice, beside `prompts` or in its place."""
     verifier: VerifierConfig = field(default_factory=VerifierConfig)
-    """How a response is judged, in evaluations and for rewards."""
+    """How a response is judged, in evaluations of `prompts` and for rewards."""
     every_updates: int = number(20, minimum=1)
     """Evaluate after this many updates, and also before the first and after the last."""
     teacher: bool = True
@@ -89,8 +120,11 @@ class CheckpointConfig:
     keep_last: int = number(3, minimum=1)
     """Number of most recent checkpoints to keep."""
     keep_best: int = number(1, minimum=0)
-    """Number of checkpoints to keep besides: the evaluated ones with the highest held-out accuracy; where no held-out
-    prompt has a reference answer, with the lowest reverse KL."""
+    """Number of checkpoints to keep besides: the evaluated ones with the highest held-out accuracy, and of equal ones with
+    the lowest reverse KL; where no held-out prompt has a reference answer, with the lowest reverse KL."""
+    best_by: str | None = None
+    """The evaluation set that decides which checkpoint is best, a name of `evaluation.sets`. Null: `evaluation.prompts`, or,
+    without it, the first set."""
     grace_seconds: float | None = number(None, above=0)
     """Time between the signal that ends the campaign and its end by force, as the scheduler gives it (`--signal` of Slurm,
     `terminationGracePeriodSeconds` of Kubernetes). A checkpoint that takes longer, as measured before the first update, is
@@ -195,6 +229,13 @@ class CampaignConfig:
         return gives_rewards(self.learner.objective)
 
     @property
+    def best_by(self) -> str:
+        """The evaluation set that decides which checkpoint is best; "" for `evaluation.prompts`."""
+        if self.checkpoint.best_by is not None:
+            return self.checkpoint.best_by
+        return "" if self.evaluation.prompts is not None else next(iter(self.evaluation.sets), "")
+
+    @property
     def replicas(self) -> dict[str, int]:
         """Role -> number of actors. All teachers count as one role."""
         teachers = sum(teacher.replicas for teacher in self.teachers.values())
@@ -205,11 +246,34 @@ class CampaignConfig:
         """Trajectories of one update."""
         return self.pipeline.prompts_per_update * self.pipeline.samples_per_prompt
 
+    def sampling_of(self, one: EvaluationSetConfig) -> SamplingConfig:
+        """How the student answers an evaluation set; the temperature of a greedy one is that of training."""
+        base = self.sampling
+        return replace(
+            base,
+            temperature=one.temperature or base.temperature,
+            top_p=base.top_p if one.top_p is None else one.top_p,
+            top_k=base.top_k if one.top_k is None else one.top_k,
+            max_response_tokens=one.max_response_tokens or base.max_response_tokens,
+        )
+
+    def is_scored(self, one: EvaluationSetConfig) -> bool:
+        """Whether reverse KL and entropy are measured on an evaluation set: its responses are drawn from the policy."""
+        own = replace(self.sampling_of(one), max_response_tokens=self.sampling.max_response_tokens)
+        return one.temperature != 0 and own == self.sampling
+
+    @property
+    def longest_response(self) -> int:
+        """Tokens of the longest response that the student may write, in training or in an evaluation."""
+        sets = [self.sampling_of(one).max_response_tokens for one in self.evaluation.sets.values()]
+        return max(self.sampling.max_response_tokens, *sets) if sets else self.sampling.max_response_tokens
+
 
 def prompt_sources(config: CampaignConfig) -> dict[str, SourceConfig]:
-    """Configuration key -> source, of the prompts and the held-out prompts."""
+    """Configuration key -> source, of the prompts, the held-out prompts and the evaluation sets."""
     held_out = config.evaluation.prompts
-    return {
-        **config.prompts.each_source("prompts"),
-        **(held_out.each_source("evaluation.prompts") if held_out is not None else {}),
-    }
+    found = config.prompts.each_source("prompts")
+    found = found | (held_out.each_source("evaluation.prompts") if held_out is not None else {})
+    for name, one in config.evaluation.sets.items():
+        found = found | one.prompts.each_source(f"evaluation.sets.{name}.prompts")
+    return found

@@ -1,12 +1,12 @@
 """Reads what the campaign process needs before the start: prompts, held-out prompts, tokenizer, verifier."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from actors.config import PromptsConfig
+from actors.config import PromptsConfig, VerifierConfig
 from actors.data.judge import Judge
 from actors.data.models import context_length, engine_context, find_model, load_config
 from actors.data.prompt_filters import Dropped, dropped, overlap, repeated
@@ -22,6 +22,17 @@ from cluster.loop.teachers import PromptRoutes, routes
 
 TRIAL_SECONDS = 30.0
 """The longest that references are tried; it takes microseconds for each with the built-in verifiers, but for `math`."""
+
+
+class HeldOut(NamedTuple):
+    """An evaluation set as it was read."""
+
+    prompts: PromptSet
+    routes: PromptRoutes
+    judge: Judge | None
+    """None: nothing is judged."""
+    left_out: Mapping[str, Dropped]
+    """Configuration key of a source -> what is left out of it."""
 
 
 @dataclass
@@ -48,6 +59,8 @@ class Inputs:
     """Configuration key of a source -> what is left out of it."""
     shared: str = ""
     """What is to be said of held-out prompts that are trained on."""
+    sets: dict[str, HeldOut] = field(default_factory=dict)
+    """The sets of `evaluation.sets`, by name."""
 
     def counts(self) -> dict[str, dict[str, int]]:
         """What summary.json says of the prompts."""
@@ -68,6 +81,12 @@ class Inputs:
             on_event("prompts_dropped", key=key, cause=str(one), **one._asdict())
         if self.shared:
             on_event("held_out_overlap", cause=self.shared)
+
+    def close(self) -> None:
+        """Ends the processes of all verifiers for good."""
+        for judge in (self.judge, *(one.judge for one in self.sets.values())):
+            if judge is not None:
+                judge.close()
 
 
 class Limit(NamedTuple):
@@ -123,18 +142,29 @@ def read_inputs(config: CampaignConfig) -> Inputs:
     if config.evaluation.prompts is not None:
         held_out, held_out_routes, more = _read(config, config.evaluation.prompts, tokenizer, "evaluation.prompts")
         left_out |= more
-        longest = {name: max(most, held_out_routes.longest[name]) for name, most in prompt_routes.longest.items()}
-        prompt_routes = prompt_routes._replace(longest=longest)
+    sets = {name: read_set(config, tokenizer, name, stop) for name in config.evaluation.sets}
+    for routes_of in [held_out_routes, *(one.routes for one in sets.values())]:
+        if routes_of is not None:
+            longest = {name: max(most, routes_of.longest[name]) for name, most in prompt_routes.longest.items()}
+            prompt_routes = prompt_routes._replace(longest=longest)
+    left_out |= {key: own for one in sets.values() for key, own in one.left_out.items()}
     shared = overlap(held_out, prompts) if held_out is not None else ""
     judge, remarks = Judge(config.evaluation.verifier), mixture(config, prompts)
     remarks += [f"{key}: {one}" for key, one in left_out.items()] + ([f"note: {shared}"] if shared else [])
+    remarks += [f"{name}: note: {found}" for name, one in sets.items() if (found := overlap(one.prompts, prompts))]
     try:
         if config.gives_rewards:
             remarks += try_references(config, judge, prompts)
         if held_out is not None:
             remarks += try_references(config, judge, held_out)
+        for name, one in sets.items():
+            if one.judge is not None:
+                found = try_references(config, one.judge, one.prompts, config.evaluation.sets[name].verifier)
+                remarks += [f"{name}: {remark}" for remark in found]
     finally:
-        judge.end()  # an evaluation starts it again
+        for own in (judge, *(one.judge for one in sets.values())):
+            if own is not None:
+                own.end()  # an evaluation starts it again
     return Inputs(
         prompts,
         prompt_routes,
@@ -149,6 +179,7 @@ def read_inputs(config: CampaignConfig) -> Inputs:
         remarks,
         left_out,
         shared,
+        sets,
     )
 
 
@@ -164,6 +195,38 @@ def mixture(config: CampaignConfig, prompts: PromptSet) -> list[str]:
         f"{key}: {counts[key]:,} prompts, {share:.1%} of all that are drawn, {issued * share / counts[key]:.2g} times each"
         for key, share in shares.items()
     ]
+
+
+def read_set_inputs(config: CampaignConfig) -> Inputs:
+    """Reads what `understudy evaluate` needs: the evaluation sets alone, without the prompts of training. UserError: as
+    `read_inputs`."""
+    student = config.student
+    tokenizer = load_tokenizer(student.source, student.trust_remote_code, "student.model")
+    stop = student_stop_tokens(config)
+    rows = load_config(student.source, student.trust_remote_code, "student.model").get_text_config().vocab_size
+    sets = {name: read_set(config, tokenizer, name, stop) for name in config.evaluation.sets}
+    first = next(iter(sets.values()))
+    ends = {name: ends for name in config.teachers if (ends := turn_ends(config, name)) is not None}
+    vocabulary = min(rows, max(tokenizer.get_vocab().values()) + 1)
+    judge = Judge(config.evaluation.verifier)
+    return Inputs(first.prompts, first.routes, None, None, tokenizer, judge, stop, [], vocabulary, ends, sets=sets)
+
+
+def read_set(config: CampaignConfig, tokenizer: Any, name: str, stop: list[int]) -> HeldOut:
+    """The prompts of `evaluation.sets.<name>`, with room for its own longest response."""
+    one, key = config.evaluation.sets[name], f"evaluation.sets.{name}"
+    longer = replace(config, sampling=config.sampling_of(one))
+    asks_teachers = config.is_scored(one) or (one.verifier is not None and config.evaluation.teacher)
+    try:
+        prompts, routed, left_out = _read(longer, one.prompts, tokenizer, f"{key}.prompts", bounded=asks_teachers)
+    except UserError as error:
+        if error.where != "sampling.max_response_tokens" or one.max_response_tokens is None:
+            raise
+        raise UserError(f"{key}.max_response_tokens", error.found, error.expected) from error
+    if one.verifier is not None and not any(prompts.references) and one.prompts.has_references:
+        raise UserError(f"{key}.verifier", one.verifier.name, "a reference answer in a prompt, or null")
+    judge = None if one.verifier is None else Judge(one.verifier, f"{key}.verifier")
+    return HeldOut(prompts, routed._replace(stop_token_ids=stop), judge, left_out)
 
 
 def student_stop_tokens(config: CampaignConfig) -> list[int]:
@@ -217,10 +280,13 @@ def turn_ends(config: CampaignConfig, name: str) -> TurnEnds | None:
 
 
 def _read(
-    config: CampaignConfig, source: PromptsConfig, tokenizer: Any, key: str
+    config: CampaignConfig, source: PromptsConfig, tokenizer: Any, key: str, *, bounded: bool = True
 ) -> tuple[PromptSet, PromptRoutes, dict[str, Dropped]]:
     """The prompts as the student reads them, the routes (the teachers of each prompt, and their view of it), and what was
-    left out of each source."""
+    left out of each source.
+
+    bounded: teachers read the responses too, so that these must fit into their contexts.
+    """
     if source.chat and not tokenizer.chat_template:
         raise UserError(f"{key}.chat", "true, and a student without a chat template", _templates(config))
     if source.chat:
@@ -240,13 +306,15 @@ def _read(
     }
     reference = config.learner.objective.reference_teacher
     teaching = {name: teacher for name, teacher in config.teachers.items() if name != reference}
-    routed = routes(prompts.domains, teaching, prompts.where)
+    # Without teachers, as where only accuracy is evaluated, nothing is scored.
+    routed = routes(prompts.domains, teaching, prompts.where) if teaching else [{} for _ in range(len(prompts))]
     # Which of the prompts a teacher reads, and how: with other words, or in other tokens.
     readers = {
         name: np.flatnonzero([name == reference or name in teachers for teachers in routed]) for name in config.teachers
     }
     too_long = np.diff(prompts.offsets) > min(room, source.max_prompt_tokens or room)
-    too_long |= _unreadable(config, source, prompts, read_otherwise, readers)
+    if bounded:
+        too_long |= _unreadable(config, source, prompts, read_otherwise, readers)
     repeats = repeated(prompts.texts, ~too_long) if source.duplicates == "drop" else np.zeros(len(prompts), bool)
     left_out = dropped(prompts, too_long, repeats)
     if left_out:
@@ -255,7 +323,7 @@ def _read(
         read_otherwise = {name: its.take(rows) for name, its in read_otherwise.items()}
         readers = {name: np.flatnonzero(np.isin(rows, its)) for name, its in readers.items()}
     longest = {
-        name: int(read_otherwise.get(name, prompts).lengths_of(rows).max(initial=0)) + response
+        name: int(read_otherwise.get(name, prompts).lengths_of(rows).max(initial=0)) + response if bounded else 0
         for name, rows in readers.items()
         if backend_of(config.teachers[name]).tries_length
     }
@@ -319,13 +387,17 @@ def _demand_references(source: PromptsConfig, prompts: PromptSet, key: str) -> N
         )
 
 
-def try_references(config: CampaignConfig, judge: Judge, prompts: PromptSet) -> list[str]:
+def try_references(
+    config: CampaignConfig, judge: Judge, prompts: PromptSet, verifier: VerifierConfig | None = None
+) -> list[str]:
     """Tries the reference answers of the prompts, the first one at least, for TRIAL_SECONDS at most; returns remarks.
 
+    verifier: of an evaluation set; None: `evaluation.verifier`.
     UserError: the verifier fails, or cannot use a reference. It names the first such prompt.
     """
     numbers = [number for number, reference in enumerate(prompts.references) if reference is not None]
-    references, name = [str(prompts.references[number]) for number in numbers], config.evaluation.verifier.name
+    references = [str(prompts.references[number]) for number in numbers]
+    name = (verifier or config.evaluation.verifier).name
     tried, error = judge.try_references(references, TRIAL_SECONDS)
     if error is not None:
         if is_import_path(name) and tried == 0:

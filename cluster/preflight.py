@@ -232,6 +232,7 @@ def _teacher(config: CampaignConfig, name: str) -> str:
 def _prompts(config: CampaignConfig) -> str:
     inputs = read_inputs(config)
     held_out = f", {len(inputs.held_out)} held out" if inputs.held_out else ""
+    held_out += "".join(f", {len(one.prompts)} in the set {name}" for name, one in inputs.sets.items())
     reference = inputs.prompts.references[0]
     answer = "" if reference is None else f" -> {reference[:40]!r}"
     remarks = "".join(f"; {remark}" for remark in inputs.remarks)

@@ -14,15 +14,16 @@ PLACE = ("path", "split", "revision", "function", "function_arguments")
 
 
 def refuse_sources(config: CampaignConfig) -> None:
-    """UserError for the first contradiction in `prompts` and `evaluation.prompts`."""
+    """UserError for the first contradiction in `prompts`, `evaluation.prompts` and the evaluation sets."""
     held_out = config.evaluation.prompts
-    for key, section in (("prompts", config.prompts), ("evaluation.prompts", held_out)):
+    sets = [(f"evaluation.sets.{name}.prompts", one.prompts) for name, one in config.evaluation.sets.items()]
+    for key, section in (("prompts", config.prompts), ("evaluation.prompts", held_out), *sets):
         if section is None:
             continue
         for wrong, where, found, expected in (
             *_several(key, section),
             *(row for its, source in section.each_source(key).items() for row in _one(its, source)),
-            *_weights(key, section.sources, trained=section is not held_out),
+            *_weights(key, section.sources, trained=section is config.prompts),
         ):
             if wrong:
                 raise UserError(where, found, expected)

@@ -16,6 +16,7 @@ from actors.data.models import engine_context, load_config
 from actors.gpu_share import is_share
 from actors.rollout.actor import RolloutActor
 from actors.rollout.engine import PromptLengths
+from actors.rollout.saved_model import SavedModel
 from actors.teacher.backends import backend_of, teacher_class
 from actors.teacher.cross_tokenizer import CrossTokenizerTeacher
 from actors.teacher.turn_ends import TurnEndTeacher
@@ -74,7 +75,7 @@ def build_fleets(
         verifier=config.evaluation.verifier if config.gives_rewards else None,
         adapter=config.student.lora if publishes_adapter(config.student) else None,
         vocabulary=inputs.vocabulary,
-        prompts=_lengths(inputs),
+        prompts=_lengths(config, inputs),
         trust_remote_code=config.student.trust_remote_code,
     )
     fleets = {"rollout": rollout}
@@ -136,6 +137,35 @@ def build_learner(
     )
 
 
+def build_saved_model(
+    config: CampaignConfig,
+    needed: dict[str, tuple[int, Resources]],
+    on_event: Callable[..., None],
+    turn: asyncio.Lock,
+) -> Fleet:
+    """One actor that publishes the weights of `student.model`, in the place of a learner; not started."""
+    student = config.student
+    return Fleet(
+        "weights",
+        SavedModel,
+        (
+            _local(student.source),
+            config.rollout.dtype,
+            config.weights.bucket_mebibytes << 20,
+            student.trust_remote_code,
+            "student.model",
+        ),
+        {},
+        replicas=1,
+        resources=needed["learner"][1],
+        max_restarts=config.ray.max_restarts,
+        start_timeout_seconds=config.ray.start_timeout_seconds,
+        hang_timeout_seconds=config.ray.hang_timeout_seconds,
+        on_event=on_event,
+        turn=turn if is_share(needed["learner"][1].gpus) else None,
+    )
+
+
 def starts_last(config: CampaignConfig) -> set[str]:
     """Roles whose engines size themselves by the free memory of their GPU, which must not change meanwhile."""
     teachers = {
@@ -156,20 +186,30 @@ def _teacher_engine(config: CampaignConfig, inputs: Inputs, name: str, teacher: 
         or "max_model_len" in teacher.engine
     ):
         return teacher.engine
-    sets = [(inputs.prompts, inputs.prompt_routes), (inputs.held_out, inputs.held_out_routes)]
-    read = [
-        routes.privileged.get(name, prompts) for prompts, routes in sets if prompts is not None and routes is not None
+    response = config.sampling.max_response_tokens
+    sets = [(inputs.prompts, inputs.prompt_routes, response), (inputs.held_out, inputs.held_out_routes, response)]
+    sets += [
+        (one.prompts, one.routes, config.sampling_of(config.evaluation.sets[key]).max_response_tokens)
+        for key, one in inputs.sets.items()
     ]
-    most = max(int(np.diff(prompts.offsets).max()) for prompts in read) + config.sampling.max_response_tokens
+    most = max(
+        int(np.diff(routes.privileged.get(name, prompts).offsets).max()) + length
+        for prompts, routes, length in sets
+        if prompts is not None and routes is not None
+    )
     network = load_config(teacher.model, teacher.trust_remote_code, f"teachers.{name}.model")
     context = engine_context(network, {}, f"teachers.{name}.engine")
     return {"max_model_len": min(most + SPARE_TOKENS, context), **teacher.engine}
 
 
-def _lengths(inputs: Inputs) -> PromptLengths:
+def _lengths(config: CampaignConfig, inputs: Inputs) -> PromptLengths:
     sets = [prompts for prompts in (inputs.prompts, inputs.held_out) if prompts is not None]
     longest = max(int(np.diff(prompts.offsets).max()) for prompts in sets)
-    return PromptLengths(int(inputs.prompts.offsets[-1]) // len(inputs.prompts), longest)
+    whole = [
+        int(np.diff(one.prompts.offsets).max()) + config.sampling_of(config.evaluation.sets[name]).max_response_tokens
+        for name, one in inputs.sets.items()
+    ]
+    return PromptLengths(int(inputs.prompts.offsets[-1]) // len(inputs.prompts), longest, max(whole, default=0))
 
 
 def _local_student(config: CampaignConfig) -> StudentConfig:

@@ -33,6 +33,7 @@ from cluster.inputs import Inputs, read_inputs
 from cluster.interrupts import INTERRUPTS
 from cluster.loop.campaign import Campaign
 from cluster.loop.evaluation import Evaluator
+from cluster.loop.evaluation_sets import Evaluations, SetEvaluator
 from cluster.loop.samples import TrainingSamples
 from cluster.loop.teachers import Teachers
 from cluster.phases import START
@@ -97,7 +98,8 @@ def run_campaign(
         with START.phase("reading prompts"):
             inputs = read_inputs(config)
             inputs.tell(told)
-            now = fingerprints(config, inputs.prompts, inputs.held_out)
+            sets = {name: one.prompts for name, one in inputs.sets.items()}
+            now = fingerprints(config, inputs.prompts, inputs.held_out, sets)
         here: dict[str, Any] = {"step": found.state.step, "tokens_generated": found.state.tokens_generated}
         contents = demand_same(found.state.inputs, now, allow_change, partial(told, **here), taken.changed)
         if ended:
@@ -237,7 +239,7 @@ class Running:
         finally:
             for task in watching:
                 task.cancel()
-            self.inputs.judge.close()
+            self.inputs.close()
             self.trackers.close()
             self.alerts.close()
             for fleet in (self.learner, *self.fleets.values()):
@@ -371,18 +373,42 @@ async def _while_the_cluster_lives(work: Coroutine[Any, Any, None]) -> None:
 
 def build_evaluator(
     config: CampaignConfig, inputs: Inputs, teachers: dict[str, Fleet], on_event: Callable[..., None]
-) -> Evaluator | None:
-    """The evaluator of the held-out prompts; None if the configuration has none."""
-    if inputs.held_out is None or inputs.held_out_routes is None:
-        return None
-    return Evaluator(
-        inputs.held_out,
-        inputs.tokenizer,
-        inputs.judge,
-        Teachers(teachers, inputs.held_out_routes),
-        seed=config.seed,
-        max_response_tokens=config.sampling.max_response_tokens,
-        stop_token_ids=inputs.stop_token_ids,
-        keep_trajectories=config.evaluation.keep_trajectories,
-        on_event=on_event,
-    )
+) -> Evaluations | None:
+    """The evaluations of the held-out prompts and of all sets; None if the configuration has none."""
+    of_prompts = None
+    share = 1 + len(inputs.sets) if inputs.held_out is not None else max(len(inputs.sets), 1)
+    keep = -(-config.evaluation.keep_trajectories // share)
+    if inputs.held_out is not None and inputs.held_out_routes is not None:
+        of_prompts = Evaluator(
+            inputs.held_out,
+            inputs.tokenizer,
+            inputs.judge,
+            Teachers(teachers, inputs.held_out_routes),
+            seed=config.seed,
+            max_response_tokens=config.sampling.max_response_tokens,
+            stop_token_ids=inputs.stop_token_ids,
+            keep_trajectories=keep,
+            on_event=on_event,
+        )
+    sets = build_sets(config, inputs, teachers, on_event, keep)
+    return Evaluations(config, of_prompts, sets) if of_prompts or sets else None
+
+
+def build_sets(
+    config: CampaignConfig, inputs: Inputs, teachers: dict[str, Fleet], on_event: Callable[..., None], keep: int
+) -> dict[str, SetEvaluator]:
+    """The evaluators of `evaluation.sets`. teachers: {} where no teacher is asked. keep: trajectories kept of each set."""
+    return {
+        name: SetEvaluator(
+            name,
+            one.prompts,
+            inputs.tokenizer,
+            one.judge,
+            Teachers(teachers, one.routes),
+            config=config,
+            stop_token_ids=inputs.stop_token_ids,
+            keep_trajectories=keep,
+            on_event=on_event,
+        )
+        for name, one in inputs.sets.items()
+    }

@@ -9,7 +9,7 @@ from actors.config import RolloutConfig, TeacherConfig, publishes_adapter
 from actors.errors import UserError
 from actors.import_path import is_import_path
 from actors.teacher.backends import BACKENDS, OWN_SETTINGS, backend_of
-from cluster.config import CampaignConfig
+from cluster.config import CampaignConfig, EvaluationSetConfig
 from cluster.guards import check_guards
 from cluster.prompt_validation import refuse_sources
 from cluster.records.metric_table import guardable
@@ -34,6 +34,7 @@ def refuse(config: CampaignConfig) -> None:
         *_pipeline(config),
         *(row for role, actors in _roles(config).items() for row in _resources(role, actors)),
         *_rewards(config),
+        *_evaluation(config),
         *_alerts(config),
     ):
         if wrong:
@@ -120,6 +121,49 @@ def _rewards(config: CampaignConfig) -> Iterator[Contradiction]:
         yield missing, f"{key}.reference_field", "null", "the field with the reference answer, for rewards"
 
 
+def _evaluation(config: CampaignConfig) -> Iterator[Contradiction]:
+    """Evaluation sets: their names, and what each can measure."""
+    sets = config.evaluation.sets
+    expected = f"null, or one of evaluation.sets ({', '.join(sets) or 'there is none'})"
+    unknown = config.checkpoint.best_by is not None and config.checkpoint.best_by not in sets
+    yield unknown, "checkpoint.best_by", config.checkpoint.best_by, expected
+    for name, one in sets.items():
+        key = f"evaluation.sets.{name}"
+        named = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) is not None and len(name) <= LONGEST_NAME
+        yield (
+            not named,
+            "evaluation.sets",
+            repr(name),
+            "letters, digits, '.', '_' and '-': it is in the names of metrics",
+        )
+        expected = "1 with temperature: 0: greedy answers to a prompt are all the same"
+        yield one.temperature == 0 and one.samples > 1, f"{key}.samples", one.samples, expected
+        scored = config.is_scored(one)
+        expected = "a verifier; or temperature, top_p and top_k of null, since the reverse KL is of the policy that training samples"
+        yield one.verifier is None and not scored, f"{key}.verifier", "null", expected
+        needs = one.verifier is not None and not one.prompts.has_references
+        own = one.verifier is not None and is_import_path(one.verifier.name)
+        expected = "the field with the reference answer that the verifier reads"
+        yield needs and not own, f"{key}.prompts.reference_field", "null", expected
+        yield from _exposure(config, key, one)
+
+
+def _exposure(config: CampaignConfig, key: str, one: EvaluationSetConfig) -> Iterator[Contradiction]:
+    """Whether the teacher can write texts for the student to continue."""
+    expected = (
+        "false with temperature, top_p or top_k of its own: the reverse KL is of the policy that training samples"
+    )
+    yield one.exposure and not config.is_scored(one), f"{key}.exposure", "true", expected
+    several = one.exposure and len(config.teachers) > 1
+    yield several, f"{key}.exposure", "true", "false with several teachers: one of them writes the prefixes"
+    for name, teacher in config.teachers.items():
+        expected = f"false: the backend {teacher.backend} of teachers.{name} does not sample"
+        yield one.exposure and not backend_of(teacher).samples, f"{key}.exposure", "true", expected
+        other = teacher.tokenizer is not None or teacher.prompt_template is not None
+        expected = f"false: teachers.{name} reads other tokens than the student (tokenizer, prompt_template)"
+        yield one.exposure and other, f"{key}.exposure", "true", expected
+
+
 def _alerts(config: CampaignConfig) -> Iterator[Contradiction]:
     """The URL that alerts are sent to. It may be a secret, so it is in no message."""
     url = config.alerts.webhook
@@ -157,8 +201,9 @@ def _backend(config: CampaignConfig, key: str, teacher: TeacherConfig) -> Iterat
         ignored = bool(getattr(teacher, name)) and name not in row.settings
         readers = " or ".join(other for other, its in BACKENDS.items() if name in its.settings)
         yield ignored, f"{key}.{name}", getattr(teacher, name), f"nothing, or backend: {readers}"
-    held_out = config.evaluation.prompts
-    measured = held_out is not None and held_out.has_references and config.evaluation.teacher
+    held_out, sets = config.evaluation.prompts, config.evaluation.sets.values()
+    judged = (held_out is not None and held_out.has_references) or any(one.verifier for one in sets)
+    measured = judged and config.evaluation.teacher
     expected = f"false: the backend {backend} of {key} does not generate"
     yield measured and not row.generates, "evaluation.teacher", "true", expected
 

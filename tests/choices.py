@@ -42,9 +42,14 @@ PLAIN_TEXTS = {
 """Texts of the user's own. A new text without null is added to one of these two tables."""
 
 
+SAME = ("evaluation.sets.*.prompts.", "evaluation.sets.*.verifier.")
+"""Sections that are read as others of their kind are, `evaluation.prompts` and `evaluation.verifier`."""
+
+
 def choices() -> set[Choice]:
     """Every choice that there is."""
-    return {(key, value) for key, hint, default in _leaves() for value in _values(key, hint, default)}
+    leaves = [leaf for leaf in _leaves() if not leaf[0].startswith(SAME)]
+    return {(key, value) for key, hint, default in leaves for value in _values(key, hint, default)}
 
 
 def made_by(config: CampaignConfig) -> set[Choice]:

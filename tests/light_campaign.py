@@ -27,6 +27,7 @@ import torch
 import yaml
 
 import cluster.cli
+import cluster.commands.evaluate
 import cluster.roles
 import cluster.run
 from actors.errors import ActorFaultError, CampaignError, LearnerLostError, UserError
@@ -180,6 +181,9 @@ def without_ray() -> None:
     here.control_store_lost = _never
     here.connected = lambda config: nullcontext(True)
     here.room_to_begin = light_room
+    evaluating: Any = cluster.commands.evaluate
+    evaluating.connected = here.connected
+    evaluating.room_to_begin = light_room
 
 
 async def _never() -> None:

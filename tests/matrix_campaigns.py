@@ -146,6 +146,20 @@ CAMPAIGNS: dict[str, Campaign] = {
             "evaluation.verifier": {"name": "regex", "pattern": "[0-9]+"},
             "evaluation.every_updates": 1,
             "evaluation.keep_trajectories": 2,
+            "evaluation.sets": {
+                "near": {"prompts": {**HELD_OUT, "limit": 3}, "samples": 2, "exposure": True},
+                "far": {
+                    "prompts": {**HELD_OUT, "limit": 2},
+                    "verifier": {"name": "numeric"},
+                    "samples": 4,
+                    "temperature": 0.5,
+                    "top_p": 0.9,
+                    "top_k": 5,
+                    "max_response_tokens": 8,
+                    "every_updates": 2,
+                },
+            },
+            "checkpoint.best_by": "far",
         },
     ),
     "to_go": Campaign(

@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,6 +47,8 @@ class Verdicts(NamedTuple):
     """[B] float64; 0 where there is no verdict."""
     failed: list[str]
     """Why there is none, once for each response without one."""
+    answers: list[str | None] = []  # noqa: RUF012 (nothing changes it in place)
+    """[B] what each response answers (`answer_of` in verifiers.py); empty where it was not asked for."""
 
 
 class Trial(NamedTuple):
@@ -69,22 +72,28 @@ class Judge:
         self._in_a_row = 0
         self._closed = False
 
-    def rewards(self, responses: Sequence[str], references: Sequence[str | None]) -> Verdicts:
-        """Judges B responses with their reference answers.
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The verifier's configuration."""
+        return asdict(self._config)
+
+    def rewards(self, responses: Sequence[str], references: Sequence[str | None], *, answers: bool = False) -> Verdicts:
+        """Judges B responses with their reference answers. answers: also says what each of them answers.
 
         UserError: the verifier cannot be made, or cannot use a reference. CampaignError: too many responses in a row
         without a verdict, or `close` was called.
         """
-        rewards, failed = [], []
+        rewards, failed, told = [], [], []
         for response, reference in zip(responses, references, strict=True):
-            answer = self._ask({"response": response, "reference": reference, "try": False})
+            answer = self._ask({"response": response, "reference": reference, "try": False, "answer": answers})
             if "at_fault" in answer:
                 raise UserError.from_json(answer["at_fault"])
             beat()
             rewards.append(answer.get("reward", 0.0))
+            told.append(answer.get("answer"))
             if "failed" in answer:
                 failed.append(answer["failed"])
-        return Verdicts(np.array(rewards, np.float64), failed)
+        return Verdicts(np.array(rewards, np.float64), failed, told if answers else [])
 
     def try_references(self, references: Sequence[str], seconds: float) -> Trial:
         """Tries the references in their order, the first at least, for at most `seconds`.

@@ -5,8 +5,9 @@ can be ended at any moment. It takes one request at a time, a line of JSON each,
 `id` of its request; what else is written to the socket is no answer.
 
     {"name", "pattern", "key", "seconds"}   first: the verifier               -> {} or {"at_fault": UserError}
-    {"response", "reference", "try"}        a response to judge; try: a reference to try, without the pattern
-                                            -> {"reward"}, {"failed": reason} or {"at_fault": UserError}
+    {"response", "reference", "try",        a response to judge; try: a reference to try, without the pattern; answer: also
+     "answer"}                              say what the response answers
+                                            -> {"reward", "answer"}, {"failed": reason} or {"at_fault": UserError}
 """
 
 import contextlib
@@ -22,7 +23,7 @@ from collections.abc import Callable
 from typing import Any
 
 from actors.config import VerifierConfig
-from actors.data.verifiers import BUILT_IN, Verifier, make_verifier, trial
+from actors.data.verifiers import BUILT_IN, Verifier, answer_of, make_verifier, trial
 from actors.errors import UserError
 
 PR_SET_PDEATHSIG = 1
@@ -56,6 +57,7 @@ def _serve(read: Callable[[], str], answer: Callable[[dict[str, Any]], None]) ->
     config, seconds = VerifierConfig(asked["name"], asked["pattern"]), asked["seconds"]
     try:
         verify, attempt = make_verifier(config, asked["key"]), trial(config, asked["key"])
+        answers = answer_of(config, asked["key"])
     except UserError as error:
         return answer(first | {"at_fault": error.to_json()})
     answer(first)
@@ -64,16 +66,19 @@ def _serve(read: Callable[[], str], answer: Callable[[dict[str, Any]], None]) ->
         # Where nobody is left to end this process, its processor time does: the kernel needs no interpreter for that.
         signal.setitimer(signal.ITIMER_PROF, 60 + 10 * seconds)
         request = json.loads(line)
-        verdict = _verdict(attempt if request["try"] else verify, request, config.name in BUILT_IN)
+        verdict = _verdict(attempt if request["try"] else verify, answers, request, config.name in BUILT_IN)
         answer(verdict | {"id": request["id"]})
         if memory() - at_first > MOST_GROWTH:
             return None
     return None
 
 
-def _verdict(verify: Verifier, request: dict[str, Any], built_in: bool) -> dict[str, Any]:
+def _verdict(
+    verify: Verifier, answers: Callable[[str], str | None], request: dict[str, Any], built_in: bool
+) -> dict[str, Any]:
     try:
-        return {"reward": verify(request["response"], request["reference"])}
+        verdict: dict[str, Any] = {"reward": verify(request["response"], request["reference"])}
+        return verdict | ({"answer": answers(request["response"])} if request.get("answer") else {})
     except UserError as error:
         if built_in or request["try"]:
             return {"at_fault": error.to_json()}

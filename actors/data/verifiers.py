@@ -71,6 +71,34 @@ def trial(config: VerifierConfig, key: str = "verifier") -> Verifier:
     return _try_math(key) if config.name == "math" else _without_pattern(config.name, key)
 
 
+def tells_answers(config: VerifierConfig) -> bool:
+    """Whether `answer_of` can say what a response answers: not for a function of the user's own without a pattern."""
+    return config.name in BUILT_IN or config.pattern is not None
+
+
+def answer_of(config: VerifierConfig, key: str = "verifier") -> Callable[[str], str | None]:
+    """A function of a response that returns its answer, by which samples of a prompt vote; None: it has no answer.
+
+    With a pattern, what its last match captures; for `numeric` the last number; for `math` the expression that math-verify
+    finds; for `exact` the text. For other verifiers without a pattern, always None.
+    """
+    pattern = re.compile(config.pattern) if config.pattern is not None else None
+    library = _math_verify(key) if config.name == "math" else None
+
+    def answer(response: str) -> str | None:
+        if pattern is not None:
+            matches = [match[1] if pattern.groups else match[0] for match in pattern.finditer(response)]
+            response = (matches[-1] if matches else None) or ""
+        if config.name == "numeric":
+            found = last_number(response)
+            return None if found is None else str(found)
+        if library is not None and (parsed := library.parse(response)):
+            return str(parsed[0])
+        return (response.strip() or None) if tells_answers(config) else None
+
+    return answer
+
+
 def last_number(text: str) -> Fraction | None:
     """The last number in a text, exactly: "a total of $1,250.50." -> 2501/2, "3/4" -> 3/4. None where there is none."""
     text = _LATEX_FRACTION.sub(r" \1\2/\3 ", text.replace("\N{MINUS SIGN}", "-"))

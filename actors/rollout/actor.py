@@ -84,20 +84,24 @@ class RolloutActor(BatchedCalls):
             prompts=prompts,
         )
 
-    async def generate(self, requests: Requests, greedy: bool = False) -> tuple[RolloutCounts, Trajectories]:
+    async def generate(
+        self, requests: Requests, greedy: bool = False, sampling: SamplingConfig | None = None
+    ) -> tuple[RolloutCounts, Trajectories]:
         """Samples B requests: (counts for the campaign process, their Trajectories in the same order).
 
+        sampling: of an evaluation that has its own; None: that of training.
         Returns when the last response has ended. Responses are judged where the requests have references, by a process
         of its own that a helper thread waits for. Errors: AbortedError after `abort`; WeightError before the first `load_weights`. An EngineError ends
         the process.
         """
+        sampling = sampling or self._sampling
         with _ends_with_the_engine():
-            trajectories = await asyncio.wrap_future(self._engine.generate(requests, self._sampling, greedy=greedy))
+            trajectories = await asyncio.wrap_future(self._engine.generate(requests, sampling, greedy=greedy))
         check_answer(requests, trajectories)
-        trajectories = told_apart(trajectories, self._sampling, greedy)
+        trajectories = told_apart(trajectories, sampling, greedy)
         unjudged: list[str] = []
         if self._judge and requests.references:
-            rewards, unjudged = await asyncio.to_thread(
+            verdicts = await asyncio.to_thread(
                 rewards_of,
                 self._tokenizer,
                 self._judge,
@@ -105,7 +109,8 @@ class RolloutActor(BatchedCalls):
                 trajectories.response_offsets,
                 requests.references,
             )
-            trajectories = replace(trajectories, rewards=rewards.astype(np.float32))
+            unjudged = verdicts.failed
+            trajectories = replace(trajectories, rewards=verdicts.rewards.astype(np.float32))
         # Calls overlap, so an engine's seconds belong to no single call: each reports those since the last report.
         busy_seconds = self._engine.busy_seconds - self._reported_seconds
         self._reported_seconds += busy_seconds

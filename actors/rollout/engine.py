@@ -91,7 +91,9 @@ class Engine(Protocol):
         """Samples one response for each of the B requests. Result: Trajectories, in the order of the requests.
 
         A response ends with a stop token, which is part of it (finish reason "stop"), or after
-        `sampling.max_response_tokens` tokens ("length"). greedy: take the most likely token, for evaluations.
+        `sampling.max_response_tokens` tokens ("length"). greedy: take the most likely token, for evaluations. sampling:
+        that of the constructor, or, for an evaluation set, one with another temperature, filter or length limit: its
+        log-probs are then not read.
 
         Each token is recorded with the version of the weights that computed it, and with its log-prob under the
         distribution that it was drawn from, i.e. after temperature, top-k and top-p; and, where top-k or top-p filter,
@@ -135,7 +137,9 @@ class PromptLengths(NamedTuple):
     usual: int = 0
     """On average."""
     longest: int = 0
-    """Of all that are ever sampled from, held-out ones too."""
+    """Of those of training, and of held-out ones that are answered at `sampling.max_response_tokens`."""
+    whole: int = 0
+    """Of the longest text that is ever written, prompt and response: evaluation sets may have longer responses."""
 
 
 class Response(NamedTuple):

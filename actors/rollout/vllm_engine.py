@@ -109,6 +109,7 @@ class VllmEngine:
         """Seconds spent in vLLM's steps."""
         self.tokens_sampled = 0
         self._tensor_parallel = config.tensor_parallel_size > 1
+        self._temperature = sampling.temperature
         self._wait_for_running, self._recompute_kv = config.on_new_weights == "wait", config.recompute_kv
         self._stop_token_ids = sorted({*stop_token_ids, *sampling.stop_token_ids})
         # Before vLLM starts, which takes seconds: a fault in the model's files is then found at once.
@@ -124,7 +125,7 @@ class VllmEngine:
         more = adapter_options(adapter) if adapter else {}
         if prompts.longest:
             # By default vLLM wants room in its cache for one sequence of the model's whole context.
-            length = prompts.longest + sampling.max_response_tokens
+            length = max(prompts.longest + sampling.max_response_tokens, prompts.whole)
             network = load_config(model, trust_remote_code, "student.model")
             more["max_model_len"] = min(length, engine_context(network, {}, "rollout.engine"))
         self._filters = filters(sampling)
@@ -295,7 +296,8 @@ class VllmEngine:
         from vllm.sampling_params import RequestOutputKind
 
         return SamplingParams(
-            temperature=0.0 if greedy else 1.0,  # the model's own logits are tempered: `shape_logits`
+            # The model's own logits are tempered (`shape_logits`), so this is what an evaluation changes of it.
+            temperature=0.0 if greedy else sampling.temperature / self._temperature,
             top_p=1.0 if greedy else sampling.top_p,
             top_k=0 if greedy else sampling.top_k,
             max_tokens=sampling.max_response_tokens,

@@ -56,7 +56,7 @@ def export(
     config.output_dir, config.name = str(run_dir.resolve().parent), run_dir.resolve().name
     if adapter_only and config.student.lora is None:
         raise UserError("--adapter-only", "a campaign that trained all weights", "one with student.lora")
-    checkpoint, state = _chosen(run_dir, step, best)
+    checkpoint, state = chosen_checkpoint(run_dir, step, config.best_by if best else None)
     dtype = dtype or config.rollout.dtype
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = new_directory(out)
@@ -76,8 +76,12 @@ def export(
     return state.step, dtype
 
 
-def _chosen(run_dir: Path, wanted: str | None, best: bool) -> tuple[Path, CampaignState]:
-    """The checkpoint that was asked for, and its state; nothing is renamed or removed."""
+def chosen_checkpoint(run_dir: Path, wanted: str | None, best_by: str | None) -> tuple[Path, CampaignState]:
+    """The checkpoint that was asked for, and its state; nothing is renamed or removed.
+
+    wanted: its step. best_by: the best one by this evaluation set (`CampaignConfig.best_by`). Both None: the newest that is
+    sound. UserError: there is none, or it is damaged.
+    """
     checkpoints = run_dir / "checkpoints"
     steps = checkpoint_steps(checkpoints)
     if not steps:
@@ -85,7 +89,7 @@ def _chosen(run_dir: Path, wanted: str | None, best: bool) -> tuple[Path, Campai
     order = steps[::-1]
     if wanted is not None:
         order = [step_of(wanted, checkpoints, steps, "--step")]
-    elif best and not (order := best_first(steps, _evaluations(run_dir))):
+    elif best_by is not None and not (order := best_first(steps, _evaluations(run_dir), best_by)):
         raise UserError("--best", "no checkpoint of an update that was evaluated", "--step, or none for the newest")
     rows = read_jsonl(run_dir / LEDGER_FILE)
     faults = []
@@ -94,7 +98,7 @@ def _chosen(run_dir: Path, wanted: str | None, best: bool) -> tuple[Path, Campai
         if not isinstance(found, str):
             return step_directory(checkpoints, step), found
         faults.append(f"{step_directory(checkpoints, step)}: {found}")
-        if best:
+        if best_by is not None:
             break  # another than the best was not asked for
     raise UserError("RUN", faults[0], "a whole checkpoint; name another with --step")
 

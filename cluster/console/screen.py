@@ -21,7 +21,7 @@ from rich.text import Text
 from actors.plain_text import concealed, printable
 from cluster.console.status import StatusReader
 from cluster.records.event_table import describe, row_of
-from cluster.records.metric_table import METRICS, is_evaluation, listed, written
+from cluster.records.metric_table import METRICS, is_evaluation, listed, with_interval, written
 
 COLOURS = {"good": "green", "warn": "yellow", "bad": "red", "": "cyan"}
 LIVE_TONES = {"running": "good", "lost": "bad", "starting": ""}
@@ -123,7 +123,8 @@ def status_line(status: Mapping[str, Any]) -> str:
     parts.append(f"reverse KL {written(kl, METRICS['reverse_kl'].digits)}")
     if "eval/accuracy" in evaluation:
         of_teacher = f" (teacher {teacher:.1%})" if teacher is not None else ""
-        parts.append(f"accuracy {evaluation['eval/accuracy']:.1%}{of_teacher}")
+        parts.append(f"accuracy {with_interval(evaluation, 'eval/accuracy', '.1%')}{of_teacher}")
+    parts += [f"{name} {told}" for name, own in status.get("sets", {}).items() if (told := set_line(own))]
     if "staleness_mean" in metrics:
         parts.append(f"staleness {metrics['staleness_mean']:.1f}")
     if metrics.get("dropped"):
@@ -131,6 +132,12 @@ def status_line(status: Mapping[str, Any]) -> str:
     if status["seconds_left"]:
         parts.append(f"{duration(status['seconds_left'])} left")
     return "  ".join(parts)
+
+
+def set_line(values: Mapping[str, Any]) -> str:
+    """An evaluation set in a few words. values: its metrics without their prefix."""
+    shown = (("accuracy", "", ".1%"), ("majority", "majority ", ".1%"), ("reverse_kl", "reverse KL ", ".4f"))
+    return ", ".join(f"{label}{with_interval(values, key, form)}" for key, label, form in shown if key in values)
 
 
 def status_screen(status: Mapping[str, Any], *, news: bool = True) -> RenderableType:
@@ -209,6 +216,7 @@ def _figures(status: Mapping[str, Any]) -> RenderableType:
     rows = {
         "training": listed("training", metrics),
         "evaluation": f"update {evaluation['step']:,}   {listed('evaluation', evaluation)}" if evaluation else "",
+        **{f"set {name}": f"update {own['step']:,}   {set_line(own)}" for name, own in status.get("sets", {}).items()},
         "staleness": listed("staleness", metrics),
         "weights": f"version {status['policy_version']:,}   {listed('weights', metrics)}",
         "ledger": "   ".join(f"{state} {count:,}" for state, count in status["ledger"].items()),
@@ -282,17 +290,33 @@ def summary_table(summary: Mapping[str, Any]) -> str:
         ("teacher", "accuracy_teacher", "accuracy_sampled_teacher", ""),
     ]
     measured = any(summary.get(kl) is not None for *_, kl in rows)
-    lines = [f"{'held-out prompts':<18}{'accuracy':>10}{'sampled':>10}{'reverse KL':>12}"]
+    lines = [f"{'held-out prompts':<18}{'accuracy':>14}{'sampled':>14}{'reverse KL':>18}"]
     for name, accuracy, sampled, kl in rows:
-        figures = (written(summary.get(accuracy), ".1%"), written(summary.get(sampled), ".1%"))
-        distance = written(summary.get(kl), ".4f") if kl or not measured else "0"  # the teacher's distance to itself
-        lines.append(f"{name:<18}{figures[0]:>10}{figures[1]:>10}{distance:>12}")
+        figures = (_of_summary(summary, accuracy, ".1%"), _of_summary(summary, sampled, ".1%"))
+        distance = _of_summary(summary, kl, ".4f") if kl or not measured else "0"  # the teacher's distance to itself
+        lines.append(f"{name:<18}{figures[0]:>14}{figures[1]:>14}{distance:>18}")
+    for name, when in summary.get("sets", {}).items():
+        lines.append(f"set {name}: {set_line(when['start'])} -> {set_line(when['end'])}{_change(when['end'])}")
     counts = (
         f"{written(summary.get('updates'), ',')} updates",
         f"{written(summary.get('tokens_generated'), ',')} tokens",
         f"{written(summary.get('wall_seconds'), ',.1f')} seconds",
     )
     return "\n".join([*lines, ", ".join(counts)])
+
+
+def _of_summary(summary: Mapping[str, Any], key: str, form: str) -> str:
+    low, high = (summary.get("intervals") or {}).get(key) or (None, None)
+    return with_interval({key: summary.get(key), f"{key}:low": low, f"{key}:high": high}, key, form)
+
+
+def _change(end: Mapping[str, Any]) -> str:
+    """The paired difference to the untrained student, of the first quantity that has one."""
+    for key, form in (("accuracy", "+.1%"), ("reverse_kl", "+.4f")):
+        if end.get(f"{key}:from_start") is not None:
+            low, high = (written(end[f"{key}:from_start:{bound}"], form) for bound in ("low", "high"))
+            return f" ({written(end[f'{key}:from_start'], form)}, 95% {low} to {high})"
+    return ""
 
 
 def duration(seconds: float) -> str:

@@ -22,7 +22,7 @@ from cluster.config_file import load_config
 from cluster.planning.throughput import Plan, Stage, mean_of
 from cluster.records.event_table import BEGINNINGS, ENDS, row_of
 from cluster.records.forms import wrong_in
-from cluster.records.metric_table import METRICS, is_evaluation, of_status
+from cluster.records.metric_table import METRICS, is_evaluation, of_status, sets_of
 from cluster.records.reader import JsonlTail
 from cluster.records.utilisation import role_of
 from cluster.records.writer import CONFIG_FILE, EVENTS_FILE, METRICS_FILE, summary_if_whole, write_atomically
@@ -129,13 +129,20 @@ class _Updates:
 
     recent: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=RECENT_UPDATES))
     evaluation: dict[str, Any] = field(default_factory=dict)
+    sets: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Evaluation set -> the metrics of its last evaluation, without their prefix, and its step."""
     accuracy_teacher: float | None = None
 
     def add(self, row: dict[str, Any]) -> None:
         if row["step"] > 0:
             self.recent.append(row)
         if is_evaluation(row):
-            self.evaluation = row
+            own = {key: value for key, value in row.items() if key.startswith("eval/")}
+            for name in sets_of(row):
+                self.sets[name] = {key.split("/")[2]: own[key] for key in own if key.startswith(f"eval/{name}/")}
+                self.sets[name]["step"] = row["step"]
+            if any(key.count("/") == 1 for key in own):
+                self.evaluation = row
         if self.accuracy_teacher is None:
             self.accuracy_teacher = row.get("eval/accuracy_teacher")
 
@@ -222,7 +229,13 @@ class StatusReader:
                 for key, metric in METRICS.items()
                 if metric.status not in ("", "evaluation") and last.get(key) is not None
             },
-            "evaluation": {k: updates.evaluation[k] for k in ("step", *of_status("evaluation")) if updates.evaluation.get(k) is not None},
+            "evaluation": {
+                k: updates.evaluation[k]
+                for key in ("step", *of_status("evaluation"))
+                for k in (key, f"{key}:low", f"{key}:high")
+                if updates.evaluation.get(k) is not None
+            },
+            "sets": updates.sets,
             "accuracy_teacher": updates.accuracy_teacher,
             "checkpoints": events.checkpoint,
             "faults": events.faults,

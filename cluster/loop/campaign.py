@@ -38,7 +38,7 @@ from cluster.console.screen import Progress
 from cluster.fleet.ray_fleet import Fleet
 from cluster.guards import judge
 from cluster.loop.ending import Ending, error_of
-from cluster.loop.evaluation import Evaluator
+from cluster.loop.evaluation_sets import Evaluations
 from cluster.loop.queues import Queues
 from cluster.loop.reporting import Reporter, record_of_update
 from cluster.loop.samples import TrainingSamples
@@ -64,7 +64,7 @@ class Campaign:
         state: CampaignState,
         *,
         prompts: PromptSet,
-        evaluator: Evaluator | None,
+        evaluator: Evaluations | None,
         rollout: Fleet,
         teachers: Teachers,
         learner: Fleet,

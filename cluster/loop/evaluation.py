@@ -6,24 +6,37 @@ any, it is absent, only the reverse KL is measured, and nothing is answered gree
 """
 
 import asyncio
+import hashlib
 import itertools
+import json
 import math
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
+from actors.data.fingerprints import prompts_fingerprint
 from actors.data.judge import Judge, rewards_of
 from actors.data.prompts import PromptSet, requests
 from actors.trajectory import EVALUATION_EPOCH, TeacherScores, Trajectories, select_scores, select_trajectories
 from cluster.fleet.ray_actor import fetched
 from cluster.fleet.ray_fleet import Fleet
+from cluster.loop.evaluation_statistics import Tally, tally
 from cluster.loop.samples import readable_rows
 from cluster.loop.teachers import Teachers
 from cluster.loop.work import each_once, split_evenly
 
 GREEDY, SAMPLED = 0, 1
 """The sample number in an evaluation's ids: how the response was drawn."""
+
+Tallies = dict[str, Tally]
+"""Quantity -> its scores, prompt by prompt. Example: {"accuracy": Tally([3, 0], [4, 4])} of four responses to each prompt."""
+
+
+def identity(prompts: PromptSet, *settings: Any) -> str:
+    """What two evaluations must share to be compared prompt by prompt: a digest of the prompts and these settings."""
+    text = json.dumps([prompts_fingerprint(prompts), *settings], sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def mean_of_scored(log_ratios: np.ndarray) -> float:
@@ -54,6 +67,12 @@ class Evaluator:
         """The prompts that have a reference answer."""
         self.trajectories = (2 if self._judged else 1) * len(prompts)
         """Responses that the student gives in one evaluation."""
+        self.tallies: Tallies = {}
+        """The scores of the last evaluation of the student, prompt by prompt."""
+
+    def identity(self) -> str:
+        """See `identity`."""
+        return identity(self._prompts, self._judge.settings, self._max_tokens, self._seed)
 
     async def student(self, rollout: Fleet) -> tuple[dict[str, float], list[dict[str, Any]], dict[str, float]]:
         """Evaluates the weights that the rollout actors hold now.
@@ -73,14 +92,18 @@ class Evaluator:
         written = select_trajectories(ids, await fetched(sampled))
         rewards: dict[int, float] = {}
         metrics: dict[str, float] = {}
+        self.tallies = {}
         if self._judged:
             best = select_trajectories(self._ids(GREEDY), await fetched(drawn[1][0]))
             of_greedy = await self._rewards(best.response_tokens, best.response_offsets)
             rewards = await self._rewards(written.response_tokens, written.response_offsets)
             metrics["eval/accuracy"] = float(np.mean(list(of_greedy.values())))
             metrics["eval/accuracy_sampled"] = float(np.mean(list(rewards.values())))
+            self.tallies |= {"accuracy": self._by_prompt(of_greedy), "accuracy_sampled": self._by_prompt(rewards)}
         # Missing scores are NaN, and nanmean leaves them out.
         log_ratios = (written.student_logprobs - scores.logprobs)[written.trained]
+        apart = np.where(written.trained, written.student_logprobs - scores.logprobs, np.nan)
+        self.tallies |= {"reverse_kl": tally(np.split(apart, written.response_offsets[1:-1]))}  # type: ignore[arg-type]
         metrics |= {
             "eval/reverse_kl": mean_of_scored(log_ratios),
             "eval/response_length_mean": float(written.trained_lengths.mean()),
@@ -88,12 +111,15 @@ class Evaluator:
         busy = {"rollout": sum(seconds for _, seconds in drawn), "teacher": scored.busy_seconds}
         return metrics, await asyncio.to_thread(self._rows, written, scores, rewards), busy
 
-    async def teacher(self) -> float | None:
-        """The teachers' accuracy with greedy responses of their own, by the same verifier; None without references."""
+    async def teacher(self) -> Tallies:
+        """The accuracy of the teachers' own greedy responses, by the same verifier; {} without references."""
         if not self._judged:
-            return None
+            return {}
         tokens, offsets = await self._teachers.generate(self._prompts, self._max_tokens, self._stop)
-        return float(np.mean(list((await self._rewards(tokens, offsets)).values())))
+        return {"accuracy": self._by_prompt(await self._rewards(tokens, offsets))}
+
+    def _by_prompt(self, rewards: dict[int, float]) -> Tally:
+        return tally([[rewards[row]] if row in rewards else [] for row in range(len(self._prompts))])
 
     def _ids(self, sample: int) -> np.ndarray:
         return np.array([(EVALUATION_EPOCH, prompt, sample) for prompt in range(len(self._prompts))], np.int64)

@@ -54,7 +54,7 @@ def tally(scores: Sequence[Sequence[float]]) -> Tally:
 def mean_of(scores: Tally) -> float:
     """The mean over all scores: sum of sums over sum of counts; NaN without any."""
     total = float(scores.counts.sum())
-    return float(scores.sums.sum()) / total if total else math.nan
+    return float(scores.sums[scores.counts > 0].sum()) / total if total else math.nan
 
 
 def clustered_error(scores: Tally) -> float:

@@ -11,7 +11,7 @@ from actors.errors import LostObjectError
 from cluster.config import CampaignConfig
 from cluster.console.screen import Progress
 from cluster.fleet.ray_fleet import Fleet
-from cluster.loop.evaluation import Evaluator
+from cluster.loop.evaluation_sets import Evaluations
 from cluster.loop.queues import staleness_histogram
 from cluster.loop.weight_sync import Published, WeightTransport
 from cluster.loop.work import Scored
@@ -68,7 +68,7 @@ class Reporter:
         config: CampaignConfig,
         state: CampaignState,
         *,
-        evaluator: Evaluator | None,
+        evaluator: Evaluations | None,
         rollout: Fleet,
         versions: WeightTransport,
         records: RunRecords,
@@ -92,10 +92,13 @@ class Reporter:
         """
         if self._state.step == 0 and self._evaluator is not None and not self._state.start:
             with START.phase("evaluating the untrained student, and its teacher"):
+                baselines: dict[str, Any] = {}
+                if self._config.evaluation.teacher:
+                    baselines["teacher"], of_teacher = await self._evaluator.teacher()
+                self._state.baselines = baselines
                 record = await self._evaluate(0)
                 if self._config.evaluation.teacher:
-                    accuracy = await self._evaluator.teacher()
-                    record |= {} if accuracy is None else {"eval/accuracy_teacher": accuracy}
+                    record |= of_teacher
             self._state.start = record
             self._write({"step": 0, "policy_version": 0, **record})
         for record in list(self._state.pending):
@@ -114,10 +117,9 @@ class Reporter:
             self._unjudged = []
             self.event("unjudged", count=len(causes), cause=causes[0], step=step)
         self._tell_preemptions(record)
-        due = step == self._config.pipeline.updates or step % self._config.evaluation.every_updates == 0
         newest = self._versions.newest
         # An update that an earlier process left unwritten is not evaluated: the actors no longer hold its weights.
-        if due and newest is not None and newest.version == step:
+        if newest is not None and newest.version == step:
             record |= await self._evaluate(step)
         self.clock.count()
         self._state.pending = [other for other in self._state.pending if other["step"] > step]
@@ -162,14 +164,14 @@ class Reporter:
         self._progress.update(record, dict(self._doing))
 
     async def _evaluate(self, version: int) -> dict[str, Any]:
-        if self._evaluator is None:
+        if self._evaluator is None or not self._evaluator.due(version):
             return {}
         while True:
             try:
-                metrics, rows, busy = await self._evaluator.student(self._rollout)
+                metrics, rows, busy = await self._evaluator.student(self._rollout, version, self._state.baselines)
                 break
             except LostObjectError as error:
-                self.lost(self._evaluator.trajectories, error, evaluation=version)
+                self.lost(self._evaluator.trajectories(version), error, evaluation=version)
         # The evaluation of the untrained student comes before the loop, so the loop's busy seconds do not include it.
         if self.clock.started:
             for role, seconds in busy.items():

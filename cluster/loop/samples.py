@@ -64,7 +64,8 @@ class TrainingSamples:
     """Keeps a few trajectories of training, where no held-out prompts give any."""
 
     def __init__(self, config: CampaignConfig, prompts: PromptSet, tokenizer: Any, records: RunRecords):
-        self._count = 0 if config.evaluation.prompts else config.evaluation.keep_training_trajectories
+        evaluated = config.evaluation.prompts is not None or config.evaluation.sets
+        self._count = 0 if evaluated else config.evaluation.keep_training_trajectories
         self._every, self._last = config.evaluation.every_updates, config.pipeline.updates
         self._wide = any(teacher.signal in WIDE_SIGNALS for teacher in config.teachers.values())
         self._prompts, self._tokenizer, self._records = prompts, tokenizer, records

@@ -282,7 +282,7 @@ def versions_sentence(nbytes: int, rate: float | None) -> str:
 def _context(config: CampaignConfig, model: Any, key: str, engine: Mapping[str, Any], engine_key: str) -> int:
     """Tokens of the longest sequence that an engine has room for: `max_model_len`, or a response; prompts are not known."""
     if "max_model_len" not in engine:
-        return config.sampling.max_response_tokens
+        return config.longest_response
     return engine_context(load_config(model.source, model.trust_remote_code, key), engine, engine_key)
 
 

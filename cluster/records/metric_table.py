@@ -4,6 +4,7 @@ The writer checks each line against it; guards, `status`, the report and docs/me
 """
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -132,6 +133,67 @@ METRICS: dict[str, Metric] = {
     "eval/accuracy_teacher": Metric(
         RESPONSES, "share", "the same for the teacher; on the line of step 0, with `evaluation.teacher`", always=False
     ),
+    "eval/<name>/accuracy": Metric(
+        RESPONSES, "share",
+        "of the evaluation set `<name>`: mean reward of the `samples` answers to each prompt (avg@k), over prompts with a "
+        "reference answer",
+        always=False, form="percent",
+    ),
+    "eval/<name>/pass@<k>": Metric(
+        RESPONSES, "share", "probability that one of k answers is right (reward of at least 1), without bias: 1 - C(n - c, k) / C(n, k) "
+        "for c right ones of n samples (arXiv 2107.03374); k = 2, 4, 8, … and `samples`",
+        always=False, form="percent",
+    ),
+    "eval/<name>/majority": Metric(
+        RESPONSES, "share", "reward of the answer that most samples gave; of several such answers, the mean over them",
+        always=False, form="percent",
+    ),
+    "eval/<name>/accuracy_teacher": Metric(
+        RESPONSES, "share", "of the teacher's greedy answers to the set's prompts; on the line of step 0", always=False
+    ),
+    "eval/<name>/reverse_kl": Metric(
+        DISTANCE, "nats per token",
+        "`eval/reverse_kl` on the set's prompts, where it samples as training does", always=False,
+    ),
+    "eval/<name>/reverse_kl_on_teacher_text": Metric(
+        DISTANCE, "nats per token", "with `exposure`: the same of one token at each of several prefixes that the teacher has written",
+        "far below `reverse_kl`: the student is worst where its own text has led it", always=False,
+    ),
+    "eval/<name>/exposure_position": Metric(
+        DISTANCE, "tokens", "with `exposure`: the last position of each part of a response, a list", always=False, form="histogram",
+    ),
+    "eval/<name>/exposure_own": Metric(
+        DISTANCE, "nats per token", "the reverse KL there on the student's own prefixes, a list", always=False, form="histogram",
+    ),
+    "eval/<name>/exposure_teacher": Metric(
+        DISTANCE, "nats per token", "the same on prefixes that the teacher has written", always=False, form="histogram",
+    ),
+    "eval/<name>/entropy": Metric(
+        RESPONSES, "nats per token", "mean of -log pi over the sampled tokens, likewise", always=False
+    ),
+    "eval/<name>/response_length_mean": Metric(
+        RESPONSES, "tokens", "mean length of the answers to the set's prompts", always=False
+    ),
+    "eval/<name>/truncated_fraction": Metric(
+        RESPONSES, "share of responses", "answers cut at the set's `max_response_tokens`",
+        "above a few percent: answers that were never finished count as wrong", always=False,
+    ),
+    "<metric>:low": Metric(
+        RESPONSES, "as the metric",
+        "lower bound of the 95% interval of an accuracy, pass@k, majority, reverse KL or entropy of an evaluation, clustered by "
+        "prompt ([how](evaluation.md#intervals))", always=False,
+    ),
+    "<metric>:high": Metric(RESPONSES, "as the metric", "its upper bound", always=False),
+    "<metric>:from_start": Metric(
+        RESPONSES, "as the metric", "difference to the untrained student, over the same prompts", always=False
+    ),
+    "<metric>:from_start:low": Metric(RESPONSES, "as the metric", "lower bound of its paired interval", always=False),
+    "<metric>:from_start:high": Metric(RESPONSES, "as the metric", "its upper bound", always=False),
+    "<metric>:from_teacher": Metric(
+        RESPONSES, "as the metric", "difference to the teacher's accuracy, over the same prompts", always=False
+    ),
+    "<metric>:from_teacher:low": Metric(RESPONSES, "as the metric", "lower bound of its paired interval", always=False),
+    "<metric>:from_teacher:high": Metric(RESPONSES, "as the metric", "its upper bound", always=False),
     "reward_mean": Metric(
         RESPONSES, "of the verifier", "mean reward of the update's responses, where rewards are given",
         "falls, or is 0 from the start: nothing to learn from", always=False, chart="Reward",
@@ -315,8 +377,13 @@ STEP_ZERO_KEYS = ("step", "policy_version", "wall_seconds")
 
 
 def is_evaluation(row: Mapping[str, Any]) -> bool:
-    """Whether a line of metrics.jsonl is of an evaluation; only some evaluations measure accuracy."""
-    return "eval/reverse_kl" in row or "eval/accuracy" in row
+    """Whether a line of metrics.jsonl is of an evaluation, of `evaluation.prompts` or of sets."""
+    return any(key.startswith("eval/") for key in row)
+
+
+def sets_of(row: Mapping[str, Any]) -> list[str]:
+    """The evaluation sets whose metrics a line has, in their order."""
+    return list(dict.fromkeys(key.split("/")[1] for key in row if key.startswith("eval/") and key.count("/") == 2))
 
 
 def guardable(signal: str, teachers: Iterable[str], domains: Iterable[str]) -> list[str]:
@@ -333,6 +400,18 @@ def guardable(signal: str, teachers: Iterable[str], domains: Iterable[str]) -> l
     return found
 
 
+def row_of_key(key: str) -> Metric | None:
+    """The row of a key of metrics.jsonl: by its name, or by a pattern with `<name>`, `<k>` or `<metric>`; None: there is none."""
+    if key in METRICS:
+        return METRICS[key]
+    base, colon, rest = key.partition(":")
+    if colon:
+        kind = METRICS.get(f"<metric>:{rest}")
+        return kind if row_of_key(base) is not None else None
+    words = re.sub(r"@\d+$", "@<k>", key).split("/")
+    return METRICS.get("/".join([words[0], "<name>", words[-1]])) if len(words) == 3 else None
+
+
 def of_status(row: str) -> dict[str, Metric]:
     """The metrics in a row of `understudy status`."""
     return {key: metric for key, metric in METRICS.items() if metric.status == row}
@@ -341,8 +420,20 @@ def of_status(row: str) -> dict[str, Metric]:
 def listed(row: str, values: Mapping[str, float | None]) -> str:
     """The metrics of a status row that were measured, as `label value` side by side."""
     return "   ".join(
-        f"{m.label} {written(values[key], m.digits)}" for key, m in of_status(row).items() if key in values
+        f"{m.label} {with_interval(values, key, m.digits)}" for key, m in of_status(row).items() if key in values
     )
+
+
+def with_interval(values: Mapping[str, Any], key: str, form: str) -> str:
+    """A metric for the screen, with the interval that `<key>:low` and `<key>:high` give it: `97.7 ± 0.9%`.
+
+    The number after ± is the larger distance to a bound, so that the whole interval is within it.
+    """
+    value, low, high = (values.get(name) for name in (key, f"{key}:low", f"{key}:high"))
+    if value is None or low is None or high is None or not math.isfinite(value + low + high):
+        return written(value, form)
+    half = written(max(value - low, high - value), form)
+    return f"{written(value, form).removesuffix('%')} ± {half}"
 
 
 def written(value: float | None, form: str) -> str:

@@ -37,6 +37,9 @@ class CampaignState:
     when its weights are loaded and evaluated. A resumed campaign writes those that its predecessor could not."""
     evaluations: dict[int, dict[str, float]] = field(default_factory=dict)
     """Step -> metrics of that evaluation."""
+    baselines: dict[str, Any] = field(default_factory=dict)
+    """"start" and "teacher" -> evaluation set -> their scores prompt by prompt, which later evaluations are compared with
+    (evaluation_sets.py)."""
     missing_scores: int = 0
     """Tokens without a finite teacher score, which were masked."""
     loop_seconds: float = 0.0
@@ -85,6 +88,7 @@ class CampaignState:
             "start": self.start,
             "pending": self.pending,
             "evaluations": self.evaluations,
+            "baselines": self.baselines,
             "missing_scores": self.missing_scores,
             "loop_seconds": self.loop_seconds,
             "guards": self.guards.to_json(),
@@ -108,6 +112,7 @@ class CampaignState:
             pending=content["pending"],
             # JSON has turned the keys into text.
             evaluations={int(step): metrics for step, metrics in content["evaluations"].items()},
+            baselines=content.get("baselines", {}),
             missing_scores=content["missing_scores"],
             loop_seconds=content["loop_seconds"],
             # Checkpoints of releases without guards, or without seconds for each actor, lack these keys.

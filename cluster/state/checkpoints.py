@@ -52,7 +52,7 @@ class Checkpoints:
     def __init__(self, config: CampaignConfig, records: RunRecords, disk: Disk | None = None):
         """disk: waits while the run directory cannot be written to; by default one that only the records tell of."""
         self._directory = config.run_dir / "checkpoints"
-        self._last_step, self._config = config.pipeline.updates, config.checkpoint
+        self._last_step, self._config, self._best_by = config.pipeline.updates, config.checkpoint, config.best_by
         self._records, self._disk = records, disk or Disk(records, records.event)
         self._owed = False
         """Whether the last checkpoint has found a full disk."""
@@ -173,7 +173,7 @@ class Checkpoints:
             if grace is not None and took > grace:
                 self._records.event("slow_checkpoint", step=step, seconds=seconds, grace_seconds=grace)
             # The mirrored checkpoint may still be being copied.
-            keep = steps_to_keep(checkpoint_steps(self._directory), state, self._config)
+            keep = steps_to_keep(checkpoint_steps(self._directory), state, self._config, self._best_by)
             await asyncio.to_thread(prune, self._directory, {*keep, self._copied_now})
             self._mirror_newest()
         except (OSError, CheckpointError) as error:
@@ -219,24 +219,38 @@ def checkpoints_to_hold(config: CampaignConfig) -> int:
     return min(in_all, config.checkpoint.keep_last + config.checkpoint.keep_best + 1)
 
 
-def steps_to_keep(steps: list[int], state: CampaignState, config: CheckpointConfig) -> set[int]:
+def steps_to_keep(steps: list[int], state: CampaignState, config: CheckpointConfig, best_by: str = "") -> set[int]:
     """The checkpoints to keep: the last `keep_last`, the best `keep_best`, and those that are not evaluated yet.
 
-    steps: all that exist, ascending.
+    steps: all that exist, ascending. best_by: see `best_first`.
     """
-    best = best_first(steps, state.evaluations)[: config.keep_best]
+    best = best_first(steps, state.evaluations, best_by)[: config.keep_best]
     return {*steps[-config.keep_last :], *best, *(record["step"] for record in state.pending)}
 
 
-def best_first(steps: Sequence[int], evaluations: Mapping[int, Mapping[str, Any]]) -> list[int]:
+def best_first(steps: Sequence[int], evaluations: Mapping[int, Mapping[str, Any]], best_by: str = "") -> list[int]:
     """The evaluated ones of these steps, the best first.
 
-    Best means highest held-out accuracy, or, where none is measured, lowest reverse KL; of equal ones, the earlier. An
-    evaluation without a number is the worst. evaluations: step -> its metrics.
+    Best means highest held-out accuracy, and of equal ones lowest reverse KL; where no accuracy is measured, lowest reverse
+    KL; of equal ones, the earlier. An evaluation without a number is the worst. evaluations: step -> its metrics. best_by:
+    the evaluation set that decides (`CampaignConfig.best_by`); "": `evaluation.prompts`.
     """
-    key, sign = (
-        ("eval/accuracy", -1) if any("eval/accuracy" in one for one in evaluations.values()) else ("eval/reverse_kl", 1)
-    )
-    cost = {step: math.inf if (value := one.get(key)) is None else sign * value for step, one in evaluations.items()}
-    evaluated = [step for step in steps if step in cost]
-    return sorted(evaluated, key=lambda step: (math.isnan(cost[step]), cost[step], step))
+    prefix = f"eval/{best_by}/" if best_by else "eval/"
+    measures = {step: one for step, one in evaluations.items() if any(_is_of(key, prefix) for key in one)}
+    judged = any(f"{prefix}accuracy" in one for one in measures.values())
+
+    def worst_last(step: int, key: str, sign: int) -> tuple[bool, float]:
+        value = measures[step].get(key)
+        missing = value is None or math.isnan(value)
+        return missing, 0.0 if missing else sign * float(value)  # type: ignore[arg-type]
+
+    def cost(step: int) -> tuple[Any, ...]:
+        accuracy = worst_last(step, f"{prefix}accuracy", -1) if judged else (False, 0.0)
+        return (*accuracy, *worst_last(step, f"{prefix}reverse_kl", 1), step)
+
+    return sorted((step for step in steps if step in measures), key=cost)
+
+
+def _is_of(key: str, prefix: str) -> bool:
+    """Whether a metric is of the evaluation set whose metrics begin with this."""
+    return key.startswith(prefix) and "/" not in key.removeprefix(prefix)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from actors.errors import UserError
-from cluster.config import CampaignConfig
+from cluster.config import CampaignConfig, prompt_sources
 from cluster.config_file import load_config, of_this_run
 from cluster.pins import hold
 from cluster.records.metric_table import is_evaluation
@@ -41,8 +41,8 @@ def config_of(run_dir: Path, overrides: Sequence[str]) -> CampaignConfig:
 
 
 def _find_again(config: CampaignConfig, begun_in: Any) -> None:
-    sources: list[tuple[Any, str]] = [(config.student, "model"), (config.prompts, "path")]
-    sources += [(config.evaluation.prompts, "path")] if config.evaluation.prompts else []
+    sources: list[tuple[Any, str]] = [(config.student, "model")]
+    sources += [(source, "path") for source in prompt_sources(config).values()]
     sources += [(teacher, name) for teacher in config.teachers.values() for name in ("model", "tokenizer")]
     for owner, name in sources:
         path = getattr(owner, name)

@@ -4,7 +4,7 @@ A trajectory's id names a prompt by its number. Other prompts under the same pat
 ones, and another teacher would pull the student elsewhere, both without a word. Every checkpoint holds the fingerprints.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +33,15 @@ Fingerprints = dict[str, dict[str, str]]
 its commit, so that its weights need not be downloaded to compare them."""
 
 
-def fingerprints(config: CampaignConfig, prompts: PromptSet, held_out: PromptSet | None) -> Fingerprints:
-    """What the campaign reads now."""
+def fingerprints(
+    config: CampaignConfig, prompts: PromptSet, held_out: PromptSet | None, sets: Mapping[str, PromptSet] | None = None
+) -> Fingerprints:
+    """What the campaign reads now. sets: name of an evaluation set -> its prompts."""
     found: dict[str, tuple[str, str]] = {}
+    of_sets = {f"evaluation.sets.{name}.prompts": own for name, own in (sets or {}).items()}
     for key, records in prompt_sources(config).items():
         read = held_out if key.startswith("evaluation.") else prompts
+        read = next((own for prefix, own in of_sets.items() if is_below(key, [prefix])), read)
         if read is not None:
             found[key] = (records.origin, prompts_fingerprint(read, read.rows_of(key)))
     student = config.student

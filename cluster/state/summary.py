@@ -1,9 +1,11 @@
 """The summary of a campaign: summary.json, from the state at its end."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from cluster.config import CampaignConfig
 from cluster.fleet.ray_actor import Resources
+from cluster.records.metric_table import sets_of
 from cluster.records.utilisation import by_role, cost_of, mean_actors, role_of
 from cluster.state.campaign_state import CampaignState
 
@@ -16,7 +18,7 @@ def summarise(
     needed: role -> (actors at the end, resources of one). wall_over_slowest_stage divides the loop's seconds by the
     working seconds of the slowest stage's mean actor. 1.0 is the bound of the pipeline: that stage never waits.
     """
-    end = state.evaluations[max(state.evaluations)] if state.evaluations else {}
+    end = last_of(state, "")
     at_the_end: dict[str, int] = {}
     for role, (count, _) in needed.items():
         at_the_end[role_of(role)] = at_the_end.get(role_of(role), 0) + count
@@ -30,6 +32,8 @@ def summarise(
         "accuracy_sampled_end": end.get("eval/accuracy_sampled"),
         "reverse_kl_start": state.start.get("eval/reverse_kl"),
         "reverse_kl_end": end.get("eval/reverse_kl"),
+        "intervals": _intervals(state.start, end),
+        "sets": of_sets(state),
         "updates": state.step,
         "trajectories": state.ledger.trained,
         "tokens_generated": state.tokens_generated,
@@ -46,3 +50,43 @@ def summarise(
         "software": state.software,
         "history": state.history,
     }
+
+
+def last_of(state: CampaignState, name: str) -> dict[str, Any]:
+    """The metrics of the last evaluation of a set, with their keys; "": of `evaluation.prompts`."""
+    for step in sorted(state.evaluations, reverse=True):
+        if own := _of_set(state.evaluations[step], name):
+            return own
+    return {}
+
+
+def of_sets(state: CampaignState) -> dict[str, dict[str, dict[str, Any]]]:
+    """Evaluation set -> "start" and "end" -> its metrics, without the prefix `eval/<set>/`."""
+    names = {name for metrics in (state.start, *state.evaluations.values()) for name in sets_of(metrics)}
+    return {
+        name: {
+            when: {key.split("/")[2]: value for key, value in metrics.items()}
+            for when, metrics in (("start", _of_set(state.start, name)), ("end", last_of(state, name)))
+        }
+        for name in sorted(names)
+    }
+
+
+def _of_set(metrics: Mapping[str, Any], name: str) -> dict[str, Any]:
+    depth, prefix = (2, f"eval/{name}/") if name else (1, "eval/")
+    return {key: value for key, value in metrics.items() if key.startswith(prefix) and key.count("/") == depth}
+
+
+def _intervals(start: Mapping[str, Any], end: Mapping[str, Any]) -> dict[str, list[float | None]]:
+    """Key of the summary -> [low, high]; `accuracy_change` and so on hold [difference, low, high] of end and start, paired."""
+    found: dict[str, list[float | None]] = {}
+    for name in ("accuracy", "accuracy_sampled", "reverse_kl"):
+        key = f"eval/{name}"
+        for when, metrics in (("start", start), ("end", end)):
+            if f"{key}:low" in metrics:
+                found[f"{name}_{when}"] = [metrics[f"{key}:low"], metrics[f"{key}:high"]]
+        if f"{key}:from_start" in end:
+            found[f"{name}_change"] = [end[f"{key}:from_start{bound}"] for bound in ("", ":low", ":high")]
+    if "eval/accuracy_teacher:low" in start:
+        found["accuracy_teacher"] = [start["eval/accuracy_teacher:low"], start["eval/accuracy_teacher:high"]]
+    return found

@@ -1,0 +1,106 @@
+"""`understudy evaluate` without Ray: models and runs side by side, the same numbers as in training, and what it refuses."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from actors.errors import UserError
+from cluster import cli
+from cluster.commands.evaluate import Model, models_of, to_evaluate
+from cluster.config_file import load_config
+from cluster.records.writer import read_jsonl
+from tests import clean_process, light_campaign
+from tests.light_campaign import configuration, finish, make_folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two updates, whose sets the command evaluates again."""
+    made = make_folder(tmp_path_factory.mktemp("evaluate"))
+    prompts = {"path": str(made / "heldout.jsonl"), "limit": 5}
+    sets = {
+        "near": {"prompts": prompts, "samples": 2},
+        "far": {"prompts": prompts, "samples": 3, "temperature": 0.5, "verifier": {"name": "regex", "pattern": "(.)"}},
+    }
+    pipeline = {"updates": 2, "prompts_per_update": 2, "samples_per_prompt": 2}
+    file = configuration(
+        made, "run", pipeline=pipeline, evaluation={"prompts": prompts, "sets": sets, "every_updates": 1}
+    )
+    finish(light_campaign.start(file), file)
+    return made
+
+
+def evaluated(folder: Path, *arguments: str) -> tuple[int | None, str]:
+    """The exit status and the output of the command, in a process of its own."""
+    log = folder / "command.log"
+    process = clean_process.start(light_campaign.run_command_here, folder, "evaluate", *arguments, log=log)
+    process.join()
+    return process.exitcode, log.read_text()
+
+
+def test_a_run_and_its_start_side_by_side_have_the_numbers_that_training_had(folder: Path) -> None:
+    words = [str(folder / "student"), str(folder / "runs" / "run"), str(folder / "run.yaml")]
+    status, told = evaluated(folder, *words, "--reverse-kl", "--output", "found.json")
+    assert status == 0, told[-3000:]
+    found = json.loads((folder / "found.json").read_text())
+    start, end = found["models"]
+    assert end.endswith("run@2") and found["models"][end].endswith("step_00000002")
+    rows = read_jsonl(folder / "runs" / "run" / "metrics.jsonl")
+    for name, row in ((start, rows[0]), (end, rows[2])):
+        for of_set, key in (("near", "reverse_kl"), ("near", "entropy"), ("far", "pass@3"), ("far", "majority")):
+            for bound in ("", ":low", ":high"):
+                value = found["sets"][of_set]["values"][name][f"{key}{bound}"]
+                assert value == pytest.approx(row[f"eval/{of_set}/{key}{bound}"], abs=1e-4)
+        assert found["sets"]["greedy"]["values"][name]["accuracy"] == row["eval/accuracy"]
+    [apart] = [one for one in found["sets"]["near"]["differences"] if one["quantity"] == "reverse_kl"]
+    assert (apart["model"], apart["against"]) == (end, start)
+    for bound, key in (("difference", ""), ("low", ":low"), ("high", ":high")):
+        assert apart[bound] == pytest.approx(rows[2][f"eval/near/reverse_kl:from_start{key}"], abs=1e-4)
+    assert found["sets"]["far"]["samples"] == 3 and found["sets"]["far"]["prompts"] == 5
+    assert "teacher.default-0" in told and "learner" not in told and "±" in told
+
+
+def test_without_the_reverse_kl_no_teacher_is_needed(folder: Path) -> None:
+    words = [str(folder / "teacher"), str(folder / "run.yaml"), "teachers.default.model=nowhere"]
+    status, told = evaluated(folder, *words, "--set", "far", "prompts.path=nowhere.jsonl")
+    assert status == 0, told[-3000:]
+    assert "teacher.default-0" not in told and "reverse_kl" not in told
+    found = json.loads((folder / "runs" / "run-evaluation.json").read_text())
+    assert found["sets"].keys() == {"far"} and list(found["models"]) == [str(folder / "teacher")]
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["run.yaml"], "MODEL_OR_RUN, one or several, then CONFIG"),
+        (["student", "nothing.yaml"], "CONFIG, a YAML file"),
+        (["student", "run.yaml", "--set", "fra"], "--set: found fra, expected one of greedy, sampled, far, near"),
+        (["student", "run.yaml", "--best"], "of which none is a run"),
+        (["runs/run", "run.yaml", "--step", "7"], "--step"),
+        (["student", "student", "run.yaml"], "found student twice"),
+        (["student", "run.yaml", "--reverse-kl", "--set", "far"], "--reverse-kl"),
+        (["nowhere", "run.yaml"], "nowhere"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_one_line(
+    folder: Path, words: list[str], told: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["evaluate", *words])
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and told in error and len(error.splitlines()) == 1
+
+
+def test_the_old_keys_are_two_sets(folder: Path) -> None:
+    config = load_config(folder / "run.yaml")
+    found = to_evaluate(config, ["greedy", "sampled"], False)
+    assert not found.teachers and found.evaluation.sets["greedy"].temperature == 0
+    with pytest.raises(UserError, match="no prompts and no sets"):
+        config.evaluation.prompts, config.evaluation.sets = None, {}
+        to_evaluate(config, [], False)
+    best: Any = models_of([str(folder / "runs" / "run")], None, True)
+    assert isinstance(best[0], Model) and "step_0000000" in best[0].path
