@@ -25,6 +25,9 @@ from cluster.fleet.ray_actor import Resources
 from cluster.fleet.ray_fleet import Fleet
 from cluster.fleet.ray_learner import LearnerGroup
 from cluster.inputs import Inputs
+from cluster.loop.evaluation import Evaluator
+from cluster.loop.evaluation_sets import Evaluations, SetEvaluator
+from cluster.loop.teachers import Teachers
 from learner.learner import Learner
 from learner.schedule import Plan
 
@@ -164,6 +167,49 @@ def build_saved_model(
         on_event=on_event,
         turn=turn if is_share(needed["learner"][1].gpus) else None,
     )
+
+
+def build_evaluator(
+    config: CampaignConfig, inputs: Inputs, teachers: dict[str, Fleet], on_event: Callable[..., None]
+) -> Evaluations | None:
+    """The evaluations of the held-out prompts and of all sets; None if the configuration has none."""
+    of_prompts = None
+    share = 1 + len(inputs.sets) if inputs.held_out is not None else max(len(inputs.sets), 1)
+    keep = -(-config.evaluation.keep_trajectories // share)
+    if inputs.held_out is not None and inputs.held_out_routes is not None:
+        of_prompts = Evaluator(
+            inputs.held_out,
+            inputs.tokenizer,
+            inputs.judge,
+            Teachers(teachers, inputs.held_out_routes),
+            seed=config.seed,
+            max_response_tokens=config.sampling.max_response_tokens,
+            stop_token_ids=inputs.stop_token_ids,
+            keep_trajectories=keep,
+            on_event=on_event,
+        )
+    sets = build_sets(config, inputs, teachers, on_event, keep)
+    return Evaluations(config, of_prompts, sets) if of_prompts or sets else None
+
+
+def build_sets(
+    config: CampaignConfig, inputs: Inputs, teachers: dict[str, Fleet], on_event: Callable[..., None], keep: int
+) -> dict[str, SetEvaluator]:
+    """The evaluators of `evaluation.sets`. teachers: {} where no teacher is asked. keep: trajectories kept of each set."""
+    return {
+        name: SetEvaluator(
+            name,
+            one.prompts,
+            inputs.tokenizer,
+            one.judge,
+            Teachers(teachers, one.routes),
+            config=config,
+            stop_token_ids=inputs.stop_token_ids,
+            keep_trajectories=keep,
+            on_event=on_event,
+        )
+        for name, one in inputs.sets.items()
+    }
 
 
 def starts_last(config: CampaignConfig) -> set[str]:

@@ -32,8 +32,6 @@ from cluster.fleet.restarts import Repeated, Restarts
 from cluster.inputs import Inputs, read_inputs
 from cluster.interrupts import INTERRUPTS
 from cluster.loop.campaign import Campaign
-from cluster.loop.evaluation import Evaluator
-from cluster.loop.evaluation_sets import Evaluations, SetEvaluator
 from cluster.loop.samples import TrainingSamples
 from cluster.loop.teachers import Teachers
 from cluster.phases import START
@@ -44,7 +42,7 @@ from cluster.records.disk import Disk
 from cluster.records.event_table import describe
 from cluster.records.writer import METRICS_FILE, REPORT_FILE, SUMMARY_FILE, RunRecords, read_summary
 from cluster.report.page import write_report
-from cluster.roles import build_fleets, build_learner, starts_last
+from cluster.roles import build_evaluator, build_fleets, build_learner, starts_last
 from cluster.state.campaign_state import CampaignState
 from cluster.state.checkpoints import what_is_good
 from cluster.state.resume import claimed, take_up
@@ -369,46 +367,3 @@ async def _while_the_cluster_lives(work: Coroutine[Any, Any, None]) -> None:
     finally:
         working.cancel()
         lost.cancel()
-
-
-def build_evaluator(
-    config: CampaignConfig, inputs: Inputs, teachers: dict[str, Fleet], on_event: Callable[..., None]
-) -> Evaluations | None:
-    """The evaluations of the held-out prompts and of all sets; None if the configuration has none."""
-    of_prompts = None
-    share = 1 + len(inputs.sets) if inputs.held_out is not None else max(len(inputs.sets), 1)
-    keep = -(-config.evaluation.keep_trajectories // share)
-    if inputs.held_out is not None and inputs.held_out_routes is not None:
-        of_prompts = Evaluator(
-            inputs.held_out,
-            inputs.tokenizer,
-            inputs.judge,
-            Teachers(teachers, inputs.held_out_routes),
-            seed=config.seed,
-            max_response_tokens=config.sampling.max_response_tokens,
-            stop_token_ids=inputs.stop_token_ids,
-            keep_trajectories=keep,
-            on_event=on_event,
-        )
-    sets = build_sets(config, inputs, teachers, on_event, keep)
-    return Evaluations(config, of_prompts, sets) if of_prompts or sets else None
-
-
-def build_sets(
-    config: CampaignConfig, inputs: Inputs, teachers: dict[str, Fleet], on_event: Callable[..., None], keep: int
-) -> dict[str, SetEvaluator]:
-    """The evaluators of `evaluation.sets`. teachers: {} where no teacher is asked. keep: trajectories kept of each set."""
-    return {
-        name: SetEvaluator(
-            name,
-            one.prompts,
-            inputs.tokenizer,
-            one.judge,
-            Teachers(teachers, one.routes),
-            config=config,
-            stop_token_ids=inputs.stop_token_ids,
-            keep_trajectories=keep,
-            on_event=on_event,
-        )
-        for name, one in inputs.sets.items()
-    }

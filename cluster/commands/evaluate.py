@@ -23,8 +23,7 @@ from cluster.loop.evaluation_statistics import difference
 from cluster.loop.weight_sync import ObjectStoreTransport
 from cluster.records.metric_table import with_interval, written
 from cluster.records.writer import CONFIG_FILE, write_atomically
-from cluster.roles import build_fleets, build_saved_model
-from cluster.run import build_sets
+from cluster.roles import build_fleets, build_saved_model, build_sets
 
 OF_DISTANCE = ("reverse_kl", "entropy", "reverse_kl_on_teacher_text", "response_length_mean")
 """Quantities that are no shares."""
@@ -107,9 +106,18 @@ def evaluate(
         replace(config, student=replace(config.student, model=model.path, revision=None, lora=None, optimizer="new"))
         for model in models
     ]
+    first: dict[str, int] = {}
     for model, its in zip(models, own, strict=True):  # what can be known is known before anything starts
         check_fit(its.student.source, its.student.trust_remote_code, model.path, quantised="refused")
-        read_set_inputs(its).close()
+        inputs = read_set_inputs(its)
+        inputs.close()
+        counts = {name: len(one.prompts) for name, one in inputs.sets.items()}
+        if counts != (first := first or counts):
+            name = next(name for name in counts if counts[name] != first[name])
+            found = f"{counts[name]} prompts for {model.name} and {first[name]} for {models[0].name}"
+            raise UserError(
+                f"evaluation.sets.{name}.prompts", found, "the same prompts for all (too_long: refuse), to pair them"
+            )
     with connected(config) as private:
         for model, its in zip(models, own, strict=True):
             tell(f"{model.name}: {', '.join(config.evaluation.sets)}")

@@ -84,11 +84,17 @@ def read_series(figure: Figure, runs: Sequence[tuple[str, Rows]], across: str = 
                     dashed=number > 0 and held_out,
                     faint=number > 0,
                     dots=held_out and len(points) <= 60,
-                    low=[row[f"{key}:low"] for row in there if f"{key}:low" in row],
-                    high=[row[f"{key}:high"] for row in there if f"{key}:high" in row],
+                    low=_band(there, key, "low"),
+                    high=_band(there, key, "high"),
                 )
             )
     return [one for one in series if one.values]
+
+
+def _band(rows: Rows, key: str, bound: str) -> list[Any]:
+    """The bounds of an interval at each point; [] where no row has one, and the value itself where this one has none."""
+    there = any(row.get(f"{key}:{bound}") is not None for row in rows)
+    return [row[key] if row.get(f"{key}:{bound}") is None else row[f"{key}:{bound}"] for row in rows] if there else []
 
 
 @dataclass(frozen=True)
@@ -154,7 +160,7 @@ def hero_figures(runs: Sequence[tuple[str, Rows]], teachers: Iterable[float], pa
             )
             hidden = "" if name == "updates" else " hidden"
             charts.append(f'<div data-across="{name}"{hidden}>{chart}</div>')
-        parts.append(_frame(_explained(figure, runs), "".join(charts), ""))
+        parts.append(frame(_explained(figure, runs), "".join(charts), ""))
     return "".join(parts)
 
 
@@ -182,7 +188,7 @@ def small_figures(figures: Sequence[Figure], runs: Sequence[tuple[str, Rows]], p
             else f"<b>{escape(figure.form(one.values[-1]))}</b>"
             for one in series
         )
-        drawn.append(_frame(_explained(figure, runs), chart, latest if len(runs) == 1 else ""))
+        drawn.append(frame(_explained(figure, runs), chart, latest if len(runs) == 1 else ""))
     return "".join(drawn), "".join(steady)
 
 
@@ -222,7 +228,7 @@ def histogram_figure(key: str, name: str, rows: Rows) -> str:
         x_name=histogram.unit,
     )
     note = f"{_caption(metric)}; sum over the last tenth of the updates"
-    return _frame(Figure(metric.chart, f"{escape(name)}: {note}" if name else note, ()), chart, "")
+    return frame(Figure(metric.chart, f"{escape(name)}: {note}" if name else note, ()), chart, "")
 
 
 def busy_figure(name: str, rows: Rows) -> str:
@@ -239,7 +245,7 @@ def busy_figure(name: str, rows: Rows) -> str:
     )
     note = f"{escape(name) or 'all actors'}, by update, evaluations included"
     keys = "".join(f'<span class="key r{i}">{role}</span>' for i, role in enumerate(BUSY))
-    return _frame(Figure("Busy seconds", note, ()), chart, keys)
+    return frame(Figure("Busy seconds", note, ()), chart, keys)
 
 
 def _explained(figure: Figure, runs: Sequence[tuple[str, Rows]]) -> Figure:
@@ -250,7 +256,8 @@ def _explained(figure: Figure, runs: Sequence[tuple[str, Rows]]) -> Figure:
     return replace(figure, note=f"{figure.note}; {look}: {figure.keys[1][1]}")
 
 
-def _frame(figure: Figure, chart: str, latest: str) -> str:
+def frame(figure: Figure, chart: str, latest: str) -> str:
+    """A chart with its caption. latest: HTML beside the title."""
     head = f"<figcaption><h3>{figure.title}</h3><p>{figure.note}</p><div class=latest>{latest}</div></figcaption>"
     return f"<figure>{head}{chart}</figure>"
 

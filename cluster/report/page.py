@@ -20,6 +20,7 @@ from cluster.records.reader import Run, load_run
 from cluster.records.software import in_one_line
 from cluster.records.writer import CONFIG_FILE, OF_THIS_RUN
 from cluster.report.charts import PALETTE_SIZE
+from cluster.report.evaluations import evaluation_sets
 from cluster.report.figures import (
     GROUPS,
     HISTOGRAMS,
@@ -77,7 +78,7 @@ def sections(runs: Sequence[Run]) -> dict[str, str]:
         "summary": before_after(one) if one else comparison(names, runs),
         "bottleneck": "".join(bottleneck(run, name) for name, run in titled),
         "hero": hero_figures(curves, sorted(teachers), past) or "<p class=none>Nothing has been measured yet.</p>",
-        "groups": groups,
+        "groups": evaluation_sets(curves, past) + groups,
         "steady": f'<section class="steady"><h2>Never changed</h2><dl>{steady}</dl></section>' if steady else "",
         "samples": samples([(name, run.trajectories) for name, run in zip(names, runs, strict=True)]),
         "timeline": "".join(_what_happened(name, run) for name, run in titled),

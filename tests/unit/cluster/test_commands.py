@@ -20,6 +20,10 @@ from tests.fake_run import make_fake_run
 
 COMMANDS = commands()
 NOT_HERE = {
+    (
+        "lm_eval",
+    ): "lm-evaluation-harness, which is not installed; examples/harness was run with it (docs/evaluation.md)",
+    ("lighteval",): "lighteval, which is not installed",
     ("export",): "sets a variable of the reader's shell",
     ("source",): "sets variables of the reader's shell",
     ("(umask",): "makes a token; every LocalCluster runs it",

@@ -21,6 +21,7 @@ from cluster.loop.evaluation_statistics import tally
 from cluster.loop.exposure import parts_of
 from cluster.records.metric_table import row_of_key, with_interval
 from cluster.records.writer import read_jsonl, trajectory_files
+from cluster.report.page import write_report
 from cluster.state.campaign_state import read_state
 from cluster.state.checkpoints import best_first
 from cluster.state.resume import config_of
@@ -117,6 +118,16 @@ def test_the_baselines_are_in_the_checkpoint_and_other_prompts_are_not_compared(
     last = read_jsonl(run_dir / "metrics.jsonl")[3]
     assert "eval/near/reverse_kl:from_start" not in last and "eval/reverse_kl:from_start" in last
     assert config_of(run_dir, []).best_by == "near"
+
+
+def test_the_report_draws_bands_changes_and_exposure(run_dir: Path) -> None:
+    page = write_report([run_dir], run_dir / "again.html").read_text()
+    assert "<h2>Evaluation sets</h2>" in page and "near: exposure bias" in page and "far: accuracy" in page
+    last = read_jsonl(run_dir / "metrics.jsonl")[2]
+    assert with_interval(last, "eval/far/accuracy", ".1%") in page and "teacher's prefixes" in page.replace(
+        "&#x27;", "'"
+    )
+    assert page.count('class="band') >= 3
 
 
 def test_exposure_compares_prefixes_of_the_student_and_of_the_teacher(run_dir: Path) -> None:

@@ -59,6 +59,7 @@ def inputs_of(lengths: list[int], held_out: list[int] | None = None, privileged:
         prompt_routes=routes,
         held_out=prompts(held_out) if held_out else None,
         held_out_routes=routes if held_out else None,
+        sets={},
         stop_token_ids=[],
         vocabulary=9,
         turn_ends={},
