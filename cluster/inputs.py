@@ -159,8 +159,8 @@ def read_inputs(config: CampaignConfig) -> Inputs:
             remarks += try_references(config, judge, held_out)
         for name, one in sets.items():
             if one.judge is not None:
-                found = try_references(config, one.judge, one.prompts, config.evaluation.sets[name].verifier)
-                remarks += [f"{name}: {remark}" for remark in found]
+                told = try_references(config, one.judge, one.prompts, config.evaluation.sets[name].verifier)
+                remarks += [f"{name}: {remark}" for remark in told]
     finally:
         for own in (judge, *(one.judge for one in sets.values())):
             if own is not None:
