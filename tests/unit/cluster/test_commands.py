@@ -20,9 +20,7 @@ from tests.fake_run import make_fake_run
 
 COMMANDS = commands()
 NOT_HERE = {
-    (
-        "lm_eval",
-    ): "lm-evaluation-harness, which is not installed; examples/harness was run with it (docs/evaluation.md)",
+    ("lm_eval",): "lm-evaluation-harness, which is not installed; docs/harness was run with it (docs/evaluation.md)",
     ("lighteval",): "lighteval, which is not installed",
     ("export",): "sets a variable of the reader's shell",
     ("source",): "sets variables of the reader's shell",
@@ -49,6 +47,7 @@ RUN_BY = {
     "understudy submit": "tests/integration/test_job.py",
     "understudy compare": "tests/unit/cluster/test_compare.py",
     "understudy export": "tests/unit/cluster/test_export.py",
+    "understudy evaluate": "tests/unit/cluster/test_evaluate.py",
     "understudy pause": "tests/integration/test_steering.py",
     "understudy resume": "tests/integration/test_steering.py",
     "understudy stop": "tests/integration/test_steering.py",
@@ -145,6 +144,8 @@ def of_understudy(words: list[str], folder: Path, run_dir: Path) -> None:
     if config := getattr(options, "config", None):
         overrides = [*options.overrides, *others]
         load_config(config, [override for override in overrides if ":" not in override.partition("=")[0]])
+    elif words[0] == "evaluate":
+        load_config([word for word in options.sources if "=" not in word][-1])
     elif others:
         raise AssertionError(f"unrecognized: {others}")
     if words[0] in ("run", "submit") and config and not getattr(options, "allow_change", None):

@@ -34,7 +34,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def evaluated(folder: Path, *arguments: str) -> tuple[int | None, str]:
     """The exit status and the output of the command, in a process of its own."""
-    log = folder / f"command-{len(arguments)}.log"
+    number = len(list(folder.glob("command-*")))
+    log = folder / f"command-{number}.log"
     process = clean_process.start(light_campaign.run_command_here, folder, "evaluate", *arguments, log=log)
     process.join()
     return process.exitcode, log.read_text()
