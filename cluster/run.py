@@ -244,7 +244,8 @@ class Running:
                 fleet.close()
 
     async def _start(self) -> None:
-        for fleets in in_order([self.learner, *self.fleets.values()], starts_last(self.config), self.needed):
+        # The engines first, whose processes take longest: Ray has the first worker processes ready.
+        for fleets in in_order([*self.fleets.values(), self.learner], starts_last(self.config), self.needed):
             await asyncio.gather(*(fleet.start() for fleet in fleets))
         if self.short:  # the missing actors join when the cluster has room
             for role, fleet in self.fleets.items():

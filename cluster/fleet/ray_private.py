@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray._private import services
+from ray._private import node, services
 from ray._private import utils as ray_utils
 
 from actors.errors import CampaignError, UserError
@@ -36,6 +36,8 @@ LEAST_STORE_MEBIBYTES = 80
 SLOW_STORE = "RAY_OBJECT_STORE_ALLOW_SLOW_STORAGE"
 """Ray's own switch: the object store may lie on a disk where shared memory is too small."""
 SHARED_MEMORY = "/dev/shm"
+UNUSED_SERVICES = ("start_api_server", "start_monitor", "start_log_monitor")
+"""Methods of Ray's Node that start what a private cluster does not need."""
 
 WATCHDOG = """
 import os, select, shutil, signal, sys
@@ -182,7 +184,7 @@ def _start(options: dict[str, Any], watchdog: Watchdog) -> None:
     popen = internals.ConsolePopen
     internals.ConsolePopen = OwnSession
     try:
-        with without_handlers_of_ray(), loopback_as_it_is():
+        with without_handlers_of_ray(), loopback_as_it_is(), without_unused_services():
             ray.init(address="local", **options)
     except BaseException:
         for leader in leaders:
@@ -206,6 +208,25 @@ def loopback_as_it_is() -> Iterator[None]:
         yield
     finally:
         internals.resolve_ip_for_localhost = resolve
+
+
+@contextmanager
+def without_unused_services() -> Iterator[None]:
+    """Within the block, Ray starts no API server, no autoscaler and no log monitor.
+
+    Each is a Python process, and `ray.init` waits for the first. Without a dashboard the API server only sends statistics to
+    Ray's makers; a private cluster never grows; and the log monitor feeds `log_to_driver`, which is off. Ray 2.60 has no
+    public settings for them; without these names it starts them as ever.
+    """
+    internals: Any = node.Node
+    before = {name: vars(internals)[name] for name in UNUSED_SERVICES if name in vars(internals)}
+    for name in before:
+        setattr(internals, name, lambda *_, **__: None)
+    try:
+        yield
+    finally:
+        for name, method in before.items():
+            setattr(internals, name, method)
 
 
 def session_folder() -> Path | None:

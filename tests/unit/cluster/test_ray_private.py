@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
@@ -215,3 +216,22 @@ def test_a_control_store_that_is_lost_is_one_error_after_its_patience(monkeypatc
     with pytest.raises(CampaignError, match=r"control store at 127.0.0.1:1 has not answered for 0\.05 s \(refused\)"):
         asyncio.run(ray_control_store.control_store_lost())
     assert len(answers) == 1, "it was heard again after the first failure"
+
+
+def test_a_private_cluster_starts_no_service_that_it_does_not_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[str] = []
+    for name in (*ray_private.UNUSED_SERVICES, "start_raylet"):
+        monkeypatch.setattr(ray_private.node.Node, name, lambda *_, name=name, **__: started.append(name))
+
+    def init(**_: object) -> None:  # in the order of Ray
+        node: Any = object.__new__(ray_private.node.Node)
+        node.start_monitor()
+        node.start_api_server(include_dashboard=False, raise_on_failure=False)
+        node.start_log_monitor()
+        node.start_raylet("", "", 0)
+
+    monkeypatch.setattr(ray_private.ray, "init", init)
+    ray_private._start({}, SimpleNamespace(watch=lambda *_: None))
+    assert started == ["start_raylet"]
+    ray_private.node.Node.start_monitor(None)
+    assert started == ["start_raylet", "start_monitor"], "a cluster that others start has them"
