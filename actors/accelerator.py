@@ -10,8 +10,10 @@ from actors.gpu_share import PROCESS_BYTES, torch_fraction
 NO_GPU = ("", "-1", "none", "void", "nodevfiles")
 """First entries of CUDA_VISIBLE_DEVICES that name no GPU."""
 SWITCH = "UNDERSTUDY_DETERMINISTIC"
-DETERMINISTIC = {SWITCH: "1", "CUBLAS_WORKSPACE_CONFIG": ":4096:8", "VLLM_BATCH_INVARIANT": "1"}
-"""Environment of every actor with `deterministic: true`. cuBLAS and vLLM read theirs when they start."""
+DETERMINISTIC = {SWITCH: "1", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+"""Environment of every actor with `deterministic: true`. cuBLAS reads its own when it starts."""
+DETERMINISTIC_ON_GPU = {"VLLM_BATCH_INVARIANT": "1"}
+"""And of an actor with a GPU: vLLM's batch-invariant mode takes kernels of Triton, without which an engine on a CPU fails."""
 BATCH_INVARIANT = (9, 0)
 """Least compute capability of vLLM's batch-invariant mode (vllm/envs.py)."""
 DRIVER_FILE = Path("/proc/driver/nvidia/version")

@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from actors.config import PromptsConfig, VerifierConfig
+from actors.data.contexts import context_length, engine_context
 from actors.data.judge import Judge
-from actors.data.models import context_length, engine_context, find_model, load_config
+from actors.data.models import find_model, load_config
 from actors.data.prompt_filters import Dropped, dropped, overlap, repeated
 from actors.data.prompts import PromptSet, load_prompts
 from actors.data.tokenizer import load_tokenizer, stop_token_ids, template_token_ids, turn_end

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from actors.config import StudentConfig, TeacherConfig, publishes_adapter
-from actors.data.models import engine_context, load_config
+from actors.data.contexts import engine_context
+from actors.data.models import load_config
 from actors.gpu_share import is_share
 from actors.rollout.actor import RolloutActor
 from actors.rollout.engine import PromptLengths

@@ -22,7 +22,8 @@ import numpy as np
 
 from actors.accelerator import torch_device
 from actors.config import LoraConfig, RolloutConfig, SamplingConfig
-from actors.data.models import engine_context, expected_tensors, find_model, load_config
+from actors.data.contexts import engine_context
+from actors.data.models import expected_tensors, find_model, load_config
 from actors.errors import AbortedError, EngineError, WeightError
 from actors.rollout.engine import PromptLengths, Response, filters, trajectories_of
 from actors.rollout.seats import Seats

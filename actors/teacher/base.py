@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from actors.config import TeacherConfig
-from actors.data.models import context_length, engine_context, has_context, load_config
+from actors.data.contexts import context_length, engine_context, has_context
+from actors.data.models import load_config
 from actors.errors import CampaignError
 from actors.teacher.backends import Backend
 from actors.trajectory import (

@@ -28,7 +28,8 @@ ALIGNMENT_BYTES = 64
 SMALL_BYTES = 1 << 20
 """Below this, starting threads costs more than they save."""
 DEVICE_BYTES = 256 << 20
-"""A larger tensor that needs no joining is copied to a GPU by whoever takes it, into its own place."""
+"""A tensor above this that comes whole, from one rank, is not copied to the GPU here: its reader copies it to its final
+place, so that it is not there twice."""
 
 
 @dataclass(frozen=True, slots=True)

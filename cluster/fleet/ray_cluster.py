@@ -15,7 +15,7 @@ import ray
 from ray._private import services
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from actors.accelerator import DETERMINISTIC, describe_gpu
+from actors.accelerator import DETERMINISTIC, DETERMINISTIC_ON_GPU, describe_gpu
 from actors.config import TeacherConfig
 from actors.errors import UserError
 from actors.teacher.backends import backend_of, refuse_without_gpu
@@ -138,8 +138,8 @@ def role_resources(config: CampaignConfig, cluster_gpus: float, *, private: bool
         # With nothing left for a share it is a whole one, which then does not fit: never a CPU in its place.
         return default if cluster_gpus > 1 or default == 0 or ranks > 1 else share or default
 
-    def environment(role: Any) -> dict[str, str]:
-        exact = DETERMINISTIC if config.deterministic else {}
+    def environment(role: Any, own: float) -> dict[str, str]:
+        exact = DETERMINISTIC | (DETERMINISTIC_ON_GPU if own else {}) if config.deterministic else {}
         if not cluster_gpus:
             return exact | ({} if private else CPU_THREADS)
         # Not only in a cluster that was joined, where Ray sets it: the workers of a private one inherit CPU_THREADS.
@@ -149,9 +149,10 @@ def role_resources(config: CampaignConfig, cluster_gpus: float, *, private: bool
     needed = {
         name: (
             role.replicas,
-            Resources(role.cpus_per_replica, gpus(role.gpus_per_replica, default), environment(role), role.resources),
+            Resources(role.cpus_per_replica, own, environment(role, own), role.resources),
         )
         for name, (role, default) in wanted.items()
+        for own in [gpus(role.gpus_per_replica, default)]
     }
     for name, teacher in config.teachers.items():
         refuse_without_gpu(teacher, f"teachers.{name}", needed[f"teacher.{name}"][1].gpus)

@@ -9,7 +9,8 @@ from typing import Any
 
 from actors.accelerator import Card
 from actors.config import TeacherConfig, publishes_adapter
-from actors.data.models import engine_context, load_config
+from actors.data.contexts import engine_context
+from actors.data.models import load_config
 from actors.errors import UserError
 from actors.teacher.backends import backend_of
 from cluster.config import CampaignConfig

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from actors.config import TeacherConfig
-from actors.data.models import context_length, engine_context
+from actors.data.contexts import context_length, engine_context
 from actors.errors import CampaignError, UserError
 from actors.teacher.backends import Backend
 from actors.teacher.local import LocalTeacher

@@ -82,6 +82,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 if find_spec("peft"):
     SETTINGS["adapters"] = {"lora": LoraConfig(rank=3), "signal": "full", "objective": FULL}
+    for wide in ("student_topk", "hidden"):
+        SETTINGS[f"adapters, {wide}, layers computed again"] = {
+            "lora": LoraConfig(rank=3),
+            "signal": wide,
+            "objective": EXTRAPOLATED,
+            "gradient_checkpointing": True,
+        }
 
 
 @dataclass
