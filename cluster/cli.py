@@ -20,6 +20,8 @@ from typing import Any
 from actors.errors import CampaignError, UserError
 from actors.plain_text import concealed, printable
 from cluster.config import CampaignConfig
+from cluster.console.arguments import HelpfulParser
+from cluster.console.runs import RUN_HELP, find_run, listing
 from cluster.console.terminal import lasting_output
 from cluster.interrupts import INTERRUPTED_STATUS, INTERRUPTS
 from cluster.phases import START
@@ -39,7 +41,7 @@ def main(arguments: list[str] | None = None) -> None:
     # `run CONFIG --flag key=value`: argparse leaves positional arguments behind an option over.
     words = "sources" if hasattr(options, "sources") else "overrides"
     if [other for other in others if other.startswith("-") or not hasattr(options, words)]:
-        parser.error(f"unrecognized arguments: {' '.join(others)}")
+        options.parser.error(f"unrecognized arguments: {' '.join(others)}")
     if others:
         setattr(options, words, [*getattr(options, words), *others])
     repeated = _repeated(getattr(options, words, []))
@@ -88,13 +90,13 @@ def _end_soon(status: int) -> None:
 
 def command_parser() -> argparse.ArgumentParser:
     """The parser of all commands and their arguments."""
-    parser = argparse.ArgumentParser(prog="understudy", description="On-policy distillation of language models on Ray.")
+    parser = HelpfulParser(prog="understudy", description="On-policy distillation of language models on Ray.")
     parser.add_argument("--version", action=_Version, help="print the versions of everything that a campaign runs with")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     def command(name: str, function: object, text: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text)
-        sub.set_defaults(command=function)
+        sub.set_defaults(command=function, parser=sub)
         return sub
 
     _add_commands_of_a_configuration(command)
@@ -130,7 +132,9 @@ def _add_commands_of_a_configuration(command: Command) -> None:
 
     example = "e.g. rollout.replicas=2"
     run = configured("run", _run, "run a campaign, or resume it where it stopped", example, nargs="?")
-    run.add_argument("--resume", type=Path, metavar="RUN_DIR", help="resume this run; no CONFIG, only key=value")
+    run.add_argument(
+        "--resume", nargs="?", const="", metavar="RUN", help=f"resume a run; no CONFIG, only key=value. RUN: {RUN_HELP}"
+    )
     run.add_argument(
         "--resume-from", metavar="STEP", help="resume from this checkpoint (default: the newest whole one)"
     )
@@ -152,16 +156,21 @@ def _add_commands_of_a_configuration(command: Command) -> None:
     submit.add_argument("--env", action="append", default=[], metavar="NAME[=value]", help="set in the job; repeats")
     submit.add_argument("--follow", action="store_true", help="show the job's output until it ends")
     plan = configured("plan", _plan, "predict throughput and recommend how many actors of each role to start", example)
-    plan.add_argument("--gpus", type=float, help="recommend numbers of actors for this many GPUs")
+    plan.add_argument("--gpus", type=float, metavar="N", help="recommend numbers of actors for this many GPUs")
     source = plan.add_mutually_exclusive_group()
     source.add_argument(
-        "--run", type=Path, metavar="RUN_DIR", help="predict from this run (default: the campaign's own)"
+        "--run", metavar="RUN", help="predict from this run, finished or running (default: the campaign's own)"
     )
     source.add_argument("--calibrate", action="store_true", help="run and measure a few updates first")
     source.add_argument("--gpu", metavar="NAME", help="predict from data sheets, e.g. H100; nothing is run")
-    plan.add_argument("--prompt-tokens", type=float, default=256.0, help="with --gpu: mean length of a prompt")
     plan.add_argument(
-        "--response-tokens", type=float, help="with --gpu: mean length (default: half of max_response_tokens)"
+        "--prompt-tokens", type=float, metavar="N", default=256.0, help="with --gpu: mean length of a prompt"
+    )
+    plan.add_argument(
+        "--response-tokens",
+        type=float,
+        metavar="N",
+        help="with --gpu: mean length (default: half of max_response_tokens)",
     )
     text = "run one task under several methods and seeds, and compare them"
     versus = configured("compare", _compare, text, "rl:key=value applies to that method only")
@@ -194,10 +203,10 @@ def _add_evaluate(command: Command) -> None:
 def _add_commands_of_a_run(command: Command) -> None:
     def of_a_run(name: str, function: object, text: str) -> argparse.ArgumentParser:
         sub = command(name, function, text)
-        sub.add_argument("run", metavar="RUN", help="run directory, or the name of one in ~/understudy-runs")
+        sub.add_argument("run", nargs="?", metavar="RUN", help=RUN_HELP)
         return sub
 
-    status = of_a_run("status", _status, "show what a campaign is doing")
+    status = of_a_run("status", _status, "show what a campaign is doing; without RUN, list the runs that there are")
     status.add_argument("--watch", action="store_true", help="update the screen every two seconds")
     status.add_argument("--json", action="store_true", help="print one JSON object")
     for name, text in (
@@ -222,8 +231,8 @@ def _add_commands_of_a_run(command: Command) -> None:
     export.add_argument("--dtype", choices=dtypes, help="of the weights (default: rollout.dtype, the engines')")
     export.add_argument("--adapter-only", action="store_true", help="with student.lora: the adapter, not merged")
     report = command("report", _report, "write a self-contained HTML page about one or more runs")
-    report.add_argument("run_dirs", nargs="+", metavar="RUN_DIR", type=Path)
-    report.add_argument("--output", type=Path, help="file to write (default: report.html in the first run directory)")
+    report.add_argument("runs", nargs="*", metavar="RUN", help=RUN_HELP)
+    report.add_argument("--output", type=Path, help="file to write (default: report.html in the first run's directory)")
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -247,13 +256,16 @@ def _run(options: argparse.Namespace) -> int:
 def _config_of_run(options: argparse.Namespace) -> CampaignConfig:
     from cluster.config_file import load_config
 
-    if options.resume:
+    if options.resume is not None:
         from cluster.state.resume import config_of
 
-        return config_of(options.resume, [*filter(None, [options.config]), *options.overrides])
+        name, overrides = options.resume or None, [*filter(None, [options.config]), *options.overrides]
+        if name and "=" in name and not Path(name).exists():  # `--resume key=value`: no run is named
+            name, overrides = None, [name, *overrides]
+        return config_of(find_run(name, "--resume"), overrides)
     if options.config:
         return load_config(options.config, options.overrides)
-    raise UserError("run", "nothing to run", "CONFIG, a YAML file, or --resume RUN_DIR")
+    raise UserError("run", "nothing to run", "CONFIG, a YAML file, or --resume RUN")
 
 
 def _check(options: argparse.Namespace) -> int:
@@ -261,14 +273,19 @@ def _check(options: argparse.Namespace) -> int:
 
     config = load_config(options.config, options.overrides)
     print(f"configuration: ok ({options.config})")
-    from cluster.preflight import checks
+    from cluster.console.screen import PlainConsole
+
+    console = PlainConsole()
+    with console.status("importing Ray and transformers"):
+        from cluster.preflight import checks, doing
 
     for name, check in checks(config, offline=options.offline):
         if check is None:
             print(printable(f"{name}: not looked at (offline)"))
             continue
         start = time.perf_counter()
-        found = check()
+        with console.status(printable(f"{name}: {doing(name)}")):
+            found = check()
         print(concealed(printable(f"{name}: ok ({found}; {time.perf_counter() - start:.1f} s)")))
     return 0
 
@@ -300,7 +317,7 @@ def _plan(options: argparse.Namespace) -> int:
     else:
         from cluster.run import run_campaign
 
-        run_dir = options.run or config.run_dir
+        run_dir = find_run(options.run, "--run") if options.run else config.run_dir
         plan = from_calibration(config, run_campaign) if options.calibrate else from_run(config, run_dir)
     plans = [("as configured", plan)]
     if options.gpus is not None:
@@ -317,9 +334,12 @@ def _plan(options: argparse.Namespace) -> int:
 def _status(options: argparse.Namespace) -> int:
     from rich.live import Live
 
-    from cluster.console.screen import PlainConsole, status_screen
-    from cluster.console.status import EVERY_SECONDS, RUNNING_STATES, StatusReader, find_run, read_status
+    from cluster.console.screen import PlainConsole, print_table, runs_table, status_screen
+    from cluster.console.status import EVERY_SECONDS, RUNNING_STATES, StatusReader, read_status
 
+    if options.run is None and not options.watch and len(rows := listing()) > 1:
+        print(json.dumps(rows, indent=2)) if options.json else print_table(runs_table(rows))
+        return 0
     run_dir = find_run(options.run)
     if options.json:
         print(json.dumps(read_status(run_dir), indent=2))
@@ -339,25 +359,31 @@ def _status(options: argparse.Namespace) -> int:
 
 def _steer(options: argparse.Namespace) -> int:
     from cluster.console.control import send
-    from cluster.console.status import find_run, read_status
+    from cluster.console.status import RUNNING_STATES, read_status
 
-    run_dir = find_run(options.run)
-    state = read_status(run_dir)["state"]
-    if state not in ("running", "paused"):
-        raise UserError("RUN", f"{options.run}, which is {state}", "a campaign that is running")
+    given = list(getattr(options, "sizes", []))
+    if given and options.run and "=" in options.run and not Path(options.run).exists():
+        given, options.run = [options.run, *given], None  # `scale rollout=2 teacher=1`: no run is named
     sizes: dict[str, int] = {}
-    for size in getattr(options, "sizes", []):
+    for size in given:
         role, _, number = size.partition("=")
         if not number.isdigit():
             raise UserError("scale", size, "role=N, for example rollout=8")
         sizes[role] = int(number)
+    run_dir = find_run(options.run, states=RUNNING_STATES)
+    if (state := read_status(run_dir)["state"]) == "starting":
+        print(f"{run_dir} is starting: waiting until it takes commands (Ctrl-C gives up)", file=sys.stderr)
+        while (state := read_status(run_dir)["state"]) == "starting":
+            time.sleep(0.5)
+    if state not in ("running", "paused"):
+        raise UserError("RUN", f"{run_dir}, which is {state}", "a campaign that is running")
     print(send(run_dir, options.order, sizes))
     return 0
 
 
 def _tail(options: argparse.Namespace) -> int:
     from cluster.console.screen import PlainConsole, trajectory_text
-    from cluster.console.status import EVERY_SECONDS, RUNNING_STATES, find_run, read_status
+    from cluster.console.status import EVERY_SECONDS, RUNNING_STATES, read_status
     from cluster.records.writer import read_jsonl, trajectory_files
 
     run_dir, console, shown = find_run(options.run), PlainConsole(), -1
@@ -427,8 +453,6 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from cluster.console.status import find_run
-
     run_dir = find_run(options.run)
     from cluster.commands.export import export
 
@@ -446,10 +470,11 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
+    run_dirs = [find_run(name) for name in options.runs or [None]]
     from cluster.report.page import write_report
 
-    output = options.output or options.run_dirs[0] / REPORT_FILE
-    print(f"report: {write_report(options.run_dirs, output).resolve()}")
+    output = options.output or run_dirs[0] / REPORT_FILE
+    print(f"report: {write_report(run_dirs, output).resolve()}")
     return 0
 
 

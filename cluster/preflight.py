@@ -75,6 +75,27 @@ def checks(config: CampaignConfig, *, offline: bool) -> Iterator[tuple[str, Call
     yield "cluster", None if offline else lambda: _cluster(config)
 
 
+DOING = {
+    "hub": "asking the hub for commits",
+    "student": "reading its configuration, the headers of its weights and its tokenizer",
+    "teacher": "reading its configuration, the headers of its weights and its tokenizer",
+    "engine": "looking for the engine and its options",
+    "memory": "adding up what one actor holds",
+    "objective": "calling your own functions on a small example",
+    "prompts": "reading and rendering all prompts",
+    "verifier": "starting it and judging an answer",
+    "mirror": "writing a file and reading it",
+    "alerts": "looking for what they call",
+    "cluster": "asking the cluster for its nodes; without an address, starting a private one",
+}
+"""First word of a check's name -> what it does."""
+
+
+def doing(name: str) -> str:
+    """What a check does, in a few words."""
+    return DOING.get(name.partition(" ")[0], "looking")
+
+
 def check_models(config: CampaignConfig) -> None:
     """UserError unless all model files are complete, the tokenizers agree, and the engine's class can be imported."""
     check_alerts(config.alerts)

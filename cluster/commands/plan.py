@@ -2,7 +2,8 @@
 
 import dataclasses
 import tempfile
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from actors.errors import UserError
 from actors.vllm_options import check_options
 from cluster.config import CampaignConfig
 from cluster.config_file import load_config
+from cluster.console.status import read_status
 from cluster.fleet.ray_cluster import teacher_gpus
 from cluster.planning.datasheet import (
     GPUS,
@@ -24,7 +26,8 @@ from cluster.planning.datasheet import (
 )
 from cluster.planning.memory import network_without_memory, roles
 from cluster.planning.throughput import Plan, Stage, mean_of, measured
-from cluster.records.writer import CONFIG_FILE, METRICS_FILE, read_jsonl, summary_if_whole
+from cluster.records.utilisation import role_of
+from cluster.records.writer import CONFIG_FILE, EVENTS_FILE, METRICS_FILE, read_jsonl, summary_if_whole
 from learner.memory_items import peak
 
 CALIBRATION_UPDATES = 4
@@ -44,15 +47,17 @@ def gpus_of(config: CampaignConfig) -> dict[str, float]:
 
 
 def from_run(config: CampaignConfig, run_dir: Path) -> Plan:
-    """The plan of `config` with the speed of a finished run: its work for one update, scaled by the number of trajectories.
+    """The plan of `config` with the speed of a run: its work for one update, scaled by the number of trajectories.
 
-    UserError: the run has not ended, or has taken no update.
+    A run that has not ended is measured by the updates of its newest process so far. UserError: fewer than two of them.
     """
-    summary = summary_if_whole(run_dir)
-    if not summary:
-        raise UserError("--run", run_dir, "the directory of a run that has ended (with a summary.json)")
+    if not (run_dir / CONFIG_FILE).exists():
+        raise UserError("--run", run_dir, "the directory of a run, or --calibrate, or --gpu NAME")
     ran = load_config(run_dir / CONFIG_FILE, environment=False)
+    summary = summary_if_whole(run_dir)
     metrics = [row for row in read_jsonl(run_dir / METRICS_FILE, checked=True) if row["step"] > 0]
+    if not summary:
+        metrics, summary = _so_far(run_dir, metrics, ran.replicas)
     try:
         plan = measured(
             summary,
@@ -71,6 +76,26 @@ def from_run(config: CampaignConfig, run_dir: Path) -> Plan:
         for s in plan.stages
     )
     return replace(plan, stages=stages, overlapped=config.pipeline.max_staleness > 0)
+
+
+def _so_far(
+    run_dir: Path, metrics: list[dict[str, Any]], configured: Mapping[str, int]
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The updates of the newest process after its first, and what a summary would say of them."""
+    events = read_jsonl(run_dir / EVENTS_FILE)
+    began = [event.get("step") or 0 for event in events if event["kind"] == "loop_started"]
+    rows = [row for row in metrics if row["step"] > (began[-1] if began else 0)]
+    if len(rows) < 2:
+        raise UserError("--run", f"{run_dir}, which has taken {len(rows)} updates", "a run that has taken at least two")
+    status = read_status(run_dir)
+    there = Counter(role_of(actor["name"]) for actor in status["actors"])
+    print(f"{run_dir} is {status['state']}: measured over updates {rows[1]['step']} to {rows[-1]['step']}")
+    return rows[1:], {
+        "updates": len(rows) - 1,
+        "busy": {role: sum(row.get(f"busy_{role}", 0.0) for row in rows[1:]) for role in configured},
+        "loop_seconds": rows[-1]["wall_seconds"] - rows[0]["wall_seconds"],
+        "actors": {"mean": {role: there[role] or count for role, count in configured.items()}},
+    }
 
 
 def from_calibration(config: CampaignConfig, run: Callable[[CampaignConfig], Any]) -> Plan:

@@ -151,7 +151,7 @@ def status_screen(status: Mapping[str, Any], *, news: bool = True) -> Renderable
 
 
 def _head(status: Mapping[str, Any]) -> RenderableType:
-    line = Table.grid(padding=(0, 2))
+    line = Table.grid(*(Column(overflow="fold") for _ in range(6)), padding=(0, 2))
     state = Text(status["state"], COLOURS[LIVE_TONES.get(status["state"], row_of(status["state"]).tone)])
     if status["cause"]:
         state.append(f" ({status['cause']})")
@@ -169,9 +169,9 @@ def _head(status: Mapping[str, Any]) -> RenderableType:
 
 
 def _roles(status: Mapping[str, Any]) -> RenderableType:
-    table = Table(
-        "role", "actors", "restarts", "weights", "doing", "busy", box=None, padding=(0, 3), header_style="dim"
-    )
+    names = ("role", "actors", "restarts", "weights", "doing", "busy")
+    columns = (Column(name, overflow="fold", header_style="dim") for name in names)
+    table = Table(*columns, box=None, padding=(0, 3))
     actors = status["actors"]
     for role, doing in (status["roles"] or dict.fromkeys(status.get("utilisation", {}), "")).items():
         mine = [actor for actor in actors if actor["name"].split(".")[0].split("-")[0] == role]
@@ -226,7 +226,7 @@ def _figures(status: Mapping[str, Any]) -> RenderableType:
     }
     if status["accuracy_teacher"] is not None:
         rows["evaluation"] += f"   teacher {status['accuracy_teacher']:.1%}"
-    table = Table.grid(padding=(0, 3))
+    table = Table.grid(Column(no_wrap=True), Column(overflow="fold"), padding=(0, 3))
     for name, text in rows.items():
         if text:
             table.add_row(Text(name, "dim"), text)
@@ -280,6 +280,15 @@ def print_table(rows: Sequence[Sequence[str]]) -> None:
     for row in rows[1:]:
         table.add_row(*map(printable, row))
     PlainConsole().print(table)
+
+
+def runs_table(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """What `listing` found, for `print_table`."""
+    table = [["name", "state", "update", "changed", "directory"]]
+    for row in rows:
+        update, ago = f"{row['update']:,}/{row['updates']:,}", f"{duration(row['changed_seconds_ago'])} ago"
+        table.append([row["name"], row["state"], update, ago, row["run_dir"]])
+    return table
 
 
 def summary_table(summary: Mapping[str, Any]) -> str:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from actors.errors import UserError, is_full_disk
+from actors.errors import is_full_disk
 from actors.json_files import read_json
 from cluster.config import CampaignConfig
 from cluster.config_file import load_config
@@ -103,19 +103,6 @@ def _doing(replica: Any) -> str:
 
 def _signature() -> dict[str, Any]:
     return {"time": round(time.time(), 3), "process": os.getpid(), "host": socket.gethostname()}
-
-
-def find_run(name: str) -> Path:
-    """The run directory for a path, or for a name below ~/understudy-runs or runs/.
-
-    UserError: there is no such run; the message names similar ones.
-    """
-    homes = (Path("."), Path("runs"), Path.home() / "understudy-runs")
-    for candidate in (home / name for home in homes):
-        if (candidate / CONFIG_FILE).exists():
-            return candidate
-    there = [path.parent.name for home in homes if home.is_dir() for path in home.glob(f"*/{CONFIG_FILE}")]
-    raise UserError("RUN", name, "a run directory, or the name of one in ~/understudy-runs", there)
 
 
 def read_status(run_dir: Path, now: float | None = None) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from cluster.planning.datasheet import (
     teacher_seconds,
 )
 from cluster.planning.throughput import Plan, Stage, for_gpus, measured, table
+from cluster.records.writer import read_jsonl
 from tests.fake_run import make_fake_run
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -174,3 +175,28 @@ def test_a_run_that_has_not_ended_is_refused(tmp_path: Path, capsys: pytest.Capt
         main(["plan", str(QUICKSTART), "--run", str(tmp_path)])
     assert status.value.code == 2
     assert capsys.readouterr().err.startswith(f"understudy: --run: found {tmp_path}")
+
+
+def test_a_running_campaign_is_measured_by_its_updates_so_far(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    finished, running = make_fake_run(tmp_path / "finished"), make_fake_run(tmp_path / "running", updates=40, of=80)
+    config = load_config(finished / "config.yaml")
+    whole, so_far = from_run(config, finished), from_run(config, running)
+    assert "running is lost: measured over updates 2 to 40" in capsys.readouterr().out.replace(str(tmp_path), "")
+    assert [s.role for s in so_far.stages] == [s.role for s in whole.stages]
+    rows = [row for row in read_jsonl(running / "metrics.jsonl") if row["step"] > 0]
+    for stage in so_far.stages:
+        publish = sum(row["publish_seconds"] for row in rows[1:]) / 39 if stage.role == "learner" else 0.0
+        mean = sum(row[f"busy_{stage.role}"] for row in rows[1:]) / 39
+        assert stage.work_seconds == pytest.approx(mean + publish)
+
+    # After a restart only the newest process counts: the time between two processes is no update's.
+    with (running / "events.jsonl").open("a") as file:
+        file.write(json.dumps({"time": 0, "wall_seconds": 31, "kind": "loop_started", "step": 37}) + "\n")
+    from_run(config, running)
+    assert "measured over updates 39 to 40" in capsys.readouterr().out
+    with (running / "events.jsonl").open("a") as file:
+        file.write(json.dumps({"time": 0, "wall_seconds": 31, "kind": "loop_started", "step": 39}) + "\n")
+    with pytest.raises(UserError, match="has taken 1 updates, expected a run that has taken at least two"):
+        from_run(config, running)

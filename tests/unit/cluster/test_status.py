@@ -14,8 +14,9 @@ from rich.console import Console
 from actors.errors import UserError
 from cluster.cli import main
 from cluster.console import status as status_module
+from cluster.console.runs import find_run
 from cluster.console.screen import status_screen, trajectory_text
-from cluster.console.status import LOST_AFTER_SECONDS, StatusReader, find_run, keep_status, read_status, write_status
+from cluster.console.status import LOST_AFTER_SECONDS, StatusReader, keep_status, read_status, write_status
 from cluster.records.event_table import describe
 from cluster.records.writer import RunRecords, read_jsonl, trajectory_files
 from tests.fake_run import make_fake_run

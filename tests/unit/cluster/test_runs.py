@@ -1,0 +1,233 @@
+"""How commands name a run, what they suggest, and what a narrow terminal shows."""
+
+import io
+import json
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from actors.errors import UserError
+from cluster import cli
+from cluster.console import control, screen
+from cluster.console.runs import all_runs, find_run
+from cluster.console.status import read_status, write_status
+from cluster.preflight import DOING, checks, doing
+from cluster.records.writer import RunRecords
+from tests.fake_run import make_fake_run
+from tests.waiting import until
+
+
+class Runs:
+    """A home of its own, with runs of known ages."""
+
+    def __init__(self, home: Path, capsys: pytest.CaptureFixture[str]):
+        self.home, self._capsys = home, capsys
+
+    def make(self, name: str, age: float, *, running: bool = False, below: str = "home/understudy-runs") -> Path:
+        run = make_fake_run(self.home / below / name, updates=20, of=100 if running else None)
+        if running:
+            RunRecords(run).event("loop_started", step=1)
+            write_status(run, {"state": "running"})
+        stamp = run.stat().st_mtime - age
+        for path in run.iterdir():
+            os.utime(path, (stamp, stamp))
+        return run
+
+    def call(self, *arguments: str) -> tuple[int, str, str]:
+        self._capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main(list(arguments))
+        return int(ended.value.code or 0), *self._capsys.readouterr()
+
+
+@pytest.fixture
+def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Runs:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("COLUMNS", "80")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    return Runs(tmp_path, capsys)
+
+
+def test_nothing_named_is_the_only_run_or_the_newest_and_it_is_said(
+    runs: Runs, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(UserError, match="RUN: found none, and no run in runs/"):
+        find_run(None)
+    old = runs.make("old", 500)
+    assert find_run(None) == old
+    assert capsys.readouterr().err == f"run: {old}\n"
+    new = runs.make("new", 5, below="here/runs")
+    assert find_run(None).resolve() == new
+    assert capsys.readouterr().err == "run: runs/new, the newest of 2\n"
+    assert [run.name for run in all_runs()] == ["new", "old"]
+
+
+def test_a_name_is_looked_for_in_every_place_and_two_of_it_are_refused(runs: Runs) -> None:
+    run = runs.make("one", 5)
+    assert find_run("one") == run == find_run(str(run))
+    runs.make("one", 5, below="here/runs")
+    with pytest.raises(UserError, match=r"RUN: found one, which is in runs and in .*understudy-runs, expected a path"):
+        find_run("one")
+    assert find_run("runs/one") == Path("runs/one"), "a path is what it says"
+
+
+@pytest.mark.parametrize("named", [["old"], []], ids=["by name", "the newest"])
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["status", "--json"], '"run_dir"'),
+        (["tail", "--rows", "1"], "update 20"),
+        (["report"], "report: "),
+        (["export", "OUT"], "no checkpoint"),
+        (["run", "--resume", "name=x"], "override: found 'name=x'"),
+        (["plan", "CONFIG", "--run"], "trajectories/s"),
+    ],
+    ids=lambda words: words[0] if isinstance(words, list) else "",
+)
+def test_every_command_finds_its_run_in_the_same_way(runs: Runs, words: list[str], said: str, named: list[str]) -> None:
+    run = runs.make("old", 5)
+    places = {"OUT": str(runs.home / "out"), "CONFIG": str(run / "config.yaml")}
+    words = [places.get(word, word) for word in words]
+    if words[-1] == "--run":
+        words = [*words, *(named or [str(run)])]
+    elif words[0] == "run":
+        words = [*words[:2], *named, *words[2:]]
+    else:
+        words = [words[0], *named, *words[1:]]
+    _, out, err = runs.call(*words)
+    assert said in out + err
+    assert (f"run: {run}\n" in err) == (not named and "--run" not in words)
+
+
+def test_status_without_a_name_lists_the_runs(runs: Runs) -> None:
+    runs.make("old", 3700)
+    assert "update 20/20" in runs.call("status")[1], "the only one is shown"
+    new = runs.make("new", 5, running=True)
+    broken = runs.make("broken", 100) / "config.yaml"
+    stamp = broken.stat().st_mtime
+    broken.write_text("name: [")
+    os.utime(broken, (stamp, stamp))
+    status, out, err = runs.call("status")
+    assert (status, err) == (0, "")
+    rows = [line.split() for line in out.splitlines() if line.strip()]
+    assert rows[0] == ["name", "state", "update", "changed", "directory"]
+    assert [row[:2] for row in rows if row[0] in ("new", "old", "broken")] == [
+        ["new", "running"],
+        ["broken", "cannot"],
+        ["old", "finished"],
+    ]
+    assert "1h01m ago" in out and "20/100" in out
+    listed = json.loads(runs.call("status", "--json")[1])
+    assert [row["name"] for row in listed] == ["new", "broken", "old"] and listed[0]["run_dir"] == str(new)
+
+
+def test_what_is_steered_without_a_name_is_the_one_that_runs(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[tuple[Path, str, dict[str, int]]] = []
+    monkeypatch.setattr(control, "send", lambda *asked: sent.append(asked) or "done")
+    runs.make("newest", 1)
+    assert "no running campaign" in runs.call("scale", "rollout=2")[2]
+    live = runs.make("live", 10, running=True)
+    assert runs.call("scale", "rollout=2", "teacher.default=3")[0] == 0
+    assert runs.call("scale", "live", "rollout=4")[0] == 0
+    assert sent == [
+        (live, "scale", {"rollout": 2, "teacher.default": 3}),
+        (live, "scale", {"rollout": 4}),
+    ]
+    other = runs.make("other", 10, running=True)
+    status, _, err = runs.call("stop")
+    assert status == 2 and "2 campaigns that run" in err and str(live) in err and str(other) in err
+    assert len(sent) == 2
+
+
+def test_a_starting_campaign_is_waited_for(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_fake_run(runs.home / "home/understudy-runs/young", updates=1, of=9)
+    records = RunRecords(run)
+    records.event("started", step=0)
+    write_status(run, {"state": "starting"})
+    assert read_status(run)["state"] == "starting"
+    states: list[str] = []
+    monkeypatch.setattr(control, "send", lambda *_: states.append(read_status(run)["state"]) or "done")
+    waits = threading.Event()
+
+    def started() -> None:
+        until(waits.is_set, "the command to wait")
+        write_status(run, {"state": "running"})
+        records.event("loop_started", step=0)
+
+    monkeypatch.setattr(cli, "time", SimpleNamespace(sleep=lambda _: waits.set()))
+    thread = threading.Thread(target=started)
+    thread.start()
+    status, out, err = runs.call("scale", "young", "rollout=2")
+    thread.join()
+    assert (status, out, states) == (0, "done\n", ["running"])
+    assert "is starting: waiting until it takes commands" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        (["statsu"], "status"),
+        (["status", "--wach"], "--watch"),
+        (["run", "a.yaml", "--alow-change", "x"], "--allow-change"),
+        (["plan", "a.yaml", "--respnse-tokens=8"], "--response-tokens"),
+        (["export", "a", "b", "--dtype", "bf16"], "bfloat16"),
+    ],
+)
+def test_what_was_meant_is_said_of_commands_options_and_choices(runs: Runs, words: list[str], meant: str) -> None:
+    status, _, err = runs.call(*words)
+    assert status == 2 and err.rstrip().endswith(f"; did you mean {meant}?")
+    assert "did you mean" not in runs.call("xyzzy")[2]
+
+
+@pytest.mark.parametrize("width", [80, 60])
+def test_narrow_terminals_show_everything(
+    runs: Runs, width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = runs.make("a-campaign-with-a-name-of-its-own", 5, running=True)
+    path = "/shared/a_long_directory/without_a_blank/in_it/checkpoints/step_00000020_of_a_campaign_with_a_long_name"
+    doing = "loading_a_model_from_/shared/models/a_name_that_is_longer_than_any_column_of_a_table"
+    write_status(run, {"state": "running", "roles": {"rollout": doing, "teacher": "idle", "learner": "idle"}})
+    RunRecords(run).event("checkpoint", step=20, path=path)
+
+    def shown(print_it: Callable[[Console], Any]) -> str:
+        console = Console(width=width, file=io.StringIO(), record=True)
+        print_it(console)
+        return console.export_text()
+
+    status = read_status(run)
+    text = shown(lambda console: console.print(screen.status_screen(status)))
+    assert "20/100" in text and "…" not in text and all(len(line) <= width for line in text.splitlines())
+    pieces = text.replace(" ", "").splitlines()
+    assert any(path.startswith(piece.removeprefix("checkpoint")) for piece in pieces if "checkpoint/shared" in piece)
+    assert path[-8:] in "".join(pieces) and doing[-4:] in "".join(pieces)
+
+    monkeypatch.setenv("COLUMNS", str(width))
+    for words in (["status"], ["plan", str(run / "config.yaml"), "--run", str(run), "--gpus", "8"]):
+        out = runs.call(*words)[1]
+        table = "\n".join(line for line in out.splitlines() if "trajectories/s" not in line and "measured" not in line)
+        assert "…" not in table
+    for name in ("run", "plan", "status", "export", "compare") if width == 80 else ():  # argparse wraps no group of options
+        help_text = runs.call(name, "--help")[1]
+        assert "…" not in help_text and all(len(line) <= width for line in help_text.splitlines())
+    capsys.readouterr()
+    screen.print_table([["item", "what"], ["x" * 50, "y" * 70]])
+    out = capsys.readouterr().out
+    assert (out.count("x"), out.count("y")) == (50, 70)
+
+
+def test_every_check_says_what_it_does(runs: Runs) -> None:
+    from cluster.config_file import load_config
+
+    root = Path(__file__).resolve().parents[3]
+    config = load_config(root / "configs" / "quickstart.yaml", ["checkpoint.mirror=/tmp/mirror"])
+    names = [name for name, _ in checks(config, offline=True)]
+    assert len(names) > 6
+    assert [name for name in names if doing(name) == "looking"] == []
+    assert set(DOING) >= {name.partition(" ")[0] for name in names}
