@@ -14,7 +14,7 @@ from actors.plain_text import printable
 from cluster.records.writer import CONFIG_FILE, EVENTS_FILE, METRICS_FILE
 
 RUN_HELP = "run directory, or a name in runs/ or ~/understudy-runs (default: the only or newest run there)"
-EXPECTED = "a run directory, or the name of one in runs/ or ~/understudy-runs"
+EXPECTED = "a run directory: one with config.yaml, or the name of one in runs/ or ~/understudy-runs"
 
 
 def homes() -> tuple[Path, ...]:

@@ -213,7 +213,9 @@ def test_narrow_terminals_show_everything(
         out = runs.call(*words)[1]
         table = "\n".join(line for line in out.splitlines() if "trajectories/s" not in line and "measured" not in line)
         assert "…" not in table
-    for name in ("run", "plan", "status", "export", "compare") if width == 80 else ():  # argparse wraps no group of options
+    for name in (
+        ("run", "plan", "status", "export", "compare") if width == 80 else ()
+    ):  # argparse wraps no group of options
         help_text = runs.call(name, "--help")[1]
         assert "…" not in help_text and all(len(line) <= width for line in help_text.splitlines())
     capsys.readouterr()
