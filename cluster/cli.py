@@ -265,7 +265,7 @@ def _config_of_run(options: argparse.Namespace) -> CampaignConfig:
         return config_of(find_run(name, "--resume"), overrides)
     if options.config:
         return load_config(options.config, options.overrides)
-    raise UserError("run", "nothing to run", "CONFIG, a YAML file, or --resume RUN")
+    raise UserError("run", "nothing to run", "CONFIG, a YAML file, or --resume RUN_DIR")
 
 
 def _check(options: argparse.Namespace) -> int:
