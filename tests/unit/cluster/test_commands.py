@@ -13,8 +13,12 @@ from pathlib import Path
 
 import pytest
 
+from actors.data.prompt_files import is_pattern
+from actors.teacher.backends import backend_of
 from cluster.cli import command_parser, main
+from cluster.config import CampaignConfig
 from cluster.config_file import load_config
+from cluster.pins import places
 from tests.documented import ROOT, Command, commands, commands_of, examples_in
 from tests.fake_run import make_fake_run
 
@@ -71,6 +75,8 @@ SCRIPTS = {
     "tests.unit": "a table of a test's own figures, which the test asserts",
 }
 """Script, module, or a folder of them -> why it is not run here."""
+READERS_OWN = ("/shared/", "~/understudy-models/", "RUN/checkpoints/")
+"""Where configurations expect files that the reader brings or makes. Everything else that they name is in the repository."""
 CHECKED: set[tuple[str, ...]] = set()
 """Arguments of `check` that were tried and found good: many pages have the same command."""
 READ_ARGUMENTS = """
@@ -112,6 +118,8 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = ROOT.joinpath("configs/quickstart.yaml").read_text().replace("~/understudy-runs", str(run.parent))
     (run / "config.yaml").write_text(config)
     [mine] = examples_in("yaml", "README.md")
+    for name in ("train.jsonl", "heldout.jsonl"):
+        mine = mine.replace(name, str(ROOT / "examples" / "addition" / name))
     (run.parent / "mine.yaml").write_text(mine)
     return run
 
@@ -156,14 +164,29 @@ def of_understudy(words: list[str], folder: Path, run_dir: Path) -> None:
             "plan": [] if "--run" in words else ["--run", str(run_dir)],
             "check": ["--offline"],
         }.get(words[0], [])
-        if words[0] == "check" and tuple(words) in CHECKED:
-            return
+        if words[0] == "check":
+            assert absent(load_config(config, overrides)) == []
+            if tuple(words) in CHECKED:
+                return
         with pytest.raises(SystemExit) as ended:
             main([*[word for word in words if word != "--watch"], *extra])
         assert ended.value.code == 0
         CHECKED.add(tuple(words))
     else:
         assert f"understudy {words[0]}" in RUN_BY, f"{words[0]} is not looked into"
+
+
+def absent(config: CampaignConfig) -> list[str]:
+    """What the configuration names on this machine and is not there: `check --offline` passes over it."""
+    served = [teacher for teacher in config.teachers.values() if not backend_of(teacher).has_model_files]
+    here = [place for place in places(config) if not place.on_hub and place.section not in served]
+    return [
+        f"{place.key}: {place.name}"
+        for place in here
+        if not place.name.startswith(READERS_OWN)
+        and not is_pattern(place.name)
+        and not Path(place.name).expanduser().exists()
+    ]
 
 
 def script(words: list[str]) -> Path:
@@ -264,6 +287,13 @@ def test_each_command_that_is_only_parsed_is_run_by_a_test_that_there_is() -> No
         "understudy runn configs/quickstart.yaml",
         "understudy run configs/absent.yaml",
         "understudy run configs/quickstart.yaml pipeline.updatez=3",
+        "understudy run configs/quickstart.yaml student.model=/absent/model",
+        "understudy submit configs/quickstart.yaml --address URL teachers.default.model=examples/addition/absent",
+        "understudy run configs/quickstart.yaml prompts.path=absent.jsonl",
+        "understudy run configs/quickstart.yaml evaluation.prompts.path=examples/absent.jsonl",
+        "understudy check mine.yaml prompts.path=absent.jsonl",
+        "understudy run configs/quickstart.yaml student.model=examples/addition",
+        "understudy submit configs/quickstart.yaml --address URL prompts.prompt_field=absent",
         "understudy status RUN --wach",
         "understudy report RUN --json",
         "understudy plan configs/quickstart.yaml --gpuz 8",
