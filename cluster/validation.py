@@ -20,6 +20,8 @@ MOST_TRAJECTORIES = 10_000_000
 """More trajectories of an update than this are a slip of the keyboard: the loop holds a few bytes for each."""
 LONGEST_NAME = 200
 """Characters of a name. A file's has 255 bytes, and some names of files and jobs have more than the campaign's in them."""
+VLLM_TEMPERATURES = 2
+"""vLLM samples at most at this many times the temperature that its logits have been divided by."""
 LARGEST_ADAPTER = 512
 """The highest rank of an adapter that vLLM accepts."""
 
@@ -138,6 +140,10 @@ def _evaluation(config: CampaignConfig) -> Iterator[Contradiction]:
         )
         expected = "1 with temperature: 0: greedy answers to a prompt are all the same"
         yield one.temperature == 0 and one.samples > 1, f"{key}.samples", one.samples, expected
+        highest = VLLM_TEMPERATURES * config.sampling.temperature
+        expected = f"at most {highest:g}, {VLLM_TEMPERATURES} times sampling.temperature, which is as far as vLLM goes"
+        hot = config.rollout.backend == "vllm" and (one.temperature or 0) > highest
+        yield hot, f"{key}.temperature", one.temperature, expected
         scored = config.is_scored(one)
         expected = "a verifier; or temperature, top_p and top_k of null, since the reverse KL is of the policy that training samples"
         yield one.verifier is None and not scored, f"{key}.verifier", "null", expected

@@ -16,6 +16,7 @@ from actors.errors import UserError
 from cluster.commands.export import chosen_checkpoint
 from cluster.config import CampaignConfig, EvaluationConfig, EvaluationSetConfig
 from cluster.config_file import load_config
+from cluster.console.runs import named_run
 from cluster.fleet.ray_cluster import connected, room_to_begin
 from cluster.inputs import read_set_inputs
 from cluster.loop.evaluation_sets import Tallies, metrics_of, to_json
@@ -50,8 +51,7 @@ def models_of(sources: Sequence[str], step: str | None, best: bool) -> list[Mode
     """
     found = []
     for source in sources:
-        run_dir = next((at for at in (Path(source), Path("runs", source)) if (at / CONFIG_FILE).is_file()), None)
-        if run_dir is None:
+        if (run_dir := named_run(source, "MODEL_OR_RUN")) is None:
             found.append(Model(source, source))
             continue
         by = load_config(run_dir / CONFIG_FILE, environment=False).best_by if best else None

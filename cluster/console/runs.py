@@ -1,6 +1,6 @@
 """Which run a command is about: a directory, a name below an output directory, or the only or newest one.
 
-Every command that takes a run finds it by `find_run`.
+Every command that takes a run finds it by `find_run`, or by `named_run` where a model may stand in its place.
 """
 
 import sys
@@ -30,14 +30,19 @@ def find_run(name: str | None, key: str = "RUN", *, states: Collection[str] = ()
     """
     if name is None:
         return _without_a_name(key, states)
+    if (run := named_run(name, key)) is None:
+        raise UserError(key, name, EXPECTED, [path.name for path in all_runs()])
+    return run
+
+
+def named_run(name: str, key: str = "RUN") -> Path | None:
+    """The run directory for a path or a name; None: there is none. UserError: there are several of this name."""
     if (Path(name) / CONFIG_FILE).exists():
         return Path(name)
     found = {path.resolve(): path for path in (home / name for home in homes()) if (path / CONFIG_FILE).exists()}
     if len(found) > 1:
         raise UserError(key, f"{name}, which is in {' and in '.join(str(p.parent) for p in found.values())}", "a path")
-    if not found:
-        raise UserError(key, name, EXPECTED, [path.name for path in all_runs()])
-    return next(iter(found.values()))
+    return next(iter(found.values()), None)
 
 
 def all_runs() -> list[Path]:

@@ -30,7 +30,7 @@ rollout: {dtype: float32, cpus_per_replica: 0.2, engine: {kv_cache_memory_bytes:
 evaluation:
   sets:
     near: {prompts: {path: heldout.jsonl}, samples: 2, exposure: true}
-    long: {prompts: {path: heldout.jsonl}, verifier: {name: exact}, samples: 4, temperature: 2.0, top_k: 3, max_response_tokens: 20}
+    long: {prompts: {path: heldout.jsonl}, verifier: {name: exact}, samples: 4, temperature: 1.6, top_k: 3, max_response_tokens: 20}
 ray: {object_store_mebibytes: 100}
 """
     )

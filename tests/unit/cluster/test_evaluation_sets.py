@@ -220,3 +220,14 @@ def test_a_set_name_is_part_of_metric_names(folder: Path) -> None:
     file = configuration(folder, "named", evaluation={"sets": {"a/b": {"prompts": {"path": "x"}}}})
     with pytest.raises(UserError, match=r"evaluation\.sets: found 'a/b'"):
         load_config(file)
+
+
+@pytest.mark.parametrize(("temperature", "fits"), [(1.5, True), (1.7, False)])
+def test_a_set_is_no_hotter_than_vllm_can(folder: Path, temperature: float, fits: bool) -> None:
+    one = {"prompts": {"path": "x"}, "verifier": {"name": "exact"}, "temperature": temperature}
+    file = configuration(folder, "hot", evaluation={"sets": {"a": one}}, rollout={"backend": "vllm"})
+    if fits:
+        load_config(file, ["sampling.temperature=0.8"])
+        return
+    with pytest.raises(UserError, match=r"sets\.a\.temperature: found 1\.7, expected at most 1\.6"):
+        load_config(file, ["sampling.temperature=0.8"])
