@@ -144,7 +144,8 @@ class SourceConfig:
     reference_field: str | None = "answer"
     """Field with the reference answer that verifiers read; null when there is none."""
     domain_field: str | None = None
-    """Field with the prompt's domain, which selects its teachers (`teachers.<name>.domains`)."""
+    """Field with the prompt's domain, which selects its teachers (`teachers.<name>.domains`) and its verifier
+    (`evaluation.verifiers`)."""
     limit: int | None = number(None, minimum=1)
     """Read at most this many records, from the start."""
 

@@ -30,6 +30,16 @@ class TrajectoryId(NamedTuple):
         return f"{self.epoch}/{self.prompt}/{self.sample}"
 
 
+class Aside(NamedTuple):
+    """What a verifier may know of a prompt besides its reference answer."""
+
+    domain: str | None = None
+    prompt: str | None = None
+    """The text as the student reads it."""
+    record: str | None = None
+    """All fields of the record, as JSON; None where no verifier asks for it."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Requests:
     """Samples to be drawn. Example: two samples of one prompt of three tokens have B = 2 and P = 6."""
@@ -44,6 +54,8 @@ class Requests:
     """[B + 1] int64."""
     references: tuple[str | None, ...] = ()
     """[B] reference answers for the verifier, where responses get a reward; else empty."""
+    asides: tuple[Aside, ...] = ()
+    """[B] what else the verifier may know, where responses get a reward; else empty."""
 
     @property
     def prompts(self) -> list[np.ndarray]:
@@ -89,6 +101,8 @@ class RolloutCounts(NamedTuple):
     """Responses that the engine should write at a time; 0: not said."""
     preempted: int = 0
     """Responses that lost their place in the engine's full cache since its last report, and were computed again."""
+    parts: tuple[dict[str, float], ...] = ()
+    """[B] named parts of each reward, where the verifier returns any; else ()."""
 
 
 class LoadSeconds(NamedTuple):

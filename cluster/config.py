@@ -82,6 +82,9 @@ class EvaluationConfig:
     """More sets of held-out prompts, by names of your choice, beside `prompts` or in its place."""
     verifier: VerifierConfig = field(default_factory=VerifierConfig)
     """How a response is judged, in evaluations of `prompts` and for rewards."""
+    verifiers: dict[str, VerifierConfig] = field(default_factory=dict)
+    """The verifiers of prompts of these domains (`domain_field`, `prompts.sources.<name>.domain`), in place of `verifier`, and of
+    that of a set."""
     every_updates: int = number(20, minimum=1)
     """Evaluate after this many updates, and also before the first and after the last."""
     teacher: bool = True

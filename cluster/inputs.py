@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from actors.config import PromptsConfig, VerifierConfig
+from actors.config import PromptsConfig
 from actors.data.contexts import context_length, engine_context
 from actors.data.judge import Judge
 from actors.data.models import find_model, load_config
@@ -127,13 +127,21 @@ def max_prompt_tokens(config: CampaignConfig) -> int:
 
 def read_inputs(config: CampaignConfig) -> Inputs:
     """Reads everything. UserError: a file, a field or a token that is missing or wrong, or a verifier that fails."""
+    judge = Judge(config.evaluation.verifier, by_domain=config.evaluation.verifiers)
+    try:
+        return _read_inputs(config, judge)
+    finally:
+        judge.end()  # an evaluation starts it again, and those beside it
+
+
+def _read_inputs(config: CampaignConfig, judge: Judge) -> Inputs:
     student = config.student
     tokenizer = load_tokenizer(student.source, student.trust_remote_code, "student.model")
     stop = student_stop_tokens(config)
     model_config = load_config(student.source, student.trust_remote_code, "student.model")
     rows = model_config.get_text_config().vocab_size
     _refuse_unknown(config.learner.objective.masked_token_ids, rows, "learner.objective.masked_token_ids")
-    prompts, prompt_routes, left_out = _read(config, config.prompts, tokenizer, "prompts")
+    prompts, prompt_routes, left_out = _read(config, config.prompts, tokenizer, "prompts", judge)
     prompt_routes = prompt_routes._replace(stop_token_ids=stop)
     if (reference := config.learner.objective.reference_teacher) is not None:
         prompt_routes = prompt_routes._replace(routes=[{**route, reference: 0.0} for route in prompt_routes.routes])
@@ -141,31 +149,27 @@ def read_inputs(config: CampaignConfig) -> Inputs:
         _demand_references(config.prompts, prompts, "prompts")
     held_out, held_out_routes = None, None
     if config.evaluation.prompts is not None:
-        held_out, held_out_routes, more = _read(config, config.evaluation.prompts, tokenizer, "evaluation.prompts")
+        held_out, held_out_routes, more = _read(
+            config, config.evaluation.prompts, tokenizer, "evaluation.prompts", judge
+        )
         left_out |= more
-    sets = {name: read_set(config, tokenizer, name, stop) for name in config.evaluation.sets}
+    sets = {name: read_set(config, tokenizer, name, stop, judge) for name in config.evaluation.sets}
     for routes_of in [held_out_routes, *(one.routes for one in sets.values())]:
         if routes_of is not None:
             longest = {name: max(most, routes_of.longest[name]) for name, most in prompt_routes.longest.items()}
             prompt_routes = prompt_routes._replace(longest=longest)
     left_out |= {key: own for one in sets.values() for key, own in one.left_out.items()}
     shared = overlap(held_out, prompts) if held_out is not None else ""
-    judge, remarks = Judge(config.evaluation.verifier), mixture(config, prompts)
+    remarks = mixture(config, prompts)
     remarks += [f"{key}: {one}" for key, one in left_out.items()] + ([f"note: {shared}"] if shared else [])
     remarks += [f"{name}: note: {found}" for name, one in sets.items() if (found := overlap(one.prompts, prompts))]
-    try:
-        if config.gives_rewards:
-            remarks += try_references(config, judge, prompts)
-        if held_out is not None:
-            remarks += try_references(config, judge, held_out)
-        for name, one in sets.items():
-            if one.judge is not None:
-                told = try_references(config, one.judge, one.prompts, config.evaluation.sets[name].verifier)
-                remarks += [f"{name}: {remark}" for remark in told]
-    finally:
-        for own in (judge, *(one.judge for one in sets.values())):
-            if own is not None:
-                own.end()  # an evaluation starts it again
+    if config.gives_rewards:
+        remarks += try_references(config, judge, prompts)
+    if held_out is not None:
+        remarks += try_references(config, judge, held_out)
+    for name, one in sets.items():
+        if one.judge is not None:
+            remarks += [f"{name}: {remark}" for remark in try_references(config, one.judge, one.prompts)]
     return Inputs(
         prompts,
         prompt_routes,
@@ -205,28 +209,31 @@ def read_set_inputs(config: CampaignConfig) -> Inputs:
     tokenizer = load_tokenizer(student.source, student.trust_remote_code, "student.model")
     stop = student_stop_tokens(config)
     rows = load_config(student.source, student.trust_remote_code, "student.model").get_text_config().vocab_size
-    sets = {name: read_set(config, tokenizer, name, stop) for name in config.evaluation.sets}
+    judge = Judge(config.evaluation.verifier, by_domain=config.evaluation.verifiers)
+    try:
+        sets = {name: read_set(config, tokenizer, name, stop, judge) for name in config.evaluation.sets}
+    finally:
+        judge.end()
     first = next(iter(sets.values()))
     ends = {name: ends for name in config.teachers if (ends := turn_ends(config, name)) is not None}
     vocabulary = min(rows, max(tokenizer.get_vocab().values()) + 1)
-    judge = Judge(config.evaluation.verifier)
     return Inputs(first.prompts, first.routes, None, None, tokenizer, judge, stop, [], vocabulary, ends, sets=sets)
 
 
-def read_set(config: CampaignConfig, tokenizer: Any, name: str, stop: list[int]) -> HeldOut:
-    """The prompts of `evaluation.sets.<name>`, with room for its own longest response."""
+def read_set(config: CampaignConfig, tokenizer: Any, name: str, stop: list[int], of_all: Judge) -> HeldOut:
+    """The prompts of `evaluation.sets.<name>`, with room for its own longest response. of_all: has the verifiers of domains."""
     one, key = config.evaluation.sets[name], f"evaluation.sets.{name}"
     longer = replace(config, sampling=config.sampling_of(one))
+    judge = None if one.verifier is None else of_all.beside(one.verifier, f"{key}.verifier")
     asks_teachers = config.is_scored(one) or (one.verifier is not None and config.evaluation.teacher)
     try:
-        prompts, routed, left_out = _read(longer, one.prompts, tokenizer, f"{key}.prompts", bounded=asks_teachers)
+        prompts, routed, left_out = _read(longer, one.prompts, tokenizer, f"{key}.prompts", judge, bounded=asks_teachers)
     except UserError as error:
         if error.where != "sampling.max_response_tokens" or one.max_response_tokens is None:
             raise
         raise UserError(f"{key}.max_response_tokens", error.found, error.expected) from error
-    if one.verifier is not None and not any(prompts.references) and one.prompts.has_references:
+    if one.verifier is not None and not prompts.judged():
         raise UserError(f"{key}.verifier", one.verifier.name, "a reference answer in a prompt, or null")
-    judge = None if one.verifier is None else Judge(one.verifier, f"{key}.verifier")
     return HeldOut(prompts, routed._replace(stop_token_ids=stop), judge, left_out)
 
 
@@ -281,7 +288,13 @@ def turn_ends(config: CampaignConfig, name: str) -> TurnEnds | None:
 
 
 def _read(
-    config: CampaignConfig, source: PromptsConfig, tokenizer: Any, key: str, *, bounded: bool = True
+    config: CampaignConfig,
+    source: PromptsConfig,
+    tokenizer: Any,
+    key: str,
+    judge: Judge | None,
+    *,
+    bounded: bool = True,
 ) -> tuple[PromptSet, PromptRoutes, dict[str, Dropped]]:
     """The prompts as the student reads them, the routes (the teachers of each prompt, and their view of it), and what was
     left out of each source.
@@ -294,7 +307,18 @@ def _read(
         _refuse_unnamed(source, tokenizer, key)
     response = config.sampling.max_response_tokens
     room = student_limit(config).tokens - response
-    prompts = load_prompts(source, tokenizer, room, key)
+    judges = key != "prompts" or config.gives_rewards
+    verifiers = {own: judge.of(own) for own in (None, *config.evaluation.verifiers)} if judge and judges else {}
+    asked = {domain: its.asks for domain, its in verifiers.items()}
+    prompts = load_prompts(source, tokenizer, room, key, records=any("record" in names for names in asked.values()))
+    # A function of the user's own may do without references: where it reads something else, or where a set has none.
+    free = {
+        domain
+        for domain, its in verifiers.items()
+        if asked[domain] or (key.startswith("evaluation.sets") and not source.has_references and is_import_path(its.name))
+    }
+    without = {domain for domain in prompts.domains if (domain if domain in verifiers else None) in free}
+    prompts = replace(prompts, judged_without_reference=frozenset(without))
     own = {
         name: load_tokenizer(its, teacher.trust_remote_code, f"teachers.{name}.tokenizer")
         for name, teacher in config.teachers.items()
@@ -378,8 +402,8 @@ def _templates(config: CampaignConfig) -> str:
 
 
 def _demand_references(source: PromptsConfig, prompts: PromptSet, key: str) -> None:
-    if None in prompts.references:
-        prompt = prompts.references.index(None)
+    if unjudged := sorted(set(range(len(prompts))) - set(prompts.judged())):
+        prompt = unjudged[0]
         its = prompts.origin_of(prompt).key
         raise UserError(
             prompts.where(prompt),
@@ -388,36 +412,37 @@ def _demand_references(source: PromptsConfig, prompts: PromptSet, key: str) -> N
         )
 
 
-def try_references(
-    config: CampaignConfig, judge: Judge, prompts: PromptSet, verifier: VerifierConfig | None = None
-) -> list[str]:
+def try_references(config: CampaignConfig, judge: Judge, prompts: PromptSet) -> list[str]:
     """Tries the reference answers of the prompts, the first one at least, for TRIAL_SECONDS at most; returns remarks.
 
-    verifier: of an evaluation set; None: `evaluation.verifier`.
     UserError: the verifier fails, or cannot use a reference. It names the first such prompt.
     """
-    numbers = [number for number, reference in enumerate(prompts.references) if reference is not None]
-    references = [str(prompts.references[number]) for number in numbers]
-    name = (verifier or config.evaluation.verifier).name
-    tried, error = judge.try_references(references, TRIAL_SECONDS)
+    judged, verifiers, remarks = prompts.judged(), config.evaluation.verifiers, []
+    if not judged:
+        return ["no reference answers, so the reverse KL is measured, and no accuracy"]
+    if len(judged) < len(prompts):
+        remarks.append(f"accuracy over {len(judged)} of {len(prompts)} prompts, which have a reference answer")
+    for own in (None, *verifiers):
+        numbers = [
+            row for row in judged if (prompts.domains[row] if prompts.domains[row] in verifiers else None) == own
+        ]
+        remarks += _try(config, judge.of(own), prompts, numbers) if numbers else []
+    return remarks
+
+
+def _try(config: CampaignConfig, judge: Judge, prompts: PromptSet, numbers: list[int]) -> list[str]:
+    """Tries one verifier with the prompts that have these numbers, as `try_references` says."""
+    asides = [prompts.aside(number) for number in numbers]
+    tried, error = judge.try_references([prompts.references[number] for number in numbers], TRIAL_SECONDS, asides)
     if error is not None:
-        if is_import_path(name) and tried == 0:
+        if is_import_path(judge.name) and tried == 0:
             raise error  # it fails from the start: most likely a fault of the function, not of a reference
         key = prompts.origin_of(numbers[tried]).key
-        found = f"{prompt_sources(config)[key].reference_field} = {references[tried][:60]!r}"
-        expected = f"a reference that the verifier {name} can use ({error})"
+        found = f"{prompt_sources(config)[key].reference_field} = {str(prompts.references[numbers[tried]])[:60]!r}"
+        expected = f"a reference that the verifier {judge.name} can use ({error})"
         raise UserError(prompts.where(numbers[tried]), found, expected)
-    if not references:
-        return ["no reference answers, so the reverse KL is measured, and no accuracy"]
-    without, untried = len(prompts) - len(references), len(references) - tried
-    return [
-        *(
-            [f"accuracy over {len(references)} of {len(prompts)} prompts, which have a reference answer"]
-            if without
-            else []
-        ),
-        *([f"{tried} of {len(references)} reference answers tried in {TRIAL_SECONDS:g} s"] if untried else []),
-    ]
+    untried = tried < len(numbers)
+    return [f"{tried} of {len(numbers)} reference answers tried in {TRIAL_SECONDS:g} s"] if untried else []
 
 
 def _masked_role_token_ids(config: CampaignConfig, tokenizer: Any, stop: list[int]) -> list[int]:

@@ -16,6 +16,7 @@ from actors.data.tokenizer import check_tokenizers_agree, load_tokenizer, templa
 from actors.data.weight_files import opened
 from actors.errors import UserError
 from actors.gpu_share import LARGEST_CARD_BYTES
+from actors.import_path import is_import_path
 from actors.rollout.engine import engine_class
 from actors.teacher.alignment import make_reader
 from actors.teacher.backends import backend_of, needs_plan, refuse_full, refuse_without_gpu
@@ -66,7 +67,8 @@ def checks(config: CampaignConfig, *, offline: bool) -> Iterator[tuple[str, Call
     sources = [source.path for source in prompt_sources(config).values() if source.path is not None]
     files = [path for path in sources if not is_pattern(path)]
     yield "prompts", (lambda: _prompts(config)) if here(student.model, *files) else None
-    if (evaluation is not None and evaluation.has_references) or config.gives_rewards:
+    own = any(is_import_path(one.name) for one in (config.evaluation.verifier, *config.evaluation.verifiers.values()))
+    if (evaluation is not None and (evaluation.has_references or own)) or config.gives_rewards:
         yield "verifier", lambda: _verifier(config)
     if config.checkpoint.mirror is not None:
         yield "mirror", None if offline else lambda: _mirror(config)
@@ -261,12 +263,13 @@ def _prompts(config: CampaignConfig) -> str:
 
 
 def _verifier(config: CampaignConfig) -> str:
-    judge = Judge(config.evaluation.verifier)
+    judge = Judge(config.evaluation.verifier, by_domain=config.evaluation.verifiers)
     try:
         judge.start()
     finally:
         judge.end()
-    return config.evaluation.verifier.name
+    others = [f"{domain}: {one.name}" for domain, one in config.evaluation.verifiers.items()]
+    return "; ".join([config.evaluation.verifier.name, *others])
 
 
 def _cluster(config: CampaignConfig) -> str:

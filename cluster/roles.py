@@ -77,6 +77,7 @@ def build_fleets(
         support_size=config.student_support_size,
         keep_weights=config.weights.encoding == "delta",  # the base of the next one
         verifier=config.evaluation.verifier if config.gives_rewards else None,
+        verifiers=config.evaluation.verifiers,
         adapter=config.student.lora if publishes_adapter(config.student) else None,
         vocabulary=inputs.vocabulary,
         prompts=_lengths(config, inputs),

@@ -115,11 +115,17 @@ def _resources(role: str, actors: RolloutConfig | TeacherConfig | LearnerConfig)
 
 def _rewards(config: CampaignConfig) -> Iterator[Contradiction]:
     """References for rewards."""
-    verdict, hang = config.evaluation.verifier.timeout_seconds, config.ray.hang_timeout_seconds
+    hang = config.ray.hang_timeout_seconds
+    verifiers = {"verifier": config.evaluation.verifier}
+    verifiers |= {f"verifiers.{domain}": one for domain, one in config.evaluation.verifiers.items()}
     expected = f"less than ray.hang_timeout_seconds ({hang:g}), where rollout actors give rewards"
-    yield config.gives_rewards and verdict >= hang, "evaluation.verifier.timeout_seconds", verdict, expected
+    for name, one in verifiers.items():
+        verdict = one.timeout_seconds
+        yield config.gives_rewards and verdict >= hang, f"evaluation.{name}.timeout_seconds", verdict, expected
+    # Functions of the user's own may do without; `read_inputs` knows whether they do.
+    own = any(is_import_path(one.name) for one in verifiers.values())
     for key, source in config.prompts.each_source("prompts").items():
-        missing = config.gives_rewards and source.reference_field is None
+        missing = config.gives_rewards and source.reference_field is None and not own
         yield missing, f"{key}.reference_field", "null", "the field with the reference answer, for rewards"
 
 

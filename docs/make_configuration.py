@@ -151,7 +151,7 @@ def of_changes() -> str:
         keys = [f"`{key.replace('*', '<name>')}`" for key, own in keys_of() if own == change]
         lines += [f"### {change.capitalize()}", "", meaning, "", *textwrap.wrap(", ".join(keys), 125), ""]
     lines.append(
-        "`evaluation.verifier` is free where it only measures, and on request where training uses its rewards."
+        "`evaluation.verifier` and `evaluation.verifiers` are free where they only measure, and on request where training uses their rewards."
     )
     return "\n".join(lines) + "\n"
 

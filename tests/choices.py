@@ -31,7 +31,7 @@ NAMES: dict[str, tuple[str, ...]] = {
     "teachers.*.backend": (*BACKENDS, OWN),
     "learner.objective.estimator": (*ESTIMATORS, OWN),
     "learner.objective.divergence": (*DIVERGENCES, OWN),
-    "evaluation.verifier.name": ("exact", "regex", "numeric", "math", OWN),
+    **{f"evaluation.{name}.name": ("exact", "regex", "numeric", "math", OWN) for name in ("verifier", "verifiers.*")},
     **{f"{source}path": PATHS for source in SOURCES},
 }
 """Texts that name one of several things."""

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,9 +24,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from actors.config import VerifierConfig
-from actors.data.verifiers import Verifier, trial
+from actors.data.verifiers import Verifier, tells_answers, trial
 from actors.errors import CampaignError, UserError
 from actors.heartbeat import beat
+from actors.import_path import is_import_path
+from actors.trajectory import Aside
 
 MOST_IN_A_ROW = 20
 """Responses in a row that may remain without a verdict."""
@@ -49,6 +51,8 @@ class Verdicts(NamedTuple):
     """Why there is none, once for each response without one."""
     answers: list[str | None] = []  # noqa: RUF012 (nothing changes it in place)
     """[B] what each response answers (`answer_of` in verifiers.py); empty where it was not asked for."""
+    parts: tuple[dict[str, float], ...] = ()
+    """[B] named parts of each reward, where the verifier returns any; else ()."""
 
 
 class Trial(NamedTuple):
@@ -63,49 +67,101 @@ class Trial(NamedTuple):
 class Judge:
     """A verifier. Its process starts with the first response; nothing starts where nothing is judged."""
 
-    def __init__(self, config: VerifierConfig, key: str = "evaluation.verifier"):
-        """key: where the configuration stands, for errors."""
+    def __init__(
+        self,
+        config: VerifierConfig,
+        key: str = "evaluation.verifier",
+        by_domain: Mapping[str, VerifierConfig] | None = None,
+    ):
+        """key: where the configuration stands, for errors. by_domain: the verifiers of prompts of these domains, in its place."""
         self._config, self._key = config, key
+        self._others = {name: Judge(own, f"evaluation.verifiers.{name}") for name, own in (by_domain or {}).items()}
+        self._all = [self, *self._others.values()]
+        self._asks: list[str] = []
         self._lock = threading.Lock()  # calls come from several threads
         self._process: subprocess.Popen | None = None
         self._connection: _Connection | None = None
         self._in_a_row = 0
         self._closed = False
 
+    def of(self, domain: str | None) -> Judge:
+        """The verifier of a domain; this one where it has none of its own."""
+        return self._others.get(domain, self) if domain is not None else self
+
+    def beside(self, config: VerifierConfig, key: str) -> Judge:
+        """Another verifier, with the same ones of domains: their processes serve both. It ends with this one."""
+        found = Judge(config, key)
+        found._others = self._others
+        self._all.append(found)
+        return found
+
+    @property
+    def name(self) -> str:
+        """The verifier's name."""
+        return self._config.name
+
+    def tells_answers(self, domains: Iterable[str | None]) -> bool:
+        """Whether `rewards` can say what the responses to prompts of these domains answer."""
+        return all(tells_answers(self.of(domain)._config) for domain in set(domains))
+
     @property
     def settings(self) -> dict[str, Any]:
-        """The verifier's configuration."""
-        return asdict(self._config)
+        """The verifier's configuration, and under `domains` those of domains that have their own."""
+        others = {name: asdict(own._config) for name, own in self._others.items()}
+        return asdict(self._config) | ({"domains": others} if others else {})
 
-    def rewards(self, responses: Sequence[str], references: Sequence[str | None], *, answers: bool = False) -> Verdicts:
-        """Judges B responses with their reference answers. answers: also says what each of them answers.
+    @property
+    def asks(self) -> list[str]:
+        """What the verifier has parameters for, of `verifiers.ASIDE`. Starts its process. UserError: it cannot be made."""
+        if is_import_path(self._config.name):
+            with self._lock:
+                self._running()
+        return self._asks
+
+    def rewards(
+        self,
+        responses: Sequence[str],
+        references: Sequence[str | None],
+        asides: Sequence[Aside] = (),
+        *,
+        answers: bool = False,
+    ) -> Verdicts:
+        """Judges B responses with their reference answers.
+
+        asides: [B] what else is known of each prompt, or (). answers: also says what each response answers.
 
         UserError: the verifier cannot be made, or cannot use a reference. CampaignError: too many responses in a row
         without a verdict, or `close` was called.
         """
-        rewards, failed, told = [], [], []
-        for response, reference in zip(responses, references, strict=True):
-            answer = self._ask({"response": response, "reference": reference, "try": False, "answer": answers})
+        rewards, failed, told, parts = [], [], [], []
+        for response, reference, aside in zip(responses, references, asides or [Aside()] * len(responses), strict=True):
+            known = {"prompt": aside.prompt, "record": aside.record, "answer": answers}
+            its = self.of(aside.domain)
+            answer = its._ask({"response": response, "reference": reference, "try": False, **known})
             if "at_fault" in answer:
                 raise UserError.from_json(answer["at_fault"])
             beat()
             rewards.append(answer.get("reward", 0.0))
             told.append(answer.get("answer"))
+            parts.append(answer.get("parts") or {})
             if "failed" in answer:
                 failed.append(answer["failed"])
-        return Verdicts(np.array(rewards, np.float64), failed, told if answers else [])
+        found = np.array(rewards, np.float64)
+        return Verdicts(found, failed, told if answers else [], tuple(parts) if any(parts) else ())
 
-    def try_references(self, references: Sequence[str], seconds: float) -> Trial:
+    def try_references(self, references: Sequence[str | None], seconds: float, asides: Sequence[Aside] = ()) -> Trial:
         """Tries the references in their order, the first at least, for at most `seconds`.
 
-        Each is also the response to judge; a pattern, which need not match it, is left out. UserError: the verifier cannot
+        Each is also the response to judge ("" where there is none); a pattern, which need not match it, is left out. UserError: the verifier cannot
         be made.
         """
         if self._config.name in QUICK:
             return _try_here(trial(self._config, self._key), references)
         end = time.monotonic() + seconds
         for place, reference in enumerate(references):
-            answer = self._ask({"response": reference, "reference": reference, "try": True})
+            aside = asides[place] if asides else Aside()
+            known = {"prompt": aside.prompt, "record": aside.record}
+            answer = self._ask({"response": reference or "", "reference": reference, "try": True, **known})
             if "failed" in answer:
                 found = f"{self._config.name}, which failed ({answer['failed']})"
                 return Trial(place, UserError(f"{self._key}.name", found, "a reward for (response, reference)"))
@@ -117,18 +173,21 @@ class Judge:
 
     def start(self) -> None:
         """Starts the process. UserError: the verifier cannot be made."""
-        with self._lock:
-            self._running()
+        for judge in (self, *self._others.values()):
+            with judge._lock:
+                judge._running()
 
     def end(self) -> None:
         """Ends the process; the next response starts another."""
-        with self._lock:
-            self._kill()
+        for judge in self._all:
+            with judge._lock:
+                judge._kill()
 
     def close(self) -> None:
         """Ends the process for good, also while it works: a call that waits for a verdict ends with a CampaignError."""
-        self._closed = True
-        self._kill()
+        for judge in self._all:
+            judge._closed = True
+            judge._kill()
 
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
         """The answer to one request: with `reward`, `failed` or `at_fault`."""
@@ -182,6 +241,7 @@ class Judge:
             raise UserError(f"{self._key}.name", f"{self._config.name}, {found}", "a verifier that starts") from error
         if "at_fault" in answer:
             raise UserError.from_json(answer["at_fault"])
+        self._asks = list(answer.get("asks") or [])
         return self._connection
 
     def _last_words(self) -> str:
@@ -256,18 +316,23 @@ def _descendants(parent: int) -> list[int]:
     return found
 
 
-def _try_here(verify: Verifier, references: Sequence[str]) -> Trial:
+def _try_here(verify: Verifier, references: Sequence[str | None]) -> Trial:
     for place, reference in enumerate(references):
         try:
-            verify(reference, reference)
+            verify(reference or "", reference)
         except UserError as error:
             return Trial(place, error)
     return Trial(len(references), None)
 
 
 def rewards_of(
-    tokenizer: Any, judge: Judge, tokens: np.ndarray, offsets: np.ndarray, references: Sequence[str | None]
+    tokenizer: Any,
+    judge: Judge,
+    tokens: np.ndarray,
+    offsets: np.ndarray,
+    references: Sequence[str | None],
+    asides: Sequence[Aside] = (),
 ) -> Verdicts:
     """The rewards of B responses (tokens [N], offsets [B + 1]), decoded without their special tokens."""
     texts = tokenizer.batch_decode(np.split(tokens, offsets[1:-1]), skip_special_tokens=True)
-    return judge.rewards(texts, references)
+    return judge.rewards(texts, references, asides)

@@ -8,6 +8,7 @@ Shapes: M prompts, P prompt tokens in all, B requests.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from typing import TYPE_CHECKING, NamedTuple
@@ -19,7 +20,7 @@ from actors.data.prompt_files import BATCH, field_of, files_of, read_records
 from actors.data.prompt_order import hash_of
 from actors.data.prompt_texts import Reader, text_field
 from actors.errors import UserError
-from actors.trajectory import Requests, offsets_of, ragged_rows
+from actors.trajectory import Aside, Requests, offsets_of, ragged_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -57,6 +58,10 @@ class PromptSet:
     """[M] the tokenised texts: prompts after the chat template."""
     numbers: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     """[M] int64: the number of the record in its file, from 1; [0]: not known."""
+    records: list[str] = field(default_factory=list)
+    """[M] all fields of each record as JSON, where a verifier asks for them; else []."""
+    judged_without_reference: frozenset[str | None] = frozenset()
+    """Domains whose verifier reads the prompt or the record, and so judges also prompts without a reference."""
     origins: tuple[Origin, ...] = ()
     """Where they are from, in their order."""
 
@@ -70,6 +75,16 @@ class PromptSet:
         for origin in self.origins:
             found[origin.key] = found.get(origin.key, 0) + origin.prompts
         return found if len(found) > 1 else {"": len(self)}
+
+    def judged(self) -> list[int]:
+        """The prompts that a verifier judges."""
+        without = self.judged_without_reference
+        pairs = zip(self.references, self.domains, strict=True)
+        return [row for row, (one, domain) in enumerate(pairs) if one is not None or (without and domain in without)]
+
+    def aside(self, row: int) -> Aside:
+        """What a verifier may know of a prompt besides its reference."""
+        return Aside(self.domains[row], self.texts[row], self.records[row] if self.records else None)
 
     def rows_of(self, key: str) -> range:
         """The prompts of the source with this configuration key; all, where nothing tells one source from another."""
@@ -105,6 +120,7 @@ class PromptSet:
             domains=[self.domains[row] for row in rows],
             texts=[self.texts[row] for row in rows],
             numbers=self.numbers[rows],
+            records=[self.records[row] for row in rows] if self.records else [],
             origins=tuple(one._replace(prompts=count) for one, count in zip(self.origins, left, strict=True)),
         )
 
@@ -127,18 +143,20 @@ def load_prompts(
     max_prompt_tokens: int | None,
     key: str,
     template: str | None = None,
+    *,
+    records: bool = False,
 ) -> PromptSet:
     """Reads, renders and tokenises every prompt of the sources that `config` names, in their order.
 
     max_prompt_tokens: the context length minus the room for a response; None: any length (a longer prompt stays, too, where
     `too_long` is not `refuse`: prompt_filters.py leaves it out). key: the section's configuration
     key, for example "prompts" or "evaluation.prompts". template: the text that a teacher with privileged information reads in
-    place of the prompt, with `{field}` for fields of the record. UserError: a source is missing, empty or broken; or a
+    place of the prompt, with `{field}` for fields of the record. records: keep all fields of each. UserError: a source is missing, empty or broken; or a
     record lacks a field, has a wrong type or too long a prompt. It names the first such record, counted from 1.
     """
     if config.chat and not tokenizer.chat_template:
         raise UserError(f"{key}.chat", "true, and a tokenizer without a chat template", "a chat template, or false")
-    loaded = _Loaded(Reader(config, tokenizer, template))
+    loaded = _Loaded(Reader(config, tokenizer, template), records)
     for source_key, source in config.each_source(key).items():
         before = len(loaded.texts)
         for file in files_of(source, source_key):
@@ -157,8 +175,9 @@ def load_prompts(
 class _Loaded:
     """Prompts as they are read. The lists grow by one entry for each prompt."""
 
-    def __init__(self, reader: Reader):
-        self._reader = reader
+    def __init__(self, reader: Reader, keep_records: bool):
+        self._reader, self._keep_records = reader, keep_records
+        self._records: list[str] = []
         self.texts: list[str] = []
         self._references: list[str | None] = []
         self._domains: list[str | None] = []
@@ -178,12 +197,14 @@ class _Loaded:
             *(("prompt_template", name) for name in reader.template_fields),
         ]
         needed = [(field_key, name) for field_key, name in fields if name is not None]
-        unit, records = read_records(source, key, needed, [source.tools_field])
+        unit, records = read_records(source, key, needed, None if self._keep_records else [source.tools_field])
         if source.function is None:  # which keeps its limit itself, and compares two calls at the end
             records = islice(records, source.limit)
         while batch := list(islice(records, BATCH)):
             for number, record in batch:
                 where = f"{source.origin}, {unit} {number}"
+                if self._keep_records:
+                    self._records.append(json.dumps(record, default=str))
                 prompt = field_of(record, source.prompt_field, where, f"{key}.prompt_field")
                 self.texts.append(reader.text(prompt, record, source, where))
                 self._references.append(text_field(record, source.reference_field, where, f"{key}.reference_field"))
@@ -211,6 +232,7 @@ class _Loaded:
             domains=self._domains,
             texts=self.texts,
             numbers=np.concatenate(self._numbers),
+            records=self._records,
             origins=tuple(self._origins),
         )
 
@@ -242,4 +264,5 @@ def requests(prompt_set: PromptSet, ids: np.ndarray, campaign_seed: int, *, judg
         prompt_tokens=ragged_rows(prompt_set.tokens, prompt_set.offsets, rows),
         prompt_offsets=offsets_of(prompt_set.lengths_of(rows)),
         references=tuple(prompt_set.references[row] for row in rows) if judged else (),
+        asides=tuple(prompt_set.aside(row) for row in rows.tolist()) if judged else (),
     )

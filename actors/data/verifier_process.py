@@ -4,10 +4,10 @@ Python's `re` holds the interpreter while it searches, and a function of the use
 can be ended at any moment. It takes one request at a time, a line of JSON each, and answers with one. An answer repeats the
 `id` of its request; what else is written to the socket is no answer.
 
-    {"name", "pattern", "key", "seconds"}   first: the verifier               -> {} or {"at_fault": UserError}
+    {"name", "pattern", "key", "seconds"}   first: the verifier           -> {"asks": names} or {"at_fault": UserError}
     {"response", "reference", "try",        a response to judge; try: a reference to try, without the pattern; answer: also
-     "answer"}                              say what the response answers
-                                            -> {"reward", "answer"}, {"failed": reason} or {"at_fault": UserError}
+     "prompt", "record", "answer"}          say what the response answers
+                                            -> {"reward", "parts", "answer"}, {"failed": reason} or {"at_fault": UserError}
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from collections.abc import Callable
 from typing import Any
 
 from actors.config import VerifierConfig
-from actors.data.verifiers import BUILT_IN, Verifier, answer_of, make_verifier, trial
+from actors.data.verifiers import BUILT_IN, Verifier, answer_of, asks_for, make_verifier, trial
 from actors.errors import UserError
 
 PR_SET_PDEATHSIG = 1
@@ -60,7 +60,7 @@ def _serve(read: Callable[[], str], answer: Callable[[dict[str, Any]], None]) ->
         answers = answer_of(config, asked["key"])
     except UserError as error:
         return answer(first | {"at_fault": error.to_json()})
-    answer(first)
+    answer(first | {"asks": asks_for(config.name, asked["key"])})
     at_first = memory()
     while line := read():
         # Where nobody is left to end this process, its processor time does: the kernel needs no interpreter for that.
@@ -77,7 +77,10 @@ def _verdict(
     verify: Verifier, answers: Callable[[str], str | None], request: dict[str, Any], built_in: bool
 ) -> dict[str, Any]:
     try:
-        verdict: dict[str, Any] = {"reward": verify(request["response"], request["reference"])}
+        record = request.get("record")
+        aside = {"prompt": request.get("prompt"), "record": None if record is None else json.loads(record)}
+        reward = verify(request["response"], request["reference"], **aside)
+        verdict = {"reward": reward, "parts": getattr(reward, "parts", {})}
         return verdict | ({"answer": answers(request["response"])} if request.get("answer") else {})
     except UserError as error:
         if built_in or request["try"]:

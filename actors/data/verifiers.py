@@ -1,15 +1,17 @@
 """Verifiers: a response and its reference answer -> a reward, 1.0 for right and 0.0 for wrong.
 
 A verifier is a pure function `verify(response: str, reference: str | None) -> float`: built-in, or
-`package.module:function` of the user's own (docs/extending.md). The built-in ones need the standard library alone
+`package.module:function` of the user's own, which may also ask for the prompt and the record, be `async`, and return named
+parts of the reward (docs/extending.md). The built-in ones need the standard library alone
 (`math` also needs math-verify). A pattern, where there is one, is applied first: the verifier then gets what its last
 match in the response captures (group 1, or the match).
 """
 
+import asyncio
 import inspect
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from decimal import Decimal
 from fractions import Fraction
 from typing import Any
@@ -19,12 +21,25 @@ from actors.data.models import as_user_error
 from actors.errors import UserError
 from actors.import_path import import_object
 
-Verifier = Callable[[str, str | None], float]
-"""(response, reference) -> reward, any finite number; 1.0 for right and 0.0 for wrong, where accuracy is measured.
+Verifier = Callable[..., float]
+"""(response, reference, **aside) -> reward, any finite number; 1.0 for right and 0.0 for wrong, where accuracy is measured.
 
-response: the text without special tokens. reference: the record's `reference_field`; None where a prompt has none.
+response: the text without special tokens. reference: the record's `reference_field`; None where a prompt has none. aside:
+what of ASIDE the verifier asks for (`asks_for`).
 UserError: a reference that is missing or that the verifier cannot use.
 """
+
+ASIDE = ("prompt", "record")
+"""Parameters that a function of the user's own may have besides: the prompt's text as the student reads it, and its record."""
+MOST_PARTS = 32
+"""Named parts of a reward: each is a metric."""
+
+
+class Reward(float):
+    """A reward, with its named parts besides."""
+
+    parts: Mapping[str, float]
+
 
 _DIGITS = r"(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<!\d)\.\d+)(?:[eE][-+]?\d+)?"
 # A sign belongs to the number unless something stands before it that it could subtract from: 10-5 ends in 5.
@@ -52,13 +67,24 @@ def make_verifier(config: VerifierConfig, key: str = "verifier") -> Verifier:
         raise UserError(f"{key}.pattern", f"{config.pattern} ({error})", "a regular expression") from error
     score = _without_pattern(config.name, key)
 
-    def verify(response: str, reference: str | None) -> float:
+    def verify(response: str, reference: str | None, **aside: Any) -> float:
         if pattern is None:
-            return score(response, reference)
+            return score(response, reference, **aside)
         matches = [match[1] if pattern.groups else match[0] for match in pattern.finditer(response)]
-        return score(matches[-1], reference) if matches and matches[-1] is not None else 0.0
+        return score(matches[-1], reference, **aside) if matches and matches[-1] is not None else 0.0
 
     return verify
+
+
+def asks_for(name: str, key: str) -> list[str]:
+    """What of ASIDE a verifier has parameters for. UserError: it is a function of the user's own that cannot be imported."""
+    if name in BUILT_IN or ":" not in name:
+        return []
+    try:
+        parameters = inspect.signature(import_object(name, f"{key}.name", "a function")).parameters
+    except ValueError:  # some functions written in C have no signature
+        return []
+    return [aside for aside in ASIDE if aside in parameters]
 
 
 def trial(config: VerifierConfig, key: str = "verifier") -> Verifier:
@@ -129,11 +155,11 @@ def _given(reference: str | None, key: str) -> str:
 
 
 def _exact(key: str) -> Verifier:
-    return lambda response, reference: float(response.strip() == _given(reference, key).strip())
+    return lambda response, reference, **_: float(response.strip() == _given(reference, key).strip())
 
 
 def _numeric(key: str) -> Verifier:
-    def verify(response: str, reference: str | None) -> float:
+    def verify(response: str, reference: str | None, **_: Any) -> float:
         wanted = last_number(_given(reference, key))
         if wanted is None:
             raise UserError(key, f"numeric, and the reference {reference!r}", "references with a number in them")
@@ -145,7 +171,7 @@ def _numeric(key: str) -> Verifier:
 def _math(key: str) -> Verifier:
     library = _math_verify(key)
 
-    def verify(response: str, reference: str | None) -> float:
+    def verify(response: str, reference: str | None, **_: Any) -> float:
         gold = _given(reference, key)
         # math-verify finds nothing in some texts, for example a bare "x", which then would not equal itself.
         if response.strip() == gold.strip():
@@ -158,7 +184,7 @@ def _math(key: str) -> Verifier:
 def _try_math(key: str) -> Verifier:
     library = _math_verify(key)
 
-    def attempt(_response: str, reference: str | None) -> float:
+    def attempt(_response: str, reference: str | None, **_: Any) -> float:
         # A text that is no expression comes back as itself, and could only equal itself.
         if all(isinstance(found, str) for found in library.parse(_in_delimiters(_given(reference, key)))):
             raise UserError(key, f"math, and the reference {reference!r}", "references with an expression in them")
@@ -181,32 +207,65 @@ def _in_delimiters(gold: str) -> str:
 
 
 def _user_function(name: str, key: str) -> Verifier:
-    function = import_object(name, f"{key}.name", "a function")
+    function, asked = import_object(name, f"{key}.name", "a function"), asks_for(name, key)
+    # A function that names all four takes them by name, in any order; another gets response and reference by their places.
+    places = _places(function, asked)
     try:
-        signature = inspect.signature(function)
-    except ValueError:  # some functions written in C have no signature; a wrong one then fails in the first call
-        signature = None
-    if signature is not None:
-        try:
-            signature.bind("response", "reference")
-        except TypeError as error:
-            expected = "a function of two strings, (response, reference)"
-            raise UserError(f"{key}.name", f"{name}{signature}", expected) from error
+        inspect.signature(function).bind(*[""] * len(places), **dict.fromkeys(asked))
+    except TypeError as error:
+        expected = "a function of two strings, (response, reference), and of record and prompt if it names them"
+        raise UserError(f"{key}.name", f"{name}{inspect.signature(function)}", expected) from error
+    except ValueError:  # no signature; a wrong one then fails in the first call
+        pass
 
-    def verify(response: str, reference: str | None) -> float:
+    def verify(response: str, reference: str | None, **aside: Any) -> float:
+        given = {"response": response, "reference": reference}
         with as_user_error(f"{key}.name", f"{name}, which failed", "a reward for (response, reference)"):
-            returned = function(response, reference)
-        try:
-            # float("1") would accept a text, which is most likely a mistake in the function.
-            reward = math.nan if isinstance(returned, str | bytes) else float(returned)
-        except (TypeError, ValueError, OverflowError):
-            reward = math.nan
-        if not abs(reward) <= LARGEST_REWARD:
-            expected = f"a finite reward between -{LARGEST_REWARD:g} and {LARGEST_REWARD:g}"
-            raise UserError(f"{key}.name", f"{name}, which returned {repr(returned)[:60]}", expected)
-        return reward
+            returned = function(*(given[place] for place in places), **{one: aside.get(one) for one in asked})
+            if inspect.isawaitable(returned):
+                returned = asyncio.run(_awaited(returned))
+        return _reward(returned, name, key)
 
     return verify
+
+
+def _places(function: Any, asked: list[str]) -> list[str]:
+    """What the function gets by its place: (response, reference); without the reference where it asks for more, and not for it."""
+    try:
+        parameters = list(inspect.signature(function).parameters.values())
+    except ValueError:
+        return ["response", "reference"]
+    fixed = [
+        one.name
+        for one in parameters
+        if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD) and one.name not in asked
+    ]
+    return ["response"] if asked and len(fixed) == 1 else ["response", "reference"]
+
+
+async def _awaited(returned: Any) -> Any:
+    return await returned
+
+
+def _reward(returned: Any, name: str, key: str) -> float:
+    """The reward that a function has returned: a number, or a mapping of "reward" and its parts to numbers."""
+    values = dict(returned) if isinstance(returned, Mapping) else {"reward": returned}
+    expected = f"a finite reward between -{LARGEST_REWARD:g} and {LARGEST_REWARD:g}"
+    if "reward" not in values or len(values) > MOST_PARTS + 1:
+        found = f"{name}, which returned {repr(returned)[:60]}"
+        raise UserError(f"{key}.name", found, f"a mapping with 'reward' and at most {MOST_PARTS} parts")
+    for part, value in values.items():
+        try:
+            # float("1") would accept a text, which is most likely a mistake in the function.
+            number = math.nan if isinstance(value, str | bytes) else float(value)
+        except (TypeError, ValueError, OverflowError):
+            number = math.nan
+        if not abs(number) <= LARGEST_REWARD or not re.fullmatch(r"\w{1,64}", str(part)):
+            raise UserError(f"{key}.name", f"{name}, which returned {repr(returned)[:60]}", expected)
+        values[part] = number
+    reward = Reward(values.pop("reward"))
+    reward.parts = values
+    return reward
 
 
 BUILT_IN: dict[str, Callable[[str], Verifier]] = {"exact": _exact, "regex": _exact, "numeric": _numeric, "math": _math}

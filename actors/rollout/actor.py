@@ -4,7 +4,7 @@ import asyncio
 import os
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -49,6 +49,7 @@ class RolloutActor(BatchedCalls):
         trust_remote_code: bool = False,
         keep_weights: bool = False,
         verifier: VerifierConfig | None = None,
+        verifiers: Mapping[str, VerifierConfig] | None = None,
         adapter: LoraConfig | None = None,
         vocabulary: int | None = None,
         prompts: PromptLengths | None = None,
@@ -59,7 +60,7 @@ class RolloutActor(BatchedCalls):
         keep_weights: keep a copy of the weights on the host, which deltas are applied to.
         vocabulary: tokens of the tokenizer, beyond which nothing is sampled; None: the rows of the model.
         prompts: see `make_engine`.
-        verifier: computes the rewards of responses whose requests have a reference.
+        verifier, verifiers: compute the rewards of responses whose requests have references; by domain.
         UserError: the engine or the verifier refuses its configuration.
         """
         super().__init__()
@@ -69,7 +70,8 @@ class RolloutActor(BatchedCalls):
         self._loading = asyncio.Lock()
         self._judge: Judge | None = None
         if verifier is not None:
-            self._judge, self._tokenizer = Judge(verifier), load_tokenizer(model, trust_remote_code, "student.model")
+            self._judge = Judge(verifier, by_domain=verifiers)
+            self._tokenizer = load_tokenizer(model, trust_remote_code, "student.model")
             self._judge.start()  # its faults are told before the engine starts
         self._engine = make_engine(
             model,
@@ -100,6 +102,7 @@ class RolloutActor(BatchedCalls):
         check_answer(requests, trajectories)
         trajectories = told_apart(trajectories, sampling, greedy)
         unjudged: list[str] = []
+        parts: tuple[dict[str, float], ...] = ()
         if self._judge and requests.references:
             verdicts = await asyncio.to_thread(
                 rewards_of,
@@ -108,8 +111,9 @@ class RolloutActor(BatchedCalls):
                 trajectories.response_tokens,
                 trajectories.response_offsets,
                 requests.references,
+                requests.asides,
             )
-            unjudged = verdicts.failed
+            unjudged, parts = verdicts.failed, verdicts.parts
             trajectories = replace(trajectories, rewards=verdicts.rewards.astype(np.float32))
         # Calls overlap, so an engine's seconds belong to no single call: each reports those since the last report.
         busy_seconds = self._engine.busy_seconds - self._reported_seconds
@@ -125,6 +129,7 @@ class RolloutActor(BatchedCalls):
             tuple(unjudged),
             self._engine.seats,
             more,
+            parts,
         )
         return counts, trajectories
 

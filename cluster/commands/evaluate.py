@@ -87,7 +87,7 @@ def to_evaluate(config: CampaignConfig, wanted: Sequence[str], reverse_kl: bool)
         )
     return replace(
         config,
-        evaluation=EvaluationConfig(sets=sets, teacher=False),
+        evaluation=EvaluationConfig(sets=sets, verifiers=evaluation.verifiers, teacher=False),
         teachers=config.teachers if reverse_kl else {},
         # One process loads the weights and publishes them; it needs no GPU.
         learner=replace(

@@ -63,8 +63,8 @@ class Evaluator:
         self._prompts, self._tokenizer, self._judge, self._teachers = prompts, tokenizer, judge, teachers
         self._seed, self._max_tokens, self._stop = seed, max_response_tokens, stop_token_ids
         self._keep, self._on_event = keep_trajectories, on_event
-        self._judged = [row for row, reference in enumerate(prompts.references) if reference is not None]
-        """The prompts that have a reference answer."""
+        self._judged = prompts.judged()
+        """The prompts that a verifier judges: those that have a reference answer, where it needs one."""
         self.trajectories = (2 if self._judged else 1) * len(prompts)
         """Responses that the student gives in one evaluation."""
         self.tallies: Tallies = {}
@@ -147,9 +147,10 @@ class Evaluator:
         chosen = [parts[row] for row in self._judged]
         bounds = np.concatenate([[0], np.cumsum([len(part) for part in chosen])])
         references = [self._prompts.references[row] for row in self._judged]
+        asides = [self._prompts.aside(row) for row in self._judged]
         # In a thread: decoding and judging take their time, and the loop has a checkpoint to write when it is interrupted.
         found = await asyncio.to_thread(
-            rewards_of, self._tokenizer, self._judge, np.concatenate(chosen), bounds, references
+            rewards_of, self._tokenizer, self._judge, np.concatenate(chosen), bounds, references, asides
         )
         if found.failed:
             self._on_event("unjudged", count=len(found.failed), cause=found.failed[0], evaluation=True)

@@ -15,7 +15,6 @@ import numpy as np
 
 from actors.data.judge import Judge
 from actors.data.prompts import PromptSet, requests
-from actors.data.verifiers import tells_answers
 from actors.trajectory import (
     EVALUATION_EPOCH,
     FINISH_REASONS,
@@ -123,14 +122,13 @@ class SetEvaluator:
         self._stop, self._keep, self._on_event = stop_token_ids, keep_trajectories, on_event
         self._prefixes: Prefixes | None = None
         self._frozen = all(teacher.ema_decay is None for teacher in config.teachers.values())
-        without = not own.prompts.has_references  # a verifier of the user's own, which needs no reference
-        self._judged = [
-            row for row, reference in enumerate(prompts.references) if judge and (without or reference is not None)
-        ]
+        self._judged = prompts.judged() if judge else []
 
     def identity(self) -> str:
         """What two evaluations must share to be compared prompt by prompt."""
         told = asdict(self.config) | {"every_updates": None, "exposure": None, "prompts": None}
+        if self._judge and "domains" in (settings := self._judge.settings):
+            told["verifier"] = settings
         return identity(self.prompts, told, asdict(self._sampling))
 
     async def student(self, rollout: Fleet) -> Measured:
@@ -228,16 +226,17 @@ class SetEvaluator:
         self, tokens: np.ndarray, offsets: np.ndarray, prompts: np.ndarray
     ) -> tuple[dict[int, float], dict[int, str | None]]:
         """(row -> reward, row -> answer) of the responses to prompts [B] that are judged."""
-        judge, wanted = self._judge, self.config.verifier
-        assert judge is not None and wanted is not None
+        judge = self._judge
+        assert judge is not None
         parts, chosen = np.split(tokens, offsets[1:-1]), set(self._judged)
         rows = [row for row, prompt in enumerate(prompts.tolist()) if prompt in chosen]
         references = [self.prompts.references[prompts[row]] for row in rows]
-        votes = self.config.samples > 1 and tells_answers(wanted)
+        asides = [self.prompts.aside(prompts[row]) for row in rows]
+        votes = self.config.samples > 1 and judge.tells_answers(aside.domain for aside in asides)
 
         def verdicts() -> Any:
             texts = self._tokenizer.batch_decode([parts[row] for row in rows], skip_special_tokens=True)
-            return judge.rewards(texts, references, answers=votes)
+            return judge.rewards(texts, references, asides, answers=votes)
 
         # In a thread: decoding and judging take their time, and the loop has a checkpoint to write when it is interrupted.
         found = await asyncio.to_thread(verdicts)

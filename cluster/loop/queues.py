@@ -217,10 +217,11 @@ class Queues:
             counts.lengths.tolist(),
             counts.oldest_versions.tolist(),
             counts.truncated.tolist(),
+            counts.parts or [{}] * len(issued),
             strict=True,
         )
-        for number, row, length, version, truncated in rows:
-            one = Sampled(number, TrajectoryId(*row), trajectories, turn, length, version, truncated)
+        for number, row, length, version, truncated, parts in rows:
+            one = Sampled(number, TrajectoryId(*row), trajectories, turn, length, version, truncated, parts)
             self._awaited[version] += 1
             heapq.heappush(self._to_score, (version, number, one))
         self._any_sampled.set()

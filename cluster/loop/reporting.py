@@ -207,6 +207,7 @@ def record_of_update(
         "trajectories": ledger.trained,
         "tokens_generated": state.tokens_generated,
         **metrics,
+        **reward_parts([one.parts for one in sampled]),
         "staleness_mean": float(staleness.mean()),
         "staleness_max": int(staleness.max()),
         "staleness_histogram": staleness_histogram(staleness.tolist(), max_staleness),
@@ -220,3 +221,9 @@ def record_of_update(
         "publish_seconds": published.seconds,
         "publish_bytes": published.nbytes,
     }
+
+
+def reward_parts(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """`reward/<part>_mean` for each named part of rewards, over the trajectories whose reward has it."""
+    names = sorted({name for one in parts for name in one})
+    return {f"reward/{name}_mean": float(np.mean([one[name] for one in parts if name in one])) for name in names}

@@ -7,7 +7,7 @@ Arrays stay in Ray's object store. These types hold references to them, and the 
 
 import itertools
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -58,6 +58,8 @@ class Sampled:
     """The weight version of its oldest token."""
     truncated: bool
     """Whether the response ended at the length limit."""
+    parts: dict[str, float] = field(default_factory=dict)
+    """Named parts of its reward."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)

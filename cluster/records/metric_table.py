@@ -198,6 +198,12 @@ METRICS: dict[str, Metric] = {
         RESPONSES, "of the verifier", "mean reward of the update's responses, where rewards are given",
         "falls, or is 0 from the start: nothing to learn from", always=False, chart="Reward",
     ),
+    "reward/<name>_mean": Metric(
+        RESPONSES, "of the verifier",
+        "mean of this named part of the rewards, over the update's responses whose reward has it; where a verifier of your own "
+        "returns parts",
+        always=False,
+    ),
     "entropy": Metric(
         RESPONSES, "nats per token", "mean entropy of the student",
         "falls to 0 (no exploration, nothing to correct), or jumps up (the student writes noise)",

@@ -40,7 +40,7 @@ def keys_of(section: type = CampaignConfig, prefix: str = "", above: Change | No
 
 def class_of(key: str, config: CampaignConfig) -> Change:
     """The class of a key of this configuration, for example `teachers.default.replicas`. KeyError: there is none."""
-    if key == VERIFIER or key.startswith(f"{VERIFIER}."):
+    if is_below(key, [VERIFIER, f"{VERIFIER}s"]):
         return "on request" if config.gives_rewards else "free"
     for pattern, change in keys_of():
         if _fits(key.split("."), pattern.split(".")):
