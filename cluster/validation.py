@@ -154,7 +154,8 @@ def _evaluation(config: CampaignConfig) -> Iterator[Contradiction]:
         expected = "a verifier; or temperature, top_p and top_k of null, since the reverse KL is of the policy that training samples"
         yield one.verifier is None and not scored, f"{key}.verifier", "null", expected
         needs = one.verifier is not None and not one.prompts.has_references
-        own = one.verifier is not None and is_import_path(one.verifier.name)
+        verifiers = [] if one.verifier is None else [one.verifier, *config.evaluation.verifiers.values()]
+        own = any(is_import_path(its.name) for its in verifiers)
         expected = "the field with the reference answer that the verifier reads"
         yield needs and not own, f"{key}.prompts.reference_field", "null", expected
         yield from _exposure(config, key, one)

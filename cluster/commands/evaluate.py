@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from actors.data.judge import Judge
 from actors.data.models import check_fit
 from actors.errors import UserError
 from cluster.commands.export import chosen_checkpoint
@@ -72,7 +73,8 @@ def to_evaluate(config: CampaignConfig, wanted: Sequence[str], reverse_kl: bool)
     """
     evaluation, own = config.evaluation, dict(config.evaluation.sets)
     if evaluation.prompts is not None:
-        verifier = evaluation.verifier if evaluation.prompts.has_references else None
+        judged = evaluation.prompts.has_references or judges_without_references(evaluation)
+        verifier = evaluation.verifier if judged else None
         sampled = EvaluationSetConfig(prompts=evaluation.prompts, verifier=verifier)
         own = ({"greedy": replace(sampled, temperature=0.0)} if verifier else {}) | {"sampled": sampled} | own
     if not own:
@@ -95,6 +97,15 @@ def to_evaluate(config: CampaignConfig, wanted: Sequence[str], reverse_kl: bool)
         ),
         weights=replace(config.weights, encoding="dense"),
     )
+
+
+def judges_without_references(evaluation: EvaluationConfig) -> bool:
+    """Whether a verifier reads the prompt or its record, and so needs no reference answer. UserError: one that cannot be made."""
+    judge = Judge(evaluation.verifier, by_domain=evaluation.verifiers)
+    try:
+        return any(judge.of(domain).asks for domain in (None, *evaluation.verifiers))
+    finally:
+        judge.end()
 
 
 def evaluate(
