@@ -227,7 +227,9 @@ def read_set(config: CampaignConfig, tokenizer: Any, name: str, stop: list[int],
     judge = None if one.verifier is None else of_all.beside(one.verifier, f"{key}.verifier")
     asks_teachers = config.is_scored(one) or (one.verifier is not None and config.evaluation.teacher)
     try:
-        prompts, routed, left_out = _read(longer, one.prompts, tokenizer, f"{key}.prompts", judge, bounded=asks_teachers)
+        prompts, routed, left_out = _read(
+            longer, one.prompts, tokenizer, f"{key}.prompts", judge, bounded=asks_teachers
+        )
     except UserError as error:
         if error.where != "sampling.max_response_tokens" or one.max_response_tokens is None:
             raise
@@ -307,18 +309,7 @@ def _read(
         _refuse_unnamed(source, tokenizer, key)
     response = config.sampling.max_response_tokens
     room = student_limit(config).tokens - response
-    judges = key != "prompts" or config.gives_rewards
-    verifiers = {own: judge.of(own) for own in (None, *config.evaluation.verifiers)} if judge and judges else {}
-    asked = {domain: its.asks for domain, its in verifiers.items()}
-    prompts = load_prompts(source, tokenizer, room, key, records=any("record" in names for names in asked.values()))
-    # A function of the user's own may do without references: where it reads something else, or where a set has none.
-    free = {
-        domain
-        for domain, its in verifiers.items()
-        if asked[domain] or (key.startswith("evaluation.sets") and not source.has_references and is_import_path(its.name))
-    }
-    without = {domain for domain in prompts.domains if (domain if domain in verifiers else None) in free}
-    prompts = replace(prompts, judged_without_reference=frozenset(without))
+    prompts = _prompts(config, source, tokenizer, key, room, judge)
     own = {
         name: load_tokenizer(its, teacher.trust_remote_code, f"teachers.{name}.tokenizer")
         for name, teacher in config.teachers.items()
@@ -353,6 +344,21 @@ def _read(
         if backend_of(config.teachers[name]).tries_length
     }
     return prompts, PromptRoutes(routed, read_otherwise, longest=longest), left_out
+
+
+def _prompts(
+    config: CampaignConfig, source: PromptsConfig, tokenizer: Any, key: str, room: int, judge: Judge | None
+) -> PromptSet:
+    """The prompts as the student reads them, with the records where a verifier asks for them. room: tokens."""
+    judges = key != "prompts" or config.gives_rewards
+    verifiers = {own: judge.of(own) for own in (None, *config.evaluation.verifiers)} if judge and judges else {}
+    asked = {domain: its.asks for domain, its in verifiers.items()}
+    prompts = load_prompts(source, tokenizer, room, key, records=any("record" in names for names in asked.values()))
+    # A function of the user's own may do without references: where it reads something else, or where a set has none.
+    set_without = key.startswith("evaluation.sets.") and not source.has_references
+    free = {own for own, its in verifiers.items() if asked[own] or (set_without and is_import_path(its.name))}
+    without = {domain for domain in prompts.domains if (domain if domain in verifiers else None) in free}
+    return replace(prompts, judged_without_reference=frozenset(without))
 
 
 def _unreadable(
