@@ -16,7 +16,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,6 +32,10 @@ from actors.trajectory import Aside
 
 MOST_IN_A_ROW = 20
 """Responses in a row that may remain without a verdict."""
+AT_ONCE = 32
+"""Responses that an `async` verifier judges at once."""
+GRACE_SECONDS = 5.0
+"""For the answer to several responses, beyond the deadline of each."""
 START_SECONDS = 120.0
 """Time limit for the process to start, which imports the user's module."""
 QUICK = ("exact", "regex", "numeric")
@@ -78,6 +82,7 @@ class Judge:
         self._others = {name: Judge(own, f"evaluation.verifiers.{name}") for name, own in (by_domain or {}).items()}
         self._all = [self, *self._others.values()]
         self._asks: list[str] = []
+        self._async = False
         self._lock = threading.Lock()  # calls come from several threads
         self._process: subprocess.Popen | None = None
         self._connection: _Connection | None = None
@@ -134,20 +139,27 @@ class Judge:
         without a verdict, or `close` was called.
         """
         rewards, failed, told, parts = [], [], [], []
-        for response, reference, aside in zip(responses, references, asides or [Aside()] * len(responses), strict=True):
+        requests: dict[Judge, dict[int, dict[str, Any]]] = {}
+        rows = zip(responses, references, asides or [Aside()] * len(responses), strict=True)
+        for row, (response, reference, aside) in enumerate(rows):
             known = {"prompt": aside.prompt, "record": aside.record, "answer": answers}
-            its = self.of(aside.domain)
-            answer = its._ask({"response": response, "reference": reference, "try": False, **known})
-            if "at_fault" in answer:
-                raise UserError.from_json(answer["at_fault"])
-            beat()
+            request = {"response": response, "reference": reference, "try": False, **known}
+            requests.setdefault(self.of(aside.domain), {})[row] = request
+        found = {
+            row: answer
+            for its, own in requests.items()
+            for row, answer in zip(own, its._ask_all(list(own.values())), strict=True)
+        }
+        for row in range(len(responses)):
+            answer = found[row]
             rewards.append(answer.get("reward", 0.0))
             told.append(answer.get("answer"))
             parts.append(answer.get("parts") or {})
             if "failed" in answer:
                 failed.append(answer["failed"])
-        found = np.array(rewards, np.float64)
-        return Verdicts(found, failed, told if answers else [], tuple(parts) if any(parts) else ())
+        return Verdicts(
+            np.array(rewards, np.float64), failed, told if answers else [], tuple(parts) if any(parts) else ()
+        )
 
     def try_references(self, references: Sequence[str | None], seconds: float, asides: Sequence[Aside] = ()) -> Trial:
         """Tries the references in their order, the first at least, for at most `seconds`.
@@ -189,10 +201,40 @@ class Judge:
             judge._closed = True
             judge._kill()
 
-    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        """The answer to one request: with `reward`, `failed` or `at_fault`."""
+    def _ask_all(self, requests: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """The answers to requests, in their order; an `async` verifier has AT_ONCE of them at once."""
+        for begin in range(0, len(requests), AT_ONCE):
+            batch = requests[begin : begin + AT_ONCE]
+            for request, verdict in zip(batch, self._verdicts(batch), strict=True):
+                answer = self._ask(request, verdict)
+                beat()
+                yield answer
+                if "at_fault" in answer:
+                    raise UserError.from_json(answer["at_fault"])
+
+    def _verdicts(self, requests: list[dict[str, Any]]) -> list[dict[str, Any] | None]:
+        """Verdicts on several responses that are judged at once; None: to be judged alone."""
+        alone: list[dict[str, Any] | None] = [None] * len(requests)
+        if len(requests) < 2 or not is_import_path(self._config.name):
+            return alone
+        limit = self._config.timeout_seconds
+        late = {"failed": f"no verdict within {limit:g} s ({self._key}.timeout_seconds)"}
         with self._lock:
-            answer = self._answer(request)
+            self._refuse_closed()
+            connection = self._running()
+            if not self._async:
+                return alone
+            try:
+                answer = connection.exchange({"several": requests}, limit + GRACE_SECONDS)
+            except (OSError, EOFError):  # one of them has blocked or ended the process: which, is found one by one
+                self._kill()
+                return alone
+        return [late if "late" in one else one for one in answer["verdicts"]]
+
+    def _ask(self, request: dict[str, Any], known: dict[str, Any] | None = None) -> dict[str, Any]:
+        """The answer to one request: with `reward`, `failed` or `at_fault`. known: it is there already."""
+        with self._lock:
+            answer = self._answer(request) if known is None else known
             self._refuse_closed()
             self._in_a_row = self._in_a_row + 1 if "failed" in answer else 0
             if self._in_a_row >= MOST_IN_A_ROW:
@@ -241,7 +283,7 @@ class Judge:
             raise UserError(f"{self._key}.name", f"{self._config.name}, {found}", "a verifier that starts") from error
         if "at_fault" in answer:
             raise UserError.from_json(answer["at_fault"])
-        self._asks = list(answer.get("asks") or [])
+        self._asks, self._async = list(answer.get("asks") or []), bool(answer.get("async"))
         return self._connection
 
     def _last_words(self) -> str:

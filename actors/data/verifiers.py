@@ -11,7 +11,7 @@ import asyncio
 import inspect
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from decimal import Decimal
 from fractions import Fraction
 from typing import Any
@@ -70,10 +70,40 @@ def make_verifier(config: VerifierConfig, key: str = "verifier") -> Verifier:
     def verify(response: str, reference: str | None, **aside: Any) -> float:
         if pattern is None:
             return score(response, reference, **aside)
-        matches = [match[1] if pattern.groups else match[0] for match in pattern.finditer(response)]
-        return score(matches[-1], reference, **aside) if matches and matches[-1] is not None else 0.0
+        captured = _captured(pattern, response)
+        return 0.0 if captured is None else score(captured, reference, **aside)
 
     return verify
+
+
+def make_async_verifier(
+    config: VerifierConfig, key: str = "verifier"
+) -> Callable[..., Coroutine[Any, Any, float]] | None:
+    """The same as a coroutine, so that several responses can be judged at once; None: the function is no `async def`."""
+    if config.name in BUILT_IN or ":" not in config.name:
+        return None
+    function, asked = import_object(config.name, f"{key}.name", "a function"), asks_for(config.name, key)
+    if not inspect.iscoroutinefunction(function):
+        return None
+    pattern = re.compile(config.pattern) if config.pattern is not None else None
+    places = _places(function, asked)
+
+    async def verify(response: str, reference: str | None, **aside: Any) -> float:
+        captured = response if pattern is None else _captured(pattern, response)
+        if captured is None:
+            return 0.0
+        given = {"response": captured, "reference": reference}
+        with as_user_error(f"{key}.name", f"{config.name}, which failed", "a reward for (response, reference)"):
+            returned = await function(*(given[place] for place in places), **{one: aside.get(one) for one in asked})
+        return _reward(returned, config.name, key)
+
+    return verify
+
+
+def _captured(pattern: re.Pattern[str], response: str) -> str | None:
+    """What the last match captures: group 1, or the match. None: nothing matches."""
+    matches = [match[1] if pattern.groups else match[0] for match in pattern.finditer(response)]
+    return matches[-1] if matches else None
 
 
 def asks_for(name: str, key: str) -> list[str]:
@@ -113,8 +143,7 @@ def answer_of(config: VerifierConfig, key: str = "verifier") -> Callable[[str], 
 
     def answer(response: str) -> str | None:
         if pattern is not None:
-            matches = [match[1] if pattern.groups else match[0] for match in pattern.finditer(response)]
-            response = (matches[-1] if matches else None) or ""
+            response = _captured(pattern, response) or ""
         if config.name == "numeric":
             found = last_number(response)
             return None if found is None else str(found)

@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+import os
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 
 from actors.config import VerifierConfig
-from actors.data.judge import Judge
+from actors.data.judge import AT_ONCE, Judge
 from actors.data.verifiers import asks_for, make_verifier
 from actors.errors import UserError
 from actors.trajectory import Aside
@@ -38,6 +39,25 @@ async def later(response: str, reference: str | None) -> float:
 async def never(response: str, reference: str | None) -> float:
     await asyncio.sleep(60)
     return 1.0
+
+
+IN_FLIGHT = [0, 0]
+"""Calls of `counted` that have begun and not ended, and the most there were."""
+
+
+async def counted(response: str, reference: str | None) -> dict[str, float]:
+    if response == "exit":
+        os._exit(3)
+    if response == "never":
+        await asyncio.Event().wait()
+    if response == "raise":
+        raise ValueError(response)
+    IN_FLIGHT[0] += 1
+    IN_FLIGHT[1] = max(IN_FLIGHT)
+    for _ in range(3):
+        await asyncio.sleep(0)
+    IN_FLIGHT[0] -= 1
+    return {"reward": float(response == reference), "most": IN_FLIGHT[1]}
 
 
 def parts(response: str, reference: str | None) -> dict[str, Any]:
@@ -89,7 +109,10 @@ def test_what_is_no_reward_is_told(what: str, message: str) -> None:
 
 @pytest.fixture
 def judge() -> Iterator[Judge]:
-    own = {name: VerifierConfig(f"{HERE}:{name}", timeout_seconds=0.5) for name in ("by_record", "parts", "never")}
+    own = {
+        name: VerifierConfig(f"{HERE}:{name}", timeout_seconds=0.5)
+        for name in ("by_record", "parts", "never", "counted")
+    }
     judge = Judge(VerifierConfig("exact"), by_domain=own)
     yield judge
     judge.close()
@@ -105,3 +128,21 @@ def test_each_domain_is_judged_by_its_own_verifier_in_a_process_of_its_own(judge
     assert found.failed == ["no verdict within 0.5 s (evaluation.verifiers.never.timeout_seconds)"]
     assert time.monotonic() - begun < 300
     assert judge.of("by_record").asks == ["record"] and judge.asks == []
+
+
+def test_a_coroutine_judges_several_responses_at_once_and_no_more_than_the_bound(judge: Judge) -> None:
+    count = 2 * AT_ONCE + 3
+    found = judge.rewards(
+        [str(i) for i in range(count)], [str(i - i % 2) for i in range(count)], [Aside("counted")] * count
+    )
+    assert found.rewards.tolist() == [1.0 - i % 2 for i in range(count)] and not found.failed
+    assert found.parts[-1]["most"] == AT_ONCE
+
+
+@pytest.mark.parametrize(
+    ("what", "why"), [("raise", "ValueError"), ("never", "no verdict within 0.5 s"), ("exit", "exit status 3")]
+)
+def test_one_that_fails_among_several_costs_the_others_nothing(judge: Judge, what: str, why: str) -> None:
+    found = judge.rewards(["a", what, "b"], ["a", "a", "b"], [Aside("counted")] * 3)
+    assert found.rewards.tolist() == [1.0, 0.0, 1.0]
+    assert len(found.failed) == 1 and why in found.failed[0]
