@@ -169,18 +169,21 @@ class Fold(Protocol):
 
 
 Kept = TypeVar("Kept", bound=Fold)
+ENOUGH_BYTES = 512
+"""So many bytes of the end of a file tell it from another; its lines hold times."""
 
 
 class JsonlTail(Generic[Kept]):
     """Summarises a growing file of JSON lines. Each read parses only the complete lines that were added since the last.
 
-    A file that was replaced, for example after a rollback, is read from its start.
+    A file that was replaced, for example after a rollback, is read from its start. Its inode does not tell: the second file
+    that replaces one may get the number of the first. So the end of what was read must still be there.
     """
 
     def __init__(self, path: Path, make: Callable[[], Kept]):
         """make: returns the summary of an empty file."""
         self._path, self._make, self._kept = path, make, make()
-        self._inode, self._offset = -1, 0
+        self._inode, self._offset, self._end = -1, 0, b""
 
     def read(self) -> Kept:
         """Reads the new lines and returns the summary of the whole file. ValueError: a line is not JSON."""
@@ -189,9 +192,10 @@ class JsonlTail(Generic[Kept]):
         try:
             with self._path.open("rb") as file:
                 there = os.fstat(file.fileno())
-                if there.st_ino != self._inode or there.st_size < self._offset:
-                    self._kept, self._inode, self._offset = self._make(), there.st_ino, 0
-                file.seek(self._offset)
+                file.seek(self._offset - len(self._end))
+                if there.st_ino != self._inode or file.read(len(self._end)) != self._end:
+                    self._kept, self._inode, self._offset, self._end = self._make(), there.st_ino, 0, b""
+                    file.seek(0)
                 added = file.read()
         except FileNotFoundError:
             return self._make()
@@ -204,4 +208,5 @@ class JsonlTail(Generic[Kept]):
             except ValueError as error:
                 raise UserError(str(self._path), f"a damaged line ({error})", "a JSON object in each line") from error
         self._offset += len(complete)
+        self._end = (self._end + complete)[-ENOUGH_BYTES:]
         return self._kept

@@ -35,6 +35,7 @@ ORDINARY = {
     *("started", "tried", "loop_started", "first_update", "checkpoint", "finished", "actor_started", "actor_ended"),
     *("waiting_for_resources", "actor_starting", "actor_silent", "actor_heard"),  # on a busy machine
     "pinned",  # of a hub name
+    "held_out_overlap",  # the held-out prompts are the first of the training prompts
 }
 """Kinds of events that any campaign may record."""
 

@@ -18,6 +18,7 @@ from cluster.console.runs import find_run
 from cluster.console.screen import status_screen, trajectory_text
 from cluster.console.status import LOST_AFTER_SECONDS, StatusReader, keep_status, read_status, write_status
 from cluster.records.event_table import describe
+from cluster.records.reader import JsonlTail
 from cluster.records.writer import RunRecords, read_jsonl, trajectory_files
 from tests.fake_run import make_fake_run
 
@@ -213,6 +214,24 @@ def test_a_reader_that_follows_a_run_sees_what_a_new_one_sees_also_after_a_rollb
     found = reader.read(now=now)
     assert found["update"] == 20 and found == read_status(running, now)
     assert found["faults"] == 2 and found["checkpoints"] == {"step": 20, "path": "p"}
+
+
+class _Steps:
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+
+    def add(self, row: dict) -> None:
+        self.steps.append(row["step"])
+
+
+def test_a_file_that_was_replaced_twice_may_have_the_inode_and_more_than_the_length_of_the_first(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    reader = JsonlTail(path, _Steps)
+    for lines in ([0, 1, 2], [0, 10, 20, 30], [0], [5, 6, 7], []):  # written in place: the inode stays
+        path.write_text("".join(json.dumps({"step": step}) + "\n" for step in lines))
+        assert reader.read().steps == lines
 
 
 def test_status_as_json_is_what_is_read(running: Path, capsys: pytest.CaptureFixture[str]) -> None:
