@@ -20,7 +20,8 @@ from cluster.loop.evaluation_statistics import (
     tally,
 )
 
-SIMULATED = 200
+SIMULATED = 1000
+"""Evaluations."""
 
 
 def ragged(seed: int = 3, prompts: int = 60) -> list[list[float]]:
@@ -75,6 +76,8 @@ def test_the_bounds_of_a_share_are_the_shares_that_a_score_test_just_accepts(rig
 def test_more_answers_to_the_same_prompts_narrow_an_interval_only_where_they_differ() -> None:
     same = [estimate(tally([[float(i < 20)] * k for i in range(30)]), share=True) for k in (1, 8)]
     assert same[0] == pytest.approx(same[1])
+    right = [estimate(tally([[1.0] * k] * 30), share=True) for k in (1, 8)]
+    assert right[0] == right[1] and right[0].low < 0.9
     halves = estimate(tally([[1.0, 0.0] * 4] * 30), share=True)
     single = estimate(tally([[float(i % 2)] for i in range(30)]), share=True)
     assert halves.value == single.value and halves.half_width < single.half_width
@@ -131,26 +134,38 @@ def test_a_majority_is_the_mean_over_what_a_fair_draw_of_ties_would_choose() -> 
     assert majority([None, None, "4"], [0, 0, 1]) == 1 and majority([None], [0]) == 0
 
 
+EASE = 1.2
+"""Both parameters of the Beta distribution of how easy prompts are."""
+
+
 def answers(draw: np.random.Generator, prompts: int, samples: int, gap: float) -> tuple[Tally, Tally]:
-    """Two models on the same prompts: each prompt has a difficulty, and the first model is better by `gap` on average."""
-    ease = draw.beta(1.2, 1.2, size=prompts) * (1 - gap)
+    """Two models on the same prompts: each prompt has a difficulty, and the first model is better by `gap` at each of them."""
+    ease = draw.beta(EASE, EASE, size=prompts) * (1 - gap)
     right = (draw.binomial(samples, ease + gap), draw.binomial(samples, ease))
     return tuple(Tally(one.astype(float), np.full(prompts, samples)) for one in right)  # type: ignore[return-value]
 
 
-def least_covered(tries: int, chance: float = 1e-6) -> int:
-    """The number below which the covered ones of so many intervals fall with at most this chance: exact binomial."""
-    tail = 0.0
-    for k in range(tries + 1):
-        tail += math.comb(tries, k) * CONFIDENCE**k * (1 - CONFIDENCE) ** (tries - k)
-        if tail > chance:
-            return k
-    return tries
+def power_of(prompts: int, samples: int, gap: float) -> float:
+    """Probability that the paired interval lies above 0, by the normal distribution.
+
+    Given the prompt, answers are independent, so the paired difference of a prompt has the variance
+    E[p (1 - p) + (p + gap) (1 - p - gap)] / samples; how easy the prompts are is no part of it.
+    """
+    mean, square = (1 - gap) / 2, (1 - gap) ** 2 * (EASE + 1) / (2 * (2 * EASE + 1))
+    of_theirs, of_ours = mean - square, mean + gap - (square + 2 * gap * mean + gap**2)
+    error = math.sqrt((of_theirs + of_ours) / samples / prompts)
+    return statistics.NormalDist().cdf(gap / error - quantile(prompts - 1))
 
 
-def test_a_planted_difference_of_two_models_is_found_with_the_stated_coverage() -> None:
-    draw, gap, least = np.random.default_rng(17), 0.09, least_covered(SIMULATED)
-    assert 170 <= least <= 180
+def expected(tries: int, share: float, chance: float = 1e-3) -> tuple[int, int]:
+    """(least, most): a binomial count falls below the one, or above the other, with at most this chance."""
+    chances = [math.comb(tries, k) * share**k * (1 - share) ** (tries - k) for k in range(tries + 1)]
+    least = next(k for k in range(tries + 1) if sum(chances[: k + 1]) > chance)
+    return least, next(k for k in range(tries, -1, -1) if sum(chances[k:]) > chance)
+
+
+def test_a_planted_difference_of_two_models_is_found_with_the_stated_coverage_and_power() -> None:
+    draw, gap = np.random.default_rng(17), 0.08
     covered = found = alone = false_alarms = 0
     for _ in range(SIMULATED):
         ours, theirs = answers(draw, 150, 4, gap)
@@ -160,6 +175,10 @@ def test_a_planted_difference_of_two_models_is_found_with_the_stated_coverage() 
         alone += estimate(ours, share=True).low > estimate(theirs, share=True).high
         none = difference(*answers(draw, 150, 4, 0.0), share=True)
         false_alarms += not none.low <= 0 <= none.high
-    assert covered >= least and SIMULATED - false_alarms >= least
-    assert found >= 0.9 * SIMULATED > 0.5 * SIMULATED > alone  # pairing is what finds it
+    least, most = expected(SIMULATED, CONFIDENCE)
+    assert least <= covered <= most and least <= SIMULATED - false_alarms <= most
+    assert 0.88 < power_of(150, 4, gap) < 0.95
+    least, most = expected(SIMULATED, power_of(150, 4, gap))
+    assert least <= found <= most
+    assert alone < 0.5 * SIMULATED  # pairing is what finds it
     assert mean_of(ours) > mean_of(theirs)

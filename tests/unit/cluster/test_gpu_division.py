@@ -203,7 +203,7 @@ def test_the_self_divided_gpu_of_a_teacher_over_several_is_refused_when_the_clus
         ({"a": (1, 0.6), "b": (1, 0.6)}, 2),
         ({"a": (3, 0.6)}, 3),  # 1.8 in all, and no two of them on one GPU
         ({"a": (3, 0.33)}, 1),
-        ({"a": (10, 0.1)}, 1),
+        ({"a": (20, 0.05)}, 1),  # in floating point their sum is a little more than 1
         ({"a": (1, 0.5), "b": (2, 0.5), "c": (2, 1.0)}, 4),
         ({"a": (4, 0.0)}, 0),
     ],

@@ -265,4 +265,6 @@ def test_small_models_are_told_in_megabytes(tmp_path: Path) -> None:
     config = recipe("quickstart.yaml", f"student.model={model}", f"teachers.default.model={model}")
     for role in roles(config):
         found = role.sentence(None)
-        assert re.match(r"\d+\.\d MB: ", found) and not re.search(r" 0\.000\b", found), found
+        assert re.match(r"\d+\.\d MB: ", found) and not re.search(r" 0\.0+(?!\d)", found), found
+        with pytest.raises(UserError, match=r"holds \d+\.\d MB at least .*at most 0\.1 MB, the memory of a card"):
+            role.demand_room(Card("a card", 100_000))
