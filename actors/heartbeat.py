@@ -7,7 +7,7 @@ the actor hangs.
 
 import time
 
-BUILDS, LOADS = "builds itself", "loads its model"
+BUILDS, LOADS = "imports and sets up", "loads its model"
 """Phases of the start of most actors."""
 
 _count = 0
@@ -43,7 +43,7 @@ def phase(what: str) -> None:
 def phases() -> list[tuple[str, float]]:
     """(name, seconds) of each phase, in their order; the last one until now."""
     ends = [*(began for _, began in _phases[1:]), time.monotonic()]
-    return [(what, end - began) for (what, began), end in zip(_phases, ends, strict=True) if what]
+    return [(what, end - began) for (what, began), end in zip(_phases, ends, strict=False) if what]
 
 
 def doing() -> str:

@@ -12,6 +12,7 @@ from actors.accelerator import card_bytes, require_batch_invariance, torch_devic
 from actors.errors import UnavailableError, UserError
 from actors.gpu_share import is_share
 from actors.heartbeat import beat, phase
+from actors.quick_imports import quick_imports
 from actors.vllm_options import refuse_samplers, share_options
 
 CPU_KV_CACHE_BYTES = 256 << 20
@@ -22,10 +23,7 @@ FREE_SECONDS = 60.0
 
 @contextmanager
 def importing_vllm() -> Iterator[None]:
-    """Context of the first import of vLLM: sets its environment variables and pauses the garbage collector.
-
-    The import creates millions of objects that are never freed; the collector would scan them for seconds.
-    """
+    """Context of the first import of vLLM: sets its environment variables and pauses the garbage collector."""
     import torch
 
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
@@ -39,12 +37,9 @@ def importing_vllm() -> Iterator[None]:
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     # In this process the engine reads weights in place, starts 5 s sooner and leaves no shared memory behind when killed.
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    gc.disable()
-    try:
+    with quick_imports():
         yield
         gc.freeze()  # vLLM calls gc.collect() when it starts; frozen objects are not scanned
-    finally:
-        gc.enable()
 
 
 def build_llm(options: dict[str, Any], more: dict[str, Any], key: str, gpus: float | None = None) -> Any:

@@ -19,6 +19,7 @@ from typing import Any
 
 from actors.errors import CampaignError, UserError
 from actors.plain_text import concealed, printable
+from actors.quick_imports import quick_imports
 from cluster.config import CampaignConfig
 from cluster.console.arguments import HelpfulParser
 from cluster.console.runs import RUN_HELP, find_run, listing
@@ -241,7 +242,7 @@ def _run(options: argparse.Namespace) -> int:
     with START.shown():
         with START.phase("looking at the configuration"):
             config = _config_of_run(options)
-        with START.phase("importing Ray and transformers"):
+        with START.phase("importing Ray and transformers"), quick_imports():
             from cluster.console.screen import summary_table
             from cluster.run import run_campaign
 
@@ -276,7 +277,7 @@ def _check(options: argparse.Namespace) -> int:
     from cluster.console.screen import PlainConsole
 
     console = PlainConsole()
-    with console.status("importing Ray and transformers"):
+    with console.status("importing Ray and transformers"), quick_imports():
         from cluster.preflight import checks, doing
 
     for name, check in checks(config, offline=options.offline):

@@ -28,6 +28,7 @@ from actors.data.weight_files import (
 )
 from actors.errors import UserError
 from actors.heartbeat import BUILDS, LOADS, beat, does, phase
+from actors.quick_imports import quick_imports
 
 if TYPE_CHECKING:
     import torch
@@ -108,7 +109,8 @@ def with_headers(model: str, key: str, *, code: bool = False) -> Iterator[Path]:
 
 def load_config(model: str, trust_remote_code: bool, key: str) -> PreTrainedConfig:
     """The model's configuration. UserError: see `find_model`; or config.json is unreadable or of an unknown type."""
-    from transformers import AutoConfig
+    with quick_imports():
+        from transformers import AutoConfig
 
     path = find_model(model, key, weights=False, code=trust_remote_code)
     file = path / "config.json"
@@ -202,9 +204,10 @@ def _load(
     path: Path, config: PreTrainedConfig, dtype: str | None, trust_remote_code: bool, key: str, **how: Any
 ) -> PreTrainedModel:
     """Loads a model, and refuses files that do not hold what config.json describes. how: more for `from_pretrained`."""
-    import torch
-    from transformers import AutoModelForCausalLM, GenerationConfig
-    from transformers.utils import logging
+    with quick_imports():
+        import torch
+        from transformers import AutoModelForCausalLM, GenerationConfig
+        from transformers.utils import logging
 
     stored = stored_tensors(path, key)
     refuse_quantised(path, stored, config, key)
@@ -365,11 +368,12 @@ def as_user_error(key: str, what: object, expected: str) -> Iterator[None]:
 
 def expected_tensors(model: str, trust_remote_code: bool, key: str) -> dict[str, tuple[int, ...]]:
     """Name -> shape of the parameters that config.json describes; tied parameters once. Reads no weights."""
-    import torch
-    from transformers import AutoModelForCausalLM
+    with quick_imports():  # the model's code is imported in `from_config`
+        import torch
+        from transformers import AutoModelForCausalLM
 
-    with torch.device("meta"):
-        network = AutoModelForCausalLM.from_config(
-            load_config(model, trust_remote_code, key), trust_remote_code=trust_remote_code
-        )
+        with torch.device("meta"):
+            network = AutoModelForCausalLM.from_config(
+                load_config(model, trust_remote_code, key), trust_remote_code=trust_remote_code
+            )
     return {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
