@@ -13,7 +13,7 @@ import pytest
 from ray.exceptions import OutOfDiskError
 
 from actors.errors import ActorFaultError, CampaignError, LearnerLostError, StoreFullError, UserError
-from actors.heartbeat import beat, does
+from actors.heartbeat import BUILDS, beat, does
 from cluster.fleet.ray_actor import Resources
 from cluster.fleet.ray_fleet import Fleet
 from cluster.fleet.restarts import Restarts
@@ -228,6 +228,8 @@ def test_a_call_whose_actor_is_killed_is_answered_by_another_and_the_lost_one_co
         assert kinds == ["actor_started"] * 2 + ["actor_died", "actor_started", "actor_restarted"]
         died = next(fields for kind, fields in events if kind == "actor_died")
         assert died["actor"] == f"worker-{victim}" and died["cause"]
+        started = next(fields for kind, fields in events if kind == "actor_started")
+        assert list(started["phases"]) == ["process", BUILDS] and started["phases"]["process"] > 0
 
     with_fleet(body, replicas=2)
 
