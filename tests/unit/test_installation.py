@@ -23,7 +23,7 @@ def python_of(folder: Path, name: str, version: str, *, has_venv: bool = True) -
         f"""#!/bin/sh
 case "$1 $2" in
   "-c "*ensurepip*) {"exec" if has_venv else "exit 1;"} {sys.executable} -c "import sys; sys.version_info = ({numbers}, 0); $(echo "$2")" ;;
-  "-m venv") for last; do :; done; rm -rf "$last"/*; mkdir -p "$last/bin"; cp "$0" "$last/bin/python"; echo {version} > "$last/version" ;;
+  "-m venv") for last; do :; done; rm -rf "$last"/*; mkdir -p "$last/bin"; touch "$last/pyvenv.cfg"; cp "$0" "$last/bin/python"; echo {version} > "$last/version" ;;
   "--version "*) echo Python {version}.0 ;;
 esac
 """
@@ -79,6 +79,29 @@ def test_an_environment_that_works_stays_and_a_broken_one_is_made_anew(tmp_path:
     python_of(tmp_path / "env" / "bin", "python", "3.10")
     done = made(tmp_path, "pythonA")
     assert done.returncode == 1 and "has Python 3.10.0, expected 3.11, 3.12 or 3.13" in done.stderr
+
+
+@pytest.mark.parametrize("kind", ["directory", "file", "link", "link to nothing"])
+def test_nothing_but_an_environment_that_is_here_is_emptied(tmp_path: Path, kind: str) -> None:
+    python_of(tmp_path, "pythonA", "3.12")
+    shared, own = tmp_path / "shared", tmp_path / "env"
+    shared.mkdir()
+    for name in (
+        "kept",
+        ".unfinished",
+        "pyvenv.cfg",
+    ):  # an environment of somebody else, in which something is installed
+        (shared / name).touch()
+    if kind == "directory":
+        own.mkdir()
+        (own / "kept").touch()
+    elif kind == "file":
+        own.write_text("kept")
+    else:
+        own.symlink_to(shared if kind == "link" else tmp_path / "nothing")
+    done = made(tmp_path, "pythonA")
+    assert done.returncode == 1 and done.stdout == "" and done.stderr.count("\n") == 1 and "repeat" in done.stderr
+    assert (shared / "kept").exists() and (kind != "directory" or (own / "kept").exists())
 
 
 def test_what_pip_was_told_reaches_uv() -> None:
