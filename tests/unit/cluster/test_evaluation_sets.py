@@ -150,6 +150,7 @@ def test_positions_cover_a_response_in_at_most_eight_parts() -> None:
     for longest in (1, 2, 7, 8, 9, 100, 4096):
         edges, positions = parts_of(longest)
         assert edges[0] == 0 and edges[-1] == longest and len(edges) <= 9 and len(positions) <= 16
+        assert min(positions) >= 0 and max(positions) < longest
         assert all(np.any((positions >= a) & (positions < b)) for a, b in itertools.pairwise(edges))
 
 

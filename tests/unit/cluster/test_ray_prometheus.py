@@ -1,5 +1,7 @@
 """Gauges for Prometheus stay while a campaign stands still: Ray's agent forgets what nobody sets for 20 s."""
 
+import threading
+
 import pytest
 
 from cluster.tracking import ray_prometheus
@@ -18,7 +20,9 @@ def test_gauges_are_set_again_until_the_campaign_ends(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(ray_prometheus, "Gauge", FakeGauge)
     monkeypatch.setattr(ray_prometheus, "REPEAT_SECONDS", 0.001)
+    others = set(threading.enumerate())
     tracker = ray_prometheus.Prometheus("mine")
+    [thread] = set(threading.enumerate()) - others
     tracker.log(0, {"eval/accuracy": 0.25})
     tracker.log(1, {"reverse_kl": 0.5})  # an update without an evaluation: the last accuracy stays
     wanted = {("understudy_step", 1.0, "mine"), ("understudy_reverse_kl", 0.5, "mine")}
@@ -27,3 +31,5 @@ def test_gauges_are_set_again_until_the_campaign_ends(monkeypatch: pytest.Monkey
     until(lambda: len(told) >= before + 6, "two repetitions", lambda: True)
     assert set(told[before:]) == wanted
     tracker.close()
+    thread.join(60)
+    assert not thread.is_alive()
