@@ -4,8 +4,10 @@ A prompt is named by its number, and a campaign that is resumed reads its prompt
 So the function is called twice, and compared with itself, before anything else is done with them.
 """
 
+import asyncio
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
@@ -34,13 +36,13 @@ def own_records(
     check_call(function, 0, arguments, f"{key}.function_arguments", name, f"{name}(**function_arguments)")
     digests: list[int] = []
     for number, record in _records(function, name, arguments, limit, key):
-        digests.append(_digest(record))
+        digests.append(_digest(record, name, number, key))
         yield number, record
     before = np.array(digests, np.uint64)
     del digests
     count = 0
     for number, record in _records(function, name, arguments, limit, key):
-        if number > len(before) or _digest(record) != before[number - 1]:
+        if number > len(before) or _digest(record, name, number, key) != before[number - 1]:
             raise _not_repeatable(name, number, key)
         count = number
     if count != len(before):
@@ -50,15 +52,15 @@ def own_records(
 def _records(
     function: Any, name: str, arguments: Mapping[str, Any], limit: int | None, key: str
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    with as_user_error(f"{key}.function", f"{name}, which failed", EXPECTED):
+    with _call_errors(f"{key}.function", f"{name}, which failed", EXPECTED):
         returned = function(**arguments)
     if isinstance(returned, str | bytes | Mapping) or not hasattr(returned, "__iter__"):
         raise UserError(f"{key}.function", f"{name}, which returned a {type(returned).__name__}", EXPECTED)
-    with as_user_error(f"{key}.function", f"{name}, which failed", EXPECTED):
+    with _call_errors(f"{key}.function", f"{name}, which failed", EXPECTED):
         records = iter(islice(returned, limit))
     number = 0
     while True:
-        with as_user_error(f"{key}.function", f"{name}, which failed after {number} records", EXPECTED):
+        with _call_errors(f"{key}.function", f"{name}, which failed after {number} records", EXPECTED):
             record = next(records, END)
         if record is END:
             return
@@ -77,8 +79,27 @@ def _not_repeatable(name: str, number: int, key: str) -> UserError:
     return UserError(f"{key}.function", found, "the same records in every call: draw them with a fixed seed")
 
 
-def _digest(record: Mapping[str, Any]) -> int:
-    return xxhash.xxh3_64_intdigest(json.dumps(record, default=_plain).encode())
+def _digest(record: Mapping[str, Any], name: str, number: int, key: str) -> int:
+    """UserError: a field holds what has no form in JSON, such as a tuple as a key or a list that holds itself."""
+    digest = xxhash.xxh3_64()
+    for field, value in record.items():
+        with as_user_error(
+            f"{key}.function", f"{name}, whose record {number} has the field {field!r}", "values that JSON can hold"
+        ):
+            digest.update(json.dumps([field, value], default=_plain).encode())
+    return digest.intdigest()
+
+
+@contextmanager
+def _call_errors(key: str, what: str, expected: str) -> Iterator[None]:
+    """As `as_user_error`, also for what is no Exception. An interrupt of the user's own, and a task's end, pass."""
+    try:
+        with as_user_error(key, what, expected):
+            yield
+    except (UserError, KeyboardInterrupt, GeneratorExit, asyncio.CancelledError):
+        raise
+    except BaseException as error:
+        raise UserError(key, f"{what} ({type(error).__name__}: {str(error)[:200]})", expected) from error
 
 
 def _plain(value: Any) -> str:

@@ -11,7 +11,11 @@ import glob
 import gzip
 import io
 import json
+import os
+import re
+from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,11 +38,22 @@ GZIP, ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 """How compressed files begin, whatever they are called."""
 
 
-def files_of(source: SourceConfig, key: str) -> list[SourceConfig]:
-    """The source, or, where its path is a pattern, one for each file, in the order of their names.
+FORMATS = (".jsonl", ".ndjson", ".json", ".parquet", ".csv", ".tsv", ".arrow")
+"""Endings of data files in a directory, but for those of COMPRESSED; `datasets` reads JSON and JSON lines alike."""
+COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
+DESCRIPTIONS = ("config.json", "dataset_infos.json", SAVED_DATASET, SAVED_SPLITS)
+"""Files of a data set that hold no records."""
+SHOWN = 3
+"""Names of files in a message."""
 
-    UserError: no file matches the pattern.
+
+def files_of(source: SourceConfig, key: str) -> list[SourceConfig]:
+    """The source, or, where its path is a pattern or a directory with .jsonl.zst, one for each file, in the order of their names.
+
+    UserError: no file matches the pattern; or a directory whose data files would be read in part.
     """
+    if source.path is not None and Path(source.path).expanduser().is_dir() and not source.streaming:
+        return _of_directory(source, key)
     if source.path is None or not is_pattern(source.path):
         return [source]
     found = sorted(
@@ -47,6 +62,75 @@ def files_of(source: SourceConfig, key: str) -> list[SourceConfig]:
     if not found:
         raise UserError(f"{key}.path", source.path, f"a pattern that files match (from {Path.cwd()})")
     return [replace(source, path=name) for name in found]
+
+
+def _of_directory(source: SourceConfig, key: str) -> list[SourceConfig]:
+    """A directory as one source; or the files of its split, where `datasets` would need another library to read them.
+
+    UserError: it holds files of several formats, or files that belong to no split, of which `datasets` reads some only.
+    """
+    path = Path(os.path.realpath(Path(str(source.path)).expanduser()))
+    if any((path / name).is_file() for name in (SAVED_DATASET, SAVED_SPLITS)) or _names_its_files(path / "README.md"):
+        return [source]
+    there = _data_files(path)
+    formats = Counter(map(_format, there))
+    if len({".json" if one in (".jsonl", ".ndjson") else one for one in formats}) > 1:
+        found = f"{source.path} with {', '.join(f'{count} {one}' for one, count in sorted(formats.items()))} files"
+        patterns = [_pattern(source, there, one) for one in (".jsonl", ".parquet") if one in formats]
+        way_out = f"; or a pattern such as {' or '.join(patterns)}" if patterns else ""
+        raise UserError(f"{key}.path", found, f"data files of one format, so that none is left out{way_out}")
+    splits = _splits(path)
+    if outside := sorted(set(there).difference(*splits.values())):
+        names = ", ".join(str(name.relative_to(path)) for name in outside[:SHOWN])
+        found = f"{source.path}, {len(outside)} of whose {len(there)} data files are in no split ({names}{', …' if len(outside) > SHOWN else ''})"
+        expected = f"files that are all in splits ({', '.join(splits)}), or a pattern such as {_pattern(source, there)}"
+        raise UserError(f"{key}.path", found, expected)
+    if not any(name.suffix == ".zst" for name in there) or not all(name.name.endswith(LINES) for name in there):
+        return [source]
+    if source.split not in splits:
+        raise UserError(f"{key}.split", source.split, f"a split of {source.path}: {', '.join(splits)}", splits)
+    return [replace(source, path=str(name), split="train") for name in sorted(splits[source.split])]
+
+
+def _names_its_files(card: Path) -> bool:
+    """Whether a directory's README.md says which files are read, as those of data sets on the hub may."""
+    if not card.is_file():
+        return False
+    _, *parts = re.split(r"^---\s*$", card.read_text("utf-8", "replace"), maxsplit=2, flags=re.MULTILINE)
+    return len(parts) == 2 and re.search(r"^configs:", parts[0], re.MULTILINE) is not None
+
+
+def _data_files(path: Path) -> list[Path]:
+    """The data files at any depth, in the order of their names, without hidden ones."""
+    return sorted(
+        name
+        for name in path.rglob("*")
+        if _format(name) in FORMATS
+        and name.name not in DESCRIPTIONS
+        and not any(part.startswith((".", "__")) for part in name.relative_to(path).parts)
+        and name.is_file()
+    )
+
+
+def _format(name: Path) -> str:
+    return (name.with_suffix("") if name.suffix in COMPRESSED else name).suffix
+
+
+def _pattern(source: SourceConfig, names: list[Path], ending: str | None = None) -> str:
+    """A pattern for files as the first of this format (None: of any), for messages."""
+    first = next(name for name in names if ending in (None, _format(name)))
+    return f"{source.path}/**/*{_format(first)}{first.suffix if first.suffix in COMPRESSED else ''}"
+
+
+def _splits(path: Path) -> dict[str, list[Path]]:
+    """Split -> its files, as `datasets` tells them from the names of files and directories; {}: it finds none."""
+    from datasets.data_files import DataFilesDict, EmptyDatasetError, get_data_patterns
+
+    try:
+        found = DataFilesDict.from_patterns(get_data_patterns(str(path)), base_path=str(path))
+    except (EmptyDatasetError, FileNotFoundError):
+        return {}
+    return {str(split): [Path(name) for name in names] for split, names in found.items()}
 
 
 def read_records(
@@ -66,9 +150,13 @@ def read_records(
         return "row", _numbered(_streamed(source, key, fields, optional), name, key)
     if path.is_dir() or is_hub_dataset(name):
         return "row", _numbered(_rows(_dataset(path, source, key, fields, optional)), name, key)
+    if path.exists() and not path.is_file():
+        raise UserError(f"{key}.path", f"{path}, which is neither a regular file nor a directory", FILES)
     if not path.is_file():
         near = [str(p) for p in path.parent.glob("*")]
         raise UserError(f"{key}.path", path, f"{FILES} (from {Path.cwd()})", near)
+    if source.split != "train":
+        raise UserError(f"{key}.split", source.split, f"nothing: {name} is a single file, which has no splits")
     if path.name.endswith(LINES):
         return "line", _jsonl(path)
     if path.suffix != ".parquet":
@@ -173,7 +261,8 @@ def _dataset(
     else:
         # A directory of data files has no revision: `pin` refuses one.
         name, subset = (str(path), None) if path.is_dir() else _on_hub(source, key)
-        found = datasets.load_dataset(name, subset, split=source.split, revision=source.revision)
+        with _split_errors(source, key):
+            found = datasets.load_dataset(name, subset, split=source.split, revision=source.revision)
     columns = _columns(found.column_names, str(source.path), fields, optional)
     yield from found.select_columns(columns).with_format("arrow").iter(BATCH)
 
@@ -190,6 +279,21 @@ def _on_hub(source: SourceConfig, key: str) -> tuple[str, str | None]:
     return name, subset or None
 
 
+@contextmanager
+def _split_errors(source: SourceConfig, key: str) -> Iterator[None]:
+    """UserError for a split that the data set has not. `datasets` raises ValueError, with the names in its message."""
+    try:
+        yield
+    except ValueError as error:
+        told = re.match(
+            r"(?:Unknown split .*?Should be one of|Bad split: .*?Available splits:) \[(.*)\]", str(error), re.DOTALL
+        )
+        if told is None:
+            raise
+        names = re.findall(r"[\w.]+", told[1].replace("NamedSplit", ""))
+        raise UserError(f"{key}.split", source.split, f"a split of {source.path}: {', '.join(names)}", names) from error
+
+
 def _streamed(
     source: SourceConfig, key: str, fields: list[tuple[str, str]], optional: list[str] | None
 ) -> Iterator[dict[str, Any]]:
@@ -200,7 +304,8 @@ def _streamed(
     import datasets
 
     name, subset = _on_hub(source, key)
-    found = datasets.load_dataset(name, subset, split=source.split, revision=source.revision, streaming=True)
+    with _split_errors(source, key):
+        found = datasets.load_dataset(name, subset, split=source.split, revision=source.revision, streaming=True)
     if found.column_names is not None:
         found = found.select_columns(_columns(found.column_names, name, fields, optional))
     yield from found.take(source.limit)

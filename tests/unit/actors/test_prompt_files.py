@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -232,3 +233,54 @@ def test_a_null_is_never_written_into_what_a_privileged_teacher_reads(tmp_path: 
 def test_a_template_replaces_the_last_message_of_the_user(tmp_path: Path, tokenizer: Any) -> None:
     path = jsonl(tmp_path, {"prompt": CONVERSATION, "answer": 2})
     assert "<user>1+1= ({2})<eos>" in load(path, tokenizer, "{prompt} ({{answer}})").texts[0]
+
+
+def folder(path: Path, *names: str) -> Path:
+    for name in names:
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        line = json.dumps({"prompt": name, "answer": "1"}).encode() + b"\n"
+        if name.endswith(".zst"):
+            with pa.CompressedOutputStream(str(path / name), "zstd") as file:
+                file.write(line)
+        elif name.endswith(".parquet"):
+            pq.write_table(pa.Table.from_pylist([json.loads(line)]), path / name)
+        else:
+            (path / name).write_bytes(line)
+    return path
+
+
+def test_a_directory_is_read_whole_or_refused_with_what_is_in_it(tmp_path: Path, tokenizer: Any) -> None:
+    told = refusal(folder(tmp_path / "a", "1.jsonl", "2.jsonl", "p.parquet", "t.csv", ".h.csv"), tokenizer)
+    assert "a with 1 .csv, 2 .jsonl, 1 .parquet files, expected data files of one format" in told
+    assert told.endswith(f"{tmp_path}/a/**/*.jsonl or {tmp_path}/a/**/*.parquet")
+    some = refusal(folder(tmp_path / "b", *(f"{n}.jsonl" for n in range(5)), "train/x.jsonl"), tokenizer)
+    assert "5 of whose 6 data files are in no split (0.jsonl, 1.jsonl, 2.jsonl, …)" in some and "b/**/*.jsonl" in some
+    whole = load(folder(tmp_path / "c", "1.jsonl", "2.json", "README.md", ".h.csv"), tokenizer)
+    assert len(whole) == 2
+    (folder(tmp_path / "d", "a.jsonl", "t.csv") / "README.md").write_text(
+        "---\nconfigs:\n- config_name: default\n  data_files: a.jsonl\n---\n# Sums\n"
+    )
+    assert load(tmp_path / "d", tokenizer).texts == ["<user>a.jsonl<eos><assistant>"]
+
+
+def test_a_directory_of_zstandard_lines_is_read_as_its_files_are(tmp_path: Path, tokenizer: Any) -> None:
+    path = folder(tmp_path / "z", "train-2.jsonl.zst", "train-1.jsonl", "test.jsonl.zst")
+    wanted = [f"<user>train-{name}<eos><assistant>" for name in ("1.jsonl", "2.jsonl.zst")]
+    assert load(path, tokenizer).texts == wanted
+    assert load(path, tokenizer, split="test").texts == ["<user>test.jsonl.zst<eos><assistant>"]
+    assert refusal(path, tokenizer, split="tset").startswith("prompts.split: found tset, expected a split of")
+
+
+def test_an_unknown_split_is_said_of_the_key_of_the_split(tmp_path: Path, tokenizer: Any) -> None:
+    told = refusal(folder(tmp_path / "s", "test.jsonl"), tokenizer)
+    assert told == f"prompts.split: found train, expected a split of {tmp_path}/s: test"
+    file = jsonl(tmp_path, {"prompt": "q", "answer": "1"})
+    assert refusal(file, tokenizer, split="test") == (
+        f"prompts.split: found test, expected nothing: {file} is a single file, which has no splits"
+    )
+
+
+def test_what_is_neither_file_nor_directory_is_not_suggested_in_its_place(tmp_path: Path, tokenizer: Any) -> None:
+    os.mkfifo(tmp_path / "p.jsonl")
+    told = refusal(tmp_path / "p.jsonl", tokenizer)
+    assert "neither a regular file nor a directory" in told and "did you mean" not in told

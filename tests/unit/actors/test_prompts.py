@@ -114,7 +114,7 @@ def test_a_dataset_directory_is_read_by_split(tmp_path, tokenizer, monkeypatch):
     write(tmp_path / "data" / "test.jsonl", RECORDS[:3])
     assert load(tmp_path / "data", tokenizer).texts == load(tmp_path / "data" / "train.jsonl", tokenizer).texts
     assert len(load(tmp_path / "data", tokenizer, split="test")) == 3
-    refused(tmp_path / "data", tokenizer, r"^prompts\.path: found .*tset", split="tset")
+    refused(tmp_path / "data", tokenizer, r"^prompts\.split: found tset, .*test", split="tset")
     refused(tmp_path / "data", tokenizer, r"^prompts\.prompt_field: found promt, .*mean 'prompt'", prompt_field="promt")
 
 

@@ -110,6 +110,20 @@ def no_iterator() -> int:
     return 3
 
 
+def odd_fields(what: str) -> Any:
+    odd: Any = {(1, 2): 3}
+    if what == "circular":
+        odd = {}
+        odd["me"] = odd
+    yield {"prompt": "1=", "answer": 1, "odd": 1}
+    yield {"prompt": "1=", "answer": 1, "odd": odd}
+
+
+def ends(how: str) -> Any:
+    yield {"prompt": "1=", "answer": 1}
+    raise {"interrupt": KeyboardInterrupt, "base": BaseException}[how]("no more")
+
+
 HERE = "tests.unit.actors.test_sources"
 
 
@@ -135,6 +149,9 @@ def test_a_function_of_the_users_own_yields_records(monkeypatch: pytest.MonkeyPa
         ("records", {"count": 5, "what": "field"}, r"^prompts\.prompt_field: found prompt, .*record 2 \(question\)"),
         ("records", {"size": 5}, r"^prompts\.function_arguments: found .*:records"),
         ("recods", {}, r"did you mean .*:records"),
+        ("odd_fields", {"what": "tuple"}, r"whose record 2 has the field 'odd' \(TypeError: keys must be str"),
+        ("odd_fields", {"what": "circular"}, r"record 2 has the field 'odd' \(ValueError: Circular reference"),
+        ("ends", {"how": "base"}, r"failed after 1 records \(BaseException: no more\)"),
         ("no_iterator", {}, r"which returned a int, expected an iterator of records"),
         ("random_records", {"count": 4}, r"whose record 4 is another in a second call"),
         ("fewer_each_time", {}, r"is another in a second call, expected the same records in every call"),
@@ -146,6 +163,11 @@ def test_a_function_that_fails_or_is_not_repeatable_is_one_line(
     with pytest.raises(UserError, match=message) as told:
         own(name, **arguments)
     assert str(told.value).startswith(("prompts.function", "prompts.prompt_field"))
+
+
+def test_an_interrupt_within_a_function_of_the_users_own_remains_one() -> None:
+    with pytest.raises(KeyboardInterrupt):
+        own("ends", how="interrupt")
 
 
 def test_a_data_set_is_streamed_from_its_commit_as_far_as_the_limit(
