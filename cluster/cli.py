@@ -22,7 +22,7 @@ from actors.plain_text import concealed, printable
 from actors.quick_imports import quick_imports
 from cluster.config import CampaignConfig
 from cluster.console.arguments import HelpfulParser
-from cluster.console.runs import RUN_HELP, find_run, listing
+from cluster.console.runs import RUN_HELP, find_run, listing, named_run
 from cluster.console.terminal import lasting_output
 from cluster.interrupts import INTERRUPTED_STATUS, INTERRUPTS
 from cluster.phases import START
@@ -209,7 +209,9 @@ def _add_commands_of_a_run(command: Command) -> None:
 
     status = of_a_run("status", _status, "show what a campaign is doing; without RUN, list the runs that there are")
     status.add_argument("--watch", action="store_true", help="update the screen every two seconds")
-    status.add_argument("--json", action="store_true", help="print one JSON object")
+    status.add_argument(
+        "--json", action="store_true", help="print one JSON object; without RUN, a list with one for each run"
+    )
     for name, text in (
         ("pause", "start nothing new until the campaign is resumed; work in flight is finished"),
         ("resume", "end a pause"),
@@ -221,7 +223,7 @@ def _add_commands_of_a_run(command: Command) -> None:
         if name == "scale":
             sub.add_argument("sizes", nargs="+", metavar="role=N", help="e.g. rollout=8 teacher.default=2")
     tail = of_a_run("tail", _tail, "print trajectories, coloured by how far student and teacher disagree")
-    tail.add_argument("--rows", type=int, default=8, metavar="N", help="trajectories of each evaluation (default 8)")
+    tail.add_argument("--rows", type=_count, default=8, metavar="N", help="trajectories of each evaluation (default 8)")
     tail.add_argument("--follow", action="store_true", help="print more as they are written, until the campaign ends")
     export = of_a_run("export", _export, "write a checkpoint as a model that transformers and vLLM load")
     export.add_argument("out", metavar="OUT", type=Path, help="directory to write; it must not exist, or be empty")
@@ -234,6 +236,12 @@ def _add_commands_of_a_run(command: Command) -> None:
     report = command("report", _report, "write a self-contained HTML page about one or more runs")
     report.add_argument("runs", nargs="*", metavar="RUN", help=RUN_HELP)
     report.add_argument("--output", type=Path, help="file to write (default: report.html in the first run's directory)")
+
+
+def _count(text: str) -> int:
+    if not re.fullmatch("[0-9]{1,9}", text) or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of 1 or more")
+    return int(text)
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -338,7 +346,7 @@ def _status(options: argparse.Namespace) -> int:
     from cluster.console.screen import PlainConsole, print_table, runs_table, status_screen
     from cluster.console.status import EVERY_SECONDS, RUNNING_STATES, StatusReader, read_status
 
-    if options.run is None and not options.watch and len(rows := listing()) > 1:
+    if options.run is None and not options.watch and (len(rows := listing()) > 1 or options.json):
         print(json.dumps(rows, indent=2)) if options.json else print_table(runs_table(rows))
         return 0
     run_dir = find_run(options.run)
@@ -368,7 +376,7 @@ def _steer(options: argparse.Namespace) -> int:
     sizes: dict[str, int] = {}
     for size in given:
         role, _, number = size.partition("=")
-        if not number.isdigit():
+        if not re.fullmatch("[0-9]{1,9}", number):
             raise UserError("scale", size, "role=N, for example rollout=8")
         sizes[role] = int(number)
     run_dir = find_run(options.run, states=RUNNING_STATES)
@@ -454,6 +462,8 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
+    if options.run is None and named_run(str(options.out)) is not None:
+        raise UserError("OUT", f"{options.out}, which is a run", f"understudy export {options.out} OUT")
     run_dir = find_run(options.run)
     from cluster.commands.export import export
 
@@ -471,7 +481,8 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    run_dirs = [find_run(name) for name in options.runs or [None]]
+    found = [find_run(name) for name in options.runs or [None]]
+    run_dirs = [run for i, run in enumerate(found) if not any(run.samefile(other) for other in found[:i])]
     from cluster.report.page import write_report
 
     output = options.output or run_dirs[0] / REPORT_FILE

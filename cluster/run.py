@@ -23,7 +23,7 @@ from actors.json_files import DamagedError
 from cluster.config import CampaignConfig
 from cluster.console.control import handlers, obey
 from cluster.console.screen import Progress
-from cluster.console.status import keep_status, live_actors, persistently
+from cluster.console.status import keep_status, live_actors, persistently, write_beginning
 from cluster.fleet.ray_actor import Resources
 from cluster.fleet.ray_cluster import connected, refuse_relative_output, room_to_begin
 from cluster.fleet.ray_control_store import control_store_lost
@@ -93,6 +93,8 @@ def run_campaign(
         ended = found.state.step >= config.pipeline.updates and done.get("updates") == found.state.step
         if ended and not any(one.change == "same contents" for one in taken.changed):
             return done, True
+        with contextlib.suppress(OSError):  # a full disk: the records say so
+            write_beginning(config.run_dir)
         with START.phase("reading prompts"):
             inputs = read_inputs(config)
             inputs.tell(told)

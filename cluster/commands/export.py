@@ -50,16 +50,17 @@ def export(
     """
     if not (run_dir / CONFIG_FILE).is_file():
         raise UserError("RUN", run_dir, f"a run directory: one with {CONFIG_FILE}")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError("OUT", out, "a directory that is empty or does not exist")
+    _demand_room(run_dir, out)
     config = load_config(run_dir / CONFIG_FILE, environment=False)
     config.output_dir, config.name = str(run_dir.resolve().parent), run_dir.resolve().name
     if adapter_only and config.student.lora is None:
         raise UserError("--adapter-only", "a campaign that trained all weights", "one with student.lora")
     checkpoint, state = chosen_checkpoint(run_dir, step, config.best_by if best else None)
     dtype = dtype or config.rollout.dtype
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = new_directory(out)
+    try:
+        partial = new_directory(out)
+    except OSError as error:
+        raise UserError("OUT", f"{out} ({error.strerror})", "a directory that can be made") from error
     try:
         write = _write_adapter if adapter_only else _write_model
         write(config, checkpoint, partial, dtype)
@@ -74,6 +75,19 @@ def export(
         raise
     record_export(run_dir, state.step, out, dtype)
     return state.step, dtype
+
+
+def _demand_room(run_dir: Path, out: Path) -> None:
+    """UserError: `out` is not empty, or inside the run directory, whose files are the campaign's."""
+    try:
+        free = not out.exists() or (out.is_dir() and not any(out.iterdir()))
+        inside = out.resolve().is_relative_to(run_dir.resolve())
+    except OSError as error:  # no name that a file can have, or a directory that is not ours
+        raise UserError("OUT", f"{out} ({error.strerror})", "a directory that can be made") from error
+    if not free:
+        raise UserError("OUT", out, "a directory that is empty or does not exist")
+    if inside:
+        raise UserError("OUT", f"{out}, which is inside the run {run_dir}", "a directory outside it")
 
 
 def chosen_checkpoint(run_dir: Path, wanted: str | None, best_by: str | None) -> tuple[Path, CampaignState]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from actors.errors import UserError
 from actors.plain_text import printable
+from cluster.records.run_lock import is_locked
 from cluster.records.writer import CONFIG_FILE, EVENTS_FILE, METRICS_FILE
 
 RUN_HELP = "run directory, or a name in runs/ or ~/understudy-runs (default: the only or newest run there)"
@@ -37,18 +38,26 @@ def find_run(name: str | None, key: str = "RUN", *, states: Collection[str] = ()
 
 def named_run(name: str, key: str = "RUN") -> Path | None:
     """The run directory for a path or a name; None: there is none. UserError: there are several of this name."""
-    if (Path(name) / CONFIG_FILE).exists():
+    if _is_run(Path(name)):
         return Path(name)
-    found = {path.resolve(): path for path in (home / name for home in homes()) if (path / CONFIG_FILE).exists()}
+    found = {path.resolve(): path for path in (home / name for home in homes()) if _is_run(path)}
     if len(found) > 1:
         raise UserError(key, f"{name}, which is in {' and in '.join(str(p.parent) for p in found.values())}", "a path")
     return next(iter(found.values()), None)
 
 
+def _is_run(path: Path) -> bool:
+    try:
+        return (path / CONFIG_FILE).exists()
+    except (OSError, ValueError):  # no name that a file can have, or a directory that is not ours
+        return False
+
+
 def all_runs() -> list[Path]:
     """Every run in the places where names are looked for, the one that has changed last first."""
     found = {path.parent.resolve(): path.parent for home in homes() for path in home.glob(f"*/{CONFIG_FILE}")}
-    runs = [path for path in found.values() if (path / EVENTS_FILE).exists() or (path / METRICS_FILE).exists()]
+    began = (EVENTS_FILE, METRICS_FILE)
+    runs = [path for path in found.values() if any((path / name).exists() for name in began) or is_locked(path)]
     return sorted(runs, key=changed, reverse=True)
 
 

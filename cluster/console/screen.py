@@ -24,7 +24,7 @@ from cluster.records.event_table import describe, row_of
 from cluster.records.metric_table import METRICS, is_evaluation, listed, with_interval, written
 
 COLOURS = {"good": "green", "warn": "yellow", "bad": "red", "": "cyan"}
-LIVE_TONES = {"running": "good", "lost": "bad", "starting": ""}
+LIVE_TONES = {"running": "good", "lost": "bad", "starting": "", "not begun": ""}
 """States of a campaign that no event of the same name announces."""
 LOG_RATIO_COLOURS = ((2.0, "bold white on red3"), (0.7, "red"), (0.2, "yellow"))
 """Lower bound of log pi - log q -> style. Coloured tokens are those that the student prefers more than its teacher."""

@@ -24,6 +24,7 @@ from cluster.records.event_table import BEGINNINGS, ENDS, row_of
 from cluster.records.forms import wrong_in
 from cluster.records.metric_table import METRICS, is_evaluation, of_status, sets_of
 from cluster.records.reader import JsonlTail
+from cluster.records.run_lock import is_locked
 from cluster.records.utilisation import role_of
 from cluster.records.writer import CONFIG_FILE, EVENTS_FILE, METRICS_FILE, summary_if_whole, write_atomically
 
@@ -58,6 +59,11 @@ def write_status(run_dir: Path, content: Mapping[str, Any]) -> None:
         with path.open("r+b") as file:
             file.write(text.encode())
             file.truncate()
+
+
+def write_beginning(run_dir: Path) -> None:
+    """Says that a process has begun to prepare a campaign here, until `keep_status` says more."""
+    write_status(run_dir, {"state": "starting", "begins": True})
 
 
 async def persistently(task: str, work: Callable[[], Awaitable[None]], on_event: Callable[..., None]) -> None:
@@ -173,15 +179,18 @@ class StatusReader:
         """Everything that `understudy status` shows, as one JSON object with stable keys.
 
         live: the content of status.json, where the campaign is in this process; None: the file is read.
-        state: `starting`, `running`, `paused`, `finished`, `stopped` (interrupted, with a checkpoint), `failed`, or
-        `lost`: it has not written for LOST_AFTER_SECONDS, though no event says that it ended.
+        state: `starting` (from the moment a process holds the run directory), `running`, `paused`, `finished`, `stopped`
+        (interrupted, with a checkpoint), `failed`, `not begun` (a configuration alone), or `lost`: it has not written for
+        LOST_AFTER_SECONDS, though no event says that it ended.
         """
         config, updates, events = self.config, self._updates.read(), self._events.read()
         summary = summary_if_whole(self._run_dir)
         live = _live(self._run_dir) if live is None else {**live, **_signature()}
         now = time.time() if now is None else now
         last: dict[str, Any] = updates.recent[-1] if updates.recent else {}
-        state = _state(events.kind, live, now)
+        state = _state(self._run_dir, events.kind, live, now)
+        if state == "lost" and not (events.kind or last):
+            state = "not begun"
         rates = _rates(config, list(updates.recent), config.replicas | _sizes(live))
         left = config.pipeline.updates - last.get("step", 0)
         seconds = rates.pop("seconds_per_update", None)
@@ -249,11 +258,15 @@ def _live(run_dir: Path) -> dict[str, Any]:
     return {} if wrong_in(STATUS_FILE, content) else content
 
 
-def _state(kind: str, live: Mapping[str, Any], now: float) -> str:
+def _state(run_dir: Path, kind: str, live: Mapping[str, Any], now: float) -> str:
+    fresh = bool(live) and now - live["time"] <= LOST_AFTER_SECONDS
+    if live.get("begins"):  # the events are of earlier processes
+        held = is_locked(run_dir)
+        return "starting" if held or (held is None and fresh) else kind if kind in ENDS else "lost"
     if kind in ENDS:
         return kind
-    if not live or now - live["time"] > LOST_AFTER_SECONDS:
-        return "lost"
+    if not fresh:  # nothing writes while prompts are read and Ray starts, which may take minutes
+        return "starting" if kind != "loop_started" and is_locked(run_dir) else "lost"
     return str(live.get("state", "running")) if kind == "loop_started" else "starting"
 
 

@@ -1,9 +1,8 @@
 """Resumes a run directory: locks it, checks that the configuration fits, and cuts its records back to the checkpoint."""
 
-import fcntl
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from cluster.config import CampaignConfig, prompt_sources
 from cluster.config_file import load_config, of_this_run
 from cluster.pins import hold
 from cluster.records.metric_table import is_evaluation
+from cluster.records.run_lock import locked
 from cluster.records.writer import CONFIG_FILE, LEDGER_FILE, METRICS_FILE, RunRecords, read_jsonl
 from cluster.state.campaign_state import CampaignState
 from cluster.state.changes import WHERE
@@ -59,22 +59,18 @@ def claimed(config: CampaignConfig, allow_change: Sequence[str] = ()) -> Iterato
     a campaign with another configuration.
     """
     run_dir = config.run_dir
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        # The file is never removed: two processes could then hold locks on two files of this name. The lock ends with
-        # the process, however that ends.
-        lock = (run_dir / ".lock").open("a")
-    except OSError as error:
-        raise UserError("output_dir", f"{config.output_dir} ({error.strerror})", "a directory to write to") from error
-    with lock:
+    with ExitStack() as held:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            run_dir.mkdir(parents=True, exist_ok=True)
+            held.enter_context(locked(run_dir))
         except BlockingIOError as error:
             raise UserError(
                 str(run_dir), "a campaign that another process is running", "another name, or that it ends first"
             ) from error
-        except OSError:
-            pass  # the file system has no locks
+        except OSError as error:
+            raise UserError(
+                "output_dir", f"{config.output_dir} ({error.strerror})", "a directory to write to"
+            ) from error
         if mirror := mirror_of(config):
             _bring_back(mirror, run_dir)
             hold(config)  # the copy's commits, where the run directory had none

@@ -3,7 +3,9 @@
 import io
 import json
 import os
+import shutil
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,8 +18,9 @@ from actors.errors import UserError
 from cluster import cli
 from cluster.console import control, screen
 from cluster.console.runs import all_runs, find_run
-from cluster.console.status import read_status, write_status
+from cluster.console.status import read_status, write_beginning, write_status
 from cluster.preflight import DOING, checks, doing
+from cluster.records.run_lock import is_locked, locked
 from cluster.records.writer import RunRecords
 from tests.fake_run import make_fake_run
 from tests.waiting import until
@@ -82,7 +85,7 @@ def test_a_name_is_looked_for_in_every_place_and_two_of_it_are_refused(runs: Run
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["status", "--json"], '"run_dir"'),
+        (["status"], "update 20/20"),
         (["tail", "--rows", "1"], "update 20"),
         (["report"], "report: "),
         (["export", "OUT"], "no checkpoint"),
@@ -233,3 +236,82 @@ def test_every_check_says_what_it_does(runs: Runs) -> None:
     assert len(names) > 6
     assert [name for name in names if doing(name) == "looking"] == []
     assert set(DOING) >= {name.partition(" ")[0] for name in names}
+
+
+def test_a_campaign_is_starting_from_its_lock_to_its_loop_and_one_without_a_start_has_not_begun(runs: Runs) -> None:
+    run = runs.make("old", 5)
+    young = runs.home / "home/understudy-runs/young"
+    young.mkdir()
+    shutil.copy(run / "config.yaml", young)
+    assert read_status(young)["state"] == "not begun" and "not begun" in runs.call("status", "young")[1]
+    assert [path.name for path in all_runs()] == ["old"]
+    hours = time.time() + 7200
+    for directory, after in ((young, "not begun"), (run, "finished")):
+        with locked(directory):
+            assert {path.name for path in all_runs()} >= {"old", directory.name}
+            write_beginning(directory)
+            assert read_status(directory, now=hours)["state"] == "starting", "however long prompts are read"
+            RunRecords(directory).event("resumed", step=0)
+            assert read_status(directory, now=hours)["state"] == "starting"
+            (directory / "status.json").unlink()
+            assert read_status(directory, now=hours)["state"] == "starting"
+            lines = (directory / "events.jsonl").read_text().splitlines(keepends=True)
+            (directory / "events.jsonl").write_text("".join(lines[:-1]))
+            write_beginning(directory)
+        assert read_status(directory)["state"] == after, "a start that was refused"
+
+
+def test_a_lock_is_one_processes_and_looking_at_it_takes_nothing(tmp_path: Path) -> None:
+    assert is_locked(tmp_path) is False
+    with locked(tmp_path):
+        assert is_locked(tmp_path)
+        with pytest.raises(BlockingIOError), locked(tmp_path):
+            pass
+    assert is_locked(tmp_path) is False
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["export", "base"], "OUT: found base, which is a run, expected understudy export base OUT"),
+        (["export", "base", "BASE/model"], "which is inside the run"),
+        (["export", "base", "x" * 300], "(File name too long), expected a directory that can be made"),
+        (["status", "x" * 300], "expected a run directory"),
+        (["scale", "base", "rollout=²"], "expected role=N"),
+        (["scale", "base", "rollout=" + "9" * 5000], "expected role=N"),
+        (["tail", "base", "--rows", "-3"], "is no number of 1 or more"),
+    ],
+    ids=lambda value: " ".join(value)[:20] if isinstance(value, list) else "",
+)
+def test_arguments_that_cannot_be_meant_are_refused_in_one_line(runs: Runs, words: list[str], said: str) -> None:
+    run = runs.make("base", 5)
+    status, _, err = runs.call(*(word.replace("BASE", str(run)) for word in words))
+    assert status == 2 and said in err and "Traceback" not in err
+    assert not Path("base").exists()
+
+
+def test_a_place_where_no_directory_can_be_made_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cluster.commands import export as module
+
+    run = make_fake_run(tmp_path / "base")
+    state = SimpleNamespace(step=1)
+    monkeypatch.setattr(module, "chosen_checkpoint", lambda *_: (run, state))
+    with pytest.raises(UserError, match=r"OUT: found /proc/x \(.*\), expected a directory that can be made"):
+        module.export(run, Path("/proc/x"))
+
+
+def test_a_report_has_each_run_once(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cluster.report import page
+
+    run, drawn = runs.make("base", 5), []
+    Path("lnk").symlink_to(run)
+    monkeypatch.setattr(page, "write_report", lambda found, output: drawn.extend(found) or output)
+    runs.make("other", 5)
+    assert runs.call("report", "base", f"{run}/", "other", "lnk")[0] == 0
+    assert [path.name for path in drawn] == ["base", "other"]
+
+
+def test_status_as_json_is_a_list_unless_a_run_is_named(runs: Runs) -> None:
+    runs.make("one", 5)
+    assert [row["name"] for row in json.loads(runs.call("status", "--json")[1])] == ["one"]
+    assert json.loads(runs.call("status", "one", "--json")[1])["name"] == "one"
