@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,6 +21,7 @@ from actors.teacher.base import context_of
 from actors.teacher.turn_ends import TurnEnds
 from cluster.config import CampaignConfig, prompt_sources
 from cluster.loop.teachers import PromptRoutes, routes
+from cluster.validation import MOST_TRAJECTORIES
 
 TRIAL_SECONDS = 30.0
 """The longest that references are tried; it takes microseconds for each with the built-in verifiers, but for `math`."""
@@ -193,9 +195,10 @@ def mixture(config: CampaignConfig, prompts: PromptSet) -> list[str]:
     sources, counts = config.prompts.sources, prompts.counts
     if len(counts) < 2:
         return []
-    weights = [source.weight or counts[f"prompts.sources.{name}"] for name, source in sources.items()]
+    # Exact, as the order is (prompt_order.py): the sum of two large weights is no float.
+    weights = [Fraction(str(source.weight or counts[f"prompts.sources.{name}"])) for name, source in sources.items()]
     issued = config.pipeline.updates * config.pipeline.prompts_per_update
-    shares = {key: weight / sum(weights) for key, weight in zip(counts, weights, strict=True)}
+    shares = {key: float(weight / sum(weights)) for key, weight in zip(counts, weights, strict=True)}
     return [
         f"{key}: {counts[key]:,} prompts, {share:.1%} of all that are drawn, {issued * share / counts[key]:.2g} times each"
         for key, share in shares.items()
@@ -236,6 +239,9 @@ def read_set(config: CampaignConfig, tokenizer: Any, name: str, stop: list[int],
         raise UserError(f"{key}.max_response_tokens", error.found, error.expected) from error
     if one.verifier is not None and not prompts.judged():
         raise UserError(f"{key}.verifier", one.verifier.name, "a reference answer in a prompt, or null")
+    if len(prompts) * one.samples > MOST_TRAJECTORIES:
+        found = f"{one.samples:,} with {len(prompts):,} prompts"
+        raise UserError(f"{key}.samples", found, f"at most {MOST_TRAJECTORIES:,} trajectories of a set")
     return HeldOut(prompts, routed._replace(stop_token_ids=stop), judge, left_out)
 
 

@@ -28,6 +28,7 @@ from cluster.inputs import max_prompt_tokens, read_inputs, student_stop_tokens, 
 from cluster.pins import pin, places, refuse_revisions
 from cluster.planning.memory import LARGE_VERSION, Role, roles, student_numbers, version_bytes, versions_sentence
 from cluster.state.mirror import mirror_of
+from cluster.state.resume import refuse_output
 from cluster.tracking.alerts import check_alerts
 from learner.config import LearnerConfig
 from learner.objective.estimator_table import own_functions
@@ -45,6 +46,8 @@ def checks(config: CampaignConfig, *, offline: bool) -> Iterator[tuple[str, Call
         return not offline or all(Path(path).expanduser().exists() for path in paths)
 
     refuse_revisions(config)
+    if not offline:
+        refuse_output(config)
     if not offline and any(place.on_hub for place in places(config)):
         yield "hub", lambda: pin(config)
     student = config.student

@@ -1,6 +1,7 @@
 """Refuses sources of prompts that contradict each other or themselves. Pure; standard library only."""
 
 import dataclasses
+import os
 import re
 from collections.abc import Iterator, Mapping
 
@@ -40,12 +41,17 @@ def _several(key: str, section: PromptsConfig) -> Iterator[Contradiction]:
     for name, source in section.sources.items():
         where = f"{key}.sources.{name}"
         yield not re.fullmatch(r"[\w-]+", name), f"{key}.sources", repr(name), "a name of letters, digits, '_' and '-'"
-        place = str([getattr(source, part) for part in PLACE])
+        place = str([_written(getattr(source, part)) if part == "path" else getattr(source, part) for part in PLACE])
         expected = f"each source once; {key}.sources.<name>.weight says how often its prompts are drawn"
         yield place in seen, where, f"{source.origin}, which {seen.get(place)} is too", expected
         seen.setdefault(place, where)
         both = source.domain is not None and source.domain_field is not None
         yield both, f"{where}.domain", source.domain, "null where domain_field names a field with the domain"
+
+
+def _written(path: str | None) -> str | None:
+    """A path without `.` and `//`. That two paths lead to the same file is known where they are read."""
+    return None if path is None else os.path.normpath(os.path.expanduser(path))
 
 
 def _one(key: str, source: SourceConfig) -> Iterator[Contradiction]:

@@ -17,7 +17,9 @@ from learner.config import LearnerConfig
 from learner.validation import Contradiction, refuse_contradictions
 
 MOST_TRAJECTORIES = 10_000_000
-"""More trajectories of an update than this are a slip of the keyboard: the loop holds a few bytes for each."""
+"""More trajectories of an update, or of an evaluation set, than this are a slip of the keyboard: the loop holds a few bytes for each."""
+OF_PROMPTS = ("greedy", "sampled")
+"""The sets that `understudy evaluate` makes of `evaluation.prompts`."""
 LONGEST_NAME = 200
 """Characters of a name. A file's has 255 bytes, and some names of files and jobs have more than the campaign's in them."""
 VLLM_TEMPERATURES = 2
@@ -144,6 +146,11 @@ def _evaluation(config: CampaignConfig) -> Iterator[Contradiction]:
             repr(name),
             "letters, digits, '.', '_' and '-': it is in the names of metrics",
         )
+        of_prompts = name in OF_PROMPTS and config.evaluation.prompts is not None
+        expected = "another name: understudy evaluate calls evaluation.prompts so"
+        yield of_prompts, "evaluation.sets", name, expected
+        expected = f"at most {MOST_TRAJECTORIES:,} trajectories of a set"
+        yield one.samples > MOST_TRAJECTORIES, f"{key}.samples", f"{one.samples:,}", expected
         expected = "1 with temperature: 0: greedy answers to a prompt are all the same"
         yield one.temperature == 0 and one.samples > 1, f"{key}.samples", one.samples, expected
         highest = VLLM_TEMPERATURES * config.sampling.temperature

@@ -9,6 +9,7 @@ Shapes: M prompts, P prompt tokens in all, B requests.
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from typing import TYPE_CHECKING, NamedTuple
@@ -157,9 +158,11 @@ def load_prompts(
     if config.chat and not tokenizer.chat_template:
         raise UserError(f"{key}.chat", "true, and a tokenizer without a chat template", "a chat template, or false")
     loaded = _Loaded(Reader(config, tokenizer, template), records)
+    seen: dict[str, str] = {}
     for source_key, source in config.each_source(key).items():
         before = len(loaded.texts)
         for file in files_of(source, source_key):
+            _refuse_again(file, source_key, seen)
             left = None if source.limit is None else source.limit - (len(loaded.texts) - before)
             if left != 0:
                 loaded.add(replace(file, limit=left), source_key)
@@ -170,6 +173,14 @@ def load_prompts(
     check_lengths(found, max_prompt_tokens if refuses else None, "which leaves room for the response")
     check_lengths(found, config.max_prompt_tokens if refuses else None, f"{key}.max_prompt_tokens")
     return found
+
+
+def _refuse_again(file: SourceConfig, key: str, seen: dict[str, str]) -> None:
+    """UserError: a file belongs to another source, too. seen: file -> the source that it belongs to; it is put there."""
+    if file.path is None or not os.path.isfile(path := os.path.realpath(os.path.expanduser(file.path))):
+        return
+    if seen.setdefault(path, key) != key:
+        raise UserError(key, f"{file.path}, which belongs to {seen[path]} too", "each file in one source")
 
 
 class _Loaded:

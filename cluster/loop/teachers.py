@@ -30,8 +30,11 @@ def route(domain: str | None, teachers: Mapping[str, TeacherConfig], where: str)
         known = sorted({known for teacher in teachers.values() for known in teacher.domains})
         expected = f"a domain that a teacher names ({', '.join(known)}), or a teacher without domains"
         raise UserError(where, f"domain {domain}", expected)
-    total = math.fsum(teachers[name].weight for name in chosen)
-    return {name: math.log(teachers[name].weight / total) for name in chosen}
+    # In units of a power of two, which rounds nothing: the sum of two large weights is no float.
+    _, unit = math.frexp(max(teachers[name].weight for name in chosen))
+    weights = {name: math.ldexp(teachers[name].weight, -unit) for name in chosen}
+    total = math.fsum(weights.values())
+    return {name: math.log(weight / total) for name, weight in weights.items()}
 
 
 def routes(

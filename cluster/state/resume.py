@@ -50,6 +50,16 @@ def _find_again(config: CampaignConfig, begun_in: Any) -> None:
             setattr(owner, name, str(Path(str(begun_in), path)))
 
 
+def refuse_output(config: CampaignConfig) -> None:
+    """UserError: the run directory cannot be made or written to, as far as that is known without making anything."""
+    run_dir = Path(os.path.abspath(config.run_dir))
+    nearest = next(path for path in (run_dir, *run_dir.parents) if os.path.lexists(path))
+    why = "Not a directory" if not nearest.is_dir() else "" if os.access(nearest, os.W_OK | os.X_OK) else "not writable"
+    if why:
+        found = f"{config.output_dir} ({nearest}: {why})"
+        raise UserError("output_dir", found, "a directory to write to")
+
+
 @contextmanager
 def claimed(config: CampaignConfig, allow_change: Sequence[str] = ()) -> Iterator[TakenOver]:
     """Creates and locks the run directory; within the block no other process can run a campaign in it.

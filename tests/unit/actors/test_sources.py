@@ -78,6 +78,14 @@ def test_a_source_without_records_is_named(tmp_path: Path) -> None:
         load(sources={"a": source(write(tmp_path / "a.jsonl", "1")), "b": source(tmp_path / "empty.jsonl")})
 
 
+@pytest.mark.parametrize("other", ["*.jsonl", "link.jsonl"])
+def test_a_file_is_of_one_source(tmp_path: Path, other: str) -> None:
+    write(tmp_path / "a.jsonl", "1")
+    (tmp_path / "link.jsonl").symlink_to("a.jsonl")
+    with pytest.raises(UserError, match=r"^prompts\.sources\.b: found .*, which belongs to prompts\.sources\.a too"):
+        load(sources={"a": source(tmp_path / "a.jsonl"), "b": source(tmp_path / other)})
+
+
 def records(count: int, what: str = "good") -> Any:
     for i in range(count):
         if what == "raises" and i == 2:

@@ -48,7 +48,7 @@ def sets_in(folder: Path) -> dict[str, Any]:
             "top_p": 0.9,
             "max_response_tokens": 9,
         },
-        "greedy": {"prompts": prompts, "temperature": 0, "verifier": {"name": "exact"}},
+        "firm": {"prompts": prompts, "temperature": 0, "verifier": {"name": "exact"}},
     }
 
 
@@ -71,17 +71,17 @@ def test_each_set_is_measured_when_it_is_due_as_it_samples(run_dir: Path) -> Non
         assert row["eval/far/response_length_mean"] > 6  # its limit is 9, and that of training 6
         assert row["eval/near/response_length_mean"] <= 6
         assert (
-            "eval/far/reverse_kl" not in row and "eval/greedy/entropy" not in row
+            "eval/far/reverse_kl" not in row and "eval/firm/entropy" not in row
         )  # other distributions than training's
         assert {"eval/far/pass@2", "eval/far/pass@4", "eval/far/majority"} <= row.keys()
-        assert "eval/greedy/pass@2" not in row
+        assert "eval/firm/pass@2" not in row
         # Greedy as `evaluation.prompts` is: the same answers, and the same number.
-        assert row["eval/greedy/accuracy"] == row["eval/accuracy"]
+        assert row["eval/firm/accuracy"] == row["eval/accuracy"]
     for row in rows:
         for key in row:
             assert row_of_key(key) is not None, key
     kept = read_jsonl(trajectory_files(run_dir)[2])
-    assert {row.get("set") for row in kept} == {None, "near", "far", "greedy"}
+    assert {row.get("set") for row in kept} == {None, "near", "far", "firm"}
 
 
 def test_every_value_has_an_interval_and_differences_to_start_and_teacher(run_dir: Path) -> None:
@@ -105,7 +105,7 @@ def test_every_value_has_an_interval_and_differences_to_start_and_teacher(run_di
 def test_the_baselines_are_in_the_checkpoint_and_other_prompts_are_not_compared(folder: Path, run_dir: Path) -> None:
     state = read_state(run_dir / "checkpoints" / "step_00000002")
     assert (
-        state.baselines["start"].keys() == {"", "near", "far", "greedy"} == state.baselines["teacher"].keys() | {"near"}
+        state.baselines["start"].keys() == {"", "near", "far", "firm"} == state.baselines["teacher"].keys() | {"near"}
     )
     more = ["pipeline.updates=3", f"evaluation.sets.near.prompts.path={folder / 'train.jsonl'}"]
     file = folder / "longer.yaml"
@@ -201,6 +201,8 @@ def test_answers_are_what_samples_vote_with() -> None:
         ({"a": {"verifier": {"name": "exact"}, "prompts": {"reference_field": None}}}, "a.prompts.reference_field"),
         ({"a": {"top_p": 0.5, "exposure": True, "verifier": {"name": "exact"}}}, "evaluation.sets.a.exposure"),
         ({"a": {"max_response_tokens": 64}}, "evaluation.sets.a.max_response_tokens: found 64, expected less than"),
+        ({"a": {"samples": 10**9, "verifier": {"name": "exact"}}}, "a.samples: found 1,000,000,000, expected at most"),
+        ({"a": {"samples": 9 * 10**6, "verifier": {"name": "exact"}}}, "a.samples: found 9,000,000 with"),
         ({"a": {"sampels": 2}}, "'samples' perhaps"),
     ],
 )
@@ -215,6 +217,16 @@ def test_what_a_set_cannot_measure_is_refused_by_check(
     with pytest.raises((SystemExit, UserError)):
         light_campaign.cluster.cli.main(["check", "--offline", str(file)])
     assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["greedy", "sampled"])
+def test_a_set_is_not_called_as_those_of_the_prompts_are(folder: Path, name: str) -> None:
+    prompts = {"path": str(folder / "heldout.jsonl")}
+    sets = {name: {"prompts": prompts, "verifier": {"name": "exact"}}}
+    file = configuration(folder, "named", evaluation={"sets": sets, "prompts": prompts})
+    with pytest.raises(UserError, match=rf"evaluation\.sets: found {name}, expected another name"):
+        load_config(file)
+    load_config(configuration(folder, "named", evaluation={"sets": sets, "prompts": None}))
 
 
 def test_a_set_name_is_part_of_metric_names(folder: Path) -> None:

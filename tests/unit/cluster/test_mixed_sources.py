@@ -1,16 +1,20 @@
 """Campaigns on several sources of prompts: exact on resume, changed on request, refused where they contradict each other."""
 
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
 
+from actors.config import MixedSourceConfig
 from actors.data.fingerprints import prompts_fingerprint
 from actors.data.prompts import PromptSet
 from actors.errors import UserError
 from actors.trajectory import offsets_of
+from cluster.config import CampaignConfig
 from cluster.config_file import load_config
+from cluster.inputs import mixture
 from cluster.records.writer import read_jsonl
 from cluster.state.changes import changes
 from tests.light_campaign import (
@@ -102,6 +106,7 @@ A, B = "path: a.jsonl", "path: b.jsonl"
         (f"sources: {{a: {{{A}, weight: .nan}}}}", "prompts.sources.a.weight: found nan, expected a finite number"),
         (f"sources: {{a: {{{A}, weight: 1}}, b: {{{B}}}}}", "prompts.sources.b.weight: found null, expected a weight"),
         (f"sources: {{a: {{{A}}}, b: {{{A}, limit: 3}}}}", "prompts.sources.b: found a.jsonl, which prompts.sources.a is"),
+        ("sources: {a: {path: d/a.jsonl}, b: {path: d/./a.jsonl}}", "prompts.sources.b: found d/./a.jsonl, which"),
         (f"sources: {{'a b': {{{A}}}}}", "prompts.sources: found 'a b', expected a name of letters"),
         (f"sources: {{a: {{{A}, domain: x, domain_field: y}}}}", "prompts.sources.a.domain: found x, expected null"),
         ("path: a.jsonl, function: 'm:f'", "prompts.function: found m:f, expected null where there is a path"),
@@ -121,3 +126,12 @@ def test_sources_that_contradict_each_other_are_refused_by_their_key(
 def test_held_out_sources_have_no_weights(tmp_path: Path) -> None:
     told = refusal(tmp_path, GOOD, "evaluation.prompts={sources: {a: {path: a.jsonl, weight: 1}}}")
     assert "evaluation.prompts.sources.a.weight: found 1.0, expected null" in told
+
+
+def test_shares_of_large_weights_are_told_as_they_are() -> None:
+    config, prompts = (
+        CampaignConfig(),
+        cast(PromptSet, SimpleNamespace(counts={f"prompts.sources.{n}": 10 for n in "ab"})),
+    )
+    config.prompts.sources = {name: MixedSourceConfig(path=name, weight=1e308) for name in "ab"}
+    assert ["50.0% of all" in line for line in mixture(config, prompts)] == [True, True]

@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 
 from actors.errors import UserError
+from cluster.config import CampaignConfig
 from cluster.config_file import load_config
+from cluster.preflight import checks
 from cluster.records.writer import RunRecords, read_jsonl
-from cluster.state.resume import take_up
+from cluster.state.resume import refuse_output, take_up
 from tests.light_campaign import (
     assert_ledger_adds_up,
     configuration,
@@ -129,3 +131,15 @@ def test_a_run_directory_of_an_earlier_release_ends_as_if_that_release_had_run_i
     for expected, found in zip(then, now, strict=True):
         for key in expected:  # another processor rounds otherwise; today's rows may have more keys
             assert found[key] == pytest.approx(expected[key], rel=1e-4, abs=1e-6), key
+
+
+def test_an_output_directory_that_cannot_be_made_is_known_to_check_which_makes_none(tmp_path: Path) -> None:
+    refuse_output(CampaignConfig(name="a", output_dir=str(tmp_path / "new" / "runs")))
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "taken").write_text("")
+    for inner in ("taken", "taken/deeper"):
+        with pytest.raises(UserError, match=r"^output_dir: found .*taken: Not a directory\)"):
+            refuse_output(CampaignConfig(name="a", output_dir=str(tmp_path / inner)))
+    config = CampaignConfig(name="taken", output_dir=str(tmp_path))
+    with pytest.raises(UserError, match=r"^output_dir: "):
+        next(checks(config, offline=False))

@@ -70,7 +70,7 @@ def test_each_teacher_scores_its_own_in_parts_for_its_actors() -> None:
         "physics": MadeUpFleet("physics"),
         "other": MadeUpFleet("other"),
     }
-    prompt_routes = PromptRoutes(routes(["maths", "physics", "maths", "maths"], TEACHERS, "x"), {})
+    prompt_routes = PromptRoutes(routes(["maths", "physics", "maths", "maths"], TEACHERS, str), {})
     ids = np.array([(0, prompt, 0) for prompt in (3, 1, 0, 2)])
     found = score(fleets, prompt_routes, ids)
     assert [call["ids"] for call in fleets["maths"].scored] == [ids[:2].tolist(), ids[2:].tolist()]
@@ -87,7 +87,7 @@ def test_each_teacher_scores_its_own_in_parts_for_its_actors() -> None:
 def test_a_privileged_teacher_is_given_its_own_prompts() -> None:
     fleets = {"other": MadeUpFleet("other")}
     prompt_routes = PromptRoutes(
-        routes([None] * 3, {"other": TEACHERS["other"]}, "x"), {"other": prompt_set([[1], [2, 3], [4]])}
+        routes([None] * 3, {"other": TEACHERS["other"]}, str), {"other": prompt_set([[1], [2, 3], [4]])}
     )
     score(fleets, prompt_routes, np.array([(0, 2, 0), (0, 1, 0), (0, 1, 1)]))
     tokens, offsets = fleets["other"].scored[0]["prompts"]
@@ -97,7 +97,7 @@ def test_a_privileged_teacher_is_given_its_own_prompts() -> None:
 
 def test_the_teacher_with_the_largest_share_answers_in_the_prompts_order() -> None:
     fleets = {"maths": MadeUpFleet("maths"), "physics": MadeUpFleet("physics"), "other": MadeUpFleet("other")}
-    prompt_routes = PromptRoutes(routes(["physics", None, "maths"], TEACHERS, "x"), {})
+    prompt_routes = PromptRoutes(routes(["physics", None, "maths"], TEACHERS, str), {})
     teachers = Teachers(fleets, prompt_routes)  # type: ignore[arg-type]
     tokens, offsets = asyncio.run(teachers.generate(prompt_set([[1, 2], [3], [4]]), 5, [0]))
     assert tokens.tolist() == [10, 20, 30, 40] and offsets.tolist() == [0, 2, 3, 4]
@@ -123,3 +123,9 @@ def test_a_teacher_whose_context_is_not_known_scores_its_longest_text_before_the
     panel = Teachers({"other": Short("other")}, PromptRoutes([], {}, longest={"other": 900}))  # type: ignore[dict-item]
     with pytest.raises(UserError, match="refuses 900 tokens"):
         asyncio.run(panel.try_longest())
+
+
+def test_weights_of_any_size_are_shares() -> None:
+    for weight in (1e308, 5e-324, 3.0):
+        found = route(None, {name: TeacherConfig(model="m", weight=weight) for name in "ab"}, "x")
+        assert found == {"a": math.log(0.5), "b": math.log(0.5)}
