@@ -45,8 +45,8 @@ def squashed(student_logprobs: torch.Tensor, teacher_logprobs: torch.Tensor) -> 
 
 
 def length(response: str, reference: str | None) -> float:
-    """A verifier: the share of eight characters that a response has."""
-    return min(len(response), 8) / 8
+    """A verifier: how many different characters a response has, of eight."""
+    return min(len(set(response)), 8) / 8
 
 
 class Served:
