@@ -164,16 +164,17 @@ class Judge:
     def try_references(self, references: Sequence[str | None], seconds: float, asides: Sequence[Aside] = ()) -> Trial:
         """Tries the references in their order, the first at least, for at most `seconds`.
 
-        Each is also the response to judge ("" where there is none); a pattern, which need not match it, is left out. UserError: the verifier cannot
-        be made.
+        Each is also the response to judge, or the prompt's text where there is none: verifiers may raise on an empty response.
+        A pattern, which need not match it, is left out. UserError: the verifier cannot be made.
         """
         if self._config.name in QUICK:
             return _try_here(trial(self._config, self._key), references)
         end = time.monotonic() + seconds
         for place, reference in enumerate(references):
             aside = asides[place] if asides else Aside()
+            response = (aside.prompt or "") if reference is None else reference
             known = {"prompt": aside.prompt, "record": aside.record}
-            answer = self._ask({"response": reference or "", "reference": reference, "try": True, **known})
+            answer = self._ask({"response": response, "reference": reference, "try": True, **known})
             if "failed" in answer:
                 found = f"{self._config.name}, which failed ({answer['failed']})"
                 return Trial(place, UserError(f"{self._key}.name", found, "a reward for (response, reference)"))

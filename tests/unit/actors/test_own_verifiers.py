@@ -60,6 +60,10 @@ async def counted(response: str, reference: str | None) -> dict[str, float]:
     return {"reward": float(response == reference), "most": IN_FLIGHT[1]}
 
 
+def first_character(response: str, reference: str | None) -> float:
+    return float(response[0] == "2")
+
+
 def parts(response: str, reference: str | None) -> dict[str, Any]:
     return {"reward": 1, "format": 0.5, "length": len(response)}
 
@@ -128,6 +132,12 @@ def test_each_domain_is_judged_by_its_own_verifier_in_a_process_of_its_own(judge
     assert found.failed == ["no verdict within 0.5 s (evaluation.verifiers.never.timeout_seconds)"]
     assert time.monotonic() - begun < 300
     assert judge.of("by_record").asks == ["record"] and judge.asks == []
+
+
+def test_without_a_reference_the_prompt_is_the_response_that_is_tried() -> None:
+    one = Judge(VerifierConfig(f"{HERE}:first_character"))
+    assert one.try_references([None, "2"], 60.0, [Aside(prompt="1+1=")] * 2) == (2, None)
+    one.close()
 
 
 def test_a_coroutine_judges_several_responses_at_once_and_no_more_than_the_bound(judge: Judge) -> None:
