@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from actors.errors import CampaignError, LearnerLostError
+from actors.errors import CampaignError, LearnerLostError, UserError
 from actors.gpu_share import is_share
 from actors.json_files import DamagedError
 from cluster.config import CampaignConfig
@@ -44,6 +44,7 @@ from cluster.records.writer import METRICS_FILE, REPORT_FILE, SUMMARY_FILE, RunR
 from cluster.report.page import write_report
 from cluster.roles import build_evaluator, build_fleets, build_learner, starts_last
 from cluster.state.campaign_state import CampaignState
+from cluster.state.changes import Changed
 from cluster.state.checkpoints import what_is_good
 from cluster.state.resume import claimed, take_up
 from cluster.state.rollback import RollBack, roll_back
@@ -92,6 +93,7 @@ def run_campaign(
         done = _summary(config.run_dir, told)
         ended = found.state.step >= config.pipeline.updates and done.get("updates") == found.state.step
         if ended and not any(one.change == "same contents" for one in taken.changed):
+            _nothing_done(config, taken.changed)
             return done, True
         with contextlib.suppress(OSError):  # a full disk: the records say so
             write_beginning(config.run_dir)
@@ -103,6 +105,7 @@ def run_campaign(
         here: dict[str, Any] = {"step": found.state.step, "tokens_generated": found.state.tokens_generated}
         contents = demand_same(found.state.inputs, now, allow_change, partial(told, **here), taken.changed)
         if ended:
+            _nothing_done(config, [*(one for one in taken.changed if one.change != "same contents"), *contents])
             return done, True
         if contents and found.checkpoint:
             demand_same_architecture(config, found.checkpoint)
@@ -111,6 +114,18 @@ def run_campaign(
         found.state.inputs = now
         taken.accept(found.state, contents, told)
         return _run_connected(config, records, inputs, found)
+
+
+def _nothing_done(config: CampaignConfig, changed: Sequence[Changed]) -> None:
+    """Says that the campaign had finished. UserError: with changes, which would have no effect."""
+    if changed:
+        keys = ", ".join(one.key for one in changed)
+        raise UserError(
+            str(config.run_dir),
+            f"a campaign that has finished, and no effect of another {keys}",
+            "a larger pipeline.updates to go on with this, or the same configuration",
+        )
+    print(f"understudy: the campaign in {config.run_dir} had finished; nothing was done", file=sys.stderr)
 
 
 def _summary(run_dir: Path, on_event: Callable[..., None]) -> dict[str, Any]:

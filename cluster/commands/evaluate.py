@@ -6,8 +6,10 @@ the reverse KL is asked for.
 
 import asyncio
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +19,7 @@ from actors.errors import UserError
 from cluster.commands.export import chosen_checkpoint
 from cluster.config import CampaignConfig, EvaluationConfig, EvaluationSetConfig
 from cluster.config_file import load_config
-from cluster.console.runs import named_run
+from cluster.console.runs import all_runs, named_run
 from cluster.fleet.ray_cluster import connected, room_to_begin
 from cluster.inputs import read_set_inputs
 from cluster.loop.evaluation_sets import Tallies, metrics_of, to_json
@@ -119,7 +121,8 @@ def evaluate(
     ]
     first: dict[str, int] = {}
     for model, its in zip(models, own, strict=True):  # what can be known is known before anything starts
-        check_fit(its.student.source, its.student.trust_remote_code, model.path, quantised="refused")
+        with naming_a_run(model):
+            check_fit(its.student.source, its.student.trust_remote_code, model.path, quantised="refused")
         inputs = read_set_inputs(its)
         inputs.close()
         counts = {name: len(one.prompts) for name, one in inputs.sets.items()}
@@ -135,6 +138,18 @@ def evaluate(
             for name, tallies in asyncio.run(_evaluated(its, private, on_event)).items():
                 results[name][model.name] = tallies
     return results
+
+
+@contextmanager
+def naming_a_run(model: Model) -> Iterator[None]:
+    """A model that is not found may be a run whose name is misspelt, which the error says."""
+    try:
+        yield
+    except UserError as error:
+        near = get_close_matches(model.name, [run.name for run in all_runs()], n=1)
+        if model.name != model.path or Path(model.path).exists() or not near:
+            raise
+        raise UserError(error.where, error.found, f"{error.expected}; or the run {near[0]!r}") from error
 
 
 async def _evaluated(config: CampaignConfig, private: bool, on_event: Callable[..., None]) -> dict[str, Tallies]:

@@ -7,12 +7,14 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.live import Live
+from rich.measure import Measurement
 from rich.panel import Panel
 from rich.progress_bar import ProgressBar
 from rich.table import Column, Table
@@ -150,6 +152,18 @@ def status_screen(status: Mapping[str, Any], *, news: bool = True) -> Renderable
     return Group(*parts)
 
 
+@dataclass(frozen=True)
+class _Fitting:
+    """A table where it fits the terminal, else the same as text, which is folded between words."""
+
+    table: Table
+    text: Text
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        needed = Measurement.get(console, options.update(max_width=10_000), self.table).maximum
+        yield self.table if needed <= options.max_width else self.text
+
+
 def _head(status: Mapping[str, Any]) -> RenderableType:
     line = Table.grid(*(Column(overflow="fold") for _ in range(6)), padding=(0, 2))
     state = Text(status["state"], COLOURS[LIVE_TONES.get(status["state"], row_of(status["state"]).tone)])
@@ -157,21 +171,20 @@ def _head(status: Mapping[str, Any]) -> RenderableType:
         state.append(f" ({status['cause']})")
     if status["state"] == "lost" and status["seen_seconds_ago"] is not None:
         state.append(f" (last seen {duration(status['seen_seconds_ago'])} ago on {status['host']})")
-    line.add_row(
-        Text(status["name"], "bold"),
-        state,
-        ProgressBar(total=status["updates"], completed=status["update"], width=24),
+    name = Text(status["name"], "bold")
+    rest = (
         f"update {status['update']:,}/{status['updates']:,}",
         duration(status["wall_seconds"]) if status["wall_seconds"] else "",
         f"about {duration(status['seconds_left'])} left" if status["seconds_left"] else "",
     )
-    return line
+    line.add_row(name, state, ProgressBar(total=status["updates"], completed=status["update"], width=24), *rest)
+    return _Fitting(line, Text("  ").join([name, state, *map(Text, filter(None, rest))]))
 
 
 def _roles(status: Mapping[str, Any]) -> RenderableType:
     names = ("role", "actors", "restarts", "weights", "doing", "busy")
     columns = (Column(name, overflow="fold", header_style="dim") for name in names)
-    table = Table(*columns, box=None, padding=(0, 3))
+    table, lines = Table(*columns, box=None, padding=(0, 3)), []
     actors = status["actors"]
     for role, doing in (status["roles"] or dict.fromkeys(status.get("utilisation", {}), "")).items():
         mine = [actor for actor in actors if actor["name"].split(".")[0].split("-")[0] == role]
@@ -181,7 +194,10 @@ def _roles(status: Mapping[str, Any]) -> RenderableType:
         restarts = str(sum(actor["restarts"] for actor in mine)) if mine else "-"
         versions = sorted({actor["version"] for actor in mine if actor.get("version") is not None})
         weights = "-" if not versions else f"{versions[0]:,}" + (f" to {versions[-1]:,}" if versions[1:] else "")
-        table.add_row(role, there, restarts, weights, doing, "-" if busy is None else f"{busy:.0%}")
+        share = "-" if busy is None else f"{busy:.0%}"
+        table.add_row(role, there, restarts, weights, doing, share)
+        told = f" actors, {restarts} restarts, weights {weights}, busy {share}: {doing}"
+        lines.append(Text.assemble(f"{role}  ", there, told))
     notes = [
         f"{actor['name']} {'is silent for ' + duration(actor['silent_seconds']) if actor.get('silent_seconds') else 'is behind'}"
         for actor in actors
@@ -208,7 +224,7 @@ def _roles(status: Mapping[str, Any]) -> RenderableType:
         else ""
     )
     found = Text("; ".join(part for part in (status.get("bottleneck", ""), rates) if part), "bold")
-    return Group(table, found, *([Text("; ".join(notes), "yellow")] if notes else []))
+    return Group(_Fitting(table, Text("\n").join(lines)), found, *([Text("; ".join(notes), "yellow")] if notes else []))
 
 
 def _figures(status: Mapping[str, Any]) -> RenderableType:
@@ -276,10 +292,15 @@ class PlainConsole(Console):
 
 def print_table(rows: Sequence[Sequence[str]]) -> None:
     """[rows][columns] of text, the first row a heading."""
-    table = Table(*(Column(name, overflow="fold") for name in rows[0]), box=SIMPLE)
+    console = PlainConsole()
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    widest = widths.index(max(widths))
+    whole = sum(widths) - widths[widest] + 3 * len(widths) + 12 <= console.width  # only the widest is folded
+    columns = [Column(name, overflow="fold", no_wrap=whole and i != widest) for i, name in enumerate(rows[0])]
+    table = Table(*columns, box=SIMPLE)
     for row in rows[1:]:
         table.add_row(*map(printable, row))
-    PlainConsole().print(table)
+    console.print(table)
 
 
 def runs_table(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:

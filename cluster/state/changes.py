@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from itertools import zip_longest
 from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
 from actors.config import Change
@@ -52,6 +53,18 @@ def is_key(key: str) -> bool:
     """Whether this is a key or a section of a configuration."""
     names = key.split(".")
     return any(_fits(names, pattern.split(".")[: len(names)]) for pattern, _ in keys_of())
+
+
+def names_like(key: str) -> list[str]:
+    """All keys and sections as they may be meant by `key`: a name that the user has given is taken as it stands."""
+    given, found = key.split("."), []
+    for pattern, _ in keys_of():
+        names = [
+            own if part == "*" else part
+            for part, own in zip_longest(pattern.split("."), given[: pattern.count(".") + 1])
+        ]
+        found += [".".join(map(str, names[: i + 1])) for i in range(len(names))]
+    return list(dict.fromkeys(found))
 
 
 def changes(before: CampaignConfig, after: CampaignConfig, allowed: Sequence[str]) -> list[Changed]:

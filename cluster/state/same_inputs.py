@@ -16,7 +16,7 @@ from actors.errors import UserError
 from actors.json_files import read_json
 from actors.teacher.backends import backend_of
 from cluster.config import CampaignConfig, prompt_sources
-from cluster.state.changes import Changed, begin_anew, is_below, is_key
+from cluster.state.changes import Changed, begin_anew, is_below, is_key, names_like
 
 NO_NETWORK = (
     "dtype",
@@ -78,7 +78,7 @@ def demand_same(
     """
     for key in allowed:
         if not any(is_below(one, [key]) for one in now) and not is_key(key):
-            raise UserError("--allow-change", key, "one of " + ", ".join(now), list(now))
+            raise UserError("--allow-change", key, "one of " + ", ".join(now), [*names_like(key), *now])
     compared, others = before.keys() & now.keys(), []
     for one in changed:
         known = {one.key.removesuffix(end) for end in ("", ".path", ".revision", ".function")} & compared

@@ -12,6 +12,7 @@ from cluster.config import CampaignConfig
 from cluster.config_file import load_config
 from cluster.preflight import checks
 from cluster.records.writer import RunRecords, read_jsonl
+from cluster.run import run_campaign
 from cluster.state.resume import refuse_output, take_up
 from tests.light_campaign import (
     assert_ledger_adds_up,
@@ -143,3 +144,23 @@ def test_an_output_directory_that_cannot_be_made_is_known_to_check_which_makes_n
     config = CampaignConfig(name="taken", output_dir=str(tmp_path))
     with pytest.raises(UserError, match=r"^output_dir: "):
         next(checks(config, offline=False))
+
+
+def test_a_finished_campaign_says_that_nothing_was_done_and_refuses_changes_without_effect(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = configuration(folder, "over", pipeline={"updates": 2}, evaluation={"every_updates": 2})
+    finish(start(file), file)
+    same = load_config(file)
+    before = (same.run_dir / "config.yaml").read_bytes()
+    assert run_campaign(same)[1]
+    assert "had finished; nothing was done" in capsys.readouterr().err
+    for override, allowed in (
+        ("learner.optimizer.learning_rate=0.01", ["learner.optimizer.learning_rate"]),
+        ("rollout.replicas=1", []),
+        ("pipeline.updates=1", []),
+    ):
+        key = override.partition("=")[0]
+        with pytest.raises(UserError, match=rf"no effect of another {key}, expected a larger pipeline\.updates"):
+            run_campaign(load_config(file, [override]), allow_change=allowed)
+    assert (same.run_dir / "config.yaml").read_bytes() == before

@@ -315,3 +315,26 @@ def test_status_as_json_is_a_list_unless_a_run_is_named(runs: Runs) -> None:
     runs.make("one", 5)
     assert [row["name"] for row in json.loads(runs.call("status", "--json")[1])] == ["one"]
     assert json.loads(runs.call("status", "one", "--json")[1])["name"] == "one"
+
+
+@pytest.mark.parametrize("width", [60, 44])
+def test_a_narrow_status_breaks_no_word(runs: Runs, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = runs.make("base", 5, running=True)
+    roles = {"rollout": "generating responses", "teacher": "scoring", "learner": "waiting for trajectories"}
+    write_status(run, {"state": "running", "roles": roles})
+    monkeypatch.setenv("COLUMNS", str(width))
+    words = runs.call("status", "base")[1].split()
+    monkeypatch.setenv("COLUMNS", "300")
+    wide = set(runs.call("status", "base")[1].split())
+    for text in ("base", "running", "20/100", *roles, *" ".join(roles.values()).split(), "actors", "restarts"):
+        assert any(word.strip(",:") == text for word in words) and text in wide, text
+    assert "acto" not in words
+
+
+def test_a_misspelt_run_is_named_where_a_model_may_stand(runs: Runs) -> None:
+    from cluster.commands.evaluate import Model, naming_a_run
+
+    runs.make("base", 5)
+    for name, said in (("bsae", "; or the run 'base'"), ("other", "a model$")):
+        with pytest.raises(UserError, match=said), naming_a_run(Model(name, name)):
+            raise UserError(name, "nothing", "a model")

@@ -91,3 +91,13 @@ def test_a_campaign_goes_on_with_the_same_contents_only(tmp_path: Path) -> None:
     refused.join()
     assert refused.exitcode == 1 and "teachers.default.model: found" in config.with_suffix(".log").read_text()
     assert [row["step"] for row in read_jsonl(folder / "runs" / "run" / "metrics.jsonl")] == list(range(5))
+
+
+def test_a_misspelt_key_of_the_configuration_is_known() -> None:
+    for key, meant in (
+        ("learner.optimizer.learningrate", "learner.optimizer.learning_rate"),
+        ("teachers.second.replica", "teachers.second.replicas"),
+        ("learner.optimiser", "learner.optimizer"),
+    ):
+        with pytest.raises(UserError, match=rf"--allow-change: found .*did you mean '{meant}'"):
+            demand_same({}, {}, [key], lambda *_, **__: None)
