@@ -107,7 +107,8 @@ class Walk:
 
     def wait_for_the_end(self) -> None:
         """Waits until the campaign has finished and its report is written."""
-        self.until("the end", lambda: self.events("finished") and (self.run / "report.html").exists())
+        self.until("the end", lambda: self.events("finished"))
+        until((self.run / "report.html").exists, "the report, which follows that event")
 
     def close(self) -> None:
         """Ends the cluster."""
