@@ -199,17 +199,25 @@ class FakeLearner(FakeFleet):
 
 
 class FakeEvaluator:
-    def __init__(self, world: World):
-        self.world, self.seen, self.trajectories = world, [], 8
+    def __init__(self, world: World, config: CampaignConfig):
+        self.world, self.seen, self.config = world, [], config
 
-    async def student(self, rollout: FakeRollout) -> tuple[dict[str, float], list[Any], dict[str, float]]:
+    def due(self, step: int) -> bool:
+        return step % self.config.evaluation.every_updates == 0 or step == self.config.pipeline.updates
+
+    def trajectories(self, step: int) -> int:
+        return 8
+
+    async def student(
+        self, rollout: FakeRollout, step: int, baselines: dict[str, Any]
+    ) -> tuple[dict[str, float], list[Any], dict[str, float]]:
         await self.world.work("evaluate")
         assert len({replica.version for replica in rollout.replicas}) == 1
         self.seen.append(rollout.replicas[0].version)
         return {"eval/accuracy": 0.5, "eval/reverse_kl": 1.0}, [], {"rollout": 0.1, "teacher": 0.1}
 
-    async def teacher(self) -> float:
-        return 1.0
+    async def teacher(self) -> tuple[dict[str, Any], dict[str, float]]:
+        return {}, {"eval/accuracy_teacher": 1.0}
 
 
 class Silent:
@@ -375,7 +383,7 @@ def test_an_evaluation_that_was_lost_is_repeated_and_says_how_much_was_lost(tmp_
     config, world = configuration(tmp_path, updates=4), World(bound=0)
     config.evaluation.every_updates = 1
     world.losing = {"evaluate": 0.5}
-    assert run(campaign(config, world, evaluator=FakeEvaluator(world))) is True
+    assert run(campaign(config, world, evaluator=FakeEvaluator(world, config))) is True
     lost = [row for row in read_jsonl(config.run_dir / "events.jsonl") if row["kind"] == "lost_objects"]
     assert (
         lost and {row["trajectories"] for row in lost} == {8} and {row["evaluation"] for row in lost} <= set(range(5))
@@ -475,7 +483,7 @@ def test_what_is_so_slow_that_it_could_not_be_trained_is_cut_and_replaced(tmp_pa
 def test_evaluations_see_one_version_each_and_the_untrained_student_first(tmp_path: Path, bound: int) -> None:
     config, world = configuration(tmp_path, updates=5, bound=bound), World(bound=bound, delay=0.005)
     config.evaluation.every_updates = 2
-    evaluator = FakeEvaluator(world)
+    evaluator = FakeEvaluator(world, config)
     made = campaign(config, world, evaluator=evaluator)
     assert run(made)
     assert evaluator.seen == [0, 2, 4, 5]
@@ -494,7 +502,7 @@ def test_evaluations_see_one_version_each_and_the_untrained_student_first(tmp_pa
 def test_an_error_in_any_call_ends_the_run_with_it(tmp_path: Path, stage: str, error: Exception, bound: int) -> None:
     config = configuration(tmp_path, updates=100, bound=bound, save_every=2)
     world = World(bound=bound, delay=0.005)
-    made = campaign(config, world, evaluator=FakeEvaluator(world))
+    made = campaign(config, world, evaluator=FakeEvaluator(world, config))
 
     async def break_it() -> None:
         task = asyncio.create_task(made.run())
@@ -532,7 +540,7 @@ def test_an_error_leaves_a_checkpoint_of_the_last_update_and_the_campaign_goes_o
     config = configuration(tmp_path, updates=8, bound=bound, samples=2)
     config.evaluation.every_updates = 4
     world = World(bound=bound, delay=0.002)
-    made = campaign(config, world, evaluator=FakeEvaluator(world))
+    made = campaign(config, world, evaluator=FakeEvaluator(world, config))
 
     async def break_it() -> None:
         task = asyncio.create_task(made.run())
@@ -547,7 +555,7 @@ def test_an_error_leaves_a_checkpoint_of_the_last_update_and_the_campaign_goes_o
     assert state.step == made.state.step == world.version >= 3
     assert "saved_at_the_end" in {row["kind"] for row in read_jsonl(config.run_dir / "events.jsonl")}
     again = World(bound=bound)
-    assert run(campaign(config, again, evaluator=FakeEvaluator(again))) is True
+    assert run(campaign(config, again, evaluator=FakeEvaluator(again, config))) is True
     trained = [row for update in world.trained + again.trained for row in update]
     assert len(trained) == len(set(trained)) == 8 * SIZE
     rows = [row for row in read_jsonl(config.run_dir / "metrics.jsonl") if row["step"]]
@@ -604,7 +612,7 @@ def test_a_full_disk_is_waited_for_and_nothing_is_lost(
     config = configuration(tmp_path, updates=8, bound=bound, save_every=save_every)
     config.evaluation.every_updates = 2
     world = World(bound=bound, delay=0.002)
-    made = campaign(config, world, evaluator=FakeEvaluator(world))
+    made = campaign(config, world, evaluator=FakeEvaluator(world, config))
     made.state.ledger.on_close = made._records.closed
     drive = FullDisk(config.run_dir, monkeypatch)
     monkeypatch.setattr(disk, "FIRST_PAUSE_SECONDS", 0.01)
