@@ -67,7 +67,7 @@ def files_of(source: SourceConfig, key: str) -> list[SourceConfig]:
 def _of_directory(source: SourceConfig, key: str) -> list[SourceConfig]:
     """A directory as one source; or the files of its split, where `datasets` would need another library to read them.
 
-    UserError: it holds files of several formats, or files that belong to no split, of which `datasets` reads some only.
+    UserError: it holds files of several formats, or files of no split. `datasets` would read only some of them.
     """
     path = Path(os.path.realpath(Path(str(source.path)).expanduser()))
     if any((path / name).is_file() for name in (SAVED_DATASET, SAVED_SPLITS)) or _names_its_files(path / "README.md"):

@@ -64,7 +64,7 @@ RUN_BY = {
     "make lint": "",
     "make setup": "",
 }
-"""First words of a command of which only the arguments are looked at here -> the test that runs it; "": it is what runs tests."""
+"""First words of a command -> the test that runs it; here only its arguments are checked. "": the command runs the tests."""
 SCRIPTS = {
     "benchmarks": "minutes to hours, or a GPU",
     "docs/make_configuration.py": "writes pages; tests/unit/cluster/test_documentation.py runs it with --check",
