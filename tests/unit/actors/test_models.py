@@ -22,9 +22,9 @@ from transformers import (
 )
 
 from actors.config import TeacherConfig
+from actors.data.contexts import context_length
 from actors.data.models import (
     check_weights,
-    context_length,
     find_model,
     load_config,
     load_head,
