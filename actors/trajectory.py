@@ -103,6 +103,8 @@ class RolloutCounts(NamedTuple):
     """Responses that lost their place in the engine's full cache since its last report, and were computed again."""
     parts: tuple[dict[str, float], ...] = ()
     """[B] named parts of each reward, where the verifier returns any; else ()."""
+    context: tuple[int, ...] = ()
+    """[B] tokens of each response that the student did not write; () where it has written all."""
 
 
 class LoadSeconds(NamedTuple):
@@ -143,13 +145,17 @@ class Trajectories:
     """[N] float32, where top-k or top-p filter: log-prob of the token before the filter, over the whole vocabulary; NaN from
     an engine that does not record it. [0] where nothing filters: it is then `behaviour_logprobs`."""
     trained: np.ndarray = None  # type: ignore[assignment]
-    """[N] bool: whether the student wrote the token, so that it is trained on. The others are context: text that an
-    environment put into the response. Default: all true."""
+    """[N] bool: whether the student wrote the token, so that it is trained on. The others are context: what an environment
+    has put into the response, a tool's result, another's turn in a chat. Their log-probs and versions mean nothing, and
+    are read nowhere. Default: all true."""
 
     def __post_init__(self) -> None:
         if self.trained is None:
             # The only way to set a field of a frozen dataclass; the default depends on another field.
             object.__setattr__(self, "trained", np.ones(len(self.response_tokens), bool))
+        if self.trained.dtype != bool or len(self.trained) != len(self.response_tokens):
+            found = f"{self.trained.dtype} {list(self.trained.shape)}"
+            raise ValueError(f"Trajectories.trained is {found}, expected bool [{len(self.response_tokens)}]")
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -170,6 +176,16 @@ class Trajectories:
         """[B] trained tokens of each response."""
         counts = np.concatenate([[0], np.cumsum(self.trained)])
         return np.diff(counts[self.response_offsets])
+
+    @property
+    def oldest_versions(self) -> np.ndarray:
+        """[B] int32: version of the oldest token that the student wrote in each response; the largest int32 where it wrote
+        none."""
+        none = np.iinfo(np.int32).max
+        oldest = np.full(len(self), none, np.int32)
+        rows = np.repeat(np.arange(len(self)), self.lengths)
+        np.minimum.at(oldest, rows, np.where(self.trained, self.policy_versions, none).astype(np.int32))
+        return oldest
 
     @property
     def lengths(self) -> np.ndarray:

@@ -152,7 +152,8 @@ class UpdateBatch:
 
     def take_policy(self, logprobs: Tensor) -> None:
         """Sets pi_old to the learner's own log-probs [N], where the engine's before its filter are not known."""
-        sampled = _tensor(self.trajectories.behaviour_logprobs, self.device)
+        written = self.trajectories
+        sampled = _tensor(np.where(written.trained, written.behaviour_logprobs, np.float32(0)), self.device)
         for name in ("behaviour_logprobs", "old_logprobs", "start_logprobs"):
             self.tensors[name] = logprobs
         self.tensors["filter_weight"] = filter_weights(logprobs, sampled)
@@ -236,11 +237,12 @@ def _policy(written: Trajectories, tensor: Callable[[np.ndarray], Tensor]) -> tu
 
     Where it is unknown the first two are placeholders, until `UpdateBatch.take_policy`.
     """
-    unknown = bool(np.isnan(written.unfiltered_logprobs).any())
+    unfiltered = written.unfiltered_logprobs
+    unknown = bool(np.isnan(unfiltered[written.trained]).any()) if unfiltered.size else False
     sampled, policy = written.behaviour_logprobs, written.behaviour_logprobs if unknown else written.policy_logprobs
     # Nobody sampled what is not trained: it has no behaviour log-prob.
     behaviour = tensor(np.where(written.trained, policy, np.float32(0)))
-    if not written.unfiltered_logprobs.size:
+    if not unfiltered.size:
         return behaviour, torch.ones_like(behaviour), unknown
     return behaviour, filter_weights(behaviour, tensor(np.where(written.trained, sampled, np.float32(0)))), unknown
 

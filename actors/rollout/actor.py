@@ -122,14 +122,14 @@ class RolloutActor(BatchedCalls):
         self._reported_preemptions, more = preempted, preempted - self._reported_preemptions
         counts = RolloutCounts(
             trajectories.lengths,
-            # reduceat needs segments that are not empty: every response has at least one token.
-            np.minimum.reduceat(trajectories.policy_versions, trajectories.response_offsets[:-1]),
+            trajectories.oldest_versions,
             trajectories.finish_reasons == FINISH_REASONS.index("length"),
             busy_seconds,
             tuple(unjudged),
             self._engine.seats,
             more,
             parts,
+            () if trajectories.trained.all() else tuple((trajectories.lengths - trajectories.trained_lengths).tolist()),
         )
         return counts, trajectories
 

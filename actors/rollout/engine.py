@@ -158,6 +158,9 @@ class Response(NamedTuple):
     unfiltered_logprobs: ArrayLike | None = None
     """[n] log-prob of each token before top-k and top-p, at the same temperature, over the whole vocabulary; None where
     nothing was filtered, or where the engine does not know it."""
+    trained: ArrayLike | None = None
+    """[n] bool: the student wrote the token. False for context that somebody else has put into the response: the other
+    fields may hold anything there. None: it wrote all of them."""
 
 
 def trajectories_of(requests: Requests, responses: Sequence[Response]) -> Trajectories:
@@ -166,6 +169,10 @@ def trajectories_of(requests: Requests, responses: Sequence[Response]) -> Trajec
     supports = [one.support_ids for one in responses if one.support_ids is not None]
     unfiltered = [one.unfiltered_logprobs for one in responses if one.unfiltered_logprobs is not None]
     offsets = offsets_of(map(len, tokens))
+    own = [
+        np.ones(len(t), bool) if one.trained is None else np.asarray(one.trained, bool)
+        for t, one in zip(tokens, responses, strict=True)
+    ]
     return Trajectories(
         ids=requests.ids,
         prompt_tokens=requests.prompt_tokens,
@@ -179,18 +186,25 @@ def trajectories_of(requests: Requests, responses: Sequence[Response]) -> Trajec
         ),
         finish_reasons=np.array([FINISH_REASONS.index(one.finish_reason) for one in responses], np.uint8),
         support_ids=np.concatenate(supports) if supports else np.zeros((offsets[-1], 0), np.int32),
+        trained=np.concatenate(own),
     )
 
 
 def check_answer(requests: Requests, trajectories: Trajectories) -> None:
-    """CampaignError unless an engine has answered every request, in their order, and with log-probs that are numbers."""
+    """CampaignError unless an engine has answered every request, in their order, each with at least one token of the
+    student's, and these with log-probs that are numbers."""
     if not np.array_equal(trajectories.ids, requests.ids):
         raise CampaignError(
             f"rollout.backend: the engine answered {len(trajectories)} of {len(requests.ids)} requests, or in another "
             "order; expected one trajectory for each request, in the order of the requests (docs/extending.md)"
         )
-    if not np.isfinite(trajectories.behaviour_logprobs).all():
+    if not np.isfinite(trajectories.behaviour_logprobs[trajectories.trained]).all():
         raise CampaignError("rollout.backend: the engine recorded a log-prob that is not finite (docs/extending.md)")
+    if not trajectories.trained_lengths.all():
+        raise CampaignError(
+            "rollout.backend: the engine returned a response without a token that the student wrote; expected at least "
+            "one in each response (docs/extending.md)"
+        )
 
 
 def filters(sampling: SamplingConfig) -> bool:

@@ -189,7 +189,7 @@ class Campaign:
                 return  # `Queues.cut` aborted them, and has dropped them in the ledger
             if not in_flight.end(issued):
                 return  # `Queues.cut` dropped them while the answer was on its way
-            self.state.tokens_generated += int(counts.lengths.sum())
+            self.state.tokens_generated += int(counts.lengths.sum()) - sum(counts.context)
             self.state.busy["rollout"] += counts.busy_seconds
             self._reporter.unjudged(counts.unjudged)
             self._reporter.preempted(counts.preempted, counts.seats)

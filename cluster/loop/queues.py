@@ -218,10 +218,11 @@ class Queues:
             counts.oldest_versions.tolist(),
             counts.truncated.tolist(),
             counts.parts or [{}] * len(issued),
+            counts.context or [0] * len(issued),
             strict=True,
         )
-        for number, row, length, version, truncated, parts in rows:
-            one = Sampled(number, TrajectoryId(*row), trajectories, turn, length, version, truncated, parts)
+        for number, row, length, version, *rest in rows:
+            one = Sampled(number, TrajectoryId(*row), trajectories, turn, length, version, *rest)
             self._awaited[version] += 1
             heapq.heappush(self._to_score, (version, number, one))
         self._any_sampled.set()

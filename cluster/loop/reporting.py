@@ -215,7 +215,7 @@ def record_of_update(
         "dropped_share": ledger.dropped.total() / max(ledger.next_number, 1),
         "missing_scores": state.missing_scores,
         "truncated_fraction": float(np.mean([one.truncated for one in sampled])),
-        "response_length_mean": float(np.mean([one.length for one in sampled])),
+        "response_length_mean": float(np.mean([one.length - one.context for one in sampled])),
         **{f"queue_{name}": depth for name, depth in queues.items()},
         **{f"busy_{role}": seconds for role, seconds in busy.items()},
         "publish_seconds": published.seconds,

@@ -60,6 +60,8 @@ class Sampled:
     """Whether the response ended at the length limit."""
     parts: dict[str, float] = field(default_factory=dict)
     """Named parts of its reward."""
+    context: int = 0
+    """Response tokens that the student did not write."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)

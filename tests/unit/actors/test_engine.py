@@ -101,9 +101,18 @@ def test_an_answer_is_one_trajectory_for_each_request_in_their_order_with_finite
         (fewer, "answered 1 of 2 requests"),
         (swapped, "or in another order"),
         (replace(good, behaviour_logprobs=np.array([-0.5, np.nan, -2.0])), "not finite"),
+        (replace(good, trained=np.array([True, True, False])), "without a token that the student wrote"),
     ):
         with pytest.raises(CampaignError, match=f"^rollout.backend: .*{message}"):
             check_answer(requests, wrong)
+    turns = [
+        Response([1, 2, 9], [-0.5, np.nan, -1.0], [7, -1, 3], "stop", trained=[True, False, True]),
+        Response([3], [-2.0], [4], "stop"),
+    ]
+    told = trajectories_of(requests, turns)
+    check_answer(requests, told)  # of what another wrote nothing is known, and nothing asked
+    assert told.trained.tolist() == [True, False, True, True]
+    assert told.oldest_versions.tolist() == [3, 4] and told.trained_lengths.tolist() == [2, 1]
 
 
 def test_an_engine_that_does_not_say_which_version_it_holds_is_refused_and_the_version_not_kept() -> None:

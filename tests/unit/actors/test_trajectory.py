@@ -146,3 +146,9 @@ def test_which_tokens_are_trained_goes_with_them_and_is_all_where_nothing_is_sai
     chosen = select_trajectories(np.array([(0, 4, 0), (0, 3, 0), (0, 2, 0), (0, 1, 0)]), [one, two])
     assert chosen.trained.tolist() == [True, True, False, False, True, True, False]
     assert chosen.trained_lengths.tolist() == [2, 1, 0, 1] and chosen.lengths.tolist() == [2, 3, 0, 2]
+    none = np.iinfo(np.int32).max
+    assert chosen.oldest_versions.tolist() == [0, 0, none, 0]
+    assert replace(one, policy_versions=np.array([3, -1, 9, 9, 2], np.int32)).oldest_versions.tolist() == [3, none, 2]
+    for wrong in (np.ones(4, bool), np.ones(5, np.int8)):
+        with pytest.raises(ValueError, match=r"trained is (bool \[4\]|int8 \[5\]), expected bool \[5\]"):
+            replace(one, trained=wrong)
