@@ -109,6 +109,23 @@ def difference(ours: Tally, theirs: Tally, *, share: bool = False) -> Estimate:
     return Estimate(value, value - below, value + above)
 
 
+def over_seeds(of_each: Sequence[Estimate], *, share: bool = False) -> Estimate:
+    """The mean over campaigns that differ in their seed alone, and its interval for another seed and other prompts.
+
+    of_each: each campaign's estimate on the same prompts, with its interval over prompts. From the mean to a bound it is
+    sqrt(mean reach to the prompts' bound ^ 2 + (t s / sqrt(S)) ^ 2), with the standard deviation s of the S values and t of
+    S - 1 degrees of freedom. The campaigns share their prompts, so that their mean has the prompts' error of one of them at
+    most; and s holds the draws of the answers a second time: the interval is rather too wide. share: bounds within 0 and 1.
+    With one seed there is the interval over prompts alone.
+    """
+    values = np.array([one.value for one in of_each])
+    seeds, value = len(values), float(values.mean())
+    apart = quantile(seeds - 1) * float(values.std(ddof=1)) / math.sqrt(seeds) if seeds > 1 else 0.0
+    low = value - math.hypot(float(np.mean([one.value - one.low for one in of_each])), apart)
+    high = value + math.hypot(float(np.mean([one.high - one.value for one in of_each])), apart)
+    return Estimate(value, max(low, 0.0), min(high, 1.0)) if share else Estimate(value, low, high)
+
+
 def pass_at(k: int, right: int, samples: int) -> float:
     """Unbiased estimate of the probability that one of k answers is right: 1 - C(n - c, k) / C(n, k).
 

@@ -1,6 +1,6 @@
 """The report's section on evaluation sets: curves with the bands of their intervals, changes, and exposure bias."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -83,7 +83,7 @@ def changes(names: Sequence[str], rows: Rows) -> str:
             cells = [
                 with_interval(own[0], full, form),
                 with_interval(own[-1], full, form),
-                _change(own[-1], full, form),
+                change(own[-1], full, form),
             ]
             lines.append(
                 f"<tr><th>{escape(name)}</th><td>{key.replace('_', ' ')}</td>"
@@ -94,7 +94,8 @@ def changes(names: Sequence[str], rows: Rows) -> str:
     return f'<div class="wide"><table class="result many"><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
 
 
-def _change(row: dict[str, Any], key: str, form: str) -> str:
+def change(row: Mapping[str, Any], key: str, form: str) -> str:
+    """A metric's paired difference to the start, with its interval: `+63.2% (+59.0% to +67.1%)`."""
     value, low, high = (row.get(f"{key}:from_start{end}") for end in ("", ":low", ":high"))
     if value is None:
         return "–"

@@ -41,13 +41,15 @@ SHORT = {
     "sampling.max_response_tokens": 16,
     "rollout.engine": CACHE,
     "prompts.limit": 24,
-    "evaluation.prompts.limit": 4,
+    "evaluation.sets.heldout.prompts.limit": 4,
+    "evaluation.sets.questions.prompts.limit": 4,
+    "evaluation.sets.questions.max_response_tokens": 16,
     "evaluation.every_updates": 2,
     "checkpoint.every_updates": 2,
     "learner.optimizer": {"learning_rate": 2e-5, "warmup_updates": 0},
 }
 WITH_ANSWERS = {"path": "examples/heal/questions.jsonl", "reference_field": "answer"}
-JUDGED = {"evaluation.prompts": WITH_ANSWERS, "evaluation.verifier.name": "numeric"}
+JUDGED = {"evaluation.prompts": {**WITH_ANSWERS, "limit": 4}, "evaluation.verifier.name": "numeric"}
 ON_SAMPLES = {"teachers.default.signal": "sampled", "learner.objective.estimator": "immediate"}
 PATHS: dict[str, dict[str, Any]] = {
     "hidden": JUDGED,
@@ -136,24 +138,7 @@ def overrides(name: str, folder: Path, student: Path, url: str) -> list[str]:
 @pytest.mark.parametrize("name", PATHS)
 def test_a_real_model_takes_this_path(name: str, student: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     url = request.getfixturevalue("url") if name == "http" else ""
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "cluster",
-            "run",
-            "examples/heal/heal_short.yaml",
-            *overrides(name, tmp_path, student, url),
-        ],
-        cwd=ROOT,
-        env={**environment, "HF_HUB_OFFLINE": "1", "HOME": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE_SECONDS,
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    assert "Traceback" not in done.stdout + done.stderr
+    understudy(tmp_path, "run", "examples/heal/heal_short.yaml", *overrides(name, tmp_path, student, url))
     run = tmp_path / name
     rows = read_jsonl(run / "metrics.jsonl")
     updates = [row for row in rows if row["step"] > 0]
@@ -162,11 +147,51 @@ def test_a_real_model_takes_this_path(name: str, student: Path, tmp_path: Path, 
     assert all(row["staleness_max"] <= (name == "stale") for row in updates)
     if name != "sft":
         assert_engine_and_learner_agree(updates[0], 0.1 if name == "half" else ROUNDING)
-    evaluated = [row["eval/reverse_kl"] for row in rows if "eval/reverse_kl" in row]
-    assert len(evaluated) == 2 and all(0 < kl < 10 for kl in evaluated)
-    summary = json.loads((run / "summary.json").read_text())
-    assert (summary["accuracy_teacher"] is not None) == (JUDGED.items() <= PATHS[name].items())
+    assert_evaluated(rows, judged=JUDGED.items() <= PATHS[name].items())
     assert_loads(run / "checkpoints" / "step_00000002", student)
+
+
+def understudy(home: Path, *words: str) -> str:
+    """What the command prints; it ends well and without a traceback."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    done = subprocess.run(
+        [sys.executable, "-m", "cluster", *words],
+        cwd=ROOT,
+        env={**environment, "HF_HUB_OFFLINE": "1", "HOME": str(home)},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_SECONDS,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    assert "Traceback" not in done.stdout + done.stderr
+    return done.stdout
+
+
+def test_the_student_is_exported_and_evaluated_as_a_model(student: Path, tmp_path: Path) -> None:
+    """After a campaign: `export`, and `evaluate` of what it wrote beside the damaged student, as training measured both."""
+    understudy(tmp_path, "run", "examples/heal/heal_short.yaml", *overrides("hidden", tmp_path, student, ""))
+    run, exported = tmp_path / "hidden", tmp_path / "exported"
+    understudy(tmp_path, "export", str(run), str(exported))
+    assert_loads(exported, student)
+    settings = overrides("hidden", tmp_path, student, "")
+    words = [str(student), str(exported), "examples/heal/heal_short.yaml", *settings, "--set", "heldout"]
+    understudy(tmp_path, "evaluate", *words, "--reverse-kl", "--output", str(tmp_path / "found.json"))
+    found = json.loads((tmp_path / "found.json").read_text())["sets"]["heldout"]["values"]
+    rows = [row for row in read_jsonl(run / "metrics.jsonl") if "eval/heldout/reverse_kl" in row]
+    for values, row in zip(found.values(), (rows[0], rows[-1]), strict=True):
+        assert values["reverse_kl"] == pytest.approx(row["eval/heldout/reverse_kl"], abs=0.05)
+
+
+def assert_evaluated(rows: list[dict[str, Any]], *, judged: bool) -> None:
+    """Both sets, at the start and at the end; and `evaluation.prompts`, where the campaign has it."""
+    for key in ("eval/heldout/reverse_kl", *(["eval/reverse_kl"] if judged else [])):
+        evaluated = [row[key] for row in rows if key in row]
+        assert len(evaluated) == 2 and all(0 < kl < 10 for kl in evaluated)
+    for key in ("eval/questions/accuracy", *(["eval/accuracy"] if judged else [])):
+        evaluated = [row for row in rows if key in row]
+        assert len(evaluated) == 2 and all(row[f"{key}:low"] <= row[key] <= row[f"{key}:high"] for row in evaluated)
+        assert f"{key}:from_start" in evaluated[1]
+    assert not judged or 0 <= rows[0]["eval/accuracy_teacher"] <= 1
 
 
 def assert_engine_and_learner_agree(first: dict[str, float], rounding: float) -> None:

@@ -15,6 +15,7 @@ from cluster.loop.evaluation_statistics import (
     estimate,
     majority,
     mean_of,
+    over_seeds,
     pass_at,
     quantile,
     tally,
@@ -182,3 +183,30 @@ def test_a_planted_difference_of_two_models_is_found_with_the_stated_coverage_an
     assert least <= found <= most
     assert alone < 0.5 * SIMULATED  # pairing is what finds it
     assert mean_of(ours) > mean_of(theirs)
+
+
+@pytest.mark.parametrize(("between", "seeds"), [(0.0, 3), (0.05, 3), (0.05, 6)])
+def test_the_interval_over_seeds_covers_the_mean_of_all_seeds_and_prompts(between: float, seeds: int) -> None:
+    """Students of different seeds are better or worse by a normal draw, on prompts that all of them are asked."""
+    draw, covered, prompts, samples = np.random.default_rng(5), 0, 100, 2
+    for _ in range(SIMULATED):
+        ease = draw.uniform(0.3, 0.7, size=prompts)
+        skills = np.clip(draw.normal(0, between, size=seeds), -0.2, 0.2)
+        students = [
+            Tally(draw.binomial(samples, ease + skill).astype(float), np.full(prompts, samples)) for skill in skills
+        ]
+        of_each = [estimate(one, share=True) for one in students]
+        found = over_seeds(of_each, share=True)
+        assert 0 <= found.low <= found.value <= found.high <= 1
+        assert found.half_width > 0.9 * min(one.half_width for one in of_each)
+        covered += found.low <= 0.5 <= found.high
+    assert covered >= expected(SIMULATED, CONFIDENCE)[0]
+
+
+def test_one_seed_has_the_interval_over_prompts_and_the_spread_of_several_widens_it() -> None:
+    one = estimate(tally([[1.0]] * 20 + [[0.0]] * 10), share=True)
+    assert over_seeds([one], share=True) == pytest.approx(one)
+    exact = [one._replace(value=x, low=x, high=x) for x in (0.1, 0.2, 0.6)]
+    reach = quantile(2) * statistics.stdev([0.1, 0.2, 0.6]) / math.sqrt(3)
+    assert over_seeds(exact) == pytest.approx((0.3, 0.3 - reach, 0.3 + reach))
+    assert over_seeds(exact, share=True).low == 0

@@ -1,0 +1,83 @@
+"""The rows of the audited table (docs/results.md): what each runs, and on what it is measured.
+
+A row is a YAML file and an entry of ROWS. `python -m benchmarks.audit NAME` runs it.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from cluster.commands.compare import METHODS
+
+SET = "audit"
+"""The evaluation set that a row is measured on, where it names no other."""
+SFT = {key: {"null": None, "false": False}.get(value, value) for key, value in METHODS["sft"].items()}
+"""What supervised training on the teacher's own answers sets."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One row: campaigns that differ in method and seed."""
+
+    title: str
+    config: str
+    """The YAML file, from the repository's root."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """What all its campaigns set beside the file: key -> value."""
+    measured: str = SET
+    """The evaluation set (`evaluation.sets.<name>`, of the file or of `settings`) that the figures are of."""
+    methods: dict[str, dict[str, Any]] = field(default_factory=lambda: {"opd": {}})
+    """Name -> what its campaigns set besides. The first is the one that is interrupted."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    prepare: str = ""
+    """The command that makes what the file expects and the repository does not hold."""
+    remark: str = ""
+    """What a reader of the figures has to know."""
+    needs: dict[str, str] = field(default_factory=dict)
+    """What a row that nobody has run needs: `GPUs`, `hours`, `disk` ...; it is listed as not run."""
+
+
+def held_out(path: str, samples: int, **prompts: Any) -> dict[str, Any]:
+    """A set of sums or of what ends as they do: `samples` answers to each prompt, sampled as in training."""
+    return {
+        f"evaluation.sets.{SET}": {
+            "prompts": {"path": path, **prompts},
+            "verifier": {"name": "regex", "pattern": r";(\d+)$"},
+            "samples": samples,
+            "every_updates": 1_000_000,  # before the first update and after the last
+        }
+    }
+
+
+ROWS: dict[str, Row] = {
+    "demo": Row(
+        title="The demo: a bad habit is corrected",
+        config="configs/quickstart.yaml",
+        settings=held_out("examples/addition/heldout.jsonl", 4),
+    ),
+    "two_domains": Row(
+        title="Two teachers, two domains",
+        config="examples/two_domains/distill.yaml",
+        settings=held_out("examples/two_domains/heldout.jsonl", 4, domain_field="domain"),
+    ),
+    "privileged": Row(
+        title="Privileged self-distillation",
+        config="examples/privileged/distill.yaml",
+        settings=held_out("examples/addition/heldout.jsonl", 4),
+    ),
+    "carries": Row(
+        title="Sums with at least four carries",
+        config="examples/carries/distill.yaml",
+        settings=held_out("examples/carries/heldout.jsonl", 4),
+    ),
+    "heal": Row(
+        title="SmolLM2-135M without three of its layers, twelve short updates: OPD beside SFT",
+        config="examples/heal/heal_short.yaml",
+        methods={
+            "opd": {},
+            "sft": SFT,
+        },
+        measured="heldout",
+        prepare="python -m examples.heal.damage HuggingFaceTB/SmolLM2-135M-Instruct ~/understudy-models/heal-student --drop 10,14,18",
+    ),
+}
+"""Name -> row."""
