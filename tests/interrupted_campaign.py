@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import cluster.run
+from cluster.state.checkpoints import Checkpoints
 from learner.forward import Forward
 from learner.learner import Learner
 from tests import light_campaign
@@ -28,9 +29,22 @@ def tell_when_asked(folder: Path) -> None:
     Learner.give_up = telling  # type: ignore[method-assign]
 
 
+def write_at_once() -> None:
+    """Makes the loop wait for each checkpoint: the learner tells that it is written between two updates only, and one of
+    them waits for the test."""
+    save_if_due = Checkpoints.save_if_due
+
+    async def completely(self: Checkpoints, *arguments: Any) -> None:
+        await save_if_due(self, *arguments)
+        await self.finish()
+
+    Checkpoints.save_if_due = completely  # type: ignore[method-assign]
+
+
 def wait_at_update(number: int, folder: Path) -> None:
     """Makes update `number` of the learner create `folder/reached`, and wait for `folder/go`."""
     tell_when_asked(folder)
+    write_at_once()
     update = Learner.update
 
     def waiting(self: Learner, *arguments: Any, **keywords: Any) -> Any:
@@ -45,6 +59,7 @@ def wait_at_update(number: int, folder: Path) -> None:
 def wait_between_passes(number: int, folder: Path) -> None:
     """Makes update `number` wait in its second pass, which has a gradient of the first one."""
     tell_when_asked(folder)
+    write_at_once()
     loss, passes = Forward.loss, itertools.count(1)
 
     def waiting(self: Forward, *arguments: Any, **keywords: Any) -> Any:

@@ -41,7 +41,7 @@ class Campaign:
         )
         self.process = clean_process.start(body, *where, log=self.log)
         until((self.place / "reached").exists, f"{name}: {self.text()}", self.process.is_alive)
-        if body is not interrupted_campaign.run_to_start:  # it is written in the background
+        if body is not interrupted_campaign.run_to_start:
             until(lambda: self.steps() == [2], "the checkpoint of update 2", self.process.is_alive)
 
     def text(self) -> str:
