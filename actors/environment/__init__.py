@@ -1,0 +1,1 @@
+"""Environments that answer the student between its turns, and what they write as token ids."""

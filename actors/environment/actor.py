@@ -1,0 +1,139 @@
+"""The environment actor: one process that hosts the environments of many episodes at once. A plain class.
+
+Whatever a user's environment does costs one episode: what it raises comes back as a value, what it takes too long for is
+cancelled, and an episode that is never closed is forgotten after its deadline. Code that blocks the process would stop all
+episodes in it: after a step's time limit the process ends itself, and is replaced.
+"""
+
+import asyncio
+import math
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from typing import Any
+
+from actors.config import EnvironmentConfig
+from actors.environment.base import Answer, Begun, Episode, environment_class
+
+LOOK_SECONDS = 1.0
+"""Between two signs of life that the watch asks of the event loop."""
+BLOCKED = 14
+"""Exit status of a process whose event loop was blocked."""
+
+
+class EnvironmentActor:
+    """Methods are coroutines, so that episodes overlap. key: names one attempt at one episode."""
+
+    def __init__(self, config: EnvironmentConfig):
+        """UserError: see `environment_class`."""
+        self._config, self._class = config, environment_class(config)
+        self._open: dict[str, tuple[Any, float]] = {}
+        """Key -> the environment, and when it is forgotten, in seconds of time.monotonic()."""
+        self._heard = time.monotonic()
+        self._watch: threading.Thread | None = None
+        self.exit: Callable[[int], Any] = os._exit
+
+    async def reset(self, key: str, episode: Episode, record: dict[str, Any]) -> Begun:
+        """Makes an environment and begins the episode with it."""
+        self._start_watch()
+        self._forget_late()
+
+        async def begin() -> Begun:
+            own = self._class(**self._config.arguments)
+            self._open[key] = (own, time.monotonic() + self._config.episode_timeout_seconds)
+            messages = await own.reset(record, episode)
+            return Begun(messages, getattr(own, "tools", None))
+
+        return await self._tried(begin(), lambda error: Begun(error=error))
+
+    async def step(self, key: str, message: dict[str, Any]) -> Answer:
+        """Gives the student's turn to the environment."""
+
+        async def answer() -> Answer:
+            if key not in self._open:
+                late = f"the episode took longer than {self._config.episode_timeout_seconds:g} s"
+                return Answer(error=f"{late} (environment.episode_timeout_seconds), or the process was replaced")
+            return _answer(await self._open[key][0].step(message))
+
+        return await self._tried(answer(), lambda error: Answer(error=error))
+
+    async def close(self, key: str) -> None:
+        """The episode is over, or given up."""
+        own, _ = self._open.pop(key, (None, 0.0))
+        if close := getattr(own, "close", None):
+            with suppress(Exception, asyncio.CancelledError):  # of the user's code: the episode has its result already
+                async with asyncio.timeout(self._config.step_timeout_seconds):
+                    await close()
+
+    async def status(self) -> dict[str, int]:
+        """The episodes that are open."""
+        return {"episodes": len(self._open)}
+
+    async def _tried(self, work: Awaitable[Any], failed: Callable[[str], Any]) -> Any:
+        limit = self._config.step_timeout_seconds
+        try:
+            async with asyncio.timeout(limit) as clock:
+                return await work
+        except TimeoutError as error:
+            if clock.expired():
+                return failed(f"no answer within {limit:g} s (environment.step_timeout_seconds)")
+            return failed(told(error))
+        except (Exception, SystemExit) as error:
+            return failed(told(error))
+
+    def _forget_late(self) -> None:
+        now = time.monotonic()
+        for key in [key for key, (_, until) in self._open.items() if until < now]:
+            del self._open[key]
+
+    def _start_watch(self) -> None:
+        if self._watch is None:
+            loop = asyncio.get_running_loop()
+            self._watch = threading.Thread(target=self._watch_loop, args=(loop,), daemon=True, name="environment-watch")
+            self._heard = time.monotonic()
+            self._watch.start()
+
+    def _watch_loop(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Ends the process when its event loop is blocked, so that its episodes can go on elsewhere."""
+        while not loop.is_closed():
+            with suppress(RuntimeError):  # the loop has ended meanwhile
+                loop.call_soon_threadsafe(self._hear)
+            time.sleep(min(LOOK_SECONDS, self._config.step_timeout_seconds / 4))
+            silent = time.monotonic() - self._heard
+            if silent > self._config.step_timeout_seconds and loop.is_running():
+                print(f"understudy: an environment has blocked its process for {silent:.0f} s, which ends", file=sys.stderr)
+                self.exit(BLOCKED)
+                return
+
+    def _hear(self) -> None:
+        self._heard = time.monotonic()
+
+
+def told(error: BaseException) -> str:
+    """What a user's code has raised, and where: one line."""
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" ({os.path.basename(frames[-1].filename)}, line {frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}{where}"
+
+
+def _answer(returned: Any) -> Answer:
+    """What `step` returned, as an Answer; an error where it has another form."""
+    if not isinstance(returned, tuple | list) or len(returned) != 3:
+        return Answer(error=f"step returned {_short(returned)}, expected (messages, done, reward)")
+    messages, done, reward = returned
+    # numpy's numbers and truth values too, which are what many environments return.
+    try:
+        done, reward = bool(done), None if reward is None else float(reward)
+    except (TypeError, ValueError):
+        return Answer(error=f"step returned done = {_short(done)} and reward = {_short(reward)}, expected numbers")
+    if reward is not None and not math.isfinite(reward):
+        return Answer(error=f"step returned the reward {reward}, expected a finite number or None")
+    return Answer(messages, done, reward)
+
+
+def _short(value: Any) -> str:
+    return repr(value)[:80]
