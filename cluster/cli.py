@@ -335,6 +335,10 @@ def _plan(options: argparse.Namespace) -> int:
         except ValueError as error:
             raise UserError("--gpus", f"{options.gpus:g} ({error})", "at least those") from error
     print_table(table(plans))
+    if config.record:
+        from cluster.planning.record_size import record_sentence
+
+        print(f"record: {record_sentence(config)}")
     for name, found in plans:
         print(f"{name}: {trajectories / found.update_seconds:,.3g} trajectories/s; {found.sentence()}")
     return 0

@@ -198,6 +198,11 @@ class CampaignConfig:
     deterministic: bool = setting(False, "free")
     """Compute with kernels that repeat to the bit, also on GPUs: torch's deterministic algorithms in learner and teachers,
     vLLM's batch-invariant mode in engines (H100 and later). Slower, most of all in engines. CPUs repeat without it."""
+    record: bool = setting(False, "free")
+    """Keep every trajectory that is trained on, with its teachers' scores, in `<run directory>/record` (docs/replay.md)."""
+    replay: str | None = setting(None, "same contents")
+    """A run directory, or its `record`: train on what is recorded there, with the recorded scores. Rollout and teacher actors
+    start only where an evaluation needs them. More `pipeline.updates` than are recorded begin further epochs."""
     student: StudentConfig = field(default_factory=StudentConfig)
     prompts: PromptsConfig = field(default_factory=PromptsConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
@@ -239,10 +244,25 @@ class CampaignConfig:
         return "" if self.evaluation.prompts is not None else next(iter(self.evaluation.sets), "")
 
     @property
+    def needs_rollout(self) -> bool:
+        """Whether rollout actors are started: the student writes, in training or in evaluations."""
+        return self.replay is None or self.evaluation.prompts is not None or bool(self.evaluation.sets)
+
+    @property
+    def started_teachers(self) -> dict[str, TeacherConfig]:
+        """The teachers whose actors are started; none, where scores are there, and no evaluation asks them anything."""
+        evaluation = self.evaluation
+        asked = evaluation.prompts is not None or any(
+            self.is_scored(one) or (one.verifier is not None and evaluation.teacher) for one in evaluation.sets.values()
+        )
+        return self.teachers if asked or self.replay is None else {}
+
+    @property
     def replicas(self) -> dict[str, int]:
-        """Role -> number of actors. All teachers count as one role."""
-        teachers = sum(teacher.replicas for teacher in self.teachers.values())
-        return {"rollout": self.rollout.replicas, "teacher": teachers, "learner": self.learner.replicas}
+        """Role -> number of actors that are started. All teachers count as one role."""
+        teachers = sum(teacher.replicas for teacher in self.teachers.values()) if self.started_teachers else 0
+        rollout = self.rollout.replicas if self.needs_rollout else 0
+        return {"rollout": rollout, "teacher": teachers, "learner": self.learner.replicas}
 
     @property
     def trajectories_per_update(self) -> int:

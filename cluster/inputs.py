@@ -21,6 +21,7 @@ from actors.teacher.base import context_of
 from actors.teacher.turn_ends import TurnEnds
 from cluster.config import CampaignConfig, prompt_sources
 from cluster.loop.teachers import PromptRoutes, routes
+from cluster.state.recorded import Record
 from cluster.validation import MOST_TRAJECTORIES
 
 TRIAL_SECONDS = 30.0
@@ -64,6 +65,8 @@ class Inputs:
     """What is to be said of held-out prompts that are trained on."""
     sets: dict[str, HeldOut] = field(default_factory=dict)
     """The sets of `evaluation.sets`, by name."""
+    record: Record | None = None
+    """What `replay` names."""
 
     def counts(self) -> dict[str, dict[str, int]]:
         """What summary.json says of the prompts."""
@@ -113,7 +116,7 @@ def teacher_limits(config: CampaignConfig) -> dict[str, Limit]:
     """Teacher -> what it can read, for those whose files are known here. UserError: no room for a response."""
     found = {
         name: Limit(context_of(teacher, f"teachers.{name}"), f"the context of teachers.{name}")
-        for name, teacher in config.teachers.items()
+        for name, teacher in config.started_teachers.items()
         if backend_of(teacher).has_model_files
     }
     return {name: _with_room(config, limit) for name, limit in found.items()}
@@ -137,7 +140,12 @@ def read_inputs(config: CampaignConfig) -> Inputs:
 
 
 def _read_inputs(config: CampaignConfig, judge: Judge) -> Inputs:
-    student = config.student
+    student, reading = config.student, config.teachers
+    if (
+        config.replay is not None and not config.started_teachers
+    ):  # nobody scores; the learner may still have the head of one that sent hidden states
+        reading = {name: teacher for name, teacher in config.teachers.items() if teacher.signal == "hidden"}
+        config = replace(config, teachers={})
     tokenizer = load_tokenizer(student.source, student.trust_remote_code, "student.model")
     stop = student_stop_tokens(config)
     model_config = load_config(student.source, student.trust_remote_code, "student.model")
@@ -182,7 +190,7 @@ def _read_inputs(config: CampaignConfig, judge: Judge) -> Inputs:
         stop,
         _masked_role_token_ids(config, tokenizer, stop),
         min(rows, max(tokenizer.get_vocab().values()) + 1),
-        {name: ends for name in config.teachers if (ends := turn_ends(config, name)) is not None},
+        {name: ends for name in reading if (ends := turn_ends(replace(config, teachers=reading), name)) is not None},
         remarks,
         left_out,
         shared,

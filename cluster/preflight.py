@@ -27,8 +27,11 @@ from cluster.fleet.ray_cluster import check_gpus, connected, refuse_relative_out
 from cluster.inputs import max_prompt_tokens, read_inputs, student_stop_tokens, turn_ends
 from cluster.pins import pin, places, refuse_revisions
 from cluster.planning.memory import LARGE_VERSION, Role, roles, student_numbers, version_bytes, versions_sentence
+from cluster.planning.record_size import record_bytes, record_sentence
 from cluster.state.mirror import mirror_of
+from cluster.state.recorded import replayed
 from cluster.state.resume import refuse_output
+from cluster.state.same_inputs import fingerprints
 from cluster.tracking.alerts import check_alerts
 from learner.config import LearnerConfig
 from learner.objective.estimator_table import own_functions
@@ -52,7 +55,7 @@ def checks(config: CampaignConfig, *, offline: bool) -> Iterator[tuple[str, Call
         yield "hub", lambda: pin(config)
     student = config.student
     yield "student", (lambda: _student(config)) if here(student.model) else None
-    for name, teacher in config.teachers.items():
+    for name, teacher in config.started_teachers.items():
         known = here(student.model, *([teacher.model] if backend_of(teacher).has_model_files else []))
         check = (lambda name=name: _teacher(config, name)) if known else None
         yield f"teacher {name}", check
@@ -60,9 +63,10 @@ def checks(config: CampaignConfig, *, offline: bool) -> Iterator[tuple[str, Call
     shares = division({role: (count, gpus or 0) for role, (count, gpus) in _configured(config).items()})
     if shares:
         yield "shares of GPUs", lambda: shares
-    models = [student.model, *(t.model for t in config.teachers.values() if backend_of(t).has_model_files)]
+    models = [student.model, *(t.model for t in config.started_teachers.values() if backend_of(t).has_model_files)]
     memory = cache(lambda: {role.name: role for role in roles(config)})
-    for name in ["learner", "rollout", *(f"teachers.{name}" for name in config.teachers)]:
+    teachers = [f"teachers.{name}" for name in config.teachers] if config.started_teachers else []
+    for name in ["learner", *(["rollout"] if config.needs_rollout else []), *teachers]:
         yield f"memory of {name}", (partial(_memory, name, memory)) if here(*models) else None
     if own_functions(config.learner.objective):
         yield "objective", lambda: _objective(config)
@@ -73,6 +77,10 @@ def checks(config: CampaignConfig, *, offline: bool) -> Iterator[tuple[str, Call
     own = any(is_import_path(one.name) for one in (config.evaluation.verifier, *config.evaluation.verifiers.values()))
     if (evaluation is not None and (evaluation.has_references or own)) or config.gives_rewards:
         yield "verifier", lambda: _verifier(config)
+    if config.record:
+        yield "record", (lambda: record_sentence(config)) if here(*models) else None
+    if config.replay is not None:
+        yield "replay", (lambda: _replay(config)) if here(student.model, config.replay) else None
     if config.checkpoint.mirror is not None:
         yield "mirror", None if offline else lambda: _mirror(config)
     if config.alerts.command or config.alerts.webhook:
@@ -89,6 +97,8 @@ DOING = {
     "objective": "calling your own functions on a small example",
     "prompts": "reading and rendering all prompts",
     "verifier": "starting it and judging an answer",
+    "record": "reckoning its size",
+    "replay": "reading all shards for their checksums",
     "mirror": "writing a file and reading it",
     "alerts": "looking for what they call",
     "cluster": "asking the cluster for its nodes; without an address, starting a private one",
@@ -106,8 +116,10 @@ def check_models(config: CampaignConfig) -> None:
     check_alerts(config.alerts)
     _engine(config)
     _student(config)
-    for name in config.teachers:
+    for name in config.started_teachers:
         _teacher(config, name)
+    if config.record:
+        record_bytes(config)
 
 
 def _memory(name: str, all_roles: Callable[[], Mapping[str, Role]]) -> str:
@@ -162,7 +174,15 @@ def _configured(config: CampaignConfig) -> dict[str, tuple[int, float | None]]:
         **teachers,
         "learner": config.learner,
     }
-    return {role: (one.replicas, one.gpus_per_replica) for role, one in roles_of.items()}
+    return {
+        role: (
+            one.replicas
+            if (config.needs_rollout if role == "rollout" else role == "learner" or config.started_teachers)
+            else 0,
+            one.gpus_per_replica,
+        )
+        for role, one in roles_of.items()
+    }
 
 
 def _objective(config: CampaignConfig) -> str:
@@ -263,6 +283,19 @@ def _prompts(config: CampaignConfig) -> str:
     answer = "" if reference is None else f" -> {reference[:40]!r}"
     remarks = "".join(f"; {remark}" for remark in inputs.remarks)
     return f"{len(inputs.prompts)} prompts{held_out}; first: {inputs.prompts.texts[0][:80]!r}{answer}{remarks}"
+
+
+def _replay(config: CampaignConfig) -> str:
+    assert config.replay is not None
+    inputs = read_inputs(config)
+    inputs.close()
+    sets = {name: one.prompts for name, one in inputs.sets.items()}
+    told: list[str] = []
+    own = fingerprints(config, inputs.prompts, inputs.held_out, sets)
+    record = replayed(config, own, inputs.tokenizer, lambda _, **fields: told.append(fields["cause"]))
+    assert record is not None
+    epochs = f"{config.pipeline.updates / record.updates:.3g} times"
+    return f"{record.updates} updates of {record.origin.trajectories_per_update} trajectories, {epochs}{told[0]}"
 
 
 def _verifier(config: CampaignConfig) -> str:

@@ -131,6 +131,7 @@ def build_learner(
             "turn_ends": inputs.turn_ends,
             "vocabulary": inputs.vocabulary,
             "plans": tuple(plans),
+            "records": config.record,
         },
         replicas=replicas,
         resources=resources,

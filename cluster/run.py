@@ -46,6 +46,7 @@ from cluster.roles import build_evaluator, build_fleets, build_learner, starts_l
 from cluster.state.campaign_state import CampaignState
 from cluster.state.changes import Changed
 from cluster.state.checkpoints import what_is_good
+from cluster.state.recorded import begin, replayed
 from cluster.state.resume import claimed, take_up
 from cluster.state.rollback import RollBack, roll_back
 from cluster.state.same_inputs import demand_same, demand_same_architecture, fingerprints
@@ -102,6 +103,9 @@ def run_campaign(
             inputs.tell(told)
             sets = {name: one.prompts for name, one in inputs.sets.items()}
             now = fingerprints(config, inputs.prompts, inputs.held_out, sets)
+        if config.replay is not None:
+            with START.phase("checking the record"):
+                inputs.record = replayed(config, now, inputs.tokenizer, told)
         here: dict[str, Any] = {"step": found.state.step, "tokens_generated": found.state.tokens_generated}
         contents = demand_same(found.state.inputs, now, allow_change, partial(told, **here), taken.changed)
         if ended:
@@ -149,6 +153,8 @@ def _run_connected(
         return await Running(config, state, checkpoint, inputs, records, progress, private).to_the_end()
 
     try:
+        if config.record:
+            begin(config, state.inputs, inputs.tokenizer, state.step)
         with ExitStack() as stack:
             with START.phase("starting Ray"):
                 private = stack.enter_context(connected(config))
@@ -231,7 +237,8 @@ class Running:
                 await _while_the_cluster_lives(self._start())
             with START.phase("trying a checkpoint, summary and report"):
                 await try_out(self.config, self.state, self.learner, self.records, self.needed, self.on_event)
-            orders = handlers(self.fleets, self.needed, self.gate, self.on_event, self.interrupted)
+            working = {role: fleet for role, fleet in self.fleets.items() if fleet.replicas}
+            orders = handlers(working, self.needed, self.gate, self.on_event, self.interrupted)
             commands = partial(obey, self.config.run_dir, orders)
             watching.append(asyncio.create_task(persistently("commands", commands, self.on_event)))
             loop = asyncio.get_running_loop()
@@ -270,7 +277,9 @@ class Running:
 
     async def _train(self) -> bool:
         """Runs the loop, again from a checkpoint after a lost learner or a rollback; whether the campaign is complete."""
-        teachers = {name: self.fleets[f"teacher.{name}"] for name in self.config.teachers}
+        teachers = {
+            name: self.fleets[f"teacher.{name}"] for name in self.config.teachers if self.config.started_teachers
+        }
         panel = Teachers(teachers, self.inputs.prompt_routes, each=self.config.learner.replicas > 1)
         with START.phase("trying the teachers"):
             await panel.compare_replicas()
@@ -282,7 +291,8 @@ class Running:
             "teachers": panel,
             "records": self.records,
             "progress": self.progress,
-            "samples": TrainingSamples(self.config, self.inputs.prompts, self.inputs.tokenizer, self.records),
+            "record": self.inputs.record,
+            "samples": None if self.inputs.record else self._samples(),
             "gate": self.gate,
             "interrupted": self.interrupted,
             "neighbours": {"Ray's control store": control_store_lost},
@@ -310,6 +320,9 @@ class Running:
                 self.state, checkpoint = await self.disk.patiently(back)
             if not await self._unless_interrupted(_while_the_cluster_lives(self._replace_learner(checkpoint))):
                 return False  # there is no learner to save: the last checkpoint is what there is
+
+    def _samples(self) -> TrainingSamples:
+        return TrainingSamples(self.config, self.inputs.prompts, self.inputs.tokenizer, self.records)
 
     async def _replace_learner(self, checkpoint: Path | None) -> None:
         lost = self.learner

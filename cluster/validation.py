@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from urllib.parse import urlsplit
 
 from actors.config import RolloutConfig, TeacherConfig, publishes_adapter
@@ -37,6 +38,7 @@ def refuse(config: CampaignConfig) -> None:
         *_student(config),
         *_pipeline(config),
         *(row for role, actors in _roles(config).items() for row in _resources(role, actors)),
+        *_record(config),
         *_rewards(config),
         *_evaluation(config),
         *_alerts(config),
@@ -113,6 +115,16 @@ def _resources(role: str, actors: RolloutConfig | TeacherConfig | LearnerConfig)
         expected = "a name of your own; cpus_per_replica and gpus_per_replica"
         yield reserved, f"{role}.resources", name, expected
         yield not (math.isfinite(amount) and amount > 0), f"{role}.resources.{name}", amount, "a number > 0"
+
+
+def _record(config: CampaignConfig) -> Iterator[Contradiction]:
+    """What is recorded once need not be recorded again."""
+    expected = "false with replay: the record is there already"
+    yield config.record and config.replay is not None, "record", "true", expected
+    own = config.replay is not None and Path(config.replay).expanduser().absolute().is_relative_to(
+        config.run_dir.absolute()
+    )
+    yield own, "replay", config.replay, "the record of another run: this one has the same name"
 
 
 def _rewards(config: CampaignConfig) -> Iterator[Contradiction]:

@@ -343,8 +343,9 @@ def collate(
         reference = where_known(scores.reference_logprobs)
         teacher_logprobs = extrapolated_teacher(teacher_logprobs, reference, objective.extrapolation)
     behaviour, filter_weight, unknown = _policy(written, tensor)
-    if estimator_row(objective.estimator).text_by == "teacher":  # and so is the behaviour policy
-        behaviour = teacher_logprobs
+    unwritten = bool(np.isnan(written.behaviour_logprobs[written.trained]).any())  # by a policy that is known
+    if estimator_row(objective.estimator).text_by == "teacher" or unwritten:
+        behaviour = teacher_logprobs  # the text is the teacher's, or only distances to the teacher can be told
     zeros = torch.zeros(len(mask), device=device)
     tensors = {
         "tokens": tensor(np.minimum(written.response_tokens, vocabulary - 1).astype(np.int64)),

@@ -19,6 +19,7 @@ import torch
 from actors.accelerator import settle_algorithms, torch_device
 from actors.config import StudentConfig, TeacherConfig, publishes_adapter
 from actors.data.models import find_model, load_head
+from actors.data.trajectory_shards import Row, Shard, opened, write_shard
 from actors.errors import CampaignError, CheckpointError, GivenUpError, NonFiniteLossError
 from actors.memory import give_back
 from actors.trajectory import TeacherScores, Trajectories, TrajectoryId, select_trajectories
@@ -84,6 +85,7 @@ class Learner:
         turn_ends: Mapping[str, tuple[int, int]] | None = None,
         vocabulary: int | None = None,
         plans: Sequence[Plan] = (),
+        records: bool = False,
         ranks: Ranks | None = None,
     ):
         """Loads the student, or, where `checkpoint` names a directory, the state that was saved there.
@@ -91,9 +93,9 @@ class Learner:
         teachers: by name. The learner loads the heads of those that send hidden states, and keeps the averages of those
         that follow the student. masked_role_token_ids: the tokens of `objective.masked_token_roles`. vocabulary: number of
         the student's tokens; further rows of its head are padding. turn_ends: by teacher, (student's, teacher's) token
-        where they end a turn with different ones. plans: of a learning rate that was planned anew. ranks: this process
-        among those of the learner; all other arguments, and all calls, are the same on every rank. UserError: a function of
-        the user's own fails.
+        where they end a turn with different ones. plans: of a learning rate that was planned anew. records: `record` is
+        called after each update. ranks: this process among those of the learner; all other arguments, and all calls, are the
+        same on every rank. UserError: a function of the user's own fails.
         """
         check_own_functions(config.objective)
         settle_algorithms()
@@ -105,6 +107,9 @@ class Learner:
         self._device = torch_device()
         self._masked_token_ids = [*config.objective.masked_token_ids, *masked_role_token_ids]
         self._busy_seconds = 0.0
+        self._records = records
+        self._last: tuple[Trajectories, list[TeacherScores], np.ndarray] | None = None
+        """The last update's trajectories, the scores of some, and [B] which are this rank's own; until it is recorded."""
         self._stepped_from = -1
         """The policy version of the last optimiser step; the current one within an update that has not ended."""
         self._gives_up = False
@@ -155,7 +160,7 @@ class Learner:
     def update(
         self,
         ids: np.ndarray,
-        *batches: Trajectories | TeacherScores,
+        *batches: Trajectories | TeacherScores | Shard,
         rate_scale: float = 1.0,
         domains: Sequence[str | None] | None = None,
     ) -> dict[str, float]:
@@ -165,15 +170,16 @@ class Learner:
         ratio and trust region keep near the weights that it starts from. A step without a token to learn from is not
         taken. The policy version grows by one, also where no step was taken.
         batches: hold the trajectories and their scores, in any order and perhaps with others. With several ranks, each is
-        given all trajectories, and the scores of those that it trains on (`owners` in student/sharding.py). rate_scale:
-        factor of the schedule's learning rate. domains: [B] of the prompts, to measure each.
+        given all trajectories, and the scores of those that it trains on (`owners` in student/sharding.py). A Shard stands for
+        the recorded trajectories and scores in its file. rate_scale: factor of the schedule's learning rate. domains: [B] of the prompts, to measure each.
         The result depends on `ids`, trajectories and scores, not on how they are batched.
         KeyError: a trajectory is missing. CampaignError: scores are missing. NonFiniteLossError: loss or gradient is not
         finite; that step was not taken. GivenUpError: `give_up` was called before the first step.
         """
         start = time.perf_counter()
-        written = select_trajectories(ids, [b for b in batches if isinstance(b, Trajectories)])
-        scores = [b for b in batches if isinstance(b, TeacherScores)]
+        given = opened(batches)
+        written = select_trajectories(ids, [b for b in given if isinstance(b, Trajectories)])
+        scores = [b for b in given if isinstance(b, TeacherScores)]
         steps, this_rank_B = self._steps(written)
         batch = collate(
             written,
@@ -211,10 +217,31 @@ class Learner:
             # After the last step: before it, a single on-policy step has not moved yet.
             assert begun is not None
             self._beta = adapted_beta(self._beta, self._forward_kl(begun, steps), target)
+        if self._records:
+            self._last = written, scores, this_rank_B
         metrics["busy_seconds"] = (time.perf_counter() - start) * self._ranks.size  # summed over the role's processes
         self._busy_seconds += metrics["busy_seconds"]
         give_back()
         return metrics
+
+    def record(self, directory: str, rows: Sequence[Row]) -> None:
+        """Writes what the last update has trained on to a shard (actors/data/trajectory_shards.py), each rank its own part.
+
+        rows: of all trajectories of the update, in its order. It may be called again after an error. CheckpointError: it
+        could not be written; DiskFullError, because the disk is full.
+        """
+        together = self._config.sequence_parallel
+        if self._last is None or self._ranks.rank % together:  # ranks that share rows have the same trajectories
+            return
+        written, scores, own_B = self._last
+        own = select_trajectories(written.ids[own_B], [written])
+        part = (self._ranks.rank // together, self._ranks.size // together)
+        rows = [rows[place] for place in np.flatnonzero(own_B)]
+        try:
+            write_shard(Path(directory), self.policy_version, *part, own, scores, rows)
+        except OSError as error:
+            raise checkpoint_error(error) from error
+        self._last = None
 
     def give_up(self) -> None:
         """Called beside `update`, in another thread: the campaign ends, and waits for a checkpoint only.

@@ -31,7 +31,7 @@ NOTHING_TRAINED = {
     "loss": 0.0,
     "tokens_trained": 0,
     "log_ratio_histogram": [0] * LOG_RATIO_BINS,
-    **dict.fromkeys((*UNKNOWN, "engine_logprob_abs_diff", "mismatch_ess"), math.nan),
+    **dict.fromkeys((*UNKNOWN, "engine_logprob_abs_diff", "mismatch_ess", "behaviour_ess", "behaviour_kl"), math.nan),
 }
 """The metrics of an update without a step."""
 
@@ -129,6 +129,7 @@ class UpdateMetrics:
         moved = capped(kept["logprobs"] - kept["old_logprobs"])
         engine = (column["logprobs"] - column["behaviour_logprobs"])[column["on_policy"]]
         before = (column["logprobs"] - column["behaviour_logprobs"])[column["first"]]
+        off_policy = effective_sample_size(before, torch.ones_like(before, dtype=torch.bool)).item()
         *agreed, compared = ranks.sum(torch.cat(self._agreement).double().sum(0)).tolist()
         means = ("reverse_kl", "forward_kl_old", "entropy", "clip_fraction")
         losses, sizes = ranks.sum(torch.stack(self._losses)).double().cpu(), torch.tensor(self._sizes).double()
@@ -144,7 +145,9 @@ class UpdateMetrics:
             "ratio_max": moved.max().exp().item(),
             "importance_ess": effective_sample_size(moved, torch.ones_like(moved, dtype=torch.bool)).item(),
             "engine_logprob_abs_diff": _mean(engine.abs()),
-            "mismatch_ess": effective_sample_size(before, torch.ones_like(before, dtype=torch.bool)).item(),
+            "mismatch_ess": off_policy,
+            "behaviour_ess": off_policy,
+            "behaviour_kl": _mean(-before),
             # v == v is false for NaN: metrics that are unknown are left out.
             **{name: v / compared for name, v in zip(AGREEMENT, agreed, strict=True) if compared and v == v},
             **_by_group(kept["trajectory"], kept["reverse_kl"], groups),

@@ -35,6 +35,8 @@ class Campaign:
     events: tuple[str, ...] = ()
     """Kinds of events that it records beside those of every campaign."""
     status: int = 0
+    after: str = ""
+    """The campaign whose run this one reads."""
 
 
 def teacher(**settings: Any) -> dict[str, Any]:
@@ -196,6 +198,7 @@ CAMPAIGNS: dict[str, Campaign] = {
             "learner.objective.log_ratio_clip": 5.0,
             "learner.objective.aggregation": "constant",
             "learner.objective.aggregation_constant": 6.0,
+            "record": True,
             "learner.objective.position_weight": 0.5,
             "learner.microbatch_tokens": 64,
             "learner.head_chunk_tokens": 16,
@@ -415,6 +418,12 @@ CAMPAIGNS: dict[str, Campaign] = {
         status=1,
     ),
 }
+CAMPAIGNS["replayed"] = Campaign(
+    {**CAMPAIGNS["discounted"].settings, "record": False, "replay": "runs/discounted"},
+    events=("replays",),
+    after="discounted",
+)
+"""The same campaign as `discounted`, from its record: tests/integration/test_matrix.py compares their weights."""
 
 
 def overrides(name: str, **places: str) -> list[str]:

@@ -279,6 +279,7 @@ def _rates(config: CampaignConfig, recent: list[dict[str, Any]], replicas: dict[
     """Rates, shares of time and the bottleneck over these updates; {} for fewer than two."""
     if len(recent) < 2:
         return {}
+    replicas = {role: count for role, count in replicas.items() if count}
     seconds = (recent[-1]["wall_seconds"] - recent[0]["wall_seconds"]) / (len(recent) - 1)
     if seconds <= 0:
         return {}

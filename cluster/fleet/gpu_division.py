@@ -77,7 +77,7 @@ def division(actors: Mapping[str, tuple[int, float]], card_bytes: int = 0) -> st
     rows = [
         f"{role} {count} x {gpus:g}" + (f" ({gpus * card_bytes / 1e9:.1f} GB)" if card_bytes else "")
         for role, (count, gpus) in actors.items()
-        if is_share(gpus)
+        if count and is_share(gpus)
     ]
     if rows and not card_bytes:
         return f"{', '.join(rows)}: with all others at least {least_gpus(actors)} GPUs"

@@ -113,7 +113,8 @@ def teacher_gpus(teacher: TeacherConfig) -> float:
 
 
 def role_resources(config: CampaignConfig, cluster_gpus: float, *, private: bool) -> dict[str, tuple[int, Resources]]:
-    """Role -> (replicas, resources of one). Roles are `rollout`, `teacher.<name>` and `learner`.
+    """Role -> (replicas, resources of one). Roles are `rollout`, `teacher.<name>` and `learner`; one that has no work has no
+    replicas.
 
     Where the configuration sets no number of GPUs, an actor gets 1 (or its tensor-parallel size) in a cluster with
     GPUs, and 0 in one without. In one with a single GPU these actors share evenly what the others leave of it. UserError: a
@@ -125,8 +126,14 @@ def role_resources(config: CampaignConfig, cluster_gpus: float, *, private: bool
         "learner": (config.learner, 1.0),
     }
     ranks = config.learner.replicas  # several never share a GPU: a collective wants one for each
-    sharing = sum(role.replicas for role, default in wanted.values() if default and role.gpus_per_replica is None)
-    rest = 1 - sum(role.replicas * (role.gpus_per_replica or 0) for role, _ in wanted.values())
+    count = {
+        name: role.replicas
+        if (config.needs_rollout if name == "rollout" else name == "learner" or config.started_teachers)
+        else 0
+        for name, (role, _) in wanted.items()
+    }
+    sharing = sum(count[name] for name, (role, default) in wanted.items() if default and role.gpus_per_replica is None)
+    rest = 1 - sum(count[name] * (role.gpus_per_replica or 0) for name, (role, _) in wanted.items())
     # Rounded down to hundredths, so that the sum is never above one GPU.
     share = int(100 * rest / sharing + 1e-6) / 100 if sharing and rest > 0 else 0
 
@@ -148,7 +155,7 @@ def role_resources(config: CampaignConfig, cluster_gpus: float, *, private: bool
 
     needed = {
         name: (
-            role.replicas,
+            count[name],
             Resources(role.cpus_per_replica, own, environment(role, own), role.resources),
         )
         for name, (role, default) in wanted.items()
@@ -216,7 +223,7 @@ def room_to_begin(config: CampaignConfig, private: bool) -> Room:
     try:
         check_fits(needed, there, "the cluster")
     except UserError as error:
-        least = {role: (count if role == "learner" else 1, one) for role, (count, one) in needed.items()}
+        least = {role: (count if role == "learner" else min(count, 1), one) for role, (count, one) in needed.items()}
         if not private:
             with suppress(UserError):
                 check_fits(least, there, "the cluster")

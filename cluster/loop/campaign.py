@@ -32,6 +32,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from actors.data.prompts import PromptSet, requests
+from actors.data.trajectory_shards import Row
 from actors.errors import AbortedError, GivenUpError, LostObjectError
 from cluster.config import CampaignConfig
 from cluster.console.screen import Progress
@@ -40,15 +41,17 @@ from cluster.guards import judge
 from cluster.loop.ending import Ending, error_of
 from cluster.loop.evaluation_sets import Evaluations
 from cluster.loop.queues import Queues
+from cluster.loop.replay import Replay
 from cluster.loop.reporting import Reporter, record_of_update
 from cluster.loop.samples import TrainingSamples
 from cluster.loop.teachers import Teachers
-from cluster.loop.weight_sync import TRANSPORTS, EmaTeachers, Published, WeightTransport
+from cluster.loop.weight_sync import TRANSPORTS, EmaTeachers, NoEngines, Published, WeightTransport
 from cluster.loop.work import Issued, Sampled, Scored, ids_of, scores_by_rank, trajectories_of
 from cluster.phases import START
-from cluster.records.writer import RunRecords
+from cluster.records.writer import RECORD_DIRECTORY, RunRecords
 from cluster.state.campaign_state import CampaignState
 from cluster.state.checkpoints import Checkpoints
+from cluster.state.recorded import Record
 from cluster.state.rollback import apply_findings
 from learner.objective.estimator_table import estimator_row
 
@@ -70,12 +73,14 @@ class Campaign:
         learner: Fleet,
         records: RunRecords,
         progress: Progress,
+        record: Record | None = None,
         samples: TrainingSamples | None = None,
         gate: asyncio.Event | None = None,
         interrupted: asyncio.Event | None = None,
         neighbours: Mapping[str, Callable[[], Coroutine[Any, Any, Any]]] | None = None,
     ):
-        """state: where the campaign stands; the loop updates it. Fleets are started. gate: while it is not set, nothing is
+        """state: where the campaign stands; the loop updates it. Fleets are started. record: is trained on again, in the place of
+        prompts. gate: while it is not set, nothing is
         issued, and what is under way is finished and trained. interrupted: once it is set, the loop ends with a checkpoint.
         neighbours: name -> coroutine function that raises when something that the loop cannot do without is lost."""
         self.config, self.state = config, state
@@ -85,12 +90,17 @@ class Campaign:
         self._synchronous = config.pipeline.max_staleness == 0
         self._update_size = config.trajectories_per_update
         self._queues = Queues(config, state, prompts, rollout, teachers)
+        self._replay = None if record is None else Replay(config, state, record, self._queues.slots)
         self._to_publish: asyncio.Queue[Published] = asyncio.Queue(maxsize=1)
         self._learner_turn = asyncio.Lock()
         self._started = asyncio.Event()
         self._spare_slots = int(config.pipeline.oversample * self._update_size)
         self._all_published = asyncio.Event()
-        self._versions: WeightTransport = TRANSPORTS[config.weights.transport](learner, rollout, config.weights)
+        self._versions: WeightTransport = (
+            TRANSPORTS[config.weights.transport](learner, rollout, config.weights)
+            if rollout.replicas
+            else NoEngines(learner)
+        )
         self._ema_teachers = EmaTeachers(config, teachers.fleets, learner)
         self._reporter = Reporter(
             config,
@@ -111,9 +121,7 @@ class Campaign:
         """
         work: dict[str, Callable[[], Coroutine[Any, Any, Any]]] = {
             "interrupt": self._interrupted.wait,
-            "issue": self._issue,
-            "sample": self._sample,
-            "score": self._score,
+            **({} if self._replay else {"issue": self._issue, "sample": self._sample, "score": self._score}),
             "train": self._train,
             "publish": self._publish,
             # A fleet that fails for good ends the loop, even while no stage calls it.
@@ -222,7 +230,7 @@ class Campaign:
     async def _train(self) -> None:
         """Scored -> weight versions. Waits for the trajectories of a whole update; unblocked by score."""
         while self.state.step < self.config.pipeline.updates:
-            update = await self._queues.next_update()
+            update = await (self._recorded_update() if self._replay else self._queues.next_update())
             await self._reporter.disk.lines_written()  # nothing is trained that could not be recorded
             async with self._learner_turn:  # the checkpoint of an interrupt must not see half a step
                 self._reporter.doing("learner", f"update {self.state.step + 1}")
@@ -235,6 +243,8 @@ class Campaign:
                     self._reporter.lost(len(update), error)
                     self._queues.lost(update)
                     continue
+                if self.config.record:  # before it counts: a checkpoint of this update must find it recorded
+                    await self._reporter.disk.patiently(partial(self._write_record, update))
                 self.state.ledger.train([one.sampled.number for one in update], self.state.step + 1)
                 self.state.step += 1
                 self.state.busy["learner"] += metrics.pop("busy_seconds")
@@ -285,7 +295,8 @@ class Campaign:
         """Loads the learner's weights into every rollout actor; in a new campaign, evaluates student and teacher."""
         self.rollout.prepare = self._versions.give  # first: an actor may be replaced while the weights load
         await self.rollout.call_each("abort")  # what a loop before this one left under way (lost learner, rollback)
-        self._queues.seats = (await self.rollout.call("status"))["seats"]
+        if self.rollout.replicas:
+            self._queues.seats = (await self.rollout.call("status"))["seats"]
         with START.phase("the engines get the first weights"):
             await self._versions.load(await self._versions.publish())
             await self._ema_teachers.load(await self._ema_teachers.publish())
@@ -315,11 +326,33 @@ class Campaign:
         except ExceptionGroup as errors:  # unpacked, because callers catch errors by their types
             raise errors.exceptions[0] from None
 
+    async def _recorded_update(self) -> list[Scored]:
+        """The next update of a record, once the loop has started and while it is not paused."""
+        assert self._replay is not None
+        await self._started.wait()
+        if self._gate is not None:
+            await self._gate.wait()
+        return await self._replay.next_update()
+
+    async def _write_record(self, update: list[Scored]) -> None:
+        """Lets the learner record the update that it has just taken. DiskFullError: it is to be called again."""
+        domains = self._prompts.domains_of(ids_of(one.sampled for one in update)) or [None] * len(update)
+        rows = [
+            Row(one.sampled.number, place, domain)
+            for place, (one, domain) in enumerate(zip(update, domains, strict=True))
+        ]
+        await self.learner.call("record", str((self.config.run_dir / RECORD_DIRECTORY).resolve()), rows)
+
     async def _take_update(self, update: list[Scored]) -> dict[str, float]:
         """Calls the learner's `update` with all trajectories, and gives each rank the scores of its own; the metrics."""
         config, sampled = self.config.learner, [one.sampled for one in update]
         ids = ids_of(sampled)
-        costs = self._prompts.lengths_of(ids[:, 1]) + np.array([one.length for one in sampled])
+        domains, lengths = (
+            (self._replay.domains, self._replay.prompt_lengths)
+            if self._replay
+            else (self._prompts.domains_of(ids), self._prompts.lengths_of(ids[:, 1]))
+        )
+        costs = lengths + np.array([one.length for one in sampled])
         parallel = (config.replicas, config.sequence_parallel)
         scores = scores_by_rank(update, costs, config.minibatches_per_update, *parallel)
         return await self.learner.call(
@@ -328,7 +361,7 @@ class Campaign:
             *trajectories_of(sampled),
             *(scores.arguments[0] if config.replicas == 1 else [scores]),
             rate_scale=self.state.guards.rate_scale,
-            domains=self._prompts.domains_of(ids),
+            domains=domains,
         )
 
     async def _published(self, update: list[Scored], metrics: dict[str, float]) -> Published:
@@ -344,6 +377,8 @@ class Campaign:
         return published
 
     def _record(self, update: list[Scored], metrics: dict[str, float], published: Published) -> dict[str, Any]:
+        if self._replay:
+            metrics["replay_epoch"] = (self.state.step - 1) // self._replay.updates + 1
         queues = self._queues.depths()
         self._clock.utilisation.queues(queues)
         return record_of_update(

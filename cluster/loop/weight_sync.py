@@ -145,6 +145,33 @@ class ObjectStoreTransport:
         self._rollout.tell_nodes("prefetch", reference)
 
 
+class NoEngines:
+    """In the place of a transport where no rollout actors run: nothing is published."""
+
+    def __init__(self, learner: Fleet):
+        self.newest: Published | None = None
+        self._learner = learner
+
+    @property
+    def version(self) -> int:
+        """See WeightTransport."""
+        assert self.newest is not None
+        return self.newest.version
+
+    async def publish(self) -> Published:
+        """The learner's version, without weights."""
+        return Published(int((await self._learner.call("status"))["policy_version"]), [], 0, 0.0)
+
+    async def load(self, published: Published) -> None:
+        """See WeightTransport."""
+        self.newest = published
+        if published.record:
+            published.record |= {"publish_seconds": 0.0, "prepare_seconds": 0.0, "standstill_seconds": 0.0}
+
+    async def give(self, handle: Any) -> None:
+        """There is nobody to give it to."""
+
+
 TRANSPORTS = {"object_store": ObjectStoreTransport}
 """Transports by `weights.transport`."""
 

@@ -5,6 +5,7 @@ The arithmetic is in learner/memory_items.py. Nothing is loaded: a model without
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from actors.accelerator import Card
@@ -115,6 +116,8 @@ def roles(config: CampaignConfig) -> list[Role]:
         name: model_numbers(teacher.source, teacher.trust_remote_code, f"teachers.{name}.model")
         for name, teacher in config.teachers.items()
         if backend_of(teacher).has_model_files
+        # The files of a teacher that is not started may not be here; the learner has the head of one with `hidden`.
+        and (name in config.started_teachers or teacher.signal == "hidden" or Path(teacher.source).exists())
     }
     first = [learner_role(config, student, adapter, teachers), rollout_role(config, student, adapter)]
     return first + [teacher_role(config, name, numbers) for name, numbers in teachers.items()]

@@ -34,7 +34,7 @@ class Stage:
     @property
     def seconds(self) -> float:
         """Seconds for one update, with all its actors."""
-        return self.work_seconds / self.replicas
+        return self.work_seconds / self.replicas if self.work_seconds else 0.0
 
 
 @dataclass(frozen=True)

@@ -56,6 +56,7 @@ EVENTS: dict[str, Event] = {
     ),
     "prompts_dropped": Event("{key}: {cause}", "warn"),
     "held_out_overlap": Event("{cause}", "warn"),
+    "replays": Event("replays {path}: {updates} updates, {epochs} times{cause}", news=False),
     "pinned": Event("{commits}", news=False),
     "setting_changed": Event("from update {step} on {key} is {after}; it was {before}", "warn", "changed", marked=True),
     "schedule_planned": Event(

@@ -278,6 +278,22 @@ METRICS: dict[str, Metric] = {
         "corrects",
         "below 0.9: engine and learner disagree", always=False, guarded=True,
     ),
+    "behaviour_ess": Metric(
+        STEP, "share",
+        "how far off-policy: effective sample size of the ratio of the learner, in its first pass over a token, to the policy "
+        "that wrote it, before any weight is cut",
+        "below 0.5: half the tokens count for nothing; stop replaying, or sample anew", always=False, guarded=True,
+        chart="Off-policy: effective sample size", limits=(0, 1),
+    ),
+    "behaviour_kl": Metric(
+        STEP, "nats per token",
+        "how far off-policy: mean log-ratio of the policy that wrote the tokens to the learner in its first pass over them, an "
+        "estimate of the KL from the one to the other",
+        "above 0.1", always=False, guarded=True, chart="Off-policy: KL", limits=(0, None),
+    ),
+    "replay_epoch": Metric(
+        STEP, "", "pass over the record (`replay`), from 1", always=False,
+    ),
     "filter_weight_mean": Metric(
         STEP, "share", "probability of the tokens that top-p and top-k kept; 1 without them",
         "below 0.5: most of the policy is never sampled", always=False, guarded=True,

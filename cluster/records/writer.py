@@ -28,6 +28,10 @@ from cluster.records.metric_table import METRIC_KEYS, STEP_ZERO_KEYS
 METRICS_FILE, EVENTS_FILE, SUMMARY_FILE = "metrics.jsonl", "events.jsonl", "summary.json"
 LEDGER_FILE = "ledger.jsonl"
 UNDONE_FILE = "undone.jsonl"
+RECORD_DIRECTORY = "record"
+"""The trajectories that were trained on, with their scores, where `record` is set (actors/data/trajectory_shards.py)."""
+ORIGIN_FILE = "record.json"
+"""What such a record is of; in its directory."""
 EXPORTS_FILE = "exports.jsonl"
 """A line for each `understudy export` of this run: time, step, out, dtype. The campaign does not touch it."""
 CONFIG_FILE, REPORT_FILE, TRAJECTORIES_DIRECTORY = "config.yaml", "report.html", "trajectories"
@@ -236,7 +240,7 @@ class RunRecords:
         self.truncate_after(step)
 
     def truncate_after(self, step: int) -> None:
-        """Deletes the metrics and trajectories of steps after `step`, and the summary: the campaign continues from there.
+        """Deletes metrics, trajectories and shards of the record after `step`, and the summary: the campaign continues from there.
 
         Events stay, because they happened. -1 deletes the evaluation of the untrained student too.
         """
@@ -245,6 +249,9 @@ class RunRecords:
         for kept, path in trajectory_files(self.run_dir).items():
             if kept > step:
                 path.unlink()
+        for shard in (self.run_dir / RECORD_DIRECTORY).glob("update_*.parquet"):
+            if int(shard.name.removeprefix("update_").partition(".")[0]) > step:
+                shard.unlink(missing_ok=True)
         # A summary means that the campaign has ended.
         summary = self.run_dir / SUMMARY_FILE
         if summary.is_dir() and not summary.is_symlink():  # not removed: nobody knows what is in it

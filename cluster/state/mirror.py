@@ -1,6 +1,7 @@
 """Copies checkpoints and records to another file system (`checkpoint.mirror`, any URL that fsspec knows), and back.
 
     <mirror>/<name>/step_00000100/...       the checkpoint, and in records/ the run directory's records at that time
+    <mirror>/<name>/record/...              the shards of a record, each once
     <mirror>/<name>/step_00000100/COMPLETE  written last: the size of every file; without it the copy does not count
 
 A run directory without a checkpoint is filled from the newest complete copy before the campaign starts. After the loss
@@ -15,6 +16,7 @@ from typing import Any
 
 import fsspec
 
+from actors.data.trajectory_shards import SHARD_NAME, fault_in, shards_in
 from actors.errors import UserError
 from actors.json_files import parsed
 from cluster.config import CampaignConfig
@@ -23,6 +25,8 @@ from cluster.records.writer import (
     EVENTS_FILE,
     LEDGER_FILE,
     METRICS_FILE,
+    ORIGIN_FILE,
+    RECORD_DIRECTORY,
     TRAJECTORIES_DIRECTORY,
     UNDONE_FILE,
 )
@@ -65,6 +69,7 @@ class Mirror:
     def push(self, step: int) -> None:
         """Copies the checkpoint of this step and today's records; replaces an unfinished copy of it."""
         checkpoint, target = step_directory(self._run_dir / "checkpoints", step), self._of(step)
+        self._push_record(step)
         if self._fs.exists(str(target)):
             self._fs.rm(str(target), recursive=True)
         files = {str(path.relative_to(checkpoint)): path for path in checkpoint.rglob("*") if path.is_file()}
@@ -77,6 +82,37 @@ class Mirror:
             self._fs.put_file(str(path), str(target / name))
             sizes[name] = self._fs.size(str(target / name))
         self._fs.pipe_file(str(target / COMPLETE), json.dumps(sizes).encode())
+
+    def _push_record(self, step: int) -> None:
+        """Copies the shards of updates up to this step that are not there; removes those that are not of this record."""
+        directory, target = self._run_dir / RECORD_DIRECTORY, self._root / RECORD_DIRECTORY
+        wanted = {Path(one.path).name for update, of in shards_in(directory).items() if update <= step for one in of}
+        if not wanted:
+            return
+        self._fs.makedirs(str(target), exist_ok=True)
+        self._fs.put_file(str(directory / ORIGIN_FILE), str(target / ORIGIN_FILE))
+        there = {PurePosixPath(path).name: path for path in self._fs.ls(str(target), detail=False)}
+        for name in sorted(wanted - there.keys()):
+            partial = f"{target / name}.partial"
+            self._fs.put_file(str(directory / name), partial)
+            self._fs.mv(partial, str(target / name))
+        for name in there.keys() - wanted - {ORIGIN_FILE}:
+            self._fs.rm_file(there[name])
+
+    def _pull_record(self, step: int) -> None:
+        """Brings back the shards of updates up to this step. UserError: one is damaged."""
+        source, directory = self._root / RECORD_DIRECTORY, self._run_dir / RECORD_DIRECTORY
+        if not self._fs.exists(str(source)):
+            return
+        directory.mkdir(parents=True, exist_ok=True)
+        for path in self._fs.ls(str(source), detail=False):
+            name = PurePosixPath(path).name
+            match = SHARD_NAME.fullmatch(name)
+            if name == ORIGIN_FILE or (match and int(match[1]) <= step):
+                self._fs.get_file(str(source / name), str(directory / name))
+        for update, of in shards_in(directory).items():
+            if fault := fault_in(of):
+                raise UserError(KEY, f"the copy of update {update} of the record: {fault}", "a whole copy")
 
     def prune(self, keep: Collection[int]) -> None:
         """Removes the copies of all other steps."""
@@ -97,6 +133,7 @@ class Mirror:
         for step in reversed(steps):
             try:
                 self._pull(step, checkpoints)
+                self._pull_record(step)
                 return step
             except UserError as error:
                 self.damaged.append((step, error))

@@ -43,6 +43,7 @@ def config_of(run_dir: Path, overrides: Sequence[str]) -> CampaignConfig:
 def _find_again(config: CampaignConfig, begun_in: Any) -> None:
     sources: list[tuple[Any, str]] = [(config.student, "model")]
     sources += [(source, "path") for source in prompt_sources(config).values()]
+    sources += [(config, "replay")]
     sources += [(teacher, name) for teacher in config.teachers.values() for name in ("model", "tokenizer")]
     for owner, name in sources:
         path = getattr(owner, name)

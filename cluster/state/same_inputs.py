@@ -57,6 +57,8 @@ def fingerprints(
         if not looks_local(source) and (commit := split(source)[1]) is not None:
             found[key] = (model, commit)
             continue
+        if key.startswith("teachers.") and not config.started_teachers and not Path(source).exists():
+            continue  # nobody loads it, and its files are not here
         directory = find_model(source, key, weights=not key.endswith("tokenizer"), code=code)
         found[key] = (model, model_fingerprint(directory))
     return {key: {"path": str(path), "fingerprint": told} for key, (path, told) in found.items()}

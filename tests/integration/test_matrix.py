@@ -93,6 +93,8 @@ class Runs:
         return overrides(name, mirror=str(kept), **self._places)
 
     def _run(self, name: str) -> subprocess.CompletedProcess[str]:
+        if before := CAMPAIGNS[name].after:
+            self._running[before].result()
         return subprocess.run(
             [self._python, "-m", "cluster", "run", "base.yaml", *self._arguments(name)],
             cwd=self.folder,
@@ -129,7 +131,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReques
                 for item in request.session.items
                 if hasattr(item, "callspec") and item.module is request.module
             ]  # type: ignore[attr-defined]
-            for name in dict.fromkeys(wanted):
+            first = [name for name in (CAMPAIGNS[own].after for own in wanted) if name]
+            for name in dict.fromkeys([*first, *wanted]):
                 found.begin(name)
             yield found
             found._pool.shutdown()
@@ -151,6 +154,8 @@ def test_a_campaign_runs_to_its_end(name: str, runs: Runs) -> None:
     assert_metrics_are_sound(run_dir, config)
     if wanted.status == 0:
         assert_weights_moved(runs.folder, run_dir, config)
+    if wanted.after:
+        assert_same_bits(run_dir, runs.folder / runs.result(wanted.after)[0].run_dir)
     if config.tracking.wandb_project is not None:
         assert_trackers_got_everything(run_dir, Path(config.tracking.mlflow_uri.removeprefix("file://")))
 
@@ -199,6 +204,15 @@ def assert_weights_moved(folder: Path, run_dir: Path, config: CampaignConfig) ->
     moved = {name for name in before if not after[name].equal(before[name])}
     adapted = config.student.lora.target_modules if config.student.lora else []
     assert moved and all(any(part in name for part in adapted) for name in moved if adapted)
+
+
+def assert_same_bits(replayed: Path, first: Path) -> None:
+    """The replay has the weights and moments of the campaign that it replays, and has started the learner alone."""
+    for file in sorted(first.glob("checkpoints/*/**/*.safetensors")):
+        assert (replayed / file.relative_to(first)).read_bytes() == file.read_bytes()
+    assert list(first.glob("checkpoints/*/training/optimizer.safetensors"))
+    events = read_jsonl(replayed / "events.jsonl")
+    assert [event["actor"] for event in events if event["kind"] == "actor_started"] == ["learner-0"]
 
 
 def assert_trackers_got_everything(run_dir: Path, mlflow: Path) -> None:
