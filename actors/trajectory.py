@@ -105,6 +105,8 @@ class RolloutCounts(NamedTuple):
     """[B] named parts of each reward, where the verifier returns any; else ()."""
     context: tuple[int, ...] = ()
     """[B] tokens of each response that the student did not write; () where it has written all."""
+    processor_seconds: float = 0.0
+    """Processor time of the actor's process since its last report."""
 
 
 class LoadSeconds(NamedTuple):

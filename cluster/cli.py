@@ -175,7 +175,9 @@ def _add_commands_of_a_configuration(command: Command) -> None:
     )
     text = "run one task under several methods and seeds, and compare them"
     versus = configured("compare", _compare, text, "rl:key=value applies to that method only")
-    versus.add_argument("--methods", default="opd,rl,sft", help="some of opd, rl, sft (default all)")
+    versus.add_argument(
+        "--methods", default="opd,rl,sft", help="some of opd, sft, sft_then_opd, opd_reward, rl (default opd,rl,sft)"
+    )
     versus.add_argument("--seeds", default="0,1,2", help="default 0,1,2")
     versus.add_argument("--target", type=float, default=0.95, help="share of the teacher's accuracy (default 0.95)")
     versus.add_argument("--output", type=Path, help="page to write (default: <output_dir>/<name>-comparison.html)")
@@ -413,7 +415,8 @@ def _tail(options: argparse.Namespace) -> int:
 
 
 def _compare(options: argparse.Namespace) -> int:
-    from cluster.commands.compare import compare, table, trials, write_comparison
+    from cluster.commands.compare import compare, trials
+    from cluster.commands.courses import COSTS, equal_cost_table, table, write_comparison
 
     try:
         seeds = [int(seed) for seed in options.seeds.split(",")]
@@ -430,10 +433,12 @@ def _compare(options: argparse.Namespace) -> int:
         return INTERRUPTED_STATUS
     first = found[0].config
     output = (
-        options.output
-        or first.run_dir.parent / f"{first.name.removesuffix(f'-{found[0].method}-{seeds[0]}')}-comparison.html"
+        options.output or first.run_dir.parent / f"{first.name.rpartition(f'-{found[0].method}-')[0]}-comparison.html"
     )
     print(table(results, options.target))
+    for cost in COSTS:
+        if at_equal_cost := equal_cost_table(results, cost):
+            print(f"\n{at_equal_cost}")
     print(f"report: {write_comparison(results, output).resolve()}")
     return 0
 

@@ -22,6 +22,7 @@ from actors.data.models import find_model, load_head
 from actors.data.trajectory_shards import Row, Shard, opened, write_shard
 from actors.errors import CampaignError, CheckpointError, GivenUpError, NonFiniteLossError
 from actors.memory import give_back
+from actors.processor_time import ProcessorTime
 from actors.trajectory import TeacherScores, Trajectories, TrajectoryId, select_trajectories
 from actors.weights.buckets import WeightVersion
 from actors.weights.delta import DeltaVersion
@@ -106,7 +107,7 @@ class Learner:
         self._publisher = Publisher(bucket_bytes, keep=keep_published)
         self._device = torch_device()
         self._masked_token_ids = [*config.objective.masked_token_ids, *masked_role_token_ids]
-        self._busy_seconds = 0.0
+        self._busy_seconds, self._processor = 0.0, ProcessorTime()
         self._records = records
         self._last: tuple[Trajectories, list[TeacherScores], np.ndarray] | None = None
         """The last update's trajectories, the scores of some, and [B] which are this rank's own; until it is recorded."""
@@ -221,6 +222,7 @@ class Learner:
             self._last = written, scores, this_rank_B
         metrics["busy_seconds"] = (time.perf_counter() - start) * self._ranks.size  # summed over the role's processes
         self._busy_seconds += metrics["busy_seconds"]
+        metrics["processor_seconds"] = self._processor.since_report() * self._ranks.size
         give_back()
         return metrics
 

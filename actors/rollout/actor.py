@@ -15,6 +15,7 @@ from actors.data.judge import Judge, rewards_of
 from actors.data.tokenizer import load_tokenizer
 from actors.errors import CampaignError, EngineError
 from actors.memory import give_back
+from actors.processor_time import ProcessorTime
 from actors.rollout.batched_calls import BatchedCalls
 from actors.rollout.engine import PromptLengths, check_answer, make_engine, told_apart
 from actors.trajectory import FINISH_REASONS, LoadSeconds, Requests, RolloutCounts, Trajectories
@@ -85,6 +86,7 @@ class RolloutActor(BatchedCalls):
             vocabulary=vocabulary,
             prompts=prompts,
         )
+        self._processor = ProcessorTime()
 
     async def generate(
         self, requests: Requests, greedy: bool = False, sampling: SamplingConfig | None = None
@@ -130,6 +132,7 @@ class RolloutActor(BatchedCalls):
             more,
             parts,
             () if trajectories.trained.all() else tuple((trajectories.lengths - trajectories.trained_lengths).tolist()),
+            self._processor.since_report(),
         )
         return counts, trajectories
 

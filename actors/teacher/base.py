@@ -15,6 +15,7 @@ from actors.config import TeacherConfig
 from actors.data.contexts import context_length, engine_context, has_context
 from actors.data.models import load_config
 from actors.errors import CampaignError
+from actors.processor_time import ProcessorTime
 from actors.teacher.backends import Backend
 from actors.trajectory import (
     Limits,
@@ -43,6 +44,8 @@ class TeacherCounts(NamedTuple):
     """Seconds that the call took."""
     refused: Mapping[int, str] = {}
     """Number of a trajectory in the call -> why it has no scores at all. The campaign drops it."""
+    processor_seconds: float = 0.0
+    """Processor time of the actor's process since its last report."""
 
 
 class Teacher:
@@ -68,6 +71,7 @@ class Teacher:
         self.context = UNBOUNDED
         """Tokens that it can score at once, prompt and response. A longer trajectory is refused, not cut."""
         self._busy_seconds, self._probe_logprob = 0.0, float("nan")
+        self._processor = ProcessorTime()
 
     # Teacher is not an ABC: a teacher that wraps another one overrides `score` and needs no `score_tokens`. backends.py
     # reads the marks, to refuse a user's class that lacks a method.
@@ -194,7 +198,8 @@ class Teacher:
         """
         seconds = time.perf_counter() - start
         self._busy_seconds += seconds
-        return TeacherCounts(int(np.isnan(scores.logprobs[trained]).sum()), seconds)
+        missing = int(np.isnan(scores.logprobs[trained]).sum())
+        return TeacherCounts(missing, seconds, processor_seconds=self._processor.since_report())
 
 
 def context_of(config: TeacherConfig, key: str) -> int:

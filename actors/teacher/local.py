@@ -205,7 +205,8 @@ class LocalTeacher(Teacher):
         )
         seconds = time.perf_counter() - start
         versions = np.full(len(requests.ids), policy_version, np.int32)
-        return RolloutCounts(np.diff(offsets), versions, ~stopped, seconds), written
+        spent = self._processor.since_report()
+        return RolloutCounts(np.diff(offsets), versions, ~stopped, seconds, processor_seconds=spent), written
 
 
 def repeats_of(device: str) -> float:

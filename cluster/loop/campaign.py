@@ -199,6 +199,7 @@ class Campaign:
                 return  # `Queues.cut` dropped them while the answer was on its way
             self.state.tokens_generated += int(counts.lengths.sum()) - sum(counts.context)
             self.state.busy["rollout"] += counts.busy_seconds
+            self.state.processor_seconds += counts.processor_seconds
             self._reporter.unjudged(counts.unjudged)
             self._reporter.preempted(counts.preempted, counts.seats)
             self._queues.sampled(issued, counts, reference)
@@ -221,6 +222,7 @@ class Campaign:
                 return self._queues.lost_before_scored(batch)
             self.state.missing_scores += answer.missing
             self.state.busy["teacher"] += answer.busy_seconds
+            self.state.processor_seconds += answer.processor_seconds
             for row, cause in answer.refused.items():
                 self._reporter.event("trajectory_refused", trajectory=str(batch[row].id), cause=cause)
             await self._queues.scored(batch, answer)
@@ -248,6 +250,7 @@ class Campaign:
                 self.state.ledger.train([one.sampled.number for one in update], self.state.step + 1)
                 self.state.step += 1
                 self.state.busy["learner"] += metrics.pop("busy_seconds")
+                self.state.processor_seconds += metrics.pop("processor_seconds", 0.0)
                 published = await self._published(update, metrics)
                 if self._samples is not None:
                     await self._reporter.disk.patiently(partial(self._samples.keep, self.state.step, update))

@@ -218,6 +218,7 @@ def record_of_update(
         "response_length_mean": float(np.mean([one.length - one.context for one in sampled])),
         **{f"queue_{name}": depth for name, depth in queues.items()},
         **{f"busy_{role}": seconds for role, seconds in busy.items()},
+        "processor_seconds": state.processor_seconds,
         "publish_seconds": published.seconds,
         "publish_bytes": published.nbytes,
     }

@@ -76,6 +76,8 @@ class TeacherAnswer(NamedTuple):
     """Seconds that the teacher actors worked for it, summed."""
     refused: dict[int, str] = {}  # noqa: RUF012
     """Row of a trajectory that a teacher cannot score at all -> why."""
+    processor_seconds: float = 0.0
+    """Processor time of the teacher actors, summed."""
 
 
 class Teachers:
@@ -116,6 +118,7 @@ class Teachers:
             sum(counts.missing for counts, _ in answers),
             sum(counts.busy_seconds for counts, _ in answers),
             refused,
+            sum(counts.processor_seconds for counts, _ in answers),
         )
 
     async def room(self, calls: int) -> None:

@@ -364,6 +364,9 @@ METRICS: dict[str, Metric] = {
     "busy_rollout": Metric(PIPELINE, "seconds", "work of all rollout actors since the line before"),
     "busy_teacher": Metric(PIPELINE, "seconds", "work of all teacher actors"),
     "busy_learner": Metric(PIPELINE, "seconds", "work of the learner"),
+    "processor_seconds": Metric(
+        PIPELINE, "seconds, total", "processor time of the actors for training, without start-up and evaluations", always=False
+    ),
     "publish_seconds": Metric(
         PIPELINE, "seconds", "from the learner to every rollout actor",
         chart="Publishing", form="seconds", status="weights", label="published in seconds", digits=".2f",

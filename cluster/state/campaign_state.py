@@ -30,6 +30,8 @@ class CampaignState:
     """Response tokens sampled for training."""
     busy: dict[str, float] = field(default_factory=lambda: dict.fromkeys(ROLES, 0.0))
     """Role -> seconds of work, summed over the role's actors."""
+    processor_seconds: float = 0.0
+    """Processor time of the actors, of work for training."""
     start: dict[str, Any] = field(default_factory=dict)
     """The evaluation of the untrained student, and the teacher's accuracy."""
     pending: list[dict[str, Any]] = field(default_factory=list)
@@ -85,6 +87,7 @@ class CampaignState:
             "ledger": self.ledger.to_json(),
             "tokens_generated": self.tokens_generated,
             "busy": self.busy,
+            "processor_seconds": self.processor_seconds,
             "start": self.start,
             "pending": self.pending,
             "evaluations": self.evaluations,
@@ -108,6 +111,7 @@ class CampaignState:
             ledger=Ledger.from_json(content["ledger"]),
             tokens_generated=content["tokens_generated"],
             busy=dict(content["busy"]),
+            processor_seconds=content.get("processor_seconds", 0.0),
             start=content["start"],
             pending=content["pending"],
             # JSON has turned the keys into text.

@@ -27,7 +27,9 @@ from tests.waiting import PATIENCE_SECONDS, until
 
 ROOT = Path(__file__).resolve().parents[2]
 UPDATES = 6
-OF_TIME = re.compile(r"wall_seconds|busy_.*|publish_seconds|prepare_seconds|standstill_seconds|loop_seconds")
+OF_TIME = re.compile(
+    r"wall_seconds|processor_seconds|busy_.*|publish_seconds|prepare_seconds|standstill_seconds|loop_seconds"
+)
 LIGHT = f"rollout.backend={BACKEND}"
 
 pytestmark = pytest.mark.integration
