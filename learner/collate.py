@@ -343,8 +343,8 @@ def collate(
         reference = where_known(scores.reference_logprobs)
         teacher_logprobs = extrapolated_teacher(teacher_logprobs, reference, objective.extrapolation)
     behaviour, filter_weight, unknown = _policy(written, tensor)
-    unwritten = bool(np.isnan(written.behaviour_logprobs[written.trained]).any())  # by a policy that is known
-    if estimator_row(objective.estimator).text_by == "teacher" or unwritten:
+    nobodys = bool((written.policy_versions[written.trained] < 0).any())  # it was written by no version of this student
+    if estimator_row(objective.estimator).text_by == "teacher" or nobodys:
         behaviour = teacher_logprobs  # the text is the teacher's, or only distances to the teacher can be told
     zeros = torch.zeros(len(mask), device=device)
     tensors = {
