@@ -139,6 +139,10 @@ class SourceConfig:
     """Keyword arguments of `function`."""
     prompt_field: str = "prompt"
     """Field with the prompt: a string, or a list of chat messages with `role` and `content`."""
+    response_field: str | None = None
+    """Field with the response that `learner.objective.estimator: sft` trains on: a text, or chat messages that follow the
+    prompt's. The prompt's own field, where that holds whole conversations: all turns of the assistant are trained on. Null: a
+    teacher writes. Held-out prompts are read without it."""
     tools_field: str = "tools"
     """Field with the tools that the chat template describes, a list of JSON schemas. Records need not have it."""
     reference_field: str | None = "answer"
@@ -204,6 +208,11 @@ class PromptsConfig(SourceConfig):
         return any(one.reference_field is not None for one in self.each_source("").values())
 
     @property
+    def has_responses(self) -> bool:
+        """Whether the prompts come with responses."""
+        return any(one.response_field is not None for one in self.each_source("").values())
+
+    @property
     def has_domains(self) -> bool:
         """Whether prompts may have a domain."""
         named = any(one.domain is not None for one in self.sources.values())
@@ -239,8 +248,16 @@ class SamplingConfig:
     """Keep the k most likely tokens. 0 keeps all."""
     max_response_tokens: int = number(1024, minimum=1)
     """A longer response is cut here and recorded as truncated."""
+    response_tokens_schedule: list[list[int]] = field(default_factory=list)
+    """Other limits in training, from an update on: `[[1, 64], [200, 256]]` cuts responses at 64 tokens from update 1 on, and at
+    256 from update 200 on. Before the first it is `max_response_tokens`, above which none may be; evaluations keep that."""
     stop_token_ids: list[int] = field(default_factory=list)
     """More tokens that end a response, besides those of the tokenizer and of generation_config.json."""
+
+    def response_tokens_at(self, update: int) -> int:
+        """The length limit of responses that are sampled for this update, from 1."""
+        begun = [tokens for first, tokens in self.response_tokens_schedule if first <= update]
+        return begun[-1] if begun else self.max_response_tokens
 
 
 @dataclass

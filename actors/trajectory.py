@@ -6,7 +6,7 @@ K support size, V vocabulary size.
 """
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -56,6 +56,8 @@ class Requests:
     """[B] reference answers for the verifier, where responses get a reward; else empty."""
     asides: tuple[Aside, ...] = ()
     """[B] what else the verifier may know, where responses get a reward; else empty."""
+    max_response_tokens: int | None = None
+    """A length limit of their own; None: that of the sampling."""
 
     @property
     def prompts(self) -> list[np.ndarray]:
@@ -107,6 +109,8 @@ class RolloutCounts(NamedTuple):
     """[B] tokens of each response that the student did not write; () where it has written all."""
     processor_seconds: float = 0.0
     """Processor time of the actor's process since its last report."""
+    refused: Mapping[int, str] = {}
+    """Number of a request -> why a teacher that writes in the student's place has not answered it. The campaign drops it."""
 
 
 class LoadSeconds(NamedTuple):
@@ -172,6 +176,11 @@ class Trajectories:
         """[N] float32: `policy_logprobs`; where it is not known, the log-prob after the filter. For measuring only."""
         policy = self.policy_logprobs
         return np.where(np.isnan(policy), self.behaviour_logprobs, policy)
+
+    @property
+    def truncated(self) -> np.ndarray:
+        """[B] bool: the response was cut at the length limit."""
+        return self.finish_reasons == FINISH_REASONS.index("length")
 
     @property
     def trained_lengths(self) -> np.ndarray:

@@ -21,6 +21,7 @@ from actors.config import (
 )
 from cluster.guards import GuardConfig, default_guards
 from learner.config import LearnerConfig
+from learner.objective.estimator_table import estimator_row
 from learner.validation import gives_rewards
 
 
@@ -87,6 +88,8 @@ class EvaluationConfig:
     that of a set."""
     every_updates: int = number(20, minimum=1)
     """Evaluate after this many updates, and also before the first and after the last."""
+    max_response_tokens: int | None = number(None, minimum=1)
+    """A longer response to `prompts` is cut here; sets have their own. Null: `sampling.max_response_tokens`."""
     teacher: bool = True
     """Measure the teacher's own greedy accuracy once, at the start, where held-out prompts have reference answers."""
     keep_trajectories: int = number(32, minimum=0)
@@ -237,25 +240,33 @@ class CampaignConfig:
         return gives_rewards(self.learner.objective)
 
     @property
+    def text_by(self) -> str:
+        """Who writes the responses that are trained on: "student"; with `estimator: sft` "teacher", or "data", where the
+        prompts come with responses."""
+        writer = estimator_row(self.learner.objective.estimator).text_by
+        return "data" if writer == "teacher" and self.prompts.has_responses else writer
+
+    @property
+    def needs_rollout(self) -> bool:
+        """Whether rollout actors are started: the student writes, in training or in evaluations."""
+        writes = self.replay is None and self.text_by == "student"
+        return writes or self.evaluation.prompts is not None or bool(self.evaluation.sets)
+
+    @property
+    def started_teachers(self) -> dict[str, TeacherConfig]:
+        """The teachers whose actors are started; none, where what is trained on needs none, and no evaluation asks them anything."""
+        evaluation = self.evaluation
+        asked = evaluation.prompts is not None or any(
+            self.is_scored(one) or (one.verifier is not None and evaluation.teacher) for one in evaluation.sets.values()
+        )
+        return self.teachers if asked or (self.replay is None and self.text_by != "data") else {}
+
+    @property
     def best_by(self) -> str:
         """The evaluation set that decides which checkpoint is best; "" for `evaluation.prompts`."""
         if self.checkpoint.best_by is not None:
             return self.checkpoint.best_by
         return "" if self.evaluation.prompts is not None else next(iter(self.evaluation.sets), "")
-
-    @property
-    def needs_rollout(self) -> bool:
-        """Whether rollout actors are started: the student writes, in training or in evaluations."""
-        return self.replay is None or self.evaluation.prompts is not None or bool(self.evaluation.sets)
-
-    @property
-    def started_teachers(self) -> dict[str, TeacherConfig]:
-        """The teachers whose actors are started; none, where scores are there, and no evaluation asks them anything."""
-        evaluation = self.evaluation
-        asked = evaluation.prompts is not None or any(
-            self.is_scored(one) or (one.verifier is not None and evaluation.teacher) for one in evaluation.sets.values()
-        )
-        return self.teachers if asked or self.replay is None else {}
 
     @property
     def replicas(self) -> dict[str, int]:
@@ -289,7 +300,20 @@ class CampaignConfig:
     def longest_response(self) -> int:
         """Tokens of the longest response that the student may write, in training or in an evaluation."""
         sets = [self.sampling_of(one).max_response_tokens for one in self.evaluation.sets.values()]
-        return max(self.sampling.max_response_tokens, *sets) if sets else self.sampling.max_response_tokens
+        return max(self.sampling.max_response_tokens, self.evaluated.sampling.max_response_tokens, *sets)
+
+    @property
+    def longest_scored(self) -> int:
+        """The same of responses that teachers score."""
+        sets = [one for one in self.evaluation.sets.values() if self.is_scored(one)]
+        lengths = [self.sampling_of(one).max_response_tokens for one in sets]
+        return max(self.sampling.max_response_tokens, self.evaluated.sampling.max_response_tokens, *lengths)
+
+    @property
+    def evaluated(self) -> "CampaignConfig":
+        """The same campaign with the length limit of `evaluation.prompts`."""
+        longest = self.evaluation.max_response_tokens or self.sampling.max_response_tokens
+        return replace(self, sampling=replace(self.sampling, max_response_tokens=longest))
 
 
 def prompt_sources(config: CampaignConfig) -> dict[str, SourceConfig]:

@@ -1,6 +1,7 @@
 """Reads what the campaign process needs before the start: prompts, held-out prompts, tokenizer, verifier."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any, NamedTuple
@@ -11,13 +12,14 @@ from actors.config import PromptsConfig
 from actors.data.contexts import context_length, engine_context
 from actors.data.judge import Judge
 from actors.data.models import find_model, load_config
-from actors.data.prompt_filters import Dropped, dropped, overlap, repeated
-from actors.data.prompts import PromptSet, load_prompts
+from actors.data.prompt_filters import Dropped, dropped, overlap, repeated, whole_texts
+from actors.data.prompts import PromptSet, check_lengths, load_prompts
+from actors.data.responses import Ends
 from actors.data.tokenizer import load_tokenizer, stop_token_ids, template_token_ids, turn_end
 from actors.errors import UserError
 from actors.import_path import is_import_path
 from actors.teacher.backends import backend_of
-from actors.teacher.base import context_of
+from actors.teacher.base import UNBOUNDED, context_of
 from actors.teacher.turn_ends import TurnEnds
 from cluster.config import CampaignConfig, prompt_sources
 from cluster.loop.teachers import PromptRoutes, routes
@@ -151,7 +153,10 @@ def _read_inputs(config: CampaignConfig, judge: Judge) -> Inputs:
     model_config = load_config(student.source, student.trust_remote_code, "student.model")
     rows = model_config.get_text_config().vocab_size
     _refuse_unknown(config.learner.objective.masked_token_ids, rows, "learner.objective.masked_token_ids")
-    prompts, prompt_routes, left_out = _read(config, config.prompts, tokenizer, "prompts", judge)
+    trained: dict[str, Any] = {}
+    if config.text_by == "data":  # nothing of it is scored
+        trained = {"bounded": False, "ends": _ends(config, tokenizer, stop)}
+    prompts, prompt_routes, left_out = _read(config, config.prompts, tokenizer, "prompts", judge, **trained)
     prompt_routes = prompt_routes._replace(stop_token_ids=stop)
     if (reference := config.learner.objective.reference_teacher) is not None:
         prompt_routes = prompt_routes._replace(routes=[{**route, reference: 0.0} for route in prompt_routes.routes])
@@ -159,9 +164,10 @@ def _read_inputs(config: CampaignConfig, judge: Judge) -> Inputs:
         _demand_references(config.prompts, prompts, "prompts")
     held_out, held_out_routes = None, None
     if config.evaluation.prompts is not None:
-        held_out, held_out_routes, more = _read(
-            config, config.evaluation.prompts, tokenizer, "evaluation.prompts", judge
-        )
+        with _limit_of("evaluation", config.evaluation.max_response_tokens):
+            held_out, held_out_routes, more = _read(
+                config.evaluated, config.evaluation.prompts, tokenizer, "evaluation.prompts", judge
+            )
         left_out |= more
     sets = {name: read_set(config, tokenizer, name, stop, judge) for name in config.evaluation.sets}
     for routes_of in [held_out_routes, *(one.routes for one in sets.values())]:
@@ -170,7 +176,7 @@ def _read_inputs(config: CampaignConfig, judge: Judge) -> Inputs:
             prompt_routes = prompt_routes._replace(longest=longest)
     left_out |= {key: own for one in sets.values() for key, own in one.left_out.items()}
     shared = overlap(held_out, prompts) if held_out is not None else ""
-    remarks = mixture(config, prompts)
+    remarks = [*mixture(config, prompts), *_cut(config, prompts)]
     remarks += [f"{key}: {one}" for key, one in left_out.items()] + ([f"note: {shared}"] if shared else [])
     remarks += [f"{name}: note: {found}" for name, one in sets.items() if (found := overlap(one.prompts, prompts))]
     if config.gives_rewards:
@@ -237,20 +243,27 @@ def read_set(config: CampaignConfig, tokenizer: Any, name: str, stop: list[int],
     longer = replace(config, sampling=config.sampling_of(one))
     judge = None if one.verifier is None else of_all.beside(one.verifier, f"{key}.verifier")
     asks_teachers = config.is_scored(one) or (one.verifier is not None and config.evaluation.teacher)
-    try:
+    with _limit_of(key, one.max_response_tokens):
         prompts, routed, left_out = _read(
             longer, one.prompts, tokenizer, f"{key}.prompts", judge, bounded=asks_teachers
         )
-    except UserError as error:
-        if error.where != "sampling.max_response_tokens" or one.max_response_tokens is None:
-            raise
-        raise UserError(f"{key}.max_response_tokens", error.found, error.expected) from error
     if one.verifier is not None and not prompts.judged():
         raise UserError(f"{key}.verifier", one.verifier.name, "a reference answer in a prompt, or null")
     if len(prompts) * one.samples > MOST_TRAJECTORIES:
         found = f"{one.samples:,} with {len(prompts):,} prompts"
         raise UserError(f"{key}.samples", found, f"at most {MOST_TRAJECTORIES:,} trajectories of a set")
     return HeldOut(prompts, routed._replace(stop_token_ids=stop), judge, left_out)
+
+
+@contextmanager
+def _limit_of(key: str, own: int | None) -> Iterator[None]:
+    """Names the section's own length limit, where it has one, in the error of one that is too large."""
+    try:
+        yield
+    except UserError as error:
+        if error.where != "sampling.max_response_tokens" or own is None:
+            raise
+        raise UserError(f"{key}.max_response_tokens", error.found, error.expected) from error
 
 
 def student_stop_tokens(config: CampaignConfig) -> list[int]:
@@ -311,41 +324,38 @@ def _read(
     judge: Judge | None,
     *,
     bounded: bool = True,
+    ends: Ends | None = None,
 ) -> tuple[PromptSet, PromptRoutes, dict[str, Dropped]]:
     """The prompts as the student reads them, the routes (the teachers of each prompt, and their view of it), and what was
     left out of each source.
 
-    bounded: teachers read the responses too, so that these must fit into their contexts.
+    bounded: teachers read the responses too, so that these must fit into their contexts. ends: the prompts come with
+    responses, which end so.
     """
-    if source.chat and not tokenizer.chat_template:
-        raise UserError(f"{key}.chat", "true, and a student without a chat template", _templates(config))
-    if source.chat:
-        _refuse_unnamed(source, tokenizer, key)
-    response = config.sampling.max_response_tokens
-    room = student_limit(config).tokens - response
-    prompts = _prompts(config, source, tokenizer, key, room, judge)
+    prompts, room = _as_the_student_reads(config, source, tokenizer, key, judge, ends)
+    response, reading = config.sampling.max_response_tokens, config.teachers if ends is None else {}
     own = {
         name: load_tokenizer(its, teacher.trust_remote_code, f"teachers.{name}.tokenizer")
-        for name, teacher in config.teachers.items()
+        for name, teacher in reading.items()
         if (its := teacher.tokenizer_source) is not None
     }
     read_otherwise = {
         name: load_prompts(source, own.get(name, tokenizer), None, key, teacher.prompt_template)
-        for name, teacher in config.teachers.items()
+        for name, teacher in reading.items()
         if teacher.prompt_template is not None or name in own
     }
     reference = config.learner.objective.reference_teacher
-    teaching = {name: teacher for name, teacher in config.teachers.items() if name != reference}
-    # Without teachers, as where only accuracy is evaluated, nothing is scored.
+    teaching = {name: teacher for name, teacher in reading.items() if name != reference}
+    # Without teachers, as where only accuracy is evaluated, nothing is scored; nor are responses of a data set.
     routed = routes(prompts.domains, teaching, prompts.where) if teaching else [{} for _ in range(len(prompts))]
     # Which of the prompts a teacher reads, and how: with other words, or in other tokens.
     readers = {
         name: np.flatnonzero([name == reference or name in teachers for teachers in routed]) for name in config.teachers
     }
-    too_long = np.diff(prompts.offsets) > min(room, source.max_prompt_tokens or room)
+    too_long = np.diff(prompts.offsets) > np.minimum(room, source.max_prompt_tokens or UNBOUNDED)
     if bounded:
         too_long |= _unreadable(config, source, prompts, read_otherwise, readers)
-    repeats = repeated(prompts.texts, ~too_long) if source.duplicates == "drop" else np.zeros(len(prompts), bool)
+    repeats = repeated(whole_texts(prompts), ~too_long) if source.duplicates == "drop" else np.zeros(len(prompts), bool)
     left_out = dropped(prompts, too_long, repeats)
     if left_out:
         rows = np.flatnonzero(~(too_long | repeats))
@@ -358,6 +368,58 @@ def _read(
         if backend_of(config.teachers[name]).tries_length
     }
     return prompts, PromptRoutes(routed, read_otherwise, longest=longest), left_out
+
+
+def _as_the_student_reads(
+    config: CampaignConfig, source: PromptsConfig, tokenizer: Any, key: str, judge: Judge | None, ends: Ends | None
+) -> tuple[PromptSet, Any]:
+    """(the prompts, tokens that each may have, or all may). UserError: one is too long, and none is dropped."""
+    if source.chat and not tokenizer.chat_template:
+        raise UserError(f"{key}.chat", "true, and a student without a chat template", _templates(config))
+    if source.chat:
+        _refuse_unnamed(source, tokenizer, key)
+    context = student_limit(config).tokens
+    if ends is None:
+        room = context - config.sampling.max_response_tokens
+        return _prompts(config, source, tokenizer, key, room, judge), room
+    prompts = load_prompts(source, tokenizer, None, key, ends=ends)
+    return prompts, context - _demand_fit(config, source, prompts, key)
+
+
+def _ends(config: CampaignConfig, tokenizer: Any, stop: list[int]) -> Ends:
+    """How the responses of a data set end: with the token that ends the student's turns."""
+    student, prompts = config.student, config.prompts
+    directory = find_model(student.source, "student.model", weights=False, code=student.trust_remote_code)
+    rows = load_config(student.source, student.trust_remote_code, "student.model").get_text_config().vocab_size
+    arguments = prompts.chat_template_arguments
+    return Ends(stop, turn_end(directory, tokenizer, prompts.chat, arguments, rows=rows) or stop[0])
+
+
+def _demand_fit(config: CampaignConfig, source: PromptsConfig, prompts: PromptSet, key: str) -> np.ndarray:
+    """[M] tokens of the responses, cut where they are. UserError: one with its prompt is too long, and none is dropped."""
+    assert prompts.responses is not None
+    responses, limit = prompts.responses.lengths(config.sampling.max_response_tokens), student_limit(config)
+    lengths = np.diff(prompts.offsets)
+    if source.too_long == "refuse":
+        check_lengths(prompts, source.max_prompt_tokens, f"{key}.max_prompt_tokens")
+        if len(wrong := np.flatnonzero(lengths + responses > limit.tokens)):
+            found = f"a prompt of {lengths[wrong[0]]} tokens with a response of {responses[wrong[0]]}"
+            many = f"({len(wrong)} of {len(lengths)} are too long)"
+            way_out = f"{key}.too_long: drop leaves them out, a smaller sampling.max_response_tokens cuts the responses"
+            raise UserError(
+                prompts.where(wrong[0]),
+                f"{found} {many}",
+                f"at most {limit.tokens} together, {limit.whose} ({way_out})",
+            )
+    return responses
+
+
+def _cut(config: CampaignConfig, prompts: PromptSet) -> list[str]:
+    """What is to be said of responses of a data set that are cut."""
+    most = config.sampling.max_response_tokens
+    longer = 0 if prompts.responses is None else int((np.diff(prompts.responses.offsets) > most).sum())
+    told = f"note: {longer:,} of {len(prompts):,} responses are cut at {most} tokens (sampling.max_response_tokens)"
+    return [told] if longer else []
 
 
 def _prompts(

@@ -255,7 +255,7 @@ def _teacher(config: CampaignConfig, name: str) -> str:
         load_config(teacher.source, teacher.trust_remote_code, key),
     )
     rows = configs[1].get_text_config().vocab_size
-    refuse_full(teacher, f"teachers.{name}", rows, config.sampling.max_response_tokens)
+    refuse_full(teacher, f"teachers.{name}", rows, config.longest_scored)
     remarks = check_tokenizers_agree(*tokenizers, *configs, key)
     if (ends := turn_ends(config, name)) is not None:
         own, its = (

@@ -25,6 +25,8 @@ def refuse_sources(config: CampaignConfig) -> None:
             *_several(key, section),
             *(row for its, source in section.each_source(key).items() for row in _one(its, source)),
             *_weights(key, section.sources, trained=section is config.prompts),
+            *_responses(key, section),
+            *(_trained_responses(config) if section is config.prompts else ()),
         ):
             if wrong:
                 raise UserError(where, found, expected)
@@ -87,3 +89,40 @@ def _weights(key: str, sources: Mapping[str, MixedSourceConfig], *, trained: boo
         yield not trained, where, weight, "null: each held-out prompt is answered once"
         expected = f"a weight, as {where} has one; or none for all, in proportion to their numbers of prompts"
         yield without is not None, f"{key}.sources.{without}.weight", "null", expected
+
+
+def _responses(key: str, section: PromptsConfig) -> Iterator[Contradiction]:
+    """Responses of all sources, or of none."""
+    given = [name for name, source in section.sources.items() if source.response_field is not None]
+    without = next((name for name in section.sources if given and name not in given), None)
+    expected = f"the field with the response, as {key}.sources.{next(iter(given), '')} has one; or none for all"
+    yield without is not None, f"{key}.sources.{without}.response_field", "null", expected
+    continued = section.has_responses and bool(section.chat_template_arguments.get("continue_final_message"))
+    expected = "nothing where there are responses (response_field), which begin with a turn of the assistant"
+    yield continued, f"{key}.chat_template_arguments.continue_final_message", "true", expected
+    for where, source in section.each_source(key).items():
+        same = source.response_field is not None and source.response_field == source.prompt_field and not section.chat
+        expected = (
+            f"another field than {source.prompt_field}: without a chat template a text has no turns (chat is false)"
+        )
+        yield same, f"{where}.response_field", source.response_field, expected
+
+
+def _trained_responses(config: CampaignConfig) -> Iterator[Contradiction]:
+    """What trains on responses of a data set."""
+    for where, source in config.prompts.each_source("prompts").items():
+        estimator = config.learner.objective.estimator
+        ignored = source.response_field is not None and config.text_by != "data"
+        expected = f"null, or learner.objective.estimator=sft: with {estimator} the student writes"
+        yield ignored, f"{where}.response_field", source.response_field, expected
+    expected = "nothing where the prompts come with responses (prompts.response_field), which are kept and scored nowhere"
+    yield config.text_by == "data" and config.record, "record", "true", expected
+    yield config.text_by == "data" and config.replay is not None, "replay", config.replay, expected
+    samples = config.pipeline.samples_per_prompt
+    several = config.text_by == "data" and samples > 1
+    yield (
+        several,
+        "pipeline.samples_per_prompt",
+        samples,
+        "1: a prompt comes with one response (prompts.response_field)",
+    )

@@ -126,12 +126,13 @@ def build_learner(
             "bucket_bytes": config.weights.bucket_mebibytes << 20,
             "keep_published": config.weights.encoding == "delta",
             "checkpoint": str(checkpoint.resolve()) if checkpoint else None,
-            "teachers": _as_actors_need(config),
+            "teachers": {} if config.text_by == "data" else _as_actors_need(config),
             "masked_role_token_ids": inputs.masked_role_token_ids,
             "turn_ends": inputs.turn_ends,
             "vocabulary": inputs.vocabulary,
             "plans": tuple(plans),
             "records": config.record,
+            "of_data": config.text_by == "data",
         },
         replicas=replicas,
         resources=resources,
@@ -186,7 +187,7 @@ def build_evaluator(
             inputs.judge,
             Teachers(teachers, inputs.held_out_routes),
             seed=config.seed,
-            max_response_tokens=config.sampling.max_response_tokens,
+            sampling=config.evaluated.sampling,
             stop_token_ids=inputs.stop_token_ids,
             keep_trajectories=keep,
             on_event=on_event,
@@ -236,7 +237,8 @@ def _teacher_engine(config: CampaignConfig, inputs: Inputs, name: str, teacher: 
     ):
         return teacher.engine
     response = config.sampling.max_response_tokens
-    sets = [(inputs.prompts, inputs.prompt_routes, response), (inputs.held_out, inputs.held_out_routes, response)]
+    evaluated = config.evaluated.sampling.max_response_tokens
+    sets = [(inputs.prompts, inputs.prompt_routes, response), (inputs.held_out, inputs.held_out_routes, evaluated)]
     sets += [
         (one.prompts, one.routes, config.sampling_of(config.evaluation.sets[key]).max_response_tokens)
         for key, one in inputs.sets.items()
@@ -252,12 +254,13 @@ def _teacher_engine(config: CampaignConfig, inputs: Inputs, name: str, teacher: 
 
 
 def _lengths(config: CampaignConfig, inputs: Inputs) -> PromptLengths:
-    sets = [prompts for prompts in (inputs.prompts, inputs.held_out) if prompts is not None]
-    longest = max(int(np.diff(prompts.offsets).max()) for prompts in sets)
-    whole = [
-        int(np.diff(one.prompts.offsets).max()) + config.sampling_of(config.evaluation.sets[name]).max_response_tokens
-        for name, one in inputs.sets.items()
-    ]
+    trained = None if config.text_by != "student" else inputs.prompts  # others write those responses
+    longest = int(np.diff(trained.offsets).max()) if trained is not None else 0
+    own = {name: config.sampling_of(one).max_response_tokens for name, one in config.evaluation.sets.items()}
+    held_out = [(one.prompts, own[name]) for name, one in inputs.sets.items()]
+    if inputs.held_out is not None:
+        held_out.append((inputs.held_out, config.evaluated.sampling.max_response_tokens))
+    whole = [int(np.diff(prompts.offsets).max()) + response for prompts, response in held_out]
     return PromptLengths(int(inputs.prompts.offsets[-1]) // len(inputs.prompts), longest, max(whole, default=0))
 
 

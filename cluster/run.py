@@ -192,7 +192,7 @@ class Running:
         INTERRUPTS.last_acts.append(self._ended_now)
         self.turn = asyncio.Lock()
         self.fleets = build_fleets(config, inputs, self.needed, begin, self.on_event, self.turn)
-        if shares_version(config):
+        if config.needs_rollout and shares_version(config):
             size, nbytes = config.rollout.tensor_parallel_size, version_bytes(config, *student_numbers(config))
             self.on_event("version_shared", role="rollout", ranks=size, gigabytes=nbytes / 1e9)
         self.learner = build_learner(config, inputs, checkpoint, state.plans, self.needed, self.on_event, self.turn)
@@ -284,6 +284,8 @@ class Running:
         with START.phase("trying the teachers"):
             await panel.compare_replicas()
             await panel.try_longest()
+            if self.config.text_by == "teacher" and teachers:
+                await panel.try_writing(self.inputs.prompts, self.config.sampling)
         parts: dict[str, Any] = {
             "prompts": self.inputs.prompts,
             "evaluator": build_evaluator(self.config, self.inputs, teachers, self.on_event),

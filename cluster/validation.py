@@ -39,6 +39,7 @@ def refuse(config: CampaignConfig) -> None:
         *_pipeline(config),
         *(row for role, actors in _roles(config).items() for row in _resources(role, actors)),
         *_record(config),
+        *_horizon(config),
         *_rewards(config),
         *_evaluation(config),
         *_alerts(config),
@@ -53,16 +54,20 @@ def _objective(config: CampaignConfig) -> None:
         raise UserError("name", repr(config.name), "letters, digits, '.', '_' and '-': it names a directory")
     if len(config.name) > LONGEST_NAME:
         raise UserError("name", f"{len(config.name)} characters", f"at most {LONGEST_NAME}: it names a directory")
-    if not config.teachers:
-        raise UserError("teachers", "none", "at least one, for example teachers.default.model")
+    if not config.teachers and config.text_by != "data":
+        expected = "at least one, for example teachers.default.model"
+        if config.learner.objective.estimator == "sft":
+            expected += "; or responses to train on (prompts.response_field)"
+        raise UserError("teachers", "none", expected)
     if any(t.domains for t in config.teachers.values()) and not config.prompts.has_domains:
         raise UserError("prompts.domain_field", "null", "the field that teachers.<name>.domains refers to")
     objective, samples = config.learner.objective, config.pipeline.samples_per_prompt
-    refuse_contradictions(objective, config.teachers, config.student.model, samples)
+    refuse_contradictions(objective, config.teachers, config.student.model, samples, text_by=config.text_by)
     teaching = [name for name in config.teachers if name != objective.reference_teacher]
     domains = {domain for teacher in config.teachers.values() for domain in teacher.domains}
     domains |= {source.domain for source in config.prompts.sources.values() if source.domain is not None}
-    metrics = guardable(next(iter(config.teachers.values())).signal, teaching if len(teaching) > 1 else (), domains)
+    signal = next((teacher.signal for teacher in config.teachers.values()), "sampled")
+    metrics = guardable(signal, teaching if len(teaching) > 1 else (), domains)
     check_guards(config.guards, metrics, config.checkpoint.every_updates * config.checkpoint.keep_last)
 
 
@@ -127,6 +132,20 @@ def _record(config: CampaignConfig) -> Iterator[Contradiction]:
     yield own, "replay", config.replay, "the record of another run: this one has the same name"
 
 
+def _horizon(config: CampaignConfig) -> Iterator[Contradiction]:
+    """The schedule of the length limit."""
+    most, last = config.sampling.max_response_tokens, config.pipeline.updates
+    before = 0
+    for place, pair in enumerate(config.sampling.response_tokens_schedule):
+        key = f"sampling.response_tokens_schedule[{place}]"
+        yield len(pair) != 2, key, pair, "two numbers: the update that it begins with, and a number of tokens"
+        update, tokens = (*pair, 0, 0)[:2]
+        yield update <= before, key, f"update {update}", f"an update above {before}, in ascending order"
+        yield not 1 <= tokens <= most, key, f"{tokens} tokens", f"1 to {most} (sampling.max_response_tokens)"
+        yield update > last, key, f"update {update}", f"at most {last}, the last one (pipeline.updates)"
+        before = update
+
+
 def _rewards(config: CampaignConfig) -> Iterator[Contradiction]:
     """References for rewards."""
     hang = config.ray.hang_timeout_seconds
@@ -186,6 +205,8 @@ def _exposure(config: CampaignConfig, key: str, one: EvaluationSetConfig) -> Ite
         "false with temperature, top_p or top_k of its own: the reverse KL is of the policy that training samples"
     )
     yield one.exposure and not config.is_scored(one), f"{key}.exposure", "true", expected
+    alone = one.exposure and not config.teachers
+    yield alone, f"{key}.exposure", "true", "false without a teacher, which writes the prefixes"
     several = one.exposure and len(config.teachers) > 1
     yield several, f"{key}.exposure", "true", "false with several teachers: one of them writes the prefixes"
     for name, teacher in config.teachers.items():

@@ -302,6 +302,8 @@ def _mask(
     A support counts only if the objective reads it.
     """
     mask = written.trained & scores.scored & ~np.isin(written.response_tokens, list(masked_token_ids))
+    if objective.truncated == "mask":
+        mask &= ~np.repeat(written.truncated, written.lengths)
     mask &= written.response_tokens < vocabulary  # an engine of the user's own may sample padding rows
     return mask & scores.distributed if reads_distribution(objective) else mask
 

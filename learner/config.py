@@ -74,6 +74,9 @@ class ObjectiveConfig:
     recompute_log_ratio: bool = True
     """Take log pi in A_t from the current student. False: from the weights that sampled the token, which is biased as soon
     as the two differ."""
+    truncated: Literal["train", "mask"] = "train"
+    """Responses that were cut at the length limit. `mask`: their tokens are not trained on, and `truncated_masked` counts
+    them (docs/objective.md)."""
     masked_token_ids: list[int] = field(default_factory=list)
     """Tokens that are not trained on, for example those where teacher and student differ by convention only."""
     masked_token_roles: list[TokenRole] = field(default_factory=list)

@@ -31,11 +31,12 @@ from learner.config import LearnerConfig
 from learner.costs import check_own_functions, coefficients, importance_of, needs_whole_update
 from learner.forward import Forward, exact_forward_kl, exact_reverse_kl, no_columns
 from learner.hidden_states import Head, same_rows
-from learner.metrics import UpdateMetrics, groups_of, response_metrics
+from learner.metrics import NOT_OF_DATA, UpdateMetrics, groups_of, response_metrics
 from learner.objective.estimator_table import reads_distribution
 from learner.objective.policy_gradient import effective_sample_size
 from learner.objective.trust_region import adapted_beta, backed_off, k3
 from learner.schedule import Plan, learning_rate
+from learner.scores import certain
 from learner.student.build import build_student
 from learner.student.checkpoint import flush, read_json, write_json
 from learner.student.checksums import write_part
@@ -87,6 +88,7 @@ class Learner:
         vocabulary: int | None = None,
         plans: Sequence[Plan] = (),
         records: bool = False,
+        of_data: bool = False,
         ranks: Ranks | None = None,
     ):
         """Loads the student, or, where `checkpoint` names a directory, the state that was saved there.
@@ -95,7 +97,7 @@ class Learner:
         that follow the student. masked_role_token_ids: the tokens of `objective.masked_token_roles`. vocabulary: number of
         the student's tokens; further rows of its head are padding. turn_ends: by teacher, (student's, teacher's) token
         where they end a turn with different ones. plans: of a learning rate that was planned anew. records: `record` is
-        called after each update. ranks: this process among those of the learner; all other arguments, and all calls, are the
+        called after each update. of_data: responses are of a data set, so that nobody has sampled or scored them. ranks: this process among those of the learner; all other arguments, and all calls, are the
         same on every rank. UserError: a function of the user's own fails.
         """
         check_own_functions(config.objective)
@@ -119,6 +121,7 @@ class Learner:
         self._checkpoint = bool(checkpoint)
         """Whether there is a checkpoint to go on from."""
         self._teachers = dict(teachers or {})
+        self._of_data = of_data
         following = {name: t.ema_decay for name, t in self._teachers.items() if t.ema_decay is not None}
         self._model, body, self._pass_tokens, self._adapter = build_student(
             student, config, checkpoint, self._ranks, self._device, averages=len(following)
@@ -180,7 +183,7 @@ class Learner:
         start = time.perf_counter()
         given = opened(batches)
         written = select_trajectories(ids, [b for b in given if isinstance(b, Trajectories)])
-        scores = [b for b in given if isinstance(b, TeacherScores)]
+        scores = [b for b in given if isinstance(b, TeacherScores)] if not self._of_data else [certain(written)]
         steps, this_rank_B = self._steps(written)
         batch = collate(
             written,
@@ -209,7 +212,9 @@ class Learner:
         self._averages.follow()
         groups = self._groups(ids, scores, domains)
         metrics = collected.means(groups, self._ranks) | response_metrics(batch.trajectories)
-        metrics |= {**taken, "learning_rate": rate, "beta": self._beta}
+        metrics |= {**taken, "learning_rate": rate, "beta": self._beta} | (NOT_OF_DATA if self._of_data else {})
+        if self._config.objective.truncated == "mask":
+            metrics["truncated_masked"] = int(written.truncated.sum())
         if self._config.objective.mismatch.correction != "none":  # of the weights as they were cut
             cut = batch.tensors["importance"].log()
             metrics["mismatch_ess"] = effective_sample_size(cut, batch.tensors["mask"]).item()

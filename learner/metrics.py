@@ -34,6 +34,13 @@ NOTHING_TRAINED = {
     **dict.fromkeys((*UNKNOWN, "engine_logprob_abs_diff", "mismatch_ess", "behaviour_ess", "behaviour_kl"), math.nan),
 }
 """The metrics of an update without a step."""
+NOT_OF_DATA = {
+    "log_ratio_histogram": [0] * LOG_RATIO_BINS,
+    **dict.fromkeys(("reverse_kl", "forward_kl_old", "clip_fraction", "ratio_mean", "ratio_max"), math.nan),
+    **dict.fromkeys(("importance_ess", "mismatch_ess", "engine_logprob_abs_diff"), math.nan),
+    **dict.fromkeys(("log_ratio_p01", "log_ratio_p99", "filter_weight_mean"), math.nan),
+}
+"""Metrics that compare the student with who wrote and who scored: of a data set, nobody did."""
 
 
 def agreement(logprobs_nV: Tensor, part: Part, rows: slice, *, named_by_student: bool = False) -> Tensor:

@@ -48,6 +48,21 @@ class MergedScores:
     reference_hidden: list[HiddenStates]
 
 
+def certain(written: Trajectories) -> TeacherScores:
+    """The scores of responses of a data set, which nobody has scored: the data gives its own tokens the probability 1, so that
+    minus the log-prob of the student is its forward KL to the data."""
+    nothing = np.zeros((len(written.response_tokens), 0), np.float32)
+    return TeacherScores(
+        ids=written.ids,
+        response_offsets=written.response_offsets,
+        logprobs=np.zeros(len(nothing), np.float32),
+        teacher="data",
+        log_weights=np.zeros(len(written), np.float32),
+        support_ids=nothing.astype(np.int32),
+        support_logprobs=nothing,
+    )
+
+
 def merge_scores(
     written: Trajectories,
     this_rank_B: np.ndarray,

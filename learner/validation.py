@@ -18,11 +18,16 @@ Contradiction = tuple[bool, str, Any, str]
 
 
 def refuse_contradictions(
-    objective: ObjectiveConfig, teachers: Mapping[str, TeacherConfig], student_model: str, samples_per_prompt: int
+    objective: ObjectiveConfig,
+    teachers: Mapping[str, TeacherConfig],
+    student_model: str,
+    samples_per_prompt: int,
+    *,
+    text_by: str = "student",
 ) -> None:
     """Checks the objective against its teachers.
 
-    UserError: the first broken rule, or an estimator, divergence or cost that cannot be found.
+    text_by: who writes the responses, "student", "teacher" or "data". UserError: the first broken rule, or an estimator, divergence or cost that cannot be found.
     """
     estimator_row(objective.estimator)
     if objective.divergence not in DIVERGENCES:
@@ -32,10 +37,10 @@ def refuse_contradictions(
     for wrong, key, found, expected in (
         *_teachers(objective, teachers),
         *_ema_teachers(teachers, student_model),
-        *_tokenizers(objective, teachers),
+        *_tokenizers(objective, teachers, writes=text_by == "teacher"),
         *_estimator(objective, samples_per_prompt),
         *_reward(objective, samples_per_prompt),
-        *_sft(objective, teachers),
+        *_sft(objective, teachers, text_by),
         *_cost(objective),
         *_step(objective),
     ):
@@ -96,8 +101,11 @@ def _ema_teachers(teachers: Mapping[str, TeacherConfig], student_model: str) -> 
         yield follows and teacher.signal == "hidden", f"{key}.signal", "hidden", expected
 
 
-def _tokenizers(objective: ObjectiveConfig, teachers: Mapping[str, TeacherConfig]) -> Iterator[Contradiction]:
-    """Teachers with a tokenizer of their own: they share only the text with the student, no token ids."""
+def _tokenizers(
+    objective: ObjectiveConfig, teachers: Mapping[str, TeacherConfig], *, writes: bool
+) -> Iterator[Contradiction]:
+    """Teachers with a tokenizer of their own: they share only the text with the student, no token ids. writes: they write
+    the responses."""
     for name, teacher in teachers.items():
         key, foreign = f"teachers.{name}", teacher.tokenizer is not None
         expected = "sampled: a teacher with its own tokenizer can only score the text, so it sends no other signal"
@@ -105,12 +113,7 @@ def _tokenizers(objective: ObjectiveConfig, teachers: Mapping[str, TeacherConfig
         expected = "null: a teacher with ema_decay has the student's tokenizer"
         yield foreign and teacher.ema_decay is not None, f"{key}.tokenizer", teacher.tokenizer, expected
         expected = "null: with estimator=sft the teacher writes in the student's tokens"
-        yield (
-            foreign and estimator_row(objective.estimator).text_by == "teacher",
-            f"{key}.tokenizer",
-            teacher.tokenizer,
-            expected,
-        )
+        yield foreign and writes, f"{key}.tokenizer", teacher.tokenizer, expected
         # Teachers of the same prompts. One without domains (None) teaches the prompts that no other teacher's domains name.
         rivals = [
             other
@@ -174,22 +177,18 @@ def _reward(objective: ObjectiveConfig, samples_per_prompt: int) -> Iterator[Con
         yield alone and value != default, f"{KEY}.{name}", value, expected
 
 
-def _sft(objective: ObjectiveConfig, teachers: Mapping[str, TeacherConfig]) -> Iterator[Contradiction]:
-    """Responses written by the teacher."""
-    o, sft = objective, estimator_row(objective.estimator).text_by == "teacher"
-    yield (
-        sft and len(teachers) > 1,
-        "teachers",
-        ", ".join(teachers),
-        f"one teacher, which writes for {KEY}.estimator=sft",
-    )
+def _sft(objective: ObjectiveConfig, teachers: Mapping[str, TeacherConfig], text_by: str) -> Iterator[Contradiction]:
+    """Responses written by a teacher, or of a data set."""
+    o, writes, sft = objective, text_by == "teacher", text_by != "student"
+    expected = f"one teacher, which writes for {KEY}.estimator=sft"
+    yield writes and len(teachers) > 1, "teachers", ", ".join(teachers), expected
     for name, teacher in teachers.items():
-        other = sft and not backend_of(teacher, f"teachers.{name}").samples
-        expected = f"transformers: with {KEY}.estimator=sft the teacher writes, and the other backends cannot"
+        other = writes and not backend_of(teacher, f"teachers.{name}").samples
+        expected = f"a backend with `sample` (docs/extending.md): with {KEY}.estimator=sft the teacher writes"
         yield other, f"teachers.{name}.backend", teacher.backend, expected
         expected = "another signal: the student names no tokens for responses that the teacher wrote"
-        yield sft and teacher.signal == "student_topk", f"teachers.{name}.signal", "student_topk", expected
-    # pi_old is the teacher here, so a trust region or a correction would act against the teacher.
+        yield writes and teacher.signal == "student_topk", f"teachers.{name}.signal", "student_topk", expected
+    # pi_old is whoever wrote, so a trust region or a correction would act against that.
     region, never = o.trust_region, "the student's own samples, so another estimator than sft"
     for name, value, default in (
         ("mismatch.correction", o.mismatch.correction, "none"),

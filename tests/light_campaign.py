@@ -108,6 +108,9 @@ class LocalFleet:
         for replica in self.replicas:
             getattr(replica.actor, method)()
 
+    def put(self, value: Any) -> Reference:
+        return Reference(value)
+
     async def ask(self, requests: Requests, *, units: int, at: Any) -> Any:
         return await self.call("generate", requests, returns=2, units=units, at=at)
 

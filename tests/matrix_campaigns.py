@@ -176,6 +176,7 @@ CAMPAIGNS: dict[str, Campaign] = {
             "learner.objective.masked_token_roles": ["end_of_sequence", "template"],
             "learner.objective.masked_token_ids": [7],
             "learner.objective.through_log_ratio": True,
+            "sampling.response_tokens_schedule": [[1, 3], [2, 5]],
             "evaluation.keep_training_trajectories": 1,
             "tracking": {
                 "wandb_project": "matrix",
@@ -280,15 +281,42 @@ CAMPAIGNS: dict[str, Campaign] = {
             "sampling.stop_token_ids": [20],
         },
     ),
+    # Responses of a data set: no other actors; some are cut, and not trained on.
+    "copied": Campaign(
+        {
+            "learner.objective.estimator": "sft",
+            "learner.objective.truncated": "mask",
+            "sampling.max_response_tokens": 2,
+            "prompts.response_field": "answer",
+            "pipeline.samples_per_prompt": 1,
+            "pipeline.prompts_per_update": 8,
+        },
+    ),
+    "conversations": Campaign(
+        {
+            "learner.objective.estimator": "sft",
+            "pipeline.samples_per_prompt": 1,
+            "sampling.max_response_tokens": 30,
+            "prompts.path": None,
+            "prompts.sources": {
+                "talks": {"path": "talks.jsonl", "prompt_field": "messages", "response_field": "messages"},
+                "sums": {"path": "./saved", "response_field": "answer"},
+            },
+            "evaluation.prompts": {
+                "sources": {"talks": {"path": "talks.jsonl", "prompt_field": "messages", "response_field": "messages"}}
+            },
+            "evaluation.max_response_tokens": 4,
+        },
+    ),
     "sft": Campaign(
         {
-            "teachers": one(),
+            "teachers": one(**SERVED),
             "learner.objective.estimator": "sft",
             "learner.objective.clip_low": None,
             "learner.objective.clip_high": None,
             "prompts.path": "someone/sums",
             "prompts.split": "rest",
-            "evaluation.prompts": {"path": "someone/sums", "split": "rest"},
+            "evaluation.prompts": {"path": "someone/sums", "split": "rest", "response_field": "answer"},
             "evaluation.verifier.name": "math",
         },
     ),

@@ -80,9 +80,13 @@ class Served:
         return {"prompt_logprobs": [None, *places]}
 
     def _response(self, body: dict[str, Any]) -> dict[str, Any]:
+        """Greedy at the temperature 0, else sampled with the request's seed."""
         written: list[int] = []
+        draw = torch.Generator().manual_seed(body.get("seed", 0))
         while len(written) < body["max_tokens"] and not {*written[-1:]} & {*body["stop_token_ids"]}:
-            written.append(int(self._logprobs(body, body["prompt"] + written)[-1].argmax()))
+            logprobs = self._logprobs(body, body["prompt"] + written)[-1]
+            likely = logprobs.exp() if body["temperature"] else (logprobs == logprobs.max()).float()
+            written.append(int(torch.multinomial(likely, 1, generator=draw)))
         return {"logprobs": {"tokens": [f"token_id:{token}" for token in written]}}
 
 

@@ -28,6 +28,11 @@ def prompts_fingerprint(prompts: PromptSet, rows: range | None = None) -> str:
     offsets = prompts.offsets[rows.start : rows.stop + 1]
     digest.update(prompts.tokens[offsets[0] : offsets[-1]].tobytes())
     digest.update((offsets - offsets[0]).tobytes())
+    if prompts.responses is not None:
+        bounds = prompts.responses.offsets[rows.start : rows.stop + 1]
+        digest.update((bounds - bounds[0]).tobytes())
+        for values in (prompts.responses.tokens, prompts.responses.trained):
+            digest.update(values[bounds[0] : bounds[-1]].tobytes())
     for texts in (prompts.references, prompts.domains):
         for text in itertools.islice(texts, rows.start, rows.stop):
             digest.update(b"\0" if text is None else b"\1" + text.encode(errors="backslashreplace") + b"\0")

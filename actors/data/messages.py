@@ -14,12 +14,7 @@ def messages_of(prompt: Any, *, continued: bool) -> list[dict[str, Any]]:
 
     continued: the last message is the assistant's, and the student goes on with it (`continue_final_message`).
     """
-    if isinstance(prompt, str):
-        _refuse_json(prompt)
-        prompt = [{"role": "user", "content": prompt}]
-    if not isinstance(prompt, list) or not prompt:
-        raise ValueError("no messages" if prompt == [] else "neither a text nor a list of messages")
-    messages = [_message(message, f"message {number}") for number, message in enumerate(prompt, 1)]
+    messages = [_message(message, f"message {number}") for number, message in enumerate(_listed(prompt, "user"), 1)]
     last = messages[-1]
     if continued and (last["role"] != "assistant" or not last["content"] or "tool_calls" in last):
         raise ValueError("continue_final_message is true, and the last message is not a text of the assistant's")
@@ -29,6 +24,36 @@ def messages_of(prompt: Any, *, continued: bool) -> list[dict[str, Any]]:
     if last["role"] == "user" and not last["content"]:
         raise ValueError("the last message is empty")
     return messages
+
+
+def conversation_of(prompt: Any, response: Any | None) -> tuple[list[dict[str, Any]], int]:
+    """(messages up to the last of the assistant's, the number of its first one that is a response).
+
+    prompt: as in `messages_of`, a plain text is the user's. response: a text is the assistant's; or messages that follow the
+    prompt's. None: the prompt is the whole conversation, whose first answer of the assistant is already a response.
+    ValueError: what is wrong with it.
+    """
+    asked = _listed(prompt, "user")
+    answered = [] if response is None else _listed(response, "assistant")
+    messages = [_message(message, f"message {number}") for number, message in enumerate([*asked, *answered], 1)]
+    begins = 0 if response is None else len(asked)
+    turns = [number for number in range(begins, len(messages)) if messages[number]["role"] == "assistant"]
+    if not turns:
+        raise ValueError("no message of the assistant's")
+    if empty := next(
+        (turn for turn in turns if not messages[turn]["content"] and "tool_calls" not in messages[turn]), 0
+    ):
+        raise ValueError(f"message {empty + 1}, of the assistant's, is empty")
+    return messages[: turns[-1] + 1], turns[0]
+
+
+def _listed(value: Any, role: str) -> list[Any]:
+    if isinstance(value, str):
+        _refuse_json(value)
+        return [{"role": role, "content": value}]
+    if not isinstance(value, list) or not value:
+        raise ValueError("no messages" if value == [] else "neither a text nor a list of messages")
+    return value
 
 
 def tools_of(value: Any) -> list[dict[str, Any]] | None:

@@ -32,6 +32,14 @@ class Dropped(NamedTuple):
         return f"{self.too_long + self.duplicates:,} of {self.read:,} prompts dropped ({', '.join(found)})"
 
 
+def whole_texts(prompts: PromptSet) -> list[str]:
+    """[M] what tells two prompts apart: their texts, and their responses where they have some."""
+    if prompts.responses is None:
+        return prompts.texts
+    answers = np.split(prompts.responses.tokens, prompts.responses.offsets[1:-1])
+    return [f"{text}\0{own.tobytes().hex()}" for text, own in zip(prompts.texts, answers, strict=True)]
+
+
 def repeated(texts: Sequence[str], among: np.ndarray) -> np.ndarray:
     """[M] bool: a text that an earlier one repeats. among: [M] bool, the texts that are looked at.
 

@@ -51,22 +51,34 @@ class Reader:
         return text
 
     def _chat(self, prompt: Any, record: dict[str, Any], source: SourceConfig, where: str) -> str:
-        arguments = self.section.chat_template_arguments
-        continued = bool(arguments.get("continue_final_message"))
+        continued = bool(self.section.chat_template_arguments.get("continue_final_message"))
         try:
             messages = messages_of(prompt, continued=continued)
         except ValueError as error:
             expected = "a string, or a list of messages with role and content that does not end with the assistant's"
             raise UserError(where, f"{source.prompt_field} = {str(prompt)[:80]!r} ({error})", expected) from error
+        if self.template is not None:
+            place = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=-1)
+            messages[place]["content"] = _fill(self.template, messages[place]["content"], record, where)
+        return self.render(messages, record, source, where, add_generation_prompt=not continued)
+
+    def render(
+        self,
+        messages: list[dict[str, Any]],
+        record: dict[str, Any],
+        source: SourceConfig,
+        where: str,
+        *,
+        add_generation_prompt: bool,
+    ) -> str:
+        """What the chat template makes of messages, with the tools of their record. UserError: it refuses them."""
         try:
             tools = tools_of(record.get(source.tools_field))
         except ValueError as error:
             found = f"{source.tools_field} = {str(record[source.tools_field])[:80]!r} ({error})"
             raise UserError(where, found, "a list of JSON schemas, one for each tool, or null") from error
-        if self.template is not None:
-            place = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=-1)
-            messages[place]["content"] = _fill(self.template, messages[place]["content"], record, where)
-        arguments = {"add_generation_prompt": not continued, **arguments, "tokenize": False}
+        arguments = self.section.chat_template_arguments
+        arguments = {"add_generation_prompt": add_generation_prompt, **arguments, "tokenize": False}
         if tools:
             arguments["tools"] = tools
         with as_user_error(where, "a prompt that the chat template refuses", "messages that it accepts"):

@@ -20,8 +20,17 @@ from actors.config import PromptsConfig, SourceConfig
 from actors.data.prompt_files import BATCH, field_of, files_of, read_records
 from actors.data.prompt_order import hash_of
 from actors.data.prompt_texts import Reader, text_field
+from actors.data.responses import Ends, Responses, joined, pieces_of, prompt_of, tokenised
 from actors.errors import UserError
-from actors.trajectory import Aside, Requests, offsets_of, ragged_rows
+from actors.trajectory import (
+    FINISH_REASONS,
+    Aside,
+    Requests,
+    RolloutCounts,
+    Trajectories,
+    offsets_of,
+    ragged_rows,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -65,6 +74,8 @@ class PromptSet:
     """Domains whose verifier reads the prompt or the record, and so judges also prompts without a reference."""
     origins: tuple[Origin, ...] = ()
     """Where they are from, in their order."""
+    responses: Responses | None = None
+    """The responses that are trained on, where the records have them (`response_field`)."""
 
     def __len__(self) -> int:
         return len(self.references)
@@ -123,6 +134,7 @@ class PromptSet:
             numbers=self.numbers[rows],
             records=[self.records[row] for row in rows] if self.records else [],
             origins=tuple(one._replace(prompts=count) for one, count in zip(self.origins, left, strict=True)),
+            responses=self.responses and self.responses.take(rows),
         )
 
     def domains_of(self, ids: np.ndarray) -> list[str | None] | None:
@@ -146,18 +158,20 @@ def load_prompts(
     template: str | None = None,
     *,
     records: bool = False,
+    ends: Ends | None = None,
 ) -> PromptSet:
     """Reads, renders and tokenises every prompt of the sources that `config` names, in their order.
 
     max_prompt_tokens: the context length minus the room for a response; None: any length (a longer prompt stays, too, where
     `too_long` is not `refuse`: prompt_filters.py leaves it out). key: the section's configuration
     key, for example "prompts" or "evaluation.prompts". template: the text that a teacher with privileged information reads in
-    place of the prompt, with `{field}` for fields of the record. records: keep all fields of each. UserError: a source is missing, empty or broken; or a
+    place of the prompt, with `{field}` for fields of the record. records: keep all fields of each. ends: read the responses too,
+    where sources have a `response_field`, and end them so; None: they are left out. UserError: a source is missing, empty or broken; or a
     record lacks a field, has a wrong type or too long a prompt. It names the first such record, counted from 1.
     """
     if config.chat and not tokenizer.chat_template:
         raise UserError(f"{key}.chat", "true, and a tokenizer without a chat template", "a chat template, or false")
-    loaded = _Loaded(Reader(config, tokenizer, template), records)
+    loaded = _Loaded(Reader(config, tokenizer, template), records, ends)
     seen: dict[str, str] = {}
     for source_key, source in config.each_source(key).items():
         before = len(loaded.texts)
@@ -186,8 +200,9 @@ def _refuse_again(file: SourceConfig, key: str, seen: dict[str, str]) -> None:
 class _Loaded:
     """Prompts as they are read. The lists grow by one entry for each prompt."""
 
-    def __init__(self, reader: Reader, keep_records: bool):
-        self._reader, self._keep_records = reader, keep_records
+    def __init__(self, reader: Reader, keep_records: bool, ends: Ends | None):
+        self._reader, self._keep_records, self._ends = reader, keep_records, ends
+        self._responses: list[Responses] = []
         self._records: list[str] = []
         self.texts: list[str] = []
         self._references: list[str | None] = []
@@ -203,6 +218,7 @@ class _Loaded:
         domain = getattr(source, "domain", None)
         fields = [
             (f"{key}.prompt_field", source.prompt_field),
+            (f"{key}.response_field", source.response_field),
             (f"{key}.reference_field", source.reference_field),
             (f"{key}.domain_field", source.domain_field),
             *(("prompt_template", name) for name in reader.template_fields),
@@ -212,11 +228,19 @@ class _Loaded:
         if source.function is None:  # which keeps its limit itself, and compares two calls at the end
             records = islice(records, source.limit)
         while batch := list(islice(records, BATCH)):
+            pieces = []
             for number, record in batch:
                 where = f"{source.origin}, {unit} {number}"
                 if self._keep_records:
                     self._records.append(json.dumps(record, default=str))
                 prompt = field_of(record, source.prompt_field, where, f"{key}.prompt_field")
+                if source.response_field is not None:
+                    answer = field_of(record, source.response_field, where, f"{key}.response_field")
+                    same = source.response_field == source.prompt_field
+                    asked = prompt_of(prompt, answer, same, source, reader.section.chat, where)
+                    if self._ends is not None:
+                        pieces.append(pieces_of(reader, prompt, answer, same, record, source, where))
+                    prompt = asked
                 self.texts.append(reader.text(prompt, record, source, where))
                 self._references.append(text_field(record, source.reference_field, where, f"{key}.reference_field"))
                 own = text_field(record, source.domain_field, where, f"{key}.domain_field")
@@ -228,6 +252,9 @@ class _Loaded:
                 return_attention_mask=False,
                 verbose=False,
             )["input_ids"]
+            if pieces and self._ends is not None:
+                special = not reader.section.chat
+                self._responses.append(tokenised(reader.tokenizer, pieces, self._ends, special=special))
             self._lengths += map(len, rows)
             # Arrays, batch by batch: lists of Python integers take about ten times the memory.
             self._tokens.append(np.fromiter(chain.from_iterable(rows), np.int32))
@@ -245,6 +272,7 @@ class _Loaded:
             numbers=np.concatenate(self._numbers),
             records=self._records,
             origins=tuple(self._origins),
+            responses=joined(self._responses) if self._responses else None,
         )
 
 
@@ -265,8 +293,11 @@ def sample_seed(seed: int, epoch: int, prompt: int, sample: int) -> int:
     return hash_of(f"sample/{seed}/{epoch}/{prompt}/{sample}") >> 1
 
 
-def requests(prompt_set: PromptSet, ids: np.ndarray, campaign_seed: int, *, judged: bool = False) -> Requests:
-    """Requests for the samples with these ids, [B, 3]: epoch, prompt, sample. judged: with references, for rewards."""
+def requests(
+    prompt_set: PromptSet, ids: np.ndarray, campaign_seed: int, *, judged: bool = False, most: int | None = None
+) -> Requests:
+    """Requests for the samples with these ids, [B, 3]: epoch, prompt, sample. judged: with references, for rewards. most: a
+    length limit of their own, in tokens."""
     ids = np.asarray(ids, np.int64).reshape(-1, 3)
     rows = ids[:, 1]
     return Requests(
@@ -276,4 +307,32 @@ def requests(prompt_set: PromptSet, ids: np.ndarray, campaign_seed: int, *, judg
         prompt_offsets=offsets_of(prompt_set.lengths_of(rows)),
         references=tuple(prompt_set.references[row] for row in rows) if judged else (),
         asides=tuple(prompt_set.aside(row) for row in rows.tolist()) if judged else (),
+        max_response_tokens=most,
     )
+
+
+def copied(prompts: PromptSet, ids: np.ndarray, policy_version: int, most: int) -> tuple[RolloutCounts, Trajectories]:
+    """The responses to the prompts of these ids [B, 3] as trajectories, cut at `most` tokens.
+
+    Tokens get this policy version, since data does not become stale, and the behaviour log-prob 0.
+    """
+    responses, rows = prompts.responses, ids[:, 1]
+    assert responses is not None
+    whole = np.diff(responses.offsets)[rows]
+    lengths = np.minimum(whole, most)
+    offsets = offsets_of(lengths)
+    places = np.repeat(responses.offsets[rows] - offsets[:-1], lengths) + np.arange(offsets[-1])
+    cut = lengths < whole
+    written = Trajectories(
+        ids=np.asarray(ids, np.int64),
+        prompt_tokens=ragged_rows(prompts.tokens, prompts.offsets, rows),
+        prompt_offsets=offsets_of(prompts.lengths_of(rows)),
+        response_tokens=responses.tokens[places],
+        response_offsets=offsets,
+        behaviour_logprobs=np.zeros(len(places), np.float32),
+        policy_versions=np.full(len(places), policy_version, np.int32),
+        finish_reasons=np.where(cut, FINISH_REASONS.index("length"), FINISH_REASONS.index("stop")).astype(np.uint8),
+        trained=responses.trained[places],
+    )
+    versions, context = np.full(len(ids), policy_version, np.int32), lengths - written.trained_lengths
+    return RolloutCounts(lengths, versions, cut, 0.0, context=tuple(context.tolist())), written

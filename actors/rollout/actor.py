@@ -99,6 +99,8 @@ class RolloutActor(BatchedCalls):
         the process.
         """
         sampling = sampling or self._sampling
+        if requests.max_response_tokens is not None:
+            sampling = replace(sampling, max_response_tokens=requests.max_response_tokens)
         with _ends_with_the_engine():
             trajectories = await asyncio.wrap_future(self._engine.generate(requests, sampling, greedy=greedy))
         check_answer(requests, trajectories)

@@ -137,9 +137,9 @@ class PromptLengths(NamedTuple):
     usual: int = 0
     """On average."""
     longest: int = 0
-    """Of those of training, and of held-out ones that are answered at `sampling.max_response_tokens`."""
+    """Of those of training that the student answers."""
     whole: int = 0
-    """Of the longest text that is ever written, prompt and response: evaluation sets may have longer responses."""
+    """Of the longest text of an evaluation, prompt and response: its responses have a length limit of their own."""
 
 
 class Response(NamedTuple):

@@ -124,7 +124,7 @@ class VllmEngine:
         self._adapter = adapter
         self._request = adapter_request() if adapter else None
         more = adapter_options(adapter) if adapter else {}
-        if prompts.longest:
+        if prompts.longest or prompts.whole:
             # By default vLLM wants room in its cache for one sequence of the model's whole context.
             length = max(prompts.longest + sampling.max_response_tokens, prompts.whole)
             network = load_config(model, trust_remote_code, "student.model")

@@ -110,6 +110,7 @@ BACKENDS = {
         class_path="actors.teacher.vllm_teacher:VllmTeacher",
         signals=("sampled", "topk", "full", "student_topk"),
         gpu_signals=("student_topk",),
+        samples=True,
         has_model_files=True,
         uses_gpu=True,
         measures_gpu=True,
@@ -121,6 +122,7 @@ BACKENDS = {
         class_path="actors.teacher.http:HttpTeacher",
         tries_length=True,
         signals=("sampled", "topk"),
+        samples=True,
         settings=("urls", "api_key_variable"),
     ),
 }

@@ -11,15 +11,15 @@ No method is a coroutine: Ray would run the class in an event loop, where the co
 
 import itertools
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import numpy as np
 
-from actors.config import TeacherConfig
+from actors.config import SamplingConfig, TeacherConfig
 from actors.errors import CampaignError, UnavailableError, UserError
-from actors.teacher.base import UNBOUNDED, Teacher, known_prompts, probe, texts_of
+from actors.teacher.base import UNBOUNDED, known_prompts, probe, texts_of
 from actors.teacher.http_answers import most_bytes, scores, written_tokens
 from actors.teacher.http_servers import (
     FAILURES_TO_OPEN,
@@ -30,15 +30,18 @@ from actors.teacher.http_servers import (
     ServerFault,
     Servers,
 )
+from actors.teacher.writing import WritingTeacher
 from actors.trajectory import Limits, Prompts, Trajectories, offsets_of
 
 Value = TypeVar("Value")
 
 STARTING_ATTEMPTS = 3
 """Times that a server is asked the probe at the start."""
+SEEDS = 2**31
+"""Servers read a seed as an integer of 32 or 64 bits, with a sign."""
 
 
-class HttpTeacher(Teacher):
+class HttpTeacher(WritingTeacher):
     """A client of one or several servers of the same model."""
 
     def __init__(self, config: TeacherConfig, key: str = "teacher", vocabulary: int | None = None):
@@ -77,9 +80,28 @@ class HttpTeacher(Teacher):
     def generate(self, prompts: Prompts, limits: Limits) -> tuple[np.ndarray, np.ndarray]:
         """Greedy responses: see Teacher."""
         prompts, limits = known_prompts(prompts, limits, self.vocabulary)
-        options = {
+        rows = self._written(prompts, limits, [{"temperature": 0}] * len(prompts.rows()))
+        for row in rows:
+            if isinstance(row, RefusedError):
+                raise CampaignError(f"{self.key}: a prompt cannot be answered: {row}")
+        return np.concatenate([row for row in rows if not isinstance(row, RefusedError)]), offsets_of(map(len, rows))  # type: ignore[arg-type]
+
+    def write(
+        self, prompts: Prompts, limits: Limits, sampling: SamplingConfig, seeds: np.ndarray
+    ) -> list[np.ndarray | str]:
+        """See WritingTeacher. CampaignError: no server has answered for `away_timeout_seconds`."""
+        drawn: dict[str, Any] = {"temperature": sampling.temperature, "top_p": sampling.top_p}
+        if sampling.top_k:  # not of OpenAI's own interface: sent only where it is needed
+            drawn["top_k"] = sampling.top_k
+        rows = self._written(prompts, limits, [{**drawn, "seed": seed % SEEDS} for seed in seeds.tolist()])
+        return [str(row) if isinstance(row, RefusedError) else row for row in rows]
+
+    def _written(
+        self, prompts: Prompts, limits: Limits, options: Sequence[dict[str, Any]]
+    ) -> list[np.ndarray | RefusedError]:
+        """The token ids of a response to each prompt. options: how each is sampled, in the words of the interface."""
+        common = {
             "model": self.config.model,
-            "temperature": 0,
             "max_tokens": limits.max_response_tokens,
             "stop_token_ids": limits.stop_token_ids,
             "logprobs": 0,
@@ -87,12 +109,9 @@ class HttpTeacher(Teacher):
             "skip_special_tokens": False,
         }
         size = most_bytes(limits.max_response_tokens, 1)
-        requests = [{"prompt": row.tolist(), **options} for row in prompts.rows()]
-        rows = self._ask_all((request, size, written_tokens) for request in requests)
-        for row in rows:
-            if isinstance(row, RefusedError):
-                raise CampaignError(f"{self.key}: a prompt cannot be answered: {row}")
-        return np.concatenate([row for row in rows if not isinstance(row, RefusedError)]), offsets_of(map(len, rows))  # type: ignore[arg-type]
+        requests = [{"prompt": row.tolist(), **common, **own} for row, own in zip(prompts.rows(), options, strict=True)]
+        most = limits.max_response_tokens
+        return self._ask_all((request, size, lambda answer: written_tokens(answer, most)) for request in requests)
 
     def full_length_test(self, tokens: int) -> None:
         """Scores a text of as many tokens, the longest that the campaign may send, at every server that answers.

@@ -65,8 +65,8 @@ def scores(
     return logprobs, ids
 
 
-def written_tokens(answer: dict[str, Any]) -> np.ndarray:
-    """[N] int32 the tokens of a generated text. ValueError: the server does not say them as ids."""
+def written_tokens(answer: dict[str, Any], most: int) -> np.ndarray:
+    """[N] int32 the tokens of a generated text. ValueError: the server does not say them as ids, or says more than `most`."""
     found = answer["choices"][0].get("logprobs")
     tokens = found.get("tokens") if isinstance(found, dict) else None
     if not isinstance(tokens, list):
@@ -74,6 +74,10 @@ def written_tokens(answer: dict[str, Any]) -> np.ndarray:
     ids = [_token_id(token) for token in tokens]
     if None in ids:
         raise ValueError("a generated token that is no id")
+    if len(ids) > most:
+        raise ValueError(f"a generated text of {len(ids)} tokens, where at most {most} were asked for")
+    if any(token >= 2**31 for token in ids if token is not None):
+        raise ValueError("a generated token that is no id below 2^31")
     return np.array(ids, np.int32)
 
 

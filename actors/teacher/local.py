@@ -1,6 +1,5 @@
 """The teacher backend `transformers`: scores token ids with a Hugging Face model in the actor's process."""
 
-import time
 from typing import Any
 
 import numpy as np
@@ -14,13 +13,14 @@ from actors.errors import CampaignError, WeightError
 from actors.forward.logprobs import chunked_head, to_array, token_logprobs
 from actors.forward.packing import hidden_states, microbatches, use_packed_attention
 from actors.heartbeat import beat
-from actors.teacher.base import REPEATS, Teacher, context_of, known_prompts, probe
-from actors.trajectory import FINISH_REASONS, Limits, Prompts, Requests, RolloutCounts, Trajectories, offsets_of
+from actors.teacher.base import REPEATS, context_of, known_prompts, probe
+from actors.teacher.writing import WritingTeacher
+from actors.trajectory import Limits, Prompts, Trajectories, offsets_of
 from actors.weights.buckets import WeightVersion, join, shapes, unpack
 from actors.weights.delta import Receiver
 
 
-class LocalTeacher(Teacher):
+class LocalTeacher(WritingTeacher):
     """One Hugging Face model. It is frozen, or loads new weights after each update (`ema_decay`)."""
 
     def __init__(self, config: TeacherConfig, key: str = "teacher", vocabulary: int | None = None):
@@ -166,47 +166,21 @@ class LocalTeacher(Teacher):
         responses = [row[:length] for row, length in zip(written.cpu().numpy(), lengths, strict=True)]
         return np.concatenate(responses).astype(np.int32), offsets_of(lengths)
 
-    def sample(
-        self,
-        requests: Requests,
-        policy_version: int,
-        sampling: SamplingConfig,
-        stop_token_ids: list[int],
-        prompts: Prompts | None = None,
-    ) -> tuple[RolloutCounts, Trajectories]:
-        """Samples the B requested responses from the teacher, for the student to copy (`estimator: sft`).
-
-        sampling: as for the student, but for a temperature of the teacher's own. prompts: the B prompts that the teacher reads in place of the student's, where it
-        has privileged information. Tokens get this policy version, since the teacher's responses do not become stale,
-        and the behaviour log-prob 0, which sft does not read. The result is a function of the requests and their order.
-        """
-        start = time.perf_counter()
+    def write(
+        self, prompts: Prompts, limits: Limits, sampling: SamplingConfig, seeds: np.ndarray
+    ) -> list[np.ndarray | str]:
+        """See WritingTeacher. The result is a function of the requests and their order."""
         # transformers samples a batch from torch's global generator: requests cannot have seeds of their own.
-        torch.manual_seed(int(requests.seeds[0]))
+        torch.manual_seed(int(seeds[0]))
         tokens, offsets = self.generate(
-            prompts or Prompts(requests.prompt_tokens, requests.prompt_offsets),
-            Limits(sampling.max_response_tokens, stop_token_ids),
+            prompts,
+            limits,
             do_sample=True,
-            temperature=sampling.temperature if self.config.temperature is None else self.temperature,
+            temperature=sampling.temperature,
             top_p=sampling.top_p,
             top_k=sampling.top_k,
         )
-        stopped = np.isin(tokens[offsets[1:] - 1], stop_token_ids)
-        reason = np.where(stopped, FINISH_REASONS.index("stop"), FINISH_REASONS.index("length"))
-        written = Trajectories(
-            ids=requests.ids,
-            prompt_tokens=requests.prompt_tokens,
-            prompt_offsets=requests.prompt_offsets,
-            response_tokens=tokens,
-            response_offsets=offsets,
-            behaviour_logprobs=np.zeros(len(tokens), np.float32),
-            policy_versions=np.full(len(tokens), policy_version, np.int32),
-            finish_reasons=reason.astype(np.uint8),
-        )
-        seconds = time.perf_counter() - start
-        versions = np.full(len(requests.ids), policy_version, np.int32)
-        spent = self._processor.since_report()
-        return RolloutCounts(np.diff(offsets), versions, ~stopped, seconds, processor_seconds=spent), written
+        return list(np.split(tokens, offsets[1:-1]))
 
 
 def repeats_of(device: str) -> float:

@@ -56,7 +56,7 @@ class ShardedTeacher(Teacher):
         return self._on_all("generate", arguments, keywords)
 
     def sample(self, *arguments: Any, **keywords: Any) -> Any:
-        """See LocalTeacher. All ranks seed torch alike, and so draw the same tokens."""
+        """See WritingTeacher. All ranks seed torch alike, and so draw the same tokens."""
         return self._on_all("sample", arguments, keywords)
 
     def status(self) -> dict[str, float]:

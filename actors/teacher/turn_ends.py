@@ -76,7 +76,7 @@ class TurnEndTeacher(Teacher):
         stop_token_ids: list[int],
         prompts: Prompts | None = None,
     ) -> tuple[RolloutCounts, Trajectories]:
-        """See LocalTeacher."""
+        """See WritingTeacher."""
         stop = self._ends.swapped(np.array(stop_token_ids, np.int64)).tolist()
         counts, written = self._teacher.sample(requests, policy_version, sampling, stop, prompts)
         return counts, replace(written, response_tokens=self._ends.swapped(written.response_tokens))

@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from actors.config import TeacherConfig
+from actors.config import SamplingConfig, TeacherConfig
 from actors.data.models import find_model, load_config
 from actors.errors import UserError
 from actors.teacher.backends import NAMED_TOKENS, full_tokens
-from actors.teacher.base import REPEATS, UNBOUNDED, Teacher, known_prompts, texts_of
+from actors.teacher.base import REPEATS, UNBOUNDED, known_prompts, texts_of
+from actors.teacher.writing import WritingTeacher
 from actors.trajectory import Limits, Prompts, Trajectories, normalised, offsets_of
 from actors.vllm_logits import EXTENSION
 from actors.vllm_startup import build_llm, importing_vllm
@@ -27,7 +28,7 @@ LEAST_BATCH, SEQUENCES = 2048, 64
 """A step of fewer tokens has at most so many requests; vLLM's own number may be above the tokens."""
 
 
-class VllmTeacher(Teacher):
+class VllmTeacher(WritingTeacher):
     """One frozen model in a vLLM engine of this process, or of one process for each GPU it is spread over."""
 
     def __init__(self, config: TeacherConfig, key: str = "teacher", vocabulary: int | None = None):
@@ -102,19 +103,35 @@ class VllmTeacher(Teacher):
 
     def generate(self, prompts: Prompts, limits: Limits) -> tuple[np.ndarray, np.ndarray]:
         """Greedy responses: see Teacher."""
+        prompts, limits = known_prompts(prompts, limits, self.vocabulary)
+        rows = self._written(prompts, limits, [{"temperature": 0.0}] * len(prompts.rows()))
+        return np.concatenate(rows), offsets_of(map(len, rows))
+
+    def write(
+        self, prompts: Prompts, limits: Limits, sampling: SamplingConfig, seeds: np.ndarray
+    ) -> list[np.ndarray | str]:
+        """See WritingTeacher. A response depends on its prompt and seed, not on the batch."""
+        # The model's own logits are tempered already (`shape_logits`).
+        drawn = {
+            "temperature": sampling.temperature / self.temperature,
+            "top_p": sampling.top_p,
+            "top_k": sampling.top_k,
+        }
+        return [*self._written(prompts, limits, [{**drawn, "seed": seed} for seed in seeds.tolist()])]
+
+    def _written(self, prompts: Prompts, limits: Limits, options: Sequence[dict[str, Any]]) -> list[np.ndarray]:
+        """The tokens of a response to each prompt, the stop token included. options: of vLLM's SamplingParams, for each."""
         from vllm import SamplingParams
 
-        prompts, limits = known_prompts(prompts, limits, self.vocabulary)
-        params = SamplingParams(
-            max_tokens=limits.max_response_tokens,
-            temperature=0.0,
-            stop_token_ids=limits.stop_token_ids,
-            detokenize=False,
-        )
+        ends: dict[str, Any] = {
+            "max_tokens": limits.max_response_tokens,
+            "stop_token_ids": limits.stop_token_ids,
+            "detokenize": False,
+        }
         texts = [{"prompt_token_ids": row.tolist()} for row in prompts.rows()]
+        params = [SamplingParams(**ends, **one) for one in options]
         answers = self._llm.generate(texts, params, use_tqdm=False)
-        rows = [np.asarray(answer.outputs[0].token_ids, np.int32) for answer in answers]
-        return np.concatenate(rows), offsets_of(map(len, rows))
+        return [np.asarray(answer.outputs[0].token_ids, np.int32) for answer in answers]
 
 
 def named_requests(trajectories: Trajectories, rows: int) -> Iterator[dict[str, Any]]:

@@ -77,7 +77,9 @@ def to_evaluate(config: CampaignConfig, wanted: Sequence[str], reverse_kl: bool)
     if evaluation.prompts is not None:
         judged = evaluation.prompts.has_references or judges_without_references(evaluation)
         verifier = evaluation.verifier if judged else None
-        sampled = EvaluationSetConfig(prompts=evaluation.prompts, verifier=verifier)
+        sampled = EvaluationSetConfig(
+            prompts=evaluation.prompts, verifier=verifier, max_response_tokens=evaluation.max_response_tokens
+        )
         own = ({"greedy": replace(sampled, temperature=0.0)} if verifier else {}) | {"sampled": sampled} | own
     if not own:
         raise UserError("evaluation", "no prompts and no sets", "held-out prompts: evaluation.sets.<name>.prompts.path")

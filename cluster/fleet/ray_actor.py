@@ -330,6 +330,11 @@ async def fetched(references: Iterable[Any]) -> list[Any]:
         return await asyncio.gather(*references)
 
 
+def held(value: Any) -> Any:
+    """The reference of a value that this process puts into Ray's object store, and owns."""
+    return ray.put(value)
+
+
 @contextmanager
 def errors_of(what: str) -> Iterator[None]:
     """Turns Ray's errors within the block into ours. `what` names the call in messages.

@@ -15,7 +15,7 @@ from typing import Any
 
 from actors.errors import ActorFaultError, CampaignError, StoreFullError
 from actors.trajectory import Requests, RolloutCounts
-from cluster.fleet.ray_actor import ActorLostError, Replica, beside, invoke, streamed
+from cluster.fleet.ray_actor import ActorLostError, Replica, beside, held, invoke, streamed
 from cluster.fleet.ray_batched_calls import BatchedCaller
 from cluster.fleet.supervision import LATE_SECONDS, Supervisor
 
@@ -67,6 +67,10 @@ class Fleet(Supervisor):
             lambda replica: self._batched(replica).generate(requests),
             leave=("abort", requests.ids),
         )
+
+    def put(self, value: Any) -> Any:
+        """The reference of a value of this process, for later calls to this fleet."""
+        return held(value)
 
     async def call_each(self, method: str, *arguments: Any) -> list[Any]:
         """Calls a method of every living actor at once; the answers, in the order of the replicas.

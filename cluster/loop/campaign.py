@@ -26,14 +26,16 @@ import asyncio
 import gc
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
 
-from actors.data.prompts import PromptSet, requests
+from actors.data.prompts import PromptSet, copied, requests
 from actors.data.trajectory_shards import Row
 from actors.errors import AbortedError, GivenUpError, LostObjectError
+from actors.trajectory import TrajectoryId
 from cluster.config import CampaignConfig
 from cluster.console.screen import Progress
 from cluster.fleet.ray_fleet import Fleet
@@ -44,7 +46,7 @@ from cluster.loop.queues import Queues
 from cluster.loop.replay import Replay
 from cluster.loop.reporting import Reporter, record_of_update
 from cluster.loop.samples import TrainingSamples
-from cluster.loop.teachers import Teachers
+from cluster.loop.teachers import TeacherAnswer, Teachers
 from cluster.loop.weight_sync import TRANSPORTS, EmaTeachers, NoEngines, Published, WeightTransport
 from cluster.loop.work import Issued, Sampled, Scored, ids_of, scores_by_rank, trajectories_of
 from cluster.phases import START
@@ -53,7 +55,6 @@ from cluster.state.campaign_state import CampaignState
 from cluster.state.checkpoints import Checkpoints
 from cluster.state.recorded import Record
 from cluster.state.rollback import apply_findings
-from learner.objective.estimator_table import estimator_row
 
 Batch = TypeVar("Batch", Issued, list[Sampled])
 
@@ -166,7 +167,7 @@ class Campaign:
         Waits for free slots; unblocked by publish. A synchronous campaign issues an update at a time, others a group.
         """
         samples = self.config.pipeline.samples_per_prompt
-        wanted = self._update_size if self._synchronous else samples
+        wanted = self._update_size if self._queues.in_parts else samples
         slots = self._queues.slots
         await self._started.wait()
         while True:
@@ -179,18 +180,27 @@ class Campaign:
             self._queues.issue(count)
 
     async def _sample(self) -> None:
-        """Issued -> Sampled. Waits for a rollout actor; unblocked by the actors' answers."""
-        in_flight = self._queues.in_flight
-        teacher_samples = estimator_row(self.config.learner.objective.estimator).text_by == "teacher"
+        """Issued -> Sampled. Waits for a rollout actor, or a teacher that writes in its place; unblocked by their answers.
+
+        Responses of a data set are here already, and wait for nobody.
+        """
+        in_flight, text_by = self._queues.in_flight, self.config.text_by
+        writer = "rollout" if text_by == "student" else "teacher"
 
         async def sample(issued: Issued) -> None:
-            asked = requests(self._prompts, issued.ids, self.config.seed, judged=self.config.gives_rewards)
+            judged = self.config.gives_rewards
+            asked = requests(self._prompts, issued.ids, self.config.seed, judged=judged, most=issued.most)
+            most = issued.most or self.config.sampling.max_response_tokens
             # Before the call: the actor may load newer weights during it, and the oldest token decides the staleness.
             in_flight.begin(issued, self._versions.version)
             units = in_flight.expected_tokens(len(asked.prompt_tokens), len(issued))
             try:
-                if teacher_samples:
-                    counts, reference = await self.teachers.sample(asked, self._versions.version, self.config.sampling)
+                if text_by == "teacher":
+                    sampling = replace(self.config.sampling, max_response_tokens=most)
+                    counts, reference = await self.teachers.sample(asked, self._versions.version, sampling)
+                elif text_by == "data":
+                    counts, written = copied(self._prompts, issued.ids, self._versions.version, most)
+                    reference = self.learner.put(written)
                 else:
                     counts, reference = await self.rollout.ask(asked, units=units, at=issued.replica)
             except AbortedError:
@@ -198,13 +208,16 @@ class Campaign:
             if not in_flight.end(issued):
                 return  # `Queues.cut` dropped them while the answer was on its way
             self.state.tokens_generated += int(counts.lengths.sum()) - sum(counts.context)
-            self.state.busy["rollout"] += counts.busy_seconds
+            self.state.busy[writer] += counts.busy_seconds
             self.state.processor_seconds += counts.processor_seconds
             self._reporter.unjudged(counts.unjudged)
             self._reporter.preempted(counts.preempted, counts.seats)
-            self._queues.sampled(issued, counts, reference)
+            for row, cause in counts.refused.items():
+                name = TrajectoryId(*issued.ids[row].tolist())
+                self._reporter.event("trajectory_refused", trajectory=str(name), cause=cause)
+            await self._queues.sampled(issued, counts, reference)
 
-        await self._for_each(self._queues.next_to_sample, sample, "rollout")
+        await self._for_each(self._queues.next_to_sample, sample, writer)
 
     async def _score(self) -> None:
         """Sampled -> Scored. Waits for a teacher actor; unblocked by the actors' answers.
@@ -215,6 +228,8 @@ class Campaign:
 
         async def score(batch: list[Sampled]) -> None:
             parts = None if self._synchronous else 1
+            if self.config.text_by == "data":  # which needs no scores
+                return await self._queues.scored(batch, TeacherAnswer([()] * len(batch), 0, 0.0, {}))
             try:
                 answer = await self.teachers.score(ids_of(batch), trajectories_of(batch), parts=parts)
             except LostObjectError as error:

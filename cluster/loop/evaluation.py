@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from actors.config import SamplingConfig
 from actors.data.fingerprints import prompts_fingerprint
 from actors.data.judge import Judge, rewards_of
 from actors.data.prompts import PromptSet, requests
@@ -55,13 +56,13 @@ class Evaluator:
         teachers: Teachers,
         *,
         seed: int,
-        max_response_tokens: int,
+        sampling: SamplingConfig,
         stop_token_ids: list[int],
         keep_trajectories: int,
         on_event: Callable[..., None],
     ):
         self._prompts, self._tokenizer, self._judge, self._teachers = prompts, tokenizer, judge, teachers
-        self._seed, self._max_tokens, self._stop = seed, max_response_tokens, stop_token_ids
+        self._seed, self._sampling, self._stop = seed, sampling, stop_token_ids
         self._keep, self._on_event = keep_trajectories, on_event
         self._judged = prompts.judged()
         """The prompts that a verifier judges: those that have a reference answer, where it needs one."""
@@ -72,12 +73,12 @@ class Evaluator:
 
     def identity(self) -> str:
         """See `identity`."""
-        return identity(self._prompts, self._judge.settings, self._max_tokens, self._seed)
+        return identity(self._prompts, self._judge.settings, self._sampling.max_response_tokens, self._seed)
 
     async def student(self, rollout: Fleet) -> tuple[dict[str, float], list[dict[str, Any]], dict[str, float]]:
         """Evaluates the weights that the rollout actors hold now.
 
-        Returns the metrics `eval/...`, rows for trajectories/ (up to `keep_trajectories`), and role -> seconds of work.
+        Without teachers there is no reverse KL. Returns the metrics `eval/...`, rows for trajectories/ (up to `keep_trajectories`), and role -> seconds of work.
         `eval/reverse_kl` is a Monte-Carlo estimate of KL(pi || q) in nats a token: the mean of log pi(y_t) - log q(y_t)
         over the tokens y_t that pi has sampled, without those that lack a score.
         """
@@ -87,9 +88,13 @@ class Evaluator:
         )
         sampled = drawn[0][0]
         ids = self._ids(SAMPLED)
-        scored = await self._teachers.score(ids, sampled)
-        scores = select_scores(ids, await fetched(each_once(itertools.chain(*scored.references))))
         written = select_trajectories(ids, await fetched(sampled))
+        scores: TeacherScores | None = None
+        busy = {"rollout": sum(seconds for _, seconds in drawn), "teacher": 0.0}
+        if self._teachers.fleets:
+            scored = await self._teachers.score(ids, sampled)
+            scores = select_scores(ids, await fetched(each_once(itertools.chain(*scored.references))))
+            busy["teacher"] = scored.busy_seconds
         rewards: dict[int, float] = {}
         metrics: dict[str, float] = {}
         self.tallies = {}
@@ -100,22 +105,20 @@ class Evaluator:
             metrics["eval/accuracy"] = float(np.mean(list(of_greedy.values())))
             metrics["eval/accuracy_sampled"] = float(np.mean(list(rewards.values())))
             self.tallies |= {"accuracy": self._by_prompt(of_greedy), "accuracy_sampled": self._by_prompt(rewards)}
-        # Missing scores are NaN, and nanmean leaves them out.
-        log_ratios = (written.student_logprobs - scores.logprobs)[written.trained]
-        apart = np.where(written.trained, written.student_logprobs - scores.logprobs, np.nan)
-        self.tallies |= {"reverse_kl": tally(np.split(apart, written.response_offsets[1:-1]))}  # type: ignore[arg-type]
-        metrics |= {
-            "eval/reverse_kl": mean_of_scored(log_ratios),
-            "eval/response_length_mean": float(written.trained_lengths.mean()),
-        }
-        busy = {"rollout": sum(seconds for _, seconds in drawn), "teacher": scored.busy_seconds}
+        if scores is not None:
+            # Missing scores are NaN, and nanmean leaves them out.
+            log_ratios = (written.student_logprobs - scores.logprobs)[written.trained]
+            apart = np.where(written.trained, written.student_logprobs - scores.logprobs, np.nan)
+            self.tallies |= {"reverse_kl": tally(np.split(apart, written.response_offsets[1:-1]))}  # type: ignore[arg-type]
+            metrics["eval/reverse_kl"] = mean_of_scored(log_ratios)
+        metrics["eval/response_length_mean"] = float(written.trained_lengths.mean())
         return metrics, await asyncio.to_thread(self._rows, written, scores, rewards), busy
 
     async def teacher(self) -> Tallies:
-        """The accuracy of the teachers' own greedy responses, by the same verifier; {} without references."""
-        if not self._judged:
+        """The accuracy of the teachers' own greedy responses, by the same verifier; {} without references or teachers."""
+        if not self._judged or not self._teachers.fleets:
             return {}
-        tokens, offsets = await self._teachers.generate(self._prompts, self._max_tokens, self._stop)
+        tokens, offsets = await self._teachers.generate(self._prompts, self._sampling.max_response_tokens, self._stop)
         return {"accuracy": self._by_prompt(await self._rewards(tokens, offsets))}
 
     def _by_prompt(self, rewards: dict[int, float]) -> Tally:
@@ -133,8 +136,9 @@ class Evaluator:
                     "generate",
                     requests(self._prompts, ids[list(part)], self._seed),
                     sample == GREEDY,
+                    self._sampling,
                     returns=2,
-                    units=len(part) * self._max_tokens,
+                    units=len(part) * self._sampling.max_response_tokens,
                 )
                 for part in split_evenly(len(ids), len(rollout.replicas))
             )
@@ -156,8 +160,13 @@ class Evaluator:
             self._on_event("unjudged", count=len(found.failed), cause=found.failed[0], evaluation=True)
         return dict(zip(self._judged, found.rewards.tolist(), strict=True))
 
-    def _rows(self, written: Trajectories, scores: TeacherScores, rewards: dict[int, float]) -> list[dict[str, Any]]:
+    def _rows(
+        self, written: Trajectories, scores: TeacherScores | None, rewards: dict[int, float]
+    ) -> list[dict[str, Any]]:
         kept = select_trajectories(written.ids[: self._keep], [written])
-        logprobs = scores.logprobs[: len(kept.response_tokens)]  # both are in the order of the prompts
+        unknown = np.full(len(kept.response_tokens), np.nan, np.float32)
+        logprobs = (
+            unknown if scores is None else scores.logprobs[: len(unknown)]
+        )  # both are in the order of the prompts
         judged = [rewards.get(int(prompt)) for prompt in kept.ids[:, 1]]
         return readable_rows(kept, logprobs, self._tokenizer, self._prompts, judged)

@@ -12,6 +12,7 @@ import numpy as np
 
 from actors.config import SamplingConfig
 from actors.data.prompts import PromptSet, requests, sample_seed
+from actors.errors import CampaignError
 from actors.trajectory import (
     EVALUATION_EPOCH,
     Requests,
@@ -50,7 +51,9 @@ async def teacher_prefixes(prompts: PromptSet, teachers: Teachers, sampling: Sam
     ids = np.array([(EVALUATION_EPOCH, prompt, 0) for prompt in range(len(prompts))], np.int64)
     references = []
     for part in split_evenly(len(ids), -(-len(ids) // PROMPTS_A_CALL)):
-        _, reference = await teachers.sample(requests(prompts, ids[list(part)], seed), 0, sampling)
+        counts, reference = await teachers.sample(requests(prompts, ids[list(part)], seed), 0, sampling)
+        for row, cause in counts.refused.items():
+            raise CampaignError(f"the teacher has written nothing for {prompts.where(part[row])}: {cause}")
         references.append(reference)
     written = select_trajectories(ids, await fetched(references))
     edges, positions = parts_of(int(written.lengths.max()))

@@ -13,10 +13,11 @@ after v + K. K = 0 is strictly on-policy: the next prompts wait until the new we
 """
 
 import asyncio
+import bisect
 import heapq
 import itertools
 from collections import Counter, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -162,7 +163,12 @@ class Queues:
     """All trajectories of a campaign that are issued and not trained yet."""
 
     def __init__(
-        self, config: CampaignConfig, state: CampaignState, prompts: PromptSet, rollout: Fleet, teachers: Teachers
+        self,
+        config: CampaignConfig,
+        state: CampaignState,
+        prompts: PromptSet,
+        rollout: Fleet,
+        teachers: Teachers,
     ):
         self._config, self._state, self._prompts = config, state, prompts
         weights = [source.weight for source in config.prompts.sources.values()]
@@ -170,6 +176,9 @@ class Queues:
         self._rollout, self._teachers = rollout, teachers
         self._max_staleness = config.pipeline.max_staleness
         self._synchronous = self._max_staleness == 0
+        self.in_parts = self._synchronous or config.text_by != "student"
+        """Whether an update is issued at a time, one part for each actor: where it is needed whole, and where nothing that is
+        written can become stale."""
         self._update_size = config.trajectories_per_update
         # Open trajectories of an earlier run are part of this number: they take slots when they are issued again.
         remaining = (config.pipeline.updates - state.step) * self._update_size
@@ -196,7 +205,10 @@ class Queues:
         """Version -> trajectories whose oldest token has it, and that are sampled and not in `_ready` yet."""
         self._turns = itertools.count()
         """Numbers the answers of rollout and teacher actors: of several answers for an id, the last one is valid."""
-        self._tokens_at_once = min(teacher.microbatch_tokens for teacher in config.teachers.values())
+        self._tokens_at_once = min(
+            (teacher.microbatch_tokens for teacher in config.teachers.values()),
+            default=config.learner.microbatch_tokens,
+        )
 
     # ------------------------------------------------------------------------------------------------- what comes in
 
@@ -205,12 +217,16 @@ class Queues:
         numbers, self._open_before = self._open_before[:count], self._open_before[count:]
         self._put_to_sample([*numbers, *self._state.ledger.issue(count - len(numbers))])
 
-    def sampled(self, issued: Issued, counts: RolloutCounts, trajectories: Any) -> None:
-        """A rollout actor has answered. trajectories: the reference that holds these ids, and perhaps others."""
+    async def sampled(self, issued: Issued, counts: RolloutCounts, trajectories: Any) -> None:
+        """A rollout actor, or a teacher in its place, has answered; what a teacher refuses to write is dropped and replaced.
+
+        trajectories: the reference that holds these ids, and perhaps others. CampaignError: see `scored`.
+        """
         turn = next(self._turns)  # answers are numbered in the order of their arrival
-        self.in_flight.count(counts.lengths)
+        kept = [row for row in range(len(issued)) if row not in counts.refused]
+        self.in_flight.count(counts.lengths[kept])
         self.seats = counts.seats or self.seats
-        self._state.ledger.sampled(issued.numbers)
+        self._state.ledger.sampled([issued.numbers[row] for row in kept])
         rows = zip(
             issued.numbers,
             issued.ids.tolist(),
@@ -221,11 +237,16 @@ class Queues:
             counts.context or [0] * len(issued),
             strict=True,
         )
-        for number, row, length, version, *rest in rows:
-            one = Sampled(number, TrajectoryId(*row), trajectories, turn, length, version, *rest)
+        for row, (number, id_, length, version, *rest) in enumerate(rows):
+            if row in counts.refused:
+                continue
+            one = Sampled(number, TrajectoryId(*id_), trajectories, turn, length, version, *rest)
             self._awaited[version] += 1
             heapq.heappush(self._to_score, (version, number, one))
         self._any_sampled.set()
+        names = {row: TrajectoryId(*issued.ids[row].tolist()) for row in counts.refused}
+        causes = {(issued.numbers[row], names[row]): cause for row, cause in sorted(counts.refused.items())}
+        await self._refuse(causes, beside=self._to_score_together - len(causes))
 
     async def scored(self, batch: Sequence[Sampled], answer: TeacherAnswer) -> None:
         """Teachers have scored a batch, in its order; what one of them refuses is dropped and replaced.
@@ -241,18 +262,25 @@ class Queues:
             self._refused_in_a_row = 0
         refused = [batch[row] for row in sorted(answer.refused)]
         self._not_awaited(refused)
-        for one, cause in zip(refused, (answer.refused[row] for row in sorted(answer.refused)), strict=True):
-            self._state.ledger.drop([one.number], "refused", cause)
+        await self._refuse({(batch[row].number, batch[row].id): answer.refused[row] for row in sorted(answer.refused)})
+
+    async def _refuse(self, causes: Mapping[tuple[int, TrajectoryId], str], beside: int = 0) -> None:
+        """Drops what teachers refuse, (number, id) -> why, and has others issued in its place. CampaignError: see `scored`.
+
+        beside: others that a synchronous update scores together with these.
+        """
+        for (number, id_), cause in causes.items():
+            self._state.ledger.drop([number], "refused", cause)
             self._refused_in_a_row += 1
             if self._refused_in_a_row >= 2 * self._update_size:
                 found = f"teachers have refused {self._refused_in_a_row} trajectories in a row"
-                raise CampaignError(f"{found}; the last, {one.id}: {cause}")
-        if refused and self._synchronous:
-            self._replace(len(refused))
+                raise CampaignError(f"{found}; the last, {id_}: {cause}")
+        if causes and self._synchronous:
+            self._replace(len(causes), beside)
         else:
-            await self.slots.release(len(refused), replace=True)
+            await self.slots.release(len(causes), replace=True)
 
-    def _replace(self, count: int) -> None:
+    def _replace(self, count: int, beside: int) -> None:
         """Issues trajectories in place of those that a synchronous update lacks; they keep the slots.
 
         Whole groups, so that later groups stay whole; what is too much of the last one is dropped.
@@ -261,7 +289,7 @@ class Queues:
         numbers = list(self._state.ledger.issue(-(-count // samples) * samples))
         if spare := numbers[count:]:
             self._state.ledger.drop(spare, "spare")
-        self._put_to_sample(numbers[:count])
+        self._put_to_sample(numbers[:count], beside)
 
     def lost_before_scored(self, batch: Sequence[Sampled]) -> None:
         """The node that held sampled trajectories is gone: the same numbers are sampled again, with the same seeds."""
@@ -277,14 +305,33 @@ class Queues:
         self._state.ledger.reopen(numbers)
         self._put_to_sample(numbers)
 
-    def _put_to_sample(self, numbers: Sequence[int]) -> None:
-        """Queues issued numbers (ascending): group by group, or, in a synchronous campaign, one part for each actor."""
-        samples, self._to_score_together = self._config.pipeline.samples_per_prompt, len(numbers)
+    def _put_to_sample(self, numbers: Sequence[int], beside: int = 0) -> None:
+        """Queues issued numbers (ascending): group by group, or, where that is possible, one part for each actor."""
+        samples, self._to_score_together = self._config.pipeline.samples_per_prompt, beside + len(numbers)
         # Numbers of one group are consecutive, so a group that was partly trained keeps its remaining samples together.
         groups = [list(group) for _, group in itertools.groupby(numbers, lambda number: number // samples)]
-        for part in split_evenly(len(groups), len(self._rollout.replicas) if self._synchronous else len(groups)):
+        for part in split_evenly(len(groups), self._writers() if self.in_parts else len(groups)):
             mine = [number for group in groups[part.start : part.stop] for number in group]
-            self._to_sample.put_nowait(Issued(mine, np.array([self._id(number) for number in mine], np.int64)))
+            ids = np.array([self._id(number) for number in mine], np.int64)
+            self._to_sample.put_nowait(Issued(mine, ids, most=self._most(mine)))
+
+    def _most(self, numbers: Sequence[int]) -> int | None:
+        """The length limit of these, by the update that they are for: that which their place among the open ones says.
+
+        A function of the ledger: a campaign that is resumed, and one that samples again what it lost, cuts where it did.
+        """
+        sampling = self._config.sampling
+        if not sampling.response_tokens_schedule:
+            return None
+        before = bisect.bisect_left(self._state.ledger.open_numbers(), numbers[0])
+        return sampling.response_tokens_at(self._state.step + 1 + before // self._update_size)
+
+    def _writers(self) -> int:
+        """Actors that write the responses, among which an update is divided; data needs none."""
+        if self._config.text_by == "data":
+            return 1
+        [fleet, *_] = [self._rollout] if self._config.text_by == "student" else [*self._teachers.fleets.values()]
+        return len(fleet.replicas)
 
     def _id(self, number: int) -> tuple[int, int, int]:
         cursor, sample = divmod(number, self._config.pipeline.samples_per_prompt)
@@ -293,13 +340,13 @@ class Queues:
     # ----------------------------------------------------------------------------------------- what each stage takes
 
     async def next_to_sample(self) -> Issued:
-        """One trajectory of the oldest group; all of a group go to one actor. In a synchronous campaign, a whole part.
+        """One trajectory of the oldest group; all of a group go to one actor. Where `in_parts`, a whole part.
 
         Waits until a rollout actor has room for it.
         """
         if not self._group:
             issued = await self._to_sample.get()
-            if self._synchronous:
+            if self.in_parts:
                 return issued
             await asyncio.sleep(0)  # lets the calls for the last group begin, so that `room` counts them
             few_more = (
@@ -308,7 +355,7 @@ class Queues:
             replica = await self._rollout.room(self.seats + few_more)
             # One call for each trajectory: it goes on to the teachers without waiting for the rest of its group.
             for row, number in enumerate(issued.numbers):
-                self._group.append(Issued([number], issued.ids[row : row + 1], replica))
+                self._group.append(Issued([number], issued.ids[row : row + 1], replica, issued.most))
         return self._group.popleft()
 
     async def next_to_score(self) -> list[Sampled]:
@@ -327,7 +374,7 @@ class Queues:
             batch = [heapq.heappop(self._to_score)[-1]]
             await asyncio.sleep(0)  # lets the previous call begin, so that `room` counts it
             await self._teachers.room(TEACHER_CALLS)
-            actors = min(len(fleet.replicas) for fleet in self._teachers.fleets.values())
+            actors = min((len(fleet.replicas) for fleet in self._teachers.fleets.values()), default=1)
             # Rounded up. An actor that takes all that waits would leave the others idle.
             share = -(-len(self._to_score) // actors)
             tokens = self._tokens_of(batch[0])
@@ -353,7 +400,8 @@ class Queues:
         """Makes rollout actors give up what would be too stale to train on, even if it ended now."""
         # Removed before the calls to `abort`: `InFlight.end` then also rejects an answer that is already on its way.
         late = self.in_flight.cut(self._state.step, self._max_staleness)
-        await asyncio.gather(*(self._rollout.tell(issued.replica, "abort", issued.ids) for issued in late))
+        told = [one for one in late if one.replica is not None]  # a teacher that writes is not told
+        await asyncio.gather(*(self._rollout.tell(one.replica, "abort", one.ids) for one in told))
         await self._drop([number for issued in late for number in issued.numbers], "cut")
 
     def _not_awaited(self, batch: Iterable[Sampled]) -> None:

@@ -87,7 +87,7 @@ class TrainingSamples:
         written = select_trajectories(ids, await fetched(trajectories_of(sampled)))
         rewards = written.rewards.tolist() if len(written.rewards) else [None] * len(written)
         teacher = np.full(len(written.response_tokens), np.nan, np.float32)
-        if not self._wide:
+        if not self._wide and chosen[0].scores:
             in_order = sorted(chosen, key=lambda one: one.turn)
             found: list[TeacherScores] = await fetched(each_once(itertools.chain(*(one.scores for one in in_order))))
             teacher = select_scores(ids, found).logprobs

@@ -3,12 +3,13 @@
 import asyncio
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from actors.config import SamplingConfig, TeacherConfig
-from actors.data.prompts import PromptSet
+from actors.data.prompts import PromptSet, requests
 from actors.errors import CampaignError, UserError
 from actors.trajectory import Limits, Prompts, Requests, RolloutCounts, offsets_of, ragged_rows
 from cluster.fleet.ray_fleet import Fleet
@@ -138,6 +139,14 @@ class Teachers:
         """Lets each teacher whose context is not known here score its longest text. UserError: it cannot."""
         for name, tokens in self._routes.longest.items():
             await self.fleets[name].call("full_length_test", tokens)
+
+    async def try_writing(self, prompts: PromptSet, sampling: SamplingConfig) -> None:
+        """Lets the only teacher write a token for the first prompt. UserError: it cannot."""
+        asked = requests(prompts, np.zeros((1, 3), np.int64), 0)
+        counts, _ = await self.sample(asked, 0, replace(sampling, max_response_tokens=1))
+        for cause in counts.refused.values():
+            expected = "a teacher that writes the student's tokens, and says them by their ids"
+            raise UserError(f"teachers.{next(iter(self.fleets))}", f"no response to a prompt ({cause})", expected)
 
     async def generate(
         self, prompts: PromptSet, max_response_tokens: int, stop_token_ids: list[int]

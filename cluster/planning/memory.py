@@ -160,7 +160,8 @@ def learner_numbers(
     config: CampaignConfig, adapter: int | None, teachers: Mapping[str, ModelNumbers]
 ) -> LearnerNumbers:
     """What the memory of a rank depends on. adapter: parameters of adapters; None: all weights are trained."""
-    heads = {name: teachers[name].head for name, teacher in config.teachers.items() if teacher.signal == "hidden"}
+    scored = {} if config.text_by == "data" else config.teachers
+    heads = {name: teachers[name].head for name, teacher in scored.items() if teacher.signal == "hidden"}
     return LearnerNumbers.of(
         config.learner,
         longest=config.sampling.max_response_tokens,  # the prompt is not known here
@@ -184,8 +185,9 @@ def _score_bytes(config: CampaignConfig, teachers: Mapping[str, ModelNumbers]) -
         return wide if teacher.signal == "full" else ITEM_BYTES[teacher.dtype] * teachers[name].hidden
 
     # Teachers of their own domains score different tokens.
-    own = [of(name, teacher) for name, teacher in config.teachers.items() if teacher.domains]
-    shared = [of(name, teacher) for name, teacher in config.teachers.items() if not teacher.domains]
+    scored = {} if config.text_by == "data" else config.teachers
+    own = [of(name, teacher) for name, teacher in scored.items() if teacher.domains]
+    shared = [of(name, teacher) for name, teacher in scored.items() if not teacher.domains]
     return sum(shared) + max(own, default=0)
 
 

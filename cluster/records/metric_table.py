@@ -224,6 +224,10 @@ METRICS: dict[str, Metric] = {
         "above a few percent: the end of a cut response cannot be corrected. Near 1: the student no longer stops",
         guarded=True, chart="Truncated", form="percent", status="training", label="truncated", digits=".1%",
     ),
+    "truncated_masked": Metric(
+        RESPONSES, "responses", "cut responses that were not trained on (`learner.objective.truncated: mask`)",
+        "near the update's responses: nothing is left to learn from", always=False, guarded=True,
+    ),
     "stopped_fraction": Metric(
         RESPONSES, "share of responses", "responses that the student ended itself, with a stop token",
         "falls, as `truncated_fraction` rises", always=False, guarded=True,

@@ -151,7 +151,11 @@ def pace(run: Run) -> Pace:
     }
     counted = result.get("actors") or {"mean": replicas, "end": replicas}
     replicas = counted["end"]
-    each = {role: (result["busy"].get(role) or 0.0) / (counted["mean"][role] or 1) for role in BUSY}
+    each = {
+        role: (result["busy"].get(role) or 0.0) / (counted["mean"][role] or 1)
+        for role in BUSY
+        if role in counted["mean"]
+    }
     slowest = max(each.values())
     walls = [row["wall_seconds"] for row in run.metrics if row.get("wall_seconds") is not None]
     loop = result.get("loop_seconds") or (result.get("wall_over_slowest_stage") or 0) * slowest

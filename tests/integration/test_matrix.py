@@ -51,6 +51,19 @@ def make_folder(folder: Path) -> None:
     make_tiny_model(folder / "sharded", hidden=64, layers=1, context=64, seed=3, heads_of_keys=2)
     make_tiny_model(folder / "foreign", hidden=32, layers=1, context=128, seed=4, tokenizer=byte_level())
     rows = [{"prompt": f"{i}+{i}=", "answer": str(2 * i), "domain": "abcd"[i % 4]} for i in range(8)]
+    talks = [
+        {
+            "messages": [
+                {"role": "user", "content": row["prompt"]},
+                {"role": "assistant", "content": row["answer"]},
+                {"role": "user", "content": "ok?"},
+                {"role": "assistant", "content": "yes"},
+            ],
+            "answer": row["answer"],
+        }
+        for row in rows
+    ]
+    (folder / "talks.jsonl").write_text("".join(json.dumps(talk) + "\n" for talk in talks))
     asked = [{"question": row["prompt"], "answer": row["answer"]} for row in rows]
     for name, records in (("train", rows), ("heldout", rows[:3]), ("questions", asked)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in records))

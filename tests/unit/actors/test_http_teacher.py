@@ -14,11 +14,11 @@ import pytest
 from aiohttp import web
 
 import actors.teacher.http_servers as http
-from actors.config import TeacherConfig
+from actors.config import SamplingConfig, TeacherConfig
 from actors.errors import CampaignError, UserError
 from actors.heartbeat import waiting
 from actors.teacher.http import HttpTeacher
-from actors.trajectory import Trajectories, offsets_of
+from actors.trajectory import Requests, Trajectories, offsets_of
 from tests.waiting import until
 
 Fault = Callable[[dict[str, Any]], web.StreamResponse | None]
@@ -332,6 +332,40 @@ def test_an_answer_that_breaks_off_is_a_failure_and_the_request_is_tried_again()
 
 def test_no_method_is_a_coroutine_since_ray_would_run_the_constructor_in_an_event_loop() -> None:
     assert not [name for name in dir(HttpTeacher) if inspect.iscoroutinefunction(getattr(HttpTeacher, name))]
+
+
+def writes(body: dict[str, Any]) -> web.StreamResponse | None:
+    """Two tokens and the first stop token, made of the prompt and the seed; nothing to the prompt 13, and 99 to 14."""
+    if "stop_token_ids" not in body:
+        return None
+    own = body["prompt"][-1]
+    if own == 13:
+        return web.json_response({"error": "the prompt is too long"}, status=400)
+    tokens = [99 if own == 14 else own, body["seed"] % 20, body["stop_token_ids"][0]][: body["max_tokens"]]
+    return web.json_response({"choices": [{"text": "", "logprobs": {"tokens": [f"token_id:{t}" for t in tokens]}}]})
+
+
+def test_what_it_writes_has_the_servers_token_ids_and_what_it_does_not_is_refused() -> None:
+    server, prompts = Server(fault=writes), [[5, 6], [7, 13], [8], [9, 14]]
+    asked = Requests(
+        ids=np.array([(0, i, 0) for i in range(4)]),
+        seeds=np.array([2**40 + 3, 1, 2, 3]),
+        prompt_tokens=np.concatenate(prompts).astype(np.int32),
+        prompt_offsets=offsets_of(map(len, prompts)),
+    )
+    with serving(server) as urls:
+        wise = teacher(urls)
+        counts, text = wise.sample(asked, 7, SamplingConfig(max_response_tokens=3, top_p=0.9, top_k=5), [2])
+        _, shorter = wise.sample(asked, 7, SamplingConfig(max_response_tokens=2), [2])
+    assert list(counts.refused) == [1, 3] and "the prompt is too long" in counts.refused[1]
+    assert "the token 99, which student and teacher do not share (40 tokens)" in counts.refused[3]
+    assert text.response_tokens.tolist() == [6, (2**40 + 3) % 2**31 % 20, 2, 8, 2, 2]
+    assert text.ids[:, 1].tolist() == [0, 2] and text.prompt_tokens.tolist() == [5, 6, 8]
+    assert counts.lengths.tolist() == [3, 0, 3, 0] and not counts.truncated.any() and not text.truncated.any()
+    assert shorter.truncated.tolist() == [True, False] and set(text.policy_versions.tolist()) == {7}
+    sent = next(body for body in server.bodies if body.get("top_k") == 5 and body["prompt"] == [5, 6])
+    assert sent["top_p"] == 0.9 and sent["temperature"] == 1 and sent["max_tokens"] == 3
+    assert 0 <= sent["seed"] < 2**31 and sent["skip_special_tokens"] is False
 
 
 def every(content: Any, **more: Any) -> Fault:

@@ -1,5 +1,6 @@
 """What a vLLM teacher asks for and what it makes of the answers, without an engine."""
 
+import sys
 import types
 from dataclasses import replace
 from pathlib import Path
@@ -8,11 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from actors.config import TeacherConfig
+from actors.config import SamplingConfig, TeacherConfig
 from actors.errors import UserError
+from actors.processor_time import ProcessorTime
 from actors.teacher.backends import FULL_BYTES, full_tokens, refuse_full, refuse_without_gpu
 from actors.teacher.vllm_teacher import VllmTeacher, groups, named_requests, named_scores
-from actors.trajectory import Trajectories
+from actors.trajectory import Requests, Trajectories
 from cluster.config_file import load_config
 from cluster.fleet.ray_cluster import role_resources
 from tests.tiny_updates import random_trajectories
@@ -40,6 +42,29 @@ def test_each_request_names_the_token_itself_and_then_its_support() -> None:
         known = t.support_ids[places] < ROWS
         assert (ids[:, 1:][known] == t.support_ids[places][known]).all() and (ids[:, 1:][~known] == -1).all()
     assert (t.support_ids >= ROWS).any(), "the example has an id that the teacher has no row for"
+
+
+def test_what_it_writes_is_drawn_at_its_own_temperature_with_a_seed_for_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+    stub = types.SimpleNamespace(SamplingParams=lambda **options: asked.append(options) or options)
+    monkeypatch.setitem(sys.modules, "vllm", stub)
+    answers = [
+        types.SimpleNamespace(outputs=[types.SimpleNamespace(token_ids=own)]) for own in ([5, 2], [6, 31], [7, 8])
+    ]
+    teacher: Any = VllmTeacher.__new__(VllmTeacher)
+    teacher.__dict__ |= {"config": TeacherConfig("m", temperature=0.5), "temperature": 0.5, "vocabulary": ROWS}
+    teacher.__dict__ |= {"_busy_seconds": 0.0, "_processor": ProcessorTime()}
+    teacher._llm = types.SimpleNamespace(generate=lambda texts, params, use_tqdm: answers)
+    requests = Requests(
+        ids=np.array([(0, i, 0) for i in range(3)]), seeds=np.array([7, 8, 9]),
+        prompt_tokens=np.arange(3, dtype=np.int32), prompt_offsets=np.arange(4),
+    )  # fmt: skip
+    counts, text = teacher.sample(requests, 4, SamplingConfig(temperature=3.0, max_response_tokens=2, top_k=5), [2])
+    assert [one["seed"] for one in asked] == [7, 8, 9]
+    # The model's own logits are divided by 0.5 already.
+    assert all((one["temperature"], one["top_k"], one["max_tokens"]) == (1, 5, 2) for one in asked)
+    assert text.response_tokens.tolist() == [5, 2, 7, 8] and list(counts.refused) == [1]
+    assert text.truncated.tolist() == [False, True] and text.ids[:, 1].tolist() == [0, 2]
 
 
 def test_what_vllm_answers_for_named_tokens_becomes_scores() -> None:
