@@ -115,7 +115,9 @@ def _trained_responses(config: CampaignConfig) -> Iterator[Contradiction]:
         ignored = source.response_field is not None and config.text_by != "data"
         expected = f"null, or learner.objective.estimator=sft: with {estimator} the student writes"
         yield ignored, f"{where}.response_field", source.response_field, expected
-    expected = "nothing where the prompts come with responses (prompts.response_field), which are kept and scored nowhere"
+    expected = (
+        "nothing where the prompts come with responses (prompts.response_field), which are kept and scored nowhere"
+    )
     yield config.text_by == "data" and config.record, "record", "true", expected
     yield config.text_by == "data" and config.replay is not None, "replay", config.replay, expected
     samples = config.pipeline.samples_per_prompt

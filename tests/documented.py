@@ -20,6 +20,8 @@ PLACES = {
     "/tmp/walk/walk": "RUN",
     "runs/mine": "RUN",
     "mine.yaml": "MINE",
+    "sft.yaml": "configs/quickstart.yaml",
+    "opd.yaml": "configs/quickstart.yaml",
     "quickstart": "RUN",
     "URL": "http://127.0.0.1:8265",
     "…": "http://127.0.0.1:8265",

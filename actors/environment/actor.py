@@ -105,7 +105,10 @@ class EnvironmentActor:
             time.sleep(min(LOOK_SECONDS, self._config.step_timeout_seconds / 4))
             silent = time.monotonic() - self._heard
             if silent > self._config.step_timeout_seconds and loop.is_running():
-                print(f"understudy: an environment has blocked its process for {silent:.0f} s, which ends", file=sys.stderr)
+                print(
+                    f"understudy: an environment has blocked its process for {silent:.0f} s, which ends",
+                    file=sys.stderr,
+                )
                 self.exit(BLOCKED)
                 return
 

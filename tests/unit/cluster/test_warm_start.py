@@ -163,7 +163,10 @@ def test_what_training_on_responses_needs_is_started_and_no_more(tmp_path: Path)
         ((*DATA, "prompts.chat_template_arguments.continue_final_message=true"), "continue_final_message: found true"),
         ((*DATA, "learner.objective.trust_region.beta=0.1"), "trust_region.beta: found 0.1"),
         (("sampling.response_tokens_schedule=[[1, 2000]]",), "schedule[0]: found 2000 tokens, expected 1 to 1024"),
-        (("sampling.response_tokens_schedule=[[5, 20], [5, 30]]",), "schedule[1]: found update 5, expected an update above 5"),
+        (
+            ("sampling.response_tokens_schedule=[[5, 20], [5, 30]]",),
+            "schedule[1]: found update 5, expected an update above 5",
+        ),
         (("sampling.response_tokens_schedule=[[101, 20]]",), "found update 101, expected at most 100"),
     ],
 )
