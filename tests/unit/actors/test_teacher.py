@@ -153,6 +153,7 @@ def replace_response(t: Trajectories, row: int, tokens: np.ndarray) -> Trajector
         prompt_offsets=np.array([0, t.prompt_offsets[row + 1] - t.prompt_offsets[row]]),
         response_tokens=tokens,
         response_offsets=np.array([0, len(tokens)]),
+        trained=np.ones(len(tokens), bool),
     )
 
 
