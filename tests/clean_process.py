@@ -14,7 +14,12 @@ from typing import Any
 from unittest import mock
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["tests.light_campaign", "tests.tiny_updates"])
+CONTEXT.set_forkserver_preload(
+    [
+        *("tests.light_campaign", "tests.tiny_updates", "tests.interrupted_campaign", "peft"),
+        *("actors.weights.delta_codec", "transformers.models.qwen3.modeling_qwen3", "torch._dynamo"),
+    ]
+)
 
 
 def start(body: Callable[..., None], *arguments: Any, log: Path | None = None) -> BaseProcess:

@@ -2,7 +2,7 @@
 
     FUZZ_EXAMPLES=20000 pytest tests/unit/test_fuzz.py
 
-tries 20,000 configurations instead of the 1,000 of `make test` or the 5,000 of `make test-all`, and others in proportion.
+tries 20,000 configurations instead of the 250 of `make test` or the 5,000 of `make test-all`, and others in proportion.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ from cluster.config_file import as_dictionary, load_config
 from tests.light_campaign import configuration, finish, make_folder, start
 from tests.mutations import TEXTS, broken_bytes, broken_text, changed, damage, paths, value
 
-EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", 5000 if os.environ.get("HYPOTHESIS_PROFILE") == "nightly" else 1000))
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", 5000 if os.environ.get("HYPOTHESIS_PROFILE") == "nightly" else 250))
 WATCHING: list[bool] = []
 BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
     f"{chr(98 + i)}: &{chr(98 + i)} [{','.join(['*' + chr(97 + i)] * 9)}]\n" for i in range(8)
@@ -142,7 +142,7 @@ def test_a_configuration_is_read_or_refused_in_one_line(folder: Path, written: l
 
 def test_a_prompt_file_is_read_or_refused_in_one_line(folder: Path, written: list[str]) -> None:
     tokenizer = load_tokenizer(str(folder / "student"), False, "student.model")
-    draw, read, count = random.Random(2), 0, EXAMPLES * 2
+    draw, read, count = random.Random(2), 0, EXAMPLES * 8
     for number in range(count):
         kind = draw.choice(["jsonl", "jsonl", "jsonl.gz", "parquet", "json"])
         file = folder / f"prompts.{kind}"
@@ -207,7 +207,7 @@ def test_a_damaged_run_directory_is_shown_or_refused_in_one_line(
 ) -> None:
     draw, kept = random.Random(3), folder / "kept"
     shutil.copytree(finished, kept)
-    for number in range(EXAMPLES // 50):
+    for number in range(EXAMPLES // 20):
         shutil.rmtree(finished)
         shutil.copytree(kept, finished)
         done = [damage(draw, finished) for _ in range(draw.randint(1, 3)) if any(finished.iterdir())]
