@@ -102,6 +102,7 @@ def command_parser() -> argparse.ArgumentParser:
 
     _add_commands_of_a_configuration(command)
     _add_evaluate(command)
+    _add_score(command)
     _add_commands_of_a_run(command)
     return parser
 
@@ -201,6 +202,18 @@ def _add_evaluate(command: Command) -> None:
     which.add_argument("--best", action="store_true", help="of runs: the best evaluated checkpoint")
     evaluate.add_argument("--reverse-kl", action="store_true", help="start the teachers, and measure the reverse KL")
     evaluate.add_argument("--output", type=Path, help="JSON file (default: <output_dir>/<name>-evaluation.json)")
+
+
+def _add_score(command: Command) -> None:
+    score = command("score", _score, "fill teacher scores into responses, for campaigns with replay")
+    score.add_argument("config", metavar="CONFIG", help="YAML file, with the teachers")
+    score.add_argument(
+        "file", type=Path, metavar="FILE", help="prompts with responses, or a record or its run directory"
+    )
+    score.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. teachers.default.replicas=2")
+    score.add_argument("--prompt-field", metavar="NAME", help="of FILE (default: prompts.prompt_field)")
+    score.add_argument("--response-field", metavar="NAME", help="of FILE; that of the prompt for whole conversations")
+    score.add_argument("--output", type=Path, help="directory of the record (default: <output_dir>/<name>-scored)")
 
 
 def _add_commands_of_a_run(command: Command) -> None:
@@ -470,6 +483,23 @@ def _evaluate(options: argparse.Namespace) -> int:
     return 0
 
 
+def _score(options: argparse.Namespace) -> int:
+    from cluster.config_file import load_config
+
+    config = load_config(options.config, options.overrides)
+    from cluster.commands.score import score, to_score
+    from cluster.records.event_table import describe
+
+    def on_event(kind: str, **fields: Any) -> None:
+        print(f"understudy: {concealed(printable(describe(kind, fields)))}", file=sys.stderr, flush=True)
+
+    output = options.output or Path(config.output_dir) / f"{config.name}-scored"
+    wanted = to_score(config, options.file, options.prompt_field, options.response_field)
+    done = score(wanted, options.file, output, on_event, lambda line: print(line, flush=True))
+    print(f"scored: {done}; replay them with replay={output.resolve()}")
+    return 0
+
+
 def _export(options: argparse.Namespace) -> int:
     if options.run is None and named_run(str(options.out)) is not None:
         raise UserError("OUT", f"{options.out}, which is a run", f"understudy export {options.out} OUT")
@@ -499,5 +529,5 @@ def _report(options: argparse.Namespace) -> int:
     return 0
 
 
-LONG_COMMANDS = (_run, _check, _submit, _compare, _plan, _evaluate)
+LONG_COMMANDS = (_run, _check, _submit, _compare, _plan, _evaluate, _score)
 """Commands that end with one line on any signal that asks for it."""

@@ -28,6 +28,7 @@ import yaml
 
 import cluster.cli
 import cluster.commands.evaluate
+import cluster.commands.score
 import cluster.roles
 import cluster.run
 from actors.errors import ActorFaultError, CampaignError, LearnerLostError, UserError
@@ -185,8 +186,9 @@ def without_ray() -> None:
     here.connected = lambda config: nullcontext(True)
     here.room_to_begin = light_room
     evaluating: Any = cluster.commands.evaluate
-    evaluating.connected = here.connected
-    evaluating.room_to_begin = light_room
+    scoring: Any = cluster.commands.score
+    for command in (evaluating, scoring):
+        command.connected, command.room_to_begin = here.connected, light_room
 
 
 async def _never() -> None:

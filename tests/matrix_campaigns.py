@@ -37,6 +37,8 @@ class Campaign:
     status: int = 0
     after: str = ""
     """The campaign whose run this one reads."""
+    scores: tuple[str, ...] = ()
+    """Arguments of `understudy score`, which runs before with the same settings."""
 
 
 def teacher(**settings: Any) -> dict[str, Any]:
@@ -346,6 +348,7 @@ CAMPAIGNS: dict[str, Campaign] = {
             "prompts.function_arguments": {"count": 4},
             "evaluation.prompts": {"function": f"{OWN}:sums", "function_arguments": {"count": 2}},
             "learner.objective.mixture": 0.3,
+            "record": True,
             "student.model": "sharded",
             "learner.replicas": 2,
             "learner.sequence_parallel": 2,
@@ -452,6 +455,11 @@ CAMPAIGNS["replayed"] = Campaign(
     after="discounted",
 )
 """The same campaign as `discounted`, from its record: tests/integration/test_matrix.py compares their weights."""
+CAMPAIGNS["copied"] = Campaign(
+    {"teachers": one(signal="topk", top_k=4), "learner.objective.estimator": "sft", "replay": "scored"},
+    events=("replays",),
+    scores=("train.jsonl", "--response-field", "answer", "--output", "scored"),
+)
 
 
 def overrides(name: str, **places: str) -> list[str]:

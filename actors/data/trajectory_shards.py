@@ -111,6 +111,13 @@ def counts_of(shards: Iterable[Shard]) -> dict[str, list[Any]]:
     return {name: [values[i] for i in order] for name, values in columns.items()}
 
 
+def rows_of(shard: Shard) -> int:
+    """Trajectories in a file."""
+    from pyarrow import parquet
+
+    return parquet.ParquetFile(shard.path).metadata.num_rows
+
+
 def write_shard(
     directory: Path,
     update: int,

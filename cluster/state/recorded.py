@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import xxhash
 
-from actors.data.trajectory_shards import Shard, counts_of, fault_in, shards_in
+from actors.data.trajectory_shards import Shard, counts_of, fault_in, rows_of, shards_in
 from actors.errors import UserError
 from actors.json_files import DamagedError, read_json
 from cluster.config import CampaignConfig
@@ -152,8 +152,11 @@ def record_directory(path: str) -> Path:
     raise UserError(KEY, found, "the directory of a run with record: true, or its record directory")
 
 
-def opened(path: str) -> Record:
-    """A record, after all its shards have been read for their checksums. UserError: one is missing or damaged."""
+def opened(path: str, *, rest: bool = False) -> Record:
+    """A record, after all its shards have been read for their checksums. UserError: one is missing or damaged.
+
+    rest: with the rest of a file that fills no update.
+    """
     directory = record_directory(path)
     origin, shards = read_origin(directory), shards_in(directory)
     ledger = read_jsonl(directory.parent / LEDGER_FILE) if directory.name == RECORD_DIRECTORY else []
@@ -170,19 +173,14 @@ def opened(path: str) -> Record:
             raise UserError(KEY, f"update {update}: {fault}", "the shards as they were written")
     _compare_with_ledger(directory, shards, trained)
     size = origin.trajectories_per_update
-    counts = {update: sum(_rows(shard) for shard in of) for update, of in shards.items()}
-    if origin.written_by == "file" and counts[last] < size and last > 1:
-        del shards[last]  # the rest of a file, which fills no update
+    counts = {update: sum(rows_of(shard) for shard in of) for update, of in shards.items()}
+    if origin.written_by == "file" and counts[last] < size and (last > 1 or rest):
+        if not rest:
+            del shards[last]
     elif wrong := [update for update, count in counts.items() if count != size]:
         found = f"{directory}, whose update {wrong[0]} has {counts[wrong[0]]} trajectories"
         raise UserError(KEY, found, f"{size} in each ({ORIGIN_FILE})")
     return Record(directory, origin, shards)
-
-
-def _rows(shard: Shard) -> int:
-    from pyarrow import parquet
-
-    return parquet.ParquetFile(shard.path).metadata.num_rows
 
 
 def _compare_with_ledger(

@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from cluster.config import CampaignConfig
 from cluster.config_file import load_config
 from cluster.records.writer import read_jsonl
+from cluster.state import recorded
 from tests.matrix_campaigns import BASE, CAMPAIGNS, overrides
 from tests.matrix_parts import Served, cache_dataset, tracked, write_stubs
 from tests.tiny_models import make_tiny_model
@@ -108,8 +109,15 @@ class Runs:
     def _run(self, name: str) -> subprocess.CompletedProcess[str]:
         if before := CAMPAIGNS[name].after:
             self._running[before].result()
+        arguments = self._arguments(name)
+        if CAMPAIGNS[name].scores:
+            done = self._command("score", "base.yaml", *CAMPAIGNS[name].scores, *arguments)
+            assert done.returncode == 0 and "scored: 8 responses" in done.stdout, done.stdout + done.stderr
+        return self._command("run", "base.yaml", *arguments)
+
+    def _command(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [self._python, "-m", "cluster", "run", "base.yaml", *self._arguments(name)],
+            [self._python, "-m", "cluster", *arguments],
             cwd=self.folder,
             env=self._environment,
             capture_output=True,
@@ -167,6 +175,8 @@ def test_a_campaign_runs_to_its_end(name: str, runs: Runs) -> None:
     assert_metrics_are_sound(run_dir, config)
     if wanted.status == 0:
         assert_weights_moved(runs.folder, run_dir, config)
+    if config.record:
+        assert recorded.opened(str(run_dir)).updates == config.pipeline.updates
     if wanted.after:
         assert_same_bits(run_dir, runs.folder / runs.result(wanted.after)[0].run_dir)
     if config.tracking.wandb_project is not None:

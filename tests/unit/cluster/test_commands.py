@@ -52,6 +52,7 @@ RUN_BY = {
     "understudy compare": "tests/unit/cluster/test_compare.py",
     "understudy export": "tests/unit/cluster/test_export.py",
     "understudy evaluate": "tests/unit/cluster/test_evaluate.py",
+    "understudy score": "tests/unit/cluster/test_score.py",
     "understudy pause": "tests/integration/test_steering.py",
     "understudy resume": "tests/integration/test_steering.py",
     "understudy stop": "tests/integration/test_steering.py",
