@@ -44,6 +44,8 @@ PRELOADED = (
 )
 CLIENT = """#!{python} -IS
 import json, os, signal, socket, sys
+if "-c" in sys.argv[:3]:
+    os.execv({python!r}, [{python!r}, *sys.argv[1:]])
 server = socket.socket(socket.AF_UNIX)
 server.connect({address!r})
 order = json.dumps([sys.argv[1:], dict(os.environ), os.getcwd()]).encode()
@@ -54,7 +56,8 @@ for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2"):
     signal.signal(getattr(signal, name), lambda number, _: os.kill(process, number))
 os._exit(int(server.recv(20) or 1))
 """
-"""The executable: hands its arguments, environment, folder and standard files over, and waits. A signal goes to the fork."""
+"""The executable: hands its arguments, environment, folder and standard files over, and waits. A signal goes to the fork.
+A program on the command line (`-c`) is run by Python itself: such small ones get files besides, and import little."""
 
 
 @contextlib.contextmanager
@@ -150,6 +153,7 @@ def _run(executable: str, arguments: list[str], environment: dict[str, str], fol
     Ray's daemons start its workers by `sys.executable`, so theirs is this one. Others may hand over more files than it can.
     """
     _die_with_parent()
+    os.setsid()  # Ray kills the process group of a worker that has died: it must not be that of all others
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for target, file in enumerate(files):
         os.dup2(file, target)
@@ -163,7 +167,7 @@ def _run(executable: str, arguments: list[str], environment: dict[str, str], fol
         arguments.pop(0)
     try:
         program = arguments[arguments[0] == "-m"]
-        if program == "tests.shared_ray" or ("/ray/" in program and "default_worker" not in program):
+        if "default_worker" not in program:
             sys.executable = executable
         if arguments[0] == "-m":
             sys.argv = arguments[1:]

@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -34,7 +33,7 @@ def test_the_long_schedule_has_every_role_kind_and_state() -> None:
 
 
 @pytest.mark.integration
-def test_a_campaign_under_faults_ends_with_the_same_bits(tmp_path: Path) -> None:
+def test_a_campaign_under_faults_ends_with_the_same_bits(tmp_path: Path, python: str) -> None:
     folder = make_folder(tmp_path)
     changes: dict = {"pipeline": {"updates": 13}, "ray": {"hang_timeout_seconds": 1.5, "object_store_mebibytes": 100}}
     light = {"replicas": 2, "cpus_per_replica": 0.2}
@@ -44,7 +43,7 @@ def test_a_campaign_under_faults_ends_with_the_same_bits(tmp_path: Path) -> None
     finish(light_campaign.start(calm), calm)
     (tmp_path / "schedule.json").write_text(json.dumps([asdict(fault) for fault in SHORT]))
     files = (stormy, tmp_path / "schedule.json", tmp_path / "result.json")
-    command = [sys.executable, "-m", "tests.chaos_campaign", *files, "--hold"]
+    command = [python, "-m", "tests.chaos_campaign", *files, "--hold"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
 

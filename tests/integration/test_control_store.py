@@ -15,20 +15,24 @@ PATIENCE_SECONDS = 3.0
 ROOT = str(Path(__file__).parents[2])
 
 
-def run(folder: str, config_file: str) -> None:
+def run(folder: str, config_file: str, python: str) -> None:
     """Does what `understudy run` does, with less patience."""
     import os
+    import sys
 
     import cluster.cli
     from cluster.fleet import ray_control_store
 
     os.environ["PYTHONPATH"] = ROOT  # the actors import the engine from the tests
+    sys.executable = python  # which starts the actors
     os.chdir(folder)
     ray_control_store.PATIENCE_SECONDS = PATIENCE_SECONDS
     cluster.cli.main(["run", config_file])
 
 
-def test_a_campaign_that_loses_rays_control_store_ends_with_a_checkpoint_and_one_line(tmp_path: Path) -> None:
+def test_a_campaign_that_loses_rays_control_store_ends_with_a_checkpoint_and_one_line(
+    tmp_path: Path, python: str
+) -> None:
     light = {"cpus_per_replica": 0.2, "replicas": 1}
     config_file = light_campaign.configuration(
         light_campaign.make_folder(tmp_path),
@@ -42,7 +46,7 @@ def test_a_campaign_that_loses_rays_control_store_ends_with_a_checkpoint_and_one
         ray={"object_store_mebibytes": 100},
     )
     run_dir, log = tmp_path / "runs" / "lost", tmp_path / "log"
-    process = clean_process.start(run, str(tmp_path), str(config_file), log=log)
+    process = clean_process.start(run, str(tmp_path), str(config_file), python, log=log)
     until(lambda: len(read_jsonl(run_dir / "metrics.jsonl")) > 5, "six updates", process.is_alive)
     [store] = [one for one in psutil.Process(process.pid).children(recursive=True) if one.name() == "gcs_server"]
     store.kill()

@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -41,21 +40,21 @@ def campaign(folder: Path, name: str, **changes: Any) -> Path:
     return configuration(folder, name, **settings, evaluation={"every_updates": 100}, **changes)
 
 
-def on_nodes(config: Path, *how: str) -> tuple[str, list[dict[str, Any]]]:
+def on_nodes(python: str, config: Path, *how: str) -> tuple[str, list[dict[str, Any]]]:
     """Runs it on a cluster (tests/node_campaign.py). Returns its output and its events."""
     result = config.with_suffix(".events")
-    command = [sys.executable, "-m", "tests.node_campaign", config, result, *how]
+    command = [python, "-m", "tests.node_campaign", config, result, *how]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout, json.loads(result.read_text())
 
 
 @pytest.mark.integration
-def test_a_campaign_survives_the_loss_of_a_node_and_uses_the_one_that_joins(folder: Path) -> None:
+def test_a_campaign_survives_the_loss_of_a_node_and_uses_the_one_that_joins(folder: Path, python: str) -> None:
     updates = {"pipeline": {"updates": 6}}
     calm, stormy = campaign(folder, "calm", **updates), campaign(folder, "stormy", **updates)
     finish(light_campaign.start(calm), calm)
-    said, events = on_nodes(stormy)
+    said, events = on_nodes(python, stormy)
 
     told = [(event["kind"], event.get("actor")) for event in events]
     for actor in ("rollout-0", "rollout-1"):
@@ -72,8 +71,10 @@ def test_a_campaign_survives_the_loss_of_a_node_and_uses_the_one_that_joins(fold
 
 @pytest.mark.integration
 @pytest.mark.nightly
-def test_a_campaign_begins_with_the_nodes_that_are_there_and_grows_when_others_come(folder: Path) -> None:
-    said, events = on_nodes(campaign(folder, "short", pipeline={"updates": 100_000, "max_staleness": 1}), "--short")
+def test_a_campaign_begins_with_the_nodes_that_are_there_and_grows_when_others_come(folder: Path, python: str) -> None:
+    said, events = on_nodes(
+        python, campaign(folder, "short", pipeline={"updates": 100_000, "max_staleness": 1}), "--short"
+    )
     told = [(event["kind"], event.get("actor")) for event in events]
     first, second = told.index(("loop_started", None)), told.index(("actor_started", "rollout-1"))
     assert told.index(("short_of_resources", None)) < told.index(("actor_started", "rollout-0")) < first < second

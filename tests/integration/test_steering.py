@@ -31,7 +31,7 @@ def understudy(*arguments: object) -> str:
 class Campaign:
     """One that runs in a process of its own until it is stopped."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, python: str):
         light = {"cpus_per_replica": 0.2, "replicas": 1}
         config = configuration(
             make_folder(folder),
@@ -45,7 +45,7 @@ class Campaign:
             ray={"object_store_mebibytes": 100},
         )
         self.run = folder / "runs" / "steered"
-        command = [sys.executable, "-m", "cluster", "run", str(config)]
+        command = [python, "-m", "cluster", "run", str(config)]
         self.process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
     def until(self, what: str, condition: Callable[[], object]) -> None:
@@ -72,8 +72,8 @@ class Campaign:
 
 
 @pytest.fixture
-def campaign(tmp_path: Path) -> Iterator[Campaign]:
-    campaign = Campaign(tmp_path)
+def campaign(tmp_path: Path, python: str) -> Iterator[Campaign]:
+    campaign = Campaign(tmp_path, python)
     yield campaign
     campaign.process.kill()
 
