@@ -260,6 +260,47 @@ class SamplingConfig:
         return begun[-1] if begun else self.max_response_tokens
 
 
+@changing("on request")
+@dataclass
+class EnvironmentConfig:
+    """What answers the student between its turns (docs/environments.md). Each prompt then begins an episode of several turns,
+    and rewards come from the environment, in training and in evaluations."""
+
+    name: str = "???"
+    """The environment: `package.module:Class` of your own, with `async def reset(record, episode)` and
+    `async def step(message)`."""
+    arguments: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of the class."""
+    tool_parser: str | None = None
+    """The parser of vLLM that finds the student's tool calls (`hermes` for Qwen, `llama3_json`, `mistral` …). Null: the
+    environment gets the text as it is."""
+    earlier_turns: Literal["template", "written"] = "template"
+    """The text that a turn follows. `template`: the chat template must write earlier turns as the student has read and written
+    them; one that does not (some drop the reasoning of earlier turns) is refused. `written`: it may, and the student goes on
+    from its own tokens all the same."""
+    max_turns: int = number(16, minimum=1)
+    """Turns of the student. An episode that is not over then is truncated; so is one whose response, with all that the
+    environment wrote between the turns, has `sampling.max_response_tokens`."""
+    step_timeout_seconds: float = number(60.0, above=0, change="free")
+    """Time limit of `reset` and of each `step`."""
+    episode_timeout_seconds: float = number(600.0, above=0, change="free")
+    """Time limit of one attempt at an episode, the student's turns included."""
+    attempts: int = number(3, minimum=1, change="free")
+    """How often an episode is begun (its environment raised, took too long, or its process died) before it is dropped, with
+    the reason, and replaced."""
+    replicas: int = number(1, minimum=1, change="free")
+    """Number of environment actors. Each hosts many episodes at once."""
+    cpus_per_replica: float = number(1.0, minimum=0, change="free")
+    """CPU cores that Ray reserves for one actor."""
+    resources: dict[str, float] = setting(dict, "free")
+    """Custom Ray resources that one actor reserves, as in `rollout.resources`."""
+
+    @property
+    def gpus_per_replica(self) -> float:
+        """GPUs of one actor: none."""
+        return 0.0
+
+
 @dataclass
 class RolloutConfig:
     """Rollout actors: inference engines that sample trajectories."""

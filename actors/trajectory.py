@@ -86,6 +86,21 @@ class Limits(NamedTuple):
     """The first of them that is generated ends the response, and is part of it."""
 
 
+class EpisodeCounts(NamedTuple):
+    """What the campaign process needs to know about one episode."""
+
+    turns: int
+    """Turns of the student."""
+    prompt_tokens: int
+    """Tokens of the prompt as it was read: an environment may have written it."""
+    waited_seconds: float
+    """Seconds for which the environment was waited for."""
+    retries: int = 0
+    """How often it was begun again."""
+    failed: str = ""
+    """Why it failed in all attempts, in one line; empty: it did not."""
+
+
 class RolloutCounts(NamedTuple):
     """What the campaign process needs to know about a batch of trajectories: it never fetches the arrays."""
 
@@ -110,7 +125,10 @@ class RolloutCounts(NamedTuple):
     processor_seconds: float = 0.0
     """Processor time of the actor's process since its last report."""
     refused: Mapping[int, str] = {}
-    """Number of a request -> why a teacher that writes in the student's place has not answered it. The campaign drops it."""
+    """Number of a request -> why a teacher that writes in the student's place has not answered it, or why its episode has
+    failed. The campaign drops it."""
+    episodes: tuple[EpisodeCounts, ...] = ()
+    """[B] where an environment answers; else ()."""
 
 
 class LoadSeconds(NamedTuple):

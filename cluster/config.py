@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from actors.config import (
+    EnvironmentConfig,
     PromptsConfig,
     RolloutConfig,
     SamplingConfig,
@@ -210,6 +211,8 @@ class CampaignConfig:
     prompts: PromptsConfig = field(default_factory=PromptsConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    environment: EnvironmentConfig | None = None
+    """What answers the student between its turns. Null: nothing, each response is one turn."""
     teachers: dict[str, TeacherConfig] = field(default_factory=dict)
     """Teachers by name: one, or several that score different domains or form a mixture."""
     learner: LearnerConfig = field(default_factory=LearnerConfig)
@@ -238,6 +241,11 @@ class CampaignConfig:
     def gives_rewards(self) -> bool:
         """Whether training uses rewards, which `evaluation.verifier` gives."""
         return gives_rewards(self.learner.objective)
+
+    @property
+    def judges_training(self) -> bool:
+        """Whether a verifier gives the rewards of training: an environment gives its own."""
+        return self.gives_rewards and self.environment is None
 
     @property
     def text_by(self) -> str:

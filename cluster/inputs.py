@@ -153,6 +153,10 @@ def _read_inputs(config: CampaignConfig, judge: Judge) -> Inputs:
     model_config = load_config(student.source, student.trust_remote_code, "student.model")
     rows = model_config.get_text_config().vocab_size
     _refuse_unknown(config.learner.objective.masked_token_ids, rows, "learner.objective.masked_token_ids")
+    ends = {name: ends for name in reading if (ends := turn_ends(replace(config, teachers=reading), name)) is not None}
+    if ends and config.environment is not None:
+        found = f"{', '.join(ends)}, which ends its turns with another token than the student"
+        raise UserError("teachers", found, "teachers with the student's end of a turn, where an environment answers")
     trained: dict[str, Any] = {}
     if config.text_by == "data":  # nothing of it is scored
         trained = {"bounded": False, "ends": _ends(config, tokenizer, stop)}
@@ -160,7 +164,7 @@ def _read_inputs(config: CampaignConfig, judge: Judge) -> Inputs:
     prompt_routes = prompt_routes._replace(stop_token_ids=stop)
     if (reference := config.learner.objective.reference_teacher) is not None:
         prompt_routes = prompt_routes._replace(routes=[{**route, reference: 0.0} for route in prompt_routes.routes])
-    if config.gives_rewards:
+    if config.judges_training:
         _demand_references(config.prompts, prompts, "prompts")
     held_out, held_out_routes = None, None
     if config.evaluation.prompts is not None:
@@ -179,9 +183,9 @@ def _read_inputs(config: CampaignConfig, judge: Judge) -> Inputs:
     remarks = [*mixture(config, prompts), *_cut(config, prompts)]
     remarks += [f"{key}: {one}" for key, one in left_out.items()] + ([f"note: {shared}"] if shared else [])
     remarks += [f"{name}: note: {found}" for name, one in sets.items() if (found := overlap(one.prompts, prompts))]
-    if config.gives_rewards:
+    if config.judges_training:
         remarks += try_references(config, judge, prompts)
-    if held_out is not None:
+    if held_out is not None and config.environment is None:
         remarks += try_references(config, judge, held_out)
     for name, one in sets.items():
         if one.judge is not None:
@@ -196,7 +200,7 @@ def _read_inputs(config: CampaignConfig, judge: Judge) -> Inputs:
         stop,
         _masked_role_token_ids(config, tokenizer, stop),
         min(rows, max(tokenizer.get_vocab().values()) + 1),
-        {name: ends for name in reading if (ends := turn_ends(replace(config, teachers=reading), name)) is not None},
+        ends,
         remarks,
         left_out,
         shared,
@@ -425,7 +429,9 @@ def _cut(config: CampaignConfig, prompts: PromptSet) -> list[str]:
 def _prompts(
     config: CampaignConfig, source: PromptsConfig, tokenizer: Any, key: str, room: int, judge: Judge | None
 ) -> PromptSet:
-    """The prompts as the student reads them, with the records where a verifier asks for them. room: tokens."""
+    """The prompts as the student reads them, with the records where a verifier or an environment asks for them. room: tokens."""
+    if config.environment is not None:
+        return replace(load_prompts(source, tokenizer, room, key, records=True), played=True)
     judges = key != "prompts" or config.gives_rewards
     verifiers = {own: judge.of(own) for own in (None, *config.evaluation.verifiers)} if judge and judges else {}
     asked = {domain: its.asks for domain, its in verifiers.items()}

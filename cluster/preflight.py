@@ -14,6 +14,8 @@ from actors.data.models import check_fit, find_model, load_config, tensor_parall
 from actors.data.prompt_files import is_pattern
 from actors.data.tokenizer import check_tokenizers_agree, load_tokenizer, template_difference
 from actors.data.weight_files import opened
+from actors.environment.base import environment_class
+from actors.environment.trial import try_environment
 from actors.errors import UserError
 from actors.gpu_share import LARGEST_CARD_BYTES
 from actors.import_path import is_import_path
@@ -75,7 +77,9 @@ def checks(config: CampaignConfig, *, offline: bool) -> Iterator[tuple[str, Call
     files = [path for path in sources if not is_pattern(path)]
     yield "prompts", (lambda: _prompts(config)) if here(student.model, *files) else None
     own = any(is_import_path(one.name) for one in (config.evaluation.verifier, *config.evaluation.verifiers.values()))
-    if (evaluation is not None and (evaluation.has_references or own)) or config.gives_rewards:
+    if config.environment is not None:
+        yield "environment", (lambda: _environment(config)) if here(student.model, *files) else None
+    elif (evaluation is not None and (evaluation.has_references or own)) or config.gives_rewards:
         yield "verifier", lambda: _verifier(config)
     if config.record:
         yield "record", (lambda: record_sentence(config)) if here(*models) else None
@@ -96,6 +100,7 @@ DOING = {
     "memory": "adding up what one actor holds",
     "objective": "calling your own functions on a small example",
     "prompts": "reading and rendering all prompts",
+    "environment": "beginning an episode with the first record",
     "verifier": "starting it and judging an answer",
     "record": "reckoning its size",
     "replay": "reading all shards for their checksums",
@@ -115,11 +120,20 @@ def check_models(config: CampaignConfig) -> None:
     """UserError unless all model files are complete, the tokenizers agree, and the engine's class can be imported."""
     check_alerts(config.alerts)
     _engine(config)
+    if config.environment is not None:
+        environment_class(config.environment)
     _student(config)
     for name in config.started_teachers:
         _teacher(config, name)
     if config.record:
         record_bytes(config)
+
+
+def _environment(config: CampaignConfig) -> str:
+    assert config.environment is not None
+    student = config.student
+    tokenizer = load_tokenizer(student.source, student.trust_remote_code, "student.model")
+    return try_environment(config.environment, config.prompts, tokenizer, student_stop_tokens(config))
 
 
 def _memory(name: str, all_roles: Callable[[], Mapping[str, Role]]) -> str:

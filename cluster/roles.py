@@ -14,15 +14,18 @@ import numpy as np
 from actors.config import StudentConfig, TeacherConfig, publishes_adapter
 from actors.data.contexts import engine_context
 from actors.data.models import load_config
+from actors.environment.actor import EnvironmentActor
 from actors.gpu_share import is_share
 from actors.rollout.actor import RolloutActor
 from actors.rollout.engine import PromptLengths
+from actors.rollout.episodes import EpisodeLimits
 from actors.rollout.saved_model import SavedModel
 from actors.teacher.backends import backend_of, teacher_class
 from actors.teacher.cross_tokenizer import CrossTokenizerTeacher
 from actors.teacher.turn_ends import TurnEndTeacher
 from cluster.config import CampaignConfig
 from cluster.fleet.ray_actor import Resources
+from cluster.fleet.ray_environments import RESTARTS, EnvironmentFleet
 from cluster.fleet.ray_fleet import Fleet
 from cluster.fleet.ray_learner import LearnerGroup
 from cluster.inputs import Inputs
@@ -76,14 +79,20 @@ def build_fleets(
         config.seed,
         support_size=config.student_support_size,
         keep_weights=config.weights.encoding == "delta",  # the base of the next one
-        verifier=config.evaluation.verifier if config.gives_rewards else None,
+        verifier=config.evaluation.verifier if config.judges_training else None,
         verifiers=config.evaluation.verifiers,
         adapter=config.student.lora if publishes_adapter(config.student) else None,
         vocabulary=inputs.vocabulary,
         prompts=_lengths(config, inputs),
+        environment=config.environment,
+        limits=_episode_limits(config, inputs),
+        template_arguments=config.prompts.chat_template_arguments,
         trust_remote_code=config.student.trust_remote_code,
     )
     fleets = {"rollout": rollout}
+    if config.environment is not None:
+        role = "environment"
+        fleets[role] = _environments(config, begin[role], needed[role][1], on_event, rollout)
     for name, teacher in _as_actors_need(config).items():
         role, key = f"teacher.{name}", f"teachers.{name}"
         engine, gpus = _teacher_engine(config, inputs, name, teacher), needed[role][1].gpus
@@ -97,6 +106,26 @@ def build_fleets(
             prompts = (config.prompts.chat, config.prompts.chat_template_arguments)
             fleets[role] = fleet(role, CrossTokenizerTeacher, actor, teacher, key, _local_student(config), *prompts)
     return fleets
+
+
+def _environments(
+    config: CampaignConfig, replicas: int, resources: Resources, on_event: Callable[..., None], rollout: Fleet
+) -> Fleet:
+    """The environment actors, which rollout actors call."""
+    found = EnvironmentFleet(
+        "environment",
+        EnvironmentActor,
+        (config.environment,),
+        {},
+        replicas=replicas,
+        resources=resources,
+        max_restarts=RESTARTS * config.ray.max_restarts,
+        start_timeout_seconds=config.ray.start_timeout_seconds,
+        hang_timeout_seconds=config.ray.hang_timeout_seconds,
+        on_event=on_event,
+    )
+    found.clients = [rollout]
+    return found
 
 
 def build_learner(
@@ -248,6 +277,7 @@ def _teacher_engine(config: CampaignConfig, inputs: Inputs, name: str, teacher: 
         for prompts, routes, length in sets
         if prompts is not None and routes is not None
     )
+    most = max(most, _longest_written(config) + response)
     network = load_config(teacher.model, teacher.trust_remote_code, f"teachers.{name}.model")
     context = engine_context(network, {}, f"teachers.{name}.engine")
     return {"max_model_len": min(most + SPARE_TOKENS, context), **teacher.engine}
@@ -261,7 +291,22 @@ def _lengths(config: CampaignConfig, inputs: Inputs) -> PromptLengths:
     if inputs.held_out is not None:
         held_out.append((inputs.held_out, config.evaluated.sampling.max_response_tokens))
     whole = [int(np.diff(prompts.offsets).max()) + response for prompts, response in held_out]
+    longest = max(longest, _longest_written(config))
     return PromptLengths(int(inputs.prompts.offsets[-1]) // len(inputs.prompts), longest, max(whole, default=0))
+
+
+def _longest_written(config: CampaignConfig) -> int:
+    """Tokens of the longest prompt that an environment may write; 0: no longer ones than those of the records."""
+    return (config.prompts.max_prompt_tokens or 0) if config.environment is not None else 0
+
+
+def _episode_limits(config: CampaignConfig, inputs: Inputs) -> EpisodeLimits:
+    lengths = _lengths(config, inputs)
+    return EpisodeLimits(
+        max(lengths.longest + config.sampling.max_response_tokens, lengths.whole),
+        own_prompts=all(teacher.prompt_template is None for teacher in config.teachers.values()),
+        needs_reward=config.gives_rewards,
+    )
 
 
 def _local_student(config: CampaignConfig) -> StudentConfig:

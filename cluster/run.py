@@ -297,7 +297,10 @@ class Running:
             "samples": None if self.inputs.record else self._samples(),
             "gate": self.gate,
             "interrupted": self.interrupted,
-            "neighbours": {"Ray's control store": control_store_lost},
+            "neighbours": {
+                "Ray's control store": control_store_lost,
+                **{role: self.fleets[role].watched for role in ("environment",) if role in self.fleets},
+            },
         }
         most, budget, again = self.config.ray.max_restarts, Restarts(self.config.ray.max_restarts), Repeated()
         while True:

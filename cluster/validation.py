@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from actors.config import RolloutConfig, TeacherConfig, publishes_adapter
+from actors.config import EnvironmentConfig, RolloutConfig, TeacherConfig, publishes_adapter
 from actors.errors import UserError
 from actors.import_path import is_import_path
 from actors.teacher.backends import BACKENDS, OWN_SETTINGS, backend_of
@@ -42,6 +42,7 @@ def refuse(config: CampaignConfig) -> None:
         *_horizon(config),
         *_rewards(config),
         *_evaluation(config),
+        *_environment(config),
         *_alerts(config),
     ):
         if wrong:
@@ -113,7 +114,9 @@ def _pipeline(config: CampaignConfig) -> Iterator[Contradiction]:
     yield idle, "rollout.recompute_kv", "false", "true where on_new_weights is wait: no response runs then"
 
 
-def _resources(role: str, actors: RolloutConfig | TeacherConfig | LearnerConfig) -> Iterator[Contradiction]:
+def _resources(
+    role: str, actors: RolloutConfig | TeacherConfig | LearnerConfig | EnvironmentConfig
+) -> Iterator[Contradiction]:
     """Custom resources of an actor."""
     for name, amount in actors.resources.items():
         reserved = name in ("CPU", "GPU", "memory", "object_store_memory")
@@ -154,11 +157,11 @@ def _rewards(config: CampaignConfig) -> Iterator[Contradiction]:
     expected = f"less than ray.hang_timeout_seconds ({hang:g}), where rollout actors give rewards"
     for name, one in verifiers.items():
         verdict = one.timeout_seconds
-        yield config.gives_rewards and verdict >= hang, f"evaluation.{name}.timeout_seconds", verdict, expected
+        yield config.judges_training and verdict >= hang, f"evaluation.{name}.timeout_seconds", verdict, expected
     # Functions of the user's own may do without; `read_inputs` knows whether they do.
     own = any(is_import_path(one.name) for one in verifiers.values())
     for key, source in config.prompts.each_source("prompts").items():
-        missing = config.gives_rewards and source.reference_field is None and not own
+        missing = config.judges_training and source.reference_field is None and not own
         yield missing, f"{key}.reference_field", "null", "the field with the reference answer, for rewards"
 
 
@@ -190,7 +193,8 @@ def _evaluation(config: CampaignConfig) -> Iterator[Contradiction]:
         yield hot, f"{key}.temperature", one.temperature, expected
         scored = config.is_scored(one)
         expected = "a verifier; or temperature, top_p and top_k of null, since the reverse KL is of the policy that training samples"
-        yield one.verifier is None and not scored, f"{key}.verifier", "null", expected
+        unmeasured = one.verifier is None and not scored and config.environment is None
+        yield unmeasured, f"{key}.verifier", "null", expected
         needs = one.verifier is not None and not one.prompts.has_references
         verifiers = [] if one.verifier is None else [one.verifier, *config.evaluation.verifiers.values()]
         own = any(is_import_path(its.name) for its in verifiers)
@@ -215,6 +219,41 @@ def _exposure(config: CampaignConfig, key: str, one: EvaluationSetConfig) -> Ite
         other = teacher.tokenizer is not None or teacher.prompt_template is not None
         expected = f"false: teachers.{name} reads other tokens than the student (tokenizer, prompt_template)"
         yield one.exposure and other, f"{key}.exposure", "true", expected
+
+
+def _environment(config: CampaignConfig) -> Iterator[Contradiction]:
+    """What goes with an environment."""
+    own = config.environment
+    if own is None:
+        return
+    yield (
+        not is_import_path(own.name),
+        "environment.name",
+        repr(own.name),
+        "the import path of a class of your own, package.module:Class",
+    )
+    held_out = config.evaluation.prompts
+    sections = {"prompts": config.prompts, **({"evaluation.prompts": held_out} if held_out is not None else {})}
+    sections |= {f"evaluation.sets.{name}.prompts": one.prompts for name, one in config.evaluation.sets.items()}
+    for key, section in sections.items():
+        yield not section.chat, f"{key}.chat", "false", "true where an environment answers: turns are chat messages"
+        continued = bool(section.chat_template_arguments.get("continue_final_message"))
+        expected = "nothing where an environment answers: each turn is a message of its own"
+        yield continued, f"{key}.chat_template_arguments.continue_final_message", "true", expected
+        other = section.chat_template_arguments != config.prompts.chat_template_arguments
+        expected = "those of prompts.chat_template_arguments where an environment answers"
+        yield other, f"{key}.chat_template_arguments", section.chat_template_arguments, expected
+    for name, one in config.evaluation.sets.items():
+        expected = "null where an environment answers: it gives the rewards"
+        yield one.verifier is not None, f"evaluation.sets.{name}.verifier", "a verifier", expected
+        expected = "false where an environment answers: the teacher plays no episode"
+        yield one.exposure, f"evaluation.sets.{name}.exposure", "true", expected
+    sft = config.learner.objective.estimator == "sft"
+    expected = "an estimator on the student's own samples, where an environment answers: the teacher plays no episode"
+    yield sft, "learner.objective.estimator", "sft", expected
+    for name, teacher in config.teachers.items():
+        expected = "null where an environment answers: what it writes between the turns is in the student's tokens"
+        yield teacher.tokenizer is not None, f"teachers.{name}.tokenizer", teacher.tokenizer, expected
 
 
 def _alerts(config: CampaignConfig) -> Iterator[Contradiction]:
@@ -261,6 +300,7 @@ def _backend(config: CampaignConfig, key: str, teacher: TeacherConfig) -> Iterat
     yield measured and not row.generates, "evaluation.teacher", "true", expected
 
 
-def _roles(config: CampaignConfig) -> dict[str, RolloutConfig | TeacherConfig | LearnerConfig]:
+def _roles(config: CampaignConfig) -> dict[str, RolloutConfig | TeacherConfig | LearnerConfig | EnvironmentConfig]:
     teachers = {f"teachers.{name}": teacher for name, teacher in config.teachers.items()}
-    return {"rollout": config.rollout, **teachers, "learner": config.learner}
+    environment = {"environment": config.environment} if config.environment is not None else {}
+    return {"rollout": config.rollout, **teachers, "learner": config.learner, **environment}

@@ -27,6 +27,7 @@ SOURCES = [f"{held_out}prompts.{several}" for held_out in ("", "evaluation.") fo
 
 
 NAMES: dict[str, tuple[str, ...]] = {
+    "environment.name": (OWN,),
     "rollout.backend": ("vllm", OWN),
     "teachers.*.backend": (*BACKENDS, OWN),
     "learner.objective.estimator": (*ESTIMATORS, OWN),

@@ -136,6 +136,31 @@ class LocalFleet:
         pass
 
 
+class LocalEnvironments:
+    """`Environments` in this process."""
+
+    def __init__(self, places: list[Any]):
+        self.places = places
+
+    async def call(self, place: Any, method: str, *arguments: Any) -> Any:
+        return await getattr(place, method)(*arguments)
+
+
+class LocalEnvironmentFleet(LocalFleet):
+    """Environment actors in this process, which rollout actors are told of once they are there."""
+
+    clients: list[Any] = []  # noqa: RUF012 (set for each fleet)
+
+    async def start(self, *, patient: bool = False) -> None:
+        await super().start(patient=patient)
+        for replica in self.replicas:
+            replica.actor.exit = lambda status: None  # this process is the campaign's
+        there = LocalEnvironments([replica.actor for replica in self.replicas])
+        for fleet in self.clients:
+            for replica in fleet.replicas:
+                await replica.actor.use_environments(there)
+
+
 def _result(bound: Any, values: list[Any], keywords: dict[str, Any]) -> Any:
     """What a method returns, or all that a generator yields."""
     result = bound(*values, **keywords)
@@ -181,6 +206,7 @@ def without_ray() -> None:
     torch.set_num_threads(1)
     actors: Any = cluster.roles
     actors.Fleet = LocalFleet
+    actors.EnvironmentFleet = LocalEnvironmentFleet
     here: Any = cluster.run
     here.control_store_lost = _never
     here.connected = lambda config: nullcontext(True)
@@ -263,7 +289,8 @@ def run_with_kills(config_file: Path, kills: int, draw: random.Random, longest: 
 
 
 OF_TIME = re.compile(
-    r"wall_seconds|processor_seconds|busy.*|publish_.*seconds|prepare_seconds|standstill_seconds|loop_seconds|actor_seconds|faults|checksum"
+    r"wall_seconds|processor_seconds|busy.*|publish_.*seconds|prepare_seconds|standstill_seconds|loop_seconds|actor_seconds|faults|checksum|"
+    r"environment_seconds_mean|episode_retries"
 )
 
 

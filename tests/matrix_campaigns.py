@@ -23,6 +23,8 @@ learner: {{compute_dtype: float32, cpus_per_replica: 0.1, optimizer: {{learning_
 pipeline: {{updates: 2, prompts_per_update: 3, samples_per_prompt: 2}}
 ray: {{max_restarts: 0}}
 """
+TURNS = {"max_response_tokens": 30, "stop_token_ids": list(range(7, 60))}
+"""Half of the tokens end a turn: an untrained student stops after one or two."""
 VLLM = {"rollout.backend": "vllm", "rollout.engine": {"kv_cache_memory_bytes": 64 << 20, "max_num_seqs": 8}}
 OWN = "tests.matrix_parts"
 
@@ -132,8 +134,30 @@ CAMPAIGNS: dict[str, Campaign] = {
             "evaluation.prompts": {"path": "./rows", "domain_field": "domain", "limit": 2},
             "weights.encoding": "delta",
             "weights.anchor_every": 1,
-            "sampling.top_p": 0.9,
-            "sampling.top_k": 20,
+            "sampling": {**TURNS, "top_p": 0.9, "top_k": 20},
+            "environment": {
+                "name": "tests.guessing:Guess",
+                "arguments": {"turns": 2, "own_prompt": True},
+                "tool_parser": "hermes",
+                "earlier_turns": "written",
+                "max_turns": 3,
+                "step_timeout_seconds": 100,
+                "episode_timeout_seconds": 200,
+                "attempts": 2,
+                "replicas": 2,
+                "cpus_per_replica": 0.1,
+                "resources": {"room": 1},
+            },
+            "prompts.max_prompt_tokens": 20,
+        },
+    ),
+    "played": Campaign(
+        {
+            "teachers": one(),
+            "learner.objective.estimator": "reward",
+            "sampling": TURNS,
+            "environment": {"name": "tests.guessing:Guess", "cpus_per_replica": 0.1},
+            "evaluation.prompts": {**HELD_OUT, "limit": 2},
         },
     ),
     # Estimators.

@@ -76,6 +76,8 @@ class PromptSet:
     """Where they are from, in their order."""
     responses: Responses | None = None
     """The responses that are trained on, where the records have them (`response_field`)."""
+    played: bool = False
+    """Whether each begins an episode with an environment, which reads the record and gives the reward."""
 
     def __len__(self) -> int:
         return len(self.references)
@@ -89,7 +91,9 @@ class PromptSet:
         return found if len(found) > 1 else {"": len(self)}
 
     def judged(self) -> list[int]:
-        """The prompts that a verifier judges."""
+        """The prompts whose responses get a reward: from a verifier, or from an environment."""
+        if self.played:
+            return list(range(len(self)))
         without = self.judged_without_reference
         pairs = zip(self.references, self.domains, strict=True)
         return [row for row, (one, domain) in enumerate(pairs) if one is not None or (without and domain in without)]
@@ -306,7 +310,7 @@ def requests(
         prompt_tokens=ragged_rows(prompt_set.tokens, prompt_set.offsets, rows),
         prompt_offsets=offsets_of(prompt_set.lengths_of(rows)),
         references=tuple(prompt_set.references[row] for row in rows) if judged else (),
-        asides=tuple(prompt_set.aside(row) for row in rows.tolist()) if judged else (),
+        asides=tuple(prompt_set.aside(row) for row in rows.tolist()) if judged or prompt_set.played else (),
         max_response_tokens=most,
     )
 

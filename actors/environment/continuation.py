@@ -100,7 +100,7 @@ class Continuation:
     ) -> tuple[str, Message]:
         """(the conversation with the mark as the student's turn, that turn). ValueError: the template refuses it."""
         call = {"id": CALL_ID, "type": "function", "function": {"name": mark, "arguments": {}}}
-        text = {"role": "assistant", "content": mark}
+        text: Message = {"role": "assistant", "content": mark}
         try:
             written = self.render([*first, text, *new], tools)
         except ValueError:

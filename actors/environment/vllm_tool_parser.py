@@ -33,11 +33,13 @@ def tool_parser(name: str, tokenizer: Any) -> Parse:
         raise UserError("environment.tool_parser", found, "the parser of the student's family, or null") from error
 
     def parse(text: str, tools: Sequence[dict[str, Any]] | None, turn: int) -> dict[str, Any]:
-        request = ChatCompletionRequest(model="student", messages=[], tools=list(tools) if tools else None)
+        request: Any = ChatCompletionRequest.model_validate(
+            {"model": "student", "messages": [], "tools": tools or None}
+        )
         plain = {"role": "assistant", "content": text}
         try:  # a new parser for each turn: parsers keep state
             found = parser(tokenizer, request.tools).extract_tool_calls(text, request)
-            calls = [
+            calls: list[dict[str, Any]] = [
                 {
                     # Not vLLM's random ones: a retry, or a resumed campaign, writes the same. Some templates demand nine.
                     "id": f"call{turn:02d}{place:03d}"[:9],

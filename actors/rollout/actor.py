@@ -7,18 +7,22 @@ import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
-from actors.config import LoraConfig, RolloutConfig, SamplingConfig, VerifierConfig
+from actors.config import EnvironmentConfig, LoraConfig, RolloutConfig, SamplingConfig, VerifierConfig
 from actors.data.judge import Judge, rewards_of
 from actors.data.tokenizer import load_tokenizer
+from actors.environment.base import Environments
+from actors.environment.continuation import Continuation
 from actors.errors import CampaignError, EngineError
 from actors.memory import give_back
 from actors.processor_time import ProcessorTime
 from actors.rollout.batched_calls import BatchedCalls
 from actors.rollout.engine import PromptLengths, check_answer, make_engine, told_apart
-from actors.trajectory import FINISH_REASONS, LoadSeconds, Requests, RolloutCounts, Trajectories
+from actors.rollout.episodes import NO_LIMITS, EpisodeLimits, Episodes
+from actors.trajectory import FINISH_REASONS, EpisodeCounts, LoadSeconds, Requests, RolloutCounts, Trajectories
 from actors.weights.buckets import WeightVersion, join
 from actors.weights.delta import DeltaVersion, Receiver
 
@@ -54,6 +58,10 @@ class RolloutActor(BatchedCalls):
         adapter: LoraConfig | None = None,
         vocabulary: int | None = None,
         prompts: PromptLengths | None = None,
+        environment: EnvironmentConfig | None = None,
+        limits: EpisodeLimits = NO_LIMITS,
+        template_arguments: Mapping[str, Any] | None = None,
+        environments: Environments | None = None,
     ):
         """Builds the engine, without weights: `load_weights` comes before `generate`.
 
@@ -62,6 +70,7 @@ class RolloutActor(BatchedCalls):
         vocabulary: tokens of the tokenizer, beyond which nothing is sampled; None: the rows of the model.
         prompts: see `make_engine`.
         verifier, verifiers: compute the rewards of responses whose requests have references; by domain.
+        environment, limits, template_arguments: each request begins an episode. environments: see `use_environments`.
         UserError: the engine or the verifier refuses its configuration.
         """
         super().__init__()
@@ -87,6 +96,17 @@ class RolloutActor(BatchedCalls):
             prompts=prompts,
         )
         self._processor = ProcessorTime()
+        self._episodes: Episodes | None = None
+        if environment is not None:
+            tokenizer = load_tokenizer(model, trust_remote_code, "student.model")
+            stop = frozenset({*stop_token_ids, *sampling.stop_token_ids})
+            write = Continuation(tokenizer, stop, template_arguments or {})
+            self._episodes = Episodes(self._engine, environment, write, limits, environments)
+
+    async def use_environments(self, environments: Environments) -> None:
+        """The processes that host environments from now on."""
+        if self._episodes is not None:
+            self._episodes.reach(environments)
 
     async def generate(
         self, requests: Requests, greedy: bool = False, sampling: SamplingConfig | None = None
@@ -101,9 +121,13 @@ class RolloutActor(BatchedCalls):
         sampling = sampling or self._sampling
         if requests.max_response_tokens is not None:
             sampling = replace(sampling, max_response_tokens=requests.max_response_tokens)
+        episodes: tuple[EpisodeCounts, ...] = ()
         with _ends_with_the_engine():
-            trajectories = await asyncio.wrap_future(self._engine.generate(requests, sampling, greedy=greedy))
-        check_answer(requests, trajectories)
+            if self._episodes is not None:
+                trajectories, episodes = await self._episodes.play(requests, sampling, greedy)
+            else:
+                trajectories = await asyncio.wrap_future(self._engine.generate(requests, sampling, greedy=greedy))
+                check_answer(requests, trajectories)
         trajectories = told_apart(trajectories, sampling, greedy)
         unjudged: list[str] = []
         parts: tuple[dict[str, float], ...] = ()
@@ -135,6 +159,8 @@ class RolloutActor(BatchedCalls):
             parts,
             () if trajectories.trained.all() else tuple((trajectories.lengths - trajectories.trained_lengths).tolist()),
             self._processor.since_report(),
+            {row: one.failed for row, one in enumerate(episodes) if one.failed},
+            episodes,
         )
         return counts, trajectories
 
@@ -166,6 +192,8 @@ class RolloutActor(BatchedCalls):
 
     async def abort(self, ids: np.ndarray | None = None) -> None:
         """Aborts the requests with these ids [B, 3], or all of them. Their calls end with AbortedError."""
+        if self._episodes is not None:  # first: what waits for an environment is no request of the engine
+            self._episodes.abort(ids)
         await asyncio.wrap_future(self._engine.abort(ids))
         if ids is None:  # the campaign starts again: nobody will collect the answers of the one before
             self.discard()

@@ -23,7 +23,7 @@ from cluster.planning.throughput import Plan, Stage, mean_of
 from cluster.records.event_table import BEGINNINGS, ENDS, row_of
 from cluster.records.forms import wrong_in
 from cluster.records.metric_table import METRICS, is_evaluation, of_status, sets_of
-from cluster.records.reader import JsonlTail
+from cluster.records.reader import BUSY, JsonlTail
 from cluster.records.run_lock import is_locked
 from cluster.records.utilisation import role_of
 from cluster.records.writer import CONFIG_FILE, EVENTS_FILE, METRICS_FILE, summary_if_whole, write_atomically
@@ -284,13 +284,13 @@ def _rates(config: CampaignConfig, recent: list[dict[str, Any]], replicas: dict[
     if seconds <= 0:
         return {}
     tokens = (recent[-1]["tokens_generated"] - recent[0]["tokens_generated"]) / (len(recent) - 1)
-    work = {role: mean_of(recent[1:], f"busy_{role}") for role in replicas}
-    stages = tuple(Stage(role, work[role], replicas[role]) for role in replicas)
+    work = {role: mean_of(recent[1:], f"busy_{role}") for role in replicas if role in BUSY}
+    stages = tuple(Stage(role, work[role], replicas[role]) for role in work)
     return {
         "seconds_per_update": seconds,
         "updates_per_hour": round(3600 / seconds, 1),
         "trajectories_per_second": round(config.trajectories_per_update / seconds, 2),
         "tokens_per_second": round(tokens / seconds, 1),
-        "utilisation": {role: round(work[role] / replicas[role] / seconds, 3) for role in replicas},
+        "utilisation": {role: round(work[role] / replicas[role] / seconds, 3) for role in work},
         "bottleneck": Plan(stages, config.pipeline.max_staleness > 0).sentence() if any(work.values()) else "",
     }

@@ -124,11 +124,14 @@ def role_resources(config: CampaignConfig, cluster_gpus: float, *, private: bool
         "rollout": (config.rollout, float(config.rollout.tensor_parallel_size)),
         **{f"teacher.{name}": (teacher, teacher_gpus(teacher)) for name, teacher in config.teachers.items()},
         "learner": (config.learner, 1.0),
+        **({"environment": (config.environment, 0.0)} if config.environment is not None else {}),
     }
     ranks = config.learner.replicas  # several never share a GPU: a collective wants one for each
     count = {
         name: role.replicas
-        if (config.needs_rollout if name == "rollout" else name == "learner" or config.started_teachers)
+        if (
+            config.needs_rollout if name in ("rollout", "environment") else name == "learner" or config.started_teachers
+        )
         else 0
         for name, (role, _) in wanted.items()
     }

@@ -109,6 +109,10 @@ class Supervisor:
         self.utilisation: Utilisation | None = None
         """Records when calls begin and end."""
 
+    def build_with(self, **keywords: Any) -> None:
+        """Actors that are created from now on get these keyword arguments."""
+        self._keywords = {**self._keywords, **keywords}
+
     async def start(self, *, patient: bool = False) -> None:
         """Starts every replica and waits until all can work.
 

@@ -188,7 +188,7 @@ class Campaign:
         writer = "rollout" if text_by == "student" else "teacher"
 
         async def sample(issued: Issued) -> None:
-            judged = self.config.gives_rewards
+            judged = self.config.judges_training
             asked = requests(self._prompts, issued.ids, self.config.seed, judged=judged, most=issued.most)
             most = issued.most or self.config.sampling.max_response_tokens
             # Before the call: the actor may load newer weights during it, and the oldest token decides the staleness.
@@ -368,7 +368,7 @@ class Campaign:
         domains, lengths = (
             (self._replay.domains, self._replay.prompt_lengths)
             if self._replay
-            else (self._prompts.domains_of(ids), self._prompts.lengths_of(ids[:, 1]))
+            else (self._prompts.domains_of(ids), np.array([self._queues.prompt_tokens(one) for one in sampled]))
         )
         costs = lengths + np.array([one.length for one in sampled])
         parallel = (config.replicas, config.sequence_parallel)

@@ -10,7 +10,7 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,15 @@ from actors.config import SamplingConfig
 from actors.data.fingerprints import prompts_fingerprint
 from actors.data.judge import Judge, rewards_of
 from actors.data.prompts import PromptSet, requests
-from actors.trajectory import EVALUATION_EPOCH, TeacherScores, Trajectories, select_scores, select_trajectories
+from actors.errors import CampaignError
+from actors.trajectory import (
+    EVALUATION_EPOCH,
+    RolloutCounts,
+    TeacherScores,
+    Trajectories,
+    select_scores,
+    select_trajectories,
+)
 from cluster.fleet.ray_actor import fetched
 from cluster.fleet.ray_fleet import Fleet
 from cluster.loop.evaluation_statistics import Tally, tally
@@ -43,6 +51,25 @@ def identity(prompts: PromptSet, *settings: Any) -> str:
 def mean_of_scored(log_ratios: np.ndarray) -> float:
     """The mean without missing values, which are NaN; NaN where all are missing."""
     return math.nan if np.isnan(log_ratios).all() else float(np.nanmean(log_ratios))  # numpy warns of a mean of nothing
+
+
+def rewards_by_row(written: Trajectories) -> dict[int, float]:
+    """Row -> the reward that the environment has given; 0 for an episode that failed, or has none. {}: no episode has any."""
+    if np.isnan(written.rewards).all():
+        return {}
+    return dict(enumerate(np.nan_to_num(written.rewards, nan=0.0).tolist()))
+
+
+def tell_failed(counts: Sequence[RolloutCounts], on_event: Callable[..., None], **fields: Any) -> None:
+    """Tells episodes of an evaluation that have failed; their reward is 0. CampaignError: all of them have."""
+    episodes = [one for own in counts for one in own.episodes]
+    causes = [one.failed for one in episodes if one.failed]
+    if causes and len(causes) == len(episodes):
+        raise CampaignError(
+            f"environment.name: all {len(causes)} episodes of an evaluation have failed; the last: {causes[-1]}"
+        )
+    if causes:
+        on_event("episodes_failed", count=len(causes), cause=causes[0], evaluation=True, **fields)
 
 
 class Evaluator:
@@ -96,12 +123,14 @@ class Evaluator:
             scores = select_scores(ids, await fetched(each_once(itertools.chain(*scored.references))))
             busy["teacher"] = scored.busy_seconds
         rewards: dict[int, float] = {}
+        of_greedy: dict[int, float] = {}
         metrics: dict[str, float] = {}
         self.tallies = {}
         if self._judged:
             best = select_trajectories(self._ids(GREEDY), await fetched(drawn[1][0]))
-            of_greedy = await self._rewards(best.response_tokens, best.response_offsets)
-            rewards = await self._rewards(written.response_tokens, written.response_offsets)
+            of_greedy = await self._rewards_of(best)
+            rewards = await self._rewards_of(written)
+        if rewards and of_greedy:  # an environment need not give any
             metrics["eval/accuracy"] = float(np.mean(list(of_greedy.values())))
             metrics["eval/accuracy_sampled"] = float(np.mean(list(rewards.values())))
             self.tallies |= {"accuracy": self._by_prompt(of_greedy), "accuracy_sampled": self._by_prompt(rewards)}
@@ -115,8 +144,9 @@ class Evaluator:
         return metrics, await asyncio.to_thread(self._rows, written, scores, rewards), busy
 
     async def teacher(self) -> Tallies:
-        """The accuracy of the teachers' own greedy responses, by the same verifier; {} without references or teachers."""
-        if not self._judged or not self._teachers.fleets:
+        """The accuracy of the teachers' own greedy responses, by the same verifier; {} without references or teachers, and with
+        an environment, which teachers do not play."""
+        if not self._judged or not self._teachers.fleets or self._prompts.played:
             return {}
         tokens, offsets = await self._teachers.generate(self._prompts, self._sampling.max_response_tokens, self._stop)
         return {"accuracy": self._by_prompt(await self._rewards(tokens, offsets))}
@@ -143,7 +173,14 @@ class Evaluator:
                 for part in split_evenly(len(ids), len(rollout.replicas))
             )
         )
+        tell_failed([counts for counts, _ in answers], self._on_event)
         return [reference for _, reference in answers], sum(counts.busy_seconds for counts, _ in answers)
+
+    async def _rewards_of(self, written: Trajectories) -> dict[int, float]:
+        """Prompt -> reward of the response to it, from the environment or the verifier."""
+        if self._prompts.played:
+            return rewards_by_row(written)
+        return await self._rewards(written.response_tokens, written.response_offsets)
 
     async def _rewards(self, tokens: np.ndarray, offsets: np.ndarray) -> dict[int, float]:
         """Prompt -> reward of the response to it, of the held-out prompts with a reference."""

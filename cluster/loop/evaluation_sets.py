@@ -26,7 +26,7 @@ from actors.trajectory import (
 from cluster.config import CampaignConfig
 from cluster.fleet.ray_actor import fetched
 from cluster.fleet.ray_fleet import Fleet
-from cluster.loop.evaluation import Evaluator, Tallies, identity
+from cluster.loop.evaluation import Evaluator, Tallies, identity, rewards_by_row, tell_failed
 from cluster.loop.evaluation_statistics import Tally, difference, estimate, majority, mean_of, pass_at, tally
 from cluster.loop.exposure import Prefixes, by_position, on_teacher_text, teacher_prefixes
 from cluster.loop.samples import readable_rows
@@ -122,7 +122,7 @@ class SetEvaluator:
         self._stop, self._keep, self._on_event = stop_token_ids, keep_trajectories, on_event
         self._prefixes: Prefixes | None = None
         self._frozen = all(teacher.ema_decay is None for teacher in config.teachers.values())
-        self._judged = prompts.judged() if judge else []
+        self._judged = prompts.judged() if judge or prompts.played else []
 
     def identity(self) -> str:
         """What two evaluations must share to be compared prompt by prompt."""
@@ -156,7 +156,11 @@ class SetEvaluator:
                 curves, tallies["reverse_kl_on_teacher_text"], more = await self._exposed(rollout, written, scores)
                 seconds = {role: own + more[role] for role, own in seconds.items()}
         rewards: list[float | None] = [None] * len(ids)
-        if self._judged:
+        if self.prompts.played:
+            judged = rewards_by_row(written)
+            rewards = [judged.get(row) for row in range(len(ids))]
+            tallies |= self._right(judged, {}) if judged else {}
+        elif self._judged:
             judged, answers = await self._rewards(written.response_tokens, written.response_offsets, ids[:, 1])
             rewards = [judged.get(row) for row in range(len(ids))]
             tallies |= self._right(judged, answers)
@@ -165,7 +169,7 @@ class SetEvaluator:
 
     async def teacher(self) -> Tallies:
         """The teachers' greedy answers by the same verifier; {} where nothing is judged."""
-        if not self._judged or not self._teachers.fleets:
+        if not self._judged or not self._teachers.fleets or self.prompts.played:
             return {}
         limit = self._sampling.max_response_tokens
         tokens, offsets = await self._teachers.generate(self.prompts, limit, self._stop)
@@ -197,6 +201,7 @@ class SetEvaluator:
                 for part in split_evenly(len(ids), len(rollout.replicas))
             )
         )
+        tell_failed([counts for counts, _ in answers], self._on_event, set=self.name)
         return [reference for _, reference in answers], sum(counts.busy_seconds for counts, _ in answers)
 
     def _lengths(self, written: Trajectories) -> Tallies:

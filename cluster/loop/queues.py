@@ -235,6 +235,7 @@ class Queues:
             counts.truncated.tolist(),
             counts.parts or [{}] * len(issued),
             counts.context or [0] * len(issued),
+            counts.episodes or [None] * len(issued),
             strict=True,
         )
         for row, (number, id_, length, version, *rest) in enumerate(rows):
@@ -246,7 +247,7 @@ class Queues:
         self._any_sampled.set()
         names = {row: TrajectoryId(*issued.ids[row].tolist()) for row in counts.refused}
         causes = {(issued.numbers[row], names[row]): cause for row, cause in sorted(counts.refused.items())}
-        await self._refuse(causes, beside=self._to_score_together - len(causes))
+        await self._refuse(causes, self._to_score_together - len(causes), played=bool(counts.episodes))
 
     async def scored(self, batch: Sequence[Sampled], answer: TeacherAnswer) -> None:
         """Teachers have scored a batch, in its order; what one of them refuses is dropped and replaced.
@@ -264,16 +265,21 @@ class Queues:
         self._not_awaited(refused)
         await self._refuse({(batch[row].number, batch[row].id): answer.refused[row] for row in sorted(answer.refused)})
 
-    async def _refuse(self, causes: Mapping[tuple[int, TrajectoryId], str], beside: int = 0) -> None:
-        """Drops what teachers refuse, (number, id) -> why, and has others issued in its place. CampaignError: see `scored`.
+    async def _refuse(
+        self, causes: Mapping[tuple[int, TrajectoryId], str], beside: int = 0, played: bool = False
+    ) -> None:
+        """Drops what teachers refuse, (number, id) -> why, and has others issued in its place; so with episodes that fail.
+        CampaignError: see `scored`.
 
-        beside: others that a synchronous update scores together with these.
+        beside: others that a synchronous update scores together with these. played: they are episodes.
         """
         for (number, id_), cause in causes.items():
-            self._state.ledger.drop([number], "refused", cause)
+            self._state.ledger.drop([number], "environment" if played else "refused", cause)
             self._refused_in_a_row += 1
             if self._refused_in_a_row >= 2 * self._update_size:
                 found = f"teachers have refused {self._refused_in_a_row} trajectories in a row"
+                if played:
+                    found = f"environment.name: {self._refused_in_a_row} episodes in a row have failed"
                 raise CampaignError(f"{found}; the last, {id_}: {cause}")
         if causes and self._synchronous:
             self._replace(len(causes), beside)
@@ -421,9 +427,15 @@ class Queues:
 
     # -------------------------------------------------------------------------------------------------------- measures
 
-    def _tokens_of(self, one: Sampled) -> int:
+    def prompt_tokens(self, one: Sampled) -> int:
+        """Tokens of its prompt, as it was read."""
+        if one.episode is not None:
+            return one.episode.prompt_tokens
         start, end = self._prompts.offsets[one.id.prompt : one.id.prompt + 2]
-        return int(end - start) + one.length
+        return int(end - start)
+
+    def _tokens_of(self, one: Sampled) -> int:
+        return self.prompt_tokens(one) + one.length
 
     def depths(self) -> dict[str, int]:
         """Stage -> trajectories that wait for it; `sampling`: those that rollout actors have."""

@@ -14,7 +14,7 @@ from cluster.fleet.ray_fleet import Fleet
 from cluster.loop.evaluation_sets import Evaluations
 from cluster.loop.queues import staleness_histogram
 from cluster.loop.weight_sync import Published, WeightTransport
-from cluster.loop.work import Scored
+from cluster.loop.work import Sampled, Scored
 from cluster.phases import START
 from cluster.records.disk import Disk
 from cluster.records.event_table import describe
@@ -208,6 +208,7 @@ def record_of_update(
         "tokens_generated": state.tokens_generated,
         **metrics,
         **reward_parts([one.parts for one in sampled]),
+        **episode_metrics(sampled),
         "staleness_mean": float(staleness.mean()),
         "staleness_max": int(staleness.max()),
         "staleness_histogram": staleness_histogram(staleness.tolist(), max_staleness),
@@ -221,6 +222,20 @@ def record_of_update(
         "processor_seconds": state.processor_seconds,
         "publish_seconds": published.seconds,
         "publish_bytes": published.nbytes,
+    }
+
+
+def episode_metrics(sampled: Sequence[Sampled]) -> dict[str, float]:
+    """Of the episodes of an update: turns, the share of tokens that the environment wrote, the seconds that it took, and how
+    often one was begun again; {} where no environment answers."""
+    episodes = [one.episode for one in sampled if one.episode is not None]
+    if not episodes:
+        return {}
+    return {
+        "turns_mean": float(np.mean([one.turns for one in episodes])),
+        "environment_token_share": sum(one.context for one in sampled) / sum(one.length for one in sampled),
+        "environment_seconds_mean": float(np.mean([one.waited_seconds for one in episodes])),
+        "episode_retries": sum(one.retries for one in episodes),
     }
 
 

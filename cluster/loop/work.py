@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from actors.trajectory import TrajectoryId
+from actors.trajectory import EpisodeCounts, TrajectoryId
 from cluster.fleet.ray_actor import PerRank
 from learner.collate import minibatch_rows
 from learner.student.sharding import owners
@@ -64,6 +64,8 @@ class Sampled:
     """Named parts of its reward."""
     context: int = 0
     """Response tokens that the student did not write."""
+    episode: EpisodeCounts | None = None
+    """Its turns; None where no environment answers."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)

@@ -361,6 +361,20 @@ METRICS: dict[str, Metric] = {
         "a tenth of the trajectories of an update and more: `rollout.engine.max_num_seqs` is too high, or the engines have too little memory",
         always=False,
     ),
+    "turns_mean": Metric(
+        RESPONSES, "turns", "turns of the student in an episode, mean of the update", always=False,
+        chart="Turns of an episode", limits=(0, None),
+    ),
+    "environment_token_share": Metric(
+        RESPONSES, "share", "tokens of the responses that the environment wrote; they are not trained on", always=False, form="percent",
+    ),
+    "environment_seconds_mean": Metric(
+        PIPELINE, "seconds", "an episode waits for its environment, mean of the update", "near the time that an episode takes: more `environment.replicas`",
+        always=False,
+    ),
+    "episode_retries": Metric(
+        PIPELINE, "episodes", "begun again, of those of the update: the environment raised, took too long, or its process died", always=False,
+    ),
     "queue_sample": Metric(PIPELINE, "trajectories", "waiting for a rollout actor", always=False),
     "queue_sampling": Metric(PIPELINE, "trajectories", "being sampled", always=False),
     "queue_score": Metric(PIPELINE, "trajectories", "waiting for a teacher", always=False),

@@ -21,6 +21,8 @@ def summarise(
     end = last_of(state, "")
     at_the_end: dict[str, int] = {}
     for role, (count, _) in needed.items():
+        if role_of(role) not in state.busy:  # an environment, whose work is not counted: it only answers
+            continue
         at_the_end[role_of(role)] = at_the_end.get(role_of(role), 0) + count
     mean = at_the_end | mean_actors(state.actor_seconds, state.loop_seconds)
     slowest = max((state.busy[role] / mean[role] for role in mean if mean[role]), default=0.0)

@@ -24,7 +24,7 @@ def test_every_key_of_the_configuration_has_a_class() -> None:
 
 def test_every_leaf_of_a_configuration_is_found_by_its_name(tmp_path: Path) -> None:
     loaded = config(tmp_path, "student.lora={rank: 8}", "evaluation.prompts.path=h", "guards.mine.metric=reverse_kl",
-                    "guards.mine.above=3")  # fmt: skip
+                    "guards.mine.above=3", "environment.name=game:Game")  # fmt: skip
     for key, _ in _leaves(loaded):
         class_of(key, loaded)
     assert class_of("guards.mine.above", loaded) == "on request"

@@ -1,0 +1,68 @@
+"""Tries an environment before the campaign starts: its class, its first messages, and the chat template that continues them."""
+
+import asyncio
+import json
+from dataclasses import replace
+from typing import Any
+
+from actors.config import EnvironmentConfig, PromptsConfig
+from actors.data.prompts import load_prompts, sample_seed
+from actors.environment.actor import EnvironmentActor
+from actors.environment.base import Begun, Episode
+from actors.environment.continuation import CALL_ID, Continuation, Message, checked
+from actors.errors import UserError
+from actors.trajectory import EVALUATION_EPOCH, TrajectoryId
+
+ANSWERS: dict[str, list[Message]] = {
+    "user": [{"role": "user", "content": "…"}],
+    "tool": [{"role": "tool", "content": "…", "tool_call_id": CALL_ID}],
+}
+"""What an environment may answer, by the role of its messages."""
+
+
+def try_environment(
+    config: EnvironmentConfig, prompts: PromptsConfig, tokenizer: Any, stop_token_ids: list[int]
+) -> str:
+    """Begins one episode with the first record: what was found. It has the id of an evaluation's, and no step is taken.
+
+    UserError: the class or the parser is not there, `reset` fails, or the chat template cannot continue its messages.
+    """
+    if config.tool_parser is not None:
+        from actors.environment.vllm_tool_parser import tool_parser
+
+        tool_parser(config.tool_parser, tokenizer)
+    section = replace(prompts, sources={name: replace(one, limit=1) for name, one in prompts.sources.items()})
+    one = load_prompts(
+        section if section.sources else replace(section, limit=1), tokenizer, None, "prompts", records=True
+    )
+    begun = asyncio.run(_begin(config, one.records[0]))
+    if begun.error:
+        found = f"{config.name}, whose reset failed with the first record ({begun.error})"
+        raise UserError("environment.name", found, "the messages of an episode's beginning")
+    first, written = (
+        ANSWERS["user"],
+        Continuation(tokenizer, frozenset(stop_token_ids), prompts.chat_template_arguments),
+    )
+    if begun.messages is not None:
+        try:
+            first = checked(begun.messages, first=True)
+            written.prompt(first, begun.tools)
+        except ValueError as error:
+            raise UserError(
+                "environment.name", f"{config.name}, whose reset returned {error}", "chat messages"
+            ) from error
+    wrong = {role: told for role, new in ANSWERS.items() if (told := written.difference(first, new, begun.tools))}
+    if len(wrong) == len(ANSWERS) and config.earlier_turns == "template":
+        found = f"template, and a chat template that does not only append: {wrong['user']}"
+        raise UserError("environment.earlier_turns", found, "`written`, or another template (docs/environments.md)")
+    notes = [f"; note: with messages of the role {role}, {told}" for role, told in wrong.items()]
+    length = "the record's prompt" if begun.messages is None else f"{len(written.prompt(first, begun.tools))} tokens"
+    return f"{config.name}, first prompt: {length}{''.join(notes)}"
+
+
+async def _begin(config: EnvironmentConfig, record: str) -> Begun:
+    actor, id_ = EnvironmentActor(config), TrajectoryId(EVALUATION_EPOCH, 0, 0)
+    try:
+        return await actor.reset("check", Episode(id_, sample_seed(0, *id_)), json.loads(record))
+    finally:
+        await actor.close("check")

@@ -1,0 +1,421 @@
+"""Episodes: the student and an environment take turns, and what they write together is one trajectory.
+
+    reset -> prompt -> [engine: one turn] -> step -> ids of the new messages -> [engine: the next turn] -> ... -> done
+
+The student's tokens stay as the engine has sampled them, with its log-probs and versions; an environment's tokens are put between
+them and are not trained on (`Trajectories.trained`). Each turn is a request of its own, whose seed follows from the episode's, so
+an episode that is begun again, after a crash for example, draws the same tokens.
+"""
+
+import asyncio
+import hashlib
+import itertools
+import json
+import time
+from collections import defaultdict
+from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from actors.config import EnvironmentConfig, SamplingConfig
+from actors.environment.base import EnvironmentLostError, Environments, Episode
+from actors.environment.continuation import Continuation, Message, checked
+from actors.errors import AbortedError, CampaignError, UserError
+from actors.heartbeat import beat
+from actors.rollout.engine import Engine, Response, check_answer, trajectories_of
+from actors.trajectory import (
+    EVALUATION_EPOCH,
+    FINISH_REASONS,
+    EpisodeCounts,
+    Requests,
+    Trajectories,
+    TrajectoryId,
+    offsets_of,
+    select_trajectories,
+)
+
+GRACE_SECONDS = 10.0
+"""A process that has not answered for so much longer than a step may take is given up."""
+LOST_SECONDS = 60.0
+"""After this long without a process that hosts environments, those that were lost are tried again."""
+BEAT_SECONDS = 2.0
+"""Between two signs of life while an environment is waited for."""
+
+
+class EpisodeLimits(NamedTuple):
+    """What an episode's text has to fit into."""
+
+    tokens: int
+    """Of prompt and response together, as engines and teachers can read them; 0: not known."""
+    own_prompts: bool = True
+    """Whether an environment may write the prompt: not where a teacher reads one that is made of the record."""
+    needs_reward: bool = False
+
+
+NO_LIMITS = EpisodeLimits(0)
+
+
+class _FailedError(Exception):
+    """One attempt has failed; the message says why."""
+
+
+@dataclass
+class _Transcript:
+    """A response while it is written: arrays of the student's turns, and the environment's tokens between them."""
+
+    turns: list[Trajectories] = field(default_factory=list)
+    """One trajectory of each turn: its prompt is the whole text before it."""
+    between: list[list[int]] = field(default_factory=list)
+    """The environment's tokens after each turn but the last."""
+    reward: float | None = None
+    waited: float = 0.0
+    """Seconds for which the environment was waited for."""
+
+    @property
+    def length(self) -> int:
+        return sum(len(turn.response_tokens) for turn in self.turns) + sum(map(len, self.between))
+
+
+class Episodes:
+    """All episodes of one rollout actor. For one event loop, without locks."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        config: EnvironmentConfig,
+        continuation: Continuation,
+        limits: EpisodeLimits,
+        environments: Environments | None = None,
+    ):
+        """environments: None until `reach` is called. UserError: there is no tool parser of this name."""
+        self._engine, self._config, self._write, self._limits = engine, config, continuation, limits
+        self._environments, self._lost = environments, set[int]()
+        self._names = itertools.count()
+        self._running: defaultdict[tuple[int, ...], set[asyncio.Task]] = defaultdict(set)
+        self._aborted: set[asyncio.Task] = set()
+        self._known: dict[tuple[str, ...], str | None] = {}
+        """Roles of an environment's messages -> what the template does to earlier turns then."""
+        self._parse: Any = None
+        if config.tool_parser is not None:
+            from actors.environment.vllm_tool_parser import tool_parser
+
+            self._parse = tool_parser(config.tool_parser, continuation.tokenizer)
+
+    def reach(self, environments: Environments) -> None:
+        """The processes that host environments from now on."""
+        self._environments, self._lost = environments, set()
+
+    async def play(
+        self, requests: Requests, sampling: SamplingConfig, greedy: bool
+    ) -> tuple[Trajectories, tuple[EpisodeCounts, ...]]:
+        """Plays B episodes at once: their trajectories and their counts, in the order of the requests.
+
+        One that fails in all attempts has the cause in its counts, and a trajectory of one token that nobody trains on.
+        Errors: AbortedError after `abort`; UserError for what fails in every episode; those of the engine.
+        """
+        rows = [asyncio.create_task(self._episode(requests, row, sampling, greedy)) for row in range(len(requests.ids))]
+        for task, id_ in zip(rows, map(tuple, requests.ids.tolist()), strict=True):
+            self._running[id_].add(task)
+        try:
+            played = await asyncio.gather(*rows)
+        except asyncio.CancelledError:
+            if self._aborted.isdisjoint(rows):  # the call itself is cancelled, not one of its episodes
+                raise
+            raise AbortedError("aborted") from None
+        finally:
+            for task, id_ in zip(rows, map(tuple, requests.ids.tolist()), strict=True):
+                task.cancel()
+                self._aborted.discard(task)
+                self._running[id_].discard(task)
+                if not self._running[id_]:
+                    del self._running[id_]
+        width = max(one.support_ids.shape[1] for one, _ in played)
+        written = [_with_support(one, width) for one, _ in played]
+        return select_trajectories(requests.ids, written), tuple(counts for _, counts in played)
+
+    def abort(self, ids: np.ndarray | None = None) -> None:
+        """Gives up the episodes with these ids [B, 3], or all; their calls end with AbortedError."""
+        wanted = list(self._running) if ids is None else [tuple(row) for row in ids.tolist()]
+        for id_ in wanted:
+            for task in self._running.get(id_, ()):
+                self._aborted.add(task)
+                task.cancel()
+
+    async def _episode(
+        self, requests: Requests, row: int, sampling: SamplingConfig, greedy: bool
+    ) -> tuple[Trajectories, EpisodeCounts]:
+        own = _row(requests, row)
+        id_, seed = TrajectoryId(*own.ids[0].tolist()), int(own.seeds[0])
+        cause = ""
+        for attempt in range(self._config.attempts):
+            key, place = f"{id_}/{attempt}/{next(self._names)}", await self._place(id_, attempt)
+            limit = self._config.episode_timeout_seconds
+            try:
+                async with asyncio.timeout(limit) as clock:
+                    found = await self._attempt(own, Episode(id_, seed, attempt), key, place, sampling, greedy)
+                return self._finished(own, found, attempt)
+            except TimeoutError:
+                if not clock.expired():
+                    raise
+                cause = f"not over after {limit:g} s (environment.episode_timeout_seconds)"
+            except _FailedError as error:
+                cause = str(error)
+            except EnvironmentLostError as error:
+                self._lost.add(id(place))
+                cause = str(error)
+            finally:
+                self._in_background(place, key)
+        return self._failed(own, cause)
+
+    async def _attempt(
+        self, own: Requests, episode: Episode, key: str, place: Any, sampling: SamplingConfig, greedy: bool
+    ) -> tuple[Requests, _Transcript, str]:
+        """One attempt: (the request with the prompt as it was read, what was written, the finish reason)."""
+        record = json.loads(own.asides[0].record or "{}")
+        text = _Transcript()
+        begun = await self._ask(text, place, "reset", key, episode, record)
+        tools = begun.tools if begun.tools is not None else record.get("tools")
+        first = [
+            {"role": "user", "content": "…"}
+        ]  # which stands for the record's prompt: what follows does not depend on it
+        if begun.messages is None and begun.tools:
+            expected = "the messages too: the record's prompt was written without them"
+            raise UserError("environment.name", f"{self._config.name}, with tools, and None from reset", expected)
+        if begun.messages is not None:
+            first = _messages(begun.messages, "reset", first=True)
+            own = self._with_prompt(own, first, tools, sampling)
+        context = own.prompt_tokens
+        while True:
+            room = sampling.max_response_tokens - text.length
+            turn = _turn(own, context, episode.seed, len(text.turns))
+            text.turns.append(await self._written(turn, replace(sampling, max_response_tokens=room), greedy))
+            tokens = text.turns[-1].response_tokens
+            if FINISH_REASONS[text.turns[-1].finish_reasons[0]] != "stop":
+                return own, text, "length"
+            message = self._message(tokens, tools, len(text.turns) - 1)
+            answer = await self._ask(text, place, "step", key, message)
+            if answer.reward is not None:
+                text.reward = (text.reward or 0.0) + answer.reward
+            if answer.done:
+                return own, text, "stop"
+            if len(text.turns) == self._config.max_turns:
+                return own, text, "length"
+            new = _messages(answer.messages, "step", message.get("tool_calls", ()))
+            follows = self._follows(first, new, int(tokens[-1]), tools)
+            if text.length + len(follows) >= sampling.max_response_tokens:
+                return own, text, "length"
+            text.between.append(follows)
+            context = np.concatenate([context, tokens, np.array(follows, np.int32)])
+
+    async def _written(self, turn: Requests, sampling: SamplingConfig, greedy: bool) -> Trajectories:
+        written = await asyncio.wrap_future(self._engine.generate(turn, sampling, greedy=greedy))
+        check_answer(turn, written)
+        return written
+
+    async def _ask(self, text: _Transcript, place: Any, method: str, key: str, *arguments: Any) -> Any:
+        """What the environment answers; counts the seconds. _FailedError: it raised, or does not answer."""
+        assert self._environments is not None
+        began, limit = time.monotonic(), self._config.step_timeout_seconds + GRACE_SECONDS
+        asked = asyncio.ensure_future(self._environments.call(place, method, key, *arguments))
+        try:
+            while not asked.done() and time.monotonic() - began < limit:
+                await asyncio.wait([asked], timeout=BEAT_SECONDS)
+                beat()
+        finally:
+            text.waited += time.monotonic() - began
+            asked.cancel()
+        if not asked.done() or asked.cancelled():
+            raise _FailedError(f"{method}: its process has not answered for {limit:g} s")
+        try:
+            answer = asked.result()
+        except EnvironmentLostError:
+            raise
+        except CampaignError as error:
+            raise _FailedError(f"{method}: {error}") from error
+        if answer.error:
+            raise _FailedError(f"{method}: {answer.error}")
+        return answer
+
+    async def _place(self, id_: TrajectoryId, attempt: int) -> Any:
+        """Where an episode is played: it follows from its id; a retry goes to another process where there is one.
+
+        Waits while there is none: a lost one is being replaced, or the campaign ends.
+        """
+        since = time.monotonic()
+        while True:
+            if time.monotonic() - since > LOST_SECONDS:  # those that were lost may be back, and nobody said so
+                self._lost.clear()
+            places = [one for one in getattr(self._environments, "places", ()) if id(one) not in self._lost]
+            if places:
+                number = int.from_bytes(hashlib.blake2b(str(id_).encode(), digest_size=6).digest()) + attempt
+                return places[number % len(places)]
+            await asyncio.sleep(BEAT_SECONDS / 10)
+            beat()
+
+    def _in_background(self, place: Any, key: str) -> None:
+        """Tells the environment that the attempt is over; nobody waits for it."""
+        if self._environments is not None and id(place) not in self._lost:
+            _quietly(self._environments.call(place, "close", key))
+
+    def _with_prompt(self, own: Requests, first: Sequence[Message], tools: Any, sampling: SamplingConfig) -> Requests:
+        """The request with the prompt that the environment has written. UserError: it may not, or it is too long."""
+        found = f"{self._config.name}, whose reset returned messages"
+        if not self._limits.own_prompts:
+            expected = "None: a teacher with prompt_template reads a prompt that is made of the record"
+            raise UserError("environment.name", found, expected)
+        try:
+            ids = self._write.prompt(first, tools)
+        except ValueError as error:
+            raise UserError(
+                "environment.name", f"{found}: {error}", "messages that the chat template accepts"
+            ) from error
+        room = self._limits.tokens - sampling.max_response_tokens
+        if self._limits.tokens and len(ids) > room:
+            expected = f"at most {room}; prompts.max_prompt_tokens makes room for more"
+            raise UserError("environment.name", f"{found} of {len(ids)} tokens", expected)
+        tokens = np.array(ids, np.int32)
+        return replace(own, prompt_tokens=tokens, prompt_offsets=offsets_of([len(tokens)]))
+
+    def _message(self, tokens: np.ndarray, tools: Any, turn: int) -> Message:
+        """The student's turn as the environment reads it, without the token that ended it."""
+        own = tokens[:-1] if int(tokens[-1]) in self._write.stop_token_ids else tokens
+        if self._parse is None:
+            return {"role": "assistant", "content": self._write.tokenizer.decode(own, skip_special_tokens=True)}
+        # Parsers look for special tokens.
+        return self._parse(self._write.tokenizer.decode(own, skip_special_tokens=False), tools, turn)
+
+    def _follows(self, first: Sequence[Message], new: Sequence[Message], last: int, tools: Any) -> list[int]:
+        """The ids that follow the student's turn. UserError: the template writes earlier turns otherwise from now on."""
+        roles = tuple(message["role"] for message in new)
+        if self._config.earlier_turns == "template" and roles not in self._known:
+            self._known[roles] = self._write.difference(first, new, tools)
+        if wrong := self._known.get(roles):
+            raise UserError(
+                "environment.earlier_turns",
+                f"template, and a chat template that does not only append: {wrong}",
+                WAY_OUT,
+            )
+        try:
+            return self._write.after(first, new, last, tools)
+        except ValueError as error:
+            raise UserError(
+                "environment.name", f"{self._config.name}: {error}", "messages that the template accepts"
+            ) from error
+
+    def _finished(
+        self, own: Requests, found: tuple[Requests, _Transcript, str], attempt: int
+    ) -> tuple[Trajectories, EpisodeCounts]:
+        asked, text, finish = found
+        if self._limits.needs_reward and text.reward is None and finish == "stop":
+            raise UserError(
+                "environment.name",
+                f"{self._config.name}, which gave no reward in the whole episode",
+                "a reward from one of its steps, since learner.objective uses rewards",
+            )
+        written = _joined(asked, text, finish)
+        counts = EpisodeCounts(
+            turns=len(text.turns),
+            prompt_tokens=len(asked.prompt_tokens),
+            waited_seconds=text.waited,
+            retries=attempt,
+        )
+        return written, counts
+
+    def _failed(self, own: Requests, cause: str) -> tuple[Trajectories, EpisodeCounts]:
+        """What stands for an episode that has failed: one token, which is not trained on."""
+        token, version = min(self._write.stop_token_ids), self._engine.version or 0
+        stub = trajectories_of(own, [Response([token], [0.0], [version], "abort")])
+        stub = replace(stub, trained=np.zeros(1, bool), rewards=np.zeros(1, np.float32))
+        counts = EpisodeCounts(0, len(own.prompt_tokens), 0.0, self._config.attempts - 1, cause)
+        return stub, counts
+
+
+WAY_OUT = (
+    "a template that appends (messages of the role tool, or another chat_template in prompts.chat_template_arguments); or "
+    "`written`, and to serve the student with a template that keeps earlier turns (docs/environments.md)"
+)
+
+
+def _messages(found: Any, method: str, calls: Sequence[Any] = (), *, first: bool = False) -> list[Message]:
+    try:
+        return checked(found, calls, first=first)
+    except ValueError as error:
+        raise _FailedError(f"{method} returned messages of another form: {error}") from error
+
+
+def _row(requests: Requests, row: int) -> Requests:
+    """One of the requests."""
+    return Requests(
+        ids=requests.ids[row : row + 1],
+        seeds=requests.seeds[row : row + 1],
+        prompt_tokens=requests.prompts[row],
+        prompt_offsets=offsets_of([len(requests.prompts[row])]),
+        asides=requests.asides[row : row + 1],
+    )
+
+
+def turn_seed(seed: int, turn: int) -> int:
+    """The sampler's seed of a turn; the first has that of the episode, as a single answer would."""
+    digest = hashlib.blake2b(f"turn/{seed}/{turn}".encode(), digest_size=8).digest()
+    return seed if turn == 0 else int.from_bytes(digest) >> 1
+
+
+def _turn(own: Requests, context: np.ndarray, seed: int, turn: int) -> Requests:
+    """The request for a turn: its prompt is all that was written before."""
+    seeds = np.array([turn_seed(seed, turn)], np.int64)
+    return replace(own, seeds=seeds, prompt_tokens=context, prompt_offsets=offsets_of([len(context)]))
+
+
+def _joined(own: Requests, text: _Transcript, finish: str) -> Trajectories:
+    """The turns and what the environment wrote between them as one trajectory.
+
+    An environment's tokens have the log-prob 0 and the version of the token before them: neither is read.
+    """
+    none = np.nan if own.ids[0, 0] == EVALUATION_EPOCH else 0.0  # an evaluation tells no reward from one of 0
+    parts: defaultdict[str, list[np.ndarray]] = defaultdict(list)
+    for turn, follows in zip(text.turns, [*text.between, []], strict=True):
+        count = len(follows)
+        for name, empty in (
+            ("response_tokens", np.array(follows, np.int32)),
+            ("behaviour_logprobs", np.zeros(count, np.float32)),
+            ("policy_versions", np.full(count, turn.policy_versions[-1], np.int32)),
+            ("trained", np.zeros(count, bool)),
+            ("support_ids", np.zeros((count, turn.support_ids.shape[1]), np.int32)),
+            ("unfiltered_logprobs", np.zeros(count if turn.unfiltered_logprobs.size else 0, np.float32)),
+        ):
+            parts[name] += [getattr(turn, name), empty]
+    whole = {name: np.concatenate(own_parts) for name, own_parts in parts.items()}
+    return Trajectories(
+        ids=own.ids,
+        prompt_tokens=own.prompt_tokens,
+        prompt_offsets=own.prompt_offsets,
+        response_offsets=offsets_of([len(whole["response_tokens"])]),
+        finish_reasons=np.array([FINISH_REASONS.index(finish)], np.uint8),
+        rewards=np.array([none if text.reward is None else text.reward], np.float32),
+        **whole,
+    )
+
+
+def _with_support(one: Trajectories, width: int) -> Trajectories:
+    """The same; one without the student's most likely tokens, which has failed, gets columns for them."""
+    if one.support_ids.shape[1] == width:
+        return one
+    return replace(one, support_ids=np.zeros((len(one.response_tokens), width), np.int32))
+
+
+def _quietly(work: Coroutine[Any, Any, Any]) -> None:
+    """Runs it in the background, whatever comes of it."""
+    task = asyncio.ensure_future(work)
+    _UNWATCHED.add(task)  # asyncio itself holds only a weak reference
+    task.add_done_callback(_over)
+
+
+def _over(task: asyncio.Future) -> None:
+    _UNWATCHED.discard(task)
+    if not task.cancelled():
+        task.exception()  # looked at, so that asyncio does not report it
+
+
+_UNWATCHED: set[asyncio.Future] = set()

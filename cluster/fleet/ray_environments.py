@@ -1,0 +1,77 @@
+"""The environment actors of a campaign, and how rollout actors reach them.
+
+Calls go from a rollout actor to an environment actor directly. So rollout actors are told which there are: when they are created,
+and whenever an environment actor starts, or is to end. One that dies is replaced as those of other roles are; until then the
+episodes that it hosted begin again on another, or wait.
+"""
+
+import asyncio
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
+
+from actors.environment.base import EnvironmentLostError
+from actors.errors import CampaignError
+from cluster.fleet.ray_actor import ActorLostError, Replica, invoke
+from cluster.fleet.ray_fleet import Fleet
+
+RESTARTS = 20
+"""Environments run code of the user's: their actors may be replaced so many times as often as others."""
+LOOK_SECONDS = 0.5
+"""Between two looks at the episodes of an actor that is to end."""
+
+
+class RayEnvironments:
+    """`Environments` (actors/environment/base.py) as Ray actors. It is sent to rollout actors."""
+
+    def __init__(self, places: Sequence[Any]):
+        """places: actor handles."""
+        self.places = list(places)
+
+    async def call(self, place: Any, method: str, *arguments: Any) -> Any:
+        """Calls a method of one of them. EnvironmentLostError: it has died."""
+        try:
+            return await invoke(place, method, arguments, 1)
+        except ActorLostError as error:
+            raise EnvironmentLostError(f"{method}: its process was lost ({error})") from error
+
+
+class EnvironmentFleet(Fleet):
+    """Fleet whose actors are called by those of other fleets."""
+
+    clients: Sequence[Fleet] = ()
+    """Those that call them."""
+
+    def tell_clients(self) -> None:
+        """Tells all actors of the clients, also those to come, which environment actors there are."""
+        there = RayEnvironments([replica.handle for replica in self.replicas if replica.alive])
+        for fleet in self.clients:
+            fleet.build_with(environments=there)
+            for replica in fleet.replicas:
+                if replica.handle is not None:
+                    self._in_background(_told(replica.handle, there))
+
+    def resize(self, replicas: int) -> None:
+        """See Supervisor.resize. Actors that are to end get no new episodes."""
+        super().resize(replicas)
+        self.tell_clients()
+
+    async def _available(self) -> None:
+        await super()._available()
+        self.tell_clients()
+
+    async def _leave(self, replica: Replica) -> None:
+        """The actor ends when its episodes have ended."""
+        with suppress(CampaignError):  # it has died
+            until = time.monotonic() + self._hang_timeout
+            while replica.handle is not None and time.monotonic() < until:
+                if not (await invoke(replica.handle, "status", (), 1))["episodes"]:
+                    break
+                await asyncio.sleep(LOOK_SECONDS)
+        await super()._leave(replica)
+
+
+async def _told(handle: Any, there: RayEnvironments) -> None:
+    with suppress(CampaignError):  # it has died; the one in its place is built with it
+        await invoke(handle, "use_environments", (there,), 1)

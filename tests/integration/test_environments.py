@@ -1,0 +1,48 @@
+"""Environment actors on a real Ray: they die in the middle of episodes, and every trajectory is trained once all the same."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cluster.records.writer import read_jsonl
+from tests.light_campaign import assert_ledger_adds_up, make_folder
+from tests.unit.cluster.test_environments import ROOT, UPDATES, campaign
+from tests.waiting import PATIENCE_SECONDS
+
+pytestmark = pytest.mark.integration
+
+
+def test_environment_actors_that_die_are_replaced_and_their_episodes_begin_again(tmp_path: Path) -> None:
+    light = {"cpus_per_replica": 0.2, "replicas": 1}
+    file = campaign(
+        make_folder(tmp_path),
+        "dying",
+        {
+            "arguments": {"fails": "dies", "each": 4, "log": str(tmp_path / "log")},
+            "step_timeout_seconds": 60,
+            "attempts": 9,  # an episode may be begun on a process that another one ends
+            "replicas": 2,
+            "cpus_per_replica": 0.2,
+        },
+        rollout=light,
+        learner={"cpus_per_replica": 0.2},
+        teachers={"default": {"model": str(tmp_path / "teacher"), "dtype": "float32", **light}},
+        ray={"object_store_mebibytes": 100},
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "cluster", "run", str(file)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_SECONDS,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    run = tmp_path / "runs" / "dying"
+    assert_ledger_adds_up(run, UPDATES, 8, 0)
+    died = [row for row in read_jsonl(run / "events.jsonl") if row["kind"] == "actor_died"]
+    assert died and all(row["actor"].startswith("environment-") for row in died)
+    assert any(row["episode_retries"] for row in read_jsonl(run / "metrics.jsonl")[1:])
+    processes = {line.split()[3] for line in (tmp_path / "log").read_text().splitlines()}
+    assert len(processes) > 2  # those that were replaced

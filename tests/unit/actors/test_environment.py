@@ -1,0 +1,145 @@
+"""The environment actor, and what is known of an environment before a campaign starts."""
+
+import asyncio
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+
+from actors.config import EnvironmentConfig, PromptsConfig
+from actors.environment.actor import BLOCKED, EnvironmentActor
+from actors.environment.base import Episode, environment_class
+from actors.environment.trial import try_environment
+from actors.errors import UserError
+from actors.rollout.episodes import turn_seed
+from actors.trajectory import TrajectoryId
+from tests.tiny_models import make_tiny_tokenizer
+from tests.waiting import until
+
+HERE = __name__
+EPISODE = Episode(TrajectoryId(0, 1, 2), 7)
+
+
+class Returns:
+    """A step that returns what it is made with."""
+
+    tools = ({"name": "add"},)
+
+    def __init__(self, answer: Any = None, seconds: float = 0.0, blocks: float = 0.0):
+        self.answer, self.seconds, self.blocks = answer, seconds, blocks
+
+    async def reset(self, record: dict, episode: Episode) -> Any:
+        return [{"role": "user", "content": record["prompt"]}]
+
+    async def step(self, message: dict) -> Any:
+        await asyncio.sleep(self.seconds)
+        time.sleep(self.blocks)
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return self.answer
+
+
+class NotAsync:
+    """Methods that are no coroutines."""
+
+    def reset(self, record: dict, episode: Episode) -> None: ...
+
+    async def step(self, message: dict) -> None: ...
+
+
+class FewArguments:
+    """Methods that take too little."""
+
+    async def reset(self, record: dict) -> None: ...
+
+    async def step(self, message: dict) -> None: ...
+
+
+def config(name: str = "Returns", **settings: Any) -> EnvironmentConfig:
+    return EnvironmentConfig(name=f"{HERE}:{name}", **settings)
+
+
+def answer_of(**arguments: Any) -> Any:
+    async def ask() -> Any:
+        actor = EnvironmentActor(config(arguments=arguments, step_timeout_seconds=arguments.pop("limit", 60.0)))
+        begun = await actor.reset("a", EPISODE, {"prompt": "1+1="})
+        assert begun.messages == [{"role": "user", "content": "1+1="}] and begun.tools == Returns.tools
+        answer = await actor.step("a", {"role": "assistant", "content": "2"})
+        await actor.close("a")
+        assert await actor.status() == {"episodes": 0}
+        return answer
+
+    return asyncio.run(ask())
+
+
+def test_what_a_step_returns_or_raises_is_a_value() -> None:
+    assert answer_of(answer=([], np.True_, np.float32(0.5)))[1:] == (True, 0.5, "")
+    assert answer_of(answer=("go on", False, None)) == ("go on", False, None, "")
+    for wrong, told in (
+        (None, "step returned None, expected (messages, done, reward)"),
+        (("text", True), "step returned ('text', True)"),
+        (("text", True, "much"), "reward = 'much'"),
+        (("text", True, float("nan")), "the reward nan"),
+        (KeyError("number"), "KeyError: 'number' (test_environment.py, line"),
+        (TimeoutError("of its own"), "TimeoutError: of its own"),
+    ):
+        assert told in answer_of(answer=wrong).error
+    assert "no answer within 0.05 s (environment.step_timeout_seconds)" in answer_of(seconds=60.0, limit=0.05).error
+
+
+def test_an_episode_that_is_never_closed_is_forgotten_and_a_blocked_process_ends() -> None:
+    async def forget() -> None:
+        actor = EnvironmentActor(config(episode_timeout_seconds=0.01))
+        await actor.reset("a", EPISODE, {"prompt": "1"})
+        await asyncio.sleep(0.02)
+        await actor.reset("b", EPISODE, {"prompt": "1"})
+        assert await actor.status() == {"episodes": 1}
+        assert "environment.episode_timeout_seconds" in (await actor.step("a", {})).error
+
+    ended: list[int] = []
+
+    async def block() -> None:
+        actor = EnvironmentActor(config(arguments={"blocks": 0.6}, step_timeout_seconds=0.2))
+        actor.exit = ended.append
+        await actor.reset("a", EPISODE, {"prompt": "1"})
+        await actor.step("a", {})
+
+    asyncio.run(forget())
+    asyncio.run(block())
+    until(lambda: ended == [BLOCKED], "the end of the blocked process")
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "where", "told"),
+    [
+        ("Missing", {}, "environment.name", "Missing"),
+        ("NotAsync", {}, "environment.name", "without async def reset"),
+        ("FewArguments", {}, "environment.name", "reset(record, episode)"),
+        ("Returns", {"turns": 3}, "environment.arguments", "turns"),
+        ("until", {}, "environment.name", "without async def reset and async def step"),
+    ],
+)
+def test_a_class_of_another_form_is_refused(name: str, arguments: dict, where: str, told: str) -> None:
+    with pytest.raises(UserError) as refused:
+        environment_class(config(name, arguments=arguments))
+    assert refused.value.where == where and told in str(refused.value)
+
+
+def test_an_environment_is_tried_with_the_first_record(tmp_path: Any) -> None:
+    (tmp_path / "train.jsonl").write_text('{"prompt": "1+1=", "answer": "2"}\n')
+    prompts, tokenizer = PromptsConfig(path=str(tmp_path / "train.jsonl")), make_tiny_tokenizer()
+    found = try_environment(config(), prompts, tokenizer, [1])
+    assert "first prompt: 7 tokens" in found and "note" not in found
+    thinks = "{% for m in messages %}<{{ m.role }}>{{ m.content.split('</think>')[-1] }}<eos>{% endfor %}<assistant>"
+    tokenizer.chat_template = thinks
+    with pytest.raises(UserError, match=r"environment\.earlier_turns.*<think>"):
+        try_environment(config(), prompts, tokenizer, [1])
+    assert "note: with messages of the role user" in try_environment(
+        config(earlier_turns="written"), prompts, tokenizer, [1]
+    )
+
+
+def test_the_first_turn_has_the_seed_of_a_single_answer() -> None:
+    seeds = [turn_seed(7, turn) for turn in range(50)]
+    assert seeds[0] == 7 and len(set(seeds)) == 50 and all(0 <= seed < 2**63 for seed in seeds)
