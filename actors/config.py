@@ -221,6 +221,21 @@ class PromptsConfig(SourceConfig):
 
 @changing("on request")
 @dataclass
+class TrainingPromptsConfig(PromptsConfig):
+    """The prompts of training, and which of them are asked."""
+
+    keep: Literal["all", "margin"] = "all"
+    """Which prompts are asked. `margin`: not those on which student and teacher agree already, whose running
+    estimate of the reverse KL is below `margin`; they are asked again after four epochs (docs/data.md)."""
+    margin: float = number(0.02, above=0)
+    """With `keep: margin`: the reverse KL, in nats a token, below which a prompt is passed over."""
+    curriculum: Literal["none", "easy_first", "hard_first"] = "none"
+    """The order by that estimate: first those with the smallest reverse KL, or with the largest. All of
+    them from half of the campaign on."""
+
+
+@changing("on request")
+@dataclass
 class VerifierConfig:
     """How a response is judged: a function of the response and the reference answer, which returns a reward."""
 

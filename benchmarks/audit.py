@@ -171,7 +171,7 @@ def measured(trial: Trial, row: Row) -> dict[str, Any]:
         "busy_seconds": sum(summary["busy"].values()),
         "cost": {"cpu_hours": cost["cpu_hours"], "gpu_hours": cost["gpu_hours"]},
         "course": course,
-        "software": summary["software"],
+        "software": {**summary["software"], "commit": commit()},
     }
 
 
@@ -227,6 +227,19 @@ def audit(
             "interrupted": hashes[1],
         },
     }
+
+
+def commit() -> str:
+    """Of the working tree, with `+changes` where it differs in more than the results; `none` outside a clone."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", f":!docs/{JSON}", f":!docs/{PAGE}")
+        return git("rev-parse", "HEAD")[:12] + "+changes" * bool(changed)
+    except (OSError, subprocess.CalledProcessError):
+        return "none"
 
 
 def machine() -> str:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from actors.config import PromptsConfig, StudentConfig, TeacherConfig
+from actors.config import StudentConfig, TeacherConfig, TrainingPromptsConfig
 from actors.data.prompts import PromptSet
 from actors.rollout.batched_calls import BatchedCalls
 from actors.teacher.base import TeacherCounts
@@ -290,7 +290,7 @@ class Simulation:
             name="simulated",
             output_dir=str(folder),
             student=StudentConfig(model="none"),
-            prompts=PromptsConfig(path="none", shuffle=False),
+            prompts=TrainingPromptsConfig(path="none", shuffle=False),
             teachers={"default": TeacherConfig(model="none", replicas=self.teachers, microbatch_tokens=1 << 20)},
             pipeline=PipelineConfig(
                 updates=self.updates,

@@ -15,6 +15,7 @@ from actors.config import (
     SourceConfig,
     StudentConfig,
     TeacherConfig,
+    TrainingPromptsConfig,
     VerifierConfig,
     changing,
     number,
@@ -208,7 +209,7 @@ class CampaignConfig:
     """A run directory, or its `record`: train on what is recorded there, with the recorded scores. Rollout and teacher actors
     start only where an evaluation needs them. More `pipeline.updates` than are recorded begin further epochs."""
     student: StudentConfig = field(default_factory=StudentConfig)
-    prompts: PromptsConfig = field(default_factory=PromptsConfig)
+    prompts: TrainingPromptsConfig = field(default_factory=TrainingPromptsConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     environment: EnvironmentConfig | None = None

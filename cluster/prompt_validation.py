@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from actors.config import MixedSourceConfig, PromptsConfig, SourceConfig
 from actors.errors import UserError
 from cluster.config import CampaignConfig
+from learner.objective.estimator_table import estimator_row
 from learner.validation import Contradiction
 
 PLACE = ("path", "split", "revision", "function", "function_arguments")
@@ -27,6 +28,7 @@ def refuse_sources(config: CampaignConfig) -> None:
             *_weights(key, section.sources, trained=section is config.prompts),
             *_responses(key, section),
             *(_trained_responses(config) if section is config.prompts else ()),
+            *(_choice(config) if section is config.prompts else ()),
         ):
             if wrong:
                 raise UserError(where, found, expected)
@@ -49,6 +51,18 @@ def _several(key: str, section: PromptsConfig) -> Iterator[Contradiction]:
         seen.setdefault(place, where)
         both = source.domain is not None and source.domain_field is not None
         yield both, f"{where}.domain", source.domain, "null where domain_field names a field with the domain"
+
+
+def _choice(config: CampaignConfig) -> Iterator[Contradiction]:
+    """Prompts that are passed over by a reverse KL that is not on the student's own text."""
+    estimator = config.learner.objective.estimator
+    on_teacher = estimator_row(estimator).text_by == "teacher"
+    for key, value, off in (
+        ("prompts.keep", config.prompts.keep, "all"),
+        ("prompts.curriculum", config.prompts.curriculum, "none"),
+    ):
+        expected = f"{off} with the estimator {estimator}: the reverse KL is of text that the student writes"
+        yield on_teacher and value != off, key, value, expected
 
 
 def _written(path: str | None) -> str | None:

@@ -167,7 +167,8 @@ class Learner:
         *batches: Trajectories | TeacherScores | Shard,
         rate_scale: float = 1.0,
         domains: Sequence[str | None] | None = None,
-    ) -> dict[str, float]:
+        of_each: bool = False,
+    ) -> dict[str, Any]:
         """Trains on the trajectories with these ids [B, 3]; returns the metrics of the update (docs/metrics.md).
 
         The update has `epochs_per_update` times `minibatches_per_update` AdamW steps on the loss of `Forward.loss`, which
@@ -175,7 +176,8 @@ class Learner:
         taken. The policy version grows by one, also where no step was taken.
         batches: hold the trajectories and their scores, in any order and perhaps with others. With several ranks, each is
         given all trajectories, and the scores of those that it trains on (`owners` in student/sharding.py). A Shard stands for
-        the recorded trajectories and scores in its file. rate_scale: factor of the schedule's learning rate. domains: [B] of the prompts, to measure each.
+        the recorded trajectories and scores in its file. rate_scale: factor of the schedule's learning rate.
+        domains: [B] of the prompts, to measure each. of_each: also return the reverse KL of each trajectory, `reverse_kl_of_each` [B].
         The result depends on `ids`, trajectories and scores, not on how they are batched.
         KeyError: a trajectory is missing. CampaignError: scores are missing. NonFiniteLossError: loss or gradient is not
         finite; that step was not taken. GivenUpError: `give_up` was called before the first step.
@@ -215,6 +217,8 @@ class Learner:
         metrics |= {**taken, "learning_rate": rate, "beta": self._beta} | (NOT_OF_DATA if self._of_data else {})
         if self._config.objective.truncated == "mask":
             metrics["truncated_masked"] = int(written.truncated.sum())
+        if of_each:
+            metrics["reverse_kl_of_each"] = collected.reverse_kl_of_each(len(ids), self._ranks)
         if self._config.objective.mismatch.correction != "none":  # of the weights as they were cut
             cut = batch.tensors["importance"].log()
             metrics["mismatch_ess"] = effective_sample_size(cut, batch.tensors["mask"]).item()

@@ -160,6 +160,17 @@ class UpdateMetrics:
             **_by_group(kept["trajectory"], kept["reverse_kl"], groups),
         }
 
+    def reverse_kl_of_each(self, count: int, ranks: Ranks) -> list[float]:
+        """[B] mean over the tokens of each of the `count` trajectories, in their first pass; NaN without such tokens."""
+        if not self._sizes:
+            return [math.nan] * count
+        first, rows, values = (
+            ranks.concatenate(torch.cat(self._columns[name])).cpu() for name in ("first", "trajectory", "reverse_kl")
+        )
+        own = rows[first]
+        sums = torch.zeros(count, dtype=torch.float64).index_add_(0, own, values[first].double())
+        return (sums / torch.bincount(own, minlength=count)).tolist()
+
 
 def log_ratio_histogram(log_ratio_N: np.ndarray) -> list[int]:
     """[LOG_RATIO_BINS] counts: entry i counts the tokens whose log pi - log q, in nats, is nearest to 0.5 (i - 8)."""

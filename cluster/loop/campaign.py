@@ -266,6 +266,9 @@ class Campaign:
                 self.state.step += 1
                 self.state.busy["learner"] += metrics.pop("busy_seconds")
                 self.state.processor_seconds += metrics.pop("processor_seconds", 0.0)
+                if self._queues.choice is not None:
+                    of_each: Any = metrics.pop("reverse_kl_of_each")
+                    self._queues.choice.learn(ids_of(one.sampled for one in update), of_each)
                 published = await self._published(update, metrics)
                 if self._samples is not None:
                     await self._reporter.disk.patiently(partial(self._samples.keep, self.state.step, update))
@@ -380,6 +383,7 @@ class Campaign:
             *(scores.arguments[0] if config.replicas == 1 else [scores]),
             rate_scale=self.state.guards.rate_scale,
             domains=domains,
+            **({} if self._queues.choice is None else {"of_each": True}),
         )
 
     async def _published(self, update: list[Scored], metrics: dict[str, float]) -> Published:

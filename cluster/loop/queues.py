@@ -28,6 +28,7 @@ from actors.errors import CampaignError
 from actors.trajectory import RolloutCounts, TrajectoryId
 from cluster.config import CampaignConfig
 from cluster.fleet.ray_fleet import Fleet
+from cluster.loop.prompt_choice import REASONS, choice_of
 from cluster.loop.teachers import TeacherAnswer, Teachers
 from cluster.loop.work import Issued, Sampled, Scored, split_evenly
 from cluster.state.campaign_state import CampaignState
@@ -173,6 +174,8 @@ class Queues:
         self._config, self._state, self._prompts = config, state, prompts
         weights = [source.weight for source in config.prompts.sources.values()]
         self._order = PromptOrder(config.seed, prompts.counts, weights, shuffle=config.prompts.shuffle)
+        self.choice = choice_of(config.prompts, config.pipeline.updates, state.prompts)
+        """Which prompts are passed over; None: none is."""
         self._rollout, self._teachers = rollout, teachers
         self._max_staleness = config.pipeline.max_staleness
         self._synchronous = self._max_staleness == 0
@@ -215,7 +218,7 @@ class Queues:
     def issue(self, count: int) -> None:
         """Issues `count` trajectories, unfinished ones of an earlier run first."""
         numbers, self._open_before = self._open_before[:count], self._open_before[count:]
-        self._put_to_sample([*numbers, *self._state.ledger.issue(count - len(numbers))])
+        self._put_to_sample([*numbers, *self._new_numbers(count - len(numbers))])
 
     async def sampled(self, issued: Issued, counts: RolloutCounts, trajectories: Any) -> None:
         """A rollout actor, or a teacher in its place, has answered; what a teacher refuses to write is dropped and replaced.
@@ -292,10 +295,33 @@ class Queues:
         Whole groups, so that later groups stay whole; what is too much of the last one is dropped.
         """
         samples = self._config.pipeline.samples_per_prompt
-        numbers = list(self._state.ledger.issue(-(-count // samples) * samples))
+        numbers = self._new_numbers(-(-count // samples) * samples)
         if spare := numbers[count:]:
             self._state.ledger.drop(spare, "spare")
         self._put_to_sample(numbers[:count], beside)
+
+    def _new_numbers(self, count: int) -> list[int]:
+        """Issues `count` numbers, and drops those of prompts that are passed over on the way.
+
+        It ends: a prompt is passed over in a few epochs in a row at most.
+        """
+        ledger, samples = self._state.ledger, self._config.pipeline.samples_per_prompt
+        if self.choice is None:
+            return list(ledger.issue(count))
+        numbers: list[int] = []
+        passed: dict[str, list[int]] = {reason: [] for reason in REASONS}
+        while len(numbers) < count:
+            cursor, sample = divmod(ledger.next_number, samples)
+            # Where a group has begun, its prompt was chosen then.
+            reason = None if sample else self.choice.passes(*self._order.id_at(cursor), self._state.step)
+            if reason is not None:
+                passed[reason] += ledger.issue(samples)
+            else:
+                numbers += ledger.issue(min(count - len(numbers), samples - sample))
+        for reason, dropped in passed.items():
+            if dropped:
+                ledger.drop(dropped, reason)
+        return numbers
 
     def lost_before_scored(self, batch: Sequence[Sampled]) -> None:
         """The node that held sampled trajectories is gone: the same numbers are sampled again, with the same seeds."""

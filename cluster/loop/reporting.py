@@ -12,6 +12,7 @@ from cluster.config import CampaignConfig
 from cluster.console.screen import Progress
 from cluster.fleet.ray_fleet import Fleet
 from cluster.loop.evaluation_sets import Evaluations
+from cluster.loop.prompt_choice import passed_over
 from cluster.loop.queues import staleness_histogram
 from cluster.loop.weight_sync import Published, WeightTransport
 from cluster.loop.work import Sampled, Scored
@@ -213,6 +214,7 @@ def record_of_update(
         "staleness_max": int(staleness.max()),
         "staleness_histogram": staleness_histogram(staleness.tolist(), max_staleness),
         "dropped": ledger.dropped.total(),
+        **(passed_over(ledger.dropped) if state.prompts else {}),
         "dropped_share": ledger.dropped.total() / max(ledger.next_number, 1),
         "missing_scores": state.missing_scores,
         "truncated_fraction": float(np.mean([one.truncated for one in sampled])),

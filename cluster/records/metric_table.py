@@ -351,6 +351,13 @@ METRICS: dict[str, Metric] = {
         PIPELINE, "trajectories, total", "trajectories dropped without training on them",
         chart="Dropped", status="staleness", label="dropped", digits=",",
     ),
+    "passed_over_agreed": Metric(
+        PIPELINE, "trajectories, total", "of the dropped: not asked, because student and teacher agree (`prompts.keep`)",
+        always=False,
+    ),
+    "passed_over_later": Metric(
+        PIPELINE, "trajectories, total", "of the dropped: not asked yet (`prompts.curriculum`)", always=False
+    ),
     "dropped_share": Metric(PIPELINE, "share, total", "share of all issued trajectories that were dropped"),
     "missing_scores": Metric(
         PIPELINE, "tokens, total", "tokens without a finite score of the teacher; they are masked",

@@ -42,6 +42,9 @@ class CampaignState:
     baselines: dict[str, Any] = field(default_factory=dict)
     """"start" and "teacher" -> evaluation set -> their scores prompt by prompt, which later evaluations are compared with
     (evaluation_sets.py)."""
+    prompts: dict[int, tuple[float, int]] = field(default_factory=dict)
+    """Prompt -> its running estimate of the reverse KL and the epoch of its last update (loop/prompt_choice.py); {} where all
+    prompts are asked."""
     missing_scores: int = 0
     """Tokens without a finite teacher score, which were masked."""
     loop_seconds: float = 0.0
@@ -92,6 +95,7 @@ class CampaignState:
             "pending": self.pending,
             "evaluations": self.evaluations,
             "baselines": self.baselines,
+            "prompts": [[prompt, *own] for prompt, own in self.prompts.items()],
             "missing_scores": self.missing_scores,
             "loop_seconds": self.loop_seconds,
             "guards": self.guards.to_json(),
@@ -117,6 +121,7 @@ class CampaignState:
             # JSON has turned the keys into text.
             evaluations={int(step): metrics for step, metrics in content["evaluations"].items()},
             baselines=content.get("baselines", {}),
+            prompts={prompt: (estimate, epoch) for prompt, estimate, epoch in content.get("prompts", [])},
             missing_scores=content["missing_scores"],
             loop_seconds=content["loop_seconds"],
             # Checkpoints of releases without guards, or without seconds for each actor, lack these keys.

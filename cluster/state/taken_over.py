@@ -20,6 +20,8 @@ from learner.schedule import Plan, planned_again
 
 OnEvent = Callable[..., None]
 RATE = "learner.optimizer.learning_rate"
+CHOOSING = ("prompts.keep", "prompts.margin", "prompts.curriculum", "prompts.shuffle")
+"""Keys of prompts with which the same numbers are the same prompts."""
 
 
 class TakenOver:
@@ -74,6 +76,9 @@ class TakenOver:
                     final_rate=final_rate,
                     until=until,
                 )
+        of_prompts = [one.key for one in self.changed if one.change == "on request" and is_below(one.key, ["prompts"])]
+        if contents or set(of_prompts) - set(CHOOSING):
+            state.prompts = {}  # other prompts, or another teacher: what was known of them holds no more
         if other := differences(self._software, software()):
             on_event("software_changed", changed=other, step=step)
         self.write()

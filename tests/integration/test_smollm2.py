@@ -64,6 +64,7 @@ PATHS: dict[str, dict[str, Any]] = {
         **ON_SAMPLES,
         **JUDGED,
         "prompts": WITH_ANSWERS,
+        "evaluation.sets.heldout.prompts": WITH_ANSWERS,  # which this teacher reads
         "teachers.default.prompt_template": "{prompt}\n(The answer is {answer}.)",
         "learner.objective.reward_weight": 0.1,
         "pipeline.prompts_per_update": 2,

@@ -16,13 +16,16 @@ from benchmarks.audit_rows import ROWS, Row, held_out
 from cluster.config_file import load_config
 from cluster.loop.evaluation_statistics import quantile
 from cluster.records.metric_table import with_interval
+from cluster.records.writer import read_jsonl
 from cluster.report.evaluations import SHOWN, changes
 from cluster.report.page import write_report
+from cluster.state.campaign_state import read_state
 from tests import clean_process
-from tests.light_campaign import configuration, make_folder, run_command_here
+from tests.light_campaign import assert_ledger_adds_up, configuration, make_folder, run_command_here
 
 COMMITTED = read_results(ROOT / "docs")
 UPDATES = 4
+MARGIN = 0.4
 
 
 class Light:
@@ -64,6 +67,8 @@ def row(tmp_path_factory: pytest.TempPathFactory) -> Row:
         folder,
         "light",
         rollout={"engine": engine},
+        # So few that there are several epochs, in which the choice of prompts depends on what the state knows of them.
+        prompts={"limit": 3, "keep": "margin", "margin": MARGIN, "curriculum": "easy_first"},
         pipeline={"updates": UPDATES, "prompts_per_update": 2},
         evaluation={
             "sets": {"far": {**set_of, "samples": 2}},
@@ -85,6 +90,21 @@ def test_a_campaign_that_is_killed_and_resumed_has_the_weights_of_one_that_is_no
     assert (found["method"], found["seed"], found["killed_after"]) == ("opd", 3, 2)
     assert "**the same**" in resumed(found) and "**differ**" in resumed({**found, "interrupted": "0" * 64})
     assert "asynchronous" in resumed({**found, "interrupted": "0" * 64, "synchronous": False})
+
+
+def test_prompts_are_passed_over_and_counted_in_the_ledger_and_in_the_metrics(row: Row, entry: dict[str, Any]) -> None:
+    runs = Path(row.config).parent / "audited"
+    for name in ("light-opd-3", "light-opd-3-interrupted", "light-opd-4"):
+        assert_ledger_adds_up(runs / name, UPDATES, 4, 0)
+        dropped = json.loads((runs / name / "summary.json").read_text())["dropped_because"]
+        last = read_jsonl(runs / name / "metrics.jsonl")[-1]
+        assert dropped and all(last[f"passed_over_{reason}"] == count for reason, count in dropped.items())
+        assert last["dropped"] == sum(dropped.values())
+        known = read_state(runs / name / "checkpoints" / f"step_{UPDATES:08}").prompts
+        assert known.keys() == {0, 1, 2}
+    assert (runs / "light-opd-3" / "ledger.jsonl").read_text() == (
+        runs / "light-opd-3-interrupted" / "ledger.jsonl"
+    ).read_text()
 
 
 def test_the_page_the_report_and_the_summary_agree_to_the_digit(row: Row, entry: dict[str, Any]) -> None:

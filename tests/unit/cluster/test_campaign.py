@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from actors.config import PromptsConfig, StudentConfig, TeacherConfig
+from actors.config import StudentConfig, TeacherConfig, TrainingPromptsConfig
 from actors.data.prompts import PromptSet
 from actors.errors import (
     AbortedError,
@@ -234,7 +234,7 @@ def configuration(
         output_dir=str(output_dir),
         seed=3,
         student=StudentConfig(model="s"),
-        prompts=PromptsConfig(path="p"),
+        prompts=TrainingPromptsConfig(path="p"),
         teachers={"default": TeacherConfig(model="t")},
         pipeline=PipelineConfig(
             updates=updates, prompts_per_update=SIZE // samples, samples_per_prompt=samples, max_staleness=bound

@@ -118,7 +118,7 @@ def test_teachers_and_domains_have_their_share_of_the_tokens_and_their_own_rever
     )
     domains = ["x", "x", None, "y", "y", "y"]
     learner = make_learner(models)
-    metrics = learner.update(written.ids, written, mine, yours, domains=domains)
+    metrics = learner.update(written.ids, written, mine, yours, domains=domains, of_each=True)
     lengths = written.lengths
     assert metrics["teacher/a/token_share"] == pytest.approx(lengths[:4].sum() / lengths.sum())
     assert metrics["teacher/b/token_share"] == pytest.approx(lengths[4:].sum() / lengths.sum())
@@ -129,6 +129,8 @@ def test_teachers_and_domains_have_their_share_of_the_tokens_and_their_own_rever
     assert metrics["teacher/a/reverse_kl"] == pytest.approx(own[: lengths[:4].sum()].mean(), abs=1e-5)
     assert metrics["teacher/b/reverse_kl"] == pytest.approx(0, abs=1e-5)
     assert metrics["domain/x/reverse_kl"] == pytest.approx(own[: lengths[:2].sum()].mean(), abs=1e-5)
+    of_each = [part.mean() for part in np.split(own, np.cumsum(lengths)[:-1])]
+    assert metrics["reverse_kl_of_each"] == pytest.approx([*of_each[:4], 0, 0], abs=1e-5)
     assert not any(key.startswith(("teacher/", "domain/")) for key in updated(models, "full")[0])
 
 
