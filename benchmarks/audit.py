@@ -146,16 +146,16 @@ def measured(trial: Trial, row: Row) -> dict[str, Any]:
     if row.measured not in summary["sets"]:
         raise UserError(f"{trial.row}: evaluation.sets", ", ".join(summary["sets"]) or "none", row.measured)
     cost, prefix = summary["cost"], f"eval/{row.measured}/"
-    trained, busy, course = 0, 0.0, []
+    trained, course = 0, []
     evaluations = []
     for line in run.metrics:
         trained += line.get("tokens_trained", 0)
-        busy += sum(line.get(f"busy_{role}", 0.0) for role in ("rollout", "teacher", "learner"))
         values = {key.removeprefix(prefix): line[key] for key in line if key.startswith(prefix)}
         if values:
             evaluations.append(values)
             shown = {key: value for key, value in values.items() if key.partition(":")[0] in ("accuracy", "reverse_kl")}
-            course.append({"step": line["step"], "tokens_trained": trained, "busy_seconds": busy, **shown})
+            spent = {"tokens_trained": trained, "processor_seconds": line.get("processor_seconds", 0.0)}
+            course.append({"step": line["step"], **spent, **shown})
     return {
         "method": trial.method,
         "seed": trial.seed,
@@ -168,7 +168,7 @@ def measured(trial: Trial, row: Row) -> dict[str, Any]:
         "tokens_trained": trained,
         "loop_seconds": summary["loop_seconds"],
         "wall_seconds": summary["wall_seconds"],
-        "busy_seconds": sum(summary["busy"].values()),
+        "processor_seconds": run.last("processor_seconds"),
         "cost": {"cpu_hours": cost["cpu_hours"], "gpu_hours": cost["gpu_hours"]},
         "course": course,
         "software": {**summary["software"], "commit": commit()},

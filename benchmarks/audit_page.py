@@ -123,7 +123,7 @@ def costs(own: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 SOFTWARE = ("commit", "python", "torch", "transformers", "vllm", "ray")
-BUDGETS = (("tokens_trained", "trained tokens", ",.0f"), ("busy_seconds", "busy seconds of all actors", ",.0f"))
+BUDGETS = (("tokens_trained", "trained tokens", ",.0f"), ("processor_seconds", "processor seconds", ",.0f"))
 
 
 def at_equal(entry: Mapping[str, Any], methods: Sequence[str]) -> list[str]:

@@ -76,8 +76,30 @@ ROWS: dict[str, Row] = {
             "opd": {},
             "sft": SFT,
         },
+        # Evaluated often enough to compare both at equal cost.
+        settings={"evaluation.every_updates": 4, "evaluation.teacher": False},
         measured="heldout",
         prepare="python -m examples.heal.damage HuggingFaceTB/SmolLM2-135M-Instruct ~/understudy-models/heal-student --drop 10,14,18",
+    ),
+    "qwen3_1.7b": Row(
+        title="Qwen3-1.7B-Base from Qwen3-8B",
+        config="configs/qwen3_1.7b_base_from_8b.yaml",
+        measured="aime",
+        needs={
+            "GPUs": "4 of 80 GB",
+            "hours (`understudy plan … --gpu H100`)": "2.0, without evaluations: 300 updates of 24.4 s",
+            "disk": "20 GB of models, 21 GB a checkpoint, 4 of them",
+        },
+    ),
+    "qwen3_8b": Row(
+        title="Qwen3-8B-Base with a warm start from Qwen3-32B",
+        config="configs/qwen3_8b_from_32b.yaml",
+        measured="aime",
+        needs={
+            "GPUs": "16 of 80 GB, on 2 nodes",
+            "hours (`understudy plan … --gpu H100`)": "7.7, without evaluations: 300 updates of 92.9 s",
+            "disk": "82 GB of models, 121 GB a checkpoint, 4 of them",
+        },
     ),
 }
 """Name -> row."""

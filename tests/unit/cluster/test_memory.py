@@ -49,13 +49,13 @@ CARD_OF_24 = Card("NVIDIA GeForce RTX 4090", 25_300_000_000)
 
 def network(model: str, trust_remote_code: bool, key: str) -> Any:
     model = model.partition("@")[0]
-    if Path(model).is_dir() or model not in SHAPES:
+    if Path(model).is_dir() or model.removesuffix("-Base") not in SHAPES:
         if "Coder-30B-A3B" in model:
             experts = {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768}
             sizes = {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 48, "num_attention_heads": 32}
             return Qwen3MoeConfig(**QWEN3 | {"num_key_value_heads": 4}, **sizes, **experts)
         return real_load_config(model, trust_remote_code, key)
-    shape = dict(SHAPES[model])
+    shape = dict(SHAPES[model.removesuffix("-Base")])
     tied, heads = shape.pop("tied"), shape.pop("h")
     return Qwen3Config(**QWEN3, **shape, num_attention_heads=heads, tie_word_embeddings=tied)
 
