@@ -1,6 +1,6 @@
 """Runs rows of the audited table, and writes docs/results.json and, from it, docs/results.md.
 
-    python -m benchmarks.audit [ROW …] [--seeds 0,1,2] [--out docs] [--runs DIR] [--new-pins] [key=value …]
+    python -m benchmarks.audit [ROW …] [key=value …] [--seeds 0,1,2] [--out docs] [--runs DIR] [--new-pins]
 
 A row runs the ordinary command once for each method and seed, and once more with the first seed, killed (SIGKILL) halfway
 and started again: its weights must have the hash of the campaign that nothing disturbed. Models and prompts are those that

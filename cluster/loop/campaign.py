@@ -376,6 +376,7 @@ class Campaign:
         costs = lengths + np.array([one.length for one in sampled])
         parallel = (config.replicas, config.sequence_parallel)
         scores = scores_by_rank(update, costs, config.minibatches_per_update, *parallel)
+        more: dict[str, Any] = {} if self._queues.choice is None else {"of_each": True}
         return await self.learner.call(
             "update",
             ids,
@@ -383,7 +384,7 @@ class Campaign:
             *(scores.arguments[0] if config.replicas == 1 else [scores]),
             rate_scale=self.state.guards.rate_scale,
             domains=domains,
-            **({} if self._queues.choice is None else {"of_each": True}),
+            **more,
         )
 
     async def _published(self, update: list[Scored], metrics: dict[str, float]) -> Published:
