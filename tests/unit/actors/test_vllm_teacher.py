@@ -76,6 +76,7 @@ def test_what_vllm_answers_for_named_tokens_becomes_scores() -> None:
     teacher: Any = VllmTeacher.__new__(VllmTeacher)
     teacher.__dict__ |= {"config": TeacherConfig("m", signal="student_topk"), "key": "teachers.wise", "name": "wise"}
     teacher.__dict__ |= {"vocabulary": ROWS, "temperature": 1.0, "context": 100, "_busy_seconds": 0.0}
+    teacher.__dict__ |= {"_processor": ProcessorTime()}
     teacher.score_tokens = lambda trajectories: named_scores(answers, trajectories)
     counts, scores = teacher.score(t.ids, t)
     assert counts.refused == {1: "vLLM scored nothing, expected [1, 4] named tokens"}
