@@ -352,7 +352,7 @@ def test_engines_have_room_for_the_longest_text_of_the_campaign_and_not_for_the_
 
     inputs = inputs_of([5, 7, 12], held_out=[30])
     assert engine_of_teacher(inputs) == {"max_model_len": 30 + 100 + SPARE_TOKENS}
-    assert made["rollout"][0][2]["prompts"] == PromptLengths(usual=8, longest=30)
+    assert made["rollout"][0][2]["prompts"] == PromptLengths(usual=8, longest=12, whole=30 + 100)
     privileged = inputs_of([5], privileged=[700])
     assert engine_of_teacher(privileged) == {"max_model_len": 700 + 100 + SPARE_TOKENS}
     assert engine_of_teacher(inputs_of([4000])) == {"max_model_len": 4096}
