@@ -207,6 +207,35 @@ class Trajectories:
         return np.diff(counts[self.response_offsets])
 
     @property
+    def turns(self) -> np.ndarray:
+        """[N] int64: which of the student's turns, from 0 in each response, a token belongs to; -1 where it is not trained.
+
+        A turn is what the student wrote without anything of others in between.
+        """
+        begun = self._turns_begun()
+        turns = begun[1:] - 1 - np.repeat(begun[self.response_offsets[:-1]], self.lengths)
+        return np.where(self.trained, turns, -1)
+
+    @property
+    def own_places(self) -> np.ndarray:
+        """[N] int64: how many tokens of the same response the student wrote before this one."""
+        before = np.cumsum(self.trained) - self.trained
+        starts = np.concatenate([[0], np.cumsum(self.trained)])[self.response_offsets[:-1]]
+        return before - np.repeat(starts, self.lengths)
+
+    @property
+    def turn_counts(self) -> np.ndarray:
+        """[B] int64: turns of the student's in each response."""
+        return np.diff(self._turns_begun()[self.response_offsets])
+
+    def _turns_begun(self) -> np.ndarray:
+        """[N + 1] turns that have begun before each token, in all responses."""
+        begins = self.trained & ~np.concatenate([[False], self.trained])[:-1]
+        first = self.response_offsets[:-1][self.lengths > 0]
+        begins[first] = self.trained[first]
+        return np.concatenate([[0], np.cumsum(begins)])
+
+    @property
     def oldest_versions(self) -> np.ndarray:
         """[B] int32: version of the oldest token that the student wrote in each response; the largest int32 where it wrote
         none."""

@@ -59,9 +59,12 @@ class Part:
     teacher_logprobs: Tensor
     """[n] float32, 0 where masked."""
     mask: Tensor
-    """[n] bool: the token is trained, has a finite score, and is none of `objective.masked_token_ids`."""
+    """[n] bool: the token is trained, has a finite score, and is none of `objective.masked_token_ids`, nor of a turn that
+    is left out."""
     trained: Tensor
     """[n] bool: the student wrote the token. Untrained tokens have no place in the padded form."""
+    turns: Tensor
+    """[n] int64: the student's turn, from 0 in each response; -1 where it did not write the token."""
     weights: Tensor
     """[n] float32, 0 where masked: the share of each token's cost in the loss."""
     reward_cost: Tensor
@@ -297,7 +300,8 @@ def _mask(
     masked_token_ids: Sequence[int],
     vocabulary: int,
 ) -> np.ndarray:
-    """[N] bool: tokens of the student's with finite scores of all teachers, which are not masked by the configuration.
+    """[N] bool: tokens of the student's with finite scores of all teachers, which are not masked by the configuration, and
+    whose turn is trained on.
 
     A support counts only if the objective reads it.
     """
@@ -305,6 +309,10 @@ def _mask(
     if objective.truncated == "mask":
         mask &= ~np.repeat(written.truncated, written.lengths)
     mask &= written.response_tokens < vocabulary  # an engine of the user's own may sample padding rows
+    if objective.first_turns is not None:
+        mask &= written.turns < objective.first_turns
+    if objective.last_turns is not None:
+        mask &= written.turns >= np.repeat(written.turn_counts - objective.last_turns, written.lengths)
     return mask & scores.distributed if reads_distribution(objective) else mask
 
 
@@ -356,6 +364,7 @@ def collate(
         "teacher_logprobs": teacher_logprobs,
         "mask": tensor(mask),
         "trained": tensor(written.trained),
+        "turns": tensor(written.turns),
         "weights": zeros,  # set for each step, by `weigh`
         "coefficient": zeros,  # set by the learner's look-ahead, where it depends on the whole update
         "reward_cost": zeros,  # set below, where there are rewards

@@ -55,7 +55,15 @@ class ObjectiveConfig:
     learning); `sft`, -log pi on responses that the teacher wrote. Or package.module:function of your own
     (docs/extending.md)."""
     gamma: float = number(1.0, minimum=0, maximum=1)
-    """Discount of later tokens, for `discounted` and `to_go_expected`."""
+    """Discount of later tokens, for `discounted` and `to_go_expected`. Only tokens that the student wrote are counted."""
+    turn_discount: float = number(1.0, minimum=0, maximum=1)
+    """Discount of later turns, for the same estimators: what a token costs k turns later counts this to the power k, beside
+    `gamma`. 0: each turn by itself. A turn is what the student writes until an environment answers."""
+    first_turns: int | None = number(None, minimum=1)
+    """Only this many turns are trained on, from the first of a response. The others are context, as if someone else had
+    written them. Null: all."""
+    last_turns: int | None = number(None, minimum=1)
+    """The same from the last turn."""
     baseline: Literal["none", "batch_mean", "group_mean", "exact_kl"] = "none"
     """Subtracted from A_t: its mean over the update's other trajectories at that position, over the prompt's other samples
     at that position, or the exact KL at the context (needs a distribution)."""

@@ -22,6 +22,7 @@ from learner.objective.policy_gradient import (
     estimator_arguments,
     log_importance_weights,
     position_weights,
+    step_discounts,
 )
 
 
@@ -172,12 +173,15 @@ def coefficients(
     cost = log_ratio_cost(student, teacher, objective)
     cost = torch.where(part.mask, cost, torch.zeros_like(cost))  # teacher log-probs of masked tokens are placeholders
     mask_BT = part.padded(part.mask)
+    gamma: float | Tensor = objective.gamma
+    if objective.turn_discount != 1:
+        gamma = step_discounts(objective.gamma, objective.turn_discount, part.padded(part.turns))
     found = coefficient(
         objective.estimator,
         part.padded(cost),
         mask_BT,
         kl_BT=None if kl is None else part.padded(torch.where(part.mask, kl, torch.zeros_like(kl))),
-        gamma=objective.gamma,
+        gamma=gamma,
         baseline_name=objective.baseline,
         group_B=groups,
     )

@@ -225,12 +225,16 @@ def groups_of(
 
 
 def response_metrics(trajectories: Trajectories) -> dict[str, float]:
-    """Measures the responses as they were sampled: longest length, share that ended by a stop token, repetition, reward."""
+    """Measures the responses as they were sampled: longest length, share that ended by a stop token, repetition, reward;
+    and, where others wrote a part of them, turns and the others' share."""
     stopped = trajectories.finish_reasons == FINISH_REASONS.index("stop")
+    own = trajectories.trained
+    turns = {"turns_mean": float(trajectories.turn_counts.mean()), "context_share": float(1 - own.mean())}
     return {
         "response_length_max": int(trajectories.trained_lengths.max()),
         "stopped_fraction": float(stopped.mean()),
-        "repetition": repetition(trajectories.response_tokens[trajectories.trained], trajectories.trained_lengths),
+        "repetition": repetition(trajectories.response_tokens[own], trajectories.trained_lengths),
+        **({} if own.all() else turns),
         **({"reward_mean": float(trajectories.rewards.mean())} if trajectories.rewards.size else {}),
     }
 

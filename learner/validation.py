@@ -11,7 +11,7 @@ from actors.config import TeacherConfig
 from actors.errors import UserError
 from actors.teacher.backends import backend_of
 from learner.config import ObjectiveConfig
-from learner.objective.estimator_table import DIVERGENCES, KEY, estimator_row, own_function
+from learner.objective.estimator_table import DIVERGENCES, ESTIMATORS, KEY, estimator_row, own_function
 
 Contradiction = tuple[bool, str, Any, str]
 """(whether the rule is broken, the key, its value, the expected value)."""
@@ -150,6 +150,11 @@ def _estimator(objective: ObjectiveConfig, samples_per_prompt: int) -> Iterator[
     other = o.divergence != "reverse_kl"
     yield other and not full, f"{KEY}.divergence", o.divergence, "reverse_kl, or estimator=full"
     yield o.gamma != 1 and not row.discounts, f"{KEY}.gamma", o.gamma, "1, or estimator=discounted or to_go_expected"
+    by_turns = row.discounts and o.estimator in ESTIMATORS
+    expected = "1, or estimator=discounted or to_go_expected"
+    yield o.turn_discount != 1 and not by_turns, f"{KEY}.turn_discount", o.turn_discount, expected
+    both = o.first_turns is not None and o.last_turns is not None
+    yield both, f"{KEY}.last_turns", o.last_turns, f"null, or {KEY}.first_turns=null: one of the two"
     distribution = row.needs_distribution or o.baseline == "exact_kl"
     expected = "true: only the token's log-prob under the sampling distribution is known, not the distribution"
     yield distribution and not o.recompute_log_ratio, f"{KEY}.recompute_log_ratio", False, expected

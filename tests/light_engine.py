@@ -25,7 +25,8 @@ class LightEngine:
     """An `Engine` (actors/rollout/engine.py). A response depends on its prompt, its seed and the weights only.
 
     Options, in `rollout.engine`: with `wait_at: VERSION` and `wait_for: FILE` it answers nothing from that version on
-    until there is such a file. A test can then do something to the campaign before it goes on.
+    until there is such a file. A test can then do something to the campaign before it goes on. With `turns: 2` a response
+    has that many turns, and between them two tokens of an environment that answers at random, but the same to the same seed.
     """
 
     def __init__(
@@ -35,7 +36,8 @@ class LightEngine:
         self.seats, self.busy_seconds, self.tokens_sampled = 4, 0.0, 0
         self._model = load_model(model, "float32", "cpu", False, "student.model")
         self._stop, self._support_size = set(stop_token_ids), support_size
-        options = {"wait_at": None, "wait_for": "", **config.engine}
+        options = {"wait_at": None, "wait_for": "", "turns": 1, **config.engine}
+        self._turns = options["turns"]
         self._wait_at, self._wait_for = options["wait_at"], Path(options["wait_for"])
         self._thread = ThreadPoolExecutor(1)
         self._weights = threading.Lock()
@@ -70,26 +72,39 @@ class LightEngine:
         self.busy_seconds += time.monotonic() - began
         return trajectories_of(requests, responses)
 
-    @torch.no_grad()
     def _respond(self, prompt: list[int], seed: int, sampling: Any, greedy: bool) -> Response:
-        draw, text, logprobs, supports = np.random.default_rng(seed), list(prompt), [], []
-        longest, filtered = sampling.max_response_tokens, filters(sampling) and not greedy
-        before: list[float] = []
-        while len(logprobs) < longest and (not logprobs or text[-1] not in self._stop):
+        draw, text, longest = np.random.default_rng(seed), list(prompt), sampling.max_response_tokens
+        rows: list[tuple[bool, float, float, np.ndarray]] = []
+        for left in reversed(range(min(self._turns, (longest + 2) // 3))):
+            if rows:
+                text += draw.integers(6, 16, 2).tolist()
+                rows += [(False, np.nan, np.nan, np.zeros(self._support_size, np.int64))] * 2
+            limit = (longest - len(rows) - 2 * left) // (left + 1)
+            rows += self._turn(text, limit, draw, sampling, greedy)
+        own, logprobs, before, supports = zip(*rows, strict=True)
+        self.tokens_sampled += sum(own)
+        reason = "length" if len(rows) == longest else "stop"
+        versions = np.where(own, self.version, -1)  # what the environment wrote is of no version
+        named = np.array(supports, np.int32) if self._support_size else None
+        filtered = filters(sampling) and not greedy
+        return Response(text[len(prompt) :], logprobs, versions, reason, named, before if filtered else None, own)
+
+    @torch.no_grad()
+    def _turn(
+        self, text: list[int], longest: int, draw: np.random.Generator, sampling: Any, greedy: bool
+    ) -> list[tuple[bool, float, float, np.ndarray]]:
+        """Writes a turn to the end of the text: (True, log-prob after a filter, before it, most likely tokens) of each token."""
+        rows: list[tuple[bool, float, float, np.ndarray]] = []
+        while len(rows) < longest and (not rows or text[-1] not in self._stop):
             logits_V = self._model(torch.tensor([text])).logits[0, -1].float() / sampling.temperature
             policy_V = logits_V.log_softmax(-1).double().numpy()
-            row_V = kept(policy_V, sampling) if filtered else policy_V
+            row_V = kept(policy_V, sampling) if filters(sampling) and not greedy else policy_V
             # The largest of log-prob + Gumbel noise is a sample of the distribution.
             chosen = int(np.argmax(row_V if greedy else row_V + draw.gumbel(size=len(row_V))))
             text.append(chosen)
-            logprobs.append(float(row_V[chosen]))
-            before.append(float(policy_V[chosen]))
-            supports.append(np.argsort(-policy_V, kind="stable")[: self._support_size])
-        self.tokens_sampled += len(logprobs)
-        reason = "length" if len(logprobs) == longest else "stop"
-        versions, support = np.full(len(logprobs), self.version, np.int32), np.array(supports, np.int32)
-        named = support if self._support_size else None
-        return Response(text[len(prompt) :], logprobs, versions, reason, named, before if filtered else None)
+            support = np.argsort(-policy_V, kind="stable")[: self._support_size]
+            rows.append((True, float(row_V[chosen]), float(policy_V[chosen]), support))
+        return rows
 
 
 def kept(logprobs_V: np.ndarray, sampling: Any) -> np.ndarray:

@@ -368,14 +368,18 @@ def _try_here(verify: Verifier, references: Sequence[str | None]) -> Trial:
     return Trial(len(references), None)
 
 
-def rewards_of(
-    tokenizer: Any,
-    judge: Judge,
-    tokens: np.ndarray,
-    offsets: np.ndarray,
-    references: Sequence[str | None],
-    asides: Sequence[Aside] = (),
-) -> Verdicts:
-    """The rewards of B responses (tokens [N], offsets [B + 1]), decoded without their special tokens."""
-    texts = tokenizer.batch_decode(np.split(tokens, offsets[1:-1]), skip_special_tokens=True)
-    return judge.rewards(texts, references, asides)
+def texts_to_judge(
+    tokenizer: Any, tokens: np.ndarray, offsets: np.ndarray, turns: np.ndarray | None = None
+) -> list[str]:
+    """[B] what the student wrote, without special tokens: tokens [N], offsets [B + 1].
+
+    turns: [N] as in Trajectories, None where there is one. Several turns are separated by line ends. What others wrote is left
+    out: an answer in a tool's result is not the student's.
+    """
+    if turns is None or not turns.any():
+        return tokenizer.batch_decode(np.split(tokens, offsets[1:-1]), skip_special_tokens=True)
+    texts = []
+    for row, of in zip(np.split(tokens, offsets[1:-1]), np.split(turns, offsets[1:-1]), strict=True):
+        own = [row[of == turn] for turn in range(int(of.max(initial=-1)) + 1)]
+        texts.append("\n".join(tokenizer.batch_decode(own, skip_special_tokens=True)))
+    return texts

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from actors.config import EnvironmentConfig, LoraConfig, RolloutConfig, SamplingConfig, VerifierConfig
-from actors.data.judge import Judge, rewards_of
+from actors.data.judge import Judge, Verdicts, texts_to_judge
 from actors.data.tokenizer import load_tokenizer
 from actors.environment.base import Environments
 from actors.environment.continuation import Continuation
@@ -132,15 +132,7 @@ class RolloutActor(BatchedCalls):
         unjudged: list[str] = []
         parts: tuple[dict[str, float], ...] = ()
         if self._judge and requests.references:
-            verdicts = await asyncio.to_thread(
-                rewards_of,
-                self._tokenizer,
-                self._judge,
-                trajectories.response_tokens,
-                trajectories.response_offsets,
-                requests.references,
-                requests.asides,
-            )
+            verdicts = await asyncio.to_thread(self._verdicts, requests, trajectories)
             unjudged, parts = verdicts.failed, verdicts.parts
             trajectories = replace(trajectories, rewards=verdicts.rewards.astype(np.float32))
         # Calls overlap, so an engine's seconds belong to no single call: each reports those since the last report.
@@ -163,6 +155,11 @@ class RolloutActor(BatchedCalls):
             episodes,
         )
         return counts, trajectories
+
+    def _verdicts(self, requests: Requests, written: Trajectories) -> Verdicts:
+        assert self._judge is not None
+        texts = texts_to_judge(self._tokenizer, written.response_tokens, written.response_offsets, written.turns)
+        return self._judge.rewards(texts, requests.references, requests.asides)
 
     async def prefetch(self, bucket: np.ndarray) -> None:
         """Does nothing: passing the argument makes Ray pull the bucket to this node before `load_weights` needs it."""

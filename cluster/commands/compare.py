@@ -25,6 +25,7 @@ WITHOUT_TEACHERS_COST = {
     "learner.objective.baseline": "none",
     "learner.objective.divergence": "reverse_kl",
     "learner.objective.gamma": 1.0,
+    "learner.objective.turn_discount": 1.0,
     "learner.objective.position_weight": 0.0,
     "learner.objective.through_log_ratio": "false",
     "learner.objective.log_ratio_clip": "null",

@@ -259,8 +259,10 @@ def trajectory_text(row: Mapping[str, Any]) -> RenderableType:
         (f"  {row['finish_reason']}  expected {row['reference']}" if row.get("reference") is not None else "", "dim"),
     )
     response = Text()
-    for token, student, teacher in zip(row["tokens"], row["student_logprobs"], row["teacher_logprobs"], strict=True):
-        response.append(str(token), _colour(student, teacher))
+    trained = row.get("trained") or [True] * len(row["tokens"])
+    pairs = zip(row["student_logprobs"], row["teacher_logprobs"], strict=True)
+    for token, (student, teacher), own in zip(row["tokens"], pairs, trained, strict=True):
+        response.append(str(token), _colour(student, teacher) if own else "italic dim")  # another wrote it
     return Group(head, Text(str(row["prompt"]), "dim"), response, Text(""))
 
 

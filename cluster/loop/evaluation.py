@@ -17,7 +17,7 @@ import numpy as np
 
 from actors.config import SamplingConfig
 from actors.data.fingerprints import prompts_fingerprint
-from actors.data.judge import Judge, rewards_of
+from actors.data.judge import Judge, Verdicts, texts_to_judge
 from actors.data.prompts import PromptSet, requests
 from actors.errors import CampaignError
 from actors.trajectory import (
@@ -180,19 +180,21 @@ class Evaluator:
         """Prompt -> reward of the response to it, from the environment or the verifier."""
         if self._prompts.played:
             return rewards_by_row(written)
-        return await self._rewards(written.response_tokens, written.response_offsets)
+        return await self._rewards(written.response_tokens, written.response_offsets, written.turns)
 
-    async def _rewards(self, tokens: np.ndarray, offsets: np.ndarray) -> dict[int, float]:
-        """Prompt -> reward of the response to it, of the held-out prompts with a reference."""
-        parts = np.split(tokens, offsets[1:-1])
-        chosen = [parts[row] for row in self._judged]
-        bounds = np.concatenate([[0], np.cumsum([len(part) for part in chosen])])
+    async def _rewards(
+        self, tokens: np.ndarray, offsets: np.ndarray, turns: np.ndarray | None = None
+    ) -> dict[int, float]:
+        """Prompt -> reward of the response to it, of the held-out prompts with a reference. turns: see `texts_to_judge`."""
         references = [self._prompts.references[row] for row in self._judged]
         asides = [self._prompts.aside(row) for row in self._judged]
+
+        def verdicts() -> Verdicts:
+            texts = texts_to_judge(self._tokenizer, tokens, offsets, turns)
+            return self._judge.rewards([texts[row] for row in self._judged], references, asides)
+
         # In a thread: decoding and judging take their time, and the loop has a checkpoint to write when it is interrupted.
-        found = await asyncio.to_thread(
-            rewards_of, self._tokenizer, self._judge, np.concatenate(chosen), bounds, references, asides
-        )
+        found = await asyncio.to_thread(verdicts)
         if found.failed:
             self._on_event("unjudged", count=len(found.failed), cause=found.failed[0], evaluation=True)
         return dict(zip(self._judged, found.rewards.tolist(), strict=True))

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from actors.data.judge import Judge
+from actors.data.judge import Judge, texts_to_judge
 from actors.data.prompts import PromptSet, requests
 from actors.trajectory import (
     EVALUATION_EPOCH,
@@ -161,7 +161,8 @@ class SetEvaluator:
             rewards = [judged.get(row) for row in range(len(ids))]
             tallies |= self._right(judged, {}) if judged else {}
         elif self._judged:
-            judged, answers = await self._rewards(written.response_tokens, written.response_offsets, ids[:, 1])
+            arrays = written.response_tokens, written.response_offsets, ids[:, 1], written.turns
+            judged, answers = await self._rewards(*arrays)
             rewards = [judged.get(row) for row in range(len(ids))]
             tallies |= self._right(judged, answers)
         rows = await asyncio.to_thread(self._rows, written, scores, rewards)
@@ -228,20 +229,20 @@ class SetEvaluator:
         }
 
     async def _rewards(
-        self, tokens: np.ndarray, offsets: np.ndarray, prompts: np.ndarray
+        self, tokens: np.ndarray, offsets: np.ndarray, prompts: np.ndarray, turns: np.ndarray | None = None
     ) -> tuple[dict[int, float], dict[int, str | None]]:
-        """(row -> reward, row -> answer) of the responses to prompts [B] that are judged."""
+        """(row -> reward, row -> answer) of the responses to prompts [B] that are judged. turns: see `texts_to_judge`."""
         judge = self._judge
         assert judge is not None
-        parts, chosen = np.split(tokens, offsets[1:-1]), set(self._judged)
+        chosen = set(self._judged)
         rows = [row for row, prompt in enumerate(prompts.tolist()) if prompt in chosen]
         references = [self.prompts.references[prompts[row]] for row in rows]
         asides = [self.prompts.aside(prompts[row]) for row in rows]
         votes = self.config.samples > 1 and judge.tells_answers(aside.domain for aside in asides)
 
         def verdicts() -> Any:
-            texts = self._tokenizer.batch_decode([parts[row] for row in rows], skip_special_tokens=True)
-            return judge.rewards(texts, references, asides, answers=votes)
+            texts = texts_to_judge(self._tokenizer, tokens, offsets, turns)
+            return judge.rewards([texts[row] for row in rows], references, asides, answers=votes)
 
         # In a thread: decoding and judging take their time, and the loop has a checkpoint to write when it is interrupted.
         found = await asyncio.to_thread(verdicts)

@@ -114,10 +114,8 @@ def by_position(
     """
     count = len(prefixes.written)
     own = np.where(written.trained, written.student_logprobs - scores.logprobs, np.nan)
-    lengths = np.diff(written.response_offsets)
-    place = np.arange(len(own)) - np.repeat(written.response_offsets[:-1], lengths)
     values = {
-        "own": (np.repeat(written.ids[:, 1], lengths), place, own),
+        "own": (np.repeat(written.ids[:, 1], written.lengths), written.own_places, own),
         "teacher": (prefixes.ids[:, 1], prefixes.ids[:, 2] - FIRST_SAMPLE, on_teacher),
     }
     curves: dict[str, list[Any]] = {"exposure_position": (prefixes.edges[1:] - 1).tolist()}

@@ -36,8 +36,13 @@ def readable_rows(
     prompts: PromptSet,
     rewards: Sequence[float | None],
 ) -> list[dict[str, Any]]:
-    """One row (TRAJECTORY_KEYS without the step) for each trajectory. teacher_logprobs: [N], NaN without a score."""
-    rows = []
+    """One row (TRAJECTORY_KEYS without the step) for each trajectory. teacher_logprobs: [N], NaN without a score.
+
+    A response with tokens that the student did not write also has `trained`; there it has no log-probs, and the version -1.
+    """
+    rows, own = [], written.trained
+    student, teacher = (np.where(own, values, np.nan) for values in (written.student_logprobs, teacher_logprobs))
+    versions = np.where(own, written.policy_versions, -1)
     for row in range(len(written)):
         begin, end = written.response_offsets[row : row + 2].tolist()
         tokens, span = written.response_tokens[begin:end].tolist(), slice(begin, min(end, begin + MOST_TOKENS))
@@ -49,9 +54,10 @@ def readable_rows(
                 "response": tokenizer.decode(tokens[:MOST_TOKENS], skip_special_tokens=True),
                 "tokens": token_texts(tokenizer, tokens[:MOST_TOKENS]),
                 "tokens_left_out": max(len(tokens) - MOST_TOKENS, 0),
-                "student_logprobs": written.student_logprobs[span].tolist(),
-                "teacher_logprobs": teacher_logprobs[span].tolist(),
-                "policy_versions": written.policy_versions[span].tolist(),
+                "student_logprobs": student[span].tolist(),
+                "teacher_logprobs": teacher[span].tolist(),
+                "policy_versions": versions[span].tolist(),
+                **({} if own[begin:end].all() else {"trained": own[span].tolist()}),
                 "finish_reason": FINISH_REASONS[written.finish_reasons[row]],
                 "reference": prompts.references[prompt],
                 "reward": None if rewards[row] is None else float(rewards[row]),  # type: ignore[arg-type]

@@ -236,6 +236,10 @@ METRICS: dict[str, Metric] = {
         RESPONSES, "share of 4-grams", "1 - distinct / all 4-grams of a response, mean (seq-rep-4, arXiv 1908.04319)",
         "rises; a loop is near 1", always=False, guarded=True, chart="Repetition", form="percent",
     ),
+    "context_share": Metric(
+        RESPONSES, "share of tokens", "tokens of the responses that the student did not write, there", always=False,
+        guarded=True,
+    ),
     # ----------------------------------------------------------------------------------------------------------- step
     "loss": Metric(
         STEP, "of the objective",

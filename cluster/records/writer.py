@@ -68,7 +68,8 @@ TRAJECTORY_KEYS = (
     "reference",
     "reward",
 )
-"""Keys of each line of trajectories/step_*.jsonl. Lists have one entry for each token of the response."""
+"""Keys of each line of trajectories/step_*.jsonl. Lists have one entry for each token of the response. A response that the
+student did not write alone also has `trained`: for each token, whether it did."""
 
 
 TRAJECTORY_NAME = re.compile(r"step_([0-9]{1,18})\.jsonl")

@@ -41,8 +41,11 @@ def samples(runs: Sequence[tuple[str, dict[int, Path]]]) -> str:
     return f'<div class="controls">{controls}<output></output></div>{_legend()}<div class="samples">{"".join(articles)}</div>'
 
 
-def shade(student: float | None, teacher: float | None) -> str:
-    """The CSS class of a token: p1 to p6 if the student gives it more, n1 to n6 if the teacher does, x without a score."""
+def shade(student: float | None, teacher: float | None, trained: bool = True) -> str:
+    """The CSS class of a token: p1 to p6 if the student gives it more, n1 to n6 if the teacher does, x without a score, c
+    (context) if the student did not write it."""
+    if not trained:
+        return "c"
     if student is None or teacher is None:
         return "x"
     level = bisect(LEVELS, abs(student - teacher))
@@ -53,8 +56,12 @@ def _article(run: int, step: int, row: dict[str, Any], hidden: bool) -> str:
     student, teacher, tokens = row["student_logprobs"], row["teacher_logprobs"], row["tokens"][:MAX_ROW_TOKENS]
     reward = row.get("reward")
     verdict = "unjudged" if reward is None else "right" if reward >= 1 else "wrong"
-    pairs = [(s, t) for s, t in zip(student, teacher, strict=True) if s is not None and t is not None]
-    facts = [f"{len(row['tokens']):,} tokens", escape(str(row["finish_reason"]))]
+    trained = row.get("trained") or [True] * len(row["tokens"])
+    own = [(s, t) for s, t, by in zip(student, teacher, trained, strict=True) if by]
+    pairs = [(s, t) for s, t in own if s is not None and t is not None]
+    facts = [f"{len(own):,} tokens", escape(str(row["finish_reason"]))]
+    if len(own) < len(trained):
+        facts.insert(1, f"{len(trained) - len(own):,} of others")
     if pairs:
         mean = sum(s - t for s, t in pairs) / len(pairs)
         facts.append(f"{mean:.3f} nats per token".replace("-", "−"))
@@ -62,7 +69,8 @@ def _article(run: int, step: int, row: dict[str, Any], hidden: bool) -> str:
         facts.append(f"reward {reward:g}")
     if row.get("reference") is not None:
         facts.append(f"expected <code>{escape(str(row['reference']))}</code>")
-    marks = "".join(_token(token, shade(s, t)) for token, s, t in zip(tokens, student, teacher, strict=False))
+    shown = zip(tokens, student, teacher, trained, strict=False)
+    marks = "".join(_token(token, shade(s, t, by)) for token, s, t, by in shown)
     more = len(row["tokens"]) - len(tokens)
     text = "".join((marks, f"<span class=more>… {more:,} more tokens</span>" if more else ""))
     data = f'data-run="{run}" data-step="{step}" data-verdict="{verdict}"'

@@ -42,15 +42,32 @@ def _masked(values: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, values.detach(), torch.zeros_like(values))
 
 
-def discounted_suffix_sum(x_BT: Tensor, gamma: float) -> Tensor:
-    """sum over t' >= t of gamma^(t' - t) x_t'.
+def step_discounts(gamma: float, turn_discount: float, turn_BT: Tensor) -> Tensor:
+    """[B, T] what a later cost is multiplied by on its way from position t + 1 to t: gamma, and turn_discount between turns.
+
+    turn_BT: int, the turn of each token (`Trajectories.turns`). Nothing follows the last position: 0.
+    """
+    after = torch.nn.functional.pad(turn_BT[:, 1:] > turn_BT[:, :-1], (0, 1))
+    steps = torch.full(turn_BT.shape, gamma, device=turn_BT.device).masked_fill(after, gamma * turn_discount)
+    return torch.nn.functional.pad(steps[:, :-1], (0, 1))
+
+
+def discounted_suffix_sum(x_BT: Tensor, gamma: float | Tensor) -> Tensor:
+    """sum over t' >= t of gamma^(t' - t) x_t'; or, with a discount [B, T] for each step, its product from t to t' - 1.
 
     By doubling: after step k each position holds the sum of a window of 2^k terms. T log T work without a loop over
     tokens, and no power of 1 / gamma that could overflow on a long response.
     """
+    window, total = 1, x_BT
+    if isinstance(gamma, Tensor):
+        over_window = gamma
+        while window < x_BT.shape[1]:
+            total = total + over_window * torch.nn.functional.pad(total[:, window:], (0, window))
+            over_window = over_window * torch.nn.functional.pad(over_window[:, window:], (0, window))
+            window *= 2
+        return total
     assert x_BT.ndim == 2 and 0.0 <= gamma <= 1.0
     # Below the smallest float, gamma^window adds nothing more, and the loop ends early.
-    window, total = 1, x_BT
     while window < x_BT.shape[1] and (weight := gamma**window) > 0.0:
         total = total + weight * torch.nn.functional.pad(total[:, window:], (0, window))
         window *= 2
@@ -67,8 +84,11 @@ def trajectory(log_ratio_BT: Tensor, mask_BT: Tensor) -> Tensor:
     return _masked(_masked(log_ratio_BT, mask_BT).sum(1, keepdim=True).expand_as(log_ratio_BT), mask_BT)
 
 
-def discounted(log_ratio_BT: Tensor, mask_BT: Tensor, gamma: float) -> Tensor:
-    """A_t = sum over t' >= t of gamma^(t' - t) r_t'. gamma = 0 is `immediate`, 1 is `to_go`; biased below 1."""
+def discounted(log_ratio_BT: Tensor, mask_BT: Tensor, gamma: float | Tensor) -> Tensor:
+    """A_t = sum over t' >= t of gamma^(t' - t) r_t'. gamma = 0 is `immediate`, 1 is `to_go`; biased below 1.
+
+    gamma may be that of each step, see `step_discounts`.
+    """
     return _masked(discounted_suffix_sum(_masked(log_ratio_BT, mask_BT), gamma), mask_BT)
 
 
@@ -82,7 +102,7 @@ def immediate(log_ratio_BT: Tensor, mask_BT: Tensor) -> Tensor:
     return _masked(log_ratio_BT, mask_BT)
 
 
-def to_go_expected(log_ratio_BT: Tensor, mask_BT: Tensor, kl_BT: Tensor, gamma: float = 1.0) -> Tensor:
+def to_go_expected(log_ratio_BT: Tensor, mask_BT: Tensor, kl_BT: Tensor, gamma: float | Tensor = 1.0) -> Tensor:
     """(iv) A_t = r_t + sum over t' > t of gamma^(t' - t) KL_t'. Unbiased at gamma = 1; `immediate` at 0.
 
     Each later log-ratio is replaced by its conditional expectation, which removes the variance of the later actions but
@@ -136,7 +156,7 @@ def coefficient(
     mask_BT: Tensor,
     *,
     kl_BT: Tensor | None = None,
-    gamma: float = 1.0,
+    gamma: float | Tensor = 1.0,
     baseline_name: str = "none",
     group_B: Tensor | None = None,
 ) -> Tensor:
@@ -144,8 +164,8 @@ def coefficient(
 
     estimator: a key of ESTIMATORS, or the import path of a function, which is called in the same way: log_ratio_BT,
     mask_BT, and the arguments that its row asks for. log_ratio_BT: r_t, or another cost of each token; 0 where there is no
-    token. kl_BT: KL_t, for an estimator or baseline that needs a distribution. gamma: the discount, in [0, 1]. group_B:
-    equal for samples of one prompt, for an estimator or baseline that compares them. UserError: the function of the
+    token. kl_BT: KL_t, for an estimator or baseline that needs a distribution. gamma: the discount, in [0, 1], or that of
+    each step [B, T], for the built-in estimators. group_B: equal for samples of one prompt, for an estimator or baseline that compares them. UserError: the function of the
     user's own cannot be imported. Source: docs/objective.md, and the theorem at the head of this module.
     """
     row = estimator_row(estimator)
@@ -155,7 +175,7 @@ def coefficient(
 
 
 def estimator_arguments(
-    row: Estimator, kl_BT: Tensor | None, gamma: float, group_B: Tensor | None
+    row: Estimator, kl_BT: Tensor | None, gamma: float | Tensor, group_B: Tensor | None
 ) -> dict[str, Tensor | float | None]:
     """The arguments that an estimator gets beyond log-ratios and mask."""
     arguments: dict[str, Tensor | float | None] = {}

@@ -146,6 +146,10 @@ def test_which_tokens_are_trained_goes_with_them_and_is_all_where_nothing_is_sai
     chosen = select_trajectories(np.array([(0, 4, 0), (0, 3, 0), (0, 2, 0), (0, 1, 0)]), [one, two])
     assert chosen.trained.tolist() == [True, True, False, False, True, True, False]
     assert chosen.trained_lengths.tolist() == [2, 1, 0, 1] and chosen.lengths.tolist() == [2, 3, 0, 2]
+    assert chosen.turns.tolist() == [0, 0, -1, -1, 0, 0, -1] and chosen.turn_counts.tolist() == [1, 1, 0, 1]
+    assert chosen.own_places.tolist() == [0, 1, 0, 0, 0, 0, 1]
+    turns = replace(one, trained=np.array([False, True, True, False, True]))
+    assert turns.turns.tolist() == [-1, 0, 0, -1, 1] and turns.turn_counts.tolist() == [1, 0, 2]
     none = np.iinfo(np.int32).max
     assert chosen.oldest_versions.tolist() == [0, 0, none, 0]
     assert replace(one, policy_versions=np.array([3, -1, 9, 9, 2], np.int32)).oldest_versions.tolist() == [3, none, 2]

@@ -165,6 +165,11 @@ def test_tokens_are_coloured_by_who_was_surer(run):
     assert tokens["data-t"] == "-3000 -20 -500 x"
     [article] = page.all("article", data_step="0")
     assert article["data-verdict"] == "wrong" and "hidden" in article
+    row |= {"trained": [True, False, False, True], "student_logprobs": [-0.01, None, None, -1.0]}
+    (run / "trajectories" / "step_00000000.jsonl").write_text(json.dumps(row) + "\n")
+    page = page_of(run)
+    assert "<i class=p5>a</i><i class=c>⏎\n</i><i class=c>&lt;b&gt;</i><i class=x>∅</i>" in page.source
+    assert "2 tokens <i></i> 2 of others" in page.source
 
 
 def test_the_trajectories_of_the_last_step_are_shown_first(run):

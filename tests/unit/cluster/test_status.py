@@ -257,6 +257,9 @@ def test_tokens_are_coloured_by_how_far_student_and_teacher_disagree() -> None:
     }
     assert "red3" in styles["b"] and "yellow" in styles["[red]"]
     assert styles["a"] != styles["b"] and "dim" in styles["d"]
+    told = trajectory_text({**row, "trained": [True, False, True, True]})
+    others = {segment.text: str(segment.style) for segment in console.render(told) if segment.text.strip()}
+    assert "italic" in others["b"] and {**others, "b": ""} == {**styles, "b": ""}
 
 
 def test_tail_shows_the_newest_trajectories(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

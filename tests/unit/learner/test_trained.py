@@ -12,8 +12,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from actors.config import SamplingConfig
+from actors.rollout.engine import told_apart
 from actors.teacher.local import LocalTeacher
-from actors.trajectory import Trajectories, select_trajectories
+from actors.trajectory import Trajectories, offsets_of, select_trajectories
+from cluster.loop.exposure import FIRST_SAMPLE, Prefixes, by_position, parts_of
 from learner.config import MismatchConfig, ObjectiveConfig, OptimizerConfig, TrustRegionConfig
 from tests.tiny_updates import make_learner, sampled, teacher_config
 
@@ -170,3 +173,48 @@ def test_what_is_measured_is_measured_of_trained_tokens(models: dict[str, Path])
     }
     for key, value in expected.items():
         assert metrics[key] == pytest.approx(float(value), rel=1e-4), key
+
+
+def test_nothing_is_filtered_of_what_others_wrote(models: dict[str, Path]) -> None:
+    """top-k and top-p: an engine that records both log-probs of its own tokens, and one that records those after the filter."""
+    told, scores = sampled(models, "other", "full")
+    written = with_context(told)
+    kept = np.random.default_rng(1).uniform(0.2, 1, len(written.response_tokens)).astype(np.float32)
+    after = replace(written, behaviour_logprobs=written.behaviour_logprobs - np.log(kept))
+    correct = ObjectiveConfig(mismatch=MismatchConfig("truncate", "prefix", high=9.0), **UNCLIPPED)
+    recorded = replace(after, unfiltered_logprobs=written.behaviour_logprobs)  # NaN where the engine did not write
+    plain, found = (make_learner(models, objective=correct).update(one.ids, one, scores) for one in (written, recorded))
+    assert found["ratio_max"] == plain["ratio_max"] and math.isfinite(found["grad_norm"])
+    assert found["filter_weight_mean"] == pytest.approx(kept[written.trained].mean(), rel=1e-4)
+    unrecorded = told_apart(after, SamplingConfig(top_p=0.7), greedy=False)
+    metrics = make_learner(models).update(unrecorded.ids, unrecorded, scores)
+    assert metrics["ratio_max"] == pytest.approx(1, abs=1e-5) and math.isfinite(metrics["grad_norm"])
+
+
+def test_a_position_of_exposure_counts_what_the_student_wrote(models: dict[str, Path]) -> None:
+    own, scores = sampled(models, "other")
+    ids = own.ids.copy()
+    ids[:, 1] = np.arange(len(own))  # one response to each prompt
+    own = replace(own, ids=ids)
+    edges, positions = parts_of(int(own.lengths.max()))
+    asked = np.array([(-1, prompt, FIRST_SAMPLE + at) for prompt in range(len(own)) for at in positions], np.int64)
+    at_teachers = np.zeros(len(asked), np.float32)
+
+    def curves(written: Trajectories, logprobs: np.ndarray) -> dict:
+        return by_position(
+            Prefixes(own, edges, asked), at_teachers, written, replace(scores, ids=ids, logprobs=logprobs)
+        )[0]
+
+    # Two tokens of others after the first of each response.
+    at = np.repeat(own.response_offsets[:-1] + 1, 2)
+    spread = {
+        name: np.insert(getattr(own, name), at, 7)
+        for name in ("response_tokens", "behaviour_logprobs", "policy_versions")
+    }
+    lengths = own.lengths + 2
+    with_others = replace(
+        own, response_offsets=offsets_of(lengths), trained=np.insert(own.trained, at, False), **spread
+    )
+    found, expected = curves(with_others, np.insert(scores.logprobs, at, 3)), curves(own, scores.logprobs)
+    for name in ("exposure_position", "exposure_own"):  # the bounds differ by rounding
+        assert found[name] == expected[name]
