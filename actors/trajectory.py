@@ -18,6 +18,9 @@ FINISH_REASONS = ("stop", "length", "abort")
 EVALUATION_EPOCH = -1
 """The epoch of trajectories that are sampled for an evaluation and are never trained on."""
 
+NO_VERSION = -1
+"""The version of a token that no version of the student wrote: of an environment, or of a data set."""
+
 
 class TrajectoryId(NamedTuple):
     """Names one sample permanently: a retry keeps the id and the seed. Example: TrajectoryId(epoch=0, prompt=17, sample=3)."""

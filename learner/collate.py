@@ -15,7 +15,7 @@ from torch import Tensor
 
 from actors.forward.packing import Microbatch, microbatches
 from actors.forward.slices import Slices
-from actors.trajectory import TeacherScores, Trajectories, ragged_rows
+from actors.trajectory import NO_VERSION, TeacherScores, Trajectories, ragged_rows
 from learner.config import ObjectiveConfig
 from learner.hidden_states import Head, HiddenStates
 from learner.objective.divergences import extrapolated_teacher
@@ -353,7 +353,7 @@ def collate(
         reference = where_known(scores.reference_logprobs)
         teacher_logprobs = extrapolated_teacher(teacher_logprobs, reference, objective.extrapolation)
     behaviour, filter_weight, unknown = _policy(written, tensor)
-    nobodys = bool((written.policy_versions[written.trained] < 0).any())  # it was written by no version of this student
+    nobodys = bool((written.policy_versions[written.trained] == NO_VERSION).any())
     if estimator_row(objective.estimator).text_by == "teacher" or nobodys:
         behaviour = teacher_logprobs  # the text is the teacher's, or only distances to the teacher can be told
     zeros = torch.zeros(len(mask), device=device)

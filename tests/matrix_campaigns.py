@@ -489,7 +489,7 @@ CAMPAIGNS["replayed"] = Campaign(
     after="discounted",
 )
 """The same campaign as `discounted`, from its record: tests/integration/test_matrix.py compares their weights."""
-CAMPAIGNS["copied"] = Campaign(
+CAMPAIGNS["scored"] = Campaign(
     {"teachers": one(signal="topk", top_k=4), "learner.objective.estimator": "sft", "replay": "scored"},
     events=("replays",),
     scores=("train.jsonl", "--response-field", "answer", "--output", "scored"),

@@ -19,7 +19,7 @@ from actors.data.fingerprints import prompts_fingerprint
 from actors.data.prompts import PromptSet, copied
 from actors.data.trajectory_shards import Row, counts_of, fault_in, rows_of, shards_in, write_shard
 from actors.errors import UserError
-from actors.trajectory import TeacherScores, Trajectories, TrajectoryId, select_trajectories
+from actors.trajectory import NO_VERSION, TeacherScores, Trajectories, TrajectoryId, select_trajectories
 from cluster.config import CampaignConfig, EvaluationConfig
 from cluster.fleet.ray_actor import fetched
 from cluster.fleet.ray_cluster import connected, room_to_begin
@@ -98,10 +98,10 @@ class OfFile:
             self._routes = [{**route, reference: 0.0} for route in self._routes]
 
     def part(self, update: int) -> tuple[Trajectories, list[Row]]:
-        """See Source. No version of the student wrote them, and the log-probs of who did are not known: -1 and NaN."""
+        """See Source. No version of the student wrote them, and the log-probs of who did are not known: NO_VERSION and NaN."""
         numbers = np.arange((update - 1) * self._size, min(update * self._size, self.rows))
         ids = np.stack([np.zeros_like(numbers), numbers, np.zeros_like(numbers)], axis=1)
-        _, written = copied(self._prompts, ids, -1, self._config.sampling.max_response_tokens)
+        _, written = copied(self._prompts, ids, NO_VERSION, self._config.sampling.max_response_tokens)
         unknown = np.full(len(written.response_tokens), np.nan, np.float32)
         rows = [Row(int(n), place, self._prompts.domains[n]) for place, n in enumerate(numbers)]
         return replace(written, behaviour_logprobs=unknown), rows

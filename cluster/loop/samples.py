@@ -12,6 +12,7 @@ from actors.data.token_texts import token_texts
 from actors.errors import LostObjectError
 from actors.trajectory import (
     FINISH_REASONS,
+    NO_VERSION,
     TeacherScores,
     Trajectories,
     TrajectoryId,
@@ -42,7 +43,7 @@ def readable_rows(
     """
     rows, own = [], written.trained
     student, teacher = (np.where(own, values, np.nan) for values in (written.student_logprobs, teacher_logprobs))
-    versions = np.where(own, written.policy_versions, -1)
+    versions = np.where(own, written.policy_versions, NO_VERSION)
     for row in range(len(written)):
         begin, end = written.response_offsets[row : row + 2].tolist()
         tokens, span = written.response_tokens[begin:end].tolist(), slice(begin, min(end, begin + MOST_TOKENS))

@@ -80,7 +80,7 @@ def test_no_step_of_an_update_clips_rounding(
     loud: dict[str, Path], update: Any, stale: int, steps: dict[str, int]
 ) -> None:
     written, exact, scores = update
-    written = replace(written, policy_versions=written.policy_versions - stale)
+    written = replace(written, policy_versions=written.policy_versions - 2 * stale)
     slow = OptimizerConfig(learning_rate=1e-9, warmup_updates=0)
     found, _ = learn(loud, written, scores, optimizer=slow, **steps)
     assert found["clip_fraction"] == 0
@@ -91,7 +91,7 @@ def test_no_step_of_an_update_clips_rounding(
 
 def test_the_pass_before_the_first_step_and_the_step_itself_find_the_same(loud: dict[str, Path], update: Any) -> None:
     written, _, scores = update
-    stale = replace(written, policy_versions=written.policy_versions - 1)
+    stale = replace(written, policy_versions=written.policy_versions - 2)
     for own in (written, stale):
         objective = ObjectiveConfig(trust_region=TrustRegionConfig(max_kl=1e9, beta=0.1))
         looked, after = learn(loud, own, scores, objective=objective)

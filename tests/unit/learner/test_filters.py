@@ -112,7 +112,7 @@ def test_each_tokens_term_has_its_weight(models: dict[str, Path]) -> None:
 def test_stale_filtered_samples_have_the_ratio_of_unfiltered_ones(models: dict[str, Path]) -> None:
     written, scores = of_student(models["student"], models["other"])
     stale = written.behaviour_logprobs + np.linspace(-0.5, 0.5, len(written.response_tokens), dtype=np.float32)
-    old = replace(written, behaviour_logprobs=stale, policy_versions=written.policy_versions - 1)
+    old = replace(written, behaviour_logprobs=stale, policy_versions=written.policy_versions - 2)
     own, _ = filtered(old)
     for changes in ({}, {"mismatch": MismatchConfig("truncate", "prefix")}, {"recompute_log_ratio": False}):
         found = [

@@ -75,7 +75,9 @@ def test_a_saved_learner_goes_on_to_the_same_bits(models: dict[str, Path], tmp_p
     assert restored.policy_version == 1
     first, second = (one.update(written.ids, written, scores) for one in (learner, restored))
     assert torch.equal(weights_of(learner), weights_of(restored))
-    assert {"busy_seconds", "engine_logprob_abs_diff"} == {name for name in first if first[name] != second[name]}
+    assert {"busy_seconds", "processor_seconds", "engine_logprob_abs_diff"} == {
+        name for name in first if first[name] != second[name]
+    }
     assert np.isnan(second["engine_logprob_abs_diff"])  # no token is of the version that is trained
     AutoModelForCausalLM.from_pretrained(tmp_path / "saved")  # a model directory like any other
 

@@ -181,7 +181,10 @@ def test_what_can_be_guarded_is_what_an_update_measures(models: dict) -> None:
     of_the_loop = {"truncated_fraction", "response_length_mean", "staleness_mean", "staleness_max"}
     not_guarded = {"busy_seconds", "processor_seconds", "learning_rate", "log_ratio_histogram"}
     assert of_the_loop <= set(METRIC_KEYS)
-    assert set(guardable("topk", [], [])) == set(metrics) - not_guarded | of_the_loop | {"truncated_masked"}
+    assert set(guardable("topk", [], [])) == set(metrics) - not_guarded | of_the_loop | {
+        "truncated_masked",
+        "context_share",
+    }
     assert set(metrics) <= {*METRICS, "busy_seconds", "processor_seconds"}, (
         "a metric without a row in cluster/records/metric_table.py"
     )

@@ -350,7 +350,7 @@ def test_under_staleness_the_switch_chooses_whose_log_ratio_it_is(models: dict) 
     """Tokens sampled by other weights: A_t by hand, from the current student or from the one that sampled."""
     written, scores = sampled(models, "other", "sampled")
     stale = written.behaviour_logprobs + np.linspace(-0.5, 0.5, len(written.response_tokens), dtype=np.float32)
-    old = replace(written, behaviour_logprobs=stale, policy_versions=written.policy_versions - 1)
+    old = replace(written, behaviour_logprobs=stale, policy_versions=written.policy_versions - 2)
     for recompute, student in ((True, written.behaviour_logprobs), (False, stale)):
         objective = ObjectiveConfig(recompute_log_ratio=recompute, clip_low=None, clip_high=None)
         loss = make_learner(models, objective=objective).update(written.ids, old, scores)["loss"]

@@ -213,9 +213,15 @@ def test_every_metric_means_the_same_however_an_update_is_split_into_steps(
     assert whole.keys() == parts.keys()
     steps = SPLITS[split].get("minibatches_per_update", 1) * SPLITS[split].get("epochs_per_update", 1)
     assert (whole.pop("steps_taken"), parts.pop("steps_taken")) == (1, steps)
-    for name in whole.keys() - {"busy_seconds", *(OF_ONE_STEP if "mini" in str(SPLITS[split]) else ())}:
+    for name in whole.keys() - {
+        "busy_seconds",
+        "processor_seconds",
+        *(OF_ONE_STEP if "mini" in str(SPLITS[split]) else ()),
+    }:
         assert parts[name] == pytest.approx(whole[name], rel=1e-5, abs=1e-6), name
-    assert whole.keys() <= {*METRICS, "busy_seconds"} | {name for name in whole if name.startswith("domain/")}
+    assert whole.keys() <= {*METRICS, "busy_seconds", "processor_seconds"} | {
+        name for name in whole if name.startswith("domain/")
+    }
 
 
 def test_what_the_engine_and_the_learner_differ_by_does_not_contain_training(models: dict[str, Path]) -> None:
