@@ -87,7 +87,7 @@ ROWS: dict[str, Row] = {
         measured="aime",
         needs={
             "GPUs": "4 of 80 GB",
-            "hours (`understudy plan … --gpu H100`)": "2.0, without evaluations: 300 updates of 24.4 s",
+            "hours that `understudy plan` predicts for H100": "2.0, without evaluations: 300 updates of 24.4 s",
             "disk": "20 GB of models, 21 GB a checkpoint, 4 of them",
         },
     ),
@@ -97,7 +97,7 @@ ROWS: dict[str, Row] = {
         measured="aime",
         needs={
             "GPUs": "16 of 80 GB, on 2 nodes",
-            "hours (`understudy plan … --gpu H100`)": "7.7, without evaluations: 300 updates of 92.9 s",
+            "hours that `understudy plan` predicts for H100": "7.7, without evaluations: 300 updates of 92.9 s",
             "disk": "82 GB of models, 121 GB a checkpoint, 4 of them",
         },
     ),
