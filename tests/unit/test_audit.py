@@ -7,18 +7,34 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import pytest
 
+from actors.config import TrainingPromptsConfig
+from actors.data.prompt_order import PromptOrder
 from actors.errors import UserError
-from benchmarks.audit import JSON, PAGE, ROOT, audit, read_results, run_interrupted, trial_of, write_results
+from benchmarks.audit import (
+    JSON,
+    PAGE,
+    ROOT,
+    audit,
+    read_results,
+    run_interrupted,
+    trial_of,
+    weights_hash,
+    write_results,
+)
 from benchmarks.audit_page import at_equal, markdown, resumed
 from benchmarks.audit_rows import ROWS, Row, held_out
 from cluster.config_file import load_config
 from cluster.loop.evaluation_statistics import quantile
+from cluster.loop.prompt_choice import PromptChoice
 from cluster.records.metric_table import with_interval
 from cluster.records.writer import read_jsonl
 from cluster.report.evaluations import SHOWN, changes
 from cluster.report.page import write_report
+from cluster.state import recorded
 from cluster.state.campaign_state import read_state
 from tests import clean_process
 from tests.light_campaign import assert_ledger_adds_up, configuration, make_folder, run_command_here
@@ -75,6 +91,7 @@ def row(tmp_path_factory: pytest.TempPathFactory) -> Row:
             "every_updates": 3,
         },  # none where the engine stands still
     )
+    file.write_text(file.read_text() + "record: true\n")
     return Row(title="Light", config=str(file), measured="far")
 
 
@@ -84,12 +101,41 @@ def entry(row: Row) -> dict[str, Any]:
     return audit("light", row, [3, 4], folder / "audited", start=Light(folder), say=lambda _: None)
 
 
-def test_a_campaign_that_is_killed_and_resumed_has_the_weights_of_one_that_is_not(entry: dict[str, Any]) -> None:
+def test_a_campaign_that_is_killed_and_resumed_has_the_weights_of_one_that_is_not(
+    row: Row, entry: dict[str, Any]
+) -> None:
     found = entry["resumed"]
     assert found["interrupted"] == found["uninterrupted"] and len(found["interrupted"]) == 64
     assert (found["method"], found["seed"], found["killed_after"]) == ("opd", 3, 2)
+    audited = Path(row.config).parent / "audited"
+    assert weights_hash(audited / "light-opd-4") != weights_hash(audited / "light-opd-3") == found["interrupted"]
     assert "**the same**" in resumed(found) and "**differ**" in resumed({**found, "interrupted": "0" * 64})
     assert "asynchronous" in resumed({**found, "interrupted": "0" * 64, "synchronous": False})
+
+
+def chosen_again(run_dir: Path, seed: int) -> tuple[dict[int, tuple[float, int]], dict[str, set[int]]]:
+    """(what is known of each prompt, the numbers that were passed over for each reason), worked out from the record alone.
+
+    It fails where an update has trained on other prompts than those that are next in order and not passed over.
+    """
+    files = recorded.opened(str(run_dir)).shards
+    settings = TrainingPromptsConfig(path="p", keep="margin", margin=MARGIN, curriculum="easy_first")
+    known: dict[int, tuple[float, int]] = {}
+    choice, order, cursor = PromptChoice(settings, UPDATES, known), PromptOrder(seed, {"": 3}), 0
+    passed: dict[str, set[int]] = {"agreed": set(), "later": set()}
+    for step in range(UPDATES):
+        frame = pd.concat([pd.read_parquet(shard.path) for shard in files[step + 1]]).sort_values("row")
+        asked: list[tuple[int, int]] = []
+        while len(asked) < 2:
+            if (reason := choice.passes(*order.id_at(cursor), step)) is None:
+                asked.append(order.id_at(cursor))
+            else:
+                passed[reason] |= {2 * cursor, 2 * cursor + 1}
+            cursor += 1
+        assert frame[["epoch", "prompt", "sample"]].to_numpy().tolist() == [[*a, i] for a in asked for i in (0, 1)]
+        apart = (frame["behaviour_logprobs"] - frame["teacher.default.logprobs"]).map(np.mean)
+        choice.learn(frame[["epoch", "prompt", "sample"]].to_numpy(), apart.tolist())
+    return known, passed
 
 
 def test_prompts_are_passed_over_and_counted_in_the_ledger_and_in_the_metrics(row: Row, entry: dict[str, Any]) -> None:
@@ -101,7 +147,11 @@ def test_prompts_are_passed_over_and_counted_in_the_ledger_and_in_the_metrics(ro
         assert dropped and all(last[f"passed_over_{reason}"] == count for reason, count in dropped.items())
         assert last["dropped"] == sum(dropped.values())
         known = read_state(runs / name / "checkpoints" / f"step_{UPDATES:08}").prompts
-        assert known.keys() == {0, 1, 2}
+        asked, passed = chosen_again(runs / name, int(name.split("-")[2]))
+        assert known == {prompt: (pytest.approx(value, abs=1e-4), epoch) for prompt, (value, epoch) in asked.items()}
+        assert {reason: len(numbers) for reason, numbers in passed.items() if numbers} == dropped
+        ledger = [span for line in read_jsonl(runs / name / "ledger.jsonl") for span in line.get("dropped", [])]
+        assert {number for a, b in ledger for number in range(a, b)} == set().union(*passed.values())
     assert (runs / "light-opd-3" / "ledger.jsonl").read_text() == (
         runs / "light-opd-3-interrupted" / "ledger.jsonl"
     ).read_text()
@@ -123,6 +173,13 @@ def test_the_page_the_report_and_the_summary_agree_to_the_digit(row: Row, entry:
         assert f"{summary['tokens_generated']:,}" in line and f"{summary['tokens_generated']:,}" in report
         assert summary["updates"] == UPDATES and one["tokens_trained"] > 0 and one["processor_seconds"] > 0
         assert one["course"][-1]["step"] == UPDATES and len(one["course"]) == 3
+        rows = read_jsonl(run_dir / "metrics.jsonl")
+        for at in one["course"]:
+            assert at["tokens_trained"] == sum(row.get("tokens_trained", 0) for row in rows[: at["step"] + 1])
+            for key in ("accuracy", "reverse_kl"):
+                assert at[key] == rows[at["step"]][f"eval/far/{key}"]
+        speed = summary["tokens_generated"] / summary["loop_seconds"]
+        assert f"| {UPDATES} | {summary['tokens_generated']:,} | {speed:,.0f} |" in line
     assert "**opd** | 2 seeds" in page
     assert "--seeds 3,4" in page
 
@@ -176,12 +233,15 @@ def test_methods_are_compared_where_each_has_spent_what_the_most_frugal_has() ->
         return {"method": method, "seed": seed, "course": rows, "end": {}}
 
     slow = [(0, 0, 1.0), (10, 20, 0.5), (20, 40, 0.25)]
+    longer = [*slow[:2], (20, 40, 0.35), (40, 80, 0.0)]
     fast = [(0, 0, 1.0), (15, 5, 0.7), (30, 10, 0.6)]
     found = at_equal({"campaigns": [campaign("a", 0, slow), campaign("b", 0, fast)]}, ["a", "b"])
     assert "0.2500 (0.2500 to 0.2500), after 20 | 0.7000 (0.7000 to 0.7000), after 15 | +0.4500 |" in found[2]
     assert "1.0000 (1.0000 to 1.0000), after 0 | 0.6000 (0.6000 to 0.6000), after 10 | -0.4000 |" in found[3]
-    again = [campaign("a", 1, slow), campaign("b", 1, [(t, s, kl + 0.1) for t, s, kl in fast])]
+    # The other seed has spent more, and its difference is 0.7 + 0.2 - 0.35: each is compared within its own seed.
+    again = [campaign("a", 1, longer), campaign("b", 1, [(2 * t, 2 * s, kl + 0.2) for t, s, kl in fast[:2]])]
     found = at_equal({"campaigns": [campaign("a", 0, slow), campaign("b", 0, fast), *again]}, ["a", "b"])
+    # Trained tokens: 0.7 - 0.25 and 0.9 - 0.35.
     reach = quantile(1) * 0.05
     assert f"+0.5000 ({0.5 - reach:+.4f} to {0.5 + reach:+.4f})" in found[2]
 

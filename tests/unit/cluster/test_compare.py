@@ -43,7 +43,8 @@ METHODS = ("opd", "sft", "sft_then_opd", "opd_reward", "rl")
 
 
 def test_all_methods_are_run_and_told_apart_and_nothing_is_run_twice(folder: Path) -> None:
-    base = str(configuration(folder, "all", pipeline={"updates": 3, "prompts_per_update": 8, "samples_per_prompt": 1}))
+    sizes = {"updates": 3, "prompts_per_update": 8, "samples_per_prompt": 1}
+    base = str(configuration(folder, "all", pipeline=sizes, checkpoint={"every_updates": 100}))
     arguments = [base, "--methods", ",".join(METHODS), "--seeds", "0,1", "--target", "0",
                  "rl:learner.optimizer.learning_rate=1e-2"]  # fmt: skip
     said = comparison(arguments, folder / "log")
@@ -61,6 +62,8 @@ def test_all_methods_are_run_and_told_apart_and_nothing_is_run_twice(folder: Pat
     parts = [runs / f"all-sft_then_opd-{part}-0" for part in (1, 2)]
     one, two = (read_jsonl(part / "metrics.jsonl") for part in parts)
     assert [len(one), len(two)] == [2, 3] and one[-1]["eval/accuracy"] == two[0]["eval/accuracy"]
+    apart = [row["eval/reverse_kl"] for row in (one[0], one[-1], two[0])]
+    assert apart[2] == pytest.approx(apart[1], rel=1e-4) != apart[0]
     assert [load_run(part).setting("learner.objective.estimator") for part in parts] == ["sft", "immediate"]
     both = course(parts)
     assert [row["step"] for row in both.metrics] == [0, 1, 2, 3]
@@ -84,6 +87,13 @@ def test_all_methods_are_run_and_told_apart_and_nothing_is_run_twice(folder: Pat
     assert {m: [len(rows) for rows in seeds] for m, seeds in evaluations.items()} == {
         m: [3, 3] if m == "sft_then_opd" else [2, 2] for m in METHODS
     }  # fmt: skip
+    # The JSON has each seed's own figures, and the table and the page the means of the same.
+    ends = {m: [rows[-1]["eval/reverse_kl"] for rows in seeds] for m, seeds in evaluations.items()}
+    for m, row in zip(METHODS, rows, strict=True):
+        last = [runs / f"all-{m}{'-2' * (m == 'sft_then_opd')}-{seed}" / "metrics.jsonl" for seed in (0, 1)]
+        assert ends[m] == [read_jsonl(file)[-1]["eval/reverse_kl"] for file in last] and ends[m][0] != ends[m][1]
+        assert row.split(" | ")[5].startswith(f"{sum(ends[m]) / 2:.3f} ({min(ends[m]):.3f} to {max(ends[m]):.3f})")
+        assert f"<td>{sum(ends[m]) / 2:.3g}</td>" in page
     before = {path: path.stat().st_mtime_ns for path in runs.glob("all-*/summary.json")}
     assert comparison(arguments, folder / "log").splitlines()[-12:] == lines[-12:] and len(before) == 12
     assert before == {path: path.stat().st_mtime_ns for path in before}

@@ -52,7 +52,11 @@ def test_a_curriculum_begins_at_one_end_and_has_all_at_half_of_the_campaign(orde
     share = math.sqrt(0.2 * (1 - 1 / 16) + 1 / 16)
     assert len(asked[1]) == math.floor(share * 100) + 1 and set(asked[0]) < set(asked[1]) < set(asked[2])
     assert asked[3] == asked[4] == list(range(101))
-    choice.learn(np.array([(1, 0, 0)]), [100.0])  # the bound follows what is known
+    assert choice.passes(1, 0, 0) == ("later" if order == "hard_first" else None)
+    choice.learn(np.array([(1, p, 0) for p in range(101)]), np.linspace(100, 101, 101))
+    # The bound follows what is known, also within an update.
+    assert [p for p in range(101) if choice.passes(2, p, 0) is None] == quarter
+    choice.learn(np.array([(1, 0, 0)]), [1000.0])
     assert (choice.passes(2, 0, 0) is None) == (order == "hard_first")
 
 

@@ -105,6 +105,9 @@ def test_a_schedule_cuts_training_alone_and_a_masked_update_takes_no_step(folder
     assert 6 < start_row["eval/response_length_mean"] <= 9 < start_row["eval/near/response_length_mean"] <= 12
     for row in rows:
         assert row["truncated_masked"] == round(8 * row["truncated_fraction"])
+        # Responses that were cut have the length of the limit; all others are trained on, and no token of those.
+        whole = round(8 * row["response_length_mean"]) - row["truncated_masked"] * row["response_length_max"]
+        assert row["tokens_trained"] == whole
     cut = [row for row in rows if row["truncated_masked"] == 8]
     assert cut, "the example has an update of cut responses alone"
     assert all(row["tokens_trained"] == 0 and row["steps_taken"] == 0 and row["steps_skipped"] == 1 for row in cut)

@@ -21,9 +21,10 @@ def test_the_page_leads_from_responses_to_distillation(tmp_path: Path) -> None:
     commands = [text.split()[1:] for text in commands_of(PAGE) if re.match(r"understudy \w+ \w+\.yaml", text)]
     assert commands == [["check", "sft.yaml"], ["run", "sft.yaml"], ["run", "opd.yaml"]]
     # The only differences: no cluster is asked, the engine is one that needs no vLLM, and there is less of it.
-    less = ["pipeline.prompts_per_update=4", "evaluation.prompts.limit=2", "pipeline.updates=1"]
-    less += ["evaluation.teacher=false", "sampling.max_response_tokens=40"]
-    more = [["--offline"], [], [f"rollout.backend={BACKEND}", "rollout.engine={}", *less]]
+    less = ["pipeline.prompts_per_update=2", "evaluation.prompts.limit=2", "pipeline.updates=1"]
+    less += ["evaluation.teacher=false", "sampling.max_response_tokens=20"]
+    fewer = ["pipeline.prompts_per_update=16", "prompts.function_arguments.count=400"]
+    more = [["--offline"], fewer, [f"rollout.backend={BACKEND}", "rollout.engine={}", *less]]
     for words, own in zip(commands, more, strict=True):
         log = tmp_path / f"{words[0]}.{words[1]}.log"
         process = clean_process.start(run_command_here, tmp_path, *words, *own, log=log)
