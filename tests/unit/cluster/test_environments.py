@@ -14,7 +14,7 @@ __all__ = ["ROOT", "UPDATES", "campaign"]
 GUESS = "tests.guessing:Guess"
 STOPS = list(range(7, 60))
 """Half of the tokens end a turn: an untrained model stops after one or two."""
-UPDATES = 3
+UPDATES, SHORT = 3, 2
 
 
 def campaign(folder: Path, name: str, environment: dict[str, Any], **changes: Any) -> Path:
@@ -36,27 +36,30 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_campaign_with_episodes_that_fail_repeats_to_the_bit(folder: Path) -> None:
-    """Attempts that raise, hang or return nonsense change nothing but the retries; so does a kill in the middle."""
-    faults = {"calm": {}, "faulty": {"fails": "all", "each": 1}, "killed": {}}
+    """Attempts that raise, hang or return nonsense, and a kill in the middle, change nothing but the retries."""
+    faults = {"calm": {}, "faulty": {"fails": "all", "each": 1}}
     # A busy machine makes some attempts late, too: each is begun again until it is in time.
-    limits = {"calm": {}, "faulty": {"step_timeout_seconds": 1.0, "attempts": 50}, "killed": {}}
+    limits = {"calm": {}, "faulty": {"step_timeout_seconds": 1.0, "attempts": 50}}
+    short = {"pipeline": {"updates": SHORT}}
     files = {
-        name: campaign(folder, name, {"arguments": {**own, "log": str(folder / f"{name}.episodes")}, **limits[name]})
+        name: campaign(
+            folder, name, {"arguments": {**own, "log": str(folder / f"{name}.episodes")}, **limits[name]}, **short
+        )
         for name, own in faults.items()
     }
-    running = {name: start(file, 60 if name == "killed" else None) for name, file in files.items()}
-    running["killed"].join()
-    assert running["killed"].exitcode == -9
-    running["killed"] = start(files["killed"])
+    running = {name: start(file, 60 if name == "faulty" else None) for name, file in files.items()}
+    running["faulty"].join()
+    assert running["faulty"].exitcode == -9
+    running["faulty"] = start(files["faulty"])
     for name, process in running.items():
         finish(process, files[name])
-        assert_ledger_adds_up(folder / "runs" / name, UPDATES, 8, 0)
-        assert fingerprint(folder / "runs" / name) == fingerprint(folder / "runs" / "calm"), name
+        assert_ledger_adds_up(folder / "runs" / name, SHORT, 8, 0)
+    assert fingerprint(folder / "runs" / "faulty") == fingerprint(folder / "runs" / "calm")
     calm, faulty = (read_jsonl(folder / "runs" / name / "metrics.jsonl")[1:] for name in ("calm", "faulty"))
     assert sum(row["episode_retries"] for row in calm) == 0
-    assert sum(row["episode_retries"] for row in faulty) >= 8 * UPDATES
+    assert sum(row["episode_retries"] for row in faulty) >= 8 * SHORT
     for row in calm:
-        assert 1 < row["turns_mean"] <= 3 and 0 < row["environment_token_share"] < 1
+        assert 1 < row["turns_mean"] <= 3 and 0 < row["context_share"] < 1
     # The ids and the seeds of a retry are those of the first attempt.
     attempts: dict[str, set[tuple[str, str]]] = {}
     for line in (folder / "faulty.episodes").read_text().splitlines():
@@ -67,13 +70,16 @@ def test_a_campaign_with_episodes_that_fail_repeats_to_the_bit(folder: Path) -> 
 
 
 def test_an_episode_that_fails_in_all_attempts_is_dropped_with_its_reason_and_replaced(folder: Path) -> None:
-    own = {"arguments": {"fails": "raises", "times": 9, "each": 5, "own_prompt": True}, "attempts": 2}
+    own = {"arguments": {"fails": "raises", "times": 9, "each": 3, "own_prompt": True}, "attempts": 2}
     more = {"prompts": {"max_prompt_tokens": 16}, "learner": {"objective": {"estimator": "reward"}}}
+    running = {}
     for name, staleness in (("dropped", 0), ("dropped_later", 1)):
-        file = campaign(folder, name, own, **more, pipeline={"max_staleness": staleness})
-        finish(start(file), file)
+        file = campaign(folder, name, own, **more, pipeline={"max_staleness": staleness, "updates": SHORT})
+        running[name] = (staleness, file, start(file))
+    for name, (staleness, file, process) in running.items():
+        finish(process, file)
         run = folder / "runs" / name
-        assert_ledger_adds_up(run, UPDATES, 8, staleness)
+        assert_ledger_adds_up(run, SHORT, 8, staleness)
         dropped = [row for row in read_jsonl(run / "ledger.jsonl") if row.get("reason") == "environment"]
         assert dropped and all("ValueError: the game is broken (guessing.py, line" in row["cause"] for row in dropped)
         events = {row["kind"] for row in read_jsonl(run / "events.jsonl")}

@@ -18,6 +18,7 @@ from actors.teacher.local import LocalTeacher
 from actors.trajectory import Trajectories, offsets_of, select_trajectories
 from cluster.loop.exposure import FIRST_SAMPLE, Prefixes, by_position, parts_of
 from learner.config import MismatchConfig, ObjectiveConfig, OptimizerConfig, TrustRegionConfig
+from learner.metrics import response_metrics
 from tests.tiny_updates import make_learner, sampled, teacher_config
 
 UNCLIPPED = {"clip_low": None, "clip_high": None}
@@ -40,12 +41,13 @@ CASES = {
 
 
 def with_context(written: Trajectories) -> Trajectories:
-    """About half of the tokens are an environment's: of no policy, so their log-probs are not numbers."""
+    """About half of the tokens are an environment's: of no policy, so their log-probs are not numbers, and their versions are
+    none, or those of the tokens beside them."""
     trained = np.random.default_rng(5).random(len(written.response_tokens)) < 0.5
     trained[written.response_offsets[:-1]] = [True, False, True, True, False, False]
     behaviour = written.behaviour_logprobs + np.random.default_rng(6).normal(0, 0.2, len(trained))
     behaviour[~trained] = np.nan
-    versions = np.where(trained, written.policy_versions, -1)
+    versions = np.where(trained | (np.arange(len(trained)) % 2 == 0), written.policy_versions, -1)
     return replace(
         written,
         trained=trained,
@@ -173,6 +175,26 @@ def test_what_is_measured_is_measured_of_trained_tokens(models: dict[str, Path])
     }
     for key, value in expected.items():
         assert metrics[key] == pytest.approx(float(value), rel=1e-4), key
+
+
+def test_responses_are_measured_without_what_others_wrote() -> None:
+    trained = np.array([True, True, False, True, True, True, True, False, True, True])
+    one = Trajectories(
+        ids=np.zeros((1, 3), np.int64),
+        prompt_tokens=np.ones(1, np.int32),
+        prompt_offsets=offsets_of([1]),
+        response_tokens=np.array(
+            [1, 2, 8, 3, 4, 1, 2, 9, 3, 4], np.int32
+        ),  # 12 34 12 34: one 4-gram of five comes twice
+        response_offsets=offsets_of([10]),
+        behaviour_logprobs=np.zeros(10, np.float32),
+        policy_versions=np.zeros(10, np.int32),
+        finish_reasons=np.zeros(1, np.uint8),
+        trained=trained,
+    )
+    found = response_metrics(one)
+    assert found["repetition"] == pytest.approx(0.2) and found["response_length_max"] == 8
+    assert found["turns_mean"] == 3 and found["context_share"] == pytest.approx(0.2)
 
 
 def test_nothing_is_filtered_of_what_others_wrote(models: dict[str, Path]) -> None:

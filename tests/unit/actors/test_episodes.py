@@ -1,0 +1,251 @@
+"""Episodes with a scripted engine and a scripted environment: what is written, asked, seeded, rewarded and begun again."""
+
+import asyncio
+import json
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+
+from actors.config import EnvironmentConfig, SamplingConfig
+from actors.environment.actor import EnvironmentActor
+from actors.environment.base import Episode
+from actors.environment.continuation import Continuation
+from actors.errors import AbortedError, UserError
+from actors.rollout.engine import Response, trajectories_of
+from actors.rollout.episodes import NO_LIMITS, Episodes, turn_seed
+from actors.trajectory import FINISH_REASONS, Aside, EpisodeCounts, Requests, Trajectories, TrajectoryId, offsets_of
+from tests.light_campaign import LocalEnvironments
+from tests.light_engine import done
+from tests.tiny_tokenizers import byte_level
+
+TOKENIZER = byte_level()
+END = TOKENIZER.eos_token_id
+SPELLED = [TOKENIZER.convert_tokens_to_ids(letter) for letter in "the"]
+"""One token a letter, as a student may sample it: the tokenizer itself writes the word with fewer."""
+TURN = [*SPELLED, END]
+IDS, SEEDS = [(0, 3, 0), (0, 8, 1)], [11, 12]
+THREE_TURNS = [["no", False, 0.25], ["7 again", False, None], ["", True, 0.5]]
+FIRST, SECOND = (f"\n<|user|>{text}<|end|>\n<|assistant|>" for text in ("no", "7 again"))
+"""What the template writes after the end of a turn."""
+
+
+class Spells:
+    """An engine that writes `the` in every turn; its log-probs and versions tell the turns apart."""
+
+    version = 4
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[tuple[int, ...], int, list[int], int]] = []
+        """(id, seed, prompt, length limit) of each request."""
+
+    def generate(self, requests: Requests, sampling: SamplingConfig, *, greedy: bool = False) -> Any:
+        id_, limit = tuple(requests.ids[0].tolist()), sampling.max_response_tokens
+        self.asked.append((id_, int(requests.seeds[0]), requests.prompt_tokens.tolist(), limit))
+        tokens = TURN[:limit]
+        logprobs = -np.arange(1, len(tokens) + 1) - len(requests.prompt_tokens) / 64
+        reason = "stop" if len(tokens) == len(TURN) else "length"
+        versions = [len(requests.prompt_tokens)] * len(tokens)
+        return done(trajectories_of(requests, [Response(tokens, logprobs, versions, reason)]))
+
+
+class Tells:
+    """Answers turn i with `answers[i]`: (messages, done, reward). In the first attempts it raises or hangs at turn 1."""
+
+    seen: ClassVar[list[tuple[Any, ...]]] = []
+    """(episode, method, argument) of each call."""
+
+    def __init__(
+        self, answers: list = THREE_TURNS, fails: int = 0, only: int = -1, hangs: bool = False, first: str = ""
+    ):
+        self.answers, self.fails, self.only, self.hangs, self.first = answers, fails, only, hangs, first
+
+    async def reset(self, record: dict, episode: Episode) -> Any:
+        self.episode, self.turn = episode, 0
+        self.seen.append((episode, "reset", record))
+        return self.first or None
+
+    async def step(self, message: dict) -> Any:
+        self.seen.append((self.episode, "step", message))
+        self.turn += 1
+        if self.turn == 2 and self.episode.attempt < self.fails and self.only in (-1, self.episode.id.prompt):
+            if self.hangs:
+                await asyncio.Event().wait()
+            raise ValueError("broken")
+        return self.answers[self.turn - 1]
+
+    async def close(self) -> None:
+        self.seen.append((self.episode, "close", None))
+
+
+def requests() -> Requests:
+    prompts = [TOKENIZER(f"<|user|>{name}<|end|>\n<|assistant|>")["input_ids"] for name in ("a", "bc")]
+    return Requests(
+        ids=np.array(IDS),
+        seeds=np.array(SEEDS),
+        prompt_tokens=np.array(sum(prompts, []), np.int32),  # noqa: RUF017
+        prompt_offsets=offsets_of(map(len, prompts)),
+        asides=tuple(Aside(record=json.dumps({"prompt": name})) for name in ("a", "bc")),
+    )
+
+
+def episodes_of(engine: Any, arguments: dict[str, Any], limits: Any = NO_LIMITS, **settings: Any) -> Episodes:
+    Tells.seen.clear()
+    config = EnvironmentConfig(name=f"{__name__}:Tells", arguments=arguments, **settings)
+    there = LocalEnvironments([EnvironmentActor(config)])
+    return Episodes(engine, config, Continuation(TOKENIZER, frozenset({END})), limits, there)
+
+
+def played(
+    max_response_tokens: int = 100, limits: Any = NO_LIMITS, **arguments: Any
+) -> tuple[Trajectories, tuple[EpisodeCounts, ...], Spells]:
+    settings = {name: arguments.pop(name) for name in set(arguments) & set(EnvironmentConfig.__dataclass_fields__)}
+
+    async def play() -> Any:
+        episodes = episodes_of(engine, arguments, limits, **settings)
+        found = await episodes.play(requests(), SamplingConfig(max_response_tokens=max_response_tokens), False)
+        await asyncio.sleep(0)  # what nobody waits for is told now
+        return found
+
+    engine = Spells()
+    return *asyncio.run(play()), engine
+
+
+def text_of(written: Trajectories, row: int) -> str:
+    return TOKENIZER.decode(written.response_tokens[slice(*written.response_offsets[row : row + 2])])
+
+
+def test_an_episode_is_what_student_and_environment_wrote_in_their_order() -> None:
+    written, counts, engine = played()
+    assert TOKENIZER("the")["input_ids"] != SPELLED
+    assert (
+        written.ids.tolist() == [list(id_) for id_ in IDS]
+        and written.prompt_tokens.tolist() == requests().prompt_tokens.tolist()
+    )
+    assert written.turn_counts.tolist() == [3, 3] and written.rewards.tolist() == [0.75, 0.75]
+    assert [FINISH_REASONS[reason] for reason in written.finish_reasons] == ["stop", "stop"]
+    for row, (id_, seed, prompt) in enumerate(zip(IDS, SEEDS, requests().prompts, strict=True)):
+        own = slice(*written.response_offsets[row : row + 2])
+        tokens, trained = written.response_tokens[own].tolist(), written.trained[own]
+        assert text_of(written, row) == f"the<|end|>{FIRST}the<|end|>{SECOND}the<|end|>"
+        assert [token for token, mine in zip(tokens, trained, strict=True) if mine] == 3 * TURN
+        asked = [one[1:] for one in engine.asked if one[0] == id_]
+        starts = np.flatnonzero(np.diff(np.concatenate([[0], trained])) == 1).tolist()
+        # A turn reads all that was written before it, draws from a seed of its own, and has the room that is left.
+        expected = [
+            (turn_seed(seed, turn), [*prompt, *tokens[:start]], 100 - start) for turn, start in enumerate(starts)
+        ]
+        assert asked == expected
+        before = np.repeat([len(one[1]) for one in asked], len(TURN))
+        assert written.policy_versions[own][trained].tolist() == before.tolist()
+        assert np.array_equal(written.behaviour_logprobs[own][trained], np.tile([-1, -2, -3, -4], 3) - before / 64)
+        assert (counts[row].turns, counts[row].retries, counts[row].prompt_tokens) == (3, 0, len(prompt))
+        calls = [
+            (method, argument)
+            for episode, method, argument in Tells.seen
+            if episode == Episode(TrajectoryId(*id_), seed)
+        ]
+        said = ("step", {"role": "assistant", "content": "the"})
+        assert calls == [("reset", {"prompt": ("a", "bc")[row]}), said, said, said, ("close", None)]
+
+
+LONG = len(TURN) + len(TOKENIZER(FIRST)["input_ids"])
+"""Tokens before the second turn."""
+
+
+@pytest.mark.parametrize(
+    ("settings", "text", "finish", "reward", "steps"),
+    [
+        ({"max_response_tokens": LONG + 2}, f"the<|end|>{FIRST}th", "length", 0.25, 1),  # cut: no end, and no answer to it
+        ({"max_response_tokens": LONG}, "the<|end|>", "length", 0.25, 1),  # no room for a token after the answer
+        ({"max_response_tokens": 2}, "th", "length", 0.0, 0),
+        ({"max_turns": 2}, f"the<|end|>{FIRST}the<|end|>", "length", 0.25, 2),
+        ({"max_turns": 3}, f"the<|end|>{FIRST}the<|end|>{SECOND}the<|end|>", "stop", 0.75, 3),
+        ({"answers": [["", True, None]]}, "the<|end|>", "stop", 0.0, 1),
+    ],
+)  # fmt: skip
+def test_an_episode_ends_with_the_students_last_token(
+    settings: dict, text: str, finish: str, reward: float, steps: int
+) -> None:
+    written, counts, _ = played(**settings)
+    for row in range(2):
+        assert text_of(written, row) == text
+        assert FINISH_REASONS[written.finish_reasons[row]] == finish and written.rewards[row] == reward
+        assert counts[row].failed == "" and written.trained[written.response_offsets[row + 1] - 1]
+    assert [method for _, method, _ in Tells.seen].count("step") == 2 * steps
+
+
+def test_an_attempt_that_fails_is_repeated_with_the_same_draws() -> None:
+    calm, _, engine = played()
+    undisturbed = sorted(engine.asked)
+    written, counts, engine = played(fails=2)
+    for name in ("response_tokens", "response_offsets", "behaviour_logprobs", "trained", "rewards", "finish_reasons"):
+        assert np.array_equal(getattr(written, name), getattr(calm, name)), name
+    assert [one.retries for one in counts] == [2, 2] and [one.failed for one in counts] == ["", ""]
+    twice = [one for one in undisturbed if one[1] in {turn_seed(seed, turn) for seed in SEEDS for turn in (0, 1)}]
+    assert sorted(engine.asked) == sorted([*undisturbed, *twice, *twice])
+    begun = {
+        id_: [episode for episode, method, _ in Tells.seen if method == "reset" and episode.id == id_] for id_ in IDS
+    }
+    assert begun == {
+        id_: [Episode(TrajectoryId(*id_), seed, n) for n in range(3)] for id_, seed in zip(IDS, SEEDS, strict=True)
+    }
+    assert [method for _, method, _ in Tells.seen].count("close") == 6
+
+
+@pytest.mark.parametrize(
+    ("settings", "cause"),
+    [
+        ({"attempts": 2}, "step: ValueError: broken (test_episodes.py, line"),
+        ({"attempts": 2, "hangs": True, "step_timeout_seconds": 0.1}, "no answer within 0.1 s (environment.step_timeout_seconds)"),
+        ({"attempts": 1, "hangs": True, "episode_timeout_seconds": 0.1}, "not over after 0.1 s (environment.episode_timeout_seconds)"),
+    ],
+)  # fmt: skip
+def test_one_that_fails_in_all_attempts_says_why_and_takes_no_other_with_it(settings: dict, cause: str) -> None:
+    calm = played()[0]
+    written, counts, _ = played(fails=9, only=IDS[1][1], **settings)
+    if "hangs" not in settings:  # a busy machine may be late with the other one, too
+        assert counts[0].failed == "" and text_of(written, 0) == text_of(calm, 0)
+    assert cause in counts[1].failed and counts[1].retries == settings["attempts"] - 1
+    own = slice(*written.response_offsets[1:3])
+    assert not written.trained[own].any() and written.rewards[1] == 0
+    resets = [episode for episode, method, _ in Tells.seen if method == "reset" and episode.id == IDS[1]]
+    assert len(resets) == settings["attempts"]
+
+
+def test_messages_of_reset_are_the_prompt_and_a_missing_reward_is_told() -> None:
+    written, counts, engine = played(first="Guess")
+    prompt = TOKENIZER("<|user|>Guess<|end|>\n<|assistant|>")["input_ids"]
+    assert written.prompt_tokens.tolist() == 2 * prompt and [one.prompt_tokens for one in counts] == 2 * [len(prompt)]
+    assert engine.asked[0][2] == prompt
+    limits = NO_LIMITS._replace(needs_reward=True)
+    with pytest.raises(UserError, match="gave no reward in the whole episode"):
+        played(limits=limits, answers=[["", True, None]])
+    assert played(limits=limits, answers=[["", True, 0.0]])[0].rewards.tolist() == [0, 0]
+    with pytest.raises(UserError, match="at most 4"):
+        played(max_response_tokens=4, limits=NO_LIMITS._replace(tokens=8), first="a long first message")
+
+
+def test_an_aborted_episode_ends_at_once_and_the_others_go_on() -> None:
+    one = requests()
+    alone = [
+        replace(one, ids=one.ids[row : row + 1], seeds=one.seeds[row : row + 1], prompt_tokens=one.prompts[row],
+                prompt_offsets=offsets_of([len(one.prompts[row])]), asides=one.asides[row : row + 1])
+        for row in range(2)
+    ]  # fmt: skip
+
+    async def play() -> Any:
+        episodes = episodes_of(Spells(), {"fails": 1, "only": IDS[1][1], "hangs": True})
+        sampling = SamplingConfig(max_response_tokens=100)
+        calls = [asyncio.create_task(episodes.play(each, sampling, False)) for each in alone]
+        while sum(method == "step" for _, method, _ in Tells.seen) < 5:
+            await asyncio.sleep(0.001)
+        episodes.abort(one.ids[1:])
+        with pytest.raises(AbortedError):
+            await calls[1]
+        return await calls[0]
+
+    written, counts = asyncio.run(play())
+    assert counts[0].failed == "" and written.turn_counts.tolist() == [3]
+    assert not any(episode.attempt for episode, *_ in Tells.seen)
