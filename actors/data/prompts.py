@@ -220,10 +220,12 @@ class _Loaded:
         """Reads one file, data set or function."""
         reader, before = self._reader, len(self.texts)
         domain = getattr(source, "domain", None)
+        # Nobody judges a response that is there to be copied.
+        reference_field = None if source.response_field is not None and self._ends is not None else source.reference_field
         fields = [
             (f"{key}.prompt_field", source.prompt_field),
             (f"{key}.response_field", source.response_field),
-            (f"{key}.reference_field", source.reference_field),
+            (f"{key}.reference_field", reference_field),
             (f"{key}.domain_field", source.domain_field),
             *(("prompt_template", name) for name in reader.template_fields),
         ]
@@ -246,7 +248,7 @@ class _Loaded:
                         pieces.append(pieces_of(reader, prompt, answer, same, record, source, where))
                     prompt = asked
                 self.texts.append(reader.text(prompt, record, source, where))
-                self._references.append(text_field(record, source.reference_field, where, f"{key}.reference_field"))
+                self._references.append(text_field(record, reference_field, where, f"{key}.reference_field"))
                 own = text_field(record, source.domain_field, where, f"{key}.domain_field")
                 self._domains.append(own if domain is None else domain)
             # A chat template writes the special tokens itself. The tokenizer adds them to a plain text only.

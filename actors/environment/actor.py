@@ -21,6 +21,10 @@ from actors.environment.base import Answer, Begun, Episode, environment_class
 
 LOOK_SECONDS = 1.0
 """Between two signs of life that the watch asks of the event loop."""
+COROUTINES = (
+    "coroutines that give the process back within environment.step_timeout_seconds: work that blocks goes into a thread "
+    "(await asyncio.to_thread(…), docs/environments.md)"
+)
 BLOCKED = 14
 """Exit status of a process whose event loop was blocked."""
 
@@ -105,10 +109,8 @@ class EnvironmentActor:
             time.sleep(min(LOOK_SECONDS, self._config.step_timeout_seconds / 4))
             silent = time.monotonic() - self._heard
             if silent > self._config.step_timeout_seconds and loop.is_running():
-                print(
-                    f"understudy: an environment has blocked its process for {silent:.0f} s, which ends",
-                    file=sys.stderr,
-                )
+                found = f"{self._config.name}, which has blocked its process for {silent:.0f} s"
+                print(f"understudy: environment.name: found {found}, expected {COROUTINES}", file=sys.stderr)
                 self.exit(BLOCKED)
                 return
 
@@ -130,6 +132,8 @@ def _answer(returned: Any) -> Answer:
     messages, done, reward = returned
     # numpy's numbers and truth values too, which are what many environments return.
     try:
+        if isinstance(done, str | bytes) or isinstance(reward, str | bytes):
+            raise TypeError("text")  # which bool and float would take
         done, reward = bool(done), None if reward is None else float(reward)
     except (TypeError, ValueError):
         return Answer(error=f"step returned done = {_short(done)} and reward = {_short(reward)}, expected numbers")

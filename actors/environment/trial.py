@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 from dataclasses import replace
 from typing import Any
 
@@ -62,6 +63,7 @@ def try_environment(
 
 async def _begin(config: EnvironmentConfig, record: str) -> Begun:
     actor, id_ = EnvironmentActor(config), TrajectoryId(EVALUATION_EPOCH, 0, 0)
+    actor.exit = lambda _: os._exit(2)  # this process is the command's: what the user named is at fault
     try:
         return await actor.reset("check", Episode(id_, sample_seed(0, *id_)), json.loads(record))
     finally:

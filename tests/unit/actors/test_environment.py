@@ -80,6 +80,7 @@ def test_what_a_step_returns_or_raises_is_a_value() -> None:
         (None, "step returned None, expected (messages, done, reward)"),
         (("text", True), "step returned ('text', True)"),
         (("text", True, "much"), "reward = 'much'"),
+        (("text", True, "1.0"), "reward = '1.0'"),
         (("text", True, float("nan")), "the reward nan"),
         (KeyError("number"), "KeyError: 'number' (test_environment.py, line"),
         (TimeoutError("of its own"), "TimeoutError: of its own"),

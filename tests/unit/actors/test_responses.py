@@ -29,7 +29,7 @@ def load(tmp_path: Path, records: list[Any], tokenizer: Any = None, **settings: 
     tokenizer = tokenizer or make_tiny_tokenizer()
     file = tmp_path / "records.jsonl"
     file.write_text("".join(json.dumps(record) + "\n" for record in records))
-    config = PromptsConfig(path=str(file), reference_field=None, **settings)
+    config = PromptsConfig(path=str(file), **settings)
     end = tokenizer.eos_token_id
     return load_prompts(config, tokenizer, None, "prompts", ends=Ends([end], end))
 
