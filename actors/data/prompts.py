@@ -221,7 +221,9 @@ class _Loaded:
         reader, before = self._reader, len(self.texts)
         domain = getattr(source, "domain", None)
         # Nobody judges a response that is there to be copied.
-        reference_field = None if source.response_field is not None and self._ends is not None else source.reference_field
+        reference_field = (
+            None if source.response_field is not None and self._ends is not None else source.reference_field
+        )
         fields = [
             (f"{key}.prompt_field", source.prompt_field),
             (f"{key}.response_field", source.response_field),

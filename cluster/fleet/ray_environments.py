@@ -34,7 +34,9 @@ class RayEnvironments:
         try:
             return await invoke(place, method, arguments, 1)
         except ActorLostError as error:
-            raise EnvironmentLostError(f"{method}: its process was lost, as it is where an environment ends or blocks it ({error})") from error
+            raise EnvironmentLostError(
+                f"{method}: its process was lost, as it is where an environment ends or blocks it ({error})"
+            ) from error
 
 
 class EnvironmentFleet(Fleet):
