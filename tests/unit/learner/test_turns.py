@@ -240,6 +240,9 @@ def test_a_baseline_by_position_among_the_students_tokens_is_unbiased(estimator:
     rows = np.arange(len(case.world.tokens_SN))[[0, -1]]
     written, scores = update_of(case, rows, case.student, unknown)
     found = [batch_of(written, scores, replace(objective, baseline=name)) for name in ("group_mean", "batch_mean")]
+    # A baseline by the position among all tokens would be unbiased too, but it is another one.
+    columns = found[0][0].all_tokens().columns[torch.from_numpy(written.trained)].tolist()
+    assert columns == [place for count in written.trained_lengths for place in range(count)]
     own = torch.linspace(-1, 0, len(written.response_tokens))
     one, other = (coefficients(own, own.abs(), b.all_tokens(), b.groups(), o) for b, o in found)
     assert torch.equal(one, other) and one.any() and not one[~torch.from_numpy(written.trained)].any()
