@@ -1,11 +1,14 @@
 """Reads JSON files that something may have damaged: whatever is wrong with one is one kind of error, in one line.
 
 A full disk, a lost node or an editor leaves empty files, zeros, half a file, other bytes than UTF-8; or there is a directory,
-a pipe or a device of the file's name, which a reader must not open: it would wait, or read for ever. Standard library only.
+a pipe or a device of the file's name, which a reader must not open: it would wait, or read for ever. `replace_content` leaves no
+half file, of JSON or of anything else. Standard library only.
 """
 
 import json
+import os
 import stat
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -42,3 +45,19 @@ def parsed(text: str | bytes) -> Any:
 def read_json(path: Path) -> Any:
     """The value in a JSON file. FileNotFoundError: there is no file. DamagedError: it holds no JSON, or cannot be read."""
     return parsed(bytes_of(path))
+
+
+def replace_content(path: Path, content: bytes | memoryview) -> None:
+    """Replaces a file's content: after a crash it is the old or the new one, never a mixture. OSError: the old one is left."""
+    # In the same directory, since a rename is atomic only within a file system.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())  # before the rename: after a power failure the name could stand for an empty file
+        temporary.replace(path)
+    except OSError:
+        with suppress(OSError):
+            temporary.unlink()  # on a full disk it would take up room
+        raise

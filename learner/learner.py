@@ -97,8 +97,9 @@ class Learner:
         that follow the student. masked_role_token_ids: the tokens of `objective.masked_token_roles`. vocabulary: number of
         the student's tokens; further rows of its head are padding. turn_ends: by teacher, (student's, teacher's) token
         where they end a turn with different ones. plans: of a learning rate that was planned anew. records: `record` is
-        called after each update. of_data: responses are of a data set, so that nobody has sampled or scored them. ranks: this process among those of the learner; all other arguments, and all calls, are the
-        same on every rank. UserError: a function of the user's own fails.
+        called after each update. of_data: responses are of a data set, so that nobody has sampled or scored them. ranks: this
+        process among those of the learner; all other arguments, and all calls, are the same on every rank. UserError: a
+        function of the user's own fails.
         """
         check_own_functions(config.objective)
         settle_algorithms()

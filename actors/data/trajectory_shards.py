@@ -8,10 +8,8 @@ Columns: docs/replay.md. B trajectories, N response tokens, K support size.
 """
 
 import io
-import os
 import re
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +17,7 @@ import numpy as np
 import xxhash
 
 from actors.errors import CampaignError
+from actors.json_files import replace_content
 from actors.trajectory import (
     FINISH_REASONS,
     TeacherScores,
@@ -142,17 +141,7 @@ def write_shard(
     checksum = xxhash.xxh3_64_hexdigest(content)
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"update_{update:08d}.{part}of{parts}.{checksum}.parquet"
-    temporary = directory / f".{path.name}.{os.getpid()}.tmp"
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())  # before the rename: after a power failure the name could stand for an empty file
-        temporary.replace(path)
-    except OSError:
-        with suppress(OSError):
-            temporary.unlink()  # on a full disk it would take up room
-        raise
+    replace_content(path, content)
     for other in shards_in(directory).get(update, []):
         if other.part == part and other.path != str(path):
             Path(other.path).unlink(missing_ok=True)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from actors.errors import UserError, is_full_disk
-from actors.json_files import DamagedError, bytes_of, parsed, read_json
+from actors.json_files import DamagedError, bytes_of, parsed, read_json, replace_content
 from actors.plain_text import concealed
 from cluster.records.event_table import EVENTS, FAULTS, row_of
 from cluster.records.forms import parsed_row, wrong_in
@@ -369,19 +369,8 @@ def told_cause(error: Exception) -> str:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replaces a file's content: after a crash it is the old or the new one, never a mixture."""
-    # In the same directory, since a rename is atomic only within a file system.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(text.encode(errors="backslashreplace"))
-            file.flush()
-            os.fsync(file.fileno())  # before the rename: after a power failure the name could stand for an empty file
-        temporary.replace(path)
-    except OSError:
-        with suppress(OSError):
-            temporary.unlink()  # on a full disk it would take up room
-        raise
+    """Replaces a file's text, as `replace_content` does."""
+    replace_content(path, text.encode(errors="backslashreplace"))
 
 
 def _cut_torn_line(path: Path) -> None:
