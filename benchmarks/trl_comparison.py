@@ -7,7 +7,9 @@ same cores, in turns; prints Markdown tables.
 
 demo: written addition (examples/addition), answers of 30 to 52 tokens; 64 trajectories an update. long: counting down
 with a student of 7M parameters (benchmarks/countdown.py), answers of log-normal length, median 64, cut at 512; 64 an
-update. Both compute in float32, minimise the reverse KL over the whole vocabulary, and step with AdamW at the same rates.
+update. smollm2: SmolLM2-135M-Instruct (--model) is its own teacher, on prompts of examples/heal, whose answers are of mixed
+length and cut at --tokens; 16 an update. Both compute in float32, minimise the reverse KL over the whole vocabulary, and
+step with AdamW at the same rates.
 
 update: one process each is given the same trajectories and takes them through the teacher, the student's forward and
 backward pass, and the optimiser; the losses of both are printed, and must agree.
@@ -58,6 +60,10 @@ class Setting:
     given: str = ""
     """File of the trajectories, where they are given."""
     evaluate_every: int = 0
+    config: str = "configs/quickstart.yaml"
+    """What our campaign has where the setting says nothing."""
+    signal: str = "full"
+    """Of our teacher."""
 
 
 def demo(folder: Path) -> Setting:
@@ -73,6 +79,18 @@ def long(folder: Path) -> Setting:
     countdown.make(task, median=64, sigma=1.0, longest=512, prompts=2048)
     files = [str(task / name) for name in ("student", "teacher", "train.jsonl")]
     return Setting(*files, "", False, 512, 1e-5, 16, str(folder), updates=4)
+
+
+def smollm2(folder: Path, model: str, tokens: int) -> Setting:
+    """A real model with 49,152 tokens."""
+    prompts, microbatch = str(ROOT / "examples" / "heal" / "train.jsonl"), max(1, 1024 // tokens)
+    return Setting(
+        *(model, model, prompts, "", True, tokens, 2e-5, microbatch, str(folder)),
+        trajectories=16,
+        updates=3,
+        config="examples/heal/heal_short.yaml",
+        signal="hidden",
+    )
 
 
 def write_trajectories(setting: Setting, file: Path) -> None:
@@ -125,7 +143,7 @@ def our_updates(setting: Setting) -> dict[str, Any]:
 
     torch.set_num_threads(setting.threads)
     budget = 2048  # as in configs/quickstart.yaml
-    teacher = LocalTeacher(TeacherConfig(setting.teacher, signal="full", dtype="float32", microbatch_tokens=budget))
+    teacher = LocalTeacher(TeacherConfig(setting.teacher, signal=setting.signal, dtype="float32", microbatch_tokens=budget))
     learner = Learner(
         StudentConfig(setting.student),
         LearnerConfig(
@@ -205,9 +223,9 @@ def campaign(setting: Setting, overrides: list[str]) -> dict[str, Any]:
         "learner.optimizer.final_fraction": 0,
     }
     if not setting.held_out:
-        settings |= {"evaluation.prompts": "null", "prompts.reference_field": "null"}
+        settings |= {"evaluation.prompts": "null", "evaluation.sets": "null", "prompts.reference_field": "null"}
     pairs = [f"{key}={value}" for key, value in settings.items()]
-    command = [sys.executable, "-m", "cluster", "run", "configs/quickstart.yaml", *pairs, *overrides]
+    command = [sys.executable, "-m", "cluster", "run", setting.config, *pairs, *overrides]
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"the campaign ended with {done.returncode}:\n{done.stdout[-4000:]}")
@@ -278,7 +296,7 @@ def compare_loops(setting: Setting, trl_python: str, rounds: int, overrides: lis
         judgements = {name: run(judged) for name, run in sides.items()}
         wanted = ENOUGH * judgements["Understudy, K = 0"]["teacher"]
         steps = {name: updates_until(found["accuracy"], wanted) for name, found in judgements.items()}
-    timed = replace(setting, updates=40 if setting.held_out else 4)
+    timed = replace(setting, updates=40) if setting.held_out else setting
     found = in_turns({name: (lambda run=run: run(timed)) for name, run in sides.items()}, rounds)
     columns = ("side", "start-up", "seconds / 1,000 trajectories", "TRL / this", "updates to 95%", "seconds to 95%")
     print(f"\n| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
@@ -298,15 +316,21 @@ def main() -> None:
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["update", "loop"])
-    parser.add_argument("settings", nargs="*", default=["demo", "long"], help="demo, long")
+    parser.add_argument("settings", nargs="*", default=["demo", "long"], help="demo, long, smollm2")
     parser.add_argument("--trl-python", required=True)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--threads", type=int, default=2, help="of TRL, and of each side where trajectories are given")
+    parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="of smollm2")
+    parser.add_argument("--tokens", type=int, default=96, help="of an answer at most, of smollm2")
     parser.add_argument("--override", nargs="*", default=[], help="key=value for the campaign")
     chosen = parser.parse_args()
     for name in chosen.settings:
         with tempfile.TemporaryDirectory() as folder:
-            setting = replace({"demo": demo, "long": long}[name](Path(folder)), threads=chosen.threads)
+            if name == "smollm2":
+                setting = smollm2(Path(folder), chosen.model, chosen.tokens)
+            else:
+                setting = {"demo": demo, "long": long}[name](Path(folder))
+            setting = replace(setting, threads=chosen.threads)
             print(f"\n## {name}, {chosen.what}")
             if chosen.what == "update":
                 compare_updates(setting, chosen.trl_python, chosen.rounds)

@@ -86,7 +86,7 @@ def main() -> None:
     with open(setting["prompts"], encoding="utf-8") as file:
         prompts = [json.loads(line)["prompt"] for line in file]
     if setting["chat"]:
-        prompts = [[{"role": "user", "content": prompt}] for prompt in prompts]
+        prompts = [p if isinstance(p, list) else [{"role": "user", "content": p}] for p in prompts]
     tokenizer = AutoTokenizer.from_pretrained(setting["student"], padding_side="left")
     clock = Clock(setting, tokenizer)
     trainer = DistillationTrainer(

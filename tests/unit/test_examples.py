@@ -32,8 +32,9 @@ CONFIGS = sorted([*ROOT.glob("examples/*/*.yaml"), *ROOT.glob("configs/*.yaml")]
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.stem}")
-def test_check_accepts_it(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_accepts_it(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("HOME", str(tmp_path))  # whose models and runs are of no consequence
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     for _, check in checks(load_config(path), offline=True):
         if check is not None:
