@@ -143,7 +143,9 @@ def our_updates(setting: Setting) -> dict[str, Any]:
 
     torch.set_num_threads(setting.threads)
     budget = 2048  # as in configs/quickstart.yaml
-    teacher = LocalTeacher(TeacherConfig(setting.teacher, signal=setting.signal, dtype="float32", microbatch_tokens=budget))
+    teacher = LocalTeacher(
+        TeacherConfig(setting.teacher, signal=setting.signal, dtype="float32", microbatch_tokens=budget)
+    )
     learner = Learner(
         StudentConfig(setting.student),
         LearnerConfig(
