@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from actors.config import EnvironmentConfig, RolloutConfig, TeacherConfig, publishes_adapter
+from actors.config import EnvironmentConfig, RolloutConfig, TeacherConfig, VerifierConfig, publishes_adapter
 from actors.errors import UserError
 from actors.import_path import is_import_path
 from actors.teacher.backends import BACKENDS, OWN_SETTINGS, backend_of
@@ -243,6 +243,10 @@ def _environment(config: CampaignConfig) -> Iterator[Contradiction]:
         other = section.chat_template_arguments != config.prompts.chat_template_arguments
         expected = "those of prompts.chat_template_arguments where an environment answers"
         yield other, f"{key}.chat_template_arguments", section.chat_template_arguments, expected
+    expected = "nothing where an environment answers: it gives the rewards"
+    named = config.evaluation.verifier != VerifierConfig()
+    yield named, "evaluation.verifier", config.evaluation.verifier.name, expected
+    yield bool(config.evaluation.verifiers), "evaluation.verifiers", ", ".join(config.evaluation.verifiers), expected
     for name, one in config.evaluation.sets.items():
         expected = "null where an environment answers: it gives the rewards"
         yield one.verifier is not None, f"evaluation.sets.{name}.verifier", "a verifier", expected

@@ -6,7 +6,7 @@ the reverse KL is asked for.
 
 import asyncio
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from difflib import get_close_matches
@@ -75,12 +75,13 @@ def to_evaluate(config: CampaignConfig, wanted: Sequence[str], reverse_kl: bool)
     """
     evaluation, own = config.evaluation, dict(config.evaluation.sets)
     if evaluation.prompts is not None:
-        judged = evaluation.prompts.has_references or judges_without_references(evaluation)
-        verifier = evaluation.verifier if judged else None
+        played = config.environment is not None  # it gives the rewards
+        judged = played or evaluation.prompts.has_references or judges_without_references(evaluation)
+        verifier = evaluation.verifier if judged and not played else None
         sampled = EvaluationSetConfig(
             prompts=evaluation.prompts, verifier=verifier, max_response_tokens=evaluation.max_response_tokens
         )
-        own = ({"greedy": replace(sampled, temperature=0.0)} if verifier else {}) | {"sampled": sampled} | own
+        own = ({"greedy": replace(sampled, temperature=0.0)} if judged else {}) | {"sampled": sampled} | own
     if not own:
         raise UserError("evaluation", "no prompts and no sets", "held-out prompts: evaluation.sets.<name>.prompts.path")
     for name in wanted:
@@ -170,11 +171,29 @@ async def _evaluated(config: CampaignConfig, private: bool, on_event: Callable[.
         rollout.prepare = versions.give
         await versions.load(await versions.publish())
         sets = build_sets(config, inputs, teachers, on_event, keep=0)
-        return {name: (await one.student(rollout)).tallies for name, one in sets.items()}
+
+        async def answered() -> dict[str, Tallies]:
+            return {name: (await one.student(rollout)).tallies for name, one in sets.items()}
+
+        # Nobody here calls the environment actors: without a look at them, what waits for them would wait for ever.
+        watched = [fleet.watched() for role, fleet in fleets.items() if role == "environment"]
+        return await _first(answered(), *watched)
     finally:
         inputs.close()
         for fleet in (saved, *fleets.values()):
             fleet.close()
+
+
+async def _first(work: Coroutine[Any, Any, Any], *beside: Coroutine[Any, Any, Any]) -> Any:
+    """What `work` returns, or the error of whichever fails first."""
+    tasks = [asyncio.ensure_future(one) for one in (work, *beside)]
+    try:
+        [done, *_] = (await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED))[0]
+        return done.result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def table(results: Results) -> list[list[str]]:

@@ -25,7 +25,7 @@ from actors.errors import (
     UserError,
 )
 from actors.teacher.base import TeacherCounts
-from actors.trajectory import LoadSeconds, RolloutCounts, TrajectoryId, offsets_of
+from actors.trajectory import EpisodeCounts, LoadSeconds, RolloutCounts, TrajectoryId, offsets_of
 from cluster.config import CampaignConfig, PipelineConfig
 from cluster.loop import campaign as loop_module
 from cluster.loop.campaign import Campaign
@@ -285,6 +285,41 @@ def run(made: Campaign) -> bool:
 
 def all_ids(made: Campaign, numbers: Any) -> list[tuple[int, int, int]]:
     return [made._queues._id(number) for number in numbers]
+
+
+@pytest.mark.parametrize("bound", [0, 1])
+@pytest.mark.parametrize("played", [True, False])
+def test_what_is_refused_is_dropped_with_its_cause_and_another_is_issued_in_its_place(
+    tmp_path: Path, bound: int, played: bool
+) -> None:
+    """Without one, the update would never be whole, and the campaign would wait for ever."""
+    made = campaign(configuration(tmp_path, samples=2, bound=bound), World(bound=bound))
+    queues, closed = made._queues, []
+    made.state.ledger.on_close = closed.append
+
+    async def answered() -> list[int]:
+        slots = queues.slots
+        queues.issue(await slots.acquire(SIZE))
+        before = slots.charged, slots.to_issue
+        issued = await queues._to_sample.get()
+        counts = RolloutCounts(
+            np.full(len(issued), 3), np.zeros(len(issued), np.int32), np.zeros(len(issued), bool), 0.1,
+            refused={0: "broken"}, episodes=(EpisodeCounts(1, 4, 0.0),) * len(issued) if played else (),
+        )  # fmt: skip
+        await queues.sampled(issued, counts, Reference(None))
+        row, *spare = closed
+        assert all(one["reason"] == "spare" for one in spare)
+        assert row["dropped"] == [[issued.numbers[0], issued.numbers[0] + 1]] and row["cause"] == "broken"
+        assert row["reason"] == ("environment" if played else "refused")
+        if bound:  # its slot is free, and one more trajectory is wanted
+            assert (slots.charged, slots.to_issue) == (before[0] - 1, before[1] + 1) and slots.has_room(1)
+            queues.issue(await slots.acquire(1))
+        assert (slots.charged, slots.to_issue) == before
+        waiting = [number for one in list(queues._to_sample._queue) for number in one.numbers]  # type: ignore[attr-defined]
+        return [*issued.numbers[1:], *waiting]
+
+    there = asyncio.run(answered())
+    assert len(set(there)) == SIZE and max(there) >= SIZE
 
 
 @pytest.mark.parametrize(("rollouts", "teachers", "seed"), [(1, 1, 0), (2, 1, 1), (3, 2, 2), (9, 4, 3)])

@@ -273,6 +273,8 @@ CONTRADICTIONS: dict[str, tuple[str, ...]] = {
     "learner.objective.gamma": (KEY + "gamma=0.9",),
     "learner.objective.turn_discount": (KEY + "estimator=to_go", KEY + "turn_discount=0.9"),
     "learner.objective.turn_discount: found 0.5": (KEY + "estimator=tests.matrix_parts:two_ahead", KEY + "turn_discount=0.5"),
+    "evaluation.verifier: found numeric": ("environment.name=a:B", "evaluation.verifier.name=numeric"),
+    "evaluation.verifiers: found maths": ("environment.name=a:B", "evaluation.verifiers.maths.name=numeric"),
     "learner.objective.last_turns: found 2": (KEY + "first_turns=1", KEY + "last_turns=2"),
     "learner.objective.recompute_log_ratio": (KEY + "estimator=to_go_expected", KEY + "recompute_log_ratio=false"),
     "learner.objective.log_ratio_clip": (KEY + "estimator=to_go_expected", KEY + "log_ratio_clip=3"),

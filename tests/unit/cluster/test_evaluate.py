@@ -96,6 +96,28 @@ def test_what_cannot_be_evaluated_is_one_line(
     assert ended.value.code == 2 and told in error and len(error.splitlines()) == 1
 
 
+def test_an_environment_plays_the_held_out_prompts_as_in_training(folder: Path) -> None:
+    own = {"name": "tests.guessing:Guess", "arguments": {"turns": 2}, "step_timeout_seconds": 100}
+    evaluation = {
+        "every_updates": 1,
+        "sets": {"twice": {"prompts": {"path": str(folder / "heldout.jsonl"), "limit": 5}, "samples": 4}},
+    }
+    sampling = {"max_response_tokens": 44, "stop_token_ids": list(range(7, 60))}
+    pipeline = {"updates": 1, "prompts_per_update": 2}
+    file = configuration(folder, "played", environment=own, evaluation=evaluation, sampling=sampling, pipeline=pipeline)
+    finish(light_campaign.start(file), file)
+    words = [str(folder / "student"), str(folder / "runs" / "played"), str(file), "--output", "played.json"]
+    status, told = evaluated(folder, *words)
+    assert status == 0, told[-3000:]
+    found = json.loads((folder / "played.json").read_text())["sets"]
+    assert found.keys() == {"greedy", "sampled", "twice"}
+    rows = read_jsonl(folder / "runs" / "played" / "metrics.jsonl")
+    by_model = [[found[name]["values"][model] for name in found] for model in found["greedy"]["values"]]
+    for row, (greedy, sampled, twice) in zip(rows, by_model, strict=True):
+        assert greedy["accuracy"] == row["eval/accuracy"] and 0 <= sampled["accuracy"] <= 1
+        assert twice["accuracy"] == row["eval/twice/accuracy"] and 0 < twice["accuracy"] < 1
+
+
 def test_the_old_keys_are_two_sets(folder: Path) -> None:
     config = load_config(folder / "run.yaml")
     found = to_evaluate(config, ["greedy", "sampled"], False)

@@ -46,6 +46,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "optimizer": replace(STEADY, weight_decay=0.1),
     },
     "sequences": {"objective": ObjectiveConfig(aggregation="sequence_mean", estimator="to_go")},
+    "turns": {
+        "batch": "turns",
+        "minibatches_per_update": 2,
+        "objective": ObjectiveConfig(estimator="discounted", gamma=0.9, turn_discount=0.5, baseline="group_mean"),
+    },
+    "the first turns": {"batch": "turns", "objective": replace(FULL, first_turns=1, aggregation="sequence_mean")},
+    "the last turns": {"batch": "turns", "objective": ObjectiveConfig(estimator="to_go", last_turns=1)},
     "whole update": {
         "objective": ObjectiveConfig(
             estimator="to_go_expected", baseline="group_mean", mismatch=MismatchConfig(correction="truncate")
@@ -80,12 +87,13 @@ class Material:
 
     models: dict[str, Path]
     batches: dict[str, tuple[Trajectories, TeacherScores]]
-    """Trajectories and scores by the teacher's signal."""
+    """Trajectories and scores by the teacher's signal; `turns`: of `full`, with words of others among the student's."""
     folder: Path
 
     def learner(self, name: str, ranks: Ranks | None, **changes: Any) -> Learner:
         settings = {"optimizer": STEADY, **SETTINGS.get(name, {}), **changes}
         signal, student = settings.pop("signal", "full"), settings.pop("student", "student")
+        settings.pop("batch", None)
         teachers = {
             "teacher": teacher_config(self.models, "other", signal),
             "mean": teacher_config(self.models, "student", "full", ema_decay=0.7),
@@ -94,7 +102,8 @@ class Material:
         return make_learner(models, ranks=ranks, teachers=teachers, **settings)
 
     def update(self, learner: Learner, name: str) -> dict[str, float]:
-        written, scores = self.batches[SETTINGS.get(name, {}).get("signal", "full")]
+        settings = SETTINGS.get(name, {})
+        written, scores = self.batches[settings.get("batch") or settings.get("signal", "full")]
         return learner.update(written.ids, written, scores, domains=["odd", "even"] * 3)
 
 
@@ -221,7 +230,17 @@ def material(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) 
         "dropping": make_architecture(folder / "dropping", *ARCHITECTURES["gpt2"]),
         "untied": make_tiny_model(folder / "untied", hidden=32, layers=2, tie=False, vocab_extra=2),
     }
-    return Material(models, {s: sampled(models, "other", s) for s in ("full", "topk", "hidden")}, folder)
+    batches = {s: sampled(models, "other", s) for s in ("full", "topk", "hidden")}
+    return Material(models, batches | {"turns": in_turns(*batches["full"])}, folder)
+
+
+def in_turns(written: Trajectories, scores: TeacherScores) -> tuple[Trajectories, TeacherScores]:
+    """The same responses, whose second, fifth and eighth tokens another has written: of one to three turns."""
+    place = np.arange(len(written.response_tokens)) - np.repeat(written.response_offsets[:-1], written.lengths)
+    own = place % 3 != 1
+    told = np.where(own, written.behaviour_logprobs, np.float32(np.nan))
+    assert set(replace(written, trained=own).turn_counts.tolist()) >= {2, 3}
+    return replace(written, trained=own, behaviour_logprobs=told), scores
 
 
 @pytest.fixture(scope="module")
