@@ -92,7 +92,7 @@ ROWS: dict[str, Row] = {
         },
     ),
     "qwen3_8b": Row(
-        title="Qwen3-8B-Base with a warm start from Qwen3-32B",
+        title="Qwen3-8B-Base from Qwen3-32B, after the warm start of configs/qwen3_8b_warm_start.yaml",
         config="configs/qwen3_8b_from_32b.yaml",
         measured="aime",
         needs={
