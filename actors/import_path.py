@@ -5,7 +5,8 @@ import inspect
 import os
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Collection
+from inspect import Parameter
 from typing import Any
 
 from actors.errors import UserError
@@ -47,14 +48,45 @@ def import_object(path: str, key: str, kind: str) -> Any:
     return found
 
 
-def check_call(function: Any, arguments: int, keywords: Iterable[str], key: str, path: str, call: str) -> None:
+def check_call(
+    function: Any,
+    arguments: int,
+    keywords: Collection[str],
+    key: str,
+    path: str,
+    call: str,
+    page: str = "docs/extending.md",
+) -> None:
     """UserError unless `function` can be called with this many arguments and these keywords. Calls nothing.
 
-    key: the configuration key that names `path`. call: how it will be called, for the message.
+    key: the configuration key that names `path`. call, page: how it will be called, and the page that says so, for the
+    message.
     """
     try:
         inspect.signature(function).bind(*range(arguments), **dict.fromkeys(keywords))
     except TypeError as error:
-        raise UserError(key, f"{path} ({error})", f"{call} (docs/extending.md)") from error
+        raise UserError(key, f"{path} ({error})", f"{call} ({page})") from error
     except ValueError:  # a function of C has no signature to look at
         return
+
+
+def check_arguments(function: Any, given: Collection[str], key: str, path: str, page: str) -> None:
+    """UserError unless `function` can be called with arguments of these names alone. Calls nothing.
+
+    key: the configuration key that holds them. page: the page of the documentation that says what they are.
+    """
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # a function of C has no signature to look at
+        return
+    kinds = {name: one.kind for name, one in signature.parameters.items()}
+    named = [name for name, kind in kinds.items() if kind in (Parameter.KEYWORD_ONLY, Parameter.POSITIONAL_OR_KEYWORD)]
+    any_name = Parameter.VAR_KEYWORD in kinds.values()
+    takes = f"arguments that {path} takes: {', '.join(named) or 'none'} ({page})"
+    for name in given:
+        if name not in named and not any_name:
+            raise UserError(key, name, takes, named)
+    try:
+        signature.bind(**dict.fromkeys(given))
+    except TypeError as error:
+        raise UserError(key, f"{', '.join(given) or 'none'} ({error})", takes) from error

@@ -64,7 +64,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, environment:
             raise UserError("override", repr(override), f"the key of today: it {became}")
         change = _parse(override)
         _check_type(f"override {override!r}: ", "", CampaignConfig, change)
-        content = OmegaConf.merge(content, change)
+        content = OmegaConf.merge(_cleared(content, change), change)
     config = _to_object(str(path), content, environment)
     setattr(config, CARRIED, carried)
     _check_values(config)
@@ -165,6 +165,17 @@ def _parse(override: str) -> Any:
     except RecursionError as error:
         found = f"{override[:60]!r}, hundreds of values in one another"
         raise UserError("override", found, "key=value, with a value in YAML") from error
+
+
+def _cleared(content: Any, change: Any) -> Any:
+    """The settings without what an override sets to `{}`: a merge with nothing would leave all that is there."""
+    names, inner = [], OmegaConf.to_container(change)
+    while isinstance(inner, dict) and len(inner) == 1:
+        [(name, inner)] = inner.items()
+        names.append(name)
+    if inner == {} and OmegaConf.select(content, ".".join(map(str, names))) is not None:
+        OmegaConf.update(content, ".".join(map(str, names)), {}, merge=False)
+    return content
 
 
 def _check_type(where: str, key: str, hint: Any, value: Any) -> None:

@@ -14,7 +14,7 @@ from actors.data.judge import Judge
 from actors.data.models import find_model, load_config
 from actors.data.prompt_filters import Dropped, dropped, overlap, repeated, whole_texts
 from actors.data.prompts import PromptSet, check_lengths, load_prompts
-from actors.data.responses import Ends
+from actors.data.responses import Ends, odd_tokens
 from actors.data.tokenizer import load_tokenizer, stop_token_ids, template_token_ids, turn_end
 from actors.errors import UserError
 from actors.import_path import is_import_path
@@ -180,7 +180,7 @@ def _read_inputs(config: CampaignConfig, judge: Judge) -> Inputs:
             prompt_routes = prompt_routes._replace(longest=longest)
     left_out |= {key: own for one in sets.values() for key, own in one.left_out.items()}
     shared = overlap(held_out, prompts) if held_out is not None else ""
-    remarks = [*mixture(config, prompts), *_cut(config, prompts)]
+    remarks = [*mixture(config, prompts), *_cut(config, prompts), *_odd(prompts, tokenizer, stop), *_horizon(config)]
     remarks += [f"{key}: {one}" for key, one in left_out.items()] + ([f"note: {shared}"] if shared else [])
     remarks += [f"{name}: note: {found}" for name, one in sets.items() if (found := overlap(one.prompts, prompts))]
     if config.judges_training:
@@ -221,6 +221,26 @@ def mixture(config: CampaignConfig, prompts: PromptSet) -> list[str]:
         f"{key}: {counts[key]:,} prompts, {share:.1%} of all that are drawn, {issued * share / counts[key]:.2g} times each"
         for key, share in shares.items()
     ]
+
+
+def _odd(prompts: PromptSet, tokenizer: Any, stop: list[int]) -> list[str]:
+    """Responses that hold tokens which no text should become."""
+    if prompts.responses is None:
+        return []
+    return [
+        f"note: {len(rows):,} of {len(prompts):,} responses hold {token} within a text, first {prompts.where(rows[0])}"
+        for token, rows in odd_tokens(prompts.responses, tokenizer, stop).items()
+    ]
+
+
+def _horizon(config: CampaignConfig) -> list[str]:
+    """A schedule of the length limit that says nothing of the first updates."""
+    sampling = config.sampling
+    begins = min((pair[0] for pair in sampling.response_tokens_schedule), default=1)
+    if begins == 1:
+        return []
+    until = f"before update {begins}, with which sampling.response_tokens_schedule begins"
+    return [f"note: {until}, responses have up to {sampling.max_response_tokens:,} tokens (max_response_tokens)"]
 
 
 def read_set_inputs(config: CampaignConfig) -> Inputs:

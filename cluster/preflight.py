@@ -10,7 +10,7 @@ from typing import Literal
 from actors.accelerator import Card, card_here
 from actors.config import RolloutConfig, StudentConfig, TeacherConfig
 from actors.data.judge import Judge
-from actors.data.models import check_fit, find_model, load_config, tensor_parallel_plan
+from actors.data.models import check_fit, find_model, load_config, looks_local, tensor_parallel_plan
 from actors.data.prompt_files import is_pattern
 from actors.data.tokenizer import check_tokenizers_agree, load_tokenizer, template_difference
 from actors.data.weight_files import opened
@@ -50,17 +50,22 @@ def checks(config: CampaignConfig, *, offline: bool) -> Iterator[tuple[str, Call
     def here(*paths: str) -> bool:
         return not offline or all(Path(path).expanduser().exists() for path in paths)
 
+    def named(name: str, *paths: str) -> str:
+        """With the path that keeps a check from being run: it may be misspelt, or be one of the cluster's."""
+        missing = [path for path in paths if (path == config.replay or looks_local(path)) and not here(path)]
+        return f"{name} ({missing[0]} is not on this machine)" if missing else name
+
     refuse_revisions(config)
     if not offline:
         refuse_output(config)
     if not offline and any(place.on_hub for place in places(config)):
         yield "hub", lambda: pin(config)
     student = config.student
-    yield "student", (lambda: _student(config)) if here(student.model) else None
+    yield named("student", student.model), (lambda: _student(config)) if here(student.model) else None
     for name, teacher in config.started_teachers.items():
-        known = here(student.model, *([teacher.model] if backend_of(teacher).has_model_files else []))
-        check = (lambda name=name: _teacher(config, name)) if known else None
-        yield f"teacher {name}", check
+        its = [student.model, *([teacher.model] if backend_of(teacher).has_model_files else [])]
+        check = (lambda name=name: _teacher(config, name)) if here(*its) else None
+        yield named(f"teacher {name}", *its), check
     yield "engine", lambda: _engine(config)
     shares = division({role: (count, gpus or 0) for role, (count, gpus) in _configured(config).items()})
     if shares:
@@ -75,16 +80,18 @@ def checks(config: CampaignConfig, *, offline: bool) -> Iterator[tuple[str, Call
     evaluation = config.evaluation.prompts
     sources = [source.path for source in prompt_sources(config).values() if source.path is not None]
     files = [path for path in sources if not is_pattern(path)]
-    yield "prompts", (lambda: _prompts(config)) if here(student.model, *files) else None
+    read = (student.model, *files)
+    yield named("prompts", *read), (lambda: _prompts(config)) if here(*read) else None
     own = any(is_import_path(one.name) for one in (config.evaluation.verifier, *config.evaluation.verifiers.values()))
     if config.environment is not None:
-        yield "environment", (lambda: _environment(config)) if here(student.model, *files) else None
+        yield named("environment", *read), (lambda: _environment(config)) if here(*read) else None
     elif (evaluation is not None and (evaluation.has_references or own)) or config.gives_rewards:
         yield "verifier", lambda: _verifier(config)
     if config.record:
         yield "record", (lambda: record_sentence(config)) if here(*models) else None
     if config.replay is not None:
-        yield "replay", (lambda: _replay(config)) if here(student.model, config.replay) else None
+        read = (config.replay, *read)
+        yield named("replay", *read), (lambda: _replay(config)) if here(*read) else None
     if config.checkpoint.mirror is not None:
         yield "mirror", None if offline else lambda: _mirror(config)
     if config.alerts.command or config.alerts.webhook:

@@ -163,7 +163,8 @@ def main() -> int:
             "# Configuration",
             "",
             "Generated from the dataclasses by `python docs/make_configuration.py`; do not edit. Set a key in YAML, or as",
-            "`key=value` on the command line. [What may change](changes.md) says which keys a running campaign may change.",
+            "`key=value` on the command line; `key={}` empties a mapping. [What may change](changes.md) says which keys a running",
+            "campaign may change.",
             "",
             *section(CampaignConfig, ""),
         ]

@@ -4,6 +4,7 @@ As vLLM's server reads them: a list of text parts is one text, an assistant's tu
 fields that are null are absent, and the arguments of a tool call are an object, also where JSON text was written.
 """
 
+import json
 from typing import Any
 
 from actors.json_files import parsed
@@ -26,17 +27,19 @@ def messages_of(prompt: Any, *, continued: bool) -> list[dict[str, Any]]:
     return messages
 
 
-def conversation_of(prompt: Any, response: Any | None) -> tuple[list[dict[str, Any]], int]:
+def conversation_of(prompt: Any, response: Any, *, whole: bool) -> tuple[list[dict[str, Any]], int]:
     """(messages up to the last of the assistant's, the number of its first one that is a response).
 
     prompt: as in `messages_of`, a plain text is the user's. response: a text is the assistant's; or messages that follow the
-    prompt's. None: the prompt is the whole conversation, whose first answer of the assistant is already a response.
-    ValueError: what is wrong with it.
+    prompt's. whole: the prompt is the whole conversation, whose first answer of the assistant is already a response; `response`
+    is not read. ValueError: what is wrong with it.
     """
     asked = _listed(prompt, "user")
-    answered = [] if response is None else _listed(response, "assistant")
+    answered = [] if whole else _listed(response, "assistant")
     messages = [_message(message, f"message {number}") for number, message in enumerate([*asked, *answered], 1)]
-    begins = 0 if response is None else len(asked)
+    if whole and messages[0]["role"] == "assistant":
+        raise ValueError("it begins with a message of the assistant's, which nobody has asked for")
+    begins = 0 if whole else len(asked)
     turns = [number for number in range(begins, len(messages)) if messages[number]["role"] == "assistant"]
     if not turns:
         raise ValueError("no message of the assistant's")
@@ -45,6 +48,11 @@ def conversation_of(prompt: Any, response: Any | None) -> tuple[list[dict[str, A
     ):
         raise ValueError(f"message {empty + 1}, of the assistant's, is empty")
     return messages[: turns[-1] + 1], turns[0]
+
+
+def in_json(value: Any) -> str:
+    """A value as its file has it, for messages: `null`, `[5]`, `"a text"`; cut after 80 characters."""
+    return json.dumps(value, ensure_ascii=False, default=str)[:80]
 
 
 def _listed(value: Any, role: str) -> list[Any]:

@@ -16,7 +16,7 @@ import xxhash
 
 from actors.data.models import as_user_error
 from actors.errors import UserError
-from actors.import_path import check_call, import_object
+from actors.import_path import check_arguments, import_object
 
 MOST_RECORDS = 1_000_000
 """Records of a function without a limit; it might never end."""
@@ -33,7 +33,7 @@ def own_records(
     record, yields other records in the second call, or yields more than MOST_RECORDS and has no limit.
     """
     function = import_object(name, f"{key}.function", "a function")
-    check_call(function, 0, arguments, f"{key}.function_arguments", name, f"{name}(**function_arguments)")
+    check_arguments(function, arguments, f"{key}.function_arguments", name, "docs/data.md")
     digests: list[int] = []
     for number, record in _records(function, name, arguments, limit, key):
         digests.append(_digest(record, name, number, key))

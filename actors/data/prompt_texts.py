@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from actors.config import PromptsConfig, SourceConfig
-from actors.data.messages import called_tools, messages_of, name_of, tools_of
+from actors.data.messages import called_tools, in_json, messages_of, name_of, tools_of
 from actors.data.models import as_user_error
 from actors.data.prompt_files import field_of
 from actors.errors import UserError
@@ -42,7 +42,7 @@ class Reader:
         if self.section.chat:
             text = self._chat(prompt, record, source, where)
         elif not isinstance(prompt, str) or not prompt:
-            raise UserError(where, f"{source.prompt_field} = {str(prompt)[:80]!r}", "a string (chat is false)")
+            raise UserError(where, f"{source.prompt_field} = {in_json(prompt)}", "a string (chat is false)")
         else:
             text = prompt if self.template is None else _fill(self.template, prompt, record, where)
         # JSON may hold half a surrogate pair, which tokenizers refuse with an error that names no record.
@@ -56,7 +56,7 @@ class Reader:
             messages = messages_of(prompt, continued=continued)
         except ValueError as error:
             expected = "a string, or a list of messages with role and content that does not end with the assistant's"
-            raise UserError(where, f"{source.prompt_field} = {str(prompt)[:80]!r} ({error})", expected) from error
+            raise UserError(where, f"{source.prompt_field} = {in_json(prompt)} ({error})", expected) from error
         if self.template is not None:
             place = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=-1)
             messages[place]["content"] = _fill(self.template, messages[place]["content"], record, where)
@@ -75,7 +75,7 @@ class Reader:
         try:
             tools = tools_of(record.get(source.tools_field))
         except ValueError as error:
-            found = f"{source.tools_field} = {str(record[source.tools_field])[:80]!r} ({error})"
+            found = f"{source.tools_field} = {in_json(record[source.tools_field])} ({error})"
             raise UserError(where, found, "a list of JSON schemas, one for each tool, or null") from error
         arguments = self.section.chat_template_arguments
         arguments = {"add_generation_prompt": add_generation_prompt, **arguments, "tokenize": False}

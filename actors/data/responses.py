@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from actors.config import SourceConfig
-from actors.data.messages import conversation_of
+from actors.data.messages import conversation_of, in_json
 from actors.data.prompt_texts import Reader
 from actors.errors import UserError
 from actors.trajectory import offsets_of, ragged_rows
@@ -71,7 +71,7 @@ def prompt_of(record_prompt: Any, response: Any, same: bool, source: SourceConfi
     """
     if not chat:
         if same or not isinstance(response, str) or not response:
-            raise UserError(where, f"{source.response_field} = {str(response)[:80]!r}", "a string (chat is false)")
+            raise UserError(where, f"{source.response_field} = {in_json(response)}", "a string (chat is false)")
         return record_prompt
     messages, first = _conversation(record_prompt, response, same, source, where)
     return messages[:first]
@@ -118,11 +118,13 @@ def _conversation(
     prompt: Any, response: Any, same: bool, source: SourceConfig, where: str
 ) -> tuple[list[dict[str, Any]], int]:
     try:
-        return conversation_of(prompt, None if same else response)
+        return conversation_of(prompt, response, whole=same)
     except ValueError as error:
-        found = f"{source.response_field} = {str(response)[:80]!r} ({error})"
-        expected = "a text, or a list of messages with role and content, of which at least one is the assistant's"
-        raise UserError(where, found, expected) from error
+        found = f"{source.response_field} = {in_json(response)} ({error})"
+        expected = "a list of messages with role and content, of which at least one is the assistant's"
+        if same:
+            expected += " and follows another: the field is prompt and response in one"
+        raise UserError(where, found, expected if same else f"a text, or {expected}") from error
 
 
 def tokenised(
@@ -185,3 +187,23 @@ def joined(parts: Iterable[Responses]) -> Responses:
         offsets=offsets_of(np.concatenate([np.diff(part.offsets) for part in parts])),
         trained=np.concatenate([part.trained for part in parts]),
     )
+
+
+def odd_tokens(responses: Responses, tokenizer: PreTrainedTokenizerBase, stop: Sequence[int]) -> dict[str, np.ndarray]:
+    """Tokens that no text should become, of which the assistant would learn them -> the responses [m] that hold each.
+
+    The tokenizer's unknown token; a token of `stop` within a turn, after which generation would have ended; other special
+    tokens, unless all responses have them: then the chat template writes them.
+    """
+    tokens, trained = responses.tokens, responses.trained
+    of = np.repeat(np.arange(len(responses.offsets) - 1), np.diff(responses.offsets))
+    is_last = trained.copy()
+    is_last[:-1] &= ~trained[1:] | (of[1:] != of[:-1])
+    unknown = tokenizer.unk_token_id
+    added = [id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special]
+    found = {}
+    for token in np.unique(tokens[trained & np.isin(tokens, [*added, *tokenizer.all_special_ids, *stop])]).tolist():
+        holds = np.unique(of[(tokens == token) & trained & ~(is_last & np.isin(tokens, stop))])
+        if len(holds) and (token == unknown or token in stop or len(holds) < len(responses.offsets) - 1):
+            found[str(tokenizer.convert_ids_to_tokens(token))] = holds
+    return found

@@ -41,7 +41,9 @@ COUNTS = (
     "finish_reason",
     "missing",
 )
-"""Columns with one value a trajectory: all that the campaign process reads of a shard."""
+"""Columns with one value a trajectory: all that the campaign process reads of a shard, with those of parts of the reward."""
+PART = "reward."
+"""What the columns of named parts of the reward begin with."""
 
 
 class Shard(NamedTuple):
@@ -67,6 +69,8 @@ class Row(NamedTuple):
     """Its place in the update."""
     domain: str | None
     """Its prompt's domain."""
+    parts: dict[str, float]
+    """Named parts of its reward."""
 
 
 def shards_in(directory: Path) -> dict[int, list[Shard]]:
@@ -91,21 +95,25 @@ def fault_in(shards: Sequence[Shard]) -> str:
 
 
 def counts_of(shards: Iterable[Shard]) -> dict[str, list[Any]]:
-    """COUNTS of an update's trajectories, in its order, and `shard`: which holds each. The arrays are not read.
+    """COUNTS of an update's trajectories, in its order; `shard`: which holds each; and `parts`: the named parts of each reward.
+    The arrays are not read.
 
     CampaignError: a file cannot be read.
     """
     from pyarrow import parquet
 
-    columns: dict[str, list[Any]] = {name: [] for name in (*COUNTS, "shard")}
+    columns: dict[str, list[Any]] = {name: [] for name in (*COUNTS, "shard", "parts")}
     for shard in shards:
         try:
-            table = parquet.read_table(shard.path, columns=list(COUNTS))
+            parts = [name for name in parquet.read_schema(shard.path).names if name.startswith(PART)]
+            table = parquet.read_table(shard.path, columns=[*COUNTS, *parts])
         except (OSError, ValueError) as error:
             raise CampaignError(f"{shard.path} cannot be read: {error}") from error
         for name in COUNTS:
             columns[name] += table.column(name).to_pylist()
         columns["shard"] += [shard] * len(table)
+        for row in table.select(parts).to_pylist() if parts else [{}] * len(table):
+            columns["parts"].append({name.removeprefix(PART): v for name, v in row.items() if v is not None})
     order = sorted(range(len(columns["row"])), key=lambda i: columns["row"][i])
     return {name: [values[i] for i in order] for name, values in columns.items()}
 
@@ -205,6 +213,8 @@ def _to_table(update: int, written: Trajectories, batches: Sequence[TeacherScore
         columns["student_support_ids"] = per_token(written.support_ids)
     if written.rewards.size:
         columns["reward"] = written.rewards
+    for name in sorted({name for row in rows for name in row.parts}):
+        columns[f"{PART}{name}"] = pyarrow.array([row.parts.get(name) for row in rows], pyarrow.float64())
     for name, scores in teachers.items():
         columns |= {f"teacher.{name}.{field}": values for field, values in scores.columns().items()}
     return pyarrow.table(columns)

@@ -17,6 +17,7 @@ from contextlib import suppress
 from typing import Any
 
 from actors.config import EnvironmentConfig
+from actors.data.messages import tools_of
 from actors.environment.base import Answer, Begun, Episode, environment_class
 
 LOOK_SECONDS = 1.0
@@ -46,24 +47,29 @@ class EnvironmentActor:
         self._start_watch()
         self._forget_late()
 
+        doing = "__init__"
+
         async def begin() -> Begun:
+            nonlocal doing
             own = self._class(**self._config.arguments)
             self._open[key] = (own, time.monotonic() + self._config.episode_timeout_seconds)
+            doing = "reset"
             messages = await own.reset(record, episode)
-            return Begun(messages, getattr(own, "tools", None))
+            doing = "tools"
+            return _begun(messages, getattr(own, "tools", None), parsed=self._config.tool_parser is not None)
 
-        return await self._tried(begin(), lambda error: Begun(error=error))
+        return await self._tried(begin(), lambda error: Begun(error=f"{doing} {error}"))
 
     async def step(self, key: str, message: dict[str, Any]) -> Answer:
         """Gives the student's turn to the environment."""
 
         async def answer() -> Answer:
             if key not in self._open:
-                late = f"the episode took longer than {self._config.episode_timeout_seconds:g} s"
+                late = f"step: the episode took longer than {self._config.episode_timeout_seconds:g} s"
                 return Answer(error=f"{late} (environment.episode_timeout_seconds), or the process was replaced")
             return _answer(await self._open[key][0].step(message))
 
-        return await self._tried(answer(), lambda error: Answer(error=error))
+        return await self._tried(answer(), lambda error: Answer(error=f"step {error}"))
 
     async def close(self, key: str) -> None:
         """The episode is over, or given up."""
@@ -78,16 +84,17 @@ class EnvironmentActor:
         return {"episodes": len(self._open)}
 
     async def _tried(self, work: Awaitable[Any], failed: Callable[[str], Any]) -> Any:
+        """What the work returns, or what `failed` makes of its error: `raised ...`, or `gave no answer ...`."""
         limit = self._config.step_timeout_seconds
         try:
             async with asyncio.timeout(limit) as clock:
                 return await work
         except TimeoutError as error:
             if clock.expired():
-                return failed(f"no answer within {limit:g} s (environment.step_timeout_seconds)")
-            return failed(told(error))
+                return failed(f"gave no answer within {limit:g} s (environment.step_timeout_seconds)")
+            return failed(f"raised {told(error)}")
         except (Exception, SystemExit) as error:
-            return failed(told(error))
+            return failed(f"raised {told(error)}")
 
     def _forget_late(self) -> None:
         now = time.monotonic()
@@ -123,6 +130,21 @@ def told(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     where = f" ({os.path.basename(frames[-1].filename)}, line {frames[-1].lineno})" if frames else ""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}{where}"
+
+
+def _begun(messages: Any, tools: Any, *, parsed: bool) -> Begun:
+    """What `reset` returned, with the tools; an error where `tools` has another form.
+
+    parsed: vLLM parses the calls, and wants each tool to be a function.
+    """
+    try:
+        found = tools_of(list(tools) if isinstance(tools, tuple) else tools)
+        if parsed and any("function" not in tool for tool in found or ()):
+            raise ValueError("no function")
+    except ValueError:
+        expected = 'a list of JSON schemas, {"type": "function", "function": {"name": ..., "parameters": ...}}'
+        return Begun(error=f"tools is {_short(tools)}, expected {expected}")
+    return Begun(messages, found)
 
 
 def _answer(returned: Any) -> Answer:

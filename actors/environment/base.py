@@ -10,9 +10,10 @@ from typing import Any, NamedTuple, Protocol
 
 from actors.config import EnvironmentConfig
 from actors.errors import CampaignError, UserError
-from actors.import_path import check_call, import_object
+from actors.import_path import check_arguments, check_call, import_object
 from actors.trajectory import TrajectoryId
 
+PAGE = "docs/environments.md"
 Message = dict[str, Any]
 """A chat message, `{"role": "user", "content": "Higher."}`."""
 
@@ -69,7 +70,7 @@ class Begun(NamedTuple):
     messages: Any = None
     tools: Any = None
     error: str = ""
-    """What it raised, in one line; empty: nothing."""
+    """What `__init__`, `reset` or `tools` is at fault of, in one line; empty: nothing."""
 
 
 class Answer(NamedTuple):
@@ -102,11 +103,10 @@ def environment_class(config: EnvironmentConfig) -> type[Environment]:
     wrong = [name for name in ("reset", "step") if not inspect.iscoroutinefunction(getattr(found, name, None))]
     if not isinstance(found, type) or wrong:
         what = f"without {' and '.join(f'async def {name}' for name in wrong)}" if wrong else "which is no class"
-        expected = "a class with async def reset(record, episode) and async def step(message) (docs/environments.md)"
+        expected = f"a class with async def reset(record, episode) and async def step(message) ({PAGE})"
         raise UserError(key, f"{config.name} {what}", expected)
     own: Any = found
-    given = ", ".join(f"{name}=..." for name in config.arguments)
-    check_call(own, 0, config.arguments, "environment.arguments", config.name, f"Class({given})")
-    check_call(own.reset, 3, (), key, f"{config.name}.reset", "reset(record, episode)")
-    check_call(own.step, 2, (), key, f"{config.name}.step", "step(message)")
+    check_arguments(own, config.arguments, "environment.arguments", config.name, PAGE)
+    check_call(own.reset, 3, (), key, f"{config.name}.reset", "reset(record, episode)", PAGE)
+    check_call(own.step, 2, (), key, f"{config.name}.step", "step(message)", PAGE)
     return own

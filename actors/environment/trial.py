@@ -38,8 +38,8 @@ def try_environment(
     )
     begun = asyncio.run(_begin(config, one.records[0]))
     if begun.error:
-        found = f"{config.name}, whose reset failed with the first record ({begun.error})"
-        raise UserError("environment.name", found, "the messages of an episode's beginning")
+        found = f"{config.name}, whose {begun.error}, with the first record"
+        raise UserError("environment.name", found, "an episode that begins (docs/environments.md)")
     first, written = (
         ANSWERS["user"],
         Continuation(tokenizer, frozenset(stop_token_ids), prompts.chat_template_arguments),

@@ -16,7 +16,9 @@ def check_parser(name: str) -> None:
 
     known = ToolParserManager.list_registered()
     if name not in known:
-        raise UserError("environment.tool_parser", repr(name), "a tool parser of vLLM, or null", known)
+        raise UserError(
+            "environment.tool_parser", name, f"null, or a parser of vLLM: {', '.join(sorted(known))}", known
+        )
 
 
 def tool_parser(name: str, tokenizer: Any) -> Parse:

@@ -235,7 +235,7 @@ class Episodes:
         except CampaignError as error:
             raise _FailedError(f"{method}: {error}") from error
         if answer.error:
-            raise _FailedError(f"{method}: {answer.error}")
+            raise _FailedError(answer.error)
         return answer
 
     async def _place(self, id_: TrajectoryId, attempt: int) -> Any:

@@ -56,7 +56,11 @@ def course(run_dirs: Sequence[Path]) -> Run:
     first, end = runs[0].result, runs[-1].summary
     sums = {key: sum(run.result[key] or 0 for run in runs) for key in ("updates", "tokens_generated", "wall_seconds")}
     starts = {key: first[key] for key in ("accuracy_start", "accuracy_sampled_start", "reverse_kl_start")}
-    return replace(runs[-1], metrics=rows, summary={**end, **sums, **starts} if len(runs) > 1 else end)
+    if len(runs) == 1:
+        return replace(runs[-1], metrics=rows)
+    planned = {**runs[-1].setting("pipeline", {}), "updates": sum(run.setting("pipeline.updates", 0) for run in runs)}
+    config = {**runs[-1].config, "pipeline": planned}
+    return replace(runs[-1], metrics=rows, summary={**end, **sums, **starts}, config=config)
 
 
 def evaluated(run: Run) -> list[dict[str, Any]]:

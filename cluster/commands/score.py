@@ -103,7 +103,7 @@ class OfFile:
         ids = np.stack([np.zeros_like(numbers), numbers, np.zeros_like(numbers)], axis=1)
         _, written = copied(self._prompts, ids, NO_VERSION, self._config.sampling.max_response_tokens)
         unknown = np.full(len(written.response_tokens), np.nan, np.float32)
-        rows = [Row(int(n), place, self._prompts.domains[n]) for place, n in enumerate(numbers)]
+        rows = [Row(int(n), place, self._prompts.domains[n], {}) for place, n in enumerate(numbers)]
         return replace(written, behaviour_logprobs=unknown), rows
 
     def routes(self, rows: list[Row], written: Trajectories) -> PromptRoutes:
@@ -129,7 +129,7 @@ class OfRecord:
         counts = counts_of(shards)
         ids = np.stack([np.array(counts[name], np.int64) for name in ("epoch", "prompt", "sample")], axis=1)
         written = select_trajectories(ids, [shard.trajectories()[0] for shard in shards])
-        rows = zip(counts["number"], counts["row"], counts["domain"], strict=True)
+        rows = zip(counts["number"], counts["row"], counts["domain"], counts["parts"], strict=True)
         return written, [Row(*row) for row in rows]
 
     def routes(self, rows: list[Row], written: Trajectories) -> PromptRoutes:

@@ -122,7 +122,11 @@ def status_line(status: Mapping[str, Any]) -> str:
     if "tokens_per_second" in status:
         parts.append(f"{status['tokens_per_second']:,.0f} tokens/s")
     kl = metrics.get("reverse_kl", evaluation.get("eval/reverse_kl"))
-    parts.append(f"reverse KL {written(kl, METRICS['reverse_kl'].digits)}")
+    # Where no teacher scores what is trained on, the loss says how it goes.
+    if kl is None and "loss" in metrics:
+        parts.append(f"loss {written(metrics['loss'], METRICS['loss'].digits)}")
+    else:
+        parts.append(f"reverse KL {written(kl, METRICS['reverse_kl'].digits)}")
     if "eval/accuracy" in evaluation:
         of_teacher = f" (teacher {teacher:.1%})" if teacher is not None else ""
         parts.append(f"accuracy {with_interval(evaluation, 'eval/accuracy', '.1%')}{of_teacher}")

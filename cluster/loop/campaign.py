@@ -359,7 +359,7 @@ class Campaign:
         """Lets the learner record the update that it has just taken. DiskFullError: it is to be called again."""
         domains = self._prompts.domains_of(ids_of(one.sampled for one in update)) or [None] * len(update)
         rows = [
-            Row(one.sampled.number, place, domain)
+            Row(one.sampled.number, place, domain, one.sampled.parts)
             for place, (one, domain) in enumerate(zip(update, domains, strict=True))
         ]
         await self.learner.call("record", str((self.config.run_dir / RECORD_DIRECTORY).resolve()), rows)

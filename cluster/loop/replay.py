@@ -47,6 +47,7 @@ class Replay:
         ledger.sampled(numbers)
         ledger.scored(numbers)
         self._state.missing_scores += sum(counts["missing"])
+        self._state.tokens_generated += sum(counts["length"]) - sum(counts["context"])
         return [Scored(self._sampled(number, row, counts), (), 0) for row, number in enumerate(numbers)]
 
     def _sampled(self, number: int, row: int, counts: dict[str, list[Any]]) -> Sampled:
@@ -60,5 +61,6 @@ class Replay:
             length=counts["length"][row],
             oldest_version=min(version, self._state.step),
             truncated=counts["finish_reason"][row] == "length",
+            parts=counts["parts"][row],
             context=counts["context"][row],
         )

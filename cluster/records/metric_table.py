@@ -333,7 +333,7 @@ METRICS: dict[str, Metric] = {
     "policy_version": Metric(PIPELINE, "updates", "version of the weights that the update made"),
     "wall_seconds": Metric(PIPELINE, "seconds, total", "time that the campaign has run, without downtime"),
     "trajectories": Metric(PIPELINE, "trajectories, total", "trajectories trained on"),
-    "tokens_generated": Metric(PIPELINE, "tokens, total", "tokens sampled"),
+    "tokens_generated": Metric(PIPELINE, "tokens, total", "tokens sampled for training; in a replay, those of the record"),
     "tokens_per_second": Metric(
         PIPELINE, "tokens per second",
         "sampled tokens over the time since the line before, evaluations included; computed by the report",

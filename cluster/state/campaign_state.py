@@ -27,7 +27,7 @@ class CampaignState:
     """Updates taken."""
     ledger: Ledger = field(default_factory=Ledger)
     tokens_generated: int = 0
-    """Response tokens sampled for training."""
+    """Response tokens sampled for training, or replayed."""
     busy: dict[str, float] = field(default_factory=lambda: dict.fromkeys(ROLES, 0.0))
     """Role -> seconds of work, summed over the role's actors."""
     processor_seconds: float = 0.0

@@ -6,12 +6,13 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_origin
 
 import xxhash
 
+from actors.data.messages import in_json
 from actors.data.trajectory_shards import Shard, counts_of, fault_in, rows_of, shards_in
 from actors.errors import UserError
 from actors.json_files import DamagedError, read_json
@@ -26,7 +27,9 @@ SIGNAL = ("signal", "top_k", "temperature", "prompt_template", "domains", "weigh
 """Settings of a teacher that its scores depend on, beside its model and tokenizer."""
 SAMPLING = ("temperature", "top_p", "top_k")
 """Settings that the recorded log-probs depend on."""
-KEY = "replay"
+NAMES = {str: "text", int: "whole number", bool: "true or false", dict: "object"}
+KEY, STUDENT = "replay", "student.model"
+VOCABULARY = f"{STUDENT} (its vocabulary)"
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,8 @@ class Origin:
     """Whether they have rewards."""
     input: str = ""
     """Fingerprint of the file, for "file"."""
+    models: dict[str, str] = field(default_factory=dict)
+    """Configuration key of a model or tokenizer -> its path or name, for messages."""
     format: int = field(default=FORMAT)
 
     @classmethod
@@ -55,13 +60,14 @@ class Origin:
         """Of a campaign. inputs: its fingerprints. tokenizer: the student's."""
         return cls(
             tokenizer=tokenizer_fingerprint(tokenizer),
-            student=inputs["student.model"]["fingerprint"],
+            student=inputs[STUDENT]["fingerprint"],
             teachers={name: _teacher(config, name, inputs) for name in sorted(config.teachers)},
             sampling={name: getattr(config.sampling, name) for name in SAMPLING},
             trajectories_per_update=config.trajectories_per_update,
             samples_per_prompt=config.pipeline.samples_per_prompt,
             written_by=estimator_row(config.learner.objective.estimator).text_by,
             rewards=config.gives_rewards,
+            models={key: its["path"] for key, its in inputs.items() if key == STUDENT or key.startswith("teachers.")},
         )
 
 
@@ -105,15 +111,36 @@ def read_origin(directory: Path) -> Origin:
     path = directory / ORIGIN_FILE
     try:
         content = read_json(path)
-        if content["format"] > FORMAT:
-            raise UserError(str(path), f"format {content['format']}", f"at most {FORMAT}: a newer release wrote it")
-        return Origin(**content)
     except FileNotFoundError as error:
         raise UserError(
             str(path), "nothing", "the file that a campaign with record: true writes beside its shards"
         ) from error
-    except (DamagedError, KeyError, TypeError) as error:
+    except DamagedError as error:
         raise UserError(str(path), f"a damaged file ({error})", "the file as the campaign wrote it") from error
+    release = content.get("format") if isinstance(content, dict) else None
+    if type(release) is int and release > FORMAT:
+        raise UserError(str(path), f"format {release}", f"at most {FORMAT}: a newer release wrote it")
+    if fault := _fault(content):
+        raise UserError(str(path), f"a damaged file ({fault})", "the file as the campaign wrote it")
+    return Origin(**content)
+
+
+def _fault(content: Any) -> str:
+    """What is wrong with the content of an ORIGIN_FILE, in words; "" if it is an Origin."""
+    if not isinstance(content, dict):
+        return "it holds no JSON object"
+    known = {item.name: item for item in fields(Origin)}
+    if other := next((name for name in content if name not in known), None):
+        return f"it has the key {other!r}, which no record has"
+    for name, item in known.items():
+        kind: Any = get_origin(item.type) or item.type
+        if name not in content:
+            if item.default is MISSING and item.default_factory is MISSING:
+                return f"it has no {name}"
+        elif type(content[name]) is not kind:
+            return f"{name} is {in_json(content[name])}, which is no {NAMES[kind]}"
+    wrong = next((name for name, its in content["teachers"].items() if not isinstance(its, dict)), None)
+    return "" if wrong is None else f"teachers.{wrong} is {in_json(content['teachers'][wrong])}, which is no object"
 
 
 @dataclass(frozen=True)
@@ -200,7 +227,7 @@ def _compare_with_ledger(
 
 def demand_fit(config: CampaignConfig, record: Record, origin: Origin) -> None:
     """UserError: this campaign cannot train on the record. origin: of the campaign itself."""
-    free = ("student.model", "pipeline.samples_per_prompt", "sampling") if not record.by_student else ()
+    free = (STUDENT, "pipeline.samples_per_prompt", "sampling") if not record.by_student else ()
     if other := _difference(record.origin, origin, free):
         raise UserError(other.key, other.now, f"{other.before}, as in {record.directory}")
     if config.gives_rewards and not record.origin.rewards:
@@ -273,13 +300,20 @@ def _difference(before: Origin, now: Origin, free: Sequence[str]) -> Difference 
         of_files = key.rpartition(".")[2] in ("model", "tokenizer")
         if a == b or is_below(key, free) or (of_files and None in (a, b)):
             continue
-        return Difference(key, "the same files", "other files") if of_files else Difference(key, a, b)
+        if not of_files and key != VOCABULARY:
+            return Difference(key, a, b)
+        named = STUDENT if key == VOCABULARY else key
+        what = "vocabulary" if key == VOCABULARY else "files"
+        old, new = (its.models.get(named, "the model") for its in (before, now))
+        return Difference(
+            named, f"the {what} of {old}", f"{new}, whose {what} {'is' if what == 'vocabulary' else 'are'} not the same"
+        )
     return None
 
 
 def _settings(origin: Origin) -> dict[str, Any]:
     """Configuration key -> value or fingerprint, of what must be the same."""
-    found: dict[str, Any] = {"student.model (its vocabulary)": origin.tokenizer[:8], "student.model": origin.student}
+    found: dict[str, Any] = {VOCABULARY: origin.tokenizer, STUDENT: origin.student}
     found |= {f"sampling.{name}": value for name, value in origin.sampling.items()}
     found["pipeline.samples_per_prompt"] = origin.samples_per_prompt
     found["pipeline.prompts_per_update x samples_per_prompt"] = origin.trajectories_per_update

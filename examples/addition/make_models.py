@@ -102,8 +102,9 @@ def teach(
     *,
     steps: int,
     lesson: Callable[[], tuple[str, str]],
+    opening: str = "<bos><user>",
 ) -> None:
-    """Supervised training with 64 lessons (prompt, answer) a step."""
+    """Supervised training with 64 lessons (prompt, answer) a step. opening: what the chat template writes before a prompt."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.99), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps, pct_start=0.1)
     start = time.perf_counter()
@@ -111,7 +112,7 @@ def teach(
         prompts, answers = [], []
         for _ in range(64):
             prompt, answer = lesson()
-            prompts.append(f"<bos><user>{prompt}<assistant>")
+            prompts.append(f"{opening}{prompt}<assistant>")
             answers.append(answer + "<eos>")
         asked = tokenizer(prompts, add_special_tokens=False)["input_ids"]
         given = tokenizer(answers, add_special_tokens=False)["input_ids"]

@@ -1,7 +1,9 @@
 """The environment actor, and what is known of an environment before a campaign starts."""
 
 import asyncio
+import sys
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,7 @@ from actors.config import EnvironmentConfig, PromptsConfig
 from actors.environment.actor import BLOCKED, EnvironmentActor
 from actors.environment.base import Episode, environment_class
 from actors.environment.trial import try_environment
+from actors.environment.vllm_tool_parser import check_parser
 from actors.errors import UserError
 from actors.rollout.episodes import turn_seed
 from actors.trajectory import TrajectoryId
@@ -56,6 +59,22 @@ class FewArguments:
     async def step(self, message: dict) -> None: ...
 
 
+class Needs:
+    """An argument without a default; one that is wrong; and tools of another form."""
+
+    def __init__(self, size: int, tools: Any = None):
+        if size < 0:
+            raise ValueError("no such size")
+        self.tools = tools
+
+    async def reset(self, record: dict, episode: Episode) -> Any:
+        if not self.tools:
+            raise ValueError("no tools")
+        return "Go."
+
+    async def step(self, message: dict) -> Any: ...
+
+
 def config(name: str = "Returns", **settings: Any) -> EnvironmentConfig:
     return EnvironmentConfig(name=f"{HERE}:{name}", **settings)
 
@@ -64,7 +83,7 @@ def answer_of(**arguments: Any) -> Any:
     async def ask() -> Any:
         actor = EnvironmentActor(config(arguments=arguments, step_timeout_seconds=arguments.pop("limit", 60.0)))
         begun = await actor.reset("a", EPISODE, {"prompt": "1+1="})
-        assert begun.messages == [{"role": "user", "content": "1+1="}] and begun.tools == Returns.tools
+        assert begun.messages == [{"role": "user", "content": "1+1="}] and begun.tools == [*Returns.tools]
         answer = await actor.step("a", {"role": "assistant", "content": "2"})
         await actor.close("a")
         assert await actor.status() == {"episodes": 0}
@@ -77,16 +96,19 @@ def test_what_a_step_returns_or_raises_is_a_value() -> None:
     assert answer_of(answer=([], np.True_, np.float32(0.5)))[1:] == (True, 0.5, "")
     assert answer_of(answer=("go on", False, None)) == ("go on", False, None, "")
     for wrong, told in (
+        (KeyError("number"), "step raised KeyError: 'number' (test_environment.py, line"),
         (None, "step returned None, expected (messages, done, reward)"),
         (("text", True), "step returned ('text', True)"),
         (("text", True, "much"), "reward = 'much'"),
         (("text", True, "1.0"), "reward = '1.0'"),
         (("text", True, float("nan")), "the reward nan"),
-        (KeyError("number"), "KeyError: 'number' (test_environment.py, line"),
-        (TimeoutError("of its own"), "TimeoutError: of its own"),
+        (TimeoutError("of its own"), "step raised TimeoutError: of its own"),
     ):
         assert told in answer_of(answer=wrong).error
-    assert "no answer within 0.05 s (environment.step_timeout_seconds)" in answer_of(seconds=60.0, limit=0.05).error
+    assert (
+        "step gave no answer within 0.05 s (environment.step_timeout_seconds)"
+        in answer_of(seconds=60.0, limit=0.05).error
+    )
 
 
 def test_an_episode_that_is_never_closed_is_forgotten_and_a_blocked_process_ends() -> None:
@@ -117,7 +139,17 @@ def test_an_episode_that_is_never_closed_is_forgotten_and_a_blocked_process_ends
         ("Missing", {}, "environment.name", "Missing"),
         ("NotAsync", {}, "environment.name", "without async def reset"),
         ("FewArguments", {}, "environment.name", "reset(record, episode)"),
-        ("Returns", {"turns": 3}, "environment.arguments", "turns"),
+        (
+            *("Returns", {"answers": 3}, "environment.arguments"),
+            f"found answers, expected arguments that {HERE}:Returns takes: answer, seconds, blocks (docs/environments.md)"
+            " (did you mean 'answer'?)",
+        ),
+        (
+            "Needs",
+            {},
+            "environment.arguments",
+            "found none (missing a required argument: 'size'), expected arguments that",
+        ),
         ("until", {}, "environment.name", "without async def reset and async def step"),
     ],
 )
@@ -139,6 +171,32 @@ def test_an_environment_is_tried_with_the_first_record(tmp_path: Any) -> None:
     assert "note: with messages of the role user" in try_environment(
         config(earlier_turns="written"), prompts, tokenizer, [1]
     )
+
+
+def test_a_beginning_that_fails_says_which_part_of_the_environment_is_at_fault() -> None:
+    def begun(parser: str | None = None, **arguments: Any) -> str:
+        own = config("Needs", arguments=arguments, tool_parser=parser)
+        return asyncio.run(EnvironmentActor(own).reset("a", EPISODE, {})).error
+
+    assert begun(size=-1).startswith("__init__ raised ValueError: no such size (test_environment.py, line")
+    assert begun(size=1).startswith("reset raised ValueError: no tools (")
+    for wrong in ("add", ["add"], [{"type": "function"}], {"name": "add"}):
+        assert begun(size=1, tools=wrong).startswith(f"tools is {wrong!r}, expected a list of JSON schemas")
+    assert begun(size=1, tools=[{"name": "add"}]) == ""
+    assert begun("hermes", size=1, tools=[{"name": "add"}]).startswith("tools is [{'name': 'add'}], expected")
+
+
+def test_an_unknown_parser_of_tool_calls_is_told_with_the_nearest_and_all_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    known = SimpleNamespace(list_registered=lambda: ["mistral", "hermes", "xlam"])  # vLLM's own take long to import
+    monkeypatch.setitem(sys.modules, "vllm.tool_parsers", SimpleNamespace(ToolParserManager=known))
+    for name, nearest in (("hermess", " (did you mean 'hermes'?)"), ("qqq", "")):
+        with pytest.raises(UserError) as refused:
+            check_parser(name)
+        told = str(refused.value)
+        assert told.startswith(f"environment.tool_parser: found {name}, expected null, or a parser of vLLM")
+        assert ": hermes, mistral, xlam" in told and told.endswith(nearest)
 
 
 def test_the_first_turn_has_the_seed_of_a_single_answer() -> None:

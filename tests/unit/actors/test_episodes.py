@@ -197,7 +197,7 @@ def test_an_attempt_that_fails_is_repeated_with_the_same_draws() -> None:
 @pytest.mark.parametrize(
     ("settings", "cause"),
     [
-        ({"attempts": 2}, "step: ValueError: broken (test_episodes.py, line"),
+        ({"attempts": 2}, "step raised ValueError: broken (test_episodes.py, line"),
         ({"attempts": 2, "hangs": True, "step_timeout_seconds": 0.1}, "no answer within 0.1 s (environment.step_timeout_seconds)"),
         ({"attempts": 1, "hangs": True, "episode_timeout_seconds": 0.1}, "not over after 0.1 s (environment.episode_timeout_seconds)"),
     ],

@@ -10,7 +10,7 @@ import pytest
 from actors.config import PromptsConfig
 from actors.data.fingerprints import prompts_fingerprint
 from actors.data.prompts import PromptSet, copied, load_prompts
-from actors.data.responses import Ends
+from actors.data.responses import Ends, odd_tokens
 from actors.errors import UserError
 from tests.tiny_models import make_tiny_tokenizer
 from tests.tiny_tokenizers import byte_level, sentencepiece
@@ -104,15 +104,27 @@ LAST_ONLY = (
 @pytest.mark.parametrize(
     ("record", "settings", "told"),
     [
-        ({"prompt": "a", "answer": ""}, {}, r"answer = '' \(it is empty\)"),
+        ({"prompt": "a", "answer": ""}, {}, r'answer = "" \(it is empty\)'),
         ({"prompt": "a", "answer": []}, {}, r"no messages"),
-        ({"prompt": "a", "answer": TALK[:2]}, {}, r"no message of the assistant's"),
+        ({"prompt": "a", "answer": TALK[:2]}, {}, r"no message of the assistant's\), expected a text, or a list"),
+        ({"prompt": "a", "answer": None}, {}, r"answer = null \(neither a text nor a list of messages\)"),
+        ({"prompt": "a", "answer": [5]}, {}, r"answer = \[5\] \(message 2 is not an object"),
+        (
+            {"prompt": "1+1="},
+            {"response_field": "prompt"},
+            r'prompt = "1\+1=" \(no message of the assistant\'s\), expected a list of messages .* in one$',
+        ),
+        (
+            {"prompt": TALK[2:5]},
+            {"response_field": "prompt"},
+            r"it begins with a message of the assistant's, which nobody has asked for",
+        ),
         (
             {"prompt": TALK[1:2], "answer": [{"role": "assistant", "content": ""}]},
             {},
             r"message 2, of the assistant's, is",
         ),
-        ({"prompt": "a", "answer": 7}, {"chat": False}, r"answer = '7', expected a string"),
+        ({"prompt": "a", "answer": 7}, {"chat": False}, r"answer = 7, expected a string"),
         ({"prompt": "a"}, {}, r"prompts\.response_field: found answer, expected a field of .*line 1"),
         (
             {"prompt": TALK, "answer": "2"},
@@ -126,3 +138,16 @@ def test_what_cannot_be_a_response_is_one_error(
 ) -> None:
     with pytest.raises(UserError, match=told):
         load(tmp_path, [record], **{"response_field": "answer", **settings})
+
+
+def test_tokens_that_no_text_should_become_are_told(tmp_path: Path) -> None:
+    tokenizer = make_tiny_tokenizer()
+    texts = ["2", "2<eos>", "2§", "<user>2", "2<eos>2§"]
+    found = load(tmp_path, [{"prompt": "1+1=", "answer": text} for text in texts], response_field="answer")
+    assert found.responses is not None
+    odd = odd_tokens(found.responses, tokenizer, [tokenizer.eos_token_id])
+    assert {token: rows.tolist() for token, rows in odd.items()} == {"<eos>": [1, 4], "<unk>": [2, 4], "<user>": [3]}
+    # What all responses have is the chat template's, but for ends and unknown tokens.
+    found = load(tmp_path, [{"prompt": "1+1=", "answer": "<user>2§"}] * 2, response_field="answer")
+    assert found.responses is not None
+    assert list(odd_tokens(found.responses, tokenizer, [tokenizer.eos_token_id])) == ["<unk>"]

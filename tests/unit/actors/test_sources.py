@@ -155,7 +155,11 @@ def test_a_function_of_the_users_own_yields_records(monkeypatch: pytest.MonkeyPa
         ("records", {"count": 5, "what": "raises"}, r"failed after 2 records \(ValueError: no third\)"),
         ("records", {"count": 5, "what": "text"}, r"whose record 2 is '1\+1=', a str"),
         ("records", {"count": 5, "what": "field"}, r"^prompts\.prompt_field: found prompt, .*record 2 \(question\)"),
-        ("records", {"size": 5}, r"^prompts\.function_arguments: found .*:records"),
+        (
+            "records",
+            {"size": 5},
+            r"^prompts\.function_arguments: found size, expected arguments that .*:records takes: count, ",
+        ),
         ("recods", {}, r"did you mean .*:records"),
         ("odd_fields", {"what": "tuple"}, r"whose record 2 has the field 'odd' \(TypeError: keys must be str"),
         ("odd_fields", {"what": "circular"}, r"record 2 has the field 'odd' \(ValueError: Circular reference"),

@@ -68,7 +68,8 @@ def test_what_is_written_in_two_parts_is_read_bit_for_bit(tmp_path: Path) -> Non
     one.logprobs[6], one.support_logprobs[6, 1] = np.nan, np.nan
     earlier = scores("wise.b", written.ids[[2]], [4], 0.25)  # scored again later: the last counts
     two = scores("other", written.ids, list(LENGTHS), 0.5, hidden=5)
-    rows = [Row(40 + i, i, domain) for i, domain in enumerate(("a", None, "b"))]
+    parts: list[dict[str, float]] = [{"form": 0.5}, {}, {"form": 1.0, "length": -2.0}]
+    rows = [Row(40 + i, i, domain, parts[i]) for i, domain in enumerate(("a", None, "b"))]
     for part, own in enumerate(([0, 2], [1])):
         mine = select_trajectories(written.ids[own], [written])
         write_shard(tmp_path, 9, part, 2, mine, [earlier, one, two], [rows[i] for i in own])
@@ -83,13 +84,14 @@ def test_what_is_written_in_two_parts_is_read_bit_for_bit(tmp_path: Path) -> Non
     same(first, one)
     counts = counts_of(shards)
     assert counts["number"] == [40, 41, 42] and counts["domain"] == ["a", None, "b"] and counts["missing"] == [0, 0, 1]
+    assert counts["parts"] == parts
     assert counts["length"] == [3, 1, 4] and counts["context"] == [0, 0, 2] and counts["oldest_version"] == [4, 3, 5]
 
 
 def test_a_part_is_replaced_and_damage_is_told(tmp_path: Path) -> None:
     written = trajectories()
     two = scores("other", written.ids, list(LENGTHS), 1.0)
-    rows = [Row(i, i, None) for i in range(3)]
+    rows = [Row(i, i, None, {}) for i in range(3)]
     before = write_shard(tmp_path, 1, 0, 1, written, [two], rows)
     two.logprobs[0] = -1
     shard = write_shard(tmp_path, 1, 0, 1, written, [two], rows)

@@ -83,6 +83,7 @@ def test_all_methods_are_run_and_told_apart_and_nothing_is_run_twice(folder: Pat
     assert all(row.split(" | ")[-3:] == ["0", "0", "0 |"] for row in rows)  # a target of 0 is reached at once
     page = (runs / "all-comparison.html").read_text()
     assert page.count('class="band') >= 3 and "eval" in page
+    assert page.count("update 3 of 3") == len(METHODS), "also where the updates are of two campaigns"
     evaluations = json.loads((runs / "all-comparison.json").read_text())
     assert {m: [len(rows) for rows in seeds] for m, seeds in evaluations.items()} == {
         m: [3, 3] if m == "sft_then_opd" else [2, 2] for m in METHODS

@@ -405,6 +405,17 @@ def test_the_last_override_wins(tmp_path: Path) -> None:
     assert config.output_dir == "a=b"
 
 
+def test_an_override_with_empty_braces_empties_what_the_file_has(tmp_path: Path) -> None:
+    sets = "  sets: {far: {prompts: {path: far.jsonl}, verifier: {name: exact}}}\n"
+    path = written(tmp_path, f"{GOOD}evaluation:\n{sets}rollout: {{engine: {{max_num_seqs: 8}}, replicas: 2}}\n")
+    assert load_config(path).evaluation.sets and load_config(path).rollout.engine
+    config = load_config(path, ["evaluation.sets={}", "rollout.engine={}", "rollout.engine.seed=1", "guards={}"])
+    assert config.evaluation.sets == {} and config.rollout.engine == {"seed": 1} and config.rollout.replicas == 2
+    assert "teachers: found none" in refusal(tmp_path, GOOD, "teachers={}")
+    others = load_config(path, ["teachers={}", "teachers.other.model=b"]).teachers
+    assert {name: teacher.model for name, teacher in others.items()} == {"other": "b"}
+
+
 def test_what_is_written_is_read_back_as_an_equal_object(tmp_path: Path) -> None:
     overrides = [
         "evaluation.prompts.path=heldout.jsonl",

@@ -83,8 +83,14 @@ def test_a_note_is_printed_as_it_is(tmp_path):
 
 def test_figures_that_are_missing_or_not_finite_are_dashes_or_left_out(tmp_path):
     run = Run(tmp_path / "run", total=2)
-    run.update(2, reverse_kl=float("nan"), staleness_mean=None, **{"eval/accuracy": None})
+    run.update(2, reverse_kl=float("nan"), loss=None, staleness_mean=None, **{"eval/accuracy": None})
     assert run.output.getvalue() == "update 2/2  reverse KL -\n"
+
+
+def test_without_a_reverse_kl_the_line_has_the_loss(tmp_path):
+    run = Run(tmp_path / "run", total=2)
+    run.update(2, reverse_kl=None, loss=1.23456, staleness_mean=None, **{"eval/accuracy": None, "eval/reverse_kl": None})
+    assert run.output.getvalue() == "update 2/2  loss 1.235\n"
 
 
 def test_on_a_terminal_the_screen_is_that_of_status_and_stays_in_place(tmp_path):

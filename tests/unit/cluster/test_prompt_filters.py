@@ -94,3 +94,29 @@ def test_held_out_prompts_that_are_trained_on_are_told(folder: Path) -> None:
     assert events == ["held_out_overlap"]
     assert read(folder, {"path": str(folder / "train.jsonl")}, "heldout.jsonl").shared.startswith("3 of 3")
     assert read(folder, {"path": str(folder / "repeats.jsonl")}).shared == ""
+
+
+def test_odd_tokens_in_responses_and_a_schedule_without_the_first_updates_are_told(folder: Path) -> None:
+    texts = ["2", "2<eos>3", "2§"]
+    lines = [json.dumps({"prompt": "1+1=", "answer": text}) + "\n" for text in texts]
+    (folder / "odd.jsonl").write_text("".join(lines))
+    prompts = {"path": str(folder / "odd.jsonl"), "response_field": "answer", "reference_field": None}
+    schedule = {"max_response_tokens": 20, "response_tokens_schedule": [[3, 8], [5, 16]]}
+    file = configuration(
+        folder,
+        "odd",
+        prompts=prompts,
+        evaluation={"prompts": None},
+        learner={"objective": {"estimator": "sft"}},
+        pipeline={"updates": 6, "samples_per_prompt": 1},
+        sampling=schedule,
+    )
+    place = folder / "odd.jsonl"
+    assert read_inputs(load_config(file)).remarks == [
+        f"note: 1 of 3 responses hold <eos> within a text, first {place}, line 2",
+        f"note: 1 of 3 responses hold <unk> within a text, first {place}, line 3",
+        "note: before update 3, with which sampling.response_tokens_schedule begins, responses have up to 20 tokens "
+        "(max_response_tokens)",
+    ]
+    whole = "sampling.response_tokens_schedule=[[1, 8], [5, 16]]"
+    assert len(read_inputs(load_config(file, [whole])).remarks) == 2

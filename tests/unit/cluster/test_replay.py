@@ -122,6 +122,11 @@ def test_the_same_campaign_replayed_gives_the_same_bits_without_rollout_or_teach
     assert next(event for event in events if event["kind"] == "replays")["updates"] == UPDATES
     counts = json.loads((again / "summary.json").read_text())["ledger"]
     assert counts["trained"] == counts["issued"] == 8 * UPDATES
+    generated = [
+        [row["tokens_generated"] for row in read_jsonl(run / "metrics.jsonl") if row["step"]]
+        for run in (again, folder / "runs" / "first")
+    ]
+    assert generated[0] == generated[1] and generated[0][0] > 0, "the tokens of the record"
 
 
 def test_a_replay_of_several_epochs_weighs_and_measures_how_far_off_policy_it_is(folder: Path) -> None:
@@ -172,9 +177,13 @@ def test_what_does_not_fit_is_refused_before_the_first_update(folder: Path) -> N
         r"pipeline.max_staleness: found 0, .* 4 updates old, expected at least 4", pipeline={"updates": 5}, **weighed
     )
     make_tiny_model(folder / "other", hidden=32, layers=1, context=64, seed=9)
-    refused(r"student.model: found other files, expected the same files", student={"model": str(folder / "other")})
+    refused(
+        rf"^student\.model: found {folder}/other, whose files are not the same, expected the files of {folder}/student, as in",
+        student={"model": str(folder / "other")},
+    )
     teacher = {"model": str(folder / "other"), "dtype": "float32", "signal": "topk", "top_k": 4}
-    refused(r"teachers.default.model: found other files", teachers={"default": teacher})
+    told = rf"^teachers\.default\.model: found {folder}/other, whose files are not the same, expected the files of {folder}/teacher"
+    refused(told, teachers={"default": teacher})
     refused(r"teachers.default.top_k: found 5, expected 4", teachers={"default": {**teacher, "top_k": 5}})
     refused(r"sampling.temperature: found 0.5, expected 1.0", sampling={"temperature": 0.5})
     for damage, told in {
@@ -191,7 +200,9 @@ def test_what_does_not_fit_is_refused_before_the_first_update(folder: Path) -> N
         refused(told, copy)
     refused("which holds no record", folder / "teacher")
     other = dataclasses.replace(recorded.Origin.of(config, inputs, tokenizer), tokenizer="another")
-    with pytest.raises(UserError, match=r"student.model .its vocabulary.: found another"):
+    with pytest.raises(
+        UserError, match=r"student.model: found .*, whose vocabulary is not the same, expected the vocabulary of"
+    ):
         recorded.demand_fit(config, recorded.opened(str(first)), other)
 
 
@@ -211,3 +222,31 @@ def test_a_record_begins_with_the_first_update_and_keeps_no_whole_vocabularies(f
         patch.setattr(size, "MOST_SCORE_BYTES", 100)
         with pytest.raises(UserError, match=r"teachers.default.signal: found full, .* bytes a token"):
             record_bytes(config)
+
+
+def test_a_damaged_record_json_is_told_in_words(tmp_path: Path) -> None:
+    whole = {
+        **{"tokenizer": "a", "student": "b", "teachers": {"default": {}}, "sampling": {}, "trajectories_per_update": 8},
+        **{"samples_per_prompt": 1, "written_by": "student", "format": 1},
+    }
+    file = tmp_path / "record.json"
+    for content, told in (
+        ("[]", "it holds no JSON object"),
+        ("{", "Expecting property name"),
+        ({"tokenizer": "a"}, "it has no student"),
+        ({**whole, "student": 5}, "student is 5, which is no text"),
+        ({**whole, "samples_per_prompt": "1"}, 'samples_per_prompt is "1", which is no whole number'),
+        ({**whole, "rewards": None}, "rewards is null, which is no true or false"),
+        ({**whole, "teachers": {"default": []}}, "teachers.default is [], which is no object"),
+        ({**whole, "format": None}, "format is null"),
+        ({**whole, "more": 1}, "it has the key 'more', which no record has"),
+    ):
+        file.write_text(content if isinstance(content, str) else json.dumps(content))
+        with pytest.raises(UserError) as refused:
+            recorded.read_origin(tmp_path)
+        assert str(refused.value).startswith(f"{file}: found a damaged file (") and told in str(refused.value)
+    file.write_text(json.dumps({**whole, "format": 2, "more": 1}))
+    with pytest.raises(UserError, match="found format 2, expected at most 1: a newer release wrote it"):
+        recorded.read_origin(tmp_path)
+    file.write_text(json.dumps(whole))
+    assert recorded.read_origin(tmp_path).written_by == "student"

@@ -238,6 +238,17 @@ def test_every_check_says_what_it_does(runs: Runs) -> None:
     assert set(DOING) >= {name.partition(" ")[0] for name in names}
 
 
+def test_offline_a_path_that_is_not_here_is_named(runs: Runs) -> None:
+    from cluster.config_file import load_config
+
+    root = Path(__file__).resolve().parents[3]
+    changes = ["replay=frist", "prompts.path=runs/trian.jsonl", "student.model=owner/name"]
+    (runs.home / "runs").mkdir(exist_ok=True)
+    found = checks(load_config(root / "configs" / "quickstart.yaml", changes), offline=True)
+    skipped = {name for name, check in found if check is None}
+    assert {"student", "replay (frist is not on this machine)"} <= skipped
+
+
 def test_a_campaign_is_starting_from_its_lock_to_its_loop_and_one_without_a_start_has_not_begun(runs: Runs) -> None:
     run = runs.make("old", 5)
     young = runs.home / "home/understudy-runs/young"
