@@ -98,6 +98,8 @@ class EpisodeCounts(NamedTuple):
     """Tokens of the prompt as it was read: an environment may have written it."""
     waited_seconds: float
     """Seconds for which the environment was waited for."""
+    seconds: float
+    """Seconds from its beginning to its end, of the attempt that counts."""
     retries: int = 0
     """How often it was begun again."""
     failed: str = ""
@@ -132,6 +134,10 @@ class RolloutCounts(NamedTuple):
     failed. The campaign drops it."""
     episodes: tuple[EpisodeCounts, ...] = ()
     """[B] where an environment answers; else ()."""
+    waited_seconds: float = 0.0
+    """Seconds since its last report for which the engine had nothing to write, while environments were waited for."""
+    at_once: int = 0
+    """Responses that the campaign should have under way at this actor; 0: as many as it has seats."""
 
 
 class LoadSeconds(NamedTuple):

@@ -338,6 +338,8 @@ def _plan(options: argparse.Namespace) -> int:
         length = options.response_tokens or config.sampling.max_response_tokens / 2
         plan, memory = from_data_sheet(config, options.gpu, Load(trajectories, options.prompt_tokens, length))
         print_table(memory)
+        if config.environment is not None:
+            print("environment: its time is on no data sheet, and left out here; --run and --calibrate measure it")
     else:
         from cluster.run import run_campaign
 

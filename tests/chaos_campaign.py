@@ -1,6 +1,7 @@
 """A campaign in which actors are killed, stopped and made to fail on a schedule: real Ray, fleets, learner and teachers.
 
-The rollout engine is a light one, so that a new actor starts as fast as its imports. As a program:
+The rollout engine is a light one, so that a new actor starts as fast as its imports. With `environment.name:
+tests.chaos_campaign:ChaosGuess` episodes can be held in the middle. As a program:
 
     python -m tests.chaos_campaign CONFIG SCHEDULE RESULT [--pause SECONDS] [--hold]
 
@@ -31,16 +32,23 @@ import cluster.run
 from actors.heartbeat import beat
 from actors.teacher.local import LocalTeacher
 from cluster.config_file import load_config
-from cluster.fleet.ray_actor import Replica
+from cluster.fleet.ray_actor import Replica, invoke
+from cluster.fleet.ray_environments import EnvironmentFleet
 from cluster.fleet.ray_fleet import Fleet
 from cluster.records.writer import read_jsonl
 from learner.learner import Learner
+from tests.guessing import Guess
 from tests.light_engine import LightEngine
 
 ROLES = ("rollout", "teacher.default", "learner")
+ENVIRONMENT = "environment"
+"""A further role, of campaigns with one."""
+CAMPAIGN = "campaign"
+"""This process, which can be killed only."""
 KINDS = ("kill", "stop", "raise")
 PAUSE, FLAGS = "CHAOS_PAUSE", "CHAOS_FLAGS"
 """Environment variables of the actors: seconds, and the folder of the files `fail.ROLE` and `hold.ROLE`."""
+REACHED = "an.episode.is.held"
 PATIENCE_SECONDS = 600.0
 """Guards against hanging only."""
 
@@ -56,11 +64,17 @@ class Fault:
     """Whether the actor is at work then."""
     after: int
     """The first update that must have been done."""
+    in_episode: bool = False
+    """Whether an environment is at work on an episode then."""
 
 
-def schedule(seed: int, first: int, every: int, count: int | None = None) -> list[Fault]:
-    """Every role, kind and state in a seeded order, one every `every` updates. Only an actor at work can raise."""
+def schedule(seed: int, first: int, every: int, count: int | None = None, *, environment: bool = False) -> list[Fault]:
+    """Every role, kind and state in a seeded order, one every `every` updates. Only an actor at work can raise.
+
+    environment: also environment actors, in the middle of an episode. What their code raises costs an episode, and no actor.
+    """
     matrix = [one for one in itertools.product(ROLES, KINDS, (False, True)) if one[1] != "raise" or one[2]]
+    matrix += [(ENVIRONMENT, kind, True) for kind in ("kill", "stop") if environment]
     random.Random(seed).shuffle(matrix)
     return [Fault(*one, first + every * place) for place, one in enumerate(matrix[:count])]
 
@@ -75,6 +89,18 @@ def work(role: str, share: float = 1.0) -> None:
     while hold.exists():
         time.sleep(0.02)
         beat()
+
+
+class ChaosGuess(Guess):
+    """Waits where it is asked to, and says that it does."""
+
+    async def step(self, message: dict[str, Any]) -> Any:
+        """The game's own."""
+        flags = Path(os.environ[FLAGS])
+        while (flags / f"hold.{ENVIRONMENT}").exists():
+            (flags / REACHED).touch()
+            await asyncio.sleep(0.02)
+        return await super().step(message)
 
 
 class ChaosEngine(LightEngine):
@@ -107,8 +133,9 @@ class ChaosLearner(Learner):
 class Chaos:
     """Does the faults in turn, each when the campaign has recovered from the one before."""
 
-    def __init__(self, run_dir: Path, faults: Sequence[Fault], flags: Path, hold: bool):
-        """hold: as the module says."""
+    def __init__(self, run_dir: Path, faults: Sequence[Fault], flags: Path, hold: bool, roles: Sequence[str] = ROLES):
+        """hold: as the module says. roles: those whose fleets there are."""
+        self.roles = roles
         self.fleets: dict[str, Fleet] = {}
         self.starts: dict[str, list[float]] = {}
         """Actor -> seconds that each of its starts took."""
@@ -120,7 +147,7 @@ class Chaos:
 
     def begin(self) -> None:
         """Begins with the faults when the last fleet has started."""
-        if self._task is None and set(self.fleets) == set(ROLES):
+        if self._task is None and set(self.fleets) == set(self.roles):
             self._task = asyncio.create_task(self._run())
 
     async def _run(self) -> None:
@@ -143,6 +170,9 @@ class Chaos:
         else:
             victim = await self._victim(fault)
             began = time.monotonic()
+            if victim is None:
+                os.kill(os.getpid(), signal.SIGKILL)
+                return
             if fault.kind == "stop":
                 self.stopped.add(victim.process)
             os.kill(victim.process, signal.SIGKILL if fault.kind == "kill" else signal.SIGSTOP)
@@ -155,8 +185,18 @@ class Chaos:
         row["told_as"], row["actor"] = lost["kind"], lost["actor"]
         row["seconds_of_start"] = self.starts[lost["actor"]][-1]
 
-    async def _victim(self, fault: Fault) -> Replica:
-        """An actor in the state that the fault asks for."""
+    async def _victim(self, fault: Fault) -> Replica | None:
+        """An actor in the state that the fault asks for; None for this process."""
+        if fault.in_episode:
+            (self._flags / REACHED).unlink(missing_ok=True)
+            self._hold(ENVIRONMENT)
+            await self._until((self._flags / REACHED).exists)
+        if fault.role == CAMPAIGN:
+            return None
+        if fault.role == ENVIRONMENT:  # other actors call it, so its fleet does not know whether it is at work
+            return await self._with_episodes()
+        if fault.in_episode:
+            return next(r for r in self.fleets[fault.role].replicas if r.alive and bool(r.busy) == fault.busy)
         # A role that is held is soon at work for good, and the roles that wait for its results are soon idle for good.
         self._hold(fault.role if fault.busy else "learner" if fault.role == "rollout" else "rollout")
         while True:
@@ -165,12 +205,19 @@ class Chaos:
                     return replica
             await asyncio.sleep(0.001)
 
+    async def _with_episodes(self) -> Replica:
+        while True:
+            for replica in self.fleets[ENVIRONMENT].replicas:
+                if replica.alive and (await invoke(replica.handle, "status", (), 1))["episodes"]:
+                    return replica
+            await asyncio.sleep(0.001)
+
     def _hold(self, role: str = "") -> None:
         """From now on the calls of this role, and of no other, wait where they begin."""
         if self._holding:
             if role:
                 (self._flags / f"hold.{role}").touch()
-            for other in set(ROLES) - {role}:
+            for other in set(self.roles) - {role}:
                 (self._flags / f"hold.{other}").unlink(missing_ok=True)
 
     async def _event(self, seen: int, kinds: Sequence[str]) -> dict[str, Any]:
@@ -195,10 +242,10 @@ class Chaos:
         return max((row["step"] for row in read_jsonl(self._run_dir / "metrics.jsonl")), default=-1)
 
 
-def fleet_under(chaos: Chaos) -> type[Fleet]:
+def fleet_under(chaos: Chaos, base: type[Fleet] = Fleet) -> type[Fleet]:
     """A fleet that reports its starts to `chaos`, and is deaf to false alarms."""
 
-    class FleetUnderChaos(Fleet):
+    class FleetUnderChaos(base):  # type: ignore[valid-type, misc]
         async def start(self, *, patient: bool = False) -> None:
             await super().start(patient=patient)
             chaos.fleets[self.role] = self
@@ -231,9 +278,11 @@ def main() -> None:
     os.environ |= {PAUSE: str(options.pause), FLAGS: str(flags.resolve())}
     config = load_config(options.config, ["rollout.backend=tests.chaos_campaign:ChaosEngine"])
     faults = [Fault(**row) for row in json.loads(options.schedule.read_text())]
-    chaos = Chaos(config.run_dir, faults, flags, hold=options.hold)
+    roles = ROLES if config.environment is None else (*ROLES, ENVIRONMENT)
+    chaos = Chaos(config.run_dir, faults, flags, options.hold, roles)
     here: Any = cluster.roles
     here.Fleet, here.Learner = fleet_under(chaos), ChaosLearner
+    here.EnvironmentFleet = fleet_under(chaos, EnvironmentFleet)
     here.teacher_class = lambda *_: ChaosTeacher
     began = time.monotonic()
     summary, _ = cluster.run.run_campaign(config)

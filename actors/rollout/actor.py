@@ -75,7 +75,7 @@ class RolloutActor(BatchedCalls):
         """
         super().__init__()
         self._sampling = sampling
-        self._reported_seconds, self._reported_preemptions = 0.0, 0
+        self._reported_seconds, self._reported_preemptions, self._reported_waiting = 0.0, 0, 0.0
         self._receiver = Receiver(keep_weights)
         self._loading = asyncio.Lock()
         self._judge: Judge | None = None
@@ -140,6 +140,11 @@ class RolloutActor(BatchedCalls):
         self._reported_seconds += busy_seconds
         preempted = getattr(self._engine, "preempted", 0)  # an engine of the user's own need not count them
         self._reported_preemptions, more = preempted, preempted - self._reported_preemptions
+        waited, at_once = 0.0, 0
+        if self._episodes is not None:
+            thinking = self._episodes.thinking
+            self._reported_waiting, waited = thinking.idle_seconds, thinking.idle_seconds - self._reported_waiting
+            at_once = thinking.at_once(self._engine.seats)
         counts = RolloutCounts(
             trajectories.lengths,
             trajectories.oldest_versions,
@@ -153,6 +158,8 @@ class RolloutActor(BatchedCalls):
             self._processor.since_report(),
             {row: one.failed for row, one in enumerate(episodes) if one.failed},
             episodes,
+            waited,
+            at_once,
         )
         return counts, trajectories
 

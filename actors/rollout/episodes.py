@@ -25,6 +25,7 @@ from actors.environment.continuation import Continuation, Message, checked
 from actors.errors import AbortedError, CampaignError, UserError
 from actors.heartbeat import beat
 from actors.rollout.engine import Engine, Response, check_answer, trajectories_of
+from actors.rollout.thinking import Thinking
 from actors.trajectory import (
     EVALUATION_EPOCH,
     FINISH_REASONS,
@@ -72,6 +73,7 @@ class _Transcript:
     reward: float | None = None
     waited: float = 0.0
     """Seconds for which the environment was waited for."""
+    began: float = field(default_factory=time.monotonic)
 
     @property
     def length(self) -> int:
@@ -92,6 +94,7 @@ class Episodes:
         """environments: None until `reach` is called. UserError: there is no tool parser of this name."""
         self._engine, self._config, self._write, self._limits = engine, config, continuation, limits
         self._environments, self._lost = environments, set[int]()
+        self.thinking = Thinking()
         self._names = itertools.count()
         self._running: defaultdict[tuple[int, ...], set[asyncio.Task]] = defaultdict(set)
         self._aborted: set[asyncio.Task] = set()
@@ -210,7 +213,8 @@ class Episodes:
             context = np.concatenate([context, tokens, np.array(follows, np.int32)])
 
     async def _written(self, turn: Requests, sampling: SamplingConfig, greedy: bool) -> Trajectories:
-        written = await asyncio.wrap_future(self._engine.generate(turn, sampling, greedy=greedy))
+        with self.thinking.writing():
+            written = await asyncio.wrap_future(self._engine.generate(turn, sampling, greedy=greedy))
         check_answer(turn, written)
         return written
 
@@ -220,9 +224,10 @@ class Episodes:
         began, limit = time.monotonic(), self._config.step_timeout_seconds + GRACE_SECONDS
         asked = asyncio.ensure_future(self._environments.call(place, method, key, *arguments))
         try:
-            while not asked.done() and time.monotonic() - began < limit:
-                await asyncio.wait([asked], timeout=BEAT_SECONDS)
-                beat()
+            with self.thinking.asking():
+                while not asked.done() and time.monotonic() - began < limit:
+                    await asyncio.wait([asked], timeout=BEAT_SECONDS)
+                    beat()
         finally:
             text.waited += time.monotonic() - began
             asked.cancel()
@@ -251,7 +256,8 @@ class Episodes:
             if places:
                 number = int.from_bytes(hashlib.blake2b(str(id_).encode(), digest_size=6).digest()) + attempt
                 return places[number % len(places)]
-            await asyncio.sleep(BEAT_SECONDS / 10)
+            with self.thinking.asking():
+                await asyncio.sleep(BEAT_SECONDS / 10)
             beat()
 
     def _in_background(self, place: Any, key: str) -> None:
@@ -315,10 +321,13 @@ class Episodes:
                 "a reward from one of its steps, since learner.objective uses rewards",
             )
         written = _joined(asked, text, finish)
+        seconds = time.monotonic() - text.began
+        self.thinking.ended(text.waited, seconds)
         counts = EpisodeCounts(
             turns=len(text.turns),
             prompt_tokens=len(asked.prompt_tokens),
             waited_seconds=text.waited,
+            seconds=seconds,
             retries=attempt,
         )
         return written, counts
@@ -328,7 +337,7 @@ class Episodes:
         token, version = min(self._write.stop_token_ids), self._engine.version or 0
         stub = trajectories_of(own, [Response([token], [0.0], [version], "abort")])
         stub = replace(stub, trained=np.zeros(1, bool), rewards=np.zeros(1, np.float32))
-        counts = EpisodeCounts(0, len(own.prompt_tokens), 0.0, self._config.attempts - 1, cause)
+        counts = EpisodeCounts(0, len(own.prompt_tokens), 0.0, 0.0, self._config.attempts - 1, cause)
         return stub, counts
 
 

@@ -25,7 +25,7 @@ from cluster.planning.datasheet import (
     teacher_seconds,
 )
 from cluster.planning.memory import network_without_memory, roles
-from cluster.planning.throughput import Plan, Stage, mean_of, measured
+from cluster.planning.throughput import Plan, Stage, environments, mean_of, measured
 from cluster.records.utilisation import role_of
 from cluster.records.writer import CONFIG_FILE, EVENTS_FILE, METRICS_FILE, read_jsonl, summary_if_whole
 from learner.memory_items import peak
@@ -58,13 +58,17 @@ def from_run(config: CampaignConfig, run_dir: Path) -> Plan:
     metrics = [row for row in read_jsonl(run_dir / METRICS_FILE, checked=True) if row["step"] > 0]
     if not summary:
         metrics, summary = _so_far(run_dir, metrics, ran.replicas)
+    thinking = mean_of(metrics, "environment_seconds_mean")
+    played = [] if not thinking else [_environments(ran, thinking)]
+    counted = summary["actors"]["mean"] if "actors" in summary else ran.replicas
     try:
         plan = measured(
             summary,
-            summary["actors"]["mean"] if "actors" in summary else ran.replicas,
+            {role: count for role, count in counted.items() if role in summary["busy"]},
             gpus_of(ran),
             overlapped=ran.pipeline.max_staleness > 0,
             publish_seconds=mean_of(metrics, "publish_seconds"),
+            more=played,
         )
     except ValueError as error:
         raise UserError("--run", f"{run_dir} ({error})", "a run that has taken updates") from error
@@ -74,8 +78,16 @@ def from_run(config: CampaignConfig, run_dir: Path) -> Plan:
     stages = tuple(
         replace(s, work_seconds=s.work_seconds * share, replicas=replicas[s.role], gpus_per_replica=gpus[s.role])
         for s in plan.stages
+        if not s.at_once
     )
+    if played and config.environment is not None:
+        stages += (_environments(config, thinking),)
     return replace(plan, stages=stages, overlapped=config.pipeline.max_staleness > 0)
+
+
+def _environments(config: CampaignConfig, seconds_of_each: float) -> Stage:
+    replicas = config.environment.replicas if config.environment is not None else 1
+    return environments(seconds_of_each, config.trajectories_per_update, config.pipeline.max_staleness, replicas)
 
 
 def _so_far(

@@ -199,6 +199,8 @@ def _roles(status: Mapping[str, Any]) -> RenderableType:
         versions = sorted({actor["version"] for actor in mine if actor.get("version") is not None})
         weights = "-" if not versions else f"{versions[0]:,}" + (f" to {versions[-1]:,}" if versions[1:] else "")
         share = "-" if busy is None else f"{busy:.0%}"
+        if role == "rollout" and status.get("waits_for_environments"):
+            share += f", {status['waits_for_environments']:.0%} waiting for environments"
         table.add_row(role, there, restarts, weights, doing, share)
         told = f" actors, {restarts} restarts, weights {weights}, busy {share}: {doing}"
         lines.append(Text.assemble(f"{role}  ", there, told))

@@ -19,7 +19,7 @@ from actors.errors import is_full_disk
 from actors.json_files import read_json
 from cluster.config import CampaignConfig
 from cluster.config_file import load_config
-from cluster.planning.throughput import Plan, Stage, mean_of
+from cluster.planning.throughput import Plan, Stage, environments, mean_of
 from cluster.records.event_table import BEGINNINGS, ENDS, row_of
 from cluster.records.forms import wrong_in
 from cluster.records.metric_table import METRICS, is_evaluation, of_status, sets_of
@@ -285,12 +285,19 @@ def _rates(config: CampaignConfig, recent: list[dict[str, Any]], replicas: dict[
         return {}
     tokens = (recent[-1]["tokens_generated"] - recent[0]["tokens_generated"]) / (len(recent) - 1)
     work = {role: mean_of(recent[1:], f"busy_{role}") for role in replicas if role in BUSY}
-    stages = tuple(Stage(role, work[role], replicas[role]) for role in work)
+    stages = [Stage(role, work[role], replicas[role]) for role in work]
+    thinking, size = mean_of(recent[1:], "environment_seconds_mean"), config.trajectories_per_update
+    played: dict[str, Any] = {}
+    if thinking:
+        stages.append(environments(thinking, size, config.pipeline.max_staleness))
+        waited = mean_of(recent[1:], "environment_idle_seconds") / replicas.get("rollout", 1) / seconds
+        played["waits_for_environments"] = round(waited, 3)
     return {
         "seconds_per_update": seconds,
         "updates_per_hour": round(3600 / seconds, 1),
         "trajectories_per_second": round(config.trajectories_per_update / seconds, 2),
         "tokens_per_second": round(tokens / seconds, 1),
         "utilisation": {role: round(work[role] / replicas[role] / seconds, 3) for role in work},
-        "bottleneck": Plan(stages, config.pipeline.max_staleness > 0).sentence() if any(work.values()) else "",
+        **played,
+        "bottleneck": Plan(tuple(stages), config.pipeline.max_staleness > 0).sentence() if any(work.values()) else "",
     }

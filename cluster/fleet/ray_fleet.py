@@ -180,7 +180,7 @@ class Fleet(Supervisor):
         failures, losses, moved = 0, 0, False
         while True:
             replica = at if at is not None and at.takes_work else await self._least_busy()
-            handle = replica.handle  # `_lost` compares it: a late error must not end the next actor in this place
+            handle, answer = replica.handle, None  # `_lost` compares it: a late error must not end the next actor here
             replica.under_way += units
             replica.calls += 1
             self._began(replica, method)
@@ -189,7 +189,8 @@ class Fleet(Supervisor):
                 replica.patience.add(patience)
             try:
                 async with patience:
-                    return await do(replica)
+                    answer = await do(replica)
+                    return answer
             except TimeoutError:
                 if not patience.expired():
                     raise
@@ -209,7 +210,7 @@ class Fleet(Supervisor):
                 self._lost(replica, handle, _kind(error), error)
             finally:
                 replica.patience.discard(patience)
-                self._ended(replica, method)
+                self._ended(replica, method, answer)
                 replica.under_way -= units
                 replica.calls -= 1
                 await self._notify()

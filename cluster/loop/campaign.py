@@ -212,6 +212,7 @@ class Campaign:
             self.state.processor_seconds += counts.processor_seconds
             self._reporter.unjudged(counts.unjudged)
             self._reporter.preempted(counts.preempted, counts.seats)
+            self._reporter.waited(counts.waited_seconds)
             for row, cause in counts.refused.items():
                 name = TrajectoryId(*issued.ids[row].tolist())
                 self._reporter.event("trajectory_refused", trajectory=str(name), cause=cause)

@@ -188,7 +188,8 @@ class Queues:
         self.slots = Slots(self._update_size, self._max_staleness, remaining)
         self.in_flight = InFlight()
         self.seats = 0
-        """Responses that a rollout actor samples at a time, as the last answer of one said: it follows their lengths."""
+        """Responses that a rollout actor has under way, as the last answer of one said: it follows their lengths, and how
+        long environments think."""
         self._open_before = state.ledger.open_numbers()
         """Numbers that an earlier run of the campaign issued and did not train; they are issued first."""
         self._to_sample: asyncio.Queue[Issued] = asyncio.Queue()
@@ -228,7 +229,7 @@ class Queues:
         turn = next(self._turns)  # answers are numbered in the order of their arrival
         kept = [row for row in range(len(issued)) if row not in counts.refused]
         self.in_flight.count(counts.lengths[kept])
-        self.seats = counts.seats or self.seats
+        self.seats = counts.at_once or counts.seats or self.seats
         self._state.ledger.sampled([issued.numbers[row] for row in kept])
         rows = zip(
             issued.numbers,

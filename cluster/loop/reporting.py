@@ -82,6 +82,7 @@ class Reporter:
         self._records, self._progress = records, progress
         self._unjudged: list[str] = []
         self._preempted, self._seats, self._told_of_preemptions = 0, 0, False
+        self._waited = 0.0
         self._doing = {"rollout": "idle", "teacher": "idle", "learner": "idle"}
         self._end_first: Callable[[], None] | None = None
         """Ends the phase of the first update, once the loop has started."""
@@ -118,6 +119,8 @@ class Reporter:
             self._unjudged = []
             self.event("unjudged", count=len(causes), cause=causes[0], step=step)
         self._tell_preemptions(record)
+        if self._config.environment is not None:
+            record["environment_idle_seconds"], self._waited = self._waited, 0.0
         newest = self._versions.newest
         # An update that an earlier process left unwritten is not evaluated: the actors no longer hold its weights.
         if newest is not None and newest.version == step:
@@ -146,6 +149,10 @@ class Reporter:
     def preempted(self, count: int, seats: int) -> None:
         """An engine with this many seats has taken the cache of so many responses for others, since it last said so."""
         self._preempted, self._seats = self._preempted + count, seats or self._seats
+
+    def waited(self, seconds: float) -> None:
+        """An engine had nothing to write for so many seconds, while environments were waited for."""
+        self._waited += seconds
 
     def _tell_preemptions(self, record: dict[str, Any]) -> None:
         count, self._preempted = self._preempted, 0
@@ -230,12 +237,13 @@ def record_of_update(
 
 
 def episode_metrics(sampled: Sequence[Sampled]) -> dict[str, float]:
-    """Of the episodes of an update: the seconds that the environment took, and how often one was begun again; {} where no
+    """Of the episodes of an update: the seconds that they and their environments took, and how often one was begun again; {} where no
     environment answers."""
     episodes = [one.episode for one in sampled if one.episode is not None]
     if not episodes:
         return {}
     return {
+        "episode_seconds_mean": float(np.mean([one.seconds for one in episodes])),
         "environment_seconds_mean": float(np.mean([one.waited_seconds for one in episodes])),
         "episode_retries": sum(one.retries for one in episodes),
     }

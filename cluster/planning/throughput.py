@@ -1,7 +1,8 @@
 """Predicts throughput: the role that limits a campaign, the gain of one more actor, the best numbers of actors. Pure.
 
 A campaign is a pipeline of stages. For one update, stage s has W_s actor-seconds of work, shared by its n_s actors.
-With pipeline.max_staleness >= 1 the stages overlap, and an update takes as long as the slowest: max_s W_s / n_s. With
+Environments are another kind of stage: they answer all episodes that are under way at a time, at most
+(max_staleness + 1) updates' worth, whatever their number of actors. With pipeline.max_staleness >= 1 the stages overlap, and an update takes as long as the slowest: max_s W_s / n_s. With
 0 they take turns, and an update takes the sum. Scheduling, waiting and transport add one factor, `overhead`, which is
 measured where there is a run. This is the bottleneck law of a closed queueing network
 (Denning and Buzen, 1978, "The operational analysis of queueing network models").
@@ -19,22 +20,24 @@ class Stage:
     """The work of one role for one update."""
 
     role: str
-    """`rollout`, `teacher` or `learner`."""
+    """`rollout`, `teacher`, `learner` or `environment`."""
     work_seconds: float
     """Seconds that one actor alone would need for one update."""
     replicas: float = 1
     """Number of actors; the mean, if it changed."""
     gpus_per_replica: float = 1.0
+    at_once: float = 0.0
+    """Pieces of work that all actors together do at a time, whatever their number; 0: each actor does one."""
 
     @property
     def scalable(self) -> bool:
         """Whether another actor would share the work. The learner's ranks depend on the model's size instead."""
-        return self.role != "learner"
+        return self.role != "learner" and not self.at_once
 
     @property
     def seconds(self) -> float:
         """Seconds for one update, with all its actors."""
-        return self.work_seconds / self.replicas if self.work_seconds else 0.0
+        return self.work_seconds / (self.at_once or self.replicas) if self.work_seconds else 0.0
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,9 @@ class Plan:
     def sentence(self) -> str:
         """The bottleneck in words: `teacher-bound: a second teacher actor would give +38%`."""
         stage = self.bottleneck
+        if stage.at_once:
+            more = "more episodes under way (pipeline.max_staleness), or more actors where these have no processor time left"
+            return f"{stage.role}-bound: quicker answers, {more}"
         best = max((s for s in self.stages if s.scalable), key=lambda s: self.gain(s.role), default=stage)
         if self.gain(best.role) < 0.005:
             role = f"{stage.role}-bound"
@@ -91,6 +97,12 @@ class Plan:
         return f"{stage.role}-bound: {article} {ordinal} {best.role} actor would give +{self.gain(best.role):.0%}"
 
 
+def environments(seconds_of_each: float, trajectories: int, max_staleness: int, replicas: float = 1) -> Stage:
+    """The stage of environments that an episode waits for so long, in updates of so many trajectories."""
+    at_once = (max_staleness + 1) * trajectories
+    return Stage("environment", seconds_of_each * trajectories, replicas, gpus_per_replica=0.0, at_once=at_once)
+
+
 def measured(
     summary: Mapping[str, Any],
     replicas: Mapping[str, float],
@@ -98,11 +110,13 @@ def measured(
     *,
     overlapped: bool,
     publish_seconds: float = 0.0,
+    more: Sequence[Stage] = (),
 ) -> Plan:
     """The plan of a finished run, from `busy`, `updates` and `loop_seconds` of its summary.json.
 
     replicas, gpus: role -> actors, and GPUs of one of them. publish_seconds: mean seconds for which the learner publishes
-    weights after an update. ValueError: the run took no update, or a role did nothing.
+    weights after an update. more: stages that are measured otherwise. ValueError: the run took no update, or a role did
+    nothing.
     """
     updates = summary["updates"]
     if not updates or any(summary["busy"][role] <= 0 for role in replicas):
@@ -116,7 +130,7 @@ def measured(
         )
         for role, count in replicas.items()
     )
-    ideal = Plan(stages, overlapped)
+    ideal = Plan((*stages, *more), overlapped)
     return replace(ideal, overhead=max(1.0, summary["loop_seconds"] / updates / ideal.update_seconds))
 
 

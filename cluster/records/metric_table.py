@@ -376,9 +376,18 @@ METRICS: dict[str, Metric] = {
         RESPONSES, "turns", "turns of the student in a response, mean of the update", always=False,
         chart="Turns of an episode", limits=(0, None),
     ),
+    "episode_seconds_mean": Metric(
+        PIPELINE, "seconds", "an episode takes, mean of the update", always=False,
+        chart="Seconds of an episode", line="an episode takes", form="seconds", limits=(0, None),
+    ),
     "environment_seconds_mean": Metric(
-        PIPELINE, "seconds", "an episode waits for its environment, mean of the update", "near the time that an episode takes: more `environment.replicas`",
-        always=False,
+        PIPELINE, "seconds", "of it: it waits for its environment", "near `episode_seconds_mean`: see docs/environments.md, Environments that take their time",
+        always=False, chart="Seconds of an episode", line="waiting for its environment", form="seconds",
+    ),
+    "environment_idle_seconds": Metric(
+        PIPELINE, "seconds", "rollout engines had nothing to write since the line before, because environments were waited for in all of their episodes",
+        "near the seconds of an update, times `rollout.replicas`: more episodes under way (`pipeline.max_staleness`)",
+        always=False, chart="Engines that wait for environments", form="seconds", limits=(0, None),
     ),
     "episode_retries": Metric(
         PIPELINE, "episodes", "begun again, of those of the update: the environment raised, took too long, or its process died", always=False,

@@ -3,11 +3,12 @@
 Fleets report when a call to an actor begins and ends. At each moment an actor is in one state, so the seconds of all
 states add up to the wall clock. Everything is pure except for the clock.
 
-    busy      at least one call to generate, score, update or save is under way
-    loading   its weights are replaced (rollout), or laid out to be published (learner)
-    blocked   idle because later stages have not caught up
-    waiting   idle because earlier stages have not caught up
-    away      it has died, and its replacement is starting
+    busy         at least one call to generate, score, update or save is under way
+    loading      its weights are replaced (rollout), or laid out to be published (learner)
+    environment  its engine has nothing to write, because environments are waited for
+    blocked      idle because later stages have not caught up
+    waiting      idle because earlier stages have not caught up
+    away         it has died, and its replacement is starting
 """
 
 import json
@@ -17,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-STATES = ("busy", "loading", "blocked", "waiting", "away")
+STATES = ("busy", "loading", "environment", "blocked", "waiting", "away")
 TRACE_FILE = "trace.json"
 MAX_SLICES = 40_000
 """Most slices of a trace; above it, neighbouring slices of an actor are merged."""
@@ -72,7 +73,8 @@ class Utilisation:
             track.under_way[method] = track.under_way.get(method, 0) + 1
 
     def ended(self, actor: str, role: str, method: str, answer: Any = None) -> None:
-        """A call has ended. `load_weights` returns for how long the engine has paused, just before now."""
+        """A call has ended. `load_weights` returns for how long the engine has paused, just before now; the counts of
+        `generate` say for how long its engine has waited for environments since they last did."""
         track = self._track(actor, role)
         if (
             stood_still := getattr(answer, "stood_still", None)
@@ -84,6 +86,8 @@ class Utilisation:
                 del track.under_way[method]
             else:
                 track.under_way[method] -= 1
+        counts = answer[0] if type(answer) is tuple else None
+        self._waited(actor, track, getattr(counts, "waited_seconds", 0.0))
 
     def blocked(self, role: str, is_blocked: bool) -> None:
         """Whether idle actors of this role wait for later stages (blocked) instead of earlier ones (waiting)."""
@@ -153,6 +157,14 @@ class Utilisation:
         self._pass_time(actor, track, max(now - seconds, track.since))
         self._pass_time(actor, track, now, "loading", "load_weights")
 
+    def _waited(self, actor: str, track: _Track, seconds: float) -> None:
+        """Seconds that count as busy so far were waiting for environments."""
+        if seconds:
+            self._pass_time(actor, track, self._clock())
+            moved = min(seconds, track.seconds["busy"])
+            track.seconds["busy"] -= moved
+            track.seconds["environment"] += moved
+
     def _blocked_until(self, role: str, now: float) -> float:
         seconds, since = self._blocked.get(role, (0.0, None))
         return seconds if since is None else seconds + max(now - since, 0.0)
@@ -213,7 +225,7 @@ def by_role(actors: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, fl
     for actor, states in actors.items():
         found.setdefault(role_of(actor), []).append(states)
     return {
-        role: {state: sum(own[state] for own in several) / len(several) for state in STATES}
+        role: {state: sum(own.get(state, 0.0) for own in several) / len(several) for state in STATES}
         for role, several in found.items()
     }
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from cluster.planning.throughput import Plan, Stage
+from cluster.planning.throughput import Plan, Stage, environments, mean_of
 from cluster.records.event_table import BEGINNINGS, ENDS, EVENTS
 from cluster.records.reader import Run, pace
 from cluster.report.charts import PALETTE_SIZE, compact, percent, seconds
@@ -144,17 +144,24 @@ def bottleneck(run: Run, name: str) -> str:
     slowest = max(shares, key=lambda role: shares[role])
     count = replicas[slowest]
     stages = [Stage(role, shares[role] * replicas[role], replicas[role]) for role in shares]
-    verdict = Plan(tuple(stages), overlapped=run.setting("pipeline.max_staleness", 0) > 0).sentence()
+    staleness = run.setting("pipeline.max_staleness", 0)
+    if thinking := mean_of(run.metrics, "environment_seconds_mean"):
+        stages.append(environments(thinking * run.result["updates"] / loop, 1, staleness))
+    plan = Plan(tuple(stages), overlapped=staleness > 0)
+    verdict = plan.sentence()
     if name:
         sentence = f"<b>{escape(name)}: {verdict}.</b> The loop’s {seconds(loop)} are {ratio:.2f} times those of its slowest stage."
     else:
         sentence = (
-            f"<b>{verdict.capitalize()}.</b> The {slowest} is the slowest stage: "
+            f"<b>{verdict.capitalize()}.</b> {'Of the other stages, the' if plan.bottleneck.at_once else 'The'} {slowest} is the slowest stage: "
             f"{f'each of its {count} actors' if count > 1 else 'it'} works {percent(shares[slowest])} of the loop’s {seconds(loop)}. "
             f"The loop takes {ratio:.2f} times as long as that stage alone; 1 would mean that this stage never waits."
         )
-        if run.setting("pipeline.max_staleness") == 0:
+        if staleness == 0:
             sentence += " With <code>pipeline.max_staleness: 0</code> the stages take turns, and their times add up."
+    idle = sum(row.get("environment_idle_seconds") or 0.0 for row in run.metrics) / replicas.get("rollout", 1)
+    if idle:
+        sentence += f" Rollout engines had nothing to write for {percent(idle / loop)} of it, because environments were waited for."
     return f'<div class="bottleneck"><p>{sentence}</p><dl>{_bars(shares)}</dl></div>'
 
 

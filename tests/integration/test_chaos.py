@@ -1,6 +1,7 @@
 """Every role is killed, stopped and made to fail, idle and at work; the result is that of an undisturbed campaign."""
 
 import json
+import shutil
 import subprocess
 from dataclasses import asdict
 from pathlib import Path
@@ -24,6 +25,31 @@ SHORT = [
     Fault("learner", "kill", False, 10),
 ]
 
+MIDDLE = [
+    Fault("environment", "kill", True, 1, in_episode=True),
+    Fault("rollout", "kill", True, 2, in_episode=True),
+    Fault("campaign", "kill", True, 3, in_episode=True),
+    Fault("teacher.default", "kill", False, 4, in_episode=True),
+    Fault("environment", "stop", True, 5, in_episode=True),
+    Fault("learner", "kill", False, 6, in_episode=True),
+]
+"""While an environment thinks: the campaign is killed, and begun again, after the third."""
+LIGHT = {"replicas": 2, "cpus_per_replica": 0.2}
+CHANGES: dict = {
+    "ray": {"hang_timeout_seconds": 1.5, "object_store_mebibytes": 100},
+    "rollout": LIGHT,
+    "learner": {"cpus_per_replica": 0.2},
+}
+
+
+def stormy_campaign(folder: Path, python: str, config: Path, faults: list[Fault]) -> subprocess.CompletedProcess[str]:
+    """Runs the campaign under these faults; they are found in result.json."""
+    (folder / "schedule.json").write_text(json.dumps([asdict(fault) for fault in faults]))
+    shutil.rmtree(folder / "result.flags", ignore_errors=True)
+    files = (config, folder / "schedule.json", folder / "result.json")
+    command = [python, "-m", "tests.chaos_campaign", *files, "--hold"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
+
 
 def test_the_long_schedule_has_every_role_kind_and_state() -> None:
     faults = schedule(0, 5, 10)
@@ -35,16 +61,11 @@ def test_the_long_schedule_has_every_role_kind_and_state() -> None:
 @pytest.mark.integration
 def test_a_campaign_under_faults_ends_with_the_same_bits(tmp_path: Path, python: str) -> None:
     folder = make_folder(tmp_path)
-    changes: dict = {"pipeline": {"updates": 13}, "ray": {"hang_timeout_seconds": 1.5, "object_store_mebibytes": 100}}
-    light = {"replicas": 2, "cpus_per_replica": 0.2}
-    changes |= {"rollout": light, "learner": {"cpus_per_replica": 0.2}}
-    changes["teachers"] = {"default": {"model": str(folder / "teacher"), "dtype": "float32", **light}}
+    changes = CHANGES | {"pipeline": {"updates": 13}}
+    changes["teachers"] = {"default": {"model": str(folder / "teacher"), "dtype": "float32", **LIGHT}}
     calm, stormy = configuration(folder, "calm", **changes), configuration(folder, "stormy", **changes)
     finish(light_campaign.start(calm), calm)
-    (tmp_path / "schedule.json").write_text(json.dumps([asdict(fault) for fault in SHORT]))
-    files = (stormy, tmp_path / "schedule.json", tmp_path / "result.json")
-    command = [python, "-m", "tests.chaos_campaign", *files, "--hold"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
+    done = stormy_campaign(tmp_path, python, stormy, SHORT)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
 
     found = json.loads((tmp_path / "result.json").read_text())
@@ -58,3 +79,39 @@ def test_a_campaign_under_faults_ends_with_the_same_bits(tmp_path: Path, python:
     assert kinds.count("learner_restored") == 3 and kinds.count("actor_restarted") >= 4
     assert "rollout-0 hangs and was killed" in done.stdout or "rollout-1 hangs and was killed" in done.stdout
     assert "the learner is back, as it was after update" in done.stdout
+
+
+@pytest.mark.integration
+def test_faults_in_the_middle_of_an_episode_end_with_the_same_bits(tmp_path: Path, python: str) -> None:
+    folder = make_folder(tmp_path)
+    own = {"name": "tests.chaos_campaign:ChaosGuess", "step_timeout_seconds": 100, "cpus_per_replica": 0.2}
+    changes = CHANGES | {
+        "environment": own,
+        "sampling": {"max_response_tokens": 44, "stop_token_ids": list(range(7, 60))},
+        "pipeline": {"updates": 8},
+    }
+    # One teacher and one environment actor: all that they do is begun again by those in their places.
+    changes["teachers"] = {"default": {"model": str(folder / "teacher"), "dtype": "float32", "cpus_per_replica": 0.2}}
+    calm = configuration(folder, "calm", **changes | {"environment": own | {"name": "tests.guessing:Guess"}})
+    stormy = configuration(folder, "stormy", **changes)
+    beside = light_campaign.start(calm)
+    cut = MIDDLE.index(next(fault for fault in MIDDLE if fault.role == "campaign")) + 1
+    first = stormy_campaign(tmp_path, python, stormy, MIDDLE[:cut])
+    assert first.returncode in (-9, 128 + 9), first.stdout[-2000:] + first.stderr[-3000:]
+    rest = stormy_campaign(tmp_path, python, stormy, MIDDLE[cut:])
+    assert rest.returncode == 0, rest.stdout[-2000:] + rest.stderr[-3000:]
+    finish(beside, calm)
+
+    run = folder / "runs" / "stormy"
+    assert fingerprint(run) == fingerprint(folder / "runs" / "calm")
+    assert_ledger_adds_up(run, 8, 8, 0)
+    found = json.loads((tmp_path / "result.json").read_text())
+    assert not [row for row in found["faults"] if row["wedged"]] and not found["orphans"]
+    events = read_jsonl(run / "events.jsonl")
+    lost = [
+        (row["kind"], row["actor"].partition("-")[0]) for row in events if row["kind"] in ("actor_died", "actor_hung")
+    ]
+    told = {"kill": "actor_died", "stop": "actor_hung"}
+    assert lost == [(told[fault.kind], fault.role) for fault in MIDDLE if fault.role != "campaign"]
+    kinds = [row["kind"] for row in events]
+    assert kinds.count("resumed") == 1 and kinds.count("learner_restored") == 1

@@ -14,7 +14,8 @@ from actors.environment.base import Episode
 from actors.environment.continuation import Continuation
 from actors.errors import AbortedError, UserError
 from actors.rollout.engine import Response, trajectories_of
-from actors.rollout.episodes import NO_LIMITS, Episodes, turn_seed
+from actors.rollout.episodes import NO_LIMITS, Episodes, _row, turn_seed
+from actors.rollout.thinking import Thinking
 from actors.trajectory import FINISH_REASONS, Aside, EpisodeCounts, Requests, Trajectories, TrajectoryId, offsets_of
 from tests.light_campaign import LocalEnvironments
 from tests.light_engine import done
@@ -148,6 +149,35 @@ def test_an_episode_is_what_student_and_environment_wrote_in_their_order() -> No
         ]
         said = ("step", {"role": "assistant", "content": "the"})
         assert calls == [("reset", {"prompt": ("a", "bc")[row]}), said, said, said, ("close", None)]
+
+
+def test_an_engine_that_has_nothing_to_write_while_an_environment_thinks_is_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By a clock that only the environment and the engine move; one episode of three turns."""
+    now = [0.0]
+
+    async def thinks(self: Tells, message: dict) -> Any:
+        now[0] += 5
+        return await answers(self, message)
+
+    def writes(self: Spells, *arguments: Any, **keywords: Any) -> Any:
+        now[0] += 7
+        return generate(self, *arguments, **keywords)
+
+    answers, generate = Tells.step, Spells.generate
+    monkeypatch.setattr(Tells, "step", thinks)
+    monkeypatch.setattr(Spells, "generate", writes)
+
+    async def play() -> Episodes:
+        episodes = episodes_of(Spells(), {})
+        episodes.thinking = Thinking(lambda: now[0])
+        await episodes.play(_row(requests(), 0), SamplingConfig(max_response_tokens=100), False)
+        return episodes
+
+    found = asyncio.run(play()).thinking
+    assert found.idle_seconds == 3 * 5
+    assert found.at_once(10) > 10  # it has waited
 
 
 LONG = len(TURN) + len(TOKENIZER(FIRST)["input_ids"])

@@ -304,7 +304,7 @@ def test_what_is_refused_is_dropped_with_its_cause_and_another_is_issued_in_its_
         issued = await queues._to_sample.get()
         counts = RolloutCounts(
             np.full(len(issued), 3), np.zeros(len(issued), np.int32), np.zeros(len(issued), bool), 0.1,
-            refused={0: "broken"}, episodes=(EpisodeCounts(1, 4, 0.0),) * len(issued) if played else (),
+            refused={0: "broken"}, episodes=(EpisodeCounts(1, 4, 0.0, 0.0),) * len(issued) if played else (),
         )  # fmt: skip
         await queues.sampled(issued, counts, Reference(None))
         row, *spare = closed
@@ -320,6 +320,26 @@ def test_what_is_refused_is_dropped_with_its_cause_and_another_is_issued_in_its_
 
     there = asyncio.run(answered())
     assert len(set(there)) == SIZE and max(there) >= SIZE
+
+
+def test_an_actor_whose_episodes_wait_for_environments_gets_more_of_them(tmp_path: Path) -> None:
+    """As many as it says, and an eighth more, which wait in it."""
+    asked: list[int] = []
+
+    class Waiting(FakeRollout):
+        seats = 8
+
+        async def room(self, calls: int) -> Any:
+            asked.append(calls)
+            return await super().room(calls)
+
+        async def ask(self, requests: Any, **keywords: Any) -> Any:
+            counts, reference = await super().ask(requests, **keywords)
+            return counts._replace(seats=8, at_once=24), reference
+
+    config, world = configuration(tmp_path, bound=1, updates=3), World(bound=1)
+    run(campaign(config, world, rollout=Waiting(world, 1)))
+    assert asked[0] == 8 + 2 and set(asked) == {8 + 2, 24 + 4}
 
 
 @pytest.mark.parametrize(("rollouts", "teachers", "seed"), [(1, 1, 0), (2, 1, 1), (3, 2, 2), (9, 4, 3)])

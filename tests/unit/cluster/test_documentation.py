@@ -53,7 +53,7 @@ def test_the_page_of_metrics_is_what_the_table_says() -> None:
     assert done.returncode == 0, "run: python docs/make_metrics.py"
     page = (ROOT / "docs" / "metrics.md").read_text("utf-8")
     rows = re.findall(r"^\| `([^`]+)` \| (G?)", page, re.M)
-    states = {"busy", "loading", "blocked", "waiting", "away"}
+    states = {"busy", "loading", "environment", "blocked", "waiting", "away"}
     assert {key for key, _ in rows} - states == set(METRICS)
     guarded = {key.replace("<name>", "x") for key, mark in rows if mark}
     assert guarded == set(guardable("topk", ["x"], ["x"]))

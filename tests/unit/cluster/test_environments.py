@@ -60,6 +60,9 @@ def test_a_campaign_with_episodes_that_fail_repeats_to_the_bit(folder: Path) -> 
     assert sum(row["episode_retries"] for row in faulty) >= 8 * SHORT
     for row in calm:
         assert 1 < row["turns_mean"] <= 3 and 0 < row["context_share"] < 1
+        assert (
+            0 < row["environment_seconds_mean"] < row["episode_seconds_mean"] and row["environment_idle_seconds"] >= 0
+        )
     # The ids and the seeds of a retry are those of the first attempt.
     attempts: dict[str, set[tuple[str, str]]] = {}
     for line in (folder / "faulty.episodes").read_text().splitlines():

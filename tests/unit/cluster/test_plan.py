@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ from cluster.planning.datasheet import (
     rollout_seconds,
     teacher_seconds,
 )
-from cluster.planning.throughput import Plan, Stage, for_gpus, measured, table
+from cluster.planning.throughput import Plan, Stage, environments, for_gpus, measured, table
 from cluster.records.writer import read_jsonl
 from tests.fake_run import make_fake_run
 
@@ -55,6 +56,40 @@ def test_the_sentence_says_what_the_next_actor_would_give() -> None:
     assert (
         plan(200, 6, 3, overlapped=True).scaled("rollout", 10).sentence().split(": ")[1].startswith("an 11th rollout")
     )
+
+
+def test_environments_answer_all_episodes_that_are_under_way_whatever_their_actors() -> None:
+    # Episodes that wait 8 s each, two updates' worth at a time: an update cannot take less than 4 s.
+    slow = environments(8.0, 100, max_staleness=1, replicas=3)
+    assert slow.seconds == 4 and not slow.scalable and slow.gpus_per_replica == 0
+    bound = replace(plan(2, 3, 1, overlapped=True), stages=(*plan(2, 3, 1, overlapped=True).stages, slow))
+    assert bound.update_seconds == 4 and bound.gain("environment") == 0 and bound.gpus == 3
+    assert bound.sentence().startswith("environment-bound: quicker answers, more episodes under way")
+    assert for_gpus(bound, 8).gpus == 3  # none of them would make it faster
+    free = replace(bound, stages=(*bound.stages[:-1], environments(2.0, 100, max_staleness=1)))
+    assert free.sentence().startswith("teacher-bound") and free.utilisation()["environment"] == pytest.approx(1 / 3)
+    assert [row[1] for row in table([("", bound)])] == [
+        "role",
+        "rollout",
+        "teacher",
+        "learner",
+        "environment",
+        "together",
+    ]
+
+
+def test_a_run_with_an_environment_is_measured_with_it(tmp_path: Path) -> None:
+    run_dir = make_fake_run(tmp_path / "run")
+    rows = read_jsonl(run_dir / "metrics.jsonl")
+    told = [json.dumps(row | ({"environment_seconds_mean": 3.0} if row["step"] else {})) for row in rows]
+    (run_dir / "metrics.jsonl").write_text("\n".join(told) + "\n")
+    config = load_config(run_dir / "config.yaml", ["environment.name=tests.guessing:Guess", "environment.replicas=2"])
+    ahead, size = config.pipeline.max_staleness + 1, config.trajectories_per_update
+    found = from_run(config, run_dir).stages[-1]
+    assert (found.role, found.replicas, found.work_seconds) == ("environment", 2, 3.0 * size)
+    assert found.seconds == pytest.approx(3.0 / ahead)
+    config.pipeline.prompts_per_update *= 2  # each episode waits as long, and more of them are under way
+    assert from_run(config, run_dir).stages[-1].seconds == pytest.approx(3.0 / ahead)
 
 
 @given(

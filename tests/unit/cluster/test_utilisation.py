@@ -5,9 +5,10 @@ import json
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from actors.trajectory import LoadSeconds
+from actors.trajectory import LoadSeconds, RolloutCounts
 from cluster.records.utilisation import STATES, Utilisation, add_up, by_role, mean_actors
 
 
@@ -73,6 +74,25 @@ def test_loading_is_what_the_engine_stood_still(clock: Clock) -> None:
     assert found.seconds() == {"rollout-0": states(busy=10.5, loading=1.5), "learner-0": states(loading=10, waiting=2)}
 
 
+def counts(waited: float) -> tuple[RolloutCounts, None]:
+    """The answer of `generate`, as the campaign gets it."""
+    return RolloutCounts(np.ones(1), np.ones(1), np.ones(1, bool), 0.1, waited_seconds=waited), None
+
+
+def test_what_an_engine_waited_for_environments_is_not_busy(clock: Clock) -> None:
+    found = Utilisation({"rollout-0": "rollout"}, clock)
+    found.began("rollout-0", "rollout", "generate")
+    found.began("rollout-0", "rollout", "generate")
+    clock.now += 4
+    found.ended("rollout-0", "rollout", "generate", counts(3.0))  # while another call goes on
+    clock.now += 2
+    found.ended("rollout-0", "rollout", "generate", counts(0.5))
+    clock.now += 1
+    assert found.seconds() == {"rollout-0": states(busy=2.5, environment=3.5, waiting=1)}
+    found.ended("rollout-0", "rollout", "generate", counts(100.0))  # more than there can be: the states still add up
+    assert found.seconds() == {"rollout-0": states(environment=6, waiting=1)}
+
+
 def test_a_dead_actor_is_away_until_its_place_is_taken(clock: Clock) -> None:
     found = Utilisation({"rollout-0": "rollout"}, clock)
     found.began("rollout-0", "rollout", "generate")
@@ -104,7 +124,8 @@ def test_the_states_of_every_actor_add_up_to_the_wall_clock(clock: Clock, seed: 
             found.blocked(actors[name], draw.random() < 0.5)
         elif under_way and draw.random() < 0.5:
             name, method = under_way.pop(draw.randrange(len(under_way)))
-            found.ended(name, actors[name], method, draw.random() if method == "load_weights" else None)
+            answers = {"load_weights": LoadSeconds(1.0, draw.random()), "generate": counts(draw.random() / 4)}
+            found.ended(name, actors[name], method, answers.get(method))
         else:
             method = draw.choice(["generate", "update", "publish", "load_weights", "status", "away"])
             under_way.append((name, method))
@@ -119,7 +140,7 @@ def test_the_states_of_every_actor_add_up_to_the_wall_clock(clock: Clock, seed: 
     assert sorted(names.values()) == sorted(actors)
     for tid, name in names.items():
         traced = sum(event["dur"] for event in events if event["ph"] == "X" and event["tid"] == tid)
-        told = sum(seconds[name][state] for state in ("busy", "loading", "away"))
+        told = sum(seconds[name][state] for state in ("busy", "loading", "environment", "away"))
         assert traced / 1e6 == pytest.approx(told, abs=1e-3), name
 
 

@@ -1,0 +1,210 @@
+"""What episodes cost beside single answers, and how busy an engine is while environments think.
+
+python -m benchmarks.environments cost [--runs 2] [--hidden 256] [--layers 4]
+    Campaigns by turns, of responses equally long: single answers, and episodes with an environment that answers at once.
+    Processor seconds of all processes for each 1,000 tokens of responses, and the ratio.
+python -m benchmarks.environments thinking [--seats 16]
+    Environments that answer at once, after as long as a turn takes, and after four times as long: tokens a second, the
+    share of the loop in which the engine works, and the episodes that it has.
+
+Real Ray, vLLM, learner and teacher; models made from seeds, in which one token of 32 ends a turn. Prints JSON.
+"""
+
+import argparse
+import asyncio
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+
+from benchmarks.start import rows
+from tests.tiny_models import make_tiny_model
+
+ROOT = Path(__file__).resolve().parents[1]
+LOOK_SECONDS = 0.02
+TOKENS, STOPS = 240, [10, 42, 74]
+"""Tokens of a response; a turn ends with one of these tokens, 3 of 101."""
+WARM, MEASURED = 3, 8
+"""Updates before those that are measured, and these."""
+
+
+class Answers:
+    """Answers every turn with one word, after so many seconds; the episode ends when its response is full."""
+
+    def __init__(self, seconds: float = 0.0):
+        self.seconds = seconds
+
+    async def reset(self, record: dict[str, Any], episode: Any) -> None:
+        """The student reads the record's prompt."""
+
+    async def step(self, message: dict[str, Any]) -> tuple[str, bool, float]:
+        """Never done."""
+        if self.seconds:
+            await asyncio.sleep(self.seconds)
+        return "go", False, 0.0
+
+
+def make_folder(folder: Path, hidden: int, layers: int) -> Path:
+    """Student, teacher and prompts."""
+    for seed, name in enumerate(("student", "teacher")):
+        make_tiny_model(folder / name, hidden=hidden, layers=layers, context=512, seed=seed)
+    prompts = [json.dumps({"prompt": f"{number}+{number}=", "answer": str(2 * number)}) for number in range(100, 600)]
+    (folder / "train.jsonl").write_text("\n".join(prompts) + "\n")
+    return folder
+
+
+def configuration(folder: Path, name: str, seats: int, seconds: float | None, staleness: int) -> Path:
+    """seconds: that the environment takes; None: no environment."""
+    own = {"cpus_per_replica": 0.2}
+    content: dict[str, Any] = {
+        "name": name,
+        "output_dir": str(folder / "runs"),
+        "student": {"model": str(folder / "student")},
+        "teachers": {"default": {"model": str(folder / "teacher"), "dtype": "float32", **own}},
+        "prompts": {"path": str(folder / "train.jsonl")},
+        "sampling": {"max_response_tokens": TOKENS},
+        "rollout": {
+            "dtype": "float32",
+            "engine": {"max_num_seqs": seats, "kv_cache_memory_bytes": 256 << 20, "block_size": 32},
+            **own,
+        },
+        "learner": {"compute_dtype": "float32", **own},
+        "pipeline": {
+            "updates": WARM + MEASURED,
+            "prompts_per_update": 16,
+            "samples_per_prompt": 4,
+            "max_staleness": staleness,
+        },
+        "checkpoint": {"every_updates": 1000},
+    }
+    if seconds is not None:
+        content["environment"] = {
+            "name": "benchmarks.environments:Answers",
+            "arguments": {"seconds": seconds},
+            "max_turns": 1000,
+            **own,
+        }
+        content["sampling"]["stop_token_ids"] = STOPS
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump(content))
+    return folder / f"{name}.yaml"
+
+
+def used(campaign: psutil.Process) -> dict[int, tuple[str, float]]:
+    """Process -> (what it is, processor seconds), of the campaign and all below it."""
+    found = {}
+    for one in [campaign, *campaign.children(recursive=True)]:
+        with suppress(psutil.Error):
+            title = " ".join(one.cmdline()) or one.name()
+            kind = title.split("::")[-1].split(".")[0] if title.startswith("ray::") else Path(title.split()[0]).name
+            found[one.pid] = "campaign" if one.pid == campaign.pid else kind, sum(one.cpu_times()[:2])
+    return found
+
+
+def run(config: Path, folder: Path) -> dict[str, Any]:
+    """Of the measured updates: wall and processor seconds, the latter by process too, tokens, and what metrics say."""
+    run_dir = folder / "runs" / config.stem
+    seen: list[tuple[float, dict[int, tuple[str, float]]]] = []
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "cluster", "run", str(config)], cwd=ROOT, stdout=log, stderr=log
+        )
+        for step in (WARM, WARM + MEASURED):
+            while process.poll() is None and len(rows(run_dir / "metrics.jsonl")) <= step - 1:
+                time.sleep(LOOK_SECONDS)
+            with suppress(psutil.Error):
+                seen.append((time.monotonic(), used(psutil.Process(process.pid))))
+        if process.wait() or len(seen) < 2:
+            sys.exit((folder / "log").read_text()[-3000:])
+    (began, before), (ended, after) = seen
+    by_kind: dict[str, float] = {}
+    for pid, (kind, seconds) in after.items():
+        by_kind[kind] = by_kind.get(kind, 0.0) + seconds - before.get(pid, (kind, 0.0))[1]
+    every = [row for row in rows(run_dir / "metrics.jsonl") if WARM < row["step"] <= WARM + MEASURED]
+    written = sum(row["tokens_trained"] for row in every)
+    tokens = written / (1 - statistics.mean(row.get("context_share", 0.0) for row in every))
+    wall = every[-1]["wall_seconds"] - every[0]["wall_seconds"] or ended - began
+    summary = json.loads((run_dir / "summary.json").read_text())
+    states = summary["utilisation"]["roles"]["rollout"]
+    return {
+        "processor_seconds": round(sum(by_kind.values()), 2),
+        "milliseconds_per_1000_tokens": {
+            "all": round(1e6 * sum(by_kind.values()) / tokens, 1),
+            **{kind: round(1e6 * own / tokens, 1) for kind, own in sorted(by_kind.items()) if own > 0.05},
+        },
+        "tokens": round(tokens),
+        "of_the_student": written,
+        "turns_mean": round(statistics.mean(row.get("turns_mean", 1.0) for row in every), 2),
+        "tokens_per_second": round(tokens * (len(every) - 1) / len(every) / wall),
+        "engine_works": round(sum(row["busy_rollout"] for row in every[1:]) / wall, 3),
+        "engine_waits_for_environments": round(states.get("environment", 0.0) / sum(states.values()), 3),
+        "episodes_at_the_engine": round(statistics.mean(row["queue_sampling"] for row in every), 1),
+        "environment_seconds_mean": round(
+            statistics.mean(row.get("environment_seconds_mean", 0.0) for row in every), 3
+        ),
+    }
+
+
+def told(found: Iterator[tuple[str, dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
+    """All results by name; each is printed to stderr when it is there."""
+    results: dict[str, list[dict[str, Any]]] = {}
+    for name, one in found:
+        results.setdefault(name, []).append(one)
+        print(name, json.dumps(one), file=sys.stderr, flush=True)
+    return results
+
+
+def cost(folder: Path, runs: int) -> dict[str, Any]:
+    """Single answers and episodes by turns."""
+    variants = {"single": None, "episodes": 0.0}
+    results = told(
+        (name, run(configuration(folder, f"{name}-{number}", 64, seconds, 1), folder))
+        for number in range(runs)
+        for name, seconds in variants.items()
+    )
+    each = {
+        name: statistics.median(one["milliseconds_per_1000_tokens"]["all"] for one in own)
+        for name, own in results.items()
+    }
+    ratio = each["episodes"] / each["single"]
+    return {"milliseconds_per_1000_tokens": each, "ratio": round(ratio, 3), "runs": results}
+
+
+def thinking(folder: Path, seats: int) -> dict[str, Any]:
+    """Environments that take no time, as long as a turn, and four times as long."""
+    first = run(configuration(folder, "at-once", seats, 0.0, 2), folder)
+    of_response = seats * TOKENS / first["tokens_per_second"]
+    turn = of_response / first["turns_mean"]
+    waits = {"as long as a turn": turn, "four times as long": 4 * turn}
+    results = told(
+        (what, run(configuration(folder, f"waits-{number}", seats, seconds, 2), folder))
+        for number, (what, seconds) in enumerate(waits.items())
+    )
+    return {"seconds_of_a_turn": round(turn, 4), "at once": [first], **results}
+
+
+def main() -> None:
+    """As the module says."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["cost", "thinking"])
+    parser.add_argument("--runs", type=int, default=2)
+    parser.add_argument("--seats", type=int, default=16)
+    parser.add_argument("--hidden", type=int, default=256)
+    parser.add_argument("--layers", type=int, default=4)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
+        folder = make_folder(Path(temporary), options.hidden, options.layers)
+        found = cost(folder, options.runs) if options.what == "cost" else thinking(folder, options.seats)
+    print(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()
