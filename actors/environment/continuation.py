@@ -12,6 +12,7 @@ import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from actors.data.messages import messages_of
@@ -24,6 +25,8 @@ CALL_ID = "call00000"
 """Id of a tool call where there is none: some templates demand one, of nine letters and digits."""
 SHOWN = 60
 """Characters of a text that messages show."""
+KEPT = 1000
+"""Conversations whose closing is remembered."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,7 @@ class Continuation:
     """Tokens that end the student's turn."""
     arguments: Mapping[str, Any] = field(default_factory=dict)
     """Of the chat template: `prompts.chat_template_arguments`."""
+    _ends_of_last: dict[str, str] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def prompt(self, messages: Sequence[Message], tools: Sequence[Any] | None = None) -> list[int]:
         """Token ids of an episode's first messages, and of the opening of the student's turn. ValueError: see `render`."""
@@ -52,8 +56,7 @@ class Continuation:
         written, turn = self._with_turn([*first], mark, [*new], tools)
         following = written.rpartition(mark)[2]
         # What is common to the turn as the last one and to the turn with messages after it is the end of the turn.
-        closed = self.render([*first, turn], tools, opened=False).rpartition(mark)[2]
-        closing = _common(following, closed)
+        closing = _common(following, self._closed(first, turn, mark, tools))
         return self._ids(following[self._end_of_turn(closing, last) :])
 
     def difference(
@@ -112,6 +115,23 @@ class Continuation:
             raise ValueError("the chat template leaves the student's turn out")
         return written, text
 
+    def _closed(self, first: Sequence[Message], turn: Message, mark: str, tools: Sequence[Any] | None) -> str:
+        """What the template writes after a turn that is the last one: the same after most of an episode's turns."""
+        key = json.dumps([first, turn, tools], default=str)
+        if key not in self._ends_of_last:
+            if len(self._ends_of_last) >= KEPT:
+                self._ends_of_last.clear()
+            self._ends_of_last[key] = self.render([*first, turn], tools, opened=False).rpartition(mark)[2]
+        return self._ends_of_last[key]
+
+    @cached_property
+    def _stop_texts(self) -> dict[int, str]:
+        return {token: self.tokenizer.decode([token]) for token in self.stop_token_ids}
+
+    @cached_property
+    def _special(self) -> frozenset[int]:
+        return frozenset(id_ for id_, token in self.tokenizer.added_tokens_decoder.items() if token.special)
+
     def _turns_to_try(self, opened: str) -> list[str]:
         """Texts of a turn: plain, and with reasoning where the template, or the opening that it has written, knows of it."""
         if opened.rstrip().endswith("<think>"):  # the student continues in it
@@ -121,11 +141,9 @@ class Continuation:
 
     def _end_of_turn(self, closing: str, last: int) -> int:
         """Where in the template's closing of a turn the student's own part of it ends."""
-        ends = {token: self.tokenizer.decode([token]) for token in self.stop_token_ids}
-        special = {id_ for id_, token in self.tokenizer.added_tokens_decoder.items() if token.special}
-        if last not in ends:
+        if last not in self._stop_texts:
             return 0
-        allowed = [text for token, text in ends.items() if text and (token == last or last in special)]
+        allowed = [text for token, text in self._stop_texts.items() if text and (token == last or last in self._special)]
         found = [place + len(text) for text in allowed if (place := closing.find(text)) >= 0]
         return min(found, default=0)
 

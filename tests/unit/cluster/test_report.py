@@ -208,6 +208,15 @@ def test_the_bottleneck_is_the_busiest_role_for_each_actor(tmp_path):
     assert "take turns" in page_of(make_fake_run(tmp_path / "synchronous", max_staleness=0)).text
 
 
+def test_a_run_that_waited_for_environments_says_so(tmp_path):
+    path = make_fake_run(tmp_path / "run")
+    waits = {"environment_seconds_mean": 30.0, "environment_idle_seconds": 0.4}  # of two engines, in half a second
+    edit(path / "metrics.jsonl", lambda row: row | (waits if row["step"] else {}))
+    text = page_of(path).text
+    assert "Environment-bound: quicker answers" in text and "Of the other stages, the rollout is the slowest" in text
+    assert "Rollout engines had nothing to write for 40% of it" in text
+
+
 def test_a_campaign_under_way_has_a_report(tmp_path):
     run = make_fake_run(tmp_path / "running", updates=25, of=100)
     with (run / "metrics.jsonl").open("a") as file:

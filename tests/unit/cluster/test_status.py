@@ -160,6 +160,16 @@ def test_what_limits_a_campaign_that_was_scaled_is_judged_by_the_actors_that_it_
     assert "a third rollout actor" in two["bottleneck"] and "a third rollout actor" not in four["bottleneck"]
 
 
+def test_engines_that_wait_for_environments_are_told_from_idle_ones(running: Path) -> None:
+    rows = [json.loads(line) for line in (running / "metrics.jsonl").read_text().splitlines()]
+    waits = {"environment_seconds_mean": 30.0, "environment_idle_seconds": 0.3}  # of two engines, in half a second
+    (running / "metrics.jsonl").write_text("".join(json.dumps(row | waits) + "\n" for row in rows))
+    status = read_status(running)
+    assert status["waits_for_environments"] == pytest.approx(0.3, abs=0.01)
+    assert status["bottleneck"].startswith("environment-bound")
+    assert "30% waiting for environments" in shown(status)
+
+
 def test_news_are_shown_and_ordinary_events_are_not(running: Path) -> None:
     with (running / "events.jsonl").open("a") as file:
         for kind, cause in (("actor_died", "killed by the kernel"), ("checkpoint", "")):
