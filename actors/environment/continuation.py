@@ -143,7 +143,9 @@ class Continuation:
         """Where in the template's closing of a turn the student's own part of it ends."""
         if last not in self._stop_texts:
             return 0
-        allowed = [text for token, text in self._stop_texts.items() if text and (token == last or last in self._special)]
+        allowed = [
+            text for token, text in self._stop_texts.items() if text and (token == last or last in self._special)
+        ]
         found = [place + len(text) for text in allowed if (place := closing.find(text)) >= 0]
         return min(found, default=0)
 

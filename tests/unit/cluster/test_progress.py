@@ -89,7 +89,9 @@ def test_figures_that_are_missing_or_not_finite_are_dashes_or_left_out(tmp_path)
 
 def test_without_a_reverse_kl_the_line_has_the_loss(tmp_path):
     run = Run(tmp_path / "run", total=2)
-    run.update(2, reverse_kl=None, loss=1.23456, staleness_mean=None, **{"eval/accuracy": None, "eval/reverse_kl": None})
+    run.update(
+        2, reverse_kl=None, loss=1.23456, staleness_mean=None, **{"eval/accuracy": None, "eval/reverse_kl": None}
+    )
     assert run.output.getvalue() == "update 2/2  loss 1.235\n"
 
 
