@@ -21,7 +21,7 @@ from typing import Any, Protocol
 STATES = ("busy", "loading", "environment", "blocked", "waiting", "away")
 TRACE_FILE = "trace.json"
 MAX_SLICES = 40_000
-"""Most slices of a trace; above it, neighbouring slices of an actor are merged."""
+"""Most slices of a trace; above it, neighbouring slices of an actor are merged, the shortest first."""
 
 LOADS = {"publish": "loading", "away": "away"}
 """Method whose call is not work -> state of the actor meanwhile."""
@@ -179,14 +179,16 @@ class Utilisation:
 
 
 def _joined(slices: Iterable[tuple[str, str, float, float]], gap: float) -> list[tuple[str, str, float, float]]:
-    """Merges neighbouring slices of an actor with the same method and less than `gap` seconds between them."""
+    """Merges neighbouring slices of an actor with less than `gap` seconds between them: those of one method, and those of which
+    one is shorter than `gap`; the longer one names both. With a large gap one slice of each actor is left."""
     last: dict[str, int] = {}
     found: list[tuple[str, str, float, float]] = []
     for actor, what, start, end in slices:
         if actor in last:
             _, before, began, ended = found[last[actor]]
-            if before == what and start - ended < gap:
-                found[last[actor]] = (actor, what, began, end)
+            short = min(ended - began, end - start) < gap
+            if start - ended < gap and (before == what or short):
+                found[last[actor]] = (actor, before if ended - began >= end - start else what, began, end)
                 continue
         last[actor] = len(found)
         found.append((actor, what, start, end))

@@ -180,3 +180,28 @@ def test_actors_that_come_late_or_are_away_count_for_the_time_that_they_are_ther
     }
     assert mean_actors(seconds, 10.0) == {"rollout": 1.2, "teacher": 1.5}
     assert mean_actors(seconds, 0.0) == {}
+
+
+def test_a_trace_whose_slices_alternate_stays_small_too(
+    clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A learner updates and publishes by turns: no two neighbouring slices are of one method."""
+    monkeypatch.setattr("cluster.records.utilisation.MAX_SLICES", 64)
+    found = Utilisation({"learner-0": "learner", "rollout-0": "rollout"}, clock)
+    for number in range(1000):
+        for method, seconds in (("update", 3.0), ("publish", 1.0)):
+            found.began("learner-0", "learner", method)
+            found.began("rollout-0", "rollout", ("generate", "publish")[number % 2])
+            clock.now += seconds
+            found.ended("rollout-0", "rollout", ("generate", "publish")[number % 2])
+            found.ended("learner-0", "learner", method)
+    assert len(found._slices) <= 64
+    found.write_trace(tmp_path / "trace.json")
+    slices = [one for one in json.loads((tmp_path / "trace.json").read_text())["traceEvents"] if one["ph"] == "X"]
+    learner = [one for one in slices if one["tid"] == 1]
+    assert {one["name"] for one in learner} >= {"update"}, "the longer of two names both"
+    for tid in (1, 2):
+        own = sorted((one["ts"], one["ts"] + one["dur"]) for one in slices if one["tid"] == tid)
+        assert all(end <= start for (_, end), (start, _) in itertools.pairwise(own))
+        assert own[0][0] == 0 and own[-1][1] == 4000e6 and sum(end - start for start, end in own) == 4000e6
+    assert found.seconds()["learner-0"]["busy"] == 3000 and found.seconds()["learner-0"]["loading"] == 1000
