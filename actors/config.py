@@ -5,6 +5,7 @@
 by `@changing(...)` for all fields of a dataclass that name none. A field without one fails a test.
 """
 
+import shlex
 from collections.abc import Callable
 from dataclasses import Field, dataclass, field, fields, is_dataclass
 from types import MappingProxyType
@@ -281,9 +282,12 @@ class EnvironmentConfig:
     """What answers the student between its turns (docs/environments.md). Each prompt then begins an episode of several turns,
     and rewards come from the environment, in training and in evaluations."""
 
-    name: str = "???"
+    name: str | None = None
     """The environment: `package.module:Class` of your own, with `async def reset(record, episode)` and
-    `async def step(message)`."""
+    `async def step(message)`. Either this or `command`."""
+    command: list[str] = field(default_factory=list)
+    """A program that plays one episode, and its arguments: `[python, agent.py]`. It asks the student through an
+    OpenAI-compatible endpoint (docs/environments.md)."""
     arguments: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of the class."""
     tool_parser: str | None = None
@@ -314,6 +318,16 @@ class EnvironmentConfig:
     def gpus_per_replica(self) -> float:
         """GPUs of one actor: none."""
         return 0.0
+
+    @property
+    def key(self) -> str:
+        """The key that says what the environment is."""
+        return "environment.command" if self.command else "environment.name"
+
+    @property
+    def title(self) -> str:
+        """What it is, for messages."""
+        return shlex.join(self.command) if self.command else str(self.name)
 
 
 @dataclass

@@ -1,5 +1,6 @@
 """Checks a campaign before it starts, in a few seconds: models, tokenizers, prompts, verifier, mirror, cluster."""
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import cache, partial
@@ -14,7 +15,7 @@ from actors.data.models import check_fit, find_model, load_config, looks_local, 
 from actors.data.prompt_files import is_pattern
 from actors.data.tokenizer import check_tokenizers_agree, load_tokenizer, template_difference
 from actors.data.weight_files import opened
-from actors.environment.base import environment_class
+from actors.environment.actor import environment_maker
 from actors.environment.trial import try_environment
 from actors.errors import UserError
 from actors.gpu_share import LARGEST_CARD_BYTES
@@ -128,7 +129,7 @@ def check_models(config: CampaignConfig) -> None:
     check_alerts(config.alerts)
     _engine(config)
     if config.environment is not None:
-        environment_class(config.environment)
+        environment_maker(config.environment, config.sampling, os.getcwd())
     _student(config)
     for name in config.started_teachers:
         _teacher(config, name)
@@ -140,7 +141,7 @@ def _environment(config: CampaignConfig) -> str:
     assert config.environment is not None
     student = config.student
     tokenizer = load_tokenizer(student.source, student.trust_remote_code, "student.model")
-    return try_environment(config.environment, config.prompts, tokenizer, student_stop_tokens(config))
+    return try_environment(config.environment, config.prompts, tokenizer, student_stop_tokens(config), config.sampling)
 
 
 def _memory(name: str, all_roles: Callable[[], Mapping[str, Role]]) -> str:

@@ -4,6 +4,7 @@ Nothing is started here. Paths become absolute, since actors may have another wo
 """
 
 import asyncio
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -115,7 +116,7 @@ def _environments(
     found = EnvironmentFleet(
         "environment",
         EnvironmentActor,
-        (config.environment,),
+        (config.environment, config.sampling, os.getcwd()),
         {},
         replicas=replicas,
         resources=resources,

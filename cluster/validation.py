@@ -226,12 +226,13 @@ def _environment(config: CampaignConfig) -> Iterator[Contradiction]:
     own = config.environment
     if own is None:
         return
-    yield (
-        not is_import_path(own.name),
-        "environment.name",
-        repr(own.name),
-        "the import path of a class of your own, package.module:Class",
-    )
+    both = own.name is not None and bool(own.command)
+    yield both, "environment.command", "a program, and a class in environment.name", "one of the two"
+    wrong = not own.command and not (own.name and is_import_path(own.name))
+    expected = "the import path of a class of your own, package.module:Class; or a program in environment.command"
+    yield wrong, "environment.name", repr(own.name), expected
+    expected = "nothing where a program plays: its arguments are part of environment.command"
+    yield bool(own.command and own.arguments), "environment.arguments", own.arguments, expected
     held_out = config.evaluation.prompts
     sections = {"prompts": config.prompts, **({"evaluation.prompts": held_out} if held_out is not None else {})}
     sections |= {f"evaluation.sets.{name}.prompts": one.prompts for name, one in config.evaluation.sets.items()}
@@ -258,6 +259,9 @@ def _environment(config: CampaignConfig) -> Iterator[Contradiction]:
     for name, teacher in config.teachers.items():
         expected = "null where an environment answers: what it writes between the turns is in the student's tokens"
         yield teacher.tokenizer is not None, f"teachers.{name}.tokenizer", teacher.tokenizer, expected
+        expected = "null where a program plays: it writes the prompt, and this one is made of the record"
+        own_prompt = bool(own.command) and teacher.prompt_template is not None
+        yield own_prompt, f"teachers.{name}.prompt_template", teacher.prompt_template, expected
 
 
 def _alerts(config: CampaignConfig) -> Iterator[Contradiction]:

@@ -6,6 +6,7 @@ Each is BASE with the settings of its row, as a user would give them after the f
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from tests.choices import SOURCES as SOURCES_OF_PROMPTS
@@ -27,6 +28,7 @@ TURNS = {"max_response_tokens": 30, "stop_token_ids": list(range(7, 60))}
 """Half of the tokens end a turn: an untrained student stops after one or two."""
 VLLM = {"rollout.backend": "vllm", "rollout.engine": {"kv_cache_memory_bytes": 64 << 20, "max_num_seqs": 8}}
 OWN = "tests.matrix_parts"
+AGENT = Path(__file__).with_name("agent.py")
 
 
 @dataclass(frozen=True)
@@ -156,7 +158,7 @@ CAMPAIGNS: dict[str, Campaign] = {
             "teachers": one(),
             "learner.objective.estimator": "reward",
             "sampling": TURNS,
-            "environment": {"name": "tests.guessing:Guess", "cpus_per_replica": 0.1},
+            "environment": {"command": ["python", str(AGENT)], "cpus_per_replica": 0.1},
             "evaluation.prompts": {**HELD_OUT, "limit": 2},
         },
     ),

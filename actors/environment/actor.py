@@ -6,6 +6,7 @@ episodes in it: after a step's time limit the process ends itself, and is replac
 """
 
 import asyncio
+import functools
 import math
 import os
 import sys
@@ -16,9 +17,10 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import Any
 
-from actors.config import EnvironmentConfig
+from actors.config import EnvironmentConfig, SamplingConfig
 from actors.data.messages import tools_of
-from actors.environment.base import Answer, Begun, Episode, environment_class
+from actors.environment.base import Answer, Begun, Episode, ProgramError, Turn, environment_class
+from actors.environment.program import Programs
 
 LOOK_SECONDS = 1.0
 """Between two signs of life that the watch asks of the event loop."""
@@ -33,9 +35,9 @@ BLOCKED = 14
 class EnvironmentActor:
     """Methods are coroutines, so that episodes overlap. key: names one attempt at one episode."""
 
-    def __init__(self, config: EnvironmentConfig):
-        """UserError: see `environment_class`."""
-        self._config, self._class = config, environment_class(config)
+    def __init__(self, config: EnvironmentConfig, sampling: SamplingConfig | None = None, folder: str = ""):
+        """sampling, folder: the campaign's, for programs. UserError: see `environment_maker`."""
+        self._config, self._make = config, environment_maker(config, sampling, folder)
         self._open: dict[str, tuple[Any, float]] = {}
         """Key -> the environment, and when it is forgotten, in seconds of time.monotonic()."""
         self._heard = time.monotonic()
@@ -45,13 +47,13 @@ class EnvironmentActor:
     async def reset(self, key: str, episode: Episode, record: dict[str, Any]) -> Begun:
         """Makes an environment and begins the episode with it."""
         self._start_watch()
-        self._forget_late()
+        await self._forget_late()
 
         doing = "__init__"
 
         async def begin() -> Begun:
             nonlocal doing
-            own = self._class(**self._config.arguments)
+            own = self._make()
             self._open[key] = (own, time.monotonic() + self._config.episode_timeout_seconds)
             doing = "reset"
             messages = await own.reset(record, episode)
@@ -60,14 +62,14 @@ class EnvironmentActor:
 
         return await self._tried(begin(), lambda error: Begun(error=f"{doing} {error}"))
 
-    async def step(self, key: str, message: dict[str, Any]) -> Answer:
-        """Gives the student's turn to the environment."""
+    async def step(self, key: str, message: dict[str, Any], *turn: Turn) -> Answer:
+        """Gives the student's turn to the environment. turn: where it is a program."""
 
         async def answer() -> Answer:
             if key not in self._open:
                 late = f"step: the episode took longer than {self._config.episode_timeout_seconds:g} s"
                 return Answer(error=f"{late} (environment.episode_timeout_seconds), or the process was replaced")
-            return _answer(await self._open[key][0].step(message))
+            return _answer(await self._open[key][0].step(message, *turn))
 
         return await self._tried(answer(), lambda error: Answer(error=f"step {error}"))
 
@@ -93,13 +95,14 @@ class EnvironmentActor:
             if clock.expired():
                 return failed(f"gave no answer within {limit:g} s (environment.step_timeout_seconds)")
             return failed(f"raised {told(error)}")
+        except ProgramError as error:
+            return failed(f"failed: {error}")
         except (Exception, SystemExit) as error:
             return failed(f"raised {told(error)}")
 
-    def _forget_late(self) -> None:
+    async def _forget_late(self) -> None:
         now = time.monotonic()
-        for key in [key for key, (_, until) in self._open.items() if until < now]:
-            del self._open[key]
+        await asyncio.gather(*(self.close(key) for key, (_, until) in self._open.items() if until < now))
 
     def _start_watch(self) -> None:
         if self._watch is None:
@@ -116,13 +119,22 @@ class EnvironmentActor:
             time.sleep(min(LOOK_SECONDS, self._config.step_timeout_seconds / 4))
             silent = time.monotonic() - self._heard
             if silent > self._config.step_timeout_seconds and loop.is_running():
-                found = f"{self._config.name}, which has blocked its process for {silent:.0f} s"
-                print(f"understudy: environment.name: found {found}, expected {COROUTINES}", file=sys.stderr)
+                found = f"{self._config.title}, which has blocked its process for {silent:.0f} s"
+                print(f"understudy: {self._config.key}: found {found}, expected {COROUTINES}", file=sys.stderr)
                 self.exit(BLOCKED)
                 return
 
     def _hear(self) -> None:
         self._heard = time.monotonic()
+
+
+def environment_maker(
+    config: EnvironmentConfig, sampling: SamplingConfig | None = None, folder: str = ""
+) -> Callable[[], Any]:
+    """What makes the environment of an episode. UserError: see `environment_class` and `check_command`."""
+    if config.command:
+        return Programs(config, sampling or SamplingConfig(), folder)
+    return functools.partial(environment_class(config), **config.arguments)
 
 
 def told(error: BaseException) -> str:
@@ -144,7 +156,7 @@ def _begun(messages: Any, tools: Any, *, parsed: bool) -> Begun:
     except ValueError:
         expected = 'a list of JSON schemas, {"type": "function", "function": {"name": ..., "parameters": ...}}'
         return Begun(error=f"tools is {_short(tools)}, expected {expected}")
-    return Begun(messages, found)
+    return Begun(messages, found if found or tools is None else [])  # an empty list: none, whatever the record has
 
 
 def _answer(returned: Any) -> Answer:

@@ -60,6 +60,25 @@ class Environment(Protocol):
         """Optional: the episode is over, or given up."""
 
 
+class Turn(NamedTuple):
+    """More of the student's turn than its message: for programs, which may ask for it (actors/environment/endpoint.py)."""
+
+    texts: list[str]
+    """Of each token, without the one that ended the turn."""
+    logprobs: list[float]
+    """Of the same tokens, under the distribution that they were sampled from."""
+    tokens: int
+    """All of them."""
+    context_tokens: int
+    """Those that the student read before."""
+    version: int
+    """Of the weights that sampled its last token."""
+
+
+class ProgramError(Exception):
+    """A program that plays an episode has failed; the message says how."""
+
+
 class EnvironmentLostError(CampaignError):
     """The process of an environment has died, or does not answer."""
 
@@ -99,14 +118,15 @@ def environment_class(config: EnvironmentConfig) -> type[Environment]:
     UserError: it cannot be imported, a method is missing, is no coroutine, or takes other arguments.
     """
     key = "environment.name"
-    found: Any = import_object(config.name, key, "a class")
-    wrong = [name for name in ("reset", "step") if not inspect.iscoroutinefunction(getattr(found, name, None))]
+    name = str(config.name)
+    found: Any = import_object(name, key, "a class")
+    wrong = [one for one in ("reset", "step") if not inspect.iscoroutinefunction(getattr(found, one, None))]
     if not isinstance(found, type) or wrong:
-        what = f"without {' and '.join(f'async def {name}' for name in wrong)}" if wrong else "which is no class"
+        what = f"without {' and '.join(f'async def {one}' for one in wrong)}" if wrong else "which is no class"
         expected = f"a class with async def reset(record, episode) and async def step(message) ({PAGE})"
-        raise UserError(key, f"{config.name} {what}", expected)
+        raise UserError(key, f"{name} {what}", expected)
     own: Any = found
-    check_arguments(own, config.arguments, "environment.arguments", config.name, PAGE)
-    check_call(own.reset, 3, (), key, f"{config.name}.reset", "reset(record, episode)", PAGE)
-    check_call(own.step, 2, (), key, f"{config.name}.step", "step(message)", PAGE)
+    check_arguments(own, config.arguments, "environment.arguments", name, PAGE)
+    check_call(own.reset, 3, (), key, f"{name}.reset", "reset(record, episode)", PAGE)
+    check_call(own.step, 2, (), key, f"{name}.step", "step(message)", PAGE)
     return own

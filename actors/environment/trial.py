@@ -6,7 +6,7 @@ import os
 from dataclasses import replace
 from typing import Any
 
-from actors.config import EnvironmentConfig, PromptsConfig
+from actors.config import EnvironmentConfig, PromptsConfig, SamplingConfig
 from actors.data.prompts import load_prompts, sample_seed
 from actors.environment.actor import EnvironmentActor
 from actors.environment.base import Begun, Episode
@@ -22,11 +22,15 @@ ANSWERS: dict[str, list[Message]] = {
 
 
 def try_environment(
-    config: EnvironmentConfig, prompts: PromptsConfig, tokenizer: Any, stop_token_ids: list[int]
+    config: EnvironmentConfig,
+    prompts: PromptsConfig,
+    tokenizer: Any,
+    stop_token_ids: list[int],
+    sampling: SamplingConfig | None = None,
 ) -> str:
     """Begins one episode with the first record: what was found. It has the id of an evaluation's, and no step is taken.
 
-    UserError: the class or the parser is not there, `reset` fails, or the chat template cannot continue its messages.
+    sampling: of the campaign, for a program. UserError: the class, the program or the parser is not there, `reset` fails, or the chat template cannot continue its messages.
     """
     if config.tool_parser is not None:
         from actors.environment.vllm_tool_parser import tool_parser
@@ -36,10 +40,10 @@ def try_environment(
     one = load_prompts(
         section if section.sources else replace(section, limit=1), tokenizer, None, "prompts", records=True
     )
-    begun = asyncio.run(_begin(config, one.records[0]))
+    begun = asyncio.run(_begin(config, sampling, one.records[0]))
     if begun.error:
-        found = f"{config.name}, whose {begun.error}, with the first record"
-        raise UserError("environment.name", found, "an episode that begins (docs/environments.md)")
+        found = f"{config.title}, whose {begun.error}, with the first record"
+        raise UserError(config.key, found, "an episode that begins (docs/environments.md)")
     first, written = (
         ANSWERS["user"],
         Continuation(tokenizer, frozenset(stop_token_ids), prompts.chat_template_arguments),
@@ -49,20 +53,18 @@ def try_environment(
             first = checked(begun.messages, first=True)
             written.prompt(first, begun.tools)
         except ValueError as error:
-            raise UserError(
-                "environment.name", f"{config.name}, whose reset returned {error}", "chat messages"
-            ) from error
+            raise UserError(config.key, f"{config.title}, which begins with {error}", "chat messages") from error
     wrong = {role: told for role, new in ANSWERS.items() if (told := written.difference(first, new, begun.tools))}
     if len(wrong) == len(ANSWERS) and config.earlier_turns == "template":
         found = f"template, and a chat template that does not only append: {wrong['user']}"
         raise UserError("environment.earlier_turns", found, "`written`, or another template (docs/environments.md)")
     notes = [f"; note: with messages of the role {role}, {told}" for role, told in wrong.items()]
     length = "the record's prompt" if begun.messages is None else f"{len(written.prompt(first, begun.tools))} tokens"
-    return f"{config.name}, first prompt: {length}{''.join(notes)}"
+    return f"{config.title}, first prompt: {length}{''.join(notes)}"
 
 
-async def _begin(config: EnvironmentConfig, record: str) -> Begun:
-    actor, id_ = EnvironmentActor(config), TrajectoryId(EVALUATION_EPOCH, 0, 0)
+async def _begin(config: EnvironmentConfig, sampling: SamplingConfig | None, record: str) -> Begun:
+    actor, id_ = EnvironmentActor(config, sampling, os.getcwd()), TrajectoryId(EVALUATION_EPOCH, 0, 0)
     actor.exit = lambda _: os._exit(2)  # this process is the command's: what the user named is at fault
     try:
         return await actor.reset("check", Episode(id_, sample_seed(0, *id_)), json.loads(record))

@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from actors.config import EnvironmentConfig, SamplingConfig
-from actors.environment.base import EnvironmentLostError, Environments, Episode
+from actors.data.token_texts import token_texts
+from actors.environment.base import EnvironmentLostError, Environments, Episode, Turn
 from actors.environment.continuation import Continuation, Message, checked
 from actors.errors import AbortedError, CampaignError, UserError
 from actors.heartbeat import beat
@@ -185,7 +186,7 @@ class Episodes:
         ]  # which stands for the record's prompt: what follows does not depend on it
         if begun.messages is None and begun.tools:
             expected = "the messages too: the record's prompt was written without them"
-            raise UserError("environment.name", f"{self._config.name}, with tools, and None from reset", expected)
+            raise UserError(self._config.key, f"{self._config.title}, with tools, and None from reset", expected)
         if begun.messages is not None:
             first = _messages(begun.messages, "reset", first=True)
             own = self._with_prompt(own, first, tools, sampling)
@@ -198,7 +199,8 @@ class Episodes:
             if FINISH_REASONS[text.turns[-1].finish_reasons[0]] != "stop":
                 return own, text, "length"
             message = self._message(tokens, tools, len(text.turns) - 1)
-            answer = await self._ask(text, place, "step", key, message)
+            more = (self._turn(text.turns[-1]),) if self._config.command else ()
+            answer = await self._ask(text, place, "step", key, message, *more)
             if answer.reward is not None:
                 text.reward = (text.reward or 0.0) + answer.reward
             if answer.done:
@@ -267,22 +269,32 @@ class Episodes:
 
     def _with_prompt(self, own: Requests, first: Sequence[Message], tools: Any, sampling: SamplingConfig) -> Requests:
         """The request with the prompt that the environment has written. UserError: it may not, or it is too long."""
-        found = f"{self._config.name}, whose reset returned messages"
+        found = f"{self._config.title}, which begins with messages"
         if not self._limits.own_prompts:
             expected = "None: a teacher with prompt_template reads a prompt that is made of the record"
-            raise UserError("environment.name", found, expected)
+            raise UserError(self._config.key, found, expected)
         try:
             ids = self._write.prompt(first, tools)
         except ValueError as error:
-            raise UserError(
-                "environment.name", f"{found}: {error}", "messages that the chat template accepts"
-            ) from error
+            raise UserError(self._config.key, f"{found}: {error}", "messages that the chat template accepts") from error
         room = self._limits.tokens - sampling.max_response_tokens
         if self._limits.tokens and len(ids) > room:
             expected = f"at most {room}; prompts.max_prompt_tokens makes room for more"
-            raise UserError("environment.name", f"{found} of {len(ids)} tokens", expected)
+            raise UserError(self._config.key, f"{found} of {len(ids)} tokens", expected)
         tokens = np.array(ids, np.int32)
         return replace(own, prompt_tokens=tokens, prompt_offsets=offsets_of([len(tokens)]))
+
+    def _turn(self, written: Trajectories) -> Turn:
+        """What a program may ask of the student's turn besides its message."""
+        tokens = written.response_tokens
+        own = tokens[:-1] if int(tokens[-1]) in self._write.stop_token_ids else tokens
+        return Turn(
+            texts=token_texts(self._write.tokenizer, own.tolist()),
+            logprobs=written.behaviour_logprobs[: len(own)].tolist(),
+            tokens=len(tokens),
+            context_tokens=len(written.prompt_tokens),
+            version=int(written.policy_versions[-1]),
+        )
 
     def _message(self, tokens: np.ndarray, tools: Any, turn: int) -> Message:
         """The student's turn as the environment reads it, without the token that ended it."""
@@ -307,7 +319,7 @@ class Episodes:
             return self._write.after(first, new, last, tools)
         except ValueError as error:
             raise UserError(
-                "environment.name", f"{self._config.name}: {error}", "messages that the template accepts"
+                self._config.key, f"{self._config.title}: {error}", "messages that the template accepts"
             ) from error
 
     def _finished(
@@ -316,8 +328,8 @@ class Episodes:
         asked, text, finish = found
         if self._limits.needs_reward and text.reward is None and finish == "stop":
             raise UserError(
-                "environment.name",
-                f"{self._config.name}, which gave no reward in the whole episode",
+                self._config.key,
+                f"{self._config.title}, which gave no reward in the whole episode",
                 "a reward from one of its steps, since learner.objective uses rewards",
             )
         written = _joined(asked, text, finish)

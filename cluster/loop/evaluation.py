@@ -66,7 +66,7 @@ def tell_failed(counts: Sequence[RolloutCounts], on_event: Callable[..., None], 
     causes = [one.failed for one in episodes if one.failed]
     if causes and len(causes) == len(episodes):
         raise CampaignError(
-            f"environment.name: all {len(causes)} episodes of an evaluation have failed; the last: {causes[-1]}"
+            f"environment: all {len(causes)} episodes of an evaluation have failed; the last: {causes[-1]}"
         )
     if causes:
         on_event("episodes_failed", count=len(causes), cause=causes[0], evaluation=True, **fields)

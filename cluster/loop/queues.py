@@ -283,7 +283,7 @@ class Queues:
             if self._refused_in_a_row >= 2 * self._update_size:
                 found = f"teachers have refused {self._refused_in_a_row} trajectories in a row"
                 if played:
-                    found = f"environment.name: {self._refused_in_a_row} episodes in a row have failed"
+                    found = f"environment: {self._refused_in_a_row} episodes in a row have failed"
                 raise CampaignError(f"{found}; the last, {id_}: {cause}")
         if causes and self._synchronous:
             self._replace(len(causes), beside)

@@ -1,13 +1,16 @@
 """Campaigns with an environment: episodes of several turns, each trained exactly once or dropped with its reason."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from actors.errors import UserError
+from cluster.config_file import load_config
 from cluster.records.writer import read_jsonl
-from tests.documented import ROOT
+from tests.documented import ROOT, python_examples
 from tests.light_campaign import assert_ledger_adds_up, configuration, fingerprint, finish, make_folder, start
 
 __all__ = ["ROOT", "UPDATES", "campaign"]
@@ -91,16 +94,57 @@ def test_an_episode_that_fails_in_all_attempts_is_dropped_with_its_reason_and_re
         assert np.isfinite([row["reward_mean"] for row in rows[1:]]).all() and 0 <= rows[0]["eval/accuracy"] <= 1
 
 
+def test_programs_that_fail_and_a_kill_change_nothing_and_their_keys_are_written_nowhere(folder: Path) -> None:
+    agent, kills = str(ROOT / "tests/agent.py"), {"calm_programs": None, "programs": 60}
+    arguments = {"calm_programs": [], "programs": ["--what", "raises", "--each", "2"]}
+    files = {
+        name: campaign(
+            folder, name, {"name": None, "command": ["python", agent, *arguments[name]]}, pipeline={"updates": SHORT}
+        )
+        for name in kills
+    }
+    running = {name: start(file, kills[name]) for name, file in files.items()}
+    running["programs"].join()
+    assert running["programs"].exitcode == -9
+    running["programs"] = start(files["programs"])
+    for name, process in running.items():
+        finish(process, files[name])
+        run = folder / "runs" / name
+        assert_ledger_adds_up(run, SHORT, 8, 0)
+        written = [path.read_bytes() for path in [*run.rglob("*"), files[name].with_suffix(".log")] if path.is_file()]
+        assert len(written) > 10 and not any(re.search(rb"sk-[0-9a-f]{8}", content) for content in written)
+    assert fingerprint(folder / "runs" / "programs") == fingerprint(folder / "runs" / "calm_programs")
+    rows = read_jsonl(folder / "runs" / "programs" / "metrics.jsonl")[1:]
+    assert all(row["episode_retries"] and 1 < row["turns_mean"] <= 3 for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"environment": {"command": ["true"]}}, "environment.command: found a program, and a class in environment.name"),
+        ({"environment": {"name": None}}, "environment.name: found None, expected the import path of a class"),
+        ({"environment": {"name": None, "command": ["true"], "arguments": {"a": 1}}}, "environment.arguments: found"),
+        ({"environment": {"name": None, "command": ["true"]},
+          "teachers": {"default": {"model": "m", "prompt_template": "{prompt}"}}}, "teachers.default.prompt_template"),
+    ],
+)  # fmt: skip
+def test_what_a_program_goes_with(folder: Path, changes: dict, told: str) -> None:
+    file = configuration(folder, "wrong", **{**changes, "environment": {"name": GUESS, **changes["environment"]}})
+    with pytest.raises(UserError, match=re.escape(told)):
+        load_config(file)
+
+
 def test_an_environment_that_never_works_ends_the_campaign_before_the_first_update(folder: Path) -> None:
     file = campaign(folder, "broken", {"arguments": {"fails": "raises", "times": 9, "each": 1}, "attempts": 1})
     process = start(file)
     process.join()
     assert process.exitcode == 1
     log = file.with_suffix(".log").read_text()
-    assert "environment.name: all 4 episodes of an evaluation have failed" in log and "the game is broken" in log
+    assert "environment: all 4 episodes of an evaluation have failed" in log and "the game is broken" in log
 
 
-def test_the_page_shows_the_game_of_the_example() -> None:
-    shown = (ROOT / "docs/environments.md").read_text("utf-8").partition("```python\n")[2].partition("```")[0]
-    assert (ROOT / "examples/guess/game.py").read_text("utf-8").endswith(shown)
-    assert len(shown.splitlines()) <= 25
+def test_the_page_shows_the_game_and_the_agent_of_the_example() -> None:
+    game, agent = python_examples("docs/environments.md")
+    for shown, file in ((game, "game.py"), (agent, "agent.py")):
+        assert (ROOT / "examples/guess" / file).read_text("utf-8").endswith(shown)
+        assert len(shown.splitlines()) <= 25

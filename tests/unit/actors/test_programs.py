@@ -1,0 +1,212 @@
+"""Programs that play episodes: what they are given, what becomes of them, and that none outlives its episode."""
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from actors.config import EnvironmentConfig, PromptsConfig
+from actors.environment import program
+from actors.environment.actor import EnvironmentActor
+from actors.environment.base import Answer, Begun, Episode, Turn
+from actors.environment.trial import try_environment
+from actors.errors import UserError
+from actors.trajectory import TrajectoryId
+from tests.documented import ROOT
+from tests.tiny_models import make_tiny_tokenizer
+from tests.waiting import until
+
+EPISODE = Episode(TrajectoryId(0, 6, 2), 7, 0)
+TURN = Turn(["x"], [-1.0], 2, 5, 3)
+
+
+def actor_of(*command: str, folder: Path = ROOT, **settings: Any) -> EnvironmentActor:
+    return EnvironmentActor(EnvironmentConfig(command=list(command), **settings), None, str(folder))
+
+
+async def played(actor: EnvironmentActor, episode: Episode = EPISODE, turns: int = 9, close: bool = True) -> list[Any]:
+    """What reset and the steps answer, up to the end of the episode."""
+    answers: list[Any] = [await actor.reset("a", episode, {"prompt": "1+1="})]
+    while len(answers) <= turns and not answers[-1].error and not getattr(answers[-1], "done", False):
+        answers.append(await actor.step("a", {"role": "assistant", "content": len(answers) * "x"}, TURN))
+    if close:
+        await actor.close("a")
+    return answers
+
+
+def play(*command: str, episode: Episode = EPISODE, **settings: Any) -> list[Any]:
+    return asyncio.run(played(actor_of(*command, **settings), episode))
+
+
+def agent(what: str = "", *more: str, **settings: Any) -> list[Any]:
+    return play("python", "tests/agent.py", "--what", what, *more, **settings)
+
+
+def is_gone(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+def test_a_program_plays_an_episode() -> None:
+    def more(turn: int) -> Answer:
+        return Answer([{"role": "user", "content": f"more{turn}"}])
+
+    begun = Begun([{"role": "user", "content": "1+1="}], [])
+    assert agent() == [begun, more(1), more(2), Answer([], True, 0.5)]
+
+
+def test_a_program_is_given_its_episode_and_not_the_token_of_the_cluster(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "secret")
+    monkeypatch.setenv("NO_PROXY", "localhost")
+    (tmp_path / "tell.py").write_text(
+        "import json, os, sys\nopen('told', 'w').write(json.dumps([sys.executable, os.getpgid(0), dict(os.environ)]))\n"
+    )
+    [begun] = play("python", "tell.py", folder=tmp_path, episode=EPISODE._replace(attempt=2))
+    assert begun.error == "reset failed: the program has ended without a request"
+    executable, group, given = json.loads((tmp_path / "told").read_text())
+    assert Path(executable) == Path(sys.executable) and group != os.getpgid(0)
+    assert not [name for name in given if name.startswith("RAY_")]
+    own = {name: given[name] for name in given if name.startswith("UNDERSTUDY_")}
+    reward = Path(own.pop("UNDERSTUDY_REWARD"))
+    assert own == {
+        "UNDERSTUDY_RECORD": '{"prompt": "1+1="}',
+        "UNDERSTUDY_EPISODE": "0/6/2",
+        "UNDERSTUDY_SEED": "7",
+        "UNDERSTUDY_ATTEMPT": "2",
+    }
+    assert given["OPENAI_BASE_URL"].startswith("http://127.0.0.1:") and given["OPENAI_API_KEY"].startswith("sk-")
+    assert given["NO_PROXY"] == "localhost,127.0.0.1" and given["no_proxy"].endswith("127.0.0.1")
+    assert reward.parent.stat().st_mode & 0o777 == 0o700 and not reward.exists()
+
+
+@pytest.mark.parametrize(
+    ("what", "told"),
+    [
+        ("raises", "ended with exit status 1: …"),
+        ("raises", "ValueError: the program is broken, …"),  # instead of its key
+        ("silent", "the program has ended without a request: nothing to ask"),
+        ("killed", "the program has ended with signal 9"),
+        ("branches", "message 1, of the role user, is not that of the request before"),
+        ("nonsense", "the program has written 'much' to UNDERSTUDY_REWARD, expected a number"),
+    ],
+)
+def test_a_program_that_fails_says_why_and_plays_the_next_attempt(what: str, told: str) -> None:
+    error = agent(what)[-1].error
+    assert told in error and "sk-" not in error
+    assert agent(what, episode=EPISODE._replace(attempt=1))[-1] == Answer([], True, 0.5)
+
+
+def test_one_that_hangs_is_told_by_the_limit_of_a_step() -> None:
+    actor = actor_of("python", "tests/agent.py", "--what", "hangs", step_timeout_seconds=60)
+
+    async def hang() -> None:
+        await played(actor, turns=0, close=False)
+        actor._config.step_timeout_seconds = 0.05
+        answer = await actor.step("a", {"role": "assistant", "content": "x"}, TURN)
+        assert "gave no answer within 0.05 s" in answer.error
+        actor._config.step_timeout_seconds = 60
+        process = actor._open["a"][0]._process
+        await actor.close("a")
+        assert process.returncode == -signal.SIGTERM
+
+    asyncio.run(hang())
+
+
+def test_what_a_program_has_started_ends_with_it(tmp_path: Path) -> None:
+    log = tmp_path / "pids"
+    assert agent("forks", "--log", str(log))[-1] == Answer([], True, None)
+    until(lambda: all(map(is_gone, map(int, log.read_text().split()))), "the end of what it has started")
+
+
+def test_one_that_ignores_the_request_to_end_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log, actor = (
+        tmp_path / "pids",
+        actor_of("python", "tests/agent.py", "--what", "deaf", "--log", str(tmp_path / "pids")),
+    )
+    monkeypatch.setattr(program, "GRACE_SECONDS", 0.01)
+
+    async def hang() -> None:
+        await played(actor, turns=0, close=False)
+        step = asyncio.ensure_future(actor.step("a", {"role": "assistant", "content": "x"}, TURN))
+        while not log.exists() or len(log.read_text().split()) < 2:
+            await asyncio.sleep(0.01)
+        await actor.close("a")
+        assert "the program has ended with signal 9" in (await step).error
+
+    asyncio.run(hang())
+    until(lambda: all(map(is_gone, map(int, log.read_text().split()))), "the end of what it has started")
+
+
+DIES = """
+import asyncio, sys
+from actors.config import EnvironmentConfig
+from actors.environment.actor import EnvironmentActor
+from actors.environment.base import Episode
+actor = EnvironmentActor(EnvironmentConfig(command=["sh", "-c", sys.argv[1]], step_timeout_seconds=600))
+asyncio.run(actor.reset("a", Episode((0, 0, 0), 7), {}))
+"""
+
+
+def test_programs_end_with_the_process_that_has_started_them(tmp_path: Path) -> None:
+    """Also when it is killed, which it cannot notice."""
+    pids = tmp_path / "pids"
+    script = f"sleep 1000 & echo $$ $! $PPID $UNDERSTUDY_REWARD > {pids}.new; mv {pids}.new {pids}; wait"
+    with subprocess.Popen(
+        [sys.executable, "-c", DIES, script], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    ) as process:
+        until(pids.exists, "a running program", lambda: process.poll() is None)
+        *programs, parent, reward = pids.read_text().split()
+        assert int(parent) == process.pid and not any(map(is_gone, map(int, programs)))
+        process.kill()
+    until(lambda: all(map(is_gone, map(int, programs))), "the end of its programs")
+    until(lambda: not Path(reward).parent.exists(), "the end of the folder for rewards")
+
+
+def test_an_episode_that_is_never_closed_ends_after_its_time() -> None:
+    async def forget() -> None:
+        actor = actor_of("python", "tests/agent.py", "--what", "hangs")
+        await played(actor, turns=0, close=False)
+        own, _ = actor._open["a"]
+        actor._open["a"] = own, 0.0
+        await actor.reset("b", EPISODE, {"prompt": "1"})
+        assert await actor.status() == {"episodes": 1} and own._process.returncode is not None
+        await actor.close("b")
+
+    asyncio.run(forget())
+
+
+@pytest.mark.parametrize("command", [["missing-program"], ["./missing.sh"], ["tests/agent.py"]])
+def test_a_program_that_is_not_there_is_refused(command: list[str]) -> None:
+    with pytest.raises(UserError, match=f"environment.command: found {command[0]}, which is no program in"):
+        actor_of(*command)
+
+
+def test_a_record_that_no_variable_holds_is_told() -> None:
+    async def begin() -> Any:
+        return await actor_of("true").reset("a", EPISODE, {"prompt": 2**17 * "1"})
+
+    assert "the record has 131086 bytes" in asyncio.run(begin()).error
+
+
+def test_a_program_is_tried_with_the_first_record(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text('{"prompt": "1+1=", "answer": "2"}\n')
+    prompts, tokenizer = PromptsConfig(path=str(tmp_path / "train.jsonl")), make_tiny_tokenizer()
+    config = EnvironmentConfig(command=["python", str(ROOT / "tests/agent.py")])
+    found = try_environment(config, prompts, tokenizer, [1])
+    assert found.startswith("python ") and found.endswith("tests/agent.py, first prompt: 7 tokens")
+    config.command[1] = "missing.py"
+    with pytest.raises(
+        UserError, match=r"environment\.command: found python missing\.py, whose reset failed: .*can't open file"
+    ):
+        try_environment(config, prompts, tokenizer, [1])
