@@ -154,7 +154,11 @@ def _continued(last: Asked, messages: list[Message], tools: list[dict[str, Any]]
     """The messages that are new since the last request. BranchError: they do not follow the student's answer to it."""
     if not last.answer.done():
         raise BranchError(f"a second request, before the first is answered; {ONE_CONVERSATION}")
-    before = [*last.messages, last.answer.result()[0]]
+    turn, _ = last.answer.result()
+    before = [*last.messages, turn]
+    nothing = not turn["content"].strip() and not turn.get("tool_calls")
+    if nothing and not _same(messages[len(last.messages) : len(before)], [turn]):
+        before = last.messages  # some clients leave out a turn of no text
     for number, (one, other) in enumerate(zip(before, messages, strict=False), 1):
         if not _same([one], [other]):
             which = "the one that was sent" if number == len(before) else "that of the request before"

@@ -68,9 +68,16 @@ def test_a_client_gets_the_students_turns_and_only_new_messages_are_taken() -> N
             client, conversation, [*talk, SAID, MORE, second.choices[0].message, MORE, MORE], {**SAID, "content": ""}
         )
         assert new == [MORE, MORE] and silent.choices[0].message.content == ""
-        nothing = {"role": "assistant", "content": None}
-        _, new, _ = await answered(client, conversation, [*talk, SAID, MORE, SAID, MORE, MORE, nothing, USER])
+        nothing = {"role": "assistant", "content": ""}
+        _, new, _ = await answered(
+            client, conversation, [*talk, SAID, MORE, SAID, MORE, MORE, {**nothing, "content": None}, USER]
+        )
         assert new == [USER]
+        await answered(client, conversation, [*talk, SAID, MORE, SAID, MORE, MORE, nothing, USER, SAID, USER], nothing)
+        _, new, _ = await answered(
+            client, conversation, [*talk, SAID, MORE, SAID, MORE, MORE, nothing, USER, SAID, USER, MORE]
+        )
+        assert new == [MORE]  # a turn of no text may be left out
         assert [model.id async for model in client.models.list()] == ["student"]
 
     talk(play)
