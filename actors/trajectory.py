@@ -6,9 +6,9 @@ K support size, V vocabulary size.
 """
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -66,6 +66,33 @@ class Requests:
     def prompts(self) -> list[np.ndarray]:
         """The tokens of each of the B prompts, int32; views."""
         return np.split(self.prompt_tokens, self.prompt_offsets[1:-1])
+
+    def __reduce__(self) -> tuple[Callable[..., "Requests"], tuple[Any, ...]]:
+        # Pickled for each trajectory, where four small arrays would take ten times as long as their bytes.
+        return _requests, (
+            np.asarray(self.ids, np.int64).tobytes(),
+            np.asarray(self.seeds, np.int64).tobytes(),
+            np.asarray(self.prompt_tokens, np.int32).tobytes(),
+            np.asarray(self.prompt_offsets, np.int64).tobytes(),
+            self.references,
+            self.asides,
+            self.max_response_tokens,
+        )
+
+
+def _requests(
+    ids: bytes, seeds: bytes, tokens: bytes, offsets: bytes, references: tuple, asides: tuple, most: int | None
+) -> Requests:
+    """What `Requests.__reduce__` took apart."""
+    return Requests(
+        ids=np.frombuffer(ids, np.int64).reshape(-1, 3),
+        seeds=np.frombuffer(seeds, np.int64),
+        prompt_tokens=np.frombuffer(tokens, np.int32),
+        prompt_offsets=np.frombuffer(offsets, np.int64),
+        references=references,
+        asides=asides,
+        max_response_tokens=most,
+    )
 
 
 class Prompts(NamedTuple):
@@ -138,6 +165,22 @@ class RolloutCounts(NamedTuple):
     """Seconds since its last report for which the engine had nothing to write, while environments were waited for."""
     at_once: int = 0
     """Responses that the campaign should have under way at this actor; 0: as many as it has seats."""
+
+    def __reduce__(self) -> tuple[Callable[..., "RolloutCounts"], tuple[Any, ...]]:
+        lengths, oldest, truncated, *others = self  # as in Requests
+        return _counts, (
+            np.asarray(lengths, np.int64).tobytes(),
+            np.asarray(oldest, np.int64).tobytes(),
+            np.asarray(truncated, bool).tobytes(),
+            *others,
+        )
+
+
+def _counts(lengths: bytes, oldest: bytes, truncated: bytes, *others: Any) -> RolloutCounts:
+    """What `RolloutCounts.__reduce__` took apart."""
+    return RolloutCounts(
+        np.frombuffer(lengths, np.int64), np.frombuffer(oldest, np.int64), np.frombuffer(truncated, bool), *others
+    )
 
 
 class LoadSeconds(NamedTuple):
@@ -296,11 +339,16 @@ WIDE_FIELDS = ("support_ids", "support_logprobs", "hidden")
 
 def offsets_of(lengths: Iterable[int]) -> np.ndarray:
     """[B] lengths -> [B + 1] offsets, int64."""
-    return np.concatenate([[0], np.cumsum(np.fromiter(lengths, np.int64))]).astype(np.int64)
+    lengths = lengths if isinstance(lengths, np.ndarray) else np.fromiter(lengths, np.int64)
+    offsets = np.zeros(len(lengths) + 1, np.int64)
+    np.cumsum(lengths, out=offsets[1:])
+    return offsets
 
 
 def ragged_rows(values: np.ndarray, offsets: np.ndarray, rows: Sequence[int] | np.ndarray) -> np.ndarray:
     """The rows with these numbers of a ragged field ([N, ...], with [B + 1] offsets), one after the other."""
+    if len(rows) == 1:  # as most requests and answers are
+        return values[offsets[rows[0]] : offsets[rows[0] + 1]].copy()  # a view would keep the whole field in memory
     rows = np.asarray(rows, np.int64)
     lengths = offsets[rows + 1] - offsets[rows]  # not of all rows: a prompt set has millions
     # `within` is an element's index in its row: its index in the result minus the start of its row in the result.

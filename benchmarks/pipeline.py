@@ -36,9 +36,10 @@ STAGES = {
 def stages(updates: int) -> None:
     """Four actors of each role but one learner, 64 trajectories an update."""
     print(
-        "| stages | K | wall / slowest stage | synchronous / asynchronous wall | sum / slowest | share of that bound |"
+        "| stages | K | wall / slowest stage | ideal / slowest | synchronous / asynchronous wall | sum / slowest "
+        "| share of that bound |"
     )
-    print("|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|")
     for name, times in STAGES.items():
         bound = 4
         ahead = asyncio.run(Simulation(times, updates, max_staleness=bound).run())
@@ -46,7 +47,7 @@ def stages(updates: int) -> None:
         slowest, total = max(ahead.stages.values()), sum(ahead.stages.values())
         gain = behind.wall / behind.updates * ahead.updates / ahead.wall
         print(
-            f"| {name} | {bound} | {ahead.wall / slowest:.3f} | {gain:.2f} | {total / slowest:.2f} "
+            f"| {name} | {bound} | {ahead.wall / slowest:.3f} | {ahead.ideal / slowest:.3f} | {gain:.2f} | {total / slowest:.2f} "
             f"| {gain / (total / slowest):.2f} |",
             flush=True,
         )

@@ -6,10 +6,14 @@ weights. Actors are coroutines, so several can share a process (`processes`): 25
 """
 
 import asyncio
+import heapq
+import itertools
+import json
 import os
 import tempfile
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +35,7 @@ from cluster.records.event_table import FAULTS
 from cluster.records.metric_table import METRIC_KEYS
 from cluster.records.writer import RunRecords
 from cluster.state.campaign_state import CampaignState
+from cluster.state.resume import claimed, take_up
 
 PROMPTS, TOKENS = 1000, 8
 """Prompts, and tokens of each prompt and response."""
@@ -139,8 +144,9 @@ class SleepingTeacher:
 class SleepingLearner:
     """Stands in for learner.learner.Learner, and checks what it gets: each token's staleness, each id only once."""
 
-    def __init__(self, times: Times, max_staleness: int):
-        self._times, self._bound, self._version = times, max_staleness, 0
+    def __init__(self, times: Times, max_staleness: int, version: int = 0):
+        """version: the updates that were taken before."""
+        self._times, self._bound, self._version = times, max_staleness, version
         self._seen: set[tuple[int, ...]] = set()
         self.violations = self.repeated = self.unscored = 0
 
@@ -167,7 +173,9 @@ class SleepingLearner:
         await asyncio.sleep(self._times.update)
         self._version += 1
         added_by_the_loop = {"step", "policy_version", "wall_seconds", "trajectories", "tokens_generated"}
-        return dict.fromkeys(set(METRIC_KEYS) - added_by_the_loop, 0.0) | {"busy_seconds": self._times.update}
+        nothing = dict.fromkeys(set(METRIC_KEYS) - added_by_the_loop, 0.0)
+        # A guard notices updates without tokens.
+        return nothing | {"tokens_trained": len(ids) * TOKENS, "busy_seconds": self._times.update}
 
     async def publish(self, delta: bool = False) -> AsyncIterator[Any]:
         """Yields a weight version without tensors."""
@@ -175,8 +183,9 @@ class SleepingLearner:
         yield WeightVersion(self._version, (), (1,))
 
     async def save(self, directory: str) -> None:
-        """Writes an empty checkpoint."""
+        """Writes a checkpoint without tensors."""
         Path(directory, "training").mkdir()
+        Path(directory, "training", "learner.json").write_text(json.dumps({"policy_version": self._version}), "utf-8")
 
     async def saved(self) -> bool:
         """The checkpoint is complete at once."""
@@ -219,10 +228,18 @@ class Simulation:
     seats: int = 8
     processes: int | None = None
     max_restarts: int = 1000
+    folder: Path | None = None
+    """Where the run directory stays, from whose newest checkpoint the campaign goes on; None: a temporary one."""
+    checkpoint_every: int = 10**9
+    """Updates."""
+    on_metrics: Callable[[Mapping[str, Any]], None] | None = None
+    """Called with each line of metrics.jsonl."""
     state: CampaignState = field(default_factory=CampaignState)
     wall: float = 0.0
     cpu: float = 0.0
     """Processor seconds of this process: user and system, all threads."""
+    taken_up: float = 0.0
+    """Seconds that reading the run directory has taken."""
     faults: int = 0
     found: dict[str, int] = field(default_factory=dict)
 
@@ -243,12 +260,18 @@ class Simulation:
         sharing = self.rollouts // min(self.processes or self.rollouts, self.rollouts)
         rollout = fleet("rollout", SleepingRollout, self.times, self.seats, sharing, replicas=self.rollouts)
         teacher = fleet("teacher.default", SleepingTeacher, self.times, replicas=self.teachers)
-        learner = fleet("learner", SleepingLearner, self.times, self.max_staleness, replicas=1)
-        with tempfile.TemporaryDirectory() as folder:
+        with ExitStack() as stack:
+            config = self.config(self.folder or Path(stack.enter_context(tempfile.TemporaryDirectory())))
+            start = time.perf_counter()
+            stack.enter_context(claimed(config))
+            records = RunRecords(config.run_dir)
+            self.state, _ = take_up(config, records)
+            self.taken_up = time.perf_counter() - start
+            records.on_metrics = self.on_metrics
+            learner = fleet("learner", SleepingLearner, self.times, self.max_staleness, self.state.step, replicas=1)
             try:
                 await asyncio.gather(rollout.start(), teacher.start(), learner.start())
-                self.state = CampaignState()
-                campaign = self._campaign(Path(folder), rollout, teacher, learner)
+                campaign = self._campaign(config, records, rollout, teacher, learner)
                 beside = asyncio.create_task(meanwhile(rollout, teacher)) if meanwhile else None
                 start, cpu = time.perf_counter(), time.process_time()
                 await campaign.run()
@@ -269,13 +292,32 @@ class Simulation:
     @property
     def stages(self) -> dict[str, float]:
         """Stage -> seconds that it needs for the trained trajectories if none of its actors and seats ever waits."""
-        ids = [(epoch, prompt, sample) for epoch, prompt, sample in self._ids()]
-        responses = sum(self.times.of_response(np.array(row)) for row in ids)
         return {
-            "rollout": responses / (self.rollouts * self.seats),
+            "rollout": sum(self._responses()) / (self.rollouts * self.seats),
             "teacher": self.trained * self.times.score / self.teachers,
             "learner": self.updates * self.times.update,
         }
+
+    @property
+    def ideal(self) -> float:
+        """Seconds of the campaign if nobody ever waits for anything but work: the stages, with filling and emptying them."""
+
+        def ends(durations: Iterable[float], begins: Iterable[float], places: int) -> list[float]:
+            free, found = [0.0] * places, []
+            for begin, duration in zip(begins, durations, strict=False):
+                found.append(max(free[0], begin) + duration)
+                heapq.heapreplace(free, found[-1])
+            return sorted(found)
+
+        responses = self._responses()
+        written = ends(responses, itertools.repeat(0.0), self.rollouts * self.seats)
+        scored = ends(itertools.repeat(self.times.score), written, self.teachers)
+        whole = scored[self.size - 1 :: self.size]  # each update takes the next ones that are ready
+        return ends(itertools.repeat(self.times.update), whole, 1)[-1]
+
+    def _responses(self) -> list[float]:
+        """Seconds of the responses that were trained on, in the order of their prompts."""
+        return [self.times.of_response(np.array(row)) for row in self._ids()]
 
     def _ids(self) -> list[tuple[int, int, int]]:
         """The ids of the first trajectories, as many as were trained on; prompts are taken in order."""
@@ -285,8 +327,9 @@ class Simulation:
             found += [(epoch, prompt, sample) for sample in range(self.samples_per_prompt)]
         return found
 
-    def _campaign(self, folder: Path, rollout: Fleet, teacher: Fleet, learner: Fleet) -> Campaign:
-        config = CampaignConfig(
+    def config(self, folder: Path) -> CampaignConfig:
+        """The configuration of the campaign whose run directory is in this folder."""
+        return CampaignConfig(
             name="simulated",
             output_dir=str(folder),
             student=StudentConfig(model="none"),
@@ -300,8 +343,12 @@ class Simulation:
                 oversample=self.oversample,
             ),
             evaluation=EvaluationConfig(every_updates=10**9),
-            checkpoint=CheckpointConfig(every_updates=10**9),
+            checkpoint=CheckpointConfig(every_updates=self.checkpoint_every),
         )
+
+    def _campaign(
+        self, config: CampaignConfig, records: RunRecords, rollout: Fleet, teacher: Fleet, learner: Fleet
+    ) -> Campaign:
         prompts = PromptSet(
             tokens=np.zeros(PROMPTS * TOKENS, np.int32),
             offsets=np.arange(PROMPTS + 1) * TOKENS,
@@ -318,6 +365,6 @@ class Simulation:
             rollout=rollout,
             teachers=Teachers({"default": teacher}, PromptRoutes([{"default": 0.0}] * PROMPTS, {})),
             learner=learner,
-            records=RunRecords(config.run_dir),
+            records=records,
             progress=quiet,
         )

@@ -358,6 +358,8 @@ def _plan(options: argparse.Namespace) -> int:
         print(f"record: {record_sentence(config)}")
     for name, found in plans:
         print(f"{name}: {trajectories / found.update_seconds:,.3g} trajectories/s; {found.sentence()}")
+        if told := found.sharing():
+            print(f"{name}: {told}")
     return 0
 
 

@@ -215,7 +215,7 @@ def _parsed(line: bytes, number: int, where: str) -> dict[str, Any]:
     try:
         # A byte-order mark can only be at the start of the file; some editors write one.
         text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-        record = json.loads(text, object_pairs_hook=_object)
+        record = DECODER.decode(text)
     except (ValueError, RecursionError) as error:
         raise UserError(where, f"{line.strip()[:60]!r} ({error})", expected) from error
     if not isinstance(record, dict):
@@ -229,6 +229,10 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         names = [name for name, _ in pairs]
         raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} stands twice")
     return found
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=_object)
+"""Made once: `json.loads` would make one for each line."""
 
 
 def _columns(names: list[str], path: str, fields: list[tuple[str, str]], optional: list[str] | None) -> list[str]:

@@ -1,6 +1,8 @@
 """`understudy plan`: the stages of a campaign, from a measured run, a short calibration run, or data sheets."""
 
 import dataclasses
+import os
+import socket
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -9,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from actors.errors import UserError
+from actors.json_files import read_json
 from actors.vllm_options import check_options
 from cluster.config import CampaignConfig
 from cluster.config_file import load_config
-from cluster.console.status import read_status
+from cluster.console.status import STATUS_FILE, read_status
 from cluster.fleet.ray_cluster import teacher_gpus
 from cluster.planning.datasheet import (
     GPUS,
@@ -69,6 +72,7 @@ def from_run(config: CampaignConfig, run_dir: Path) -> Plan:
             overlapped=ran.pipeline.max_staleness > 0,
             publish_seconds=mean_of(metrics, "publish_seconds"),
             more=played,
+            cores=shared_cores(run_dir, summary),
         )
     except ValueError as error:
         raise UserError("--run", f"{run_dir} ({error})", "a run that has taken updates") from error
@@ -88,6 +92,19 @@ def from_run(config: CampaignConfig, run_dir: Path) -> Plan:
 def _environments(config: CampaignConfig, seconds_of_each: float) -> Stage:
     replicas = config.environment.replicas if config.environment is not None else 1
     return environments(seconds_of_each, config.trajectories_per_update, config.pipeline.max_staleness, replicas)
+
+
+def shared_cores(run_dir: Path, summary: Mapping[str, Any]) -> int | None:
+    """Cores for the actors of a run that computed on this machine without a GPU: all but one, which the campaign process and Ray
+    take. None: it had GPUs, was elsewhere, or has not ended."""
+    hours = (summary.get("cost") or {}).get("gpu_hours")
+    if not hours or any(hours.values()):
+        return None
+    try:
+        here = read_json(run_dir / STATUS_FILE).get("host") == socket.gethostname()
+    except (OSError, ValueError):  # a copy without the file
+        return None
+    return max((os.cpu_count() or 1) - 1, 1) if here else None
 
 
 def _so_far(

@@ -155,13 +155,12 @@ class Fleet(Supervisor):
 
     async def room(self, calls: int) -> Replica:
         """The least busy actor with fewer than `calls` calls under way; waits until there is one."""
-        async with self._changed:
-            while True:
-                if self._failure:
-                    raise self._failure
-                if free := [replica for replica in self.replicas if replica.takes_work and replica.calls < calls]:
-                    return min(free, key=_load)
-                await self._changed.wait()
+        while True:
+            if self._failure:
+                raise self._failure
+            if free := [replica for replica in self.replicas if replica.takes_work and replica.calls < calls]:
+                return min(free, key=_load)
+            await self._changed.wait()
 
     async def _on_a_replica(
         self,
@@ -213,7 +212,7 @@ class Fleet(Supervisor):
                 self._ended(replica, method, answer)
                 replica.under_way -= units
                 replica.calls -= 1
-                await self._notify()
+                self._changed.tell()
 
     async def _left(self, replica: Replica, handle: Any, method: str, *arguments: Any) -> None:
         """Counts a silent actor as busy until it is done with the work that has moved to another."""
@@ -244,8 +243,7 @@ class Fleet(Supervisor):
         return replica.batched
 
     async def _least_busy(self) -> Replica:
-        async with self._changed:
-            await self._changed.wait_for(lambda: self._failure or any(r.takes_work for r in self.replicas))
+        await self._changed.wait_for(lambda: self._failure or any(r.takes_work for r in self.replicas))
         if self._failure:
             raise self._failure
         return min((r for r in self.replicas if r.takes_work), key=_load)

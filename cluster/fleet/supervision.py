@@ -19,6 +19,7 @@ from contextlib import nullcontext, suppress
 from typing import Any
 
 from actors.errors import CampaignError, LearnerLostError, UnavailableError, UserError
+from cluster.fleet.changes import Changes
 from cluster.fleet.ray_actor import (
     ActorLostError,
     DiedAtStartError,
@@ -96,8 +97,8 @@ class Supervisor:
         self._resources, self._max_restarts = resources, max_restarts
         self._start_timeout, self._hang_timeout = start_timeout_seconds, hang_timeout_seconds
         self._on_event, self._turn = on_event, turn
-        self._changed = asyncio.Condition()
-        """Notified when a replica may have become free, alive or lost."""
+        self._changed = Changes()
+        """Told when a replica may have become free, alive or lost."""
         self._failure: Exception | None = None
         """Why the fleet cannot go on; raised for every caller."""
         self._tasks: set[asyncio.Task] = set()
@@ -142,8 +143,7 @@ class Supervisor:
 
     async def watched(self) -> None:
         """Raises the fleet's fatal error as soon as it occurs, also while nobody calls."""
-        async with self._changed:
-            await self._changed.wait_for(lambda: self._failure)
+        await self._changed.wait_for(lambda: self._failure)
         if self._failure:
             raise self._failure
 
@@ -306,8 +306,7 @@ class Supervisor:
     async def _leave(self, replica: Replica) -> None:
         if starting := self._starting.get(replica):
             starting.cancel()
-        async with self._changed:
-            await self._changed.wait_for(lambda: not replica.calls)
+        await self._changed.wait_for(lambda: not replica.calls)
         replica.kill()
         replica.give_up_place()
         self._leaving.remove(replica)
@@ -416,7 +415,7 @@ class Supervisor:
     async def _available(self) -> None:
         """An actor takes work again."""
         self._move_calls()
-        await self._notify()
+        self._changed.tell()
 
     def _hangs(self, replica: Replica, handle: Any, cause: str) -> None:
         if replica.handle is handle:
@@ -473,14 +472,9 @@ class Supervisor:
 
     def _fail(self, error: Exception) -> None:
         self._failure = error
-        # In the background: `_lost` calls this from code that cannot wait for the condition's lock.
-        self._in_background(self._notify())
+        self._changed.tell()
 
     # ---------------------------------------------------------------------------------------------------- bookkeeping
-
-    async def _notify(self) -> None:
-        async with self._changed:
-            self._changed.notify_all()
 
     def _in_background(self, work: Coroutine[Any, Any, None]) -> asyncio.Task:
         task = asyncio.create_task(work)

@@ -216,7 +216,7 @@ class Campaign:
             for row, cause in counts.refused.items():
                 name = TrajectoryId(*issued.ids[row].tolist())
                 self._reporter.event("trajectory_refused", trajectory=str(name), cause=cause)
-            await self._queues.sampled(issued, counts, reference)
+            self._queues.sampled(issued, counts, reference)
 
         await self._for_each(self._queues.next_to_sample, sample, writer)
 
@@ -230,7 +230,7 @@ class Campaign:
         async def score(batch: list[Sampled]) -> None:
             parts = None if self._synchronous else 1
             if self.config.text_by == "data":  # which needs no scores
-                return await self._queues.scored(batch, TeacherAnswer([()] * len(batch), 0, 0.0, {}))
+                return self._queues.scored(batch, TeacherAnswer([()] * len(batch), 0, 0.0, {}))
             try:
                 answer = await self.teachers.score(ids_of(batch), trajectories_of(batch), parts=parts)
             except LostObjectError as error:
@@ -241,7 +241,7 @@ class Campaign:
             self.state.processor_seconds += answer.processor_seconds
             for row, cause in answer.refused.items():
                 self._reporter.event("trajectory_refused", trajectory=str(batch[row].id), cause=cause)
-            await self._queues.scored(batch, answer)
+            self._queues.scored(batch, answer)
 
         await self._for_each(self._queues.next_to_score, score, "teacher")
 
@@ -304,10 +304,10 @@ class Campaign:
             await self._ema_teachers.load(published.averages)
             # Slots that stragglers hold are lent out, so that slow responses do not leave rollout actors idle.
             stragglers = self._queues.in_flight.stragglers(published.version)
-            await self._queues.slots.lend(min(self._spare_slots, stragglers))
+            self._queues.slots.lend(min(self._spare_slots, stragglers))
             await self._reporter.finish_update(published.record)
             # Only now: what is issued from here on is sampled with the new weights, which max_staleness 0 relies on.
-            await self._queues.slots.release(published.trained)
+            self._queues.slots.release(published.trained)
             if published.version == self.config.pipeline.updates:
                 self._all_published.set()
 

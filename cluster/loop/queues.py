@@ -16,8 +16,9 @@ import asyncio
 import bisect
 import heapq
 import itertools
+import time
 from collections import Counter, deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,8 @@ from actors.data.prompts import PromptSet
 from actors.errors import CampaignError
 from actors.trajectory import RolloutCounts, TrajectoryId
 from cluster.config import CampaignConfig
+from cluster.fleet.changes import Changes
+from cluster.fleet.pauses import Pause
 from cluster.fleet.ray_fleet import Fleet
 from cluster.loop.prompt_choice import REASONS, choice_of
 from cluster.loop.teachers import TeacherAnswer, Teachers
@@ -49,7 +52,7 @@ class Slots:
         self.lent = 0
         """Slots beyond the capacity, in place of those that stragglers hold (`pipeline.oversample`)."""
         self.to_issue = to_issue
-        self._changed = asyncio.Condition()
+        self._changed = Changes()
 
     def has_room(self, count: int) -> bool:
         """Whether `acquire(count)` would return at once."""
@@ -62,33 +65,34 @@ class Slots:
         """
         if count > self.capacity:
             raise ValueError(f"{count} slots asked of {self.capacity}")
-        async with self._changed:
-            await self._changed.wait_for(lambda: self.has_room(count))
-            count = min(count, self.to_issue)  # the last group of a campaign may be smaller
-            self.charged += count
-            self.to_issue -= count
-            return count
+        await self._changed.wait_for(lambda: self.has_room(count))
+        count = min(count, self.to_issue)  # the last group of a campaign may be smaller
+        self.charged += count
+        self.to_issue -= count
+        return count
 
-    async def release(self, count: int, *, replace: bool = False) -> None:
+    def release(self, count: int, *, replace: bool = False) -> None:
         """Frees `count` slots. replace: their trajectories were dropped, and as many more are to be issued."""
-        async with self._changed:
-            self.charged -= count
-            self.to_issue += count if replace else 0
-            assert self.charged >= 0, "more slots released than charged"
-            self._changed.notify_all()
+        self.charged -= count
+        self.to_issue += count if replace else 0
+        assert self.charged >= 0, "more slots released than charged"
+        self._changed.tell()
 
-    async def lend(self, count: int) -> None:
+    def lend(self, count: int) -> None:
         """Sets the number of slots beyond the capacity."""
-        async with self._changed:
-            self.lent = count
-            self._changed.notify_all()
+        self.lent = count
+        self._changed.tell()
 
 
 class InFlight:
-    """The trajectories that rollout actors have, the weight version that each was begun with, and a mean length."""
+    """The trajectories that rollout actors have, the weight version that each was begun with, and a mean length and time."""
 
-    def __init__(self) -> None:
-        self._begun: dict[Issued, int] = {}
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._begun: dict[Issued, tuple[int, float]] = {}
+        """-> (the weight version that it was begun with, when)."""
+        self._clock = clock
+        self.pause = Pause()
+        """While which an idle teacher waits for more of what comes."""
         self._responses = self._tokens = 0
 
     def __len__(self) -> int:
@@ -96,16 +100,19 @@ class InFlight:
 
     def begin(self, issued: Issued, version: int) -> None:
         """An actor that holds the weights of `version` gets them."""
-        self._begun[issued] = version
+        self._begun[issued] = version, self._clock()
 
     def end(self, issued: Issued) -> bool:
         """An actor has answered. False: they were cut meanwhile, and the answer is not wanted."""
-        return self._begun.pop(issued, None) is not None
+        if (begun := self._begun.pop(issued, None)) is None:
+            return False
+        self.pause.answered(self._clock() - begun[1])
+        return True
 
-    def count(self, lengths: np.ndarray) -> None:
-        """Adds response lengths [B], in tokens, to the mean."""
+    def count(self, lengths: Sequence[int]) -> None:
+        """Adds response lengths, in tokens, to the mean."""
         self._responses += len(lengths)
-        self._tokens += int(lengths.sum())
+        self._tokens += sum(lengths)
 
     def expected_tokens(self, prompt_tokens: int, responses: int) -> int:
         """The expected size of a call, by which rollout actors are balanced: its prompts, and responses of mean length."""
@@ -113,11 +120,13 @@ class InFlight:
 
     def stragglers(self, version: int) -> int:
         """Trajectories that were begun with weights older than `version`."""
-        return sum(len(issued) for issued, begun in self._begun.items() if begun < version)
+        return sum(len(issued) for issued, (begun, _) in self._begun.items() if begun < version)
 
     def cut(self, learner_version: int, max_staleness: int) -> list[Issued]:
         """Removes and returns those that would be too stale to train on even if they ended now."""
-        late = [issued for issued, begun in self._begun.items() if too_stale(begun, learner_version, max_staleness)]
+        late = [
+            issued for issued, (begun, _) in self._begun.items() if too_stale(begun, learner_version, max_staleness)
+        ]
         for issued in late:
             del self._begun[issued]
         return late
@@ -202,6 +211,8 @@ class Queues:
         """Set by each answer of a rollout actor."""
         self._to_score_together = self._update_size
         """Trajectories of a synchronous campaign that are scored in one batch: all that were put to be sampled last."""
+        self._least_share = 1
+        """Of what waited when all teacher actors were idle last, rounded up: what an idle one takes then."""
         self._refused_in_a_row = 0
         self._scored: asyncio.Queue[list[Scored]] = asyncio.Queue()
         self._ready = ReadyToTrain(self._max_staleness)
@@ -221,20 +232,21 @@ class Queues:
         numbers, self._open_before = self._open_before[:count], self._open_before[count:]
         self._put_to_sample([*numbers, *self._new_numbers(count - len(numbers))])
 
-    async def sampled(self, issued: Issued, counts: RolloutCounts, trajectories: Any) -> None:
+    def sampled(self, issued: Issued, counts: RolloutCounts, trajectories: Any) -> None:
         """A rollout actor, or a teacher in its place, has answered; what a teacher refuses to write is dropped and replaced.
 
         trajectories: the reference that holds these ids, and perhaps others. CampaignError: see `scored`.
         """
         turn = next(self._turns)  # answers are numbered in the order of their arrival
+        lengths = counts.lengths.tolist()
         kept = [row for row in range(len(issued)) if row not in counts.refused]
-        self.in_flight.count(counts.lengths[kept])
+        self.in_flight.count([lengths[row] for row in kept])
         self.seats = counts.at_once or counts.seats or self.seats
         self._state.ledger.sampled([issued.numbers[row] for row in kept])
         rows = zip(
             issued.numbers,
             issued.ids.tolist(),
-            counts.lengths.tolist(),
+            lengths,
             counts.oldest_versions.tolist(),
             counts.truncated.tolist(),
             counts.parts or [{}] * len(issued),
@@ -249,11 +261,12 @@ class Queues:
             self._awaited[version] += 1
             heapq.heappush(self._to_score, (version, number, one))
         self._any_sampled.set()
-        names = {row: TrajectoryId(*issued.ids[row].tolist()) for row in counts.refused}
-        causes = {(issued.numbers[row], names[row]): cause for row, cause in sorted(counts.refused.items())}
-        await self._refuse(causes, self._to_score_together - len(causes), played=bool(counts.episodes))
+        if counts.refused:
+            names = {row: TrajectoryId(*issued.ids[row].tolist()) for row in counts.refused}
+            causes = {(issued.numbers[row], names[row]): cause for row, cause in sorted(counts.refused.items())}
+            self._refuse(causes, self._to_score_together - len(causes), played=bool(counts.episodes))
 
-    async def scored(self, batch: Sequence[Sampled], answer: TeacherAnswer) -> None:
+    def scored(self, batch: Sequence[Sampled], answer: TeacherAnswer) -> None:
         """Teachers have scored a batch, in its order; what one of them refuses is dropped and replaced.
 
         CampaignError: they have refused two updates' worth of trajectories in a row.
@@ -265,13 +278,12 @@ class Queues:
         self._scored.put_nowait([Scored(batch[row], answer.references[row], turn) for row in rows])
         if rows:
             self._refused_in_a_row = 0
-        refused = [batch[row] for row in sorted(answer.refused)]
-        self._not_awaited(refused)
-        await self._refuse({(batch[row].number, batch[row].id): answer.refused[row] for row in sorted(answer.refused)})
+        if answer.refused:
+            causes = {(batch[row].number, batch[row].id): why for row, why in sorted(answer.refused.items())}
+            self._not_awaited([batch[row] for row in answer.refused])
+            self._refuse(causes)
 
-    async def _refuse(
-        self, causes: Mapping[tuple[int, TrajectoryId], str], beside: int = 0, played: bool = False
-    ) -> None:
+    def _refuse(self, causes: Mapping[tuple[int, TrajectoryId], str], beside: int = 0, played: bool = False) -> None:
         """Drops what teachers refuse, (number, id) -> why, and has others issued in its place; so with episodes that fail.
         CampaignError: see `scored`.
 
@@ -285,10 +297,10 @@ class Queues:
                 if played:
                     found = f"environment: {self._refused_in_a_row} episodes in a row have failed"
                 raise CampaignError(f"{found}; the last, {id_}: {cause}")
-        if causes and self._synchronous:
+        if self._synchronous:
             self._replace(len(causes), beside)
         else:
-            await self.slots.release(len(causes), replace=True)
+            self.slots.release(len(causes), replace=True)
 
     def _replace(self, count: int, beside: int) -> None:
         """Issues trajectories in place of those that a synchronous update lacks; they keep the slots.
@@ -395,8 +407,9 @@ class Queues:
         """The batch for the next call to teachers, in the order of the ledger: what teachers compute from a batch then
         does not depend on which rollout actor was faster.
 
-        A synchronous update is one batch, and what replaces some of it is another. Otherwise waits until a teacher actor has room, and takes the oldest: at most
-        that actor's share of all that wait, and at most the tokens of one forward pass.
+        A synchronous update is one batch, and what replaces some of it is another. Otherwise waits until a teacher actor has room,
+        and takes the oldest: at most that actor's share of all that wait, and at most the tokens of one forward pass. Where all
+        teacher actors are idle, they wait a moment, and each takes an equal share of what has come meanwhile.
         """
         while len(self._to_score) < (self._to_score_together if self._synchronous else 1):
             self._any_sampled.clear()  # no answer is missed: the event loop runs nothing between the test and the wait
@@ -404,14 +417,17 @@ class Queues:
         if self._synchronous:
             batch = [heapq.heappop(self._to_score)[-1] for _ in range(self._to_score_together)]
         else:
-            batch = [heapq.heappop(self._to_score)[-1]]
-            await asyncio.sleep(0)  # lets the previous call begin, so that `room` counts it
+            await asyncio.sleep(0)  # lets the previous call begin, so that it is counted
+            actors, idle = self._teachers.actors()
+            if idle == actors:
+                await asyncio.sleep(self.in_flight.pause.seconds)
+                self._least_share = -(-len(self._to_score) // actors)
             await self._teachers.room(TEACHER_CALLS)
-            actors = min((len(fleet.replicas) for fleet in self._teachers.fleets.values()), default=1)
             # Rounded up. An actor that takes all that waits would leave the others idle.
-            share = -(-len(self._to_score) // actors)
+            share = max(-(-len(self._to_score) // actors), self._least_share if idle else 1)
+            batch = [heapq.heappop(self._to_score)[-1]]
             tokens = self._tokens_of(batch[0])
-            while len(batch) < share and tokens < self._tokens_at_once:
+            while len(batch) < share and tokens < self._tokens_at_once and self._to_score:
                 batch.append(heapq.heappop(self._to_score)[-1])
                 tokens += self._tokens_of(batch[-1])
         return sorted(batch, key=lambda one: one.number)
@@ -422,11 +438,11 @@ class Queues:
         Drops and replaces trajectories that are too stale. Waits for the scores of sampled trajectories that this update
         would make too stale: scores come soon, and sampling is the expensive part.
         """
-        await self._drop(self._ready.age(self._state.step), "stale")
+        self._drop(self._ready.age(self._state.step), "stale")
         while len(self._ready) < self._update_size or self._step_would_lose():
             scored = await self._scored.get()
             self._not_awaited(one.sampled for one in scored)
-            await self._drop(self._ready.add(scored, self._state.step), "stale")
+            self._drop(self._ready.add(scored, self._state.step), "stale")
         return self._ready.take(self._update_size)
 
     async def cut(self) -> None:
@@ -435,7 +451,7 @@ class Queues:
         late = self.in_flight.cut(self._state.step, self._max_staleness)
         told = [one for one in late if one.replica is not None]  # a teacher that writes is not told
         await asyncio.gather(*(self._rollout.tell(one.replica, "abort", one.ids) for one in told))
-        await self._drop([number for issued in late for number in issued.numbers], "cut")
+        self._drop([number for issued in late for number in issued.numbers], "cut")
 
     def _not_awaited(self, batch: Iterable[Sampled]) -> None:
         self._awaited.subtract(one.oldest_version for one in batch)
@@ -447,10 +463,10 @@ class Queues:
         after = self._state.step + 1
         return any(too_stale(version, after, self._max_staleness) for version in self._awaited)
 
-    async def _drop(self, numbers: list[int], reason: str) -> None:
+    def _drop(self, numbers: list[int], reason: str) -> None:
         if numbers:
             self._state.ledger.drop(numbers, reason)
-            await self.slots.release(len(numbers), replace=True)
+            self.slots.release(len(numbers), replace=True)
 
     # -------------------------------------------------------------------------------------------------------- measures
 

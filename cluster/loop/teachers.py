@@ -122,6 +122,11 @@ class Teachers:
             sum(counts.processor_seconds for counts, _ in answers),
         )
 
+    def actors(self) -> tuple[int, int]:
+        """(the fewest actors that a teacher has, the fewest idle ones of one); (1, 1) without teachers."""
+        counts = [(len(fleet.replicas), sum(not one.calls for one in fleet.replicas)) for fleet in self.fleets.values()]
+        return min((count for count, _ in counts), default=1), min((idle for _, idle in counts), default=1)
+
     async def room(self, calls: int) -> None:
         """Waits until every teacher has an actor with fewer than `calls` calls under way."""
         for fleet in self.fleets.values():

@@ -6,8 +6,12 @@ Environments are another kind of stage: they answer all episodes that are under 
 0 they take turns, and an update takes the sum. Scheduling, waiting and transport add one factor, `overhead`, which is
 measured where there is a run. This is the bottleneck law of a closed queueing network
 (Denning and Buzen, 1978, "The operational analysis of queueing network models").
+
+Where actors share hardware, that is a station of the network too: all work on it, divided by how much of it there is, bounds
+an update from below. Roles that share one GPU, or one core, take turns whatever `max_staleness` is.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -48,12 +52,50 @@ class Plan:
     overlapped: bool
     overhead: float = 1.0
     """Measured seconds of an update divided by the predicted ones."""
+    cores: int | None = None
+    """Processor cores that all actors share, where they compute without a GPU on one machine; None: each has its own."""
 
     @property
     def update_seconds(self) -> float:
         """Predicted wall-clock seconds of one update."""
+        return self.overhead * (max(self._stations) if self.overlapped else self._in_turns)
+
+    @property
+    def _in_turns(self) -> float:
+        """Seconds of one update whose stages do not overlap, without overhead."""
+        cores = self.cores or math.inf
+        return sum(max(one.seconds, 0.0 if one.at_once else one.work_seconds / cores) for one in self.stages)
+
+    @property
+    def _stations(self) -> list[float]:
+        """Seconds of one update at each stage, and at what several of them share."""
         seconds = [stage.seconds for stage in self.stages]
-        return self.overhead * (max(seconds) if self.overlapped else sum(seconds))
+        for stages, count in self._shared:
+            seconds.append(sum(stage.work_seconds for stage in stages) / count)
+        return seconds
+
+    @property
+    def _shared(self) -> list[tuple[list[Stage], int]]:
+        """(stages, how many GPUs or cores) for what several stages share."""
+        if self.cores is not None:
+            return [([stage for stage in self.stages if not stage.at_once], self.cores)]  # those do not compute
+        sharing = [stage for stage in self.stages if 0 < stage.gpus_per_replica < 1]
+        # Rounded, since sums of fractions have rounding errors.
+        cards = math.ceil(round(sum(stage.replicas * stage.gpus_per_replica for stage in sharing), 6))
+        return [(sharing, cards)] if len(sharing) > 1 else []
+
+    def sharing(self) -> str:
+        """What overlapping gains where roles share hardware, in words; "" where each has its own."""
+        if not self._shared:
+            return ""
+        [(stages, count)] = self._shared
+        *first, last = (stage.role for stage in stages)
+        unit = "GPU" if self.cores is None else "core"
+        whose = f"one {unit}" if count == 1 else f"{count} {unit}s"
+        beside = "" if self.cores is None else ", besides one for the campaign process and Ray"
+        gain = self._in_turns / max(self._stations) - 1
+        told = f"at most {gain:.0%}" if gain >= 0.005 else "nothing"
+        return f"{', '.join(first)} and {last} share {whose}{beside}: pipeline.max_staleness above 0 gains {told} there"
 
     @property
     def gpus(self) -> float:
@@ -111,12 +153,13 @@ def measured(
     overlapped: bool,
     publish_seconds: float = 0.0,
     more: Sequence[Stage] = (),
+    cores: int | None = None,
 ) -> Plan:
     """The plan of a finished run, from `busy`, `updates` and `loop_seconds` of its summary.json.
 
     replicas, gpus: role -> actors, and GPUs of one of them. publish_seconds: mean seconds for which the learner publishes
-    weights after an update. more: stages that are measured otherwise. ValueError: the run took no update, or a role did
-    nothing.
+    weights after an update. more: stages that are measured otherwise. cores: see Plan. ValueError: the run took no update, or a
+    role did nothing.
     """
     updates = summary["updates"]
     if not updates or any(summary["busy"][role] <= 0 for role in replicas):
@@ -130,7 +173,7 @@ def measured(
         )
         for role, count in replicas.items()
     )
-    ideal = Plan((*stages, *more), overlapped)
+    ideal = Plan((*stages, *more), overlapped, cores=cores)
     return replace(ideal, overhead=max(1.0, summary["loop_seconds"] / updates / ideal.update_seconds))
 
 

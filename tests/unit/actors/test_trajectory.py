@@ -1,13 +1,17 @@
 """Ragged arrays, and the joining of batches by id."""
 
 import itertools
-from dataclasses import replace
+import pickle
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
 
 from actors.trajectory import (
     WIDE_FIELDS,
+    Aside,
+    Requests,
+    RolloutCounts,
     TeacherScores,
     Trajectories,
     offsets_of,
@@ -156,3 +160,26 @@ def test_which_tokens_are_trained_goes_with_them_and_is_all_where_nothing_is_sai
     for wrong in (np.ones(4, bool), np.ones(5, np.int8)):
         with pytest.raises(ValueError, match=r"trained is (bool \[4\]|int8 \[5\]), expected bool \[5\]"):
             replace(one, trained=wrong)
+
+
+def test_requests_and_counts_arrive_as_they_were_sent() -> None:
+    sent = Requests(
+        ids=np.array([(0, 4, 1), (1, 5, 0)]),
+        seeds=np.array([2**62, 7]),
+        prompt_tokens=np.arange(5, dtype=np.int32),
+        prompt_offsets=np.array([0, 2, 5]),
+        references=("7", None),
+        asides=(Aside("sums"), Aside()),
+        max_response_tokens=9,
+    )
+    came = pickle.loads(pickle.dumps(sent, protocol=5))
+    for field in fields(Requests):
+        one, other = getattr(sent, field.name), getattr(came, field.name)
+        assert type(one) is type(other) and np.array_equal(one, other), field.name
+        assert getattr(one, "dtype", None) == getattr(other, "dtype", None)
+    counts = RolloutCounts(
+        np.array([3, 4]), np.array([1, 2], np.int32), np.array([True, False]), 0.5, seats=8, refused={1: "no"}
+    )
+    back = pickle.loads(pickle.dumps(counts, protocol=5))
+    assert [value.tolist() for value in back[:3]] == [[3, 4], [1, 2], [True, False]]
+    assert back[3:] == counts[3:] and isinstance(back, RolloutCounts)

@@ -109,6 +109,69 @@ def test_requests_of_one_turn_share_a_call_and_so_do_answers_that_are_ready_toge
     asyncio.run(asyncio.wait_for(scenario(), 60))
 
 
+def test_answers_are_collected_together_after_a_pause_of_a_share_of_the_time_that_a_request_takes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pauses, now, goes_on = [], 0.0, asyncio.Event()
+    turn = asyncio.sleep
+
+    async def sleep(seconds: float) -> None:
+        if not seconds:
+            return await turn(0)
+        pauses.append(seconds)
+        await goes_on.wait()
+
+    async def scenario() -> None:
+        nonlocal now
+        writer = Writer()
+        handle = Handle(writer)
+        caller = BatchedCaller(handle, "one", patiently, clock=lambda: now)
+        asked = [asyncio.create_task(caller.generate(request(i))) for i in range(9)]
+        while not handle.calls.count("collect"):
+            await turn(0)
+        now = 8.0
+        writer.gates[0].set()
+        await check(await asked[0], 0)
+        assert pauses == [8.0 / 16] and handle.calls.count("collect") == 1
+        for gate in writer.gates[1:]:
+            gate.set()
+        while writer._running:
+            await turn(0)
+        goes_on.set()
+        await asyncio.gather(*asked[1:])
+        assert handle.calls.count("collect") == 2, "all that were ready after the pause"
+
+    monkeypatch.setattr(asyncio, "sleep", sleep)
+    asyncio.run(asyncio.wait_for(scenario(), 60))
+
+
+def test_requests_that_come_during_a_call_are_sent_together_in_the_next() -> None:
+    async def scenario() -> None:
+        writer = Writer()
+        handle = Handle(writer)
+        arrives, submit = asyncio.Event(), writer.submit
+
+        async def slow(*arguments: Any) -> None:
+            await arrives.wait()
+            await submit(*arguments)
+
+        writer.submit = slow  # type: ignore[method-assign]
+        caller = BatchedCaller(handle, "one", patiently)
+        for gate in writer.gates:
+            gate.set()
+        asked = []
+        for sample in range(5):
+            asked.append(asyncio.create_task(caller.generate(request(sample))))
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+        arrives.set()
+        for sample, answer in enumerate(await asyncio.gather(*asked)):
+            await check(answer, sample)
+        assert handle.calls.count("submit") == 2
+
+    asyncio.run(asyncio.wait_for(scenario(), 60))
+
+
 def test_an_error_belongs_to_its_request_and_an_answer_without_a_caller_is_dropped() -> None:
     async def scenario() -> None:
         writer = Writer()

@@ -30,6 +30,7 @@ from cluster.config import CampaignConfig, PipelineConfig
 from cluster.loop import campaign as loop_module
 from cluster.loop.campaign import Campaign
 from cluster.loop.teachers import PromptRoutes, Teachers
+from cluster.loop.work import Issued
 from cluster.records import disk
 from cluster.records.writer import RunRecords, read_jsonl
 from cluster.state.campaign_state import CampaignState
@@ -77,7 +78,9 @@ class FakeFleet:
         self.world, self.replicas = (
             world,
             [
-                SimpleNamespace(name=f"{type(self).__name__}-{i}", version=0, alive=True, handle=i, behind=False)
+                SimpleNamespace(
+                    name=f"{type(self).__name__}-{i}", version=0, alive=True, handle=i, behind=False, calls=0
+                )
                 for i in range(replicas)
             ],
         )
@@ -306,7 +309,7 @@ def test_what_is_refused_is_dropped_with_its_cause_and_another_is_issued_in_its_
             np.full(len(issued), 3), np.zeros(len(issued), np.int32), np.zeros(len(issued), bool), 0.1,
             refused={0: "broken"}, episodes=(EpisodeCounts(1, 4, 0.0, 0.0),) * len(issued) if played else (),
         )  # fmt: skip
-        await queues.sampled(issued, counts, Reference(None))
+        queues.sampled(issued, counts, Reference(None))
         row, *spare = closed
         assert all(one["reason"] == "spare" for one in spare)
         assert row["dropped"] == [[issued.numbers[0], issued.numbers[0] + 1]] and row["cause"] == "broken"
@@ -340,6 +343,44 @@ def test_an_actor_whose_episodes_wait_for_environments_gets_more_of_them(tmp_pat
     config, world = configuration(tmp_path, bound=1, updates=3), World(bound=1)
     run(campaign(config, world, rollout=Waiting(world, 1)))
     assert asked[0] == 8 + 2 and set(asked) == {8 + 2, 24 + 4}
+
+
+def test_idle_teachers_share_equally_what_has_come_while_they_waited(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a busy one's part stays for it, as long as no more has come than that."""
+    made = campaign(configuration(tmp_path, bound=1), World(bound=1), teachers=4)
+    queues, turn, pauses = made._queues, asyncio.sleep, []
+    [teacher] = made.teachers.fleets.values()
+    queues.in_flight.pause.answered(1.6)
+
+    def answer(count: int) -> None:
+        numbers = made.state.ledger.issue(count)
+        ids = np.array([(0, number % 11, 0) for number in numbers])
+        zeros = np.zeros(count, np.int32)
+        queues.sampled(Issued(list(numbers), ids), RolloutCounts(zeros + 3, zeros, zeros > 0, 0.1), Reference(None))
+
+    async def sleep(seconds: float) -> None:
+        if seconds:
+            pauses.append(seconds)
+            answer(10)
+        await turn(0)
+
+    async def scenario() -> None:
+        answer(1)
+        sizes = []
+        for replica in teacher.replicas:
+            sizes.append(len(await queues.next_to_score()))
+            replica.calls = 1
+        assert sizes == [3, 3, 3, 2] and pauses == [0.1]
+        answer(10)
+        assert len(await queues.next_to_score()) == 3, "all are busy: a quarter of ten, rounded up"
+        teacher.replicas[0].calls = 0
+        assert len(await queues.next_to_score()) == 3, "as much as each took when all were idle"
+        assert pauses == [0.1], "one that is idle beside others does not wait"
+
+    monkeypatch.setattr(asyncio, "sleep", sleep)
+    asyncio.run(asyncio.wait_for(scenario(), DEADLINE))
 
 
 @pytest.mark.parametrize(("rollouts", "teachers", "seed"), [(1, 1, 0), (2, 1, 1), (3, 2, 2), (9, 4, 3)])

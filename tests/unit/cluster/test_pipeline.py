@@ -49,11 +49,11 @@ def test_a_random_schedule_never_exceeds_the_capacity_and_issues_what_is_needed(
                     await ready.get()
                     if draw.random() < 0.2:
                         dropped += 1
-                        await slots.release(1, replace=True)
+                        slots.release(1, replace=True)
                     else:
                         have += 1
                 trained += have
-                await slots.release(have)
+                slots.release(have)
 
         issuers = [asyncio.create_task(issue()) for _ in range(3)]
         await asyncio.wait_for(train(), 600)
@@ -73,9 +73,9 @@ def test_acquire_waits_for_room_and_release_gives_it() -> None:
         await slots.acquire(8)
         waiting = asyncio.create_task(slots.acquire(4))
         assert await is_blocked(waiting)
-        await slots.release(3)
+        slots.release(3)
         assert await is_blocked(waiting)
-        await slots.release(1)
+        slots.release(1)
         await asyncio.wait_for(waiting, 600)
         assert slots.charged == 8
 
@@ -88,9 +88,9 @@ def test_acquire_waits_once_nothing_more_is_needed_and_a_replacement_lets_it_on(
         await slots.acquire(2)
         await slots.acquire(2)
         waiting = asyncio.create_task(slots.acquire(1))
-        await slots.release(2)
+        slots.release(2)
         assert await is_blocked(waiting)
-        await slots.release(1, replace=True)
+        slots.release(1, replace=True)
         await asyncio.wait_for(waiting, 600)
         assert (slots.charged, slots.to_issue) == (2, 0)
 
@@ -103,7 +103,7 @@ def test_more_than_can_ever_fit_and_more_than_was_charged_are_defects() -> None:
         with pytest.raises(ValueError, match="3 slots asked of 2"):
             await slots.acquire(3)
         with pytest.raises(AssertionError):
-            await slots.release(1)
+            slots.release(1)
 
     asyncio.run(schedule())
 
@@ -181,11 +181,28 @@ def test_what_could_not_be_trained_any_more_is_cut_and_its_late_answer_is_not_wa
     assert len(in_flight) == 0
 
 
+def test_the_pause_is_a_share_of_the_time_of_the_answers_that_were_wanted() -> None:
+    now = 0.0
+    in_flight = InFlight(clock=lambda: now)
+    assert in_flight.pause.seconds == 0
+    first, late, slow = issued(0), issued(1), issued(2)
+    in_flight.begin(first, 0)
+    in_flight.begin(late, 0)
+    now = 8.0
+    assert in_flight.end(first) and in_flight.pause.seconds == 8 / 16
+    assert in_flight.cut(5, 1) == [late]
+    now = 1000.0
+    assert not in_flight.end(late) and in_flight.pause.seconds == 8 / 16
+    in_flight.begin(slow, 5)
+    now = 1e6
+    assert in_flight.end(slow) and in_flight.pause.seconds == 1, "never longer"
+
+
 def test_the_load_of_an_actor_is_what_responses_were_long_before() -> None:
     in_flight = InFlight()
     assert in_flight.expected_tokens(10, 4) == 14
-    in_flight.count(np.array([30, 30]))
-    in_flight.count(np.array([60]))
+    in_flight.count([30, 30])
+    in_flight.count([60])
     assert in_flight.expected_tokens(10, 4) == 10 + 4 * 40
 
 
@@ -194,13 +211,13 @@ def test_lent_slots_let_more_in_and_are_not_lent_for_ever() -> None:
         slots = Slots(4, 1, 100)
         await slots.acquire(8)
         assert not slots.has_room(1)
-        await slots.lend(2)
+        slots.lend(2)
         assert await slots.acquire(2) == 2
         assert not slots.has_room(1)
-        await slots.lend(0)
-        await slots.release(2)
+        slots.lend(0)
+        slots.release(2)
         assert not slots.has_room(1)
-        await slots.release(1)
+        slots.release(1)
         assert slots.has_room(1)
 
     asyncio.run(schedule())

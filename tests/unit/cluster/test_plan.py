@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import os
+import socket
 from dataclasses import replace
 from pathlib import Path
 
@@ -90,6 +92,52 @@ def test_a_run_with_an_environment_is_measured_with_it(tmp_path: Path) -> None:
     assert found.seconds == pytest.approx(3.0 / ahead)
     config.pipeline.prompts_per_update *= 2  # each episode waits as long, and more of them are under way
     assert from_run(config, run_dir).stages[-1].seconds == pytest.approx(3.0 / ahead)
+
+
+def test_roles_that_share_a_card_or_cores_take_turns_however_they_are_scheduled() -> None:
+    def shares(*gpus: float, overlapped: bool = True) -> Plan:
+        work = {"rollout": 4.0, "teacher": 6.0, "learner": 3.0}
+        stages = tuple(Stage(role, work[role], 1, share) for role, share in zip(work, gpus, strict=True))
+        return Plan(stages, overlapped)
+
+    one_card = shares(0.4, 0.3, 0.3)
+    assert one_card.update_seconds == 13 == shares(0.4, 0.3, 0.3, overlapped=False).update_seconds
+    told = "rollout, teacher and learner share one GPU: pipeline.max_staleness above 0 gains nothing there"
+    assert one_card.sharing() == told
+    # The learner has a card of its own: 4 + 6 seconds on the other one, where 13 pass in turns.
+    assert shares(0.5, 0.5, 1).update_seconds == 10
+    assert shares(0.5, 0.5, 1).sharing().startswith("rollout and teacher share one GPU: ")
+    assert shares(0.5, 0.5, 1).sharing().endswith(" gains at most 30% there")
+    assert shares(0.6, 0.7, 0.7).update_seconds == 6.5, "two cards"
+    assert not shares(1, 1, 1).sharing() and shares(1, 1, 1).update_seconds == 6
+    assert not shares(0.5, 1, 1).sharing()
+
+    on_cores = replace(shares(1, 1, 1), cores=1)
+    assert on_cores.update_seconds == 13 and "share one core, besides one for the campaign" in on_cores.sharing()
+    assert replace(on_cores, cores=2).update_seconds == 6.5
+    assert replace(on_cores, cores=8).update_seconds == 6
+    # Three actors on two cores: an update in turns takes no less than their work on all cores.
+    many = replace(on_cores, cores=2, overlapped=False).scaled("rollout", 3)
+    assert many.update_seconds == 4 / 2 + 6 + 3
+    # Environments wait, and take no core meanwhile.
+    waiting = replace(on_cores, stages=(*on_cores.stages, environments(8.0, 100, max_staleness=1)))
+    assert waiting.update_seconds == 13 and "rollout, teacher and learner share" in waiting.sharing()
+    assert replace(waiting, overlapped=False).update_seconds == 13 + 4
+
+
+def test_a_run_without_a_gpu_on_this_machine_is_planned_on_its_cores(tmp_path: Path) -> None:
+    run_dir = make_fake_run(tmp_path / "run")
+    config, summary = load_config(run_dir / "config.yaml"), json.loads((run_dir / "summary.json").read_text())
+    assert from_run(config, run_dir).cores is None
+    (run_dir / "summary.json").write_text(json.dumps(summary | {"cost": {"gpu_hours": {"rollout": 0, "learner": 0}}}))
+    assert from_run(config, run_dir).cores is None, "nothing says that it ran here"
+    (run_dir / "status.json").write_text(json.dumps({"host": socket.gethostname()}))
+    assert from_run(config, run_dir).cores == max(1, (os.cpu_count() or 1) - 1)
+    (run_dir / "status.json").write_text(json.dumps({"host": f"not-{socket.gethostname()}"}))
+    assert from_run(config, run_dir).cores is None
+    (run_dir / "status.json").write_text(json.dumps({"host": socket.gethostname()}))
+    (run_dir / "summary.json").write_text(json.dumps(summary | {"cost": {"gpu_hours": {"rollout": 1, "learner": 0}}}))
+    assert from_run(config, run_dir).cores is None
 
 
 @given(
