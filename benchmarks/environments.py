@@ -1,18 +1,19 @@
 """What episodes cost beside single answers, and how busy an engine is while environments think.
 
-python -m benchmarks.environments cost [--runs 2] [--hidden 256] [--layers 4]
-    Campaigns by turns, of responses equally long: single answers, and episodes with an environment that answers at once.
-    Processor seconds of all processes for each 1,000 tokens of responses, and the ratio.
+python -m benchmarks.environments cost [--runs 2] [--hidden 128] [--layers 2]
+    Campaigns by turns, in which the student writes as much: single answers, and episodes with an environment that answers at
+    once. Processor seconds of all processes for each 1,000 tokens, of responses and of the student's, and their ratios.
 python -m benchmarks.environments thinking [--seats 16]
     Environments that answer at once, after as long as a turn takes, and after four times as long: tokens a second, the
     share of the loop in which the engine works, and the episodes that it has.
 
-Real Ray, vLLM, learner and teacher; models made from seeds, in which one token of 32 ends a turn. Prints JSON.
+Real Ray, vLLM, learner and teacher; models made from seeds, untrained. Prints JSON.
 """
 
 import argparse
 import asyncio
 import json
+import random
 import statistics
 import subprocess
 import sys
@@ -26,31 +27,35 @@ from typing import Any
 import psutil
 import yaml
 
+from actors.environment.base import Episode
 from benchmarks.start import rows
 from tests.tiny_models import make_tiny_model
 
 ROOT = Path(__file__).resolve().parents[1]
 LOOK_SECONDS = 0.02
-TOKENS, STOPS = 240, [10, 42, 74]
-"""Tokens of a response; a turn ends with one of these tokens, 3 of 101."""
-WARM, MEASURED = 3, 8
+TOKENS, STOPS = 160, [10, 42, 74]
+"""Most tokens of a response, and three tokens that end a turn, beside the one that ends an answer."""
+PROMPTS, SAMPLES = 8, 4
+WARM, MEASURED = 2, 6
 """Updates before those that are measured, and these."""
 
 
 class Answers:
-    """Answers every turn with one word, after so many seconds; the episode ends when its response is full."""
+    """Answers every turn with one word, after so many seconds. One turn in four is the last: an untrained student ends an answer
+    with one token of 101, and a turn with four of them, so it writes as much as in a single answer."""
 
     def __init__(self, seconds: float = 0.0):
         self.seconds = seconds
 
-    async def reset(self, record: dict[str, Any], episode: Any) -> None:
+    async def reset(self, record: dict[str, Any], episode: Episode) -> None:
         """The student reads the record's prompt."""
+        self.draw = random.Random(episode.seed)
 
     async def step(self, message: dict[str, Any]) -> tuple[str, bool, float]:
-        """Never done."""
+        """The same to every turn."""
         if self.seconds:
             await asyncio.sleep(self.seconds)
-        return "go", False, 0.0
+        return "go", self.draw.random() < 1 / 4, 0.0
 
 
 def make_folder(folder: Path, hidden: int, layers: int) -> Path:
@@ -80,8 +85,8 @@ def configuration(folder: Path, name: str, seats: int, seconds: float | None, st
         "learner": {"compute_dtype": "float32", **own},
         "pipeline": {
             "updates": WARM + MEASURED,
-            "prompts_per_update": 16,
-            "samples_per_prompt": 4,
+            "prompts_per_update": PROMPTS,
+            "samples_per_prompt": SAMPLES,
             "max_staleness": staleness,
         },
         "checkpoint": {"every_updates": 1000},
@@ -103,7 +108,7 @@ def used(campaign: psutil.Process) -> dict[int, tuple[str, float]]:
     found = {}
     for one in [campaign, *campaign.children(recursive=True)]:
         with suppress(psutil.Error):
-            title = " ".join(one.cmdline()) or one.name()
+            title = " ".join(one.cmdline()).strip() or one.name()  # titles are padded
             kind = title.split("::")[-1].split(".")[0] if title.startswith("ray::") else Path(title.split()[0]).name
             found[one.pid] = "campaign" if one.pid == campaign.pid else kind, sum(one.cpu_times()[:2])
     return found
@@ -140,6 +145,7 @@ def run(config: Path, folder: Path) -> dict[str, Any]:
             "all": round(1e6 * sum(by_kind.values()) / tokens, 1),
             **{kind: round(1e6 * own / tokens, 1) for kind, own in sorted(by_kind.items()) if own > 0.05},
         },
+        "milliseconds_per_1000_tokens_of_the_student": round(1e6 * sum(by_kind.values()) / written, 1),
         "tokens": round(tokens),
         "of_the_student": written,
         "turns_mean": round(statistics.mean(row.get("turns_mean", 1.0) for row in every), 2),
@@ -163,26 +169,30 @@ def told(found: Iterator[tuple[str, dict[str, Any]]]) -> dict[str, list[dict[str
 
 
 def cost(folder: Path, runs: int) -> dict[str, Any]:
-    """Single answers and episodes by turns."""
+    """Single answers and episodes by turns, in synchronous campaigns, which drop nothing."""
     variants = {"single": None, "episodes": 0.0}
     results = told(
-        (name, run(configuration(folder, f"{name}-{number}", 64, seconds, 1), folder))
+        (name, run(configuration(folder, f"{name}-{number}", 64, seconds, 0), folder))
         for number in range(runs)
         for name, seconds in variants.items()
     )
-    each = {
-        name: statistics.median(one["milliseconds_per_1000_tokens"]["all"] for one in own)
-        for name, own in results.items()
-    }
-    ratio = each["episodes"] / each["single"]
-    return {"milliseconds_per_1000_tokens": each, "ratio": round(ratio, 3), "runs": results}
+    found: dict[str, Any] = {}
+    for key in ("milliseconds_per_1000_tokens", "milliseconds_per_1000_tokens_of_the_student"):
+        each = {name: statistics.median(total(one[key]) for one in own) for name, own in results.items()}
+        found[key] = {**each, "ratio": round(each["episodes"] / each["single"], 3)}
+    return {**found, "runs": results}
+
+
+def total(of: float | dict[str, float]) -> float:
+    """The number, or that of all processes."""
+    return of["all"] if isinstance(of, dict) else of
 
 
 def thinking(folder: Path, seats: int) -> dict[str, Any]:
     """Environments that take no time, as long as a turn, and four times as long."""
     first = run(configuration(folder, "at-once", seats, 0.0, 2), folder)
-    of_response = seats * TOKENS / first["tokens_per_second"]
-    turn = of_response / first["turns_mean"]
+    of_a_turn = first["tokens"] / (MEASURED * PROMPTS * SAMPLES) / first["turns_mean"]
+    turn = seats * of_a_turn / first["tokens_per_second"]
     waits = {"as long as a turn": turn, "four times as long": 4 * turn}
     results = told(
         (what, run(configuration(folder, f"waits-{number}", seats, seconds, 2), folder))
@@ -197,8 +207,8 @@ def main() -> None:
     parser.add_argument("what", choices=["cost", "thinking"])
     parser.add_argument("--runs", type=int, default=2)
     parser.add_argument("--seats", type=int, default=16)
-    parser.add_argument("--hidden", type=int, default=256)
-    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--hidden", type=int, default=128)
+    parser.add_argument("--layers", type=int, default=2)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
         folder = make_folder(Path(temporary), options.hidden, options.layers)

@@ -68,13 +68,9 @@ class Fault:
     """Whether an environment is at work on an episode then."""
 
 
-def schedule(seed: int, first: int, every: int, count: int | None = None, *, environment: bool = False) -> list[Fault]:
-    """Every role, kind and state in a seeded order, one every `every` updates. Only an actor at work can raise.
-
-    environment: also environment actors, in the middle of an episode. What their code raises costs an episode, and no actor.
-    """
+def schedule(seed: int, first: int, every: int, count: int | None = None) -> list[Fault]:
+    """Every role, kind and state in a seeded order, one every `every` updates. Only an actor at work can raise."""
     matrix = [one for one in itertools.product(ROLES, KINDS, (False, True)) if one[1] != "raise" or one[2]]
-    matrix += [(ENVIRONMENT, kind, True) for kind in ("kill", "stop") if environment]
     random.Random(seed).shuffle(matrix)
     return [Fault(*one, first + every * place) for place, one in enumerate(matrix[:count])]
 
