@@ -100,7 +100,7 @@ class Programs:
     def _start_leash(self) -> None:
         if self._leash is None:
             self._rewards = tempfile.mkdtemp(prefix="understudy-programs-")
-            command = [sys.executable, "-I", "-S", "-c", LEASH, self._rewards]
+            command = [sys.executable, "-IS", "-c", LEASH, self._rewards]
             self._leash = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True, bufsize=0)
 
 
