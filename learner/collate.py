@@ -63,6 +63,8 @@ class Part:
     is left out."""
     trained: Tensor
     """[n] bool: the student wrote the token. Untrained tokens have no place in the padded form."""
+    students: Tensor | None
+    """[m] int64: which of the n tokens the student wrote; None: all."""
     turns: Tensor
     """[n] int64: the student's turn, from 0 in each response; -1 where it did not write the token."""
     weights: Tensor
@@ -213,9 +215,12 @@ class UpdateBatch:
     def _values(self, tokens: np.ndarray, *, wide: bool) -> dict[str, Any]:
         """The fields of a Part that have a row for each of these tokens."""
         index = torch.from_numpy(tokens).to(self.device)
+        trained = self.trajectories.trained[tokens]
         wide_index = index[:0] if not wide else index if self.wide_places is None else self.wide_places[index]
         return {
             **{name: values[wide_index if name in WIDE_TENSORS else index] for name, values in self.tensors.items()},
+            # Found here: on a GPU it would be waited for.
+            "students": None if trained.all() else torch.from_numpy(np.flatnonzero(trained)).to(self.device),
             "hidden": [source.at(index) for source in self.hidden],
             "reference_hidden": [source.at(index) for source in self.reference_hidden],
             "old_hidden": next((source.at(index) for source in self.old_hidden), None),

@@ -32,7 +32,9 @@ def needs_whole_update(objective: ObjectiveConfig) -> bool:
     return row.needs_whole_update or (row.samples_action and objective.baseline in ("batch_mean", "group_mean"))
 
 
-def on_support(logprobs_nV: Tensor, part: Part, rows: slice, objective: ObjectiveConfig) -> tuple[Tensor, Tensor]:
+def on_support(
+    logprobs_nV: Tensor, part: Part, rows: slice | Tensor, objective: ObjectiveConfig
+) -> tuple[Tensor, Tensor]:
     """Student's and teacher's log-probs over the teacher's support, [n, K] each, for some tokens of a part."""
     sources = [mixture_logprobs(part.hidden, rows) if part.hidden else part.support_logprobs[rows]]
     if objective.reference_teacher is not None:
@@ -54,7 +56,7 @@ def on_support(logprobs_nV: Tensor, part: Part, rows: slice, objective: Objectiv
     return student, teacher
 
 
-def exact_kl(logprobs_nV: Tensor, part: Part, rows: slice, objective: ObjectiveConfig) -> Tensor:
+def exact_kl(logprobs_nV: Tensor, part: Part, rows: slice | Tensor, objective: ObjectiveConfig) -> Tensor:
     """[n] KL(pi || q) at each context."""
     return divergences.reverse_kl(*on_support(logprobs_nV, part, rows, objective))
 
@@ -114,7 +116,7 @@ def check_own_functions(objective: ObjectiveConfig) -> None:
             )
 
 
-def full_cost(logprobs_nV: Tensor, part: Part, rows: slice, objective: ObjectiveConfig) -> Tensor:
+def full_cost(logprobs_nV: Tensor, part: Part, rows: slice | Tensor, objective: ObjectiveConfig) -> Tensor:
     """[n] D(pi(. | c_t), q(. | c_t)) in nats, the divergence that the estimator `full` minimises at each context.
 
     logprobs_nV: log pi, with gradient. rows: which tokens of the part. UserError: see `coefficients`.

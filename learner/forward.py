@@ -31,7 +31,9 @@ from learner.objective.trust_region import ESTIMATORS as TRUST_REGION
 from learner.objective.trust_region import exact, k3
 from learner.student.sharding import full_tensor
 
-Columns = Callable[[torch.Tensor, slice], dict[str, torch.Tensor]]
+Rows = slice | torch.Tensor
+"""Which tokens of a part."""
+Columns = Callable[[torch.Tensor, Rows], dict[str, torch.Tensor]]
 """(log-probs [n, V] of some tokens of a part, which) -> tensors [n, ...] by name."""
 
 
@@ -87,16 +89,17 @@ class Forward:
         """`logprobs`, [n] log pi of the sampled tokens, and what `reduce` and, without gradients, `measure` make of the
         log-probs [n, V], by their names.
 
-        keep is given the hidden states [n, H].
+        keep is given the hidden states [n, H]. What others than the student wrote does not go through the head: it has zeros.
         """
         names: dict[str, None] = {}
+        students = part.students
 
-        def named(columns: Columns, logprobs_nV: torch.Tensor, rows: slice) -> tuple[torch.Tensor, ...]:
-            found = columns(logprobs_nV, rows)
+        def named(columns: Columns, logprobs_nV: torch.Tensor, chunk: slice) -> tuple[torch.Tensor, ...]:
+            found = columns(logprobs_nV, chunk if students is None else students[chunk])
             names.update(dict.fromkeys(found))
             return tuple(found.values())
 
-        def sampled(logprobs_nV: torch.Tensor, rows: slice) -> dict[str, torch.Tensor]:
+        def sampled(logprobs_nV: torch.Tensor, rows: Rows) -> dict[str, torch.Tensor]:
             return {"logprobs": token_logprobs(logprobs_nV, part.tokens[rows])} | reduce(logprobs_nV, rows)
 
         beat()
@@ -110,7 +113,7 @@ class Forward:
             if keep is not None:
                 keep(hidden)
             values = chunked_head(
-                hidden,
+                hidden if students is None else hidden[students],
                 full_tensor(self._weight),
                 None if self._bias is None else full_tensor(self._bias),
                 partial(named, sampled),
@@ -119,7 +122,13 @@ class Forward:
                 vocabulary=self._vocabulary,
                 measure=measure and partial(named, measure),
             )
-        return dict(zip(names, values, strict=True))
+        found = dict(zip(names, values, strict=True))
+        if students is None:
+            return found
+        return {  # the agreement has a row for each chunk
+            name: column if name == "agreement" else column.new_zeros(len(part.tokens)).index_put((students,), column)
+            for name, column in found.items()
+        }
 
     def loss(
         self, part: Part, microbatch: Microbatch, beta: float, collected: UpdateMetrics, *, starts_here: bool = False
@@ -139,11 +148,11 @@ class Forward:
         objective, row = self._objective, estimator_row(self._objective.estimator)
         full = not row.samples_action
 
-        def reduce(logprobs_nV: torch.Tensor, rows: slice) -> dict[str, torch.Tensor]:
+        def reduce(logprobs_nV: torch.Tensor, rows: Rows) -> dict[str, torch.Tensor]:
             cost = {"cost": full_cost(logprobs_nV, part, rows, objective)} if full else {}
             return cost | exact_forward_kl(part, logprobs_nV, rows)
 
-        def measure(logprobs_nV: torch.Tensor, rows: slice) -> dict[str, torch.Tensor]:
+        def measure(logprobs_nV: torch.Tensor, rows: Rows) -> dict[str, torch.Tensor]:
             agreed = agreement(logprobs_nV, part, rows, named_by_student=self._named_by_student)
             found = {"entropy": entropy(logprobs_nV), "agreement": agreed}
             if reads_distribution(objective) and not full_cost_is_exact_kl(objective):
@@ -222,18 +231,18 @@ class Forward:
         return part.filter_weight * cost, clipped
 
 
-def exact_forward_kl(part: Part, logprobs_nV: torch.Tensor, rows: slice) -> dict[str, torch.Tensor]:
+def exact_forward_kl(part: Part, logprobs_nV: torch.Tensor, rows: Rows) -> dict[str, torch.Tensor]:
     """`forward_kl`: KL(pi_old || pi_theta) over the whole vocabulary, [n], where the weights before are kept."""
     return {} if part.old_hidden is None else {"forward_kl": exact(logprobs_nV, part.old_hidden.logprobs(rows))}
 
 
 def exact_reverse_kl(
-    part: Part, objective: ObjectiveConfig, logprobs_nV: torch.Tensor, rows: slice
+    part: Part, objective: ObjectiveConfig, logprobs_nV: torch.Tensor, rows: Rows
 ) -> dict[str, torch.Tensor]:
     """`kl`: KL(pi || q) over the teacher's support, [n]."""
     return {"kl": exact_kl(logprobs_nV, part, rows, objective)}
 
 
-def no_columns(_logprobs_nV: torch.Tensor, _rows: slice) -> dict[str, torch.Tensor]:
+def no_columns(_logprobs_nV: torch.Tensor, _rows: Rows) -> dict[str, torch.Tensor]:
     """The log-probs of the sampled tokens are enough."""
     return {}

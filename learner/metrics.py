@@ -43,7 +43,7 @@ NOT_OF_DATA = {
 """Metrics that compare the student with who wrote and who scored: of a data set, nobody did."""
 
 
-def agreement(logprobs_nV: Tensor, part: Part, rows: slice, *, named_by_student: bool = False) -> Tensor:
+def agreement(logprobs_nV: Tensor, part: Part, rows: slice | Tensor, *, named_by_student: bool = False) -> Tensor:
     """[1, 5] sums over some tokens of a chunk: the four of AGREEMENT (NaN if unknown), and the number of tokens.
 
     top1_agreement: student and teacher have the same most likely token. top8_overlap: share of the teacher's 8 most likely
@@ -53,10 +53,10 @@ def agreement(logprobs_nV: Tensor, part: Part, rows: slice, *, named_by_student:
     """
     count, ids = len(logprobs_nV), part.support_ids
     places = torch.arange(0, count, max(1, count // COMPARED), device=logprobs_nV.device)
-    entries = part.support_logprobs[rows][places].isfinite()
-    known = entries.any(-1) if ids.shape[1] else entries.all(-1)
-    places = places[part.mask[rows][places] & known]
-    student, of_part = logprobs_nV[places], places + rows.start  # numbers in the chunk, and in the part
+    of_part = torch.arange(len(part.mask), device=places.device)[rows][places]  # numbers in the part
+    entries = part.support_logprobs[of_part].isfinite()
+    known = part.mask[of_part] & (entries.any(-1) if ids.shape[1] else entries.all(-1))
+    student, of_part = logprobs_nV[places[known]], of_part[known]
     sums = [torch.full((), torch.nan, device=logprobs_nV.device)] * 4
     if ids.shape[1]:
         teacher, support = part.support_logprobs[of_part], ids[of_part]
@@ -75,7 +75,7 @@ def agreement(logprobs_nV: Tensor, part: Part, rows: slice, *, named_by_student:
         student_ids = student.topk(k).indices
         sums[0] = (teacher_ids[:, 0] == student_ids[:, 0]).float().sum()
         sums[1] = (teacher_ids[:, :, None] == student_ids[:, None]).any(-1).float().mean(-1).sum()
-    return torch.stack([*sums, torch.full_like(sums[0], len(places))])[None]
+    return torch.stack([*sums, torch.full_like(sums[0], len(of_part))])[None]
 
 
 class UpdateMetrics:

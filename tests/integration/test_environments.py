@@ -1,8 +1,10 @@
 """Environment actors on a real Ray: they die in the middle of episodes, and every trajectory is trained once all the same."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,6 +14,14 @@ from tests.unit.cluster.test_environments import ROOT, UPDATES, campaign
 from tests.waiting import PATIENCE_SECONDS
 
 pytestmark = pytest.mark.integration
+
+
+def told(command: str, *arguments: Any) -> str:
+    """What a command that ends well says."""
+    words = [sys.executable, "-m", "cluster", command, *map(str, arguments)]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout + done.stderr
 
 
 def test_environment_actors_that_die_are_replaced_and_their_episodes_begin_again(tmp_path: Path) -> None:
@@ -31,14 +41,7 @@ def test_environment_actors_that_die_are_replaced_and_their_episodes_begin_again
         teachers={"default": {"model": str(tmp_path / "teacher"), "dtype": "float32", **light}},
         ray={"object_store_mebibytes": 100},
     )
-    done = subprocess.run(
-        [sys.executable, "-m", "cluster", "run", str(file)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE_SECONDS,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    told("run", file)
     run = tmp_path / "runs" / "dying"
     assert_ledger_adds_up(run, UPDATES, 8, 0)
     died = [row for row in read_jsonl(run / "events.jsonl") if row["kind"] == "actor_died"]
@@ -46,3 +49,10 @@ def test_environment_actors_that_die_are_replaced_and_their_episodes_begin_again
     assert any(row["episode_retries"] for row in read_jsonl(run / "metrics.jsonl")[1:])
     processes = {line.split()[3] for line in (tmp_path / "log").read_text().splitlines()}
     assert len(processes) > 2  # those that were replaced
+
+    # The same of an evaluation without training: the first held-out prompt's episodes end their process once.
+    seen = told("evaluate", tmp_path / "student", file, "--output", tmp_path / "found.json")
+    assert "environment-0" in seen and "died" in seen
+    found = json.loads((tmp_path / "found.json").read_text())["sets"]
+    [values] = found["greedy"]["values"].values()
+    assert found.keys() == {"greedy", "sampled"} and 0 <= values["accuracy"] <= 1

@@ -6,6 +6,7 @@ The expected values are computed one trajectory and one token at a time, with Py
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from actors.rollout.engine import told_apart
 from actors.teacher.local import LocalTeacher
 from actors.trajectory import Trajectories, offsets_of, select_trajectories
 from cluster.loop.exposure import FIRST_SAMPLE, Prefixes, by_position, parts_of
+from learner import forward
 from learner.config import MismatchConfig, ObjectiveConfig, OptimizerConfig, TrustRegionConfig
 from learner.metrics import response_metrics
 from tests.tiny_updates import make_learner, sampled, teacher_config
@@ -172,9 +174,29 @@ def test_what_is_measured_is_measured_of_trained_tokens(models: dict[str, Path])
         "engine_logprob_abs_diff": (own - recorded).abs().mean(),
         "ratio_mean": (own - recorded).exp().mean(),
         "response_length_max": max(map(len, students)),
+        "top1_agreement": (pi.argmax(-1) == q.argmax(-1)).float().mean(),
     }
     for key, value in expected.items():
         assert metrics[key] == pytest.approx(float(value), rel=1e-4), key
+
+
+@pytest.mark.parametrize("budget", [1, 4096])
+def test_the_head_is_applied_to_the_students_tokens_alone(
+    budget: int, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    head = forward.chunked_head
+
+    def counted(hidden: torch.Tensor, *arguments: Any, **keywords: Any) -> Any:
+        seen.append(len(hidden))
+        return head(hidden, *arguments, **keywords)
+
+    monkeypatch.setattr(forward, "chunked_head", counted)
+    whole, scores = sampled(models, "other", "full")
+    for written in (with_context(whole), whole):
+        seen.clear()
+        make_learner(models, microbatch_tokens=budget).update(written.ids, written, scores)
+        assert sum(seen) == written.trained.sum()
 
 
 def test_responses_are_measured_without_what_others_wrote() -> None:
