@@ -81,11 +81,12 @@ def checks(config: CampaignConfig, *, offline: bool) -> Iterator[tuple[str, Call
     evaluation = config.evaluation.prompts
     sources = [source.path for source in prompt_sources(config).values() if source.path is not None]
     files = [path for path in sources if not is_pattern(path)]
-    read = (student.model, *files)
+    read = (*models, *files)  # the models too: a prompt has to fit into the contexts of all
     yield named("prompts", *read), (lambda: _prompts(config)) if here(*read) else None
     own = any(is_import_path(one.name) for one in (config.evaluation.verifier, *config.evaluation.verifiers.values()))
     if config.environment is not None:
-        yield named("environment", *read), (lambda: _environment(config)) if here(*read) else None
+        tried = (student.model, *files)
+        yield named("environment", *tried), (lambda: _environment(config)) if here(*tried) else None
     elif (evaluation is not None and (evaluation.has_references or own)) or config.gives_rewards:
         yield "verifier", lambda: _verifier(config)
     if config.record:

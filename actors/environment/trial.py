@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from actors.config import EnvironmentConfig, PromptsConfig, SamplingConfig
+from actors.data.messages import name_of
 from actors.data.prompts import load_prompts, sample_seed
 from actors.environment.actor import EnvironmentActor
 from actors.environment.base import Begun, Episode
@@ -51,9 +52,15 @@ def try_environment(
     if begun.messages is not None:
         try:
             first = checked(begun.messages, first=True)
-            written.prompt(first, begun.tools)
+            shown = written.render(first, begun.tools)
         except ValueError as error:
             raise UserError(config.key, f"{config.title}, which begins with {error}", "chat messages") from error
+        # Many templates know nothing of tools, and would leave them out.
+        for name in map(name_of, begun.tools or []):
+            if name not in shown:
+                found = f"{config.title}, whose tool {name!r} the chat template leaves out"
+                expected = "a template with tools; or no `tools`, and a message of the role system that describes them"
+                raise UserError(config.key, found, expected)
     wrong = {role: told for role, new in ANSWERS.items() if (told := written.difference(first, new, begun.tools))}
     if len(wrong) == len(ANSWERS) and config.earlier_turns == "template":
         found = f"template, and a chat template that does not only append: {wrong['user']}"

@@ -1,6 +1,7 @@
 """The student's calls of tools, found in its text by vLLM's own parsers (`vllm serve --tool-call-parser`)."""
 
 import json
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -27,6 +28,8 @@ def tool_parser(name: str, tokenizer: Any) -> Parse:
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
     from vllm.tool_parsers import ToolParserManager
 
+    # Some parsers log each call that they cannot parse, with a traceback; a student that learns to call writes many.
+    logging.getLogger("vllm.tool_parsers").setLevel(logging.CRITICAL)
     parser = ToolParserManager.get_tool_parser(name)
     try:
         parser(tokenizer)

@@ -48,10 +48,13 @@ def readable_rows(
         begin, end = written.response_offsets[row : row + 2].tolist()
         tokens, span = written.response_tokens[begin:end].tolist(), slice(begin, min(end, begin + MOST_TOKENS))
         prompt = int(written.ids[row, 1])
+        asked = written.prompt_tokens[slice(*written.prompt_offsets[row : row + 2])]
+        # An environment may have written a prompt of its own.
+        own_text = np.array_equal(asked, prompts.tokens_of(prompt))
         rows.append(
             {
                 "id": str(TrajectoryId(*written.ids[row].tolist())),
-                "prompt": prompts.texts[prompt],
+                "prompt": prompts.texts[prompt] if own_text else tokenizer.decode(asked.tolist()),
                 "response": tokenizer.decode(tokens[:MOST_TOKENS], skip_special_tokens=True),
                 "tokens": token_texts(tokenizer, tokens[:MOST_TOKENS]),
                 "tokens_left_out": max(len(tokens) - MOST_TOKENS, 0),

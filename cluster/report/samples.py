@@ -3,6 +3,7 @@
 from bisect import bisect
 from collections.abc import Sequence
 from html import escape
+from itertools import count, groupby
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +70,10 @@ def _article(run: int, step: int, row: dict[str, Any], hidden: bool) -> str:
         facts.append(f"reward {reward:g}")
     if row.get("reference") is not None:
         facts.append(f"expected <code>{escape(str(row['reference']))}</code>")
-    shown = zip(tokens, student, teacher, trained, strict=False)
-    marks = "".join(_token(token, shade(s, t, by)) for token, s, t, by in shown)
+    shown = [
+        (by, _token(token, shade(s, t, by))) for token, s, t, by in zip(tokens, student, teacher, trained, strict=False)
+    ]
+    marks = _turns(shown) if len(own) < len(trained) else "".join(mark for _, mark in shown)
     more = len(row["tokens"]) - len(tokens)
     text = "".join((marks, f"<span class=more>… {more:,} more tokens</span>" if more else ""))
     data = f'data-run="{run}" data-step="{step}" data-verdict="{verdict}"'
@@ -78,6 +81,16 @@ def _article(run: int, step: int, row: dict[str, Any], hidden: bool) -> str:
     head = f'<header><span class="verdict">{verdict}</span> {" <i></i> ".join(facts)}</header>'
     prompt = f"<p class=prompt>{escape(str(row['prompt']))}</p>"
     return f"<article {data}{' hidden' * hidden}>{head}{prompt}<p class=tokens {values}>{text}</p></article>"
+
+
+def _turns(marks: Sequence[tuple[bool, str]]) -> str:
+    """Tokens, each with whether the student wrote it, as blocks: its turns by number, and what others wrote between them."""
+    turns = count(1)
+    blocks = []
+    for by_student, run in groupby(marks, lambda mark: mark[0]):
+        what = f'class=turn data-by="turn {next(turns)}"' if by_student else 'class=others data-by="others"'
+        blocks.append(f"<span {what}>{''.join(mark for _, mark in run)}</span>")
+    return "".join(blocks)
 
 
 def _token(token: str, look: str) -> str:
@@ -93,8 +106,8 @@ def _thousandths(logprobs: Sequence[float | None]) -> str:
 def _spread(files: dict[int, Path]) -> dict[int, Path]:
     """At most MAX_STEPS of the steps, with the first and the last."""
     steps = sorted(files)
-    count = min(len(steps), MAX_STEPS)
-    wanted = {steps[round(i * (len(steps) - 1) / max(count - 1, 1))] for i in range(count)}
+    shown = min(len(steps), MAX_STEPS)
+    wanted = {steps[round(i * (len(steps) - 1) / max(shown - 1, 1))] for i in range(shown)}
     return {step: files[step] for step in sorted(wanted)}
 
 
@@ -120,8 +133,8 @@ def _choice(name: str, options: Sequence[tuple[str, str]], chosen: str, title: s
 
 def _legend() -> str:
     """The scale of colours, with its bounds in nats."""
-    count = len(LEVELS)
-    cells = [*(f"n{level}" for level in range(count, 0, -1)), "n0", *(f"p{level}" for level in range(1, count + 1))]
+    most = len(LEVELS)
+    cells = [*(f"n{level}" for level in range(most, 0, -1)), "n0", *(f"p{level}" for level in range(1, most + 1))]
     bounds = [*(f"−{bound:g}" for bound in reversed(LEVELS)), *(f"{bound:g}" for bound in LEVELS)]
     shades = "".join(
         f"<span><i class={cell}></i>{f'<b>{bounds[i]}</b>' if i < len(bounds) else ''}</span>"
@@ -129,5 +142,5 @@ def _legend() -> str:
     )
     return (
         f'<div class="scale"><span>teacher surer</span><div>{shades}</div><span>student surer</span>'
-        "<p>Each token is coloured by log π − log q, in nats: student minus teacher. Red is what distillation takes back.</p></div>"
+        "<p>Each token is coloured by log π − log q, in nats: student minus teacher. Red is what distillation takes back. What others wrote, such as an environment or a tool, has no colour.</p></div>"
     )

@@ -5,6 +5,7 @@ Skipped where there is no Chromium.
 
 import asyncio
 import itertools
+import json
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,43 @@ async def look(path: Path) -> None:
 def test_the_report_opens_in_a_browser(tmp_path: Path, runs: int) -> None:
     names = [make_fake_run(tmp_path / f"run{seed}", seed=seed) for seed in range(runs)]
     asyncio.run(look(write_report(names, tmp_path / "report.html").resolve()))
+
+
+TURNS = """(() => {
+  const line = document.querySelector("article:not([hidden]) .tokens"), blocks = [...line.children];
+  const clear = (e) => ["transparent", "rgba(0, 0, 0, 0)"].includes(getComputedStyle(e).backgroundColor);
+  const last = [...line.querySelectorAll("i")].at(-1), box = last.getBoundingClientRect();
+  last.dispatchEvent(new PointerEvent("pointerover", { bubbles: true, clientX: box.x, clientY: box.y }));
+  return { by: blocks.map((block) => [block.dataset.by, getComputedStyle(block, "::before").content]),
+           below: blocks.slice(1).every((b, i) => b.getBoundingClientRect().top >= blocks[i].getBoundingClientRect().bottom),
+           colours: blocks.map((block) => [...block.children].map((token) => !clear(token))),
+           tip: document.getElementById("tip").textContent };
+})()"""
+
+
+def test_turns_are_told_apart_and_what_others_wrote_has_no_colour(tmp_path: Path) -> None:
+    run = make_fake_run(tmp_path / "run", updates=1, rows=1)
+    for file in (run / "trajectories").iterdir():
+        row = json.loads(file.read_text().splitlines()[0]) | {
+            "tokens": [*"1+2", "error", *"34"],
+            "trained": [1, 1, 1, 0, 1, 1],
+        }
+        row["trained"] = [bool(one) for one in row["trained"]]
+        row |= {
+            "student_logprobs": [-0.1, -0.1, -0.1, None, -0.1, -0.5],
+            "teacher_logprobs": [-3, -0.1, -0.1, None, -3, -4],
+        }
+        file.write_text(json.dumps({**row, "policy_versions": [0, 0, 0, -1, 0, 0]}) + "\n")
+
+    async def look_at_turns() -> dict:
+        async with browser() as page:
+            await page.open(write_report([run], tmp_path / "report.html").resolve(), 1280, "light")
+            return await page.value(TURNS)
+
+    found = asyncio.run(look_at_turns())
+    assert found["by"] == [[who, json.dumps(who)] for who in ("turn 1", "others", "turn 2")] and found["below"]
+    assert found["colours"] == [[True, False, False], [False], [True, True]]
+    assert "-0.500" in found["tip"] and "-4.000" in found["tip"], "the log-probs of that token, across blocks"
 
 
 OVERLAPS = """(() => {

@@ -27,7 +27,7 @@ EPISODE = Episode(TrajectoryId(0, 1, 2), 7)
 class Returns:
     """A step that returns what it is made with."""
 
-    tools = ({"name": "add"},)
+    tools = ({"name": "1"},)  # as a template writes it that knows of tools: in the text of the prompt
 
     def __init__(self, answer: Any = None, seconds: float = 0.0, blocks: float = 0.0):
         self.answer, self.seconds, self.blocks = answer, seconds, blocks
@@ -164,6 +164,10 @@ def test_an_environment_is_tried_with_the_first_record(tmp_path: Any) -> None:
     prompts, tokenizer = PromptsConfig(path=str(tmp_path / "train.jsonl")), make_tiny_tokenizer()
     found = try_environment(config(), prompts, tokenizer, [1])
     assert "first prompt: 7 tokens" in found and "note" not in found
+    with pytest.raises(
+        UserError, match=r"whose tool 'add' the chat template leaves out, expected a template with tools"
+    ):
+        try_environment(config("Needs", arguments={"size": 1, "tools": [{"name": "add"}]}), prompts, tokenizer, [1])
     thinks = "{% for m in messages %}<{{ m.role }}>{{ m.content.split('</think>')[-1] }}<eos>{% endfor %}<assistant>"
     tokenizer.chat_template = thinks
     with pytest.raises(UserError, match=r"environment\.earlier_turns.*<think>"):

@@ -91,6 +91,11 @@ def test_an_episode_that_fails_in_all_attempts_is_dropped_with_its_reason_and_re
         events = {row["kind"] for row in read_jsonl(run / "events.jsonl")}
         assert {"trajectory_refused", "episodes_failed"} <= events
         rows = read_jsonl(run / "metrics.jsonl")
+        kept = [row for path in (run / "trajectories").iterdir() for row in read_jsonl(path)]
+        shown = [row["prompt"] for row in kept if row["finish_reason"] != "abort"]
+        assert shown and all(prompt.startswith("<user>Now ") for prompt in shown), (
+            "what `reset` wrote, not the record's"
+        )
         assert np.isfinite([row["reward_mean"] for row in rows[1:]]).all() and 0 <= rows[0]["eval/accuracy"] <= 1
 
 

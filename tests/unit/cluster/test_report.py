@@ -168,7 +168,10 @@ def test_tokens_are_coloured_by_who_was_surer(run):
     row |= {"trained": [True, False, False, True], "student_logprobs": [-0.01, None, None, -1.0]}
     (run / "trajectories" / "step_00000000.jsonl").write_text(json.dumps(row) + "\n")
     page = page_of(run)
-    assert "<i class=p5>a</i><i class=c>⏎\n</i><i class=c>&lt;b&gt;</i><i class=x>∅</i>" in page.source
+    first, last = ('<span class=turn data-by="turn 1"><i class=p5>a</i></span>',
+                   '<span class=turn data-by="turn 2"><i class=x>∅</i></span>')  # fmt: skip
+    others = '<span class=others data-by="others"><i class=c>⏎\n</i><i class=c>&lt;b&gt;</i></span>'
+    assert first + others + last in page.source, "turns by number, and what others wrote without a colour"
     assert "2 tokens <i></i> 2 of others" in page.source
 
 
