@@ -48,6 +48,12 @@ def held_out(path: str, samples: int, **prompts: Any) -> dict[str, Any]:
     }
 
 
+def played(path: str, samples: int) -> dict[str, Any]:
+    """The same of episodes, whose environment judges."""
+    found = held_out(path, samples)
+    return {key: {name: its for name, its in one.items() if name != "verifier"} for key, one in found.items()}
+
+
 ROWS: dict[str, Row] = {
     "demo": Row(
         title="The demo: a bad habit is corrected",
@@ -68,6 +74,16 @@ ROWS: dict[str, Row] = {
         title="Sums with at least four carries",
         config="examples/carries/distill.yaml",
         settings=held_out("examples/carries/heldout.jsonl", 4),
+    ),
+    "guess": Row(
+        title="Episodes: a number is guessed",
+        config="examples/guess/distill.yaml",
+        settings=played("examples/guess/heldout.jsonl", 4),
+    ),
+    "calculator": Row(
+        title="Episodes with a tool: sums by a calculator",
+        config="examples/calculator/distill.yaml",
+        settings=played("examples/calculator/heldout.jsonl", 4),
     ),
     "heal": Row(
         title="SmolLM2-135M without three of its layers, twelve short updates: OPD beside SFT",

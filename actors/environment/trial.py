@@ -56,7 +56,7 @@ def try_environment(
         except ValueError as error:
             raise UserError(config.key, f"{config.title}, which begins with {error}", "chat messages") from error
         # Many templates know nothing of tools, and would leave them out.
-        for name in map(name_of, begun.tools or []):
+        for name in () if config.command else map(name_of, begun.tools or []):  # a program's requests have their own
             if name not in shown:
                 found = f"{config.title}, whose tool {name!r} the chat template leaves out"
                 expected = "a template with tools; or no `tools`, and a message of the role system that describes them"

@@ -183,6 +183,28 @@ def test_the_student_is_exported_and_evaluated_as_a_model(student: Path, tmp_pat
         assert values["reverse_kl"] == pytest.approx(row["eval/heldout/reverse_kl"], abs=0.05)
 
 
+def test_episodes_with_tools_take_two_updates(student: Path, tmp_path: Path) -> None:
+    """The recipe of examples/tools: transcripts of a real model with calls that vLLM's parser reads, scored in one pass."""
+    settings = {
+        **{
+            "name": "tools",
+            "output_dir": str(tmp_path),
+            "student.model": str(student),
+            "teachers.default.model": INTACT,
+        },
+        **{"pipeline": {"updates": 2, "prompts_per_update": 4}, "evaluation.prompts.limit": 4, "rollout.engine": CACHE},
+        **{"sampling.max_response_tokens": 64, "evaluation.every_updates": 2, "checkpoint.every_updates": 2},
+    }
+    words = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
+    understudy(tmp_path, "run", "examples/tools/distill.yaml", *words)
+    rows = read_jsonl(tmp_path / "tools" / "metrics.jsonl")
+    updates = [row for row in rows if row["step"] > 0]
+    assert [row["trajectories"] for row in updates] == [4, 8] and all(row["turns_mean"] >= 1 for row in updates)
+    assert_engine_and_learner_agree(updates[0], ROUNDING)
+    assert all(0 <= row["eval/accuracy"] <= 1 and 0 < row["eval/reverse_kl"] < 10 for row in (rows[0], rows[-1]))
+    assert_loads(tmp_path / "tools" / "checkpoints" / "step_00000002", student)
+
+
 def assert_evaluated(rows: list[dict[str, Any]], *, judged: bool) -> None:
     """Both sets, at the start and at the end; and `evaluation.prompts`, where the campaign has it."""
     for key in ("eval/heldout/reverse_kl", *(["eval/reverse_kl"] if judged else [])):

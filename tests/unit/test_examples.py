@@ -1,6 +1,8 @@
 """Every example and recipe is a configuration that `check` accepts, and what makes the examples still runs."""
 
+import asyncio
 import json
+import random
 import re
 import subprocess
 import sys
@@ -19,9 +21,13 @@ from actors.data.verifiers import make_verifier
 from actors.errors import UserError
 from cluster.config_file import load_config
 from cluster.preflight import checks
+from examples.calculator.calculator import Calculator
+from examples.calculator.make_models import OPENING, call, spoiled
+from examples.calculator.make_models import make_tokenizer as make_calculator_tokenizer
 from examples.carries.make_prompts import LEAST, carries
 from examples.heal.damage import damage
 from examples.heal.perplexity import compare, interval, negative_logprobs, passages
+from examples.tools.shop import PRICES, Shop
 from examples.two_domains.make_models import running
 from tests.tiny_models import make_tiny_model
 
@@ -43,8 +49,9 @@ def test_check_accepts_it(path: Path, tmp_path: Path, monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize(
     ("module", "arguments"),
-    [("privileged.make_models", ["--steps", "1"]), ("two_domains.make_models", ["--steps", "0.001"])],
-)
+    [("privileged.make_models", ["--steps", "1"]), ("two_domains.make_models", ["--steps", "0.001"]),
+     ("guess.make_models", ["--steps", "0.001"]), ("calculator.make_models", ["--steps", "0.001"])],
+)  # fmt: skip
 def test_what_makes_the_models_runs(module: str, arguments: list[str], tmp_path: Path) -> None:
     command = [sys.executable, "-m", f"examples.{module}", *arguments, "--output", str(tmp_path)]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=600)
@@ -52,7 +59,12 @@ def test_what_makes_the_models_runs(module: str, arguments: list[str], tmp_path:
 
 
 def test_the_committed_prompts_are_those_that_the_scripts_make(tmp_path: Path) -> None:
-    for module, extra in (("carries.make_prompts", []), ("two_domains.make_models", ["--steps", "0.001"])):
+    quick = ["--steps", "0.001"]
+    for module, extra in (
+        ("carries.make_prompts", []),
+        ("two_domains.make_models", quick),
+        ("calculator.make_models", quick),
+    ):
         out = tmp_path / module
         command = [sys.executable, "-m", f"examples.{module}", *extra, "--output", str(out)]
         subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=600)
@@ -66,6 +78,11 @@ def test_the_answers_are_right() -> None:
             if path.parent.name == "guess":
                 first, last = map(int, row["prompt"].split("-"))
                 assert first <= int(row["answer"]) <= last
+            elif path.parent.name == "tools":
+                named = [str(price) for item, price in PRICES.items() if item in row["prompt"]]
+                a, sign, b = re.findall(r"\d+|plus|times|[+*]", row["prompt"]) or (0, "", 0)
+                found = int(a) * int(b) if sign in ("*", "times") else int(a) + int(b)
+                assert [row["answer"]] == (named or [str(found)])
             elif row.get("domain") == "running":
                 totals = [sum(map(int, row["prompt"][1 : i + 2])) % 10 for i in range(len(row["prompt"]) - 1)]
                 assert row["answer"] == "".join(map(str, totals))
@@ -73,6 +90,62 @@ def test_the_answers_are_right() -> None:
                 a, b = map(int, row["prompt"].split("+"))
                 assert int(row["answer"]) == a + b
                 assert path.parent.name != "carries" or carries(a, b) >= LEAST
+
+
+def told(environment: Any, record: dict[str, str], *turns: dict[str, Any]) -> list[Any]:
+    """What an environment answers to these turns."""
+
+    async def play() -> list[Any]:
+        await environment.reset(record, None)
+        return [await environment.step({"role": "assistant", "content": "", **turn}) for turn in turns]
+
+    return asyncio.run(play())
+
+
+def calls(name: str, **arguments: Any) -> dict[str, Any]:
+    return {"tool_calls": [{"function": {"name": name, "arguments": arguments}}]}
+
+
+def answered(*results: str) -> tuple[list[dict[str, str]], bool, None]:
+    return [{"role": "tool", "content": result} for result in results], False, None
+
+
+def test_the_calculator_adds_says_where_a_call_is_wrong_and_judges_the_answer() -> None:
+    record = {"prompt": "12+30", "answer": "42"}
+    unread = {"content": '<tool_call>{"name": "add"</tool_call>'}
+    turns = (calls("add", a=12, b=30), calls("add", a=1, x=2), calls("ad", a=1, b=2), calls("add", a="1", b=2), unread)
+    assert told(Calculator(), record, *turns) == [answered(one) for one in ("42", *["error"] * 4)]
+    assert told(Calculator(), record, {"content": "42"}) == [([], True, 1.0)]
+    assert told(Calculator(), record, {"content": "41"}) == [([], True, 0.0)]
+
+
+def test_the_calculators_lessons_are_texts_of_its_chat_template_and_calls_that_the_parser_reads() -> None:
+    from actors.environment.vllm_tool_parser import tool_parser
+
+    tokenizer = make_calculator_tokenizer()
+    parse = tool_parser("hermes", tokenizer)
+    read = parse(call(12, 30), list(Calculator.tools), 0)
+    assert read["tool_calls"][0]["function"] == {"name": "add", "arguments": {"a": 12, "b": 30}}
+    messages = [{"role": "user", "content": "12+30"}, read, {"role": "tool", "content": "42"}]
+    text = tokenizer.apply_chat_template(messages, tools=Calculator.tools, tokenize=False, add_generation_prompt=True)
+    assert text == f"{OPENING}12+30<assistant>{call(12, 30)}<eos><tool>42<assistant>"
+    draw = random.Random(0)
+    wrong = {spoiled(call(12, 30), draw) for _ in range(50)}
+    assert len(wrong) == 5 and tokenizer.unk_token_id not in tokenizer(" ".join([text, *wrong]))["input_ids"]
+    for spoilt in wrong:
+        [(messages, done, _)] = told(Calculator(), {"answer": "42"}, parse(spoilt, list(Calculator.tools), 0))
+        assert messages == [{"role": "tool", "content": "error"}] and not done
+
+
+def test_the_shop_answers_calls_and_wants_a_tool_to_be_used() -> None:
+    record = {"prompt": "What does a lamp cost?", "answer": "24"}
+    turns = (calls("price", item="lamp"), calls("multiply", a=3, b=4), calls("prices"), calls("price", item="cat"),
+             {"content": "<tool_call>{"}, {"content": "It costs $24."})  # fmt: skip
+    *given, judged = told(Shop(), record, *turns)
+    assert given[:2] == [answered("24"), answered("12")] and judged == ([], True, 1.0)
+    assert all(messages[0]["content"].startswith("error: ") for messages, _, _ in given[2:])
+    assert told(Shop(), record, {"content": "24"}) == [([], True, 0.0)], "a guess"
+    assert told(Shop(), record, turns[0], {"content": "124"})[-1] == ([], True, 0.0)
 
 
 def test_carries_by_hand() -> None:
