@@ -133,7 +133,9 @@ def test_the_calculators_lessons_are_texts_of_its_chat_template_and_calls_that_t
     wrong = {spoiled(call(12, 30), draw) for _ in range(50)}
     assert len(wrong) == 5 and tokenizer.unk_token_id not in tokenizer(" ".join([text, *wrong]))["input_ids"]
     for spoilt in wrong:
-        [(messages, done, _)] = told(Calculator(), {"answer": "42"}, parse(spoilt, list(Calculator.tools), 0))
+        [(messages, done, _)] = told(
+            Calculator(), {"prompt": "12+30", "answer": "42"}, parse(spoilt, list(Calculator.tools), 0)
+        )
         assert messages == [{"role": "tool", "content": "error"}] and not done
 
 
