@@ -130,6 +130,7 @@ def test_the_command_is_one_that_this_version_has(
     command: Command, run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("HOME", str(tmp_path))  # whose models and runs are of no consequence
     program, *words = [
         {"RUN": str(run_dir), "MINE": str(run_dir.parent / "mine.yaml")}.get(word, word) for word in command.words
     ]
