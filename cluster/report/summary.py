@@ -159,7 +159,7 @@ def bottleneck(run: Run, name: str) -> str:
         )
         if staleness == 0:
             sentence += " With <code>pipeline.max_staleness: 0</code> the stages take turns, and their times add up."
-    idle = sum(row.get("environment_idle_seconds") or 0.0 for row in run.metrics) / replicas.get("rollout", 1)
+    idle = sum(row.get("environment_idle_seconds") or 0.0 for row in run.metrics) / max(1, replicas.get("rollout", 0))
     if idle:
         sentence += f" Rollout engines had nothing to write for {percent(idle / loop)} of it, because environments were waited for."
     return f'<div class="bottleneck"><p>{sentence}</p><dl>{_bars(shares)}</dl></div>'

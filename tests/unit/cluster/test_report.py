@@ -220,6 +220,16 @@ def test_a_run_that_waited_for_environments_says_so(tmp_path):
     assert "Rollout engines had nothing to write for 40% of it" in text
 
 
+def test_a_run_without_rollout_actors_has_a_report(tmp_path):
+    path = make_fake_run(tmp_path / "run")
+    summary = json.loads((path / "summary.json").read_text())
+    alone = {"rollout": 0, "teacher": 0, "learner": 1}
+    summary["actors"] = {"mean": alone, "end": alone}
+    summary["busy"] |= {"rollout": 0.0, "teacher": 0.0}
+    (path / "summary.json").write_text(json.dumps(summary))
+    assert "Learner-bound" in page_of(path).text
+
+
 def test_a_campaign_under_way_has_a_report(tmp_path):
     run = make_fake_run(tmp_path / "running", updates=25, of=100)
     with (run / "metrics.jsonl").open("a") as file:
