@@ -9,6 +9,7 @@ token is the same; seconds and processor time are those of this process.
 
 import asyncio
 import sys
+import threading
 import time
 from concurrent.futures import Future
 from typing import Any, NamedTuple
@@ -17,9 +18,13 @@ import numpy as np
 import torch
 from transformers.cache_utils import DynamicCache
 
+import actors.rollout.actor
+import actors.teacher.base
 import cluster.cli
 import cluster.roles
+import learner.learner
 from actors.heartbeat import beat
+from actors.processor_time import ProcessorTime
 from actors.rollout.engine import Response, trajectories_of
 from actors.trajectory import Requests
 from tests.light_campaign import LocalFleet, Reference, without_ray
@@ -120,13 +125,40 @@ class OverlappingFleet(LocalFleet):
         return counts, Reference(written)
 
 
-def main(arguments: list[str]) -> None:
-    """Runs the comparison. arguments: those of `understudy compare`."""
+class OneClock(ProcessorTime):
+    """The processor time of a process in which all roles are: it counts once, for the role that reports next."""
+
+    _reported, _turn = 0.0, threading.Lock()
+
+    def __init__(self) -> None:
+        self.since_report()  # what was spent before is the start's
+
+    def since_report(self) -> float:
+        """See ProcessorTime: seconds since the last call of any role."""
+        with OneClock._turn:
+            now = time.process_time()
+            spent, OneClock._reported = now - OneClock._reported, now
+        return spent
+
+
+ENGINE = ("rollout.backend=benchmarks.methods:BatchEngine", "rollout.engine={}")
+"""Settings of a campaign that runs in this process."""
+
+
+def in_one_process() -> None:
+    """Campaigns that this process runs from now on need neither Ray nor vLLM; their configurations need ENGINE."""
     without_ray()
     roles: Any = cluster.roles
     roles.Fleet = OverlappingFleet
-    engine = ["rollout.backend=benchmarks.methods:BatchEngine", "rollout.engine={}"]
-    cluster.cli.main(["compare", *arguments, *engine])
+    modules: tuple[Any, ...] = (actors.rollout.actor, actors.teacher.base, learner.learner)
+    for module in modules:
+        module.ProcessorTime = OneClock
+
+
+def main(arguments: list[str]) -> None:
+    """Runs the comparison. arguments: those of `understudy compare`."""
+    in_one_process()
+    cluster.cli.main(["compare", *arguments, *ENGINE])
 
 
 if __name__ == "__main__":

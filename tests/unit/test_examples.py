@@ -25,6 +25,7 @@ from examples.calculator.calculator import Calculator
 from examples.calculator.make_models import OPENING, call, spoiled
 from examples.calculator.make_models import make_tokenizer as make_calculator_tokenizer
 from examples.carries.make_prompts import LEAST, carries
+from examples.ciphers.ciphers import CIPHERS, right, written
 from examples.heal.damage import damage
 from examples.heal.perplexity import compare, interval, negative_logprobs, passages
 from examples.tools.shop import PRICES, Shop
@@ -59,12 +60,9 @@ def test_what_makes_the_models_runs(module: str, arguments: list[str], tmp_path:
 
 
 def test_the_committed_prompts_are_those_that_the_scripts_make(tmp_path: Path) -> None:
-    quick = ["--steps", "0.001"]
-    for module, extra in (
-        ("carries.make_prompts", []),
-        ("two_domains.make_models", quick),
-        ("calculator.make_models", quick),
-    ):
+    made = ("two_domains", "calculator", "ciphers")
+    makers = (("carries.make_prompts", []), *((f"{name}.make_models", ["--steps", "0.001"]) for name in made))
+    for module, extra in makers:
         out = tmp_path / module
         command = [sys.executable, "-m", f"examples.{module}", *extra, "--output", str(out)]
         subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=600)
@@ -75,7 +73,11 @@ def test_the_committed_prompts_are_those_that_the_scripts_make(tmp_path: Path) -
 def test_the_answers_are_right() -> None:
     for path in set(ROOT.glob("examples/*/*.jsonl")) - set(HEAL.glob("*")):
         for row in map(json.loads, path.read_text("utf-8").splitlines()):
-            if path.parent.name == "guess":
+            if path.parent.name == "ciphers":
+                assert row["answer"] == row["prompt"] and all(
+                    right(written(row["prompt"], name), row["answer"]) for name in CIPHERS
+                )
+            elif path.parent.name == "guess":
                 first, last = map(int, row["prompt"].split("-"))
                 assert first <= int(row["answer"]) <= last
             elif path.parent.name == "tools":

@@ -2,13 +2,14 @@
 
 from concurrent.futures import wait
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from actors.config import RolloutConfig, SamplingConfig
 from actors.trajectory import Requests, offsets_of
-from benchmarks.methods import BatchEngine
+from benchmarks.methods import BatchEngine, OneClock
 from tests.light_engine import LightEngine
 from tests.tiny_models import make_tiny_model
 
@@ -41,3 +42,10 @@ def test_a_batch_gives_what_one_at_a_time_gives(tmp_path: Path, greedy: bool) ->
         assert one.finish_reasons.tolist() == many.finish_reasons.tolist()
         np.testing.assert_allclose(one.behaviour_logprobs, many.behaviour_logprobs, atol=1e-5)
         assert set(many.policy_versions) == {4} and one.ids.tolist() == many.ids.tolist()
+
+
+def test_roles_of_one_process_count_its_time_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([1.0, 1.5, 3.0, 4.0, 9.0])
+    monkeypatch.setattr("benchmarks.methods.time", SimpleNamespace(process_time=lambda: next(times)))
+    one, other = OneClock(), OneClock()
+    assert [one.since_report(), other.since_report(), one.since_report()] == [1.5, 1.0, 5.0]

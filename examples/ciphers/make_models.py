@@ -1,0 +1,101 @@
+"""Makes the models and prompts of the ciphers, all from a seed.
+
+The teacher has two layers and writes all eight ciphers equally often. The student has one layer, which has no room for
+them all; it begins with a short lesson in each.
+
+    python -m examples.ciphers.make_models [--seed 0] [--output examples/ciphers]
+"""
+
+import argparse
+import json
+import random
+from pathlib import Path
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers.utils import logging
+
+from examples.addition.make_models import CHAT_TEMPLATE, SPECIAL, save, teach
+from examples.ciphers.ciphers import CIPHERS, LENGTH, LETTERS, written
+
+SHAPES = {
+    "teacher": {"intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2},
+    "student": {"intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2},
+}
+STEPS = {"teacher": 800, "student": 500}
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """Characters as tokens: 6 special ones, letters, names of ciphers."""
+    vocabulary = {token: i for i, token in enumerate([*SPECIAL, *LETTERS, *CIPHERS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<bos>",
+        eos_token="<eos>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        additional_special_tokens=["<user>", "<assistant>"],
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def make_model(tokenizer: PreTrainedTokenizerFast, seed: int, **shape: int) -> Qwen3ForCausalLM:
+    """A randomly initialised Qwen3 of width 32. Its positions turn fast, so that it soon learns to copy."""
+    torch.manual_seed(seed)
+    return Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            head_dim=32,
+            max_position_embeddings=64,
+            initializer_range=0.15,
+            rope_parameters={"rope_type": "default", "rope_theta": 30.0},
+            tie_word_embeddings=True,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            **shape,
+        )
+    )
+
+
+def word(rng: random.Random) -> str:
+    """Random letters."""
+    return "".join(rng.choice(LETTERS) for _ in range(LENGTH))
+
+
+def lesson(rng: random.Random) -> tuple[str, str]:
+    """A word, and the answer in any of the ciphers."""
+    text = word(rng)
+    return text, written(text, rng.choice(CIPHERS))
+
+
+def main() -> None:
+    """Makes everything; `--steps 0.1` takes a tenth of the lessons, for a quick try."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent)
+    parser.add_argument("--steps", type=float, default=1.0)
+    options = parser.parse_args()
+    logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    options.output.mkdir(parents=True, exist_ok=True)
+    rng = random.Random(f"{options.seed}/words")
+    words = list(dict.fromkeys(word(rng) for _ in range(2304)))
+    for split, chosen in (("heldout.jsonl", words[:256]), ("train.jsonl", words[256:])):
+        lines = [json.dumps({"prompt": text, "answer": text}) for text in chosen]
+        (options.output / split).write_text("\n".join(lines) + "\n", "utf-8")
+    tokenizer = make_tokenizer()
+    for name, shape in SHAPES.items():
+        model, lessons = make_model(tokenizer, options.seed, **shape), random.Random(f"{options.seed}/{name}")
+        steps = max(1, round(options.steps * STEPS[name]))
+        teach(name, model, tokenizer, steps=steps, lesson=lambda rng=lessons: lesson(rng))
+        save(model, tokenizer, options.output / name)
+
+
+if __name__ == "__main__":
+    main()
