@@ -21,6 +21,8 @@ from cluster.records.writer import write_atomically
 
 PALETTE = ("#0b6e4f", "#c1292e", "#e08e0b", "#3d5a98", "#8e4585", "#4a4a4a", "#159fb5", "#7a5c2e")
 SAMPLED, TRAINED = "eval/accuracy_sampled", "tokens_trained_before"
+CURVES = {"estimators": "Estimators", "trust_regions": "Trust regions"}
+"""Part of the measurements -> title. A part that was not measured is left out."""
 COVERED = {
     "right": ("right", "{:.1%}"),
     "ciphers": ("ciphers in use", "{:.2f}"),
@@ -150,9 +152,10 @@ def talk(found: Mapping[str, Any]) -> str:
 def theory(found: Mapping[str, Any]) -> str:
     """Every estimator, and every trust region."""
     parts = []
-    for number, (key, title) in enumerate((("estimators", "Estimators"), ("trust_regions", "Trust regions"))):
+    there = [(key, title) for key, title in CURVES.items() if key in found]
+    for number, (key, title) in enumerate(there):
         parts.append(curves(Panel(90 + 820 * number, 80, 430, 420, longest(found[key])), found[key], title))
-    return picture(1640, 600, parts)
+    return picture(820 * len(there), 600, parts)
 
 
 def cost_tables(methods: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
@@ -194,7 +197,7 @@ def tables(found: Mapping[str, Any]) -> list[str]:
     return [
         *cost_tables(found["methods"]),
         coverage_table(found),
-        *(course_table(found[key]) for key in ("estimators", "trust_regions")),
+        *(course_table(found[key]) for key in CURVES if key in found),
     ]
 
 
@@ -205,7 +208,8 @@ def main() -> None:
     options = parser.parse_args()
     found = json.loads(options.input.read_text("utf-8"))
     write_atomically(options.input.with_suffix(".svg"), talk(found))
-    write_atomically(options.input.with_name("ciphers-estimators.svg"), theory(found))
+    if found.keys() & CURVES.keys():
+        write_atomically(options.input.with_name("ciphers-estimators.svg"), theory(found))
     print("\n\n".join(tables(found)))
 
 

@@ -9,6 +9,7 @@ them all; it begins with a short lesson in each.
 import argparse
 import json
 import random
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -93,7 +94,7 @@ def main() -> None:
     for name, shape in SHAPES.items():
         model, lessons = make_model(tokenizer, options.seed, **shape), random.Random(f"{options.seed}/{name}")
         steps = max(1, round(options.steps * STEPS[name]))
-        teach(name, model, tokenizer, steps=steps, lesson=lambda rng=lessons: lesson(rng))
+        teach(name, model, tokenizer, steps=steps, lesson=partial(lesson, lessons))
         save(model, tokenizer, options.output / name)
 
 

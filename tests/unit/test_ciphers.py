@@ -109,3 +109,17 @@ def test_figures_and_tables_are_made_of_what_was_measured(measured: Any) -> None
     for drawn in (ciphers_page.talk(measured), ciphers_page.theory(measured)):
         assert drawn.startswith("<svg") and "nan" not in drawn and drawn.count("<polyline") >= 5
     assert ciphers_page.coverage_table(measured).count("\n") == 1 + 2 + len(METHODS)
+
+
+def test_the_pages_show_what_was_measured() -> None:
+    found = json.loads((ROOT / ciphers.OUTPUT).read_text("utf-8"))
+    pages = [(ROOT / "docs" / name).read_text("utf-8") for name in ("compare.md", "objective.md")]
+    assert [sum(table in page for page in pages) for table in ciphers_page.tables(found)] == [1] * len(
+        ciphers_page.tables(found)
+    )
+    figures = {"ciphers.svg": ciphers_page.talk}
+    if found.keys() & ciphers_page.CURVES.keys():
+        figures["ciphers-estimators.svg"] = ciphers_page.theory
+    for name, drawn in figures.items():
+        assert (ROOT / "docs" / name).read_text("utf-8") == drawn(found)
+        assert sum(f"]({name})" in page for page in pages) == 1
