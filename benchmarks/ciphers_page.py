@@ -70,16 +70,21 @@ def frame(panel: Panel, title: str, axis: str) -> str:
     return "".join(parts)
 
 
+def spread(values: Sequence[float]) -> tuple[float, float, float]:
+    """Mean, lower and upper end: of the 95% interval, or with fewer than three values their range."""
+    mean, half = interval(values)
+    return (mean, min(values), max(values)) if half is None or len(values) < 3 else (mean, mean - half, mean + half)
+
+
 def curve(panel: Panel, courses: Sequence[Sequence[Mapping[str, Any]]], colour: str) -> tuple[str, float]:
-    """Mean and 95% band over the seeds, and the last mean. courses: evaluations of each seed, at the same updates."""
+    """Mean and band (see `spread`) over the seeds, and the last mean. courses: evaluations of each seed, at the same updates."""
     upper, lower, line, last = [], [], [], 0.0
     for rows in zip(*courses, strict=True):
         x = sum(row[TRAINED] for row in rows) / len(rows)
-        found = interval([row[SAMPLED] for row in rows])
-        last, half = found.mean, found.half or 0.0
+        last, low, high = spread([row[SAMPLED] for row in rows])
         line.append(panel.at(x, last))
-        upper.append(panel.at(x, min(last + half, 1.0)))
-        lower.append(panel.at(x, max(last - half, 0.0)))
+        upper.append(panel.at(x, min(high, 1.0)))
+        lower.append(panel.at(x, max(low, 0.0)))
     band = f'<polygon points="{" ".join(upper + lower[::-1])}" fill="{colour}" opacity="0.18"/>'
     path = f'<polyline points="{" ".join(line)}" fill="none" stroke="{colour}" stroke-width="3.5"/>'
     return band + path, last
@@ -183,11 +188,10 @@ def course_table(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     lines = ["| | at a quarter | at half | at the end | reverse KL at the end |", "|---" * 5 + "|"]
     for name, courses in found.items():
         count = len(courses[0]["rows"]) - 1
-        cells = [
-            shown(interval([one["rows"][row][SAMPLED] for one in courses]), "{:.1%}")
-            for row in (count // 4, count // 2, count)
-        ]
-        cells.append(shown(interval([one["rows"][-1]["eval/reverse_kl"] for one in courses]), "{:.3f}"))
+        values = [[one["rows"][row][SAMPLED] for one in courses] for row in (count // 4, count // 2, count)]
+        cells = ["{:.1%} ({:.1%} to {:.1%})".format(*spread(own)) for own in values]
+        last = [one["rows"][-1]["eval/reverse_kl"] for one in courses]
+        cells.append("{:.3f} ({:.3f} to {:.3f})".format(*spread(last)))
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
