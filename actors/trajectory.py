@@ -41,6 +41,8 @@ class Aside(NamedTuple):
     """The text as the student reads it."""
     record: str | None = None
     """All fields of the record, as JSON; None where no verifier asks for it."""
+    tools_field: str = "tools"
+    """The record's field of tools, for the chat template."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

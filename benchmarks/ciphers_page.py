@@ -145,7 +145,7 @@ def talk(found: Mapping[str, Any]) -> str:
     methods = found["methods"]
     panel = Panel(90, 80, 640, 420, longest(methods))
     return picture(
-        1280,
+        1330,
         600,
         [
             curves(panel, methods, "Sampled answers that are right"),
@@ -159,8 +159,8 @@ def theory(found: Mapping[str, Any]) -> str:
     parts = []
     there = [(key, title) for key, title in CURVES.items() if key in found]
     for number, (key, title) in enumerate(there):
-        parts.append(curves(Panel(90 + 820 * number, 80, 430, 420, longest(found[key])), found[key], title))
-    return picture(820 * len(there), 600, parts)
+        parts.append(curves(Panel(90 + 920 * number, 80, 430, 420, longest(found[key])), found[key], title))
+    return picture(920 * len(there), 600, parts)
 
 
 def cost_tables(methods: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:

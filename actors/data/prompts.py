@@ -47,6 +47,8 @@ class Origin(NamedTuple):
     """What it is counted in, for messages: line, row or record."""
     prompts: int
     """Prompts of the set that are from there."""
+    tools_field: str = "tools"
+    """The records' field of tools."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,7 +102,9 @@ class PromptSet:
 
     def aside(self, row: int) -> Aside:
         """What a verifier may know of a prompt besides its reference."""
-        return Aside(self.domains[row], self.texts[row], self.records[row] if self.records else None)
+        if not self.records:
+            return Aside(self.domains[row], self.texts[row])
+        return Aside(self.domains[row], self.texts[row], self.records[row], self.origin_of(row).tools_field)
 
     def rows_of(self, key: str) -> range:
         """The prompts of the source with this configuration key; all, where nothing tells one source from another."""
@@ -267,7 +271,7 @@ class _Loaded:
             # Arrays, batch by batch: lists of Python integers take about ten times the memory.
             self._tokens.append(np.fromiter(chain.from_iterable(rows), np.int32))
             self._numbers.append(np.array([number for number, _ in batch], np.int64))
-        self._origins.append(Origin(key, source.origin, unit, len(self.texts) - before))
+        self._origins.append(Origin(key, source.origin, unit, len(self.texts) - before, source.tools_field))
 
     def prompts(self) -> PromptSet:
         """All that was read."""

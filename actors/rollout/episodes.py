@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from actors.config import EnvironmentConfig, SamplingConfig
+from actors.data.messages import tools_of
 from actors.data.token_texts import token_texts
 from actors.environment.base import EnvironmentLostError, Environments, Episode, Turn
 from actors.environment.continuation import Continuation, Message, checked
@@ -177,10 +178,11 @@ class Episodes:
         self, own: Requests, episode: Episode, key: str, place: Any, sampling: SamplingConfig, greedy: bool
     ) -> tuple[Requests, _Transcript, str]:
         """One attempt: (the request with the prompt as it was read, what was written, the finish reason)."""
-        record = json.loads(own.asides[0].record or "{}")
+        aside = own.asides[0]
+        record = json.loads(aside.record or "{}")
         text = _Transcript()
         begun = await self._ask(text, place, "reset", key, episode, record)
-        tools = begun.tools if begun.tools is not None else record.get("tools")
+        tools = begun.tools if begun.tools is not None else tools_of(record.get(aside.tools_field))
         first = [
             {"role": "user", "content": "…"}
         ]  # which stands for the record's prompt: what follows does not depend on it

@@ -3,12 +3,14 @@
 import asyncio
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 
-from actors.config import EnvironmentConfig, SamplingConfig
+from actors.config import EnvironmentConfig, PromptsConfig, SamplingConfig
+from actors.data.prompts import load_prompts
 from actors.environment.actor import EnvironmentActor
 from actors.environment.base import Episode
 from actors.environment.continuation import Continuation
@@ -115,6 +117,31 @@ def played(
 
 def text_of(written: Trajectories, row: int) -> str:
     return TOKENIZER.decode(written.response_tokens[slice(*written.response_offsets[row : row + 2])])
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+def test_the_tools_of_a_record_are_those_of_the_field_that_its_source_names(
+    as_text: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tools = [{"type": "function", "function": {"name": "look"}}]
+    record = {"prompt": "a look", "functions": json.dumps(tools) if as_text else tools, "tools": "of the reader's own"}
+    (tmp_path / "train.jsonl").write_text(json.dumps(record) + "\n")
+    source = PromptsConfig(str(tmp_path / "train.jsonl"), reference_field=None, tools_field="functions")
+    monkeypatch.setattr(
+        TOKENIZER, "chat_template", TOKENIZER.chat_template + "{{ tools[0]['function']['name'] if tools }}"
+    )
+    aside = load_prompts(source, TOKENIZER, None, "prompts", records=True).aside(0)
+    monkeypatch.undo()
+    found: list[Any] = []
+    after = Continuation.after
+    monkeypatch.setattr(Continuation, "after", lambda *given: (found.append(given[-1]), after(*given))[1])
+
+    async def play() -> Any:
+        asked = replace(requests(), asides=(aside, aside))
+        return await episodes_of(Spells(), {}).play(asked, SamplingConfig(max_response_tokens=100), False)
+
+    asyncio.run(play())
+    assert found == 4 * [tools]
 
 
 def test_an_episode_is_what_student_and_environment_wrote_in_their_order() -> None:
