@@ -36,14 +36,21 @@ class Row:
     """What a row that nobody has run needs: `GPUs`, `hours`, `disk` ...; it is listed as not run."""
 
 
-def held_out(path: str, samples: int, **prompts: Any) -> dict[str, Any]:
-    """A set of sums or of what ends as they do: `samples` answers to each prompt, sampled as in training."""
+LAST_NUMBER = {"name": "regex", "pattern": r";(\d+)$"}
+"""The verifier of sums, and of what ends as they do."""
+
+
+def held_out(
+    path: str, samples: int, verifier: dict[str, str] = LAST_NUMBER, every: int = 1_000_000, **prompts: Any
+) -> dict[str, Any]:
+    """A set of prompts: `samples` answers to each, sampled as in training, before the first update, after the last, and every so
+    many updates between them."""
     return {
         f"evaluation.sets.{SET}": {
             "prompts": {"path": path, **prompts},
-            "verifier": {"name": "regex", "pattern": r";(\d+)$"},
+            "verifier": verifier,
             "samples": samples,
-            "every_updates": 1_000_000,  # before the first update and after the last
+            "every_updates": every,
         }
     }
 
@@ -84,6 +91,12 @@ ROWS: dict[str, Row] = {
         title="Episodes with a tool: sums by a calculator",
         config="examples/calculator/distill.yaml",
         settings=played("examples/calculator/heldout.jsonl", 4),
+    ),
+    "ciphers": Row(
+        title="A teacher with more ways to answer than the student has room for: OPD beside SFT",
+        config="examples/ciphers/distill.yaml",
+        methods={"opd": {}, "sft": SFT},
+        settings=held_out("examples/ciphers/heldout.jsonl", 4, {"name": "examples.ciphers.ciphers:right"}, every=10),
     ),
     "heal": Row(
         title="SmolLM2-135M without three of its layers, twelve short updates: OPD beside SFT",
