@@ -10,6 +10,7 @@ import pytest
 from actors.errors import AbortedError, ActorFaultError, StoreFullError
 from actors.rollout.batched_calls import BatchedCalls
 from actors.trajectory import Requests, RolloutCounts, Trajectories
+from cluster.fleet.pauses import LONGEST_SECONDS, Pause
 from cluster.fleet.ray_batched_calls import BatchedCaller
 
 
@@ -142,6 +143,76 @@ def test_answers_are_collected_together_after_a_pause_of_a_share_of_the_time_tha
         assert handle.calls.count("collect") == 2, "all that were ready after the pause"
 
     monkeypatch.setattr(asyncio, "sleep", sleep)
+    asyncio.run(asyncio.wait_for(scenario(), 60))
+
+
+def test_a_pause_follows_the_mean_of_many_requests_and_is_never_long() -> None:
+    pause = Pause()
+    assert pause.seconds == 0
+    pause.answered(8.0)
+    pause.answered(4.0)
+    assert pause.seconds == pytest.approx((0.95 * 8 + 0.05 * 4) / 16), "one request changes the mean a little"
+    for _ in range(200):
+        pause.answered(1600.0)
+    assert pause.seconds == LONGEST_SECONDS
+
+
+def test_a_request_that_comes_when_no_other_waits_is_collected_without_a_pause(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pauses, turn = [], asyncio.sleep
+
+    async def sleep(seconds: float) -> None:
+        pauses.append(seconds)
+        await turn(0)
+
+    async def scenario() -> None:
+        now, writer = 0.0, Writer()
+        handle = Handle(writer)
+        caller = BatchedCaller(handle, "one", patiently, clock=lambda: now)
+        for sample in range(3):
+            asked = asyncio.create_task(caller.generate(request(sample)))
+            while not writer._running:
+                await turn(0)
+            now += 8.0
+            writer.gates[sample].set()
+            await check(await asked, sample)
+        assert handle.calls == 3 * ["submit", "collect"] and not pauses
+
+    monkeypatch.setattr(asyncio, "sleep", sleep)
+    asyncio.run(asyncio.wait_for(scenario(), 60))
+
+
+@pytest.mark.parametrize("method", ["submit", "collect"])
+def test_a_call_that_fails_fails_its_requests_and_the_next_request_is_served(method: str) -> None:
+    async def scenario() -> None:
+        writer = Writer()
+        caller, works = BatchedCaller(Handle(writer), "one", patiently), getattr(writer, method)
+
+        async def fails(*arguments: Any) -> None:
+            raise ActorFaultError("the actor is gone")
+
+        setattr(writer, method, fails)
+        asked = [asyncio.create_task(caller.generate(request(sample))) for sample in range(2)]
+        done, _ = await asyncio.wait(asked, timeout=10)
+        assert [str(one.exception()) for one in done] == 2 * ["the actor is gone"]
+        setattr(writer, method, works)
+        for gate in writer.gates:
+            gate.set()
+        await check(await caller.generate(request(2)), 2)
+
+    asyncio.run(asyncio.wait_for(scenario(), 60))
+
+
+def test_a_request_without_a_caller_is_not_waited_for() -> None:
+    async def scenario() -> None:
+        caller = BatchedCaller(Handle(Writer()), "one", patiently)
+        asked = asyncio.create_task(caller.generate(request(0)))
+        await asyncio.sleep(0)
+        asked.cancel()
+        await asyncio.gather(asked, return_exceptions=True)
+        assert not caller._waiting
+
     asyncio.run(asyncio.wait_for(scenario(), 60))
 
 
