@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from actors.trajectory import LoadSeconds, RolloutCounts
-from cluster.records.utilisation import STATES, Utilisation, add_up, by_role, mean_actors
+from cluster.records.utilisation import STATES, Utilisation, _joined, add_up, by_role, mean_actors
 
 
 class Clock:
@@ -205,3 +205,18 @@ def test_a_trace_whose_slices_alternate_stays_small_too(
         assert all(end <= start for (_, end), (start, _) in itertools.pairwise(own))
         assert own[0][0] == 0 and own[-1][1] == 4000e6 and sum(end - start for start, end in own) == 4000e6
     assert found.seconds()["learner-0"]["busy"] == 3000 and found.seconds()["learner-0"]["loading"] == 1000
+
+
+@pytest.mark.parametrize(
+    ("slices", "joined"),
+    [
+        ([("update", 0, 3), ("publish", 3, 3.5)], [("update", 0, 3.5)]),
+        ([("publish", 0, 0.5), ("update", 0.5, 3)], [("update", 0, 3)]),
+        ([("update", 0, 3), ("publish", 3, 5)], [("update", 0, 3), ("publish", 3, 5)]),  # both are long
+        ([("update", 0, 3), ("update", 3.5, 5)], [("update", 0, 5)]),
+        ([("update", 0, 3), ("update", 4, 5)], [("update", 0, 3), ("update", 4, 5)]),  # too far apart
+        ([("update", 0, 3), ("publish", 4, 4.5)], [("update", 0, 3), ("publish", 4, 4.5)]),
+    ],
+)
+def test_a_short_slice_is_part_of_its_longer_neighbour(slices: list, joined: list) -> None:
+    assert _joined([("learner-0", *one) for one in slices], 1.0) == [("learner-0", *one) for one in joined]
