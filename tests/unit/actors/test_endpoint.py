@@ -5,7 +5,9 @@ import json
 from collections.abc import Callable, Coroutine
 from typing import Any
 
+import aiohttp
 import openai
+import psutil
 import pytest
 
 from actors.config import SamplingConfig
@@ -30,7 +32,7 @@ def talk(
         endpoint = Endpoint(SamplingConfig(**sampling), tool_parser)
         url, (key, conversation) = await endpoint.url(), endpoint.open("0-1-2")
         async with openai.AsyncOpenAI(base_url=url, api_key=key) as client:
-            return await play(client, conversation)
+            return await asyncio.wait_for(play(client, conversation), 60)
 
     return asyncio.run(main())
 
@@ -40,7 +42,11 @@ async def answered(
 ) -> tuple[Any, list, list]:
     """(what the client gets, the request's new messages, its tools)."""
     asked = asyncio.ensure_future(client.chat.completions.create(model="any", messages=messages, **more))
-    new, tools = await conversation.asked()
+    read = asyncio.ensure_future(conversation.asked())
+    await asyncio.wait({asked, read}, return_when=asyncio.FIRST_COMPLETED)
+    if asked.done():  # refused
+        await asked
+    new, tools = await read
     conversation.answer(answer, TURN)
     return await asked, new, tools
 
@@ -119,6 +125,14 @@ def test_calls_of_tools_and_their_results_are_told() -> None:
         result = {"role": "tool", "tool_call_id": call.id, "content": "2"}
         _, new, _ = await answered(client, conversation, [USER, choice.message, result], tools=[TOOL])
         assert new == [result]
+        for number, changed in (
+            (2, [USER, {**calls, "tool_calls": [{**CALL, "id": "other"}]}, result, SAID, MORE]),
+            (3, [USER, choice.message, {**result, "tool_call_id": "other"}, SAID, MORE]),
+        ):
+            with pytest.raises(openai.ConflictError, match=f"message {number}, of the role"):
+                await client.chat.completions.create(model="any", messages=changed, tools=[TOOL])
+        with pytest.raises(openai.ConflictError, match="other tools than in the request before"):
+            await client.chat.completions.create(model="any", messages=[USER, choice.message, result, SAID, MORE])
 
     talk(play)
 
@@ -144,6 +158,7 @@ def test_what_is_not_offered_is_refused_with_one_sentence_and_the_conversation_g
             await client.chat.completions.create(**{"model": "any", "messages": [USER], **asked})
         assert told in refused.value.body["message"]  # type: ignore[index]
         fine = {"temperature": 0.8, "top_p": 1, "n": 1, "max_tokens": 9, "seed": 3, "tool_choice": "auto"}
+        fine |= {"presence_penalty": None, "extra_body": {"top_k": -1, "min_p": None}}
         _, new, _ = await answered(client, conversation, [USER], **fine)
         assert new == [USER]
 
@@ -171,6 +186,7 @@ def test_tools_without_a_parser_another_key_and_another_path_are_refused() -> No
     [
         ([USER], {}, "a request without a message after the student's last turn"),
         ([MORE], {}, "message 1, of the role user, is not that of the request before"),
+        ([{**USER, "content": "1+1= "}, SAID, MORE], {}, "message 1, of the role user"),
         ([USER, {**SAID, "content": "three"}, MORE], {}, "message 2, of the role assistant, is not the one that was sent"),
         ([USER, {**SAID, "tool_calls": [{**CALL, "function": {"name": "add", "arguments": "{}"}}]}, MORE], {}, "message 2"),
         ([USER, SAID, SAID, MORE], {}, "a new message of the role assistant"),
@@ -210,3 +226,50 @@ def test_a_second_request_while_the_first_waits_is_a_branch_and_a_lost_one_is_ma
         assert new == [MORE]
 
     talk(play)
+
+
+def test_an_endpoint_listens_once_and_on_this_machine_only() -> None:
+    async def main() -> None:
+        endpoint = Endpoint(SamplingConfig(), None)
+        first, second = await asyncio.gather(endpoint.url(), endpoint.url())
+        assert first == second == await endpoint.url()
+        port = int(first.removesuffix("/v1").rpartition(":")[2])
+        listens = [one.laddr for one in psutil.Process().net_connections("inet") if one.status == psutil.CONN_LISTEN]
+        assert [place.ip for place in listens if place.port == port] == ["127.0.0.1"]
+
+    asyncio.run(main())
+
+
+def test_a_body_may_be_long_and_what_is_no_object_of_json_is_refused() -> None:
+    async def main() -> None:
+        endpoint = Endpoint(SamplingConfig(), None)
+        url, (key, conversation) = await endpoint.url(), endpoint.open("0-1-2")
+        headers = {"Authorization": f"Bearer {key}"}
+        async with aiohttp.ClientSession(url + "/", headers=headers) as client:
+            for body, told in (("{", "the body is no JSON: "), ("[1]", "the body is no JSON object")):
+                async with client.post("chat/completions", data=body) as refused:
+                    assert refused.status == 400 and told in (await refused.json())["error"]["message"]
+            body = json.dumps({"messages": [{"role": "user", "content": 2**21 * "x"}]})
+            asked = asyncio.ensure_future(client.post("chat/completions", data=body))
+            await asyncio.wait_for(conversation.asked(), 30)
+            conversation.answer(SAID, TURN)
+            assert (await asked).status == 200
+
+    asyncio.run(main())
+
+
+def test_an_episode_that_is_over_answers_nothing_more() -> None:
+    async def main() -> None:
+        endpoint = Endpoint(SamplingConfig(), None)
+        url, (key, conversation) = await endpoint.url(), endpoint.open("0-1-2")
+        async with openai.AsyncOpenAI(base_url=url, api_key=key, max_retries=0, timeout=30) as client:
+            asked = asyncio.ensure_future(client.chat.completions.create(model="any", messages=[USER]))
+            await conversation.asked()
+            endpoint.close(key)
+            with pytest.raises(openai.APIConnectionError) as lost:  # the request that waits ends at once
+                await asked
+            assert not isinstance(lost.value, openai.APITimeoutError)
+            with pytest.raises(openai.AuthenticationError, match="no key of an episode that is running"):
+                await client.chat.completions.create(model="any", messages=[USER])
+
+    asyncio.run(main())
