@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,7 +13,7 @@ import pytest
 from actors.config import EnvironmentConfig, PromptsConfig, SamplingConfig
 from actors.data.prompts import load_prompts
 from actors.environment.actor import EnvironmentActor
-from actors.environment.base import Episode
+from actors.environment.base import Answer, Begun, Episode, Turn
 from actors.environment.continuation import Continuation
 from actors.errors import AbortedError, UserError
 from actors.rollout.engine import Response, trajectories_of
@@ -309,3 +310,91 @@ def test_an_aborted_episode_ends_at_once_and_the_others_go_on() -> None:
 
     asyncio.run(play())
     assert not any(episode.attempt for episode, *_ in Tells.seen)
+
+
+class Place:
+    """A process that hosts environments: remembers what it is asked, and answers a step at once or never."""
+
+    def __init__(self, hangs: bool = False):
+        self.hangs, self.steps, self.cancelled = hangs, [], 0
+
+    async def reset(self, key: str, episode: Episode, record: dict) -> Begun:
+        return Begun()
+
+    async def step(self, key: str, *arguments: Any) -> Answer:
+        self.steps.append(arguments)
+        try:
+            if self.hangs:
+                await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+        return Answer([], True, 1.0)
+
+    async def close(self, key: str) -> None: ...
+
+
+def with_place(engine: Any, place: Place | None, **settings: Any) -> Episodes:
+    there = None if place is None else LocalEnvironments([place])
+    config = EnvironmentConfig(**{"name": f"{__name__}:Tells", **settings})
+    return Episodes(engine, config, Continuation(TOKENIZER, frozenset({END})), NO_LIMITS, there)
+
+
+def test_a_program_is_told_of_the_tokens_of_a_turn_without_the_one_that_ended_it() -> None:
+    class Newer(Spells):
+        """New weights arrive in the middle of a turn."""
+
+        def generate(self, requests: Requests, sampling: SamplingConfig, *, greedy: bool = False) -> Any:
+            logprobs, versions = [-0.5, -0.25, -0.125, -1.0], [4, 4, 5, 5]
+            return done(trajectories_of(requests, [Response(TURN, logprobs, versions, "stop")]))
+
+    async def play(**settings: Any) -> list[tuple[Any, ...]]:
+        place = Place()
+        episodes = with_place(Newer(), place, **settings)
+        await episodes.play(_row(requests(), 0), SamplingConfig(max_response_tokens=100), False)
+        return place.steps
+
+    said = {"role": "assistant", "content": "the"}
+    turn = Turn(["t", "h", "e"], [-0.5, -0.25, -0.125], 4, len(requests().prompts[0]), 5)
+    assert asyncio.run(play(name=None, command=["true"])) == [(said, turn)]
+    assert asyncio.run(play()) == [(said,)], "a class of the user's own takes the message alone"
+
+
+def test_an_episode_that_is_given_up_takes_its_question_back() -> None:
+    async def play() -> None:
+        place = Place(hangs=True)
+        episodes = with_place(Spells(), place)
+        call = asyncio.create_task(episodes.play(_row(requests(), 0), SamplingConfig(max_response_tokens=100), False))
+        while not place.steps:
+            await asyncio.sleep(0)
+        episodes.abort()
+        with pytest.raises(AbortedError):
+            await call
+        await asyncio.sleep(0)
+        assert place.cancelled == 1
+
+    asyncio.run(play())
+
+
+def test_seconds_without_any_process_for_environments_are_waiting_for_them() -> None:
+    async def play() -> None:
+        episodes, place = with_place(Spells(), None), Place()
+        call = asyncio.create_task(episodes.play(_row(requests(), 0), SamplingConfig(max_response_tokens=100), False))
+        await asyncio.sleep(0.01)
+        assert episodes.thinking._asking == 1 and not place.steps
+        episodes.reach(LocalEnvironments([place]))
+        await call
+        assert episodes.thinking._asking == 0 and episodes.thinking.idle_seconds > 0
+
+    asyncio.run(play())
+
+
+def test_the_seconds_of_an_episode_are_those_of_the_engine_too() -> None:
+    class Slow(Spells):
+        def generate(self, *arguments: Any, **keywords: Any) -> Any:
+            time.sleep(0.02)
+            return super().generate(*arguments, **keywords)
+
+    episodes = with_place(Slow(), Place())
+    _, [counts] = asyncio.run(episodes.play(_row(requests(), 0), SamplingConfig(max_response_tokens=100), False))
+    assert 0 < counts.waited_seconds <= counts.seconds - 0.02
