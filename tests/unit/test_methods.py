@@ -44,6 +44,20 @@ def test_a_batch_gives_what_one_at_a_time_gives(tmp_path: Path, greedy: bool) ->
         assert set(many.policy_versions) == {4} and one.ids.tolist() == many.ids.tolist()
 
 
+def test_calls_that_sample_otherwise_are_answered_each_in_its_own_way(tmp_path: Path) -> None:
+    make_tiny_model(tmp_path / "model", hidden=32, layers=1, context=64)
+    sampling, call = SamplingConfig(max_response_tokens=7), asked([[5, 6, 7], [8, 9]], 0)
+    kinds = [(sampling, False), (sampling, True), (SamplingConfig(max_response_tokens=3), False), (sampling, False)]
+    engine = BatchEngine(str(tmp_path / "model"), RolloutConfig(), sampling, stop_token_ids=[])
+    engine.version = 0
+    alone = [engine.generate(call, own, greedy=greedy).result().response_tokens.tolist() for own, greedy in kinds]
+    assert engine.tokens_sampled == sum(map(len, alone)) == 2 * (7 + 7 + 3 + 7) and engine.busy_seconds > 0
+    together = [engine.generate(call, own, greedy=greedy) for own, greedy in kinds]
+    assert [answer.result().response_tokens.tolist() for answer in together] == alone
+    assert alone[0] == alone[3] != alone[1]
+    engine.close()
+
+
 def test_roles_of_one_process_count_its_time_once(monkeypatch: pytest.MonkeyPatch) -> None:
     times = iter([1.0, 1.5, 3.0, 4.0, 9.0])
     monkeypatch.setattr("benchmarks.methods.time", SimpleNamespace(process_time=lambda: next(times)))
