@@ -22,10 +22,11 @@ from actors.errors import UserError
 from cluster.config_file import load_config
 from cluster.preflight import checks
 from examples.calculator.calculator import Calculator
-from examples.calculator.make_models import OPENING, call, spoiled
+from examples.calculator.make_models import OPENING, call, lesson, slipped, spoiled
 from examples.calculator.make_models import make_tokenizer as make_calculator_tokenizer
 from examples.carries.make_prompts import LEAST, carries
-from examples.ciphers.ciphers import CIPHERS, right, written
+from examples.ciphers.ciphers import CIPHERS, LENGTH, right, written
+from examples.ciphers.make_models import lesson as cipher_lesson
 from examples.heal.damage import damage
 from examples.heal.perplexity import compare, interval, negative_logprobs, passages
 from examples.tools.shop import PRICES, Shop
@@ -117,7 +118,9 @@ def test_the_calculator_adds_says_where_a_call_is_wrong_and_judges_the_answer() 
     unread = {"content": '<tool_call>{"name": "add"</tool_call>'}
     turns = (calls("add", a=12, b=30), calls("add", a=1, x=2), calls("ad", a=1, b=2), calls("add", a="1", b=2), unread)
     assert told(Calculator(), record, *turns) == [answered(one) for one in ("42", *["error"] * 4)]
-    assert told(Calculator(), record, {"content": "42"}) == [([], True, 1.0)]
+    two = {"tool_calls": [*calls("add", a=1, b=2)["tool_calls"], *calls("add", a=True, b=2)["tool_calls"]]}
+    assert told(Calculator(), record, two) == [answered("3", "error")]
+    assert told(Calculator(), record, {"content": " 42\n"}) == [([], True, 1.0)]
     assert told(Calculator(), record, {"content": "41"}) == [([], True, 0.0)]
 
 
@@ -139,6 +142,51 @@ def test_the_calculators_lessons_are_texts_of_its_chat_template_and_calls_that_t
             Calculator(), {"prompt": "12+30", "answer": "42"}, parse(spoilt, list(Calculator.tools), 0)
         )
         assert messages == [{"role": "tool", "content": "error"}] and not done
+
+
+def test_a_slip_changes_one_digit_that_is_not_the_first() -> None:
+    draw, places = random.Random(0), set()
+    for _ in range(500):
+        found = str(slipped(4821, draw))
+        wrong = [place for place in range(4) if found[place] != "4821"[place]]
+        assert len(wrong) <= 1
+        places.update(wrong)
+    assert places == {1, 2, 3} and 40 <= slipped(47, draw) < 50
+
+
+@pytest.mark.parametrize("habits", [0.0, 1.0])
+def test_a_lesson_is_an_episode_up_to_a_result_and_what_the_model_says_next(habits: float) -> None:
+    draw, right, others, pairs = random.Random(0), {"call": 0, "answer": 0}, {"call": 0, "answer": 0}, set()
+    for _ in range(1000):
+        text, said = lesson(draw, habits, ())
+        asked, *turns = text.split("<assistant>")
+        a, b = map(int, asked.split("+"))
+        pairs.add((a, b))
+        assert min(a, b) >= 10 and max(a, b) < 1000
+        results = [turn.split("<eos><tool>") for turn in turns]
+        for place, (turn, result) in enumerate(results):
+            read = re.fullmatch(re.escape(call(1, 2)).replace("1", r"(\d+)").replace("2", r"(\d+)"), turn)
+            assert result == (str(sum(map(int, read.groups()))) if read else "error")
+            assert (result == "error") or place == len(results) - 1, "a result is followed by the answer"
+        ended = bool(results) and results[-1][1] != "error"
+        kind, expected = ("answer", results[-1][1]) if ended else ("call", call(a, b))
+        (right if said == expected else others)[kind] += 1
+    assert min(right.values()) > 150
+    assert others == {"call": 0, "answer": 0} if not habits else min(others.values()) > 30
+    held_out = set(list(pairs)[:500])
+    draw = random.Random(0)
+    for _ in range(500):
+        a, b = map(int, lesson(draw, habits, held_out)[0].partition("<")[0].split("+"))
+        assert (a, b) not in held_out
+
+
+def test_a_lesson_of_the_ciphers_is_in_any_of_them() -> None:
+    draw, names = random.Random(0), set()
+    for _ in range(100):
+        word, answer = cipher_lesson(draw)
+        assert len(word) == LENGTH and right(answer, word) == 1
+        names.add(answer[0])
+    assert names == set(CIPHERS)
 
 
 def test_the_shop_answers_calls_and_wants_a_tool_to_be_used() -> None:
