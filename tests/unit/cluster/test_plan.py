@@ -58,6 +58,7 @@ def test_the_sentence_says_what_the_next_actor_would_give() -> None:
     assert (
         plan(200, 6, 3, overlapped=True).scaled("rollout", 10).sentence().split(": ")[1].startswith("an 11th rollout")
     )
+    assert ": an 80th rollout actor" in plan(2000, 6, 3, overlapped=True).scaled("rollout", 79).sentence()
 
 
 def test_environments_answer_all_episodes_that_are_under_way_whatever_their_actors() -> None:
@@ -109,6 +110,7 @@ def test_roles_that_share_a_card_or_cores_take_turns_however_they_are_scheduled(
     assert shares(0.5, 0.5, 1).sharing().startswith("rollout and teacher share one GPU: ")
     assert shares(0.5, 0.5, 1).sharing().endswith(" gains at most 30% there")
     assert shares(0.6, 0.7, 0.7).update_seconds == 6.5, "two cards"
+    assert shares(0.2, 0.3, 0.1).scaled("rollout", 3).update_seconds == 13, "one card, though 3 * 0.2 + 0.3 + 0.1 > 1"
     assert not shares(1, 1, 1).sharing() and shares(1, 1, 1).update_seconds == 6
     assert not shares(0.5, 1, 1).sharing()
 
@@ -177,6 +179,8 @@ def test_a_measured_plan_reproduces_the_run_it_was_measured_on() -> None:
     assert found.overhead == pytest.approx(5.5 / 4)
     assert {s.role: s.seconds for s in found.stages} == pytest.approx({"rollout": 4, "teacher": 3, "learner": 2.5})
     assert found.gpus == 5
+    quick = measured(summary | {"loop_seconds": 35.0}, replicas, gpus, overlapped=True)
+    assert quick.overhead == 1.0, "a prediction is not below what the slowest stage takes"
     with pytest.raises(ValueError, match="no update"):
         measured(summary | {"updates": 0}, replicas, gpus, overlapped=True)
 
