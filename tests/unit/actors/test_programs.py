@@ -12,10 +12,11 @@ from typing import Any
 import psutil
 import pytest
 
-from actors.config import EnvironmentConfig, PromptsConfig
+from actors.config import EnvironmentConfig, PromptsConfig, SamplingConfig
 from actors.environment import program
 from actors.environment.actor import EnvironmentActor
-from actors.environment.base import Answer, Begun, Episode, Turn
+from actors.environment.base import Answer, Begun, Episode, ProgramError, Turn
+from actors.environment.conversation import BranchError, Conversation
 from actors.environment.trial import try_environment
 from actors.errors import UserError
 from actors.trajectory import TrajectoryId
@@ -171,6 +172,64 @@ def test_programs_end_with_the_process_that_has_started_them(tmp_path: Path) -> 
         process.kill()
     until(lambda: all(map(is_gone, map(int, programs))), "the end of its programs")
     until(lambda: not Path(reward).parent.exists(), "the end of the folder for rewards")
+
+
+def test_nothing_of_an_episode_is_left_after_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither a key, nor a reward, nor an open file: also where a process of another group goes on with standard error."""
+    leaves = f"setsid sleep 1000 & echo $! >> {tmp_path}/pids; exec python tests/agent.py"
+    actor, process, told = actor_of("sh", "-c", leaves), psutil.Process(), []
+    programs: Any = actor._make
+
+    async def episodes() -> None:
+        await played(actor)
+        before = process.num_fds()
+        tell = programs._tell
+        monkeypatch.setattr(programs, "_tell", lambda line: (told.append(line), tell(line)))
+        for _ in range(3):
+            assert (await played(actor))[-1] == Answer([], True, 0.5)
+        for _ in range(1000):  # connections end soon
+            if process.num_fds() <= before:
+                break
+            await asyncio.sleep(0.01)
+        assert process.num_fds() <= before
+
+    try:
+        asyncio.run(episodes())
+    finally:
+        for pid in (tmp_path / "pids").read_text().split():
+            os.kill(int(pid), signal.SIGKILL)
+    begun, ended = told[::2], told[1::2]
+    assert len(begun) == 3 and [f"-{line[1:]}" for line in begun] == ended and all(line[0] == "+" for line in begun)
+    assert not programs.endpoint._conversations and not list(Path(programs._rewards).iterdir())
+    assert os.getsid(programs._leash.pid) == programs._leash.pid, (
+        "it does not get the signals of this process's terminal"
+    )
+
+
+def test_the_end_of_a_long_standard_error_is_told() -> None:
+    script = "import sys; sys.stderr.write(9999 * 'x '); sys.stderr.flush(); sys.exit('the cause')"
+    [begun] = play("python", "-c", script)
+    assert begun.error.endswith("x x x the cause") and len(begun.error) < 400
+
+
+def test_a_program_that_ends_over_a_refused_request_is_told_by_the_request() -> None:
+    async def both() -> None:
+        programs: Any = actor_of("true")._make
+        own = programs()
+        own._conversation = Conversation("a")
+        own._conversation._new.put_nowait(BranchError("another conversation"))
+        own._process = await asyncio.create_subprocess_exec("false", start_new_session=True)
+        await own._process.wait()
+        with pytest.raises(ProgramError, match="another conversation"):
+            await own._next()
+
+    asyncio.run(both())
+
+
+def test_a_request_may_say_what_the_campaign_samples_with() -> None:
+    config = EnvironmentConfig(command=["true"])
+    programs: Any = EnvironmentActor(config, SamplingConfig(temperature=0.5), str(ROOT))._make
+    assert programs.endpoint._sampling.temperature == 0.5
 
 
 def test_an_episode_that_is_never_closed_ends_after_its_time() -> None:
