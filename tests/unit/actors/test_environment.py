@@ -4,7 +4,7 @@ import asyncio
 import sys
 import time
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -75,6 +75,30 @@ class Needs:
     async def step(self, message: dict) -> Any: ...
 
 
+class Ends:
+    """A close that is counted, and then goes wrong; a reset that does too."""
+
+    tools = ()
+    closed: ClassVar[list[str]] = []
+
+    def __init__(self, close: str = "", reset: str = ""):
+        self.fails, self.begins = close, reset
+
+    async def reset(self, record: dict, episode: Episode) -> Any:
+        if self.begins:
+            raise ValueError("no beginning")
+        return "Go."
+
+    async def step(self, message: dict) -> Any:
+        raise SystemExit(3)
+
+    async def close(self) -> None:
+        self.closed.append(self.fails)
+        if self.fails == "hangs":
+            await asyncio.Event().wait()
+        raise ValueError("no end")
+
+
 def config(name: str = "Returns", **settings: Any) -> EnvironmentConfig:
     return EnvironmentConfig(name=f"{HERE}:{name}", **settings)
 
@@ -131,6 +155,27 @@ def test_an_episode_that_is_never_closed_is_forgotten_and_a_blocked_process_ends
     asyncio.run(forget())
     asyncio.run(block())
     until(lambda: ended == [BLOCKED], "the end of the blocked process")
+
+
+@pytest.mark.parametrize("reset", ["", "raises"])
+@pytest.mark.parametrize("close", ["raises", "hangs"])
+def test_the_end_of_an_episode_closes_it_and_an_end_that_goes_wrong_is_of_no_consequence(
+    close: str, reset: str
+) -> None:
+    async def play() -> None:
+        own = config(
+            "Ends", arguments={"close": close, "reset": reset}, step_timeout_seconds=0.2 if close == "hangs" else 60
+        )
+        actor = EnvironmentActor(own)
+        begun = await actor.reset("a", EPISODE, {})
+        assert ("no beginning" in begun.error) == bool(reset) and (reset or begun.tools == [])
+        assert (await actor.step("a", {})).error.startswith("step raised SystemExit: 3")
+        await asyncio.wait_for(actor.close("a"), 30)
+        assert await actor.status() == {"episodes": 0}
+
+    Ends.closed.clear()
+    asyncio.run(play())
+    assert Ends.closed == [close]
 
 
 @pytest.mark.parametrize(
