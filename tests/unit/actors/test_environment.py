@@ -170,7 +170,8 @@ def test_the_end_of_an_episode_closes_it_and_an_end_that_goes_wrong_is_of_no_con
         begun = await actor.reset("a", EPISODE, {})
         assert ("no beginning" in begun.error) == bool(reset) and (reset or begun.tools == [])
         assert (await actor.step("a", {})).error.startswith("step raised SystemExit: 3")
-        await asyncio.wait_for(actor.close("a"), 30)
+        closed, _ = await asyncio.wait({asyncio.ensure_future(actor.close("a"))}, timeout=20)
+        assert closed and not any(one.exception() for one in closed)
         assert await actor.status() == {"episodes": 0}
 
     Ends.closed.clear()
