@@ -40,6 +40,7 @@ class EnvironmentActor:
         self._config, self._make = config, environment_maker(config, sampling, folder)
         self._open: dict[str, tuple[Any, float]] = {}
         """Key -> the environment, and when it is forgotten, in seconds of time.monotonic()."""
+        self._closing: set[asyncio.Task[None]] = set()
         self._heard = time.monotonic()
         self._watch: threading.Thread | None = None
         self.exit: Callable[[int], Any] = os._exit
@@ -47,7 +48,7 @@ class EnvironmentActor:
     async def reset(self, key: str, episode: Episode, record: dict[str, Any]) -> Begun:
         """Makes an environment and begins the episode with it."""
         self._start_watch()
-        await self._forget_late()
+        self._forget_late()
 
         doing = "__init__"
 
@@ -76,6 +77,9 @@ class EnvironmentActor:
     async def close(self, key: str) -> None:
         """The episode is over, or given up."""
         own, _ = self._open.pop(key, (None, 0.0))
+        await self._end(own)
+
+    async def _end(self, own: Any) -> None:
         if close := getattr(own, "close", None):
             with suppress(Exception, asyncio.CancelledError):  # of the user's code: the episode has its result already
                 async with asyncio.timeout(self._config.step_timeout_seconds):
@@ -100,9 +104,14 @@ class EnvironmentActor:
         except (Exception, SystemExit) as error:
             return failed(f"raised {told(error)}")
 
-    async def _forget_late(self) -> None:
+    def _forget_late(self) -> None:
+        """Closes them in the background: the end of one may take long."""
         now = time.monotonic()
-        await asyncio.gather(*(self.close(key) for key, (_, until) in self._open.items() if until < now))
+        for key in [key for key, (_, until) in self._open.items() if until < now]:
+            own, _ = self._open.pop(key)
+            closing = asyncio.create_task(self._end(own))
+            self._closing.add(closing)
+            closing.add_done_callback(self._closing.discard)
 
     def _start_watch(self) -> None:
         if self._watch is None:

@@ -102,6 +102,8 @@ def read(body: Any, sampling: SamplingConfig, tool_parser: str | None) -> tuple[
             raise RefusedError(400, f"{name} is not offered here; leave it out")
         if value not in only[name]:
             raise RefusedError(400, f"{name} is {value!r}, and here it is {only[name][0]!r}; leave it out")
+    if not isinstance(body.get("stream_options") or {}, dict):
+        raise RefusedError(400, "stream_options is no JSON object")
     try:
         messages = messages_of([_read(message) for message in _listed(body.get("messages"))], continued=False)
         tools = tools_of(body.get("tools")) or []

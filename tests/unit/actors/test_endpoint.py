@@ -147,6 +147,7 @@ def test_calls_of_tools_and_their_results_are_told() -> None:
         ({"tools": [TOOL], "tool_choice": "required"}, "tool_choice is 'required'"),
         ({"top_logprobs": 3, "logprobs": True}, "top_logprobs is 3"),
         ({"extra_body": {"guided_regex": "a*"}}, "guided_regex is not offered here"),
+        ({"extra_body": {"stream_options": "usage"}}, "stream_options is no JSON object"),
         ({"messages": []}, "messages or tools: "),
         ({"messages": [USER, SAID]}, "the last message is the assistant's"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://a/b"}}]}]}, "text only"),

@@ -144,6 +144,17 @@ def test_an_episode_that_is_never_closed_is_forgotten_and_a_blocked_process_ends
         assert await actor.status() == {"episodes": 1}
         assert "environment.episode_timeout_seconds" in (await actor.step("a", {})).error
 
+    async def end_without_waiting() -> None:
+        actor = EnvironmentActor(config("Ends", arguments={"close": "hangs"}, episode_timeout_seconds=0.01))
+        await actor.reset("a", EPISODE, {})
+        await asyncio.sleep(0.02)
+        async with asyncio.timeout(30):  # far below the limit of an end
+            assert (await actor.reset("b", EPISODE, {})).messages == "Go."
+            while Ends.closed != ["hangs"]:
+                await asyncio.sleep(0)
+
+    Ends.closed.clear()
+    asyncio.run(end_without_waiting())
     ended: list[int] = []
 
     async def block() -> None:
