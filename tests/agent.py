@@ -48,7 +48,11 @@ def disturb(what: str, log: str) -> None:
         ask([{"role": "user", "content": "another conversation"}])
     if what == "nonsense":
         Path(os.environ["UNDERSTUDY_REWARD"]).write_text("much")
-    if what in ("forks", "nonsense", "ends"):
+    if what == "pipe":
+        os.mkfifo(os.environ["UNDERSTUDY_REWARD"])
+    if what == "key":
+        Path(os.environ["UNDERSTUDY_REWARD"]).write_text(os.environ["OPENAI_API_KEY"])
+    if what in ("forks", "nonsense", "ends", "pipe", "key"):
         sys.exit(0)
 
 

@@ -78,6 +78,14 @@ def tools_of(value: Any) -> list[dict[str, Any]] | None:
     return value
 
 
+def check_unicode(value: Any) -> None:
+    """ValueError: a text in it is not Unicode. JSON may hold half a surrogate pair, which no tokenizer reads."""
+    try:
+        json.dumps(value, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError("text that is not Unicode (a lone surrogate)") from error
+
+
 def called_tools(messages: list[dict[str, Any]]) -> list[str]:
     """The names of the tools that the messages call."""
     return [name_of(call) for message in messages for call in message.get("tool_calls", [])]

@@ -18,7 +18,7 @@ from contextlib import suppress
 from typing import Any
 
 from actors.config import EnvironmentConfig, SamplingConfig
-from actors.data.messages import tools_of
+from actors.data.messages import check_unicode, tools_of
 from actors.environment.base import Answer, Begun, Episode, ProgramError, Turn, environment_class
 from actors.environment.program import Programs
 
@@ -160,6 +160,7 @@ def _begun(messages: Any, tools: Any, *, parsed: bool) -> Begun:
     """
     try:
         found = tools_of(list(tools) if isinstance(tools, tuple) else tools)
+        check_unicode(found)
         if parsed and any("function" not in tool for tool in found or ()):
             raise ValueError("no function")
     except ValueError:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from actors.data.messages import messages_of
+from actors.data.messages import check_unicode, messages_of
 
 Message = dict[str, Any]
 
@@ -161,6 +161,7 @@ def checked(messages: Any, tool_calls: Sequence[Mapping[str, Any]] = (), *, firs
     episode, and may hold earlier turns.
     """
     found = messages_of(messages, continued=False)
+    check_unicode(found)
     ids = itertools.chain((call["id"] for call in tool_calls), itertools.repeat(CALL_ID))
     for message in found:
         if message["role"] not in ROLES and not first:

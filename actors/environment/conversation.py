@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from actors.config import SamplingConfig
-from actors.data.messages import messages_of, name_of, tools_of
+from actors.data.messages import check_unicode, messages_of, name_of, tools_of
 from actors.environment.base import Message, Turn
 from actors.environment.continuation import ROLES
 
@@ -100,6 +100,8 @@ def read(body: Any, sampling: SamplingConfig, tool_parser: str | None) -> tuple[
             continue
         if name not in only:
             raise RefusedError(400, f"{name} is not offered here; leave it out")
+        if name == "tool_choice" and not body.get("tools"):
+            continue  # there is nothing to choose
         if value not in only[name]:
             raise RefusedError(400, f"{name} is {value!r}, and here it is {only[name][0]!r}; leave it out")
     if not isinstance(body.get("stream_options") or {}, dict):
@@ -107,6 +109,7 @@ def read(body: Any, sampling: SamplingConfig, tool_parser: str | None) -> tuple[
     try:
         messages = messages_of([_read(message) for message in _listed(body.get("messages"))], continued=False)
         tools = tools_of(body.get("tools")) or []
+        check_unicode([messages, tools])
     except ValueError as error:
         raise RefusedError(400, f"messages or tools: {error}") from error
     if tools and tool_parser is None:

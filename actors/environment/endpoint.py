@@ -7,7 +7,6 @@ program's start to its end, and is written nowhere.
 import asyncio
 import json
 import secrets
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -75,7 +74,7 @@ class Endpoint:
         conversation = self._conversation(request)
         try:
             body = await request.json()
-        except ValueError as error:
+        except (ValueError, LookupError, RecursionError) as error:  # LookupError: an unknown charset
             raise RefusedError(400, f"the body is no JSON: {error}") from error
         asked = conversation.ask(*read(body, self._sampling, self._tool_parser))
         asked.readers += 1
@@ -126,7 +125,7 @@ def completion(name: str, message: Message, turn: Turn, logprobs: bool) -> dict[
     return {
         "id": f"chatcmpl-{name}",
         "object": "chat.completion",
-        "created": int(time.time()),
+        "created": 0,  # the same in an episode that is begun again
         "model": MODEL,
         "system_fingerprint": f"version-{turn.version}",
         "choices": [choice],

@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
@@ -38,6 +39,8 @@ LONGEST_VARIABLE = 2**17 - 100
 # A process group is the only thing that outlives a process which is killed, and that another process can end.
 LEASH = """
 import os, shutil, signal, sys
+if os.fork():  # so that it is no child, and is not ended with the others of a process that is ended with its children
+    os._exit(0)
 groups = set()
 for line in sys.stdin:
     (groups.add if line[0] == "+" else groups.discard)(int(line[1:]))
@@ -58,7 +61,14 @@ def program_place(command: list[str], folder: str) -> str | None:
 def check_command(config: EnvironmentConfig, folder: str) -> None:
     """UserError: there is no such program on this machine."""
     if program_place(config.command, folder) is None:
-        found = f"{config.command[0]}, which is no program in {folder if '/' in config.command[0] else 'PATH'}"
+        named = config.command[0]
+        if os.path.isfile(os.path.join(folder, named)):
+            what = (
+                "a file that may not be executed" if "/" in named else "which is not in PATH (./ names the file here)"
+            )
+        else:
+            what = f"which is not in {folder}" if "/" in named and not os.path.isabs(named) else "which is not there"
+        found = f"{named}, {what}"
         raise UserError("environment.command", found, "a program that can be run, and its arguments")
 
 
@@ -102,6 +112,7 @@ class Programs:
             self._rewards = tempfile.mkdtemp(prefix="understudy-programs-")
             command = [sys.executable, "-IS", "-c", LEASH, self._rewards]
             self._leash = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True, bufsize=0)
+            self._leash.wait()  # for the first of its two processes
 
 
 class Program:
@@ -131,6 +142,10 @@ class Program:
                 stderr=theirs,
                 start_new_session=True,
             )
+        except OSError as error:
+            raise ProgramError(
+                f"the program cannot be started: {error.strerror}; or its interpreter is not there"
+            ) from error
         finally:
             os.close(theirs)
         self._programs.hold(self._process.pid)
@@ -194,15 +209,21 @@ class Program:
 
     def _written_reward(self) -> float | None:
         """What the program has written for its reward; None: nothing."""
-        if not self._reward.exists():
+        try:
+            file = os.open(self._reward, os.O_RDONLY | os.O_NONBLOCK)
+        except FileNotFoundError:
             return None
-        text = self._reward.read_text("utf-8", "replace").strip()
+        try:
+            if not stat.S_ISREG(os.fstat(file).st_mode):
+                raise ProgramError("the program has made something else than a file of UNDERSTUDY_REWARD")
+            text = os.read(file, TAIL).decode("utf-8", "replace").strip()
+        finally:
+            os.close(file)
         try:
             return float(text)
         except ValueError as error:
-            raise ProgramError(
-                f"the program has written {text[:80]!r} to UNDERSTUDY_REWARD, expected a number"
-            ) from error
+            shown = text.replace(self._key, "…")[:80]
+            raise ProgramError(f"the program has written {shown!r} to UNDERSTUDY_REWARD, expected a number") from error
 
     async def _last_words(self) -> str:
         """The end of what it has written to standard error, without its key."""

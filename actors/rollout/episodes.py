@@ -43,6 +43,9 @@ GRACE_SECONDS = 10.0
 """A process that has not answered for so much longer than a step may take is given up."""
 LOST_SECONDS = 60.0
 """After this long without a process that hosts environments, those that were lost are tried again."""
+LARGEST_REWARD = float(np.finfo(np.float32).max)
+LONGEST_CAUSE = 500
+"""Characters of a failure's cause that are kept."""
 BEAT_SECONDS = 2.0
 """Between two signs of life while an environment is waited for."""
 
@@ -205,6 +208,8 @@ class Episodes:
             answer = await self._ask(text, place, "step", key, message, *more)
             if answer.reward is not None:
                 text.reward = (text.reward or 0.0) + answer.reward
+                if abs(text.reward) > LARGEST_REWARD:
+                    raise _FailedError(f"step: rewards of {text.reward:g} together, more than a 32-bit number holds")
             if answer.done:
                 return own, text, "stop"
             if len(text.turns) == self._config.max_turns:
@@ -351,7 +356,8 @@ class Episodes:
         token, version = min(self._write.stop_token_ids), self._engine.version or 0
         stub = trajectories_of(own, [Response([token], [0.0], [version], "abort")])
         stub = replace(stub, trained=np.zeros(1, bool), rewards=np.zeros(1, np.float32))
-        counts = EpisodeCounts(0, len(own.prompt_tokens), 0.0, 0.0, self._config.attempts - 1, cause)
+        short = cause if len(cause) <= LONGEST_CAUSE else f"{cause[:LONGEST_CAUSE]}…"
+        counts = EpisodeCounts(0, len(own.prompt_tokens), 0.0, 0.0, self._config.attempts - 1, short)
         return stub, counts
 
 

@@ -40,4 +40,6 @@ def test_the_remedy_for_an_engine_that_differs_is_accepted_by_every_recipe_and_h
     assert METRICS["engine_logprob_abs_diff"].bad_sign in row
     [remedy] = re.findall(r"`(learner\.objective\.mismatch=[^`]*)`", row)
     for path in sorted((ROOT / "configs").glob("*.yaml")):
+        if load_config(path).learner.objective.estimator == "sft":
+            continue  # no engine has written what it trains on
         assert load_config(path, [remedy]).learner.objective.mismatch.correction == "truncate"

@@ -159,7 +159,7 @@ def test_what_is_not_offered_is_refused_with_one_sentence_and_the_conversation_g
             await client.chat.completions.create(**{"model": "any", "messages": [USER], **asked})
         assert told in refused.value.body["message"]  # type: ignore[index]
         fine = {"temperature": 0.8, "top_p": 1, "n": 1, "max_tokens": 9, "seed": 3, "tool_choice": "auto"}
-        fine |= {"presence_penalty": None, "extra_body": {"top_k": -1, "min_p": None}}
+        fine |= {"tool_choice": "none", "presence_penalty": None, "extra_body": {"top_k": -1, "min_p": None}}
         _, new, _ = await answered(client, conversation, [USER], **fine)
         assert new == [USER]
 
@@ -247,7 +247,13 @@ def test_a_body_may_be_long_and_what_is_no_object_of_json_is_refused() -> None:
         url, (key, conversation) = await endpoint.url(), endpoint.open("0-1-2")
         headers = {"Authorization": f"Bearer {key}"}
         async with aiohttp.ClientSession(url + "/", headers=headers) as client:
-            for body, told in (("{", "the body is no JSON: "), ("[1]", "the body is no JSON object")):
+            half = json.dumps({"messages": [{"role": "user", "content": "\udce9"}]})
+            for body, told in (
+                ("{", "the body is no JSON: "),
+                (200_000 * "[", "the body is no JSON: "),
+                ("[1]", "the body is no JSON object"),
+                (half, "text that is not Unicode"),
+            ):
                 async with client.post("chat/completions", data=body) as refused:
                     assert refused.status == 400 and told in (await refused.json())["error"]["message"]
             body = json.dumps({"messages": [{"role": "user", "content": 2**21 * "x"}]})

@@ -272,6 +272,20 @@ def test_one_that_fails_in_all_attempts_says_why_and_takes_no_other_with_it(sett
     assert len(resets) == settings["attempts"]
 
 
+@pytest.mark.parametrize(
+    ("answers", "cause"),
+    [
+        ([["go", False, 3e38], ["", True, 3e38]], "step: rewards of 6e+38 together, more than a 32-bit number holds"),
+        ([["go", False, None], ["", True, -1e39]], "step: rewards of -1e+39 together"),
+        ([["caf\udce9", False, 0.0]], "text that is not Unicode (a lone surrogate)"),
+        ([[[{"role": 9999 * "r", "content": "go"}], False, 0.0]], "rrr…"),
+    ],
+)
+def test_what_no_trajectory_can_hold_fails_the_episode(answers: list, cause: str) -> None:
+    _, counts, _ = played(answers=answers, attempts=1)
+    assert all(cause in one.failed and len(one.failed) < 600 for one in counts)
+
+
 def test_messages_of_reset_are_the_prompt_and_a_missing_reward_is_told() -> None:
     written, counts, engine = played(first="Guess")
     prompt = TOKENIZER("<|user|>Guess<|end|>\n<|assistant|>")["input_ids"]

@@ -100,6 +100,8 @@ def test_a_program_is_given_its_episode_and_not_the_token_of_the_cluster(
         ("killed", "the program has ended with signal 9"),
         ("branches", "message 1, of the role user, is not that of the request before"),
         ("nonsense", "the program has written 'much' to UNDERSTUDY_REWARD, expected a number"),
+        ("pipe", "something else than a file of UNDERSTUDY_REWARD"),
+        ("key", "the program has written '…' to UNDERSTUDY_REWARD"),
     ],
 )
 def test_a_program_that_fails_says_why_and_plays_the_next_attempt(what: str, told: str) -> None:
@@ -159,8 +161,9 @@ asyncio.run(actor.reset("a", Episode((0, 0, 0), 7), {}))
 """
 
 
-def test_programs_end_with_the_process_that_has_started_them(tmp_path: Path) -> None:
-    """Also when it is killed, which it cannot notice."""
+@pytest.mark.parametrize("with_children", [False, True])
+def test_programs_end_with_the_process_that_has_started_them(with_children: bool, tmp_path: Path) -> None:
+    """Also when it is killed, which it cannot notice; or with all its children, as actors are."""
     pids = tmp_path / "pids"
     script = f"sleep 1000 & echo $$ $! $PPID $UNDERSTUDY_REWARD > {pids}.new; mv {pids}.new {pids}; wait"
     with subprocess.Popen(
@@ -169,7 +172,10 @@ def test_programs_end_with_the_process_that_has_started_them(tmp_path: Path) -> 
         until(pids.exists, "a running program", lambda: process.poll() is None)
         *programs, parent, reward = pids.read_text().split()
         assert int(parent) == process.pid and not any(map(is_gone, map(int, programs)))
+        children = psutil.Process(process.pid).children(recursive=True)
         process.kill()
+        for child in children if with_children else ():
+            child.kill()
     until(lambda: all(map(is_gone, map(int, programs))), "the end of its programs")
     until(lambda: not Path(reward).parent.exists(), "the end of the folder for rewards")
 
@@ -201,9 +207,8 @@ def test_nothing_of_an_episode_is_left_after_it(tmp_path: Path, monkeypatch: pyt
     begun, ended = told[::2], told[1::2]
     assert len(begun) == 3 and [f"-{line[1:]}" for line in begun] == ended and all(line[0] == "+" for line in begun)
     assert not programs.endpoint._conversations and not list(Path(programs._rewards).iterdir())
-    assert os.getsid(programs._leash.pid) == programs._leash.pid, (
-        "it does not get the signals of this process's terminal"
-    )
+    [leash] = [one.pid for one in psutil.process_iter(["cmdline"]) if programs._rewards in (one.info["cmdline"] or [])]
+    assert os.getsid(leash) != os.getsid(0), "it does not get the signals of this process's terminal"
 
 
 def test_the_end_of_a_long_standard_error_is_told() -> None:
@@ -239,16 +244,34 @@ def test_an_episode_that_is_never_closed_ends_after_its_time() -> None:
         own, _ = actor._open["a"]
         actor._open["a"] = own, 0.0
         await actor.reset("b", EPISODE, {"prompt": "1"})
-        assert await actor.status() == {"episodes": 1} and own._process.returncode is not None
+        assert await actor.status() == {"episodes": 1}
+        await own._process.wait()
         await actor.close("b")
 
     asyncio.run(forget())
 
 
-@pytest.mark.parametrize("command", [["missing-program"], ["./missing.sh"], ["tests/agent.py"]])
-def test_a_program_that_is_not_there_is_refused(command: list[str]) -> None:
-    with pytest.raises(UserError, match=f"environment.command: found {command[0]}, which is no program in"):
-        actor_of(*command)
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        ("missing-program", "which is not there"),
+        ("/missing.sh", "which is not there"),
+        ("./missing.sh", f"which is not in {ROOT}"),
+        ("tests/agent.py", "a file that may not be executed"),
+        ("Makefile", "which is not in PATH"),
+    ],
+)
+def test_a_program_that_is_not_there_is_refused(command: str, told: str) -> None:
+    with pytest.raises(UserError, match=f"environment.command: found {command}, {told}"):
+        actor_of(command)
+
+
+def test_a_script_without_its_interpreter_is_told(tmp_path: Path) -> None:
+    script = tmp_path / "script"
+    script.write_text("#!/missing/interpreter\n")
+    script.chmod(0o755)
+    [begun] = play(str(script))
+    assert "the program cannot be started: No such file or directory; or its interpreter is not there" in begun.error
 
 
 def test_a_record_that_no_variable_holds_is_told() -> None:
