@@ -1,5 +1,7 @@
 """What is asked of a small vLLM engine in tests, and what a plain forward pass says of its answers."""
 
+import threading
+import time
 from typing import Any
 
 import llvmlite.binding  # noqa: F401  as in a process that has applied a delta: vLLM starts there, too
@@ -14,6 +16,34 @@ from actors.weights.delta import Receiver
 
 SAMPLING = SamplingConfig(max_response_tokens=16)
 OPTIONS = {"max_num_seqs": 16, "kv_cache_memory_bytes": 64 << 20}
+
+
+class Brake:
+    """Lets an engine take so many steps, and then none until it is released; calls are answered meanwhile. For what has to come
+    in the middle of a response, however late this thread is."""
+
+    def __init__(self, engine: Any, steps: int):
+        self._steps, self._original = steps, engine._engine.step
+        self._taken, self._released = threading.Event(), threading.Event()
+        engine._engine.step = self._step
+
+    def wait(self) -> None:
+        """Until the steps are taken."""
+        assert self._taken.wait(600)
+
+    def release(self) -> None:
+        """The engine goes on."""
+        self._released.set()
+
+    def _step(self) -> list[Any]:
+        if self._released.is_set():
+            return self._original()
+        if self._steps:
+            self._steps -= 1
+            return self._original()
+        self._taken.set()
+        time.sleep(0.001)  # which leaves the processor to others
+        return []
 
 
 def publish(model: Any, version: int) -> tuple[WeightVersion, list[np.ndarray]]:

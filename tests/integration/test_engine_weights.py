@@ -1,6 +1,5 @@
 """What is inside a real vLLM engine after a weight version was loaded: the published bytes, and nothing of the old ones."""
 
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from actors.rollout.vllm_engine import VllmEngine
 from actors.weights.buckets import WeightVersion
 from learner.config import ObjectiveConfig
 from tests import clean_process
-from tests.tiny_engine import OPTIONS, SAMPLING, ask, change, deliver, difference, publish
+from tests.tiny_engine import OPTIONS, SAMPLING, Brake, ask, change, deliver, difference, publish
 from tests.tiny_models import make_tiny_model
 from tests.tiny_updates import make_learner, received, sampled
 
@@ -157,6 +156,7 @@ def test_weights_may_wait_for_what_runs_and_what_comes_later_waits_for_them(tmp_
     try:
         engine.load_weights(*publish(model, 1)).result(timeout=600)
         long = SamplingConfig(max_response_tokens=80)
+        brake = Brake(engine, steps=3)
         running = engine.generate(ask([[6 + i, 7, 8] for i in range(4)]), long)
         given_up = engine.generate(ask([[30, 7, 8]]), long)
         change(model, 2)
@@ -164,10 +164,10 @@ def test_weights_may_wait_for_what_runs_and_what_comes_later_waits_for_them(tmp_
         later = engine.generate(ask([[6, 7, 8]]), SAMPLING)
         engine.abort(np.array([(0, 0, 0)])).result(timeout=600)  # the first of each call; the last is not in yet
         assert not loading.done(), "an abort passes weights that wait"
+        brake.release()
         for call in (running, given_up):
             with pytest.raises(AbortedError):
                 call.result(timeout=600)
-        assert not later.done()
         assert set(later.result(timeout=600).policy_versions.tolist()) == {2}
         assert loading.done() and difference(model, later.result()) < 2e-5
         running = engine.generate(ask([[6 + i, 7, 8] for i in range(4)]), long)
@@ -191,16 +191,16 @@ def test_keys_and_values_of_old_weights_may_be_kept_for_what_runs_but_for_nothin
         prompt = [6 + i % 60 for i in range(300)]  # two blocks of cache
         long = SamplingConfig(max_response_tokens=150)
         engine.generate(ask([prompt]), SAMPLING).result(timeout=600)
-        before = engine.busy_seconds
+        brake = Brake(engine, steps=3)
         running = engine.generate(ask([[*prompt, 66]]), long)
-        while engine.busy_seconds == before:  # until the first step
-            time.sleep(0.001)
+        brake.wait()
         change(model, 2)
         engine.load_weights(*publish(model, 2)).result(timeout=600)
+        brake.release()
         new = engine.generate(ask([prompt]), SAMPLING).result(timeout=600)
         assert difference(model, new) < 2e-5, "a cached prefix of the old weights was used"
         written = running.result(timeout=600)
-        assert set(written.policy_versions.tolist()) <= {1, 2}
+        assert set(written.policy_versions.tolist()) == {1, 2}
     finally:
         engine.close()
 
@@ -215,11 +215,11 @@ def test_every_token_has_the_version_that_computed_it_when_steps_overlap(tmp_pat
     change(new, 2)
     try:
         engine.load_weights(*publish(old, 1)).result(timeout=600)
-        before = engine.busy_seconds
+        brake = Brake(engine, steps=3)
         running = engine.generate(ask([[6 + i, 7, 8] for i in range(13)]), SamplingConfig(max_response_tokens=60))
-        while engine.busy_seconds == before:  # until the first step
-            time.sleep(0.001)
+        brake.wait()
         engine.load_weights(*publish(new, 2)).result(timeout=600)
+        brake.release()
         written = running.result(timeout=600)
     finally:
         engine.close()
