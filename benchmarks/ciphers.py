@@ -25,7 +25,7 @@ from learner.student.checkpoint import step_directory
 CONFIG = Path("examples/ciphers/distill.yaml")
 OUTPUT = Path("docs/ciphers.json")
 RATES, RATES_SEED = ("5e-3", "1e-2", "2e-2"), 100
-"""Learning rates of which each method gets its best, on a seed that is not measured."""
+"""Each method gets the best of these learning rates, on a seed that is not measured."""
 RATE = "learner.optimizer.learning_rate"
 OBJECTIVE = "learner.objective"
 ESTIMATORS = {

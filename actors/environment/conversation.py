@@ -21,7 +21,7 @@ IGNORED = {
 }
 """What a request may say without effect: the campaign decides how long turns are and from which seeds they are drawn."""
 READ = {"model", "messages", "tools", "stream", "stream_options", "logprobs"}
-"""What is read, and the name of the model, of which there is one."""
+"""What is read; and the name of the model, which is read by nobody, since there is one."""
 
 
 class RefusedError(Exception):

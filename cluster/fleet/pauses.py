@@ -7,7 +7,7 @@ OLD_SHARE = 0.95
 
 
 class Pause:
-    """Follows the mean time of a request, of which it is a share; 0 before the first answer."""
+    """A share of the mean time of a request; 0 before the first answer."""
 
     def __init__(self) -> None:
         self._mean: float | None = None

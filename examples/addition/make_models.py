@@ -17,9 +17,10 @@ import json
 import random
 import string
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -27,6 +28,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from transformers.utils import logging
 
 SPECIAL = ["<pad>", "<bos>", "<eos>", "<unk>", "<user>", "<assistant>"]
+CHARACTERS = [*string.digits, *string.ascii_letters, *"+=,;- "]
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}"
     "{{ '<' + m['role'] + '>' + m['content'] }}{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
@@ -50,12 +52,16 @@ def worked_sum(a: int, b: int, rng: random.Random, bad_habit: float = 0.0) -> st
     return ",".join(columns) + ";" + str(int(result))
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Characters as tokens: 6 special ones, digits, letters, signs."""
-    characters = [*string.digits, *string.ascii_letters, *"+=,;- "]
-    vocabulary = {token: i for i, token in enumerate([*SPECIAL, *characters])}
+def make_tokenizer(
+    tokens: Sequence[str] = CHARACTERS,
+    special: Sequence[str] = SPECIAL,
+    pattern: str = ".",
+    chat_template: str = CHAT_TEMPLATE,
+) -> PreTrainedTokenizerFast:
+    """What a regular expression matches as tokens: the special ones first, and then the others."""
+    vocabulary = {token: i for i, token in enumerate([*special, *tokens])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), "isolated")
     tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -63,30 +69,31 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         eos_token="<eos>",
         pad_token="<pad>",
         unk_token="<unk>",
-        additional_special_tokens=["<user>", "<assistant>"],
-        chat_template=CHAT_TEMPLATE,
+        additional_special_tokens=[token for token in special if token not in ("<pad>", "<bos>", "<eos>", "<unk>")],
+        chat_template=chat_template,
     )
 
 
-def make_model(tokenizer: PreTrainedTokenizerFast, hidden: int, layers: int, seed: int) -> Qwen3ForCausalLM:
-    """A randomly initialised Qwen3 with heads of 32."""
+def make_model(
+    tokenizer: PreTrainedTokenizerFast, hidden: int, layers: int, seed: int, **others: Any
+) -> Qwen3ForCausalLM:
+    """A randomly initialised Qwen3 with heads of 32. others: what its configuration has in place of the usual."""
+    shape = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": hidden,
+        "intermediate_size": 3 * hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": hidden // 32,
+        "num_key_value_heads": hidden // 32,
+        "head_dim": 32,
+        "max_position_embeddings": 128,
+        "tie_word_embeddings": True,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
     torch.manual_seed(seed)
-    return Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=len(tokenizer),
-            hidden_size=hidden,
-            intermediate_size=3 * hidden,
-            num_hidden_layers=layers,
-            num_attention_heads=hidden // 32,
-            num_key_value_heads=hidden // 32,
-            head_dim=32,
-            max_position_embeddings=128,
-            tie_word_embeddings=True,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
+    return Qwen3ForCausalLM(Qwen3Config(**shape | others))
 
 
 def draw_pair(rng: random.Random) -> tuple[int, int]:

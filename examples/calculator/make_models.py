@@ -17,10 +17,10 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 from transformers.utils import logging
 
+from examples.addition import make_models as addition
 from examples.addition.make_models import save, teach
 
 SPECIAL = ["<pad>", "<bos>", "<eos>", "<unk>", "<tools>", "<user>", "<assistant>", "<tool>"]
@@ -44,40 +44,13 @@ that is not the result."""
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """A few words, digits and signs as tokens, and a chat template that writes tools, calls and results."""
-    vocabulary = {token: place for place, token in enumerate([*SPECIAL, *WORDS, *SIGNS])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("</?[a-z_]+>|[a-z]+|."), "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<bos>",
-        eos_token="<eos>",
-        pad_token="<pad>",
-        unk_token="<unk>",
-        additional_special_tokens=["<tools>", "<user>", "<assistant>", "<tool>"],
-        chat_template=CHAT_TEMPLATE,
-    )
+    return addition.make_tokenizer([*WORDS, *SIGNS], SPECIAL, "</?[a-z_]+>|[a-z]+|.", CHAT_TEMPLATE)
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen3ForCausalLM:
     """A randomly initialised Qwen3 of 56,000 parameters."""
-    torch.manual_seed(seed)
-    return Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=len(tokenizer),
-            hidden_size=48,
-            intermediate_size=96,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-            head_dim=32,
-            max_position_embeddings=256,
-            tie_word_embeddings=True,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    return addition.make_model(tokenizer, 48, 2, seed, **heads, intermediate_size=96, max_position_embeddings=256)
 
 
 def draw_pair(rng: random.Random) -> tuple[int, int]:

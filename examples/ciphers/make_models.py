@@ -13,55 +13,30 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 from transformers.utils import logging
 
-from examples.addition.make_models import CHAT_TEMPLATE, SPECIAL, save, teach
+from examples.addition import make_models as addition
+from examples.addition.make_models import save, teach
 from examples.ciphers.ciphers import CIPHERS, LENGTH, LETTERS, written
 
 SHAPES = {
-    "teacher": {"intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2},
-    "student": {"intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2},
+    "teacher": {"intermediate_size": 96, "layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2},
+    "student": {"intermediate_size": 64, "layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2},
 }
 STEPS = {"teacher": 800, "student": 500}
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """Characters as tokens: 6 special ones, letters, names of ciphers."""
-    vocabulary = {token: i for i, token in enumerate([*SPECIAL, *LETTERS, *CIPHERS])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<bos>",
-        eos_token="<eos>",
-        pad_token="<pad>",
-        unk_token="<unk>",
-        additional_special_tokens=["<user>", "<assistant>"],
-        chat_template=CHAT_TEMPLATE,
-    )
+    return addition.make_tokenizer([*LETTERS, *CIPHERS])
 
 
-def make_model(tokenizer: PreTrainedTokenizerFast, seed: int, **shape: int) -> Qwen3ForCausalLM:
+def make_model(tokenizer: PreTrainedTokenizerFast, seed: int, *, layers: int, **shape: int) -> Qwen3ForCausalLM:
     """A randomly initialised Qwen3 of width 32. Its positions turn fast, so that it soon learns to copy."""
-    torch.manual_seed(seed)
-    return Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=len(tokenizer),
-            hidden_size=32,
-            head_dim=32,
-            max_position_embeddings=64,
-            initializer_range=0.15,
-            rope_parameters={"rope_type": "default", "rope_theta": 30.0},
-            tie_word_embeddings=True,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            **shape,
-        )
-    )
+    rope = {"rope_type": "default", "rope_theta": 30.0}
+    own = {"max_position_embeddings": 64, "initializer_range": 0.15, "rope_parameters": rope}
+    return addition.make_model(tokenizer, 32, layers, seed, **own, **shape)
 
 
 def word(rng: random.Random) -> str:
