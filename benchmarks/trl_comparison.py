@@ -26,14 +26,18 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
+import psutil
 
 from benchmarks import countdown
+from benchmarks.environments import LOOK_SECONDS, used
+from benchmarks.start import rows as rows_of
 
 ROOT = Path(__file__).resolve().parent.parent
 ENOUGH = 0.95
@@ -225,17 +229,31 @@ def campaign(setting: Setting, overrides: list[str]) -> dict[str, Any]:
         "learner.optimizer.final_fraction": 0,
     }
     if not setting.held_out:
-        settings |= {"evaluation.prompts": "null", "evaluation.sets": "null", "prompts.reference_field": "null"}
+        settings |= {"evaluation.prompts": "null", "evaluation.sets": "{}", "prompts.reference_field": "null"}
     pairs = [f"{key}={value}" for key, value in settings.items()]
     command = [sys.executable, "-m", "cluster", "run", setting.config, *pairs, *overrides]
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"the campaign ended with {done.returncode}:\n{done.stdout[-4000:]}")
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    marks = [1, setting.updates - bool(setting.held_out)]  # after the last update comes an evaluation
+    spent: list[tuple[int, float]] = []
+    with (run.parent / f"{run.name}.log").open("w+") as log:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+        while process.poll() is None:
+            ended = max((row["step"] for row in rows_of(run / "metrics.jsonl")), default=0)
+            if marks and ended >= marks[0]:
+                with suppress(psutil.Error):
+                    seconds = sum(seconds for _, seconds in used(psutil.Process(process.pid)).values())
+                    spent.append((ended, seconds))
+                    marks = [mark for mark in marks if mark > ended]
+            time.sleep(LOOK_SECONDS)
+        if process.returncode:
+            raise RuntimeError(f"the campaign ended with {process.returncode}:\n{Path(log.name).read_text()[-4000:]}")
+    rows = rows_of(run / "metrics.jsonl")
     ends = [row["wall_seconds"] for row in rows if row["step"] > 0]
+    (first, before), (last, after) = spent
     return {
-        "start": ends[0],
+        "start": next(row["seconds"] for row in rows_of(run / "events.jsonl") if row["kind"] == "first_update"),
         "wall": np.diff([ends[0], *ends]).tolist(),
+        "cpu": [(after - before) / (last - first)]
+        * setting.updates,  # of all processes, the campaign's and Ray's own among them
         "accuracy": {row["step"]: row["eval/accuracy"] for row in rows if "eval/accuracy" in row},
         "teacher": rows[0].get("eval/accuracy_teacher"),
     }
@@ -300,15 +318,25 @@ def compare_loops(setting: Setting, trl_python: str, rounds: int, overrides: lis
         steps = {name: updates_until(found["accuracy"], wanted) for name, found in judgements.items()}
     timed = replace(setting, updates=40) if setting.held_out else setting
     found = in_turns({name: (lambda run=run: run(timed)) for name, run in sides.items()}, rounds)
-    columns = ("side", "start-up", "seconds / 1,000 trajectories", "TRL / this", "updates to 95%", "seconds to 95%")
+    columns = (
+        "side",
+        "start-up",
+        "seconds / 1,000 trajectories",
+        "TRL / this",
+        "processor seconds / 1,000",
+        "TRL / this",
+    )
+    columns += ("updates to 95%", "seconds to 95%")
     print(f"\n| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
-    each = {name: per_thousand(runs, "wall", setting.trajectories) for name, runs in found.items()}
+    each, spent = (
+        {name: per_thousand(runs, field, setting.trajectories) for name, runs in found.items()}
+        for field in ("wall", "cpu")
+    )
     for name, runs in found.items():
         start, needed = median(run["start"] for run in runs), steps[name]
         until = "" if needed is None else f"{needed * setting.trajectories * each[name] / 1000:.1f}"
-        print(
-            f"| {name} | {start:.1f} | {each[name]:.2f} | {each['TRL'] / each[name]:.2f} | {needed or ''} | {until} |"
-        )
+        ratios = [f"{of[name]:.2f} | {of['TRL'] / of[name]:.2f}" for of in (each, spent)]
+        print(f"| {name} | {start:.1f} | {' | '.join(ratios)} | {needed or ''} | {until} |")
 
 
 def main() -> None:

@@ -171,7 +171,8 @@ class LearnerConfig:
     """Tokens of one forward and backward pass, on all ranks that share it. Trajectories are packed end to end without
     padding; gradients accumulate over the passes of an optimiser step."""
     head_chunk_tokens: int = number(1024, minimum=1, change="free")
-    """Tokens per application of the language-model head: [chunk, vocabulary] is the largest array."""
+    """Tokens per application of the language-model head: [chunk, vocabulary] is the largest array. The backward pass computes
+    the chunks of a micro-batch again, except the last: with one chunk, nothing is computed twice."""
     gradient_checkpointing: bool = setting(False, "free")
     """Recompute the layers' activations in the backward pass: less memory, about a third more time, the same numbers.
     (Dropout is off in the learner, with or without it.)"""

@@ -2,7 +2,8 @@
 
 The output layer is applied to one chunk of tokens at a time, and a callback reduces the chunk's log-probs [n, V] to a few
 numbers a token before the next chunk. The [N, V] array of a batch never exists: with V = 150,000, 4,096 tokens would need
-2.5 GB for each of several copies. The backward pass computes each chunk's log-probs again.
+2.5 GB for each of several copies. The backward pass computes each chunk's log-probs again, but for the last chunk's, which
+are kept: it begins with them, so they add nothing to the peak.
 
 Shapes: N tokens, n tokens of a chunk, H hidden size, V vocabulary.
 """
@@ -44,12 +45,13 @@ def chunked_head(
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_NH.dtype
     # Without tokens there is one empty chunk, so that the outputs still have their columns and dtypes.
     chunks = [slice(start, start + chunk_tokens) for start in range(0, max(len(hidden_NH), 1), chunk_tokens)]
+    how = chunks, temperature, slice(vocabulary), dtype, torch.is_grad_enabled()
     with torch.autocast(device, enabled=False):
-        return _ChunkedHead.apply(hidden_NH, weight_VH, bias_V, reduce, measure, chunks, temperature, vocabulary, dtype)
+        return _ChunkedHead.apply(hidden_NH, weight_VH, bias_V, reduce, measure, how)
 
 
 class _ChunkedHead(torch.autograd.Function):
-    """Saves only its inputs for the backward pass, which computes each chunk's log-probs again.
+    """Saves its inputs and the last chunk's log-probs for the backward pass, which computes those of the others again.
 
     It adds each chunk's part of the weight's gradient in place: autograd would allocate a tensor of the weight's size
     for each chunk.
@@ -63,23 +65,24 @@ class _ChunkedHead(torch.autograd.Function):
         bias_V: torch.Tensor | None,
         reduce: Reduce,
         measure: Reduce | None,
-        chunks: list[slice],
-        temperature: float,
-        vocabulary: int | None,
-        dtype: torch.dtype,
+        how: tuple[list[slice], float, slice, torch.dtype, bool],
     ) -> tuple[torch.Tensor, ...]:
+        chunks, temperature, rows, dtype, differentiated = how
         ctx.save_for_backward(hidden_NH, weight_VH, bias_V)
         # Not the casts: they would hold a second copy of the weight until the backward pass.
-        ctx.how = reduce, chunks, temperature, slice(vocabulary), dtype
-        ctx.set_materialize_grads(
-            False
-        )  # an output that the loss does not use has the gradient None, not [N, ...] zeros
-        rows = slice(vocabulary)
+        ctx.how, ctx.kept = (reduce, *how[:-1]), None
+        # An output that the loss does not use has the gradient None, not [N, ...] zeros.
+        ctx.set_materialize_grads(False)
         weight, bias = weight_VH[rows].to(dtype), None if bias_V is None else bias_V[rows].to(dtype)
         parts = []
         for chunk in chunks:
             logprobs_nV = _logprobs(hidden_NH[chunk].to(dtype), weight, bias, temperature)
-            parts.append(reduce(logprobs_nV, chunk) + (() if measure is None else measure(logprobs_nV, chunk)))
+            if differentiated and chunk is chunks[-1]:
+                ctx.kept = reduced = _Reduced(logprobs_nV, reduce, chunk)
+                columns = reduced.values
+            else:
+                columns = reduce(logprobs_nV, chunk)
+            parts.append(columns + (() if measure is None else measure(logprobs_nV, chunk)))
         return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
     @staticmethod
@@ -91,17 +94,21 @@ class _ChunkedHead(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden_NH)
         grad_weight = torch.zeros_like(weight_VH) if ctx.needs_input_grad[1] else None
         grad_bias = torch.zeros_like(bias_V) if ctx.needs_input_grad[2] else None
-        for chunk in chunks:
+        for chunk in [chunks[-1], *chunks[:-1]]:
             hidden_nH = hidden_NH[chunk].to(dtype)
-            logprobs_nV = _logprobs(hidden_nH, weight, bias, temperature)
-            grad_nV = _grad_of_logits(logprobs_nV, reduce, chunk, grads)
+            # The gradient is written over what was kept, so a second backward pass computes it again.
+            reduced, ctx.kept = ctx.kept, None
+            if reduced is None:
+                reduced = _Reduced(_logprobs(hidden_nH, weight, bias, temperature), reduce, chunk)
+            grad_nV = reduced.grad_of_logits(grads)
+            del reduced
             grad_nV = (grad_nV if temperature == 1.0 else grad_nV.div_(temperature)).to(dtype)
             grad_hidden[chunk] = grad_nV @ weight
             if grad_weight is not None:
                 _add_product(grad_weight[rows], grad_nV.T, hidden_nH)
             if grad_bias is not None:
                 grad_bias[rows] += grad_nV.sum(0)
-        return grad_hidden, grad_weight, grad_bias, None, None, None, None, None, None
+        return grad_hidden, grad_weight, grad_bias, None, None, None
 
 
 def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
@@ -120,23 +127,34 @@ def _logprobs(
     return torch.log_softmax(logits if temperature == 1.0 else logits.div_(temperature), dim=-1)
 
 
-def _grad_of_logits(
-    logprobs_nV: torch.Tensor, reduce: Reduce, chunk: slice, grads: Sequence[torch.Tensor | None]
-) -> torch.Tensor:
-    """Gradient of the loss at a chunk's logits divided by the temperature: [n, V], written over the log-probs.
+class _Reduced:
+    """What `reduce` makes of a chunk's log-probs [n, V], with all that its derivative needs."""
 
-    With g the gradient at the log-probs l, and since dl_j / dz_i = [i = j] - softmax(z)_i, it is
-    g - softmax(z) * sum(g). grads: the gradients [N, ...] at the outputs; those of `reduce` come first.
-    """
-    # Autograd differentiates `reduce` alone. The softmax is done by hand, in place, to save two arrays of [n, V].
-    leaf = logprobs_nV.detach().requires_grad_()
-    with torch.enable_grad():
-        columns = reduce(leaf, chunk)
-    pairs = [(c, g[chunk]) for c, g in zip(columns, grads, strict=False) if g is not None and c.requires_grad]
-    if not pairs:
-        return logprobs_nV.zero_()
-    (grad,) = torch.autograd.grad([c for c, _ in pairs], [leaf], [g for _, g in pairs])
-    return logprobs_nV.exp_().mul_(-grad.sum(-1, keepdim=True)).add_(grad)
+    def __init__(self, logprobs_nV: torch.Tensor, reduce: Reduce, chunk: slice):
+        self._chunk = chunk
+        # Autograd differentiates `reduce` alone. The softmax is done by hand, in place, to save two arrays of [n, V].
+        self._leaf = logprobs_nV.detach().requires_grad_()
+        with torch.enable_grad():
+            self._columns = reduce(self._leaf, chunk)
+        self.values = tuple(column.detach() for column in self._columns)
+
+    def grad_of_logits(self, grads: Sequence[torch.Tensor | None]) -> torch.Tensor:
+        """Gradient of the loss at the chunk's logits divided by the temperature: [n, V], written over the log-probs.
+
+        With g the gradient at the log-probs l, and since dl_j / dz_i = [i = j] - softmax(z)_i, it is
+        g - softmax(z) * sum(g). grads: the gradients [N, ...] at the outputs; those of `reduce` come first.
+        """
+        logprobs_nV = self._leaf.detach()
+        pairs = [
+            (column, grad[self._chunk])
+            for column, grad in zip(self._columns, grads, strict=False)
+            if grad is not None and column.requires_grad
+        ]
+        if not pairs:
+            return logprobs_nV.zero_()
+        (grad,) = torch.autograd.grad([column for column, _ in pairs], [self._leaf], [its for _, its in pairs])
+        del pairs, self._columns
+        return logprobs_nV.exp_().mul_(-grad.sum(-1, keepdim=True)).add_(grad)
 
 
 def to_array(tensor: torch.Tensor) -> np.ndarray:

@@ -7,7 +7,7 @@ alone. Every value has an interval, and is compared with the untrained student a
 
 import asyncio
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
@@ -314,13 +314,17 @@ class Evaluations:
     ) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, float]]:
         """Evaluates the weights that the rollout actors hold now: (metrics, rows for trajectories/, role -> seconds).
 
-        baselines: of the state. The evaluation of step 0 writes "start" there, and later ones are compared with it.
+        baselines: of the state. The evaluation of step 0 writes "start" there, and with `evaluation.teacher` "teacher"; later
+        ones are compared with both. Teachers answer while the student is measured: they have actors of their own.
         """
+        due = self.due(step)
+        all_measured, of_teacher = await asyncio.gather(
+            self._all_measured(due, rollout), self._teacher(due if step == 0 else [], baselines)
+        )
         metrics: dict[str, Any] = {}
         rows: list[dict[str, Any]] = []
         busy: dict[str, float] = {}
-        for name in self.due(step):
-            found, measured = await self._measured(name, rollout)
+        for name, (found, measured) in zip(due, all_measured, strict=True):
             compared = [self._baseline(baselines, who, name) for who in ("start", "teacher")]
             metrics |= metrics_of(f"eval/{name}/" if name else "eval/", measured.tallies, *compared) | found
             metrics |= {f"eval/{name}/{key}": values for key, values in measured.curves.items()}
@@ -329,20 +333,26 @@ class Evaluations:
             if step == 0:
                 own = {"of": self._identity(name), "tallies": to_json(measured.tallies)}
                 baselines.setdefault("start", {})[name] = own
-        return metrics, rows, busy
+        return metrics | of_teacher, rows, busy
 
-    async def teacher(self) -> tuple[dict[str, Any], dict[str, float]]:
-        """The teachers' answers: (the baselines of all sets, their metrics)."""
-        baselines: dict[str, Any] = {}
+    async def _teacher(self, names: Sequence[str], baselines: dict[str, Any]) -> dict[str, float]:
+        """Asks the teachers for their answers to these sets, writes the tallies into `baselines`, and returns their metrics."""
+        if not names or not self._config.evaluation.teacher:
+            return {}
+        found: dict[str, Any] = {}
         metrics: dict[str, float] = {}
-        for name in self.due(0):
+        for name in names:
             tallies = await (self._sets[name] if name else self._of_prompts).teacher()  # type: ignore[union-attr]
             if tallies:
-                baselines[name] = {"of": self._identity(name), "tallies": to_json(tallies)}
+                found[name] = {"of": self._identity(name), "tallies": to_json(tallies)}
                 key = f"eval/{name}/accuracy_teacher" if name else "eval/accuracy_teacher"
                 own = estimate(tallies["accuracy"], share=_is_share("accuracy", tallies["accuracy"]))
                 metrics |= {key: mean_of(tallies["accuracy"]), f"{key}:low": own.low, f"{key}:high": own.high}
-        return baselines, metrics
+        baselines["teacher"] = found
+        return metrics
+
+    async def _all_measured(self, names: Sequence[str], rollout: Fleet) -> list[tuple[dict[str, float], Measured]]:
+        return [await self._measured(name, rollout) for name in names]
 
     async def _measured(self, name: str, rollout: Fleet) -> tuple[dict[str, float], Measured]:
         if name:

@@ -94,13 +94,8 @@ class Reporter:
         """
         if self._state.step == 0 and self._evaluator is not None and not self._state.start:
             with START.phase("evaluating the untrained student, and its teacher"):
-                baselines: dict[str, Any] = {}
-                if self._config.evaluation.teacher:
-                    baselines["teacher"], of_teacher = await self._evaluator.teacher()
-                self._state.baselines = baselines
+                self._state.baselines = {}
                 record = await self._evaluate(0)
-                if self._config.evaluation.teacher:
-                    record |= of_teacher
             self._state.start = record
             self._write({"step": 0, "policy_version": 0, **record})
         for record in list(self._state.pending):

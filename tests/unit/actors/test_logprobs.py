@@ -103,6 +103,34 @@ def test_what_is_only_measured_is_computed_once_and_has_no_gradient() -> None:
     assert measured == [slice(0, 4), slice(4, 8)]
 
 
+def test_the_last_chunk_is_not_computed_again_but_in_a_second_backward_pass() -> None:
+    torch.manual_seed(5)
+    hidden, weight = torch.randn(10, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True)
+    reduced: list[int] = []
+
+    def reduce(logprobs: torch.Tensor, rows: slice) -> tuple[torch.Tensor, ...]:
+        reduced.append(rows.start)
+        return (logprobs.exp().square().sum(-1), entropy(logprobs))
+
+    squares, entropies = chunked_head(hidden, weight, None, reduce, chunk_tokens=4, temperature=0.7)
+    assert reduced == [0, 4, 8]
+    loss = squares.sum() + 2 * entropies.sum()
+    first = torch.autograd.grad(loss, [hidden, weight], retain_graph=True)
+    assert reduced == [0, 4, 8, 0, 4]
+    second = torch.autograd.grad(loss, [hidden, weight])
+    assert sorted(reduced[5:]) == [0, 4, 8]
+    plain = torch.log_softmax(hidden @ weight.T / 0.7, -1)
+    wanted = torch.autograd.grad(plain.exp().square().sum() + 2 * entropy(plain).sum(), [hidden, weight])
+    for found, again, exact in zip(first, second, wanted, strict=True):
+        torch.testing.assert_close(found, exact)
+        assert torch.equal(found, again)
+
+    reduced.clear()
+    with torch.no_grad():
+        chunked_head(hidden, weight, None, reduce, chunk_tokens=4)
+    assert reduced == [0, 4, 8]
+
+
 def test_under_autocast_the_weights_gradient_is_summed_in_single_precision() -> None:
     torch.manual_seed(3)
     hidden, weight = torch.randn(512, 8), torch.randn(16, 8, requires_grad=True)

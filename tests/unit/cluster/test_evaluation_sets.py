@@ -1,5 +1,6 @@
 """Evaluation sets: whole campaigns without Ray, their metrics, baselines and best checkpoint; what is refused; exposure."""
 
+import asyncio
 import itertools
 import json
 import math
@@ -16,7 +17,7 @@ from actors.errors import UserError
 from cluster.config_file import load_config
 from cluster.console.screen import status_line, summary_table
 from cluster.console.status import read_status
-from cluster.loop.evaluation_sets import metrics_of, passes
+from cluster.loop.evaluation_sets import Evaluations, Measured, metrics_of, passes
 from cluster.loop.evaluation_statistics import tally
 from cluster.loop.exposure import parts_of
 from cluster.records.metric_table import row_of_key, with_interval
@@ -244,3 +245,34 @@ def test_a_set_is_no_hotter_than_vllm_can(folder: Path, temperature: float, fits
         return
     with pytest.raises(UserError, match=r"sets\.a\.temperature: found 1\.7, expected at most 1\.6"):
         load_config(file, ["sampling.temperature=0.8"])
+
+
+def test_before_the_first_update_teachers_answer_while_the_student_is_measured(folder: Path) -> None:
+    began = {"student": asyncio.Event(), "teacher": asyncio.Event()}
+
+    class Waits:
+        """Each side goes on once the other has begun."""
+
+        every = 1
+
+        async def student(self, rollout: Any) -> Measured:
+            began["student"].set()
+            await asyncio.wait_for(began["teacher"].wait(), 60)
+            return Measured({"accuracy": tally([[0.0], [1.0]])}, [], {})
+
+        async def teacher(self) -> dict[str, Any]:
+            began["teacher"].set()
+            await asyncio.wait_for(began["student"].wait(), 60)
+            return {"accuracy": tally([[1.0], [1.0]])}
+
+        def identity(self) -> str:
+            return "the same"
+
+    config = load_config(configuration(folder, "waits", pipeline=SHORT), [])
+    evaluations = Evaluations(config, None, {"near": Waits()})  # type: ignore[dict-item]
+    baselines: dict[str, Any] = {}
+    first, _, _ = asyncio.run(evaluations.student(None, 0, baselines))  # type: ignore[arg-type]
+    assert baselines.keys() == {"start", "teacher"} and first["eval/near/accuracy_teacher"] == 1
+    assert first["eval/near/accuracy:from_teacher"] == -0.5
+    later, _, _ = asyncio.run(evaluations.student(None, 1, baselines))  # type: ignore[arg-type]
+    assert later["eval/near/accuracy:from_start"] == 0 and "eval/near/accuracy_teacher" not in later

@@ -1,6 +1,5 @@
 """The learning-rate schedule against numbers by hand, and the optimiser's state by parameter name."""
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -30,7 +29,7 @@ def test_the_rate_warms_up_and_then_follows_its_schedule() -> None:
     assert learning_rate(1, 4, config) == pytest.approx((1 + 2**-0.5) / 2)
 
 
-def make(*, offload: bool = False, fused: bool | None = None) -> tuple[torch.nn.Module, torch.optim.AdamW]:
+def make(*, offload: bool = False, fused: bool = True) -> tuple[torch.nn.Module, torch.optim.AdamW]:
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LayerNorm(4))
     return model, build_optimizer(model, OptimizerConfig(0.1, weight_decay=0.5), offload=offload, fused=fused)
@@ -49,9 +48,9 @@ def test_decay_acts_on_matrices_only() -> None:
     assert sum(len(group["params"]) for group in optimizer.param_groups) == 4
 
 
-@pytest.mark.parametrize("fused", [None, True])
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("offload", [False, True])
-def test_a_restored_optimiser_goes_on_to_the_same_bits(offload: bool, fused: bool | None) -> None:
+def test_a_restored_optimiser_goes_on_to_the_same_bits(offload: bool, fused: bool) -> None:
     model, optimizer = make(offload=offload, fused=fused)
     for _ in range(3):
         step(model, optimizer)
@@ -70,7 +69,7 @@ def test_a_restored_optimiser_goes_on_to_the_same_bits(offload: bool, fused: boo
 
 @pytest.mark.parametrize("offload", [False, True])
 def test_the_fused_step_is_the_plain_one_to_rounding_and_allocates_nothing(offload: bool) -> None:
-    (model, optimizer), (other, fused) = make(offload=offload), make(offload=offload, fused=True)
+    (model, optimizer), (other, fused) = make(offload=offload, fused=False), make(offload=offload, fused=True)
     for _ in range(3):
         step(model, optimizer)
         step(other, fused)
@@ -107,18 +106,9 @@ def allocated(optimizer: torch.optim.Optimizer) -> int:
     return found
 
 
-def test_a_gpu_takes_the_fused_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    class OnGpu(torch.nn.Module):
-        def parameters(self, recurse: bool = True) -> Any:
-            weight = torch.nn.Parameter(torch.zeros(2, 2))
-            yield SimpleNamespace(requires_grad=True, device=torch.device("cuda"), ndim=2, weight=weight)
-
-    taken: dict[str, Any] = {}
-    monkeypatch.setattr(torch.optim, "AdamW", lambda groups, **keywords: taken.update(keywords))
-    build_optimizer(OnGpu(), OptimizerConfig())
-    assert taken["fused"] is True
-    build_optimizer(torch.nn.Linear(1, 1), OptimizerConfig())
-    assert taken["fused"] is None
+def test_the_step_is_fused_unless_told_otherwise() -> None:
+    assert make()[1].defaults["fused"] is True
+    assert not make(fused=False)[1].defaults["fused"]
 
 
 def test_a_missing_moment_is_an_error() -> None:
