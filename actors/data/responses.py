@@ -121,9 +121,9 @@ def _conversation(
         return conversation_of(prompt, response, whole=same)
     except ValueError as error:
         found = f"{source.response_field} = {in_json(response)} ({error})"
-        expected = "a list of messages with role and content, of which at least one is the assistant's"
+        expected = "a list of messages with role and content, at least one of them with the role assistant"
         if same:
-            expected += " and follows another: the field is prompt and response in one"
+            expected += " and after another message: the field is prompt and response in one"
         raise UserError(where, found, expected if same else f"a text, or {expected}") from error
 
 
@@ -190,10 +190,11 @@ def joined(parts: Iterable[Responses]) -> Responses:
 
 
 def odd_tokens(responses: Responses, tokenizer: PreTrainedTokenizerBase, stop: Sequence[int]) -> dict[str, np.ndarray]:
-    """Tokens that no text should become, of which the assistant would learn them -> the responses [m] that hold each.
+    """Finds tokens that the student would be trained to write and that are probably a mistake in the data.
 
-    The tokenizer's unknown token; a token of `stop` within a turn, after which generation would have ended; other special
-    tokens, unless all responses have them: then the chat template writes them.
+    Three kinds are found: the tokenizer's unknown token; a token of `stop` before the end of a turn, where generation would
+    have stopped; and any other special token that some responses have and others do not. One that all responses have comes
+    from the chat template. Returns the text of each token -> the indices [m] of the responses that hold it.
     """
     tokens, trained = responses.tokens, responses.trained
     of = np.repeat(np.arange(len(responses.offsets) - 1), np.diff(responses.offsets))

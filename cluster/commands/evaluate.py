@@ -185,7 +185,7 @@ async def _evaluated(config: CampaignConfig, private: bool, on_event: Callable[.
 
 
 async def _first(work: Coroutine[Any, Any, Any], *beside: Coroutine[Any, Any, Any]) -> Any:
-    """What `work` returns, or the error of whichever fails first."""
+    """Returns the result of `work`. If `work` or a coroutine of `beside` fails before that, its error is raised at once."""
     tasks = [asyncio.ensure_future(one) for one in (work, *beside)]
     try:
         [done, *_] = (await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED))[0]
