@@ -48,7 +48,8 @@ TRUST_REGIONS = {
     "k1": [f"{REGION}.estimator=k1", f"{REGION}.beta=1"],
     "k3": [f"{REGION}.estimator=k3", f"{REGION}.beta=1"],
     "exact": [f"{REGION}.estimator=exact", f"{REGION}.beta=1"],
-    "target_kl": [f"{REGION}.beta=1", f"{REGION}.target_kl=0.01"],
+    "target_kl, 0.01": [f"{REGION}.beta=1", f"{REGION}.target_kl=0.01"],
+    "target_kl, 0.1": [f"{REGION}.beta=1", f"{REGION}.target_kl=0.1"],
     "max_kl": [f"{REGION}.max_kl=0.02"],
 }
 """Curve -> what it changes. All but the first have the clip."""

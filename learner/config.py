@@ -20,7 +20,8 @@ class TrustRegionConfig:
     beta: float = number(0.0, minimum=0)
     """Weight of the forward KL. 0 measures it without adding it."""
     target_kl: float | None = number(None, above=0)
-    """Beta doubles after an update whose KL is above 1.5 times this, and halves if it is below this / 1.5. Null: fixed."""
+    """Beta doubles after an update whose KL is above 1.5 times this, and halves if it is below this / 1.5. Null: fixed. A target
+    below the KL that steps of this learning rate have at any beta makes beta grow until the student learns nothing."""
     max_kl: float | None = number(None, above=0)
     """Hard limit: a step that exceeds it is scaled down by 1/2, 1/4, ... until the KL is within it, and ends the update."""
 

@@ -312,7 +312,9 @@ METRICS: dict[str, Metric] = {
         "above 0.05 with bfloat16, 0.001 with float32", guarded=True, chart="Engine against learner",
     ),
     "beta": Metric(
-        STEP, "", "weight of the trust region's KL", "only grows", always=False, guarded=True
+        STEP, "", "weight of the trust region's KL",
+        "only grows: steps of this learning rate move further than `trust_region.target_kl` (raise it, or lower the rate)",
+        always=False, guarded=True,
     ),
     "step_scale": Metric(
         STEP, "share", "share of the last step that the hard limit of the KL left; 0: it was taken back entirely",
