@@ -3,13 +3,13 @@
     python -m examples.heal.perplexity MODEL [MODEL …] [--text FILE] [--seed 0]
 
 MODEL: a directory or a hub name. Prints for each model the mean negative log-prob of a token (nats), perplexity and bits a
-byte; and for each after the first the paired difference in nats. Intervals (95%) are over passages, which are drawn again.
-A passage follows the token that begins a text, if the tokenizer writes one; else its own first token is not counted.
+byte; and for each after the first the paired difference in bits a byte, which holds between tokenizers, too. Intervals (95%)
+are over passages, which are drawn again. A passage's first word is context and is not counted.
 """
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -29,18 +29,34 @@ def passages(file: Path) -> list[str]:
     return found
 
 
-def negative_logprobs(model: Any, tokenizer: Any, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """(sum of the negative log-probs of each passage's tokens [M] in nats, number of these tokens [M])."""
+class Measured(NamedTuple):
+    """What a model says to M passages, each without its first word."""
+
+    nats: np.ndarray
+    """[M] sum of the negative log-probs of the tokens."""
+    tokens: np.ndarray
+    """[M] number of these tokens."""
+
+
+def first_word(text: str) -> int:
+    """How many characters the first word has; 0 in a text without a space."""
+    return max(text.find(" "), 0)
+
+
+def measured(model: Any, tokenizer: Any, texts: list[str]) -> Measured:
+    """See Measured."""
     import torch
 
-    sums, counts = [], []
+    nats, tokens = [], []
     for text in texts:
-        tokens = torch.tensor([tokenizer(text)["input_ids"]])
+        read = tokenizer(text, return_offsets_mapping=True)
+        ids = torch.tensor([read["input_ids"]])
+        counted = torch.tensor([end > first_word(text) for _, end in read["offset_mapping"][1:]])
         with torch.no_grad():
-            logprobs = model(tokens).logits[0, :-1].float().log_softmax(-1)
-        sums.append(-logprobs.gather(-1, tokens[0, 1:, None]).double().sum().item())
-        counts.append(tokens.shape[1] - 1)
-    return np.array(sums), np.array(counts)
+            logprobs = model(ids).logits[0, :-1].float().log_softmax(-1)
+        nats.append(-logprobs.gather(-1, ids[0, 1:, None])[counted].double().sum().item())
+        tokens.append(int(counted.sum()))
+    return Measured(np.array(nats), np.array(tokens))
 
 
 def interval(sums: np.ndarray, counts: np.ndarray, seed: int) -> tuple[float, float]:
@@ -66,24 +82,28 @@ def main() -> None:
 def compare(models: list[str], file: Path, seed: int) -> None:
     """Prints what the models say to a text. UserError: a model cannot be loaded, or the file holds one passage."""
     texts = passages(file)
-    nbytes = sum(len(text.encode()) for text in texts)
-    first: tuple[np.ndarray, np.ndarray] | None = None
+    nbytes = np.array([len(text[first_word(text) :].encode()) for text in texts])
+    first: np.ndarray | None = None
     for name in models:
         tokenizer = load_tokenizer(name, False, "MODEL")
-        sums, counts = negative_logprobs(load_model(name, "float32", "cpu", False, "MODEL"), tokenizer, texts)
-        mean, (low, high) = sums.sum() / counts.sum(), interval(sums, counts, seed)
+        nats, tokens = measured(load_model(name, "float32", "cpu", False, "MODEL"), tokenizer, texts)
+        mean, (low, high) = nats.sum() / tokens.sum(), interval(nats, tokens, seed)
+        bits = nats / np.log(2)
         line = (
             f"{name}: {mean:.4f} nats a token [{low:.4f}, {high:.4f}], perplexity {np.exp(mean):.2f} "
-            f"[{np.exp(low):.2f}, {np.exp(high):.2f}], {sums.sum() / np.log(2) / nbytes:.4f} bits a byte, {counts.sum()} tokens"
+            f"[{np.exp(low):.2f}, {np.exp(high):.2f}], {per_byte(bits, nbytes, seed)} bits a byte, {tokens.sum()} tokens"
         )
         if first is None:
-            first = sums, counts
-        elif np.array_equal(counts, first[1]):
-            low, high = interval(sums - first[0], counts, seed)
-            line += f"; {(sums - first[0]).sum() / counts.sum():+.4f} [{low:+.4f}, {high:+.4f}] to the first"
+            first = bits
         else:
-            line += "; other tokens than the first: compare bits a byte"
+            line += f"; {per_byte(bits - first, nbytes, seed, '+')} bits a byte to the first"
         print(line, flush=True)
+
+
+def per_byte(bits: np.ndarray, nbytes: np.ndarray, seed: int, sign: str = "") -> str:
+    """The mean of what M passages have, over their bytes [M], with its interval. sign: `+` writes one before all numbers."""
+    low, high = interval(bits, nbytes, seed)
+    return f"{bits.sum() / nbytes.sum():{sign}.4f} [{low:{sign}.4f}, {high:{sign}.4f}]"
 
 
 if __name__ == "__main__":

@@ -28,10 +28,12 @@ from examples.carries.make_prompts import LEAST, carries
 from examples.ciphers.ciphers import CIPHERS, LENGTH, right, written
 from examples.ciphers.make_models import lesson as cipher_lesson
 from examples.heal.damage import damage
-from examples.heal.perplexity import compare, interval, negative_logprobs, passages
+from examples.heal.perplexity import compare, interval, measured, passages
+from examples.heal.trim import trim
 from examples.tools.shop import PRICES, Shop
 from examples.two_domains.make_models import running
 from tests.tiny_models import make_tiny_model
+from tests.tiny_tokenizers import CORPUS, byte_level
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TINY = ROOT / "examples" / "addition" / "student"
@@ -294,6 +296,62 @@ def test_which_layers_are_left_out(tmp_path: Path) -> None:
     assert damage(str(source), tmp_path / "again", None, count=2, seed=3) == drawn[3]
 
 
+@pytest.mark.parametrize("tie", [True, False], ids=["tied", "untied"])
+def test_a_trimmed_model_is_the_source_with_fewer_tokens(tie: bool, tmp_path: Path) -> None:
+    source, output = tmp_path / "source", tmp_path / "trimmed"
+    own = byte_level()
+    own.add_special_tokens({"additional_special_tokens": ["<|late|>"]})  # as in Qwen: the highest id of all
+    own.eos_token = "<|late|>"
+    make_tiny_model(source, hidden=32, layers=1, architecture="llama", tokenizer=own, vocab_extra=9, tie=tie)
+    (source / "generation_config.json").write_text(json.dumps({"eos_token_id": [len(own) - 1, 1], "pad_token_id": 0}))
+    kept, rows = trim(str(source), output, 330)
+    assert len(kept) == 330 and kept == sorted(set(kept)) and rows == len(own) + 9
+
+    old, new = (load_tokenizer(str(path), False, "a") for path in (source, output))
+    assert len(new) == 330 and old.convert_ids_to_tokens(kept) == new.convert_ids_to_tokens(range(330))
+    before, after = (json.loads((path / "tokenizer.json").read_text())["model"]["merges"] for path in (source, output))
+    assert after == before[: len(after)] and 0 < len(after) < len(before)
+    for text in (*CORPUS, "\x00\x7f é 日 🙂 <|user|> <think> unseen"):
+        ours, theirs = (one(text, add_special_tokens=False)["input_ids"] for one in (new, old))
+        assert new.decode(ours) == text == old.decode(theirs) and len(ours) >= len(theirs)
+    assert any(len(new.tokenize(text)) > len(old.tokenize(text)) for text in CORPUS)
+    talk = [{"role": "user", "content": "12"}, {"role": "assistant", "content": "The answer"}]
+    assert new.apply_chat_template(talk, tokenize=False) == old.apply_chat_template(talk, tokenize=False)
+    names = ("eos_token", "pad_token")
+    assert [getattr(new, name) for name in names] == [getattr(old, name) for name in names] == ["<|late|>", "<|pad|>"]
+
+    source_model, model = (load_model(str(path), "float32", "cpu", False, "a") for path in (source, output))
+    for part in ("get_input_embeddings", "get_output_embeddings"):
+        assert getattr(model, part)().weight.equal(getattr(source_model, part)().weight[kept])
+    others = [name for name in model.state_dict() if "embed_tokens" not in name and "lm_head" not in name]
+    assert all(model.state_dict()[name].equal(source_model.state_dict()[name]) for name in others)
+    end = new.convert_tokens_to_ids("<|late|>")
+    assert kept[end] == len(own) - 1 and end == 329
+    assert (model.config.vocab_size, model.config.eos_token_id, model.config.pad_token_id) == (330, end, 0)
+    assert json.loads((output / "generation_config.json").read_text()) == {"eos_token_id": [end, 1], "pad_token_id": 0}
+    known = new("12 = 7", return_tensors="pt")["input_ids"]
+    assert torch.allclose(
+        model(known).logits, source_model(torch.tensor(kept)[known]).logits[..., kept], atol=1e-5, rtol=0
+    )
+
+
+def test_what_cannot_be_trimmed_is_told(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    make_tiny_model(source, hidden=32, layers=1, tokenizer=byte_level())
+    tokens = len(byte_level())
+    for wrong in (0, 263, tokens):
+        with pytest.raises(UserError, match=f"^--tokens: found {wrong}, expected 264 to {tokens - 1}: "):
+            trim(str(source), tmp_path / "other", wrong)
+    with pytest.raises(UserError, match="a directory that does not exist yet"):
+        trim(str(source), source, 300)
+    with pytest.raises(UserError, match=r"^SOURCE: found a tokenizer WordLevel"):
+        trim(str(TINY), tmp_path / "other", 50)
+    (source / "generation_config.json").write_text('{"eos_token_id": 99999}')
+    with pytest.raises(UserError, match=r"eos_token_id 99999, expected the id of a token"):
+        trim(str(source), tmp_path / "other", 300)
+    assert not (tmp_path / "other").exists()
+
+
 def test_perplexity_is_that_of_the_models_own_loss_and_a_model_does_not_differ_from_itself(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -302,15 +360,34 @@ def test_perplexity_is_that_of_the_models_own_loss_and_a_model_does_not_differ_f
     file.write_text("\n\n".join(texts))
     assert passages(file) == texts
     model, tokenizer = load_model(str(TINY), "float32", "cpu", False, "a"), load_tokenizer(str(TINY), False, "a")
-    sums, counts = negative_logprobs(model, tokenizer, texts)
-    for text, total, count in zip(texts, sums, counts, strict=True):
+    nats, counts = measured(model, tokenizer, texts)
+    for text, total, count in zip(texts, nats, counts, strict=True):
         tokens = torch.tensor([tokenizer(text)["input_ids"]])
         assert count == tokens.shape[1] - 1
         assert total / count == pytest.approx(model(tokens, labels=tokens).loss.item(), rel=1e-5)
     compare([str(TINY), str(TINY)], file, 0)
     first, second = capsys.readouterr().out.splitlines()
-    assert f"{sums.sum() / counts.sum():.4f} nats a token" in first
-    assert second.endswith("; +0.0000 [+0.0000, +0.0000] to the first")
+    assert f"{nats.sum() / counts.sum():.4f} nats a token" in first
+    assert f"{nats.sum() / np.log(2) / sum(map(len, texts)):.4f} [" in first
+    assert second.endswith("; +0.0000 [+0.0000, +0.0000] bits a byte to the first")
+
+
+def test_the_first_word_of_a_passage_is_context_for_every_tokenizer(tmp_path: Path) -> None:
+    text = "Lehrerinnen größer, 12 for\nüber"
+    counted = {}
+    for vocabulary in (300, 500):
+        tokenizer = byte_level(vocabulary)
+        path = make_tiny_model(tmp_path / str(vocabulary), hidden=32, layers=1, tokenizer=tokenizer)
+        model = load_model(str(path), "float32", "cpu", False, "a")
+        tokens = torch.tensor([tokenizer(text)["input_ids"]])
+        start = next(place for place in range(tokens.shape[1]) if tokenizer.decode(tokens[0, :place]) == "Lehrerinnen")
+        labels = tokens.clone()
+        labels[0, :start] = -100
+        nats, count = measured(model, tokenizer, [text])
+        assert count[0] == tokens.shape[1] - start < tokens.shape[1] - 1
+        assert nats[0] / count[0] == pytest.approx(model(tokens, labels=labels).loss.item(), rel=1e-5)
+        counted[vocabulary] = count[0]
+    assert counted[300] > counted[500]
 
 
 def test_an_interval_covers_the_mean_as_often_as_it_says() -> None:
