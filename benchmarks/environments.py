@@ -1,8 +1,9 @@
 """What episodes cost beside single answers, and how busy an engine is while environments think.
 
-python -m benchmarks.environments cost [--runs 2] [--hidden 128] [--layers 2]
-    Campaigns by turns, in which the student writes as much: single answers, and episodes with an environment that answers at
-    once. Processor seconds of all processes for each 1,000 tokens, of responses and of the student's, and their ratios.
+python -m benchmarks.environments cost [--runs 2] [--updates 4] [--hidden 128] [--layers 2]
+    Campaigns by turns, in which the student writes as much: single answers, and episodes of short and of long turns with an
+    environment that answers at once. Processor seconds of all processes for each 1,000 tokens, of responses and of the
+    student's, and their ratios.
 python -m benchmarks.environments thinking [--seats 16]
     Environments that answer at once, after as long as a turn takes, and after four times as long: tokens a second, the
     share of the loop in which the engine works, and the episodes that it has.
@@ -22,53 +23,97 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 import yaml
 
 from actors.environment.base import Episode
 from benchmarks.start import rows
-from tests.tiny_models import make_tiny_model
+from tests.tiny_models import CHARACTERS, make_tiny_model, make_tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 LOOK_SECONDS = 0.02
-TOKENS, STOPS = 160, [10, 42, 74]
-"""Most tokens of a response, and three tokens that end a turn, beside the one that ends an answer."""
+LETTERS = [*CHARACTERS, *map(chr, range(0x100, 0x100 + 308))]
+"""So many that an untrained student ends an answer after some 400 tokens."""
+TOKENS = 640
+"""Most tokens of a response."""
 PROMPTS, SAMPLES = 8, 4
-WARM, MEASURED = 2, 6
-"""Updates before those that are measured, and these."""
+WARM = 1
+"""Updates before those that are measured."""
+
+
+class Turns(NamedTuple):
+    """Turns of one length: an untrained student ends them `count` times as often as an answer."""
+
+    stops: list[int]
+    """Tokens that end a turn, beside the one that ends an answer."""
+
+    @property
+    def count(self) -> int:
+        """Of an episode, so that the student writes as much as in a single answer."""
+        return 1 + len(self.stops)
+
+
+TURNS: dict[str, Turns | None] = {
+    "single": None,
+    "short turns": Turns(list(range(20, 300, 20))),
+    "long turns": Turns([42, 142, 242]),
+}
+"""Of some 28 tokens, as in a game, and of some 100, as an agent writes."""
 
 
 class Answers:
-    """Answers every turn with one word, after so many seconds. One turn in four is the last: an untrained student ends an answer
-    with one token of 101, and a turn with four of them, so it writes as much as in a single answer."""
+    """Answers every turn with a word of two letters, after so many seconds. One turn in `turns` is the last."""
 
-    def __init__(self, seconds: float = 0.0):
-        self.seconds = seconds
+    def __init__(self, turns: int, seconds: float = 0.0):
+        self.turns, self.seconds = turns, seconds
 
     async def reset(self, record: dict[str, Any], episode: Episode) -> None:
         """The student reads the record's prompt."""
         self.draw = random.Random(episode.seed)
 
     async def step(self, message: dict[str, Any]) -> tuple[str, bool, float]:
-        """The same to every turn."""
+        """Another to every turn, as nobody could have prepared."""
         if self.seconds:
             await asyncio.sleep(self.seconds)
-        return "go", self.draw.random() < 1 / 4, 0.0
+        return "".join(self.draw.choices(LETTERS, k=2)), self.draw.random() < 1 / self.turns, 0.0
 
 
 def make_folder(folder: Path, hidden: int, layers: int) -> Path:
     """Student, teacher and prompts."""
     for seed, name in enumerate(("student", "teacher")):
-        make_tiny_model(folder / name, hidden=hidden, layers=layers, context=512, seed=seed)
+        tokenizer = make_tiny_tokenizer(LETTERS)
+        make_tiny_model(folder / name, hidden=hidden, layers=layers, context=1024, seed=seed, tokenizer=tokenizer)
     prompts = [json.dumps({"prompt": f"{number}+{number}=", "answer": str(2 * number)}) for number in range(100, 600)]
     (folder / "train.jsonl").write_text("\n".join(prompts) + "\n")
     return folder
 
 
-def configuration(folder: Path, name: str, seats: int, seconds: float | None, staleness: int) -> Path:
-    """seconds: that the environment takes; None: no environment."""
+def sampling_of(turns: str) -> dict[str, Any]:
+    """The section `sampling`."""
+    chosen = TURNS[turns]
+    return {"max_response_tokens": TOKENS, "stop_token_ids": chosen.stops if chosen else []}
+
+
+def environment_of(turns: str, seconds: float) -> dict[str, Any] | None:
+    """The section `environment`; None for single answers. seconds: that an answer takes."""
+    chosen = TURNS[turns]
+    if chosen is None:
+        return None
+    arguments = {"turns": chosen.count, "seconds": seconds}
+    return {"name": "benchmarks.environments:Answers", "arguments": arguments, "max_turns": 1000}
+
+
+def engine_of(seats: int) -> dict[str, Any]:
+    """The section `rollout.engine`."""
+    return {"max_num_seqs": seats, "kv_cache_memory_bytes": 256 << 20, "block_size": 32}
+
+
+def configuration(
+    folder: Path, name: str, turns: str, seats: int, seconds: float, staleness: int, updates: int
+) -> Path:
+    """seconds: that an environment takes for an answer. updates: that are measured."""
     own = {"cpus_per_replica": 0.2}
     content: dict[str, Any] = {
         "name": name,
@@ -76,29 +121,19 @@ def configuration(folder: Path, name: str, seats: int, seconds: float | None, st
         "student": {"model": str(folder / "student")},
         "teachers": {"default": {"model": str(folder / "teacher"), "dtype": "float32", **own}},
         "prompts": {"path": str(folder / "train.jsonl")},
-        "sampling": {"max_response_tokens": TOKENS},
-        "rollout": {
-            "dtype": "float32",
-            "engine": {"max_num_seqs": seats, "kv_cache_memory_bytes": 256 << 20, "block_size": 32},
-            **own,
-        },
+        "sampling": sampling_of(turns),
+        "rollout": {"dtype": "float32", "engine": engine_of(seats), **own},
         "learner": {"compute_dtype": "float32", **own},
         "pipeline": {
-            "updates": WARM + MEASURED,
+            "updates": WARM + updates,
             "prompts_per_update": PROMPTS,
             "samples_per_prompt": SAMPLES,
             "max_staleness": staleness,
         },
         "checkpoint": {"every_updates": 1000},
     }
-    if seconds is not None:
-        content["environment"] = {
-            "name": "benchmarks.environments:Answers",
-            "arguments": {"seconds": seconds},
-            "max_turns": 1000,
-            **own,
-        }
-        content["sampling"]["stop_token_ids"] = STOPS
+    if environment := environment_of(turns, seconds):
+        content["environment"] = {**environment, **own}
     (folder / f"{name}.yaml").write_text(yaml.safe_dump(content))
     return folder / f"{name}.yaml"
 
@@ -114,7 +149,7 @@ def used(campaign: psutil.Process) -> dict[int, tuple[str, float]]:
     return found
 
 
-def run(config: Path, folder: Path) -> dict[str, Any]:
+def run(config: Path, folder: Path, updates: int) -> dict[str, Any]:
     """Of the measured updates: wall and processor seconds, the latter by process too, tokens, and what metrics say."""
     run_dir = folder / "runs" / config.stem
     seen: list[tuple[float, dict[int, tuple[str, float]]]] = []
@@ -122,7 +157,7 @@ def run(config: Path, folder: Path) -> dict[str, Any]:
         process = subprocess.Popen(
             [sys.executable, "-m", "cluster", "run", str(config)], cwd=ROOT, stdout=log, stderr=log
         )
-        for step in (WARM, WARM + MEASURED):
+        for step in (WARM, WARM + updates):
             while process.poll() is None and len(rows(run_dir / "metrics.jsonl")) <= step - 1:
                 time.sleep(LOOK_SECONDS)
             with suppress(psutil.Error):
@@ -133,9 +168,10 @@ def run(config: Path, folder: Path) -> dict[str, Any]:
     by_kind: dict[str, float] = {}
     for pid, (kind, seconds) in after.items():
         by_kind[kind] = by_kind.get(kind, 0.0) + seconds - before.get(pid, (kind, 0.0))[1]
-    every = [row for row in rows(run_dir / "metrics.jsonl") if WARM < row["step"] <= WARM + MEASURED]
+    every = [row for row in rows(run_dir / "metrics.jsonl") if WARM < row["step"] <= WARM + updates]
     written = sum(row["tokens_trained"] for row in every)
     tokens = written / (1 - statistics.mean(row.get("context_share", 0.0) for row in every))
+    turns = statistics.mean(row.get("turns_mean", 1.0) for row in every)
     wall = every[-1]["wall_seconds"] - every[0]["wall_seconds"] or ended - began
     summary = json.loads((run_dir / "summary.json").read_text())
     states = summary["utilisation"]["roles"]["rollout"]
@@ -148,7 +184,8 @@ def run(config: Path, folder: Path) -> dict[str, Any]:
         "milliseconds_per_1000_tokens_of_the_student": round(1e6 * sum(by_kind.values()) / written, 1),
         "tokens": round(tokens),
         "of_the_student": written,
-        "turns_mean": round(statistics.mean(row.get("turns_mean", 1.0) for row in every), 2),
+        "turns_mean": round(turns, 2),
+        "tokens_of_a_turn": round(written / (len(every) * PROMPTS * SAMPLES) / turns, 1),
         "tokens_per_second": round(tokens * (len(every) - 1) / len(every) / wall),
         "engine_works": round(sum(row["busy_rollout"] for row in every[1:]) / wall, 3),
         "engine_waits_for_environments": round(states.get("environment", 0.0) / sum(states.values()), 3),
@@ -168,18 +205,21 @@ def told(found: Iterator[tuple[str, dict[str, Any]]]) -> dict[str, list[dict[str
     return results
 
 
-def cost(folder: Path, runs: int) -> dict[str, Any]:
+def cost(folder: Path, runs: int, updates: int) -> dict[str, Any]:
     """Single answers and episodes by turns, in synchronous campaigns, which drop nothing."""
-    variants = {"single": None, "episodes": 0.0}
-    results = told(
-        (name, run(configuration(folder, f"{name}-{number}", 64, seconds, 0), folder))
-        for number in range(runs)
-        for name, seconds in variants.items()
-    )
+
+    def each() -> Iterator[tuple[str, dict[str, Any]]]:
+        for number in range(runs):
+            for turns in TURNS:
+                name = f"{turns.replace(' ', '-')}-{number}"
+                yield turns, run(configuration(folder, name, turns, 64, 0.0, 0, updates), folder, updates)
+
+    results = told(each())
     found: dict[str, Any] = {}
     for key in ("milliseconds_per_1000_tokens", "milliseconds_per_1000_tokens_of_the_student"):
-        each = {name: statistics.median(total(one[key]) for one in own) for name, own in results.items()}
-        found[key] = {**each, "ratio": round(each["episodes"] / each["single"], 3)}
+        each = {turns: statistics.median(total(one[key]) for one in own) for turns, own in results.items()}
+        ratios = {turns: round(own / each["single"], 3) for turns, own in each.items() if turns != "single"}
+        found[key] = {**each, "ratios": ratios}
     return {**found, "runs": results}
 
 
@@ -188,16 +228,17 @@ def total(of: float | dict[str, float]) -> float:
     return of["all"] if isinstance(of, dict) else of
 
 
-def thinking(folder: Path, seats: int) -> dict[str, Any]:
+def thinking(folder: Path, seats: int, updates: int) -> dict[str, Any]:
     """Environments that take no time, as long as a turn, and four times as long."""
-    first = run(configuration(folder, "at-once", seats, 0.0, 2), folder)
-    of_a_turn = first["tokens"] / (MEASURED * PROMPTS * SAMPLES) / first["turns_mean"]
+
+    def campaign(name: str, seconds: float) -> dict[str, Any]:
+        return run(configuration(folder, name, "short turns", seats, seconds, 2, updates), folder, updates)
+
+    first = campaign("at-once", 0.0)
+    of_a_turn = first["tokens"] / (updates * PROMPTS * SAMPLES) / first["turns_mean"]
     turn = seats * of_a_turn / first["tokens_per_second"]
     waits = {"as long as a turn": turn, "four times as long": 4 * turn}
-    results = told(
-        (what, run(configuration(folder, f"waits-{number}", seats, seconds, 2), folder))
-        for number, (what, seconds) in enumerate(waits.items())
-    )
+    results = told((what, campaign(f"waits-{n}", seconds)) for n, (what, seconds) in enumerate(waits.items()))
     return {"seconds_of_a_turn": round(turn, 4), "at once": [first], **results}
 
 
@@ -206,13 +247,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["cost", "thinking"])
     parser.add_argument("--runs", type=int, default=2)
+    parser.add_argument("--updates", type=int, default=4)
     parser.add_argument("--seats", type=int, default=16)
     parser.add_argument("--hidden", type=int, default=128)
     parser.add_argument("--layers", type=int, default=2)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
         folder = make_folder(Path(temporary), options.hidden, options.layers)
-        found = cost(folder, options.runs) if options.what == "cost" else thinking(folder, options.seats)
+        if options.what == "cost":
+            found = cost(folder, options.runs, options.updates)
+        else:
+            found = thinking(folder, options.seats, options.updates)
     print(json.dumps(found, indent=1))
 
 

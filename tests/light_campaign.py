@@ -290,7 +290,7 @@ def run_with_kills(config_file: Path, kills: int, draw: random.Random, longest: 
 
 OF_TIME = re.compile(
     r"wall_seconds|processor_seconds|busy.*|publish_.*seconds|prepare_seconds|standstill_seconds|loop_seconds|actor_seconds|faults|checksum|"
-    r"episode_seconds_mean|environment_seconds_mean|environment_idle_seconds|episode_retries"
+    r"episode_seconds_mean|environment_seconds.*|environment_idle_seconds|episode_retries"
 )
 
 

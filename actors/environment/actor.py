@@ -21,6 +21,7 @@ from actors.config import EnvironmentConfig, SamplingConfig
 from actors.data.messages import check_unicode, tools_of
 from actors.environment.base import Answer, Begun, Episode, ProgramError, Turn, environment_class
 from actors.environment.program import Programs
+from actors.environment.shared_calls import SharedCalls
 
 LOOK_SECONDS = 1.0
 """Between two signs of life that the watch asks of the event loop."""
@@ -32,11 +33,12 @@ BLOCKED = 14
 """Exit status of a process whose event loop was blocked."""
 
 
-class EnvironmentActor:
+class EnvironmentActor(SharedCalls):
     """Methods are coroutines, so that episodes overlap. key: names one attempt at one episode."""
 
     def __init__(self, config: EnvironmentConfig, sampling: SamplingConfig | None = None, folder: str = ""):
         """sampling, folder: the campaign's, for programs. UserError: see `environment_maker`."""
+        super().__init__()
         self._config, self._make = config, environment_maker(config, sampling, folder)
         self._open: dict[str, tuple[Any, float]] = {}
         """Key -> the environment, and when it is forgotten, in seconds of time.monotonic()."""
@@ -81,7 +83,8 @@ class EnvironmentActor:
 
     async def _end(self, own: Any) -> None:
         if close := getattr(own, "close", None):
-            with suppress(Exception, asyncio.CancelledError):  # of the user's code: the episode has its result already
+            # Of the user's code: the episode has its result already.
+            with suppress(Exception, SystemExit, asyncio.CancelledError):
                 async with asyncio.timeout(self._config.step_timeout_seconds):
                     await close()
 

@@ -8,8 +8,10 @@ model would read another text than the one that was trained on. `difference` fin
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
+import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -25,8 +27,8 @@ CALL_ID = "call00000"
 """Id of a tool call where there is none: some templates demand one, of nine letters and digits."""
 SHOWN = 60
 """Characters of a text that messages show."""
-KEPT = 1000
-"""Conversations whose closing is remembered."""
+KEPT, LONGEST_KEPT = 1000, 256
+"""Conversations whose closing is remembered; and what follows a turn, of so many tokens at most."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,8 @@ class Continuation:
     """Tokens that end the student's turn."""
     arguments: Mapping[str, Any] = field(default_factory=dict)
     """Of the chat template: `prompts.chat_template_arguments`."""
-    _ends_of_last: dict[str, str] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _ends_of_last: dict[bytes, str] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _following: dict[bytes, list[int]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def prompt(self, messages: Sequence[Message], tools: Sequence[Any] | None = None) -> list[int]:
         """Token ids of an episode's first messages, and of the opening of the student's turn. ValueError: see `render`."""
@@ -52,6 +55,17 @@ class Continuation:
         first: the messages that the episode began with. last: the student's last token. The end of the turn is left out where the
         student has written it, or another special token that ends turns. ValueError: see `render`.
         """
+        key = _digest([first, new, last, tools])  # environments repeat themselves, and a prompt's samples see the same
+        if key in self._following:
+            return self._following[key]
+        found = self._after(first, new, last, tools)
+        if len(found) <= LONGEST_KEPT:
+            _keep(self._following, key, found)
+        return found
+
+    def _after(
+        self, first: Sequence[Message], new: Sequence[Message], last: int, tools: Sequence[Any] | None
+    ) -> list[int]:
         mark = _mark([*first, *new])
         written, turn = self._with_turn([*first], mark, [*new], tools)
         following = written.rpartition(mark)[2]
@@ -117,11 +131,10 @@ class Continuation:
 
     def _closed(self, first: Sequence[Message], turn: Message, mark: str, tools: Sequence[Any] | None) -> str:
         """What the template writes after a turn that is the last one: the same after most of an episode's turns."""
-        key = json.dumps([first, turn, tools], default=str)
+        key = _digest([first, turn, tools])
         if key not in self._ends_of_last:
-            if len(self._ends_of_last) >= KEPT:
-                self._ends_of_last.clear()
-            self._ends_of_last[key] = self.render([*first, turn], tools, opened=False).rpartition(mark)[2]
+            closed = self.render([*first, turn], tools, opened=False).rpartition(mark)[2]
+            _keep(self._ends_of_last, key, closed)
         return self._ends_of_last[key]
 
     @cached_property
@@ -149,8 +162,24 @@ class Continuation:
         found = [place + len(text) for text in allowed if (place := closing.find(text)) >= 0]
         return min(found, default=0)
 
+    @cached_property
+    def _plain(self) -> bool:
+        """Whether the tokenizer's class tokenises a text as its backend does."""
+        from transformers import PreTrainedTokenizerFast
+
+        own = type(self.tokenizer)
+        return issubclass(own, PreTrainedTokenizerFast) and all(
+            getattr(own, name) is getattr(PreTrainedTokenizerFast, name) for name in ("__call__", "_encode_plus")
+        )
+
     def _ids(self, text: str) -> list[int]:
         # A chat template writes the special tokens itself.
+        if self._plain:
+            backend = self.tokenizer.backend_tokenizer
+            as_is = backend.padding is None and backend.truncation is None
+            if as_is and backend.encode_special_tokens == self.tokenizer.split_special_tokens:
+                # The wrapper gives even a single text to a pool of threads, which costs more than all else of a turn's text.
+                return list(backend.encode(text, add_special_tokens=False).ids)
         return list(self.tokenizer(text, add_special_tokens=False, return_attention_mask=False)["input_ids"])
 
 
@@ -169,6 +198,17 @@ def checked(messages: Any, tool_calls: Sequence[Mapping[str, Any]] = (), *, firs
         if message["role"] == "tool" and "tool_call_id" not in message:
             message["tool_call_id"] = next(ids)
     return found
+
+
+def _digest(value: Any) -> bytes:
+    """A key for these messages. Equal ones may have two, but no two others have the same."""
+    return hashlib.blake2b(pickle.dumps(value), digest_size=16).digest()
+
+
+def _keep(kept: dict[bytes, Any], key: bytes, value: Any) -> None:
+    if len(kept) >= KEPT:
+        kept.clear()
+    kept[key] = value
 
 
 def _common(one: str, other: str) -> str:

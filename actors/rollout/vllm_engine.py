@@ -171,7 +171,8 @@ class VllmEngine:
             for place, prompt in enumerate(requests.prompts):
                 params = self._sampling_params(sampling, int(requests.seeds[place]), greedy)
                 name = str(next(self._names))
-                entry: dict[str, Any] = {"prompt_token_ids": prompt.tolist()}
+                # vLLM's `TokensInput`. It would render a prompt without a type first, which it calls deprecated.
+                entry: dict[str, Any] = {"type": "token", "prompt_token_ids": prompt.tolist()}
                 if not self._recompute_kv:
                     # The prefix cache keeps the keys and values of old weights; the salt hides them from new requests.
                     entry["cache_salt"] = str(self.version)

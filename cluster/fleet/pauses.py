@@ -1,4 +1,4 @@
-"""How long it is waited for more of what comes together: a small share of the time that a request to a rollout actor takes."""
+"""How long it is waited for more of what comes together: a small share of the time that a request to a rollout actor, or a turn, takes."""
 
 SHARE, LONGEST_SECONDS = 1 / 16, 1.0
 """Of that time. No seat of a rollout actor stays free for it: an eighth of them more requests wait there (loop/queues.py)."""

@@ -7,7 +7,8 @@ episodes that it hosted begin again on another, or wait.
 
 import asyncio
 import time
-from collections.abc import Sequence
+import uuid
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -15,6 +16,7 @@ from actors.environment.base import EnvironmentLostError
 from actors.errors import CampaignError
 from cluster.fleet.ray_actor import ActorLostError, Replica, invoke
 from cluster.fleet.ray_fleet import Fleet
+from cluster.fleet.ray_shared_calls import SharedCaller
 
 RESTARTS = 20
 """Environments run code of the user's: their actors may be replaced so many times as often as others."""
@@ -28,11 +30,17 @@ class RayEnvironments:
     def __init__(self, places: Sequence[Any]):
         """places: actor handles."""
         self.places = list(places)
+        self._callers: dict[Any, SharedCaller] = {}
+
+    def __reduce__(self) -> tuple[Callable[..., "RayEnvironments"], tuple[Any, ...]]:
+        return RayEnvironments, (self.places,)  # each process has callers of its own
 
     async def call(self, place: Any, method: str, *arguments: Any) -> Any:
         """Calls a method of one of them. EnvironmentLostError: it has died."""
+        if place not in self._callers:
+            self._callers[place] = SharedCaller(place, uuid.uuid4().hex)
         try:
-            return await invoke(place, method, arguments, 1)
+            return await self._callers[place].call(method, arguments)
         except ActorLostError as error:
             raise EnvironmentLostError(
                 f"{method}: its process was lost, as it is where an environment ends or blocks it ({error})"

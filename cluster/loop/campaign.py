@@ -405,7 +405,7 @@ class Campaign:
             metrics["replay_epoch"] = (self.state.step - 1) // self._replay.updates + 1
         queues = self._queues.depths()
         self._clock.utilisation.queues(queues)
-        return record_of_update(
+        record = record_of_update(
             self.state,
             update,
             metrics,
@@ -414,3 +414,5 @@ class Campaign:
             max_staleness=self.config.pipeline.max_staleness,
             queues=queues,
         )
+        self.state.environment_seconds += record.get("environment_seconds_mean", 0.0)
+        return record

@@ -137,7 +137,7 @@ class Pace(NamedTuple):
     """Role -> actors at the end."""
     loop_seconds: float
     over_slowest: float
-    """The loop's time divided by the time of its slowest stage."""
+    """The loop's time divided by the time of its slowest stage, which environments may be."""
 
 
 def pace(run: Run) -> Pace:
@@ -156,7 +156,8 @@ def pace(run: Run) -> Pace:
         for role in BUSY
         if role in counted["mean"]
     }
-    slowest = max(each.values())
+    waited = sum(row.get("environment_seconds_mean") or 0.0 for row in run.metrics)
+    slowest = max([waited / (run.setting("pipeline.max_staleness", 0) + 1), *each.values()])
     walls = [row["wall_seconds"] for row in run.metrics if row.get("wall_seconds") is not None]
     loop = result.get("loop_seconds") or (result.get("wall_over_slowest_stage") or 0) * slowest
     loop = loop or (walls[-1] - walls[0] if walls else 0.0)

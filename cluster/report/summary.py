@@ -152,10 +152,12 @@ def bottleneck(run: Run, name: str) -> str:
     if name:
         sentence = f"<b>{escape(name)}: {verdict}.</b> The loop’s {seconds(loop)} are {ratio:.2f} times those of its slowest stage."
     else:
+        played = plan.bottleneck.at_once
         sentence = (
-            f"<b>{verdict.capitalize()}.</b> {'Of the other stages, the' if plan.bottleneck.at_once else 'The'} {slowest} is the slowest stage: "
+            f"<b>{verdict.capitalize()}.</b> {'Of the other stages, the' if played else 'The'} {slowest} is the slowest stage: "
             f"{f'each of its {count} actors' if count > 1 else 'it'} works {percent(shares[slowest])} of the loop’s {seconds(loop)}. "
-            f"The loop takes {ratio:.2f} times as long as that stage alone; 1 would mean that this stage never waits."
+            f"The loop takes {ratio:.2f} times as long as {'the environments' if played else 'that stage'} alone; "
+            f"1 would mean that {'nothing else is waited for' if played else 'this stage never waits'}."
         )
         if staleness == 0:
             sentence += " With <code>pipeline.max_staleness: 0</code> the stages take turns, and their times add up."

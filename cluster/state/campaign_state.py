@@ -30,6 +30,8 @@ class CampaignState:
     """Response tokens sampled for training, or replayed."""
     busy: dict[str, float] = field(default_factory=lambda: dict.fromkeys(ROLES, 0.0))
     """Role -> seconds of work, summed over the role's actors."""
+    environment_seconds: float = 0.0
+    """Seconds for which an update's mean episode has waited for its environment, summed over the updates."""
     processor_seconds: float = 0.0
     """Processor time of the actors, of work for training."""
     start: dict[str, Any] = field(default_factory=dict)
@@ -90,6 +92,7 @@ class CampaignState:
             "ledger": self.ledger.to_json(),
             "tokens_generated": self.tokens_generated,
             "busy": self.busy,
+            "environment_seconds": self.environment_seconds,
             "processor_seconds": self.processor_seconds,
             "start": self.start,
             "pending": self.pending,
@@ -115,6 +118,7 @@ class CampaignState:
             ledger=Ledger.from_json(content["ledger"]),
             tokens_generated=content["tokens_generated"],
             busy=dict(content["busy"]),
+            environment_seconds=content.get("environment_seconds", 0.0),
             processor_seconds=content.get("processor_seconds", 0.0),
             start=content["start"],
             pending=content["pending"],

@@ -16,7 +16,9 @@ def summarise(
     """The content of summary.json, at the end of a run.
 
     needed: role -> (actors at the end, resources of one). wall_over_slowest_stage divides the loop's seconds by the
-    working seconds of the slowest stage's mean actor. 1.0 is the bound of the pipeline: that stage never waits.
+    working seconds of the slowest stage's mean actor, or by those of environments, if it is they: for so long an episode waits
+    for its own, while max_staleness more updates' worth wait for theirs. 1.0 is the bound of the pipeline: that stage never
+    waits.
     """
     end = last_of(state, "")
     at_the_end: dict[str, int] = {}
@@ -25,7 +27,8 @@ def summarise(
             continue
         at_the_end[role_of(role)] = at_the_end.get(role_of(role), 0) + count
     mean = at_the_end | mean_actors(state.actor_seconds, state.loop_seconds)
-    slowest = max((state.busy[role] / mean[role] for role in mean if mean[role]), default=0.0)
+    stages = [state.busy[role] / mean[role] for role in mean if mean[role]]
+    slowest = max([state.environment_seconds / (config.pipeline.max_staleness + 1), *stages])
     return {
         "accuracy_start": state.start.get("eval/accuracy"),
         "accuracy_end": end.get("eval/accuracy"),

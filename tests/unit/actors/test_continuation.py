@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from actors.environment.continuation import Continuation, checked
+from actors.environment.continuation import LONGEST_KEPT, Continuation, checked
 from tests.documented import ROOT
 from tests.tiny_models import make_tiny_tokenizer
 
@@ -117,6 +117,49 @@ def test_a_call_before_the_results_is_written_where_a_template_demands_one() -> 
     assert [message["tool_call_id"] for message in results] == ["abcdefghi", "call00000"]
     text = one.tokenizer.decode(one.after(USER, results, end, TOOLS))
     assert text.startswith('[TOOL_RESULTS] {"content": 4, "call_id": "abcdefghi"}') and "TOOL_CALLS" not in text
+
+
+def test_what_follows_is_rendered_once_and_depends_on_all_that_it_is_made_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    one, rendered = continuation("qwen2_5"), []
+    end, other = next(iter(one.stop_token_ids)), one.tokenizer.convert_tokens_to_ids("7")
+    asked: list[tuple[Any, ...]] = [
+        (USER, MORE, end), (USER, MORE, other), (USER, RESULT, end, TOOLS), (USER, TWO_RESULTS, end, TOOLS), (SYSTEM, MORE, end),
+    ]  # fmt: skip
+    expected = [continuation("qwen2_5").after(*call) for call in asked]
+    render = Continuation.render
+    monkeypatch.setattr(Continuation, "render", lambda *a, **k: (rendered.append(a), render(*a, **k))[1])
+    assert [one.after(*call) for call in asked] == expected
+    count = len(rendered)
+    assert [one.after(*call) for call in asked] == expected and len(rendered) == count
+    long = [{"role": "user", "content": LONGEST_KEPT * "No: higher. "}]
+    assert one.after(USER, long, end) == continuation("qwen2_5").after(USER, long, end)
+    assert len(one._following) == len(asked), "what is long is not kept"
+
+
+@pytest.mark.parametrize("how", ["as it is", "pads", "truncates", "splits special tokens", "of another class"])
+def test_a_text_has_the_ids_that_the_tokenizer_gives_it_whatever_it_is_set_to(how: str) -> None:
+    one = continuation("qwen2_5")
+    tokenizer = one.tokenizer
+    text = "\n<|im_start|>user\nNo, é€\U0001f642: higher.  <|im_end|>\n"
+    expected = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if how == "pads":
+        tokenizer.backend_tokenizer.enable_padding(length=99)
+    elif how == "truncates":
+        tokenizer.backend_tokenizer.enable_truncation(3)
+    elif how == "splits special tokens":
+        tokenizer.split_special_tokens = True
+        split = tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert split != expected
+        tokenizer.backend_tokenizer.encode_special_tokens, expected = False, split
+    elif how == "of another class":
+
+        class Other(type(tokenizer)):
+            def _encode_plus(self, text: Any, *arguments: Any, **keywords: Any) -> Any:
+                return super()._encode_plus(f"{text} ", *arguments, **keywords)
+
+        tokenizer.__class__, expected = Other, [*expected, *tokenizer(" ", add_special_tokens=False)["input_ids"]]
+    assert one._plain == (how != "of another class")
+    assert one._ids(text) == expected
 
 
 def test_the_mark_is_none_of_the_messages() -> None:

@@ -96,6 +96,8 @@ class Ends:
         self.closed.append(self.fails)
         if self.fails == "hangs":
             await asyncio.Event().wait()
+        if self.fails == "exits":
+            raise SystemExit(3)
         raise ValueError("no end")
 
 
@@ -169,7 +171,7 @@ def test_an_episode_that_is_never_closed_is_forgotten_and_a_blocked_process_ends
 
 
 @pytest.mark.parametrize("reset", ["", "raises"])
-@pytest.mark.parametrize("close", ["raises", "hangs"])
+@pytest.mark.parametrize("close", ["raises", "hangs", "exits"])
 def test_the_end_of_an_episode_closes_it_and_an_end_that_goes_wrong_is_of_no_consequence(
     close: str, reset: str
 ) -> None:

@@ -823,7 +823,7 @@ def test_the_state_of_a_campaign_is_read_back_as_it_was() -> None:
     state = CampaignState(step=3, tokens_generated=7, evaluations={2: {"eval/accuracy": 0.5}}, faults=1)
     state.ledger.train([], 1)
     state.ledger.issue(2)
-    state.busy["teacher"] = 1.5
+    state.busy["teacher"], state.environment_seconds = 1.5, 2.5
     again = CampaignState.from_json(state.to_json())
     assert again.to_json() == state.to_json()
     assert again.busy_since_last_step() == {"rollout": 0.0, "teacher": 0.0, "learner": 0.0}

@@ -9,7 +9,10 @@ import pytest
 
 from actors.errors import UserError
 from cluster.config_file import load_config
+from cluster.fleet.ray_actor import Resources
 from cluster.records.writer import read_jsonl
+from cluster.state.campaign_state import CampaignState, read_state
+from cluster.state.summary import summarise
 from tests.documented import ROOT, python_examples
 from tests.light_campaign import assert_ledger_adds_up, configuration, fingerprint, finish, make_folder, start
 
@@ -66,6 +69,8 @@ def test_a_campaign_with_episodes_that_fail_repeats_to_the_bit(folder: Path) -> 
         assert (
             0 < row["environment_seconds_mean"] < row["episode_seconds_mean"] and row["environment_idle_seconds"] >= 0
         )
+    state = read_state(folder / "runs/faulty/checkpoints" / f"step_{SHORT:08d}")  # its times are those of two processes
+    assert state.environment_seconds == pytest.approx(sum(row["environment_seconds_mean"] for row in faulty))
     # The ids and the seeds of a retry are those of the first attempt.
     attempts: dict[str, set[tuple[str, str]]] = {}
     for line in (folder / "faulty.episodes").read_text().splitlines():
@@ -73,6 +78,16 @@ def test_a_campaign_with_episodes_that_fail_repeats_to_the_bit(folder: Path) -> 
         attempts.setdefault(id_, set()).add((attempt, seed))
     assert all({attempt for attempt, _ in of} >= {"0", "1"} for of in attempts.values())
     assert all(len({seed for _, seed in of}) == 1 for of in attempts.values())
+
+
+@pytest.mark.parametrize(("staleness", "expected"), [(0, 60 / 30), (2, 60 / (30 / 3)), (3, 60 / 8)])
+def test_environments_are_a_stage_that_the_loop_is_compared_with(folder: Path, staleness: int, expected: float) -> None:
+    config = load_config(campaign(folder, f"compared-{staleness}", {}, pipeline={"max_staleness": staleness}))
+    state = CampaignState(loop_seconds=60.0, environment_seconds=30.0)
+    state.busy |= {"rollout": 5.0, "teacher": 16.0, "learner": 1.0}
+    needed = {role: (2 if role == "teacher.default" else 1, Resources(1.0, 0.0))
+              for role in ("rollout", "environment", "teacher.default", "learner")}  # fmt: skip
+    assert summarise(config, state, 0.0, needed)["wall_over_slowest_stage"] == pytest.approx(expected)
 
 
 def test_an_episode_that_fails_in_all_attempts_is_dropped_with_its_reason_and_replaced(folder: Path) -> None:

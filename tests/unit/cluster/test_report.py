@@ -218,6 +218,9 @@ def test_a_run_that_waited_for_environments_says_so(tmp_path):
     text = page_of(path).text
     assert "Environment-bound: quicker answers" in text and "Of the other stages, the rollout is the slowest" in text
     assert "Rollout engines had nothing to write for 40% of it" in text
+    told = pace(load_run(path))  # an update takes half a second, and an episode waits 30
+    assert told.over_slowest == pytest.approx(0.5 / (30 / 2), rel=1e-6)
+    assert f"takes {told.over_slowest:.2f} times as long as the environments alone" in text
 
 
 def test_a_run_without_rollout_actors_has_a_report(tmp_path):
