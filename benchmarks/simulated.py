@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from actors.config import StudentConfig, TeacherConfig, TrainingPromptsConfig
+from actors.data.columns import Coded, Texts
 from actors.data.prompts import PromptSet
 from actors.rollout.batched_calls import BatchedCalls
 from actors.teacher.base import TeacherCounts
@@ -352,9 +353,9 @@ class Simulation:
         prompts = PromptSet(
             tokens=np.zeros(PROMPTS * TOKENS, np.int32),
             offsets=np.arange(PROMPTS + 1) * TOKENS,
-            references=[None] * PROMPTS,
-            domains=[None] * PROMPTS,
-            texts=[""] * PROMPTS,
+            references=Texts.of([None] * PROMPTS),
+            domains=Coded.of([None] * PROMPTS),
+            texts=Texts.of([""] * PROMPTS),
         )
         quiet: Any = Silent()
         return Campaign(

@@ -4,11 +4,14 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from functools import partial
+from operator import eq
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from actors.config import PromptsConfig
+from actors.data.columns import Coded, Picked
 from actors.data.contexts import context_length, engine_context
 from actors.data.judge import Judge
 from actors.data.models import find_model, load_config
@@ -84,11 +87,23 @@ class Inputs:
         }
 
     def tell(self, on_event: Callable[..., Any]) -> None:
-        """Tells what is left out, and held-out prompts that are trained on, as events."""
+        """Tells what is left out, held-out prompts that are trained on, and what is kept on the disk, as events."""
         for key, one in self.dropped.items():
             on_event("prompts_dropped", key=key, cause=str(one), **one._asdict())
         if self.shared:
             on_event("held_out_overlap", cause=self.shared)
+        for key, prompts in self.read().items():
+            if prompts.cached:
+                on_event("prompts_cached", key=key, cause=prompts.cached)
+            if prompts.uncached:
+                on_event("prompts_uncached", key=key, cause=prompts.uncached)
+
+    def read(self) -> dict[str, PromptSet]:
+        """Configuration key -> the prompts that were read for it; of a teacher, those that it reads in its own way."""
+        sets = {"prompts": self.prompts, "evaluation.prompts": self.held_out}
+        sets |= {f"evaluation.sets.{name}.prompts": one.prompts for name, one in self.sets.items()}
+        sets |= {f"teachers.{name}": prompts for name, prompts in self.prompt_routes.privileged.items()}
+        return {key: prompts for key, prompts in sets.items() if prompts is not None}
 
     def close(self) -> None:
         """Ends the processes of all verifiers for good."""
@@ -136,7 +151,9 @@ def read_inputs(config: CampaignConfig) -> Inputs:
     """Reads everything. UserError: a file, a field or a token that is missing or wrong, or a verifier that fails."""
     judge = Judge(config.evaluation.verifier, by_domain=config.evaluation.verifiers)
     try:
-        return _read_inputs(config, judge)
+        inputs = _read_inputs(config, judge)
+        inputs.remarks += [f"{key}: note: {own.uncached}" for key, own in inputs.read().items() if own.uncached]
+        return inputs
     finally:
         judge.end()  # an evaluation starts it again, and those beside it
 
@@ -163,7 +180,9 @@ def _read_inputs(config: CampaignConfig, judge: Judge) -> Inputs:
     prompts, prompt_routes, left_out = _read(config, config.prompts, tokenizer, "prompts", judge, **trained)
     prompt_routes = prompt_routes._replace(stop_token_ids=stop)
     if (reference := config.learner.objective.reference_teacher) is not None:
-        prompt_routes = prompt_routes._replace(routes=[{**route, reference: 0.0} for route in prompt_routes.routes])
+        assert isinstance(prompt_routes.routes, Coded)
+        scored = prompt_routes.routes.each(lambda route: {**route, reference: 0.0})
+        prompt_routes = prompt_routes._replace(routes=scored)
     if config.judges_training:
         _demand_references(config.prompts, prompts, "prompts")
     held_out, held_out_routes = None, None
@@ -271,7 +290,7 @@ def read_set(config: CampaignConfig, tokenizer: Any, name: str, stop: list[int],
         prompts, routed, left_out = _read(
             longer, one.prompts, tokenizer, f"{key}.prompts", judge, bounded=asks_teachers
         )
-    if one.verifier is not None and not prompts.judged():
+    if one.verifier is not None and not len(prompts.judged()):
         raise UserError(f"{key}.verifier", one.verifier.name, "a reference answer in a prompt, or null")
     if len(prompts) * one.samples > MOST_TRAJECTORIES:
         found = f"{one.samples:,} with {len(prompts):,} prompts"
@@ -371,11 +390,9 @@ def _read(
     reference = config.learner.objective.reference_teacher
     teaching = {name: teacher for name, teacher in reading.items() if name != reference}
     # Without teachers, as where only accuracy is evaluated, nothing is scored; nor are responses of a data set.
-    routed = routes(prompts.domains, teaching, prompts.where) if teaching else [{} for _ in range(len(prompts))]
+    routed = routes(prompts.domains, teaching, prompts.where) if teaching else prompts.domains.each(lambda _: {})
     # Which of the prompts a teacher reads, and how: with other words, or in other tokens.
-    readers = {
-        name: np.flatnonzero([name == reference or name in teachers for teachers in routed]) for name in config.teachers
-    }
+    readers = {name: np.flatnonzero(routed.where(partial(_is_asked, name, reference))) for name in config.teachers}
     too_long = np.diff(prompts.offsets) > np.minimum(room, source.max_prompt_tokens or UNBOUNDED)
     if bounded:
         too_long |= _unreadable(config, source, prompts, read_otherwise, readers)
@@ -383,7 +400,7 @@ def _read(
     left_out = dropped(prompts, too_long, repeats)
     if left_out:
         rows = np.flatnonzero(~(too_long | repeats))
-        prompts, routed = prompts.take(rows), [routed[row] for row in rows]
+        prompts, routed = prompts.take(rows), routed.take(rows)
         read_otherwise = {name: its.take(rows) for name, its in read_otherwise.items()}
         readers = {name: np.flatnonzero(np.isin(rows, its)) for name, its in readers.items()}
     longest = {
@@ -392,6 +409,11 @@ def _read(
         if backend_of(config.teachers[name]).tries_length
     }
     return prompts, PromptRoutes(routed, read_otherwise, longest=longest), left_out
+
+
+def _is_asked(name: str, reference: str | None, teachers: Mapping[str, float]) -> bool:
+    """Whether a teacher scores a prompt with these teachers."""
+    return name == reference or name in teachers
 
 
 def _as_the_student_reads(
@@ -459,7 +481,7 @@ def _prompts(
     # A function of the user's own may do without references: where it reads something else, or where a set has none.
     set_without = key.startswith("evaluation.sets.") and not source.has_references
     free = {own for own, its in verifiers.items() if asked[own] or (set_without and is_import_path(its.name))}
-    without = {domain for domain in prompts.domains if (domain if domain in verifiers else None) in free}
+    without = {domain for domain in prompts.domains.values if (domain if domain in verifiers else None) in free}
     return replace(prompts, judged_without_reference=frozenset(without))
 
 
@@ -510,8 +532,10 @@ def _templates(config: CampaignConfig) -> str:
 
 
 def _demand_references(source: PromptsConfig, prompts: PromptSet, key: str) -> None:
-    if unjudged := sorted(set(range(len(prompts))) - set(prompts.judged())):
-        prompt = unjudged[0]
+    judged = prompts.judged()
+    if len(judged) < len(prompts):
+        # The judged ones ascend: the first place where they are ahead of their number is the first that is left out.
+        prompt = int(np.argmax(np.append(judged, len(prompts)) != np.arange(len(judged) + 1)))
         its = prompts.origin_of(prompt).key
         raise UserError(
             prompts.where(prompt),
@@ -526,22 +550,21 @@ def try_references(config: CampaignConfig, judge: Judge, prompts: PromptSet) -> 
     UserError: the verifier fails, or cannot use a reference. It names the first such prompt.
     """
     judged, verifiers, remarks = prompts.judged(), config.evaluation.verifiers, []
-    if not judged:
+    if not len(judged):
         return ["no reference answers, so the reverse KL is measured, and no accuracy"]
     if len(judged) < len(prompts):
         remarks.append(f"accuracy over {len(judged)} of {len(prompts)} prompts, which have a reference answer")
     for own in (None, *verifiers):
-        numbers = [
-            row for row in judged if (prompts.domains[row] if prompts.domains[row] in verifiers else None) == own
-        ]
-        remarks += _try(config, judge.of(own), prompts, numbers) if numbers else []
+        its = prompts.domains.each(lambda domain: domain if domain in verifiers else None).where(partial(eq, own))
+        numbers = judged[its[judged]]
+        remarks += _try(config, judge.of(own), prompts, numbers) if len(numbers) else []
     return remarks
 
 
-def _try(config: CampaignConfig, judge: Judge, prompts: PromptSet, numbers: list[int]) -> list[str]:
+def _try(config: CampaignConfig, judge: Judge, prompts: PromptSet, numbers: np.ndarray) -> list[str]:
     """Tries one verifier with the prompts that have these numbers, as `try_references` says."""
-    asides = [prompts.aside(number) for number in numbers]
-    tried, error = judge.try_references([prompts.references[number] for number in numbers], TRIAL_SECONDS, asides)
+    references, asides = prompts.references.picked(numbers), Picked(prompts.aside, numbers)
+    tried, error = judge.try_references(references, TRIAL_SECONDS, asides)
     if error is not None:
         if is_import_path(judge.name) and tried == 0:
             raise error  # it fails from the start: most likely a fault of the function, not of a reference

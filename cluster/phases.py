@@ -12,6 +12,8 @@ from contextlib import contextmanager, suppress
 from shutil import get_terminal_size
 from typing import Any
 
+from actors.heartbeat import doing
+
 REFRESH_SECONDS = 0.25
 """Between two pictures of the live line."""
 SHORT_SECONDS = 0.1
@@ -133,9 +135,8 @@ class Start:
         while live.is_set():
             with self._lock:
                 if live.is_set() and (now := self.now()):
-                    self._write(
-                        f"{CLEAR_LINE}{self.seconds:>7.0f}s  {now}"[: get_terminal_size().columns + len(CLEAR_LINE) - 1]
-                    )
+                    line = f"{CLEAR_LINE}{self.seconds:>7.0f}s  {now}  {doing()}".rstrip()
+                    self._write(line[: get_terminal_size().columns + len(CLEAR_LINE) - 1])
             time.sleep(REFRESH_SECONDS)
         with self._lock:
             if self._tell is None:

@@ -227,6 +227,7 @@ CAMPAIGNS: dict[str, Campaign] = {
                 "one": teacher(weight=2.0, replicas=2),
                 "two": teacher(model="larger", dtype="bfloat16", gpus_per_replica=0),
             },
+            "prompts.path": "many.jsonl",
             "learner.objective.estimator": "discounted",
             "learner.objective.gamma": 0.5,
             "learner.objective.turn_discount": 0.5,
@@ -246,6 +247,7 @@ CAMPAIGNS: dict[str, Campaign] = {
             "learner.optimizer.final_fraction": 0.5,
             "rollout.replicas": 2,
         },
+        events=("prompts_cached",),
     ),
     "own": Campaign(
         {
@@ -487,7 +489,7 @@ CAMPAIGNS: dict[str, Campaign] = {
 }
 CAMPAIGNS["replayed"] = Campaign(
     {**CAMPAIGNS["discounted"].settings, "record": False, "replay": "runs/discounted"},
-    events=("replays",),
+    events=("replays", "prompts_cached"),
     after="discounted",
 )
 """The same campaign as `discounted`, from its record: tests/integration/test_matrix.py compares their weights."""

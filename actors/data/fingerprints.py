@@ -4,11 +4,11 @@ A model's small files are hashed as a whole. Of each safetensors file it is the 
 distances, so that a model of 140 GB takes a second: training changes every tensor, and another model has another header.
 """
 
-import itertools
 from pathlib import Path
 
 import xxhash
 
+from actors.data.columns import ROWS, marked
 from actors.data.prompts import PromptSet
 
 SMALL = (".json", ".jinja", ".model", ".txt", ".tiktoken", ".py")
@@ -26,16 +26,19 @@ def prompts_fingerprint(prompts: PromptSet, rows: range | None = None) -> str:
     digest = xxhash.xxh3_128()
     rows = range(len(prompts)) if rows is None else rows
     offsets = prompts.offsets[rows.start : rows.stop + 1]
-    digest.update(prompts.tokens[offsets[0] : offsets[-1]].tobytes())
-    digest.update((offsets - offsets[0]).tobytes())
+    digest.update(prompts.tokens[offsets[0] : offsets[-1]].data)
+    digest.update((offsets - offsets[0]).data)
     if prompts.responses is not None:
         bounds = prompts.responses.offsets[rows.start : rows.stop + 1]
-        digest.update((bounds - bounds[0]).tobytes())
+        digest.update((bounds - bounds[0]).data)
         for values in (prompts.responses.tokens, prompts.responses.trained):
-            digest.update(values[bounds[0] : bounds[-1]].tobytes())
-    for texts in (prompts.references, prompts.domains):
-        for text in itertools.islice(texts, rows.start, rows.stop):
-            digest.update(b"\0" if text is None else b"\1" + text.encode(errors="backslashreplace") + b"\0")
+            digest.update(values[bounds[0] : bounds[-1]].data)
+    for piece in prompts.references.marked(rows):
+        digest.update(piece)
+    domains = list(map(marked, prompts.domains.values))
+    for begin in range(rows.start, rows.stop, ROWS):
+        codes = prompts.domains.codes[begin : min(begin + ROWS, rows.stop)]
+        digest.update(b"".join([domains[code] for code in codes.tolist()]))
     return digest.hexdigest()
 
 

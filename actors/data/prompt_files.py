@@ -1,8 +1,5 @@
 """Reads records: JSON lines, Parquet, data sets of Hugging Face (a hub name, also as a stream, a directory of data files,
 `save_to_disk`), and what a function of the user's own yields (own_records.py).
-
-A record is a dictionary of plain values. A field that is null inside a nested value of Arrow is absent: Arrow gives
-every struct the fields of all the others.
 """
 
 from __future__ import annotations
@@ -10,13 +7,13 @@ from __future__ import annotations
 import glob
 import gzip
 import io
-import json
 import os
 import re
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +21,7 @@ from actors.config import SourceConfig
 from actors.data.hub import hub_errors
 from actors.data.models import as_user_error, looks_local
 from actors.data.own_records import own_records
+from actors.data.record_batches import READABLE, Batch, Lines, Records, Rows, plain_row
 from actors.errors import UserError
 
 BATCH = 1024
@@ -135,21 +133,21 @@ def _splits(path: Path) -> dict[str, list[Path]]:
 
 def read_records(
     source: SourceConfig, key: str, fields: list[tuple[str, str]], optional: list[str] | None
-) -> tuple[str, Iterator[tuple[int, dict[str, Any]]]]:
-    """("line", "row" or "record", iterator of (number from 1, record)); the word is used in messages.
+) -> tuple[str, Iterator[Batch]]:
+    """("line", "row" or "record", the first `source.limit` records in batches); the word is used in messages.
 
     key: the source's configuration key. fields: (configuration key, field) of each field that every record needs.
     optional: fields that records may have; None: all of theirs. UserError: the file is missing, of another kind or broken,
     or lacks a field.
     """
     if source.function is not None:
-        return "record", own_records(source.function, source.function_arguments, source.limit, key)
+        return "record", _batches(own_records(source.function, source.function_arguments, source.limit, key))
     name = source.path or ""
     path = Path(name).expanduser()
     if source.streaming:
-        return "row", _numbered(_streamed(source, key, fields, optional), name, key)
+        return "row", _batches(_numbered(_streamed(source, key, fields, optional), name, key))
     if path.is_dir() or is_hub_dataset(name):
-        return "row", _numbered(_rows(_dataset(path, source, key, fields, optional)), name, key)
+        return "row", _rows(_dataset(path, source, key, fields, optional), name, key, source.limit)
     if path.exists() and not path.is_file():
         raise UserError(f"{key}.path", f"{path}, which is neither a regular file nor a directory", FILES)
     if not path.is_file():
@@ -158,11 +156,11 @@ def read_records(
     if source.split != "train":
         raise UserError(f"{key}.split", source.split, f"nothing: {name} is a single file, which has no splits")
     if path.name.endswith(LINES):
-        return "line", _jsonl(path)
+        return "line", _jsonl(path, source.limit)
     if path.suffix != ".parquet":
         expected = "a .jsonl or .parquet file (.jsonl.gz and .jsonl.zst too), or the name of a dataset"
         raise UserError(f"{key}.path", name, expected)
-    return "row", _numbered(_rows(_parquet(path, fields, optional)), name, key)
+    return "row", _rows(_parquet(path, fields, optional), name, key, source.limit)
 
 
 def is_pattern(name: str) -> bool:
@@ -184,19 +182,21 @@ def field_of(record: dict[str, Any], name: str, where: str, key: str) -> Any:
     return record[name]
 
 
-def _jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _jsonl(path: Path, limit: int | None) -> Iterator[Batch]:
     with path.open("rb") as start:
         begins = start.read(4)
     kind = "gzip" if begins.startswith(GZIP) else "zstd"
+    seen = found = 0
     with _opened(path, begins) as file:
-        lines = enumerate(file, 1)
-        while True:
+        while limit is None or found < limit:
             with as_user_error(str(path), f"{kind} data that is broken", "a whole file"):
-                number, line = next(lines, (0, b""))
-            if not number:
+                lines = list(islice(file, BATCH if limit is None else min(BATCH, limit - found)))
+            if not lines:
                 return
-            if line.strip():
-                yield number, _parsed(line, number, f"{path}, line {number}")
+            places = [place for place, line in enumerate(lines) if not line.isspace()]
+            if places:
+                yield Lines(str(path), [seen + 1 + place for place in places], [lines[place] for place in places])
+            seen, found = seen + len(lines), found + len(places)
 
 
 def _opened(path: Path, begins: bytes) -> Any:
@@ -208,31 +208,6 @@ def _opened(path: Path, begins: bytes) -> Any:
 
         return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), "zstd"))
     return path.open("rb")
-
-
-def _parsed(line: bytes, number: int, where: str) -> dict[str, Any]:
-    expected = "a JSON object on each line"
-    try:
-        # A byte-order mark can only be at the start of the file; some editors write one.
-        text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-        record = DECODER.decode(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(where, f"{line.strip()[:60]!r} ({error})", expected) from error
-    if not isinstance(record, dict):
-        raise UserError(where, f"{line.strip()[:60]!r}, a JSON {type(record).__name__}", expected)
-    return record
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):  # json would keep the last and say nothing
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} stands twice")
-    return found
-
-
-DECODER = json.JSONDecoder(object_pairs_hook=_object)
-"""Made once: `json.loads` would make one for each line."""
 
 
 def _columns(names: list[str], path: str, fields: list[tuple[str, str]], optional: list[str] | None) -> list[str]:
@@ -326,19 +301,24 @@ def _saved(found: Any, split: str, key: str) -> Any:
     return found
 
 
-def _rows(batches: Iterator[Any]) -> Iterator[dict[str, Any]]:
-    for batch in batches:
-        yield from batch.to_pylist(maps_as_pydicts="strict")
+def _rows(tables: Iterator[Any], path: str, key: str, limit: int | None) -> Iterator[Batch]:
+    with as_user_error(f"{key}.path", path, READABLE):
+        number = 1
+        for table in tables:
+            rows = Rows(key, path, number, table)
+            number += len(rows)
+            if limit is not None and number > limit:
+                yield rows[: len(rows) - (number - 1 - limit)]
+                return
+            yield rows
+
+
+def _batches(numbered: Iterator[tuple[int, dict[str, Any]]]) -> Iterator[Batch]:
+    while batch := list(islice(numbered, BATCH)):
+        yield Records(batch)
 
 
 def _numbered(records: Iterator[dict[str, Any]], path: str, key: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    expected = "a Parquet file, a directory of data files, or a dataset (owner/name or owner/name:subset) on a hub that answers"
-    with as_user_error(f"{key}.path", path, expected):
+    with as_user_error(f"{key}.path", path, READABLE):
         for number, record in enumerate(records, 1):
-            yield number, {name: _without_nulls(value) for name, value in record.items()}
-
-
-def _without_nulls(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _without_nulls(inner) for name, inner in value.items() if inner is not None}
-    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
+            yield number, plain_row(record)

@@ -3,12 +3,11 @@
 Two prompts are the same where the student reads the same text, whatever their references, domains and sources are.
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-import xxhash
 
+from actors.data.columns import Texts
 from actors.data.prompts import PromptSet
 from actors.errors import UserError
 
@@ -32,21 +31,23 @@ class Dropped(NamedTuple):
         return f"{self.too_long + self.duplicates:,} of {self.read:,} prompts dropped ({', '.join(found)})"
 
 
-def whole_texts(prompts: PromptSet) -> list[str]:
+def whole_texts(prompts: PromptSet) -> Texts:
     """[M] what tells two prompts apart: their texts, and their responses where they have some."""
     if prompts.responses is None:
         return prompts.texts
-    answers = np.split(prompts.responses.tokens, prompts.responses.offsets[1:-1])
-    return [f"{text}\0{own.tobytes().hex()}" for text, own in zip(prompts.texts, answers, strict=True)]
+    tokens, ends = prompts.responses.tokens, prompts.responses.offsets
+    return Texts.of(
+        f"{text}\0{tokens[ends[row] : ends[row + 1]].tobytes().hex()}" for row, text in enumerate(prompts.texts)
+    )
 
 
-def repeated(texts: Sequence[str], among: np.ndarray) -> np.ndarray:
+def repeated(texts: Texts, among: np.ndarray) -> np.ndarray:
     """[M] bool: a text that an earlier one repeats. among: [M] bool, the texts that are looked at.
 
     Costs 16 bytes a text: digests are sorted, and texts with the same digest are compared.
     """
     rows = np.flatnonzero(among)
-    digests = np.fromiter((xxhash.xxh3_64_intdigest(texts[row].encode()) for row in rows), np.uint64, len(rows))
+    digests = texts.digests()[rows]
     order = np.argsort(digests, kind="stable")  # equal ones stay in the order of the texts
     found, first = np.zeros(len(texts), bool), -1
     for place in np.flatnonzero(np.diff(digests[order]) == 0):
@@ -76,8 +77,10 @@ def dropped(prompts: PromptSet, too_long: np.ndarray, duplicates: np.ndarray) ->
 
 def overlap(held_out: PromptSet, prompts: PromptSet) -> str:
     """One sentence about held-out prompts that are trained on; "" where there are none."""
+    digests, theirs = np.unique(held_out.texts.digests()), prompts.texts.digests()
+    alike = np.flatnonzero(digests[np.minimum(np.searchsorted(digests, theirs), len(digests) - 1)] == theirs)
     wanted = set(held_out.texts)
-    trained = {text for text in prompts.texts if text in wanted}
+    trained = {text for row in alike.tolist() if (text := prompts.texts[row]) in wanted}
     shared = [row for row, text in enumerate(held_out.texts) if text in trained]
     if not shared:
         return ""

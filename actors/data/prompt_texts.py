@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 TEMPLATE_FIELD = re.compile(r"\{(\w+)\}")
 """`{field}` in the prompt template of a teacher with privileged information."""
+REFUSED = "a prompt that the chat template refuses", "messages that it accepts"
+NOT_UNICODE = "a prompt that is not Unicode text", "no lone surrogates"
 
 
 @dataclass(frozen=True)
@@ -40,27 +42,57 @@ class Reader:
     def text(self, prompt: Any, record: dict[str, Any], source: SourceConfig, where: str) -> str:
         """The text of one prompt as the student reads it; with a template, as a privileged teacher reads it."""
         if self.section.chat:
-            text = self._chat(prompt, record, source, where)
+            messages = self._messages(prompt, record, source, where)
+            text = self.render(messages, record, source, where, add_generation_prompt=not self._continued)
         elif not isinstance(prompt, str) or not prompt:
             raise UserError(where, f"{source.prompt_field} = {in_json(prompt)}", "a string (chat is false)")
         else:
             text = prompt if self.template is None else _fill(self.template, prompt, record, where)
         # JSON may hold half a surrogate pair, which tokenizers refuse with an error that names no record.
-        with as_user_error(where, "a prompt that is not Unicode text", "no lone surrogates"):
+        with as_user_error(where, *NOT_UNICODE):
             text.encode()
         return text
 
-    def _chat(self, prompt: Any, record: dict[str, Any], source: SourceConfig, where: str) -> str:
-        continued = bool(self.section.chat_template_arguments.get("continue_final_message"))
+    def texts(
+        self, prompts: list[Any], records: list[dict[str, Any]], source: SourceConfig, wheres: list[str]
+    ) -> list[str]:
+        """`text` of several prompts, rendered in one call where that is the same. UserError: one of them is refused; which, is
+        told right of one alone."""
+        from transformers import PreTrainedTokenizerBase
+
+        rows = list(zip(prompts, records, wheres, strict=True))
+        own = type(self.tokenizer).apply_chat_template is not PreTrainedTokenizerBase.apply_chat_template
+        if not self.section.chat or own or any(record.get(source.tools_field) for record in records):
+            return [self.text(prompt, record, source, where) for prompt, record, where in rows]
+        conversations = [self._messages(prompt, record, source, where) for prompt, record, where in rows]
+        with as_user_error(wheres[0], *REFUSED):
+            rendered = self.tokenizer.apply_chat_template(conversations, **self._arguments(not self._continued))
+            texts = [str(text) for text in rendered]
+        for messages, text, where in zip(conversations, texts, wheres, strict=True):
+            _refuse_left_out(called_tools(messages), text, where)
+        with as_user_error(wheres[0], *NOT_UNICODE):
+            "".join(texts).encode()
+        return texts
+
+    @property
+    def _continued(self) -> bool:
+        return bool(self.section.chat_template_arguments.get("continue_final_message"))
+
+    def _arguments(self, add_generation_prompt: bool) -> dict[str, Any]:
+        """Of the chat template."""
+        given = self.section.chat_template_arguments
+        return {"add_generation_prompt": add_generation_prompt, **given, "tokenize": False}
+
+    def _messages(self, prompt: Any, record: dict[str, Any], source: SourceConfig, where: str) -> list[dict[str, Any]]:
         try:
-            messages = messages_of(prompt, continued=continued)
+            messages = messages_of(prompt, continued=self._continued)
         except ValueError as error:
             expected = "a string, or a list of messages with role and content that does not end with the assistant's"
             raise UserError(where, f"{source.prompt_field} = {in_json(prompt)} ({error})", expected) from error
         if self.template is not None:
             place = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=-1)
             messages[place]["content"] = _fill(self.template, messages[place]["content"], record, where)
-        return self.render(messages, record, source, where, add_generation_prompt=not continued)
+        return messages
 
     def render(
         self,
@@ -77,18 +109,18 @@ class Reader:
         except ValueError as error:
             found = f"{source.tools_field} = {in_json(record[source.tools_field])} ({error})"
             raise UserError(where, found, "a list of JSON schemas, one for each tool, or null") from error
-        arguments = self.section.chat_template_arguments
-        arguments = {"add_generation_prompt": add_generation_prompt, **arguments, "tokenize": False}
-        if tools:
-            arguments["tools"] = tools
-        with as_user_error(where, "a prompt that the chat template refuses", "messages that it accepts"):
+        arguments = self._arguments(add_generation_prompt) | ({"tools": tools} if tools else {})
+        with as_user_error(where, *REFUSED):
             text = str(self.tokenizer.apply_chat_template(messages, **arguments))
-        # Many templates know nothing of tools, and would leave them out.
-        for name in [*called_tools(messages), *map(name_of, tools or [])]:
-            if name not in text:
-                found = f"the tool {name!r}, which the chat template leaves out"
-                raise UserError(where, found, "a template with tools")
+        _refuse_left_out([*called_tools(messages), *map(name_of, tools or [])], text, where)
         return text
+
+
+def _refuse_left_out(tools: list[str], text: str, where: str) -> None:
+    """UserError: a tool is not in the text. Many templates know nothing of tools, and would leave them out."""
+    for name in tools:
+        if name not in text:
+            raise UserError(where, f"the tool {name!r}, which the chat template leaves out", "a template with tools")
 
 
 def text_field(record: dict[str, Any], name: str | None, where: str, key: str) -> str | None:

@@ -8,20 +8,25 @@ Shapes: M prompts, P prompt tokens in all, B requests.
 
 from __future__ import annotations
 
-import json
 import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain, islice
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from actors.config import PromptsConfig, SourceConfig
-from actors.data.prompt_files import BATCH, field_of, files_of, read_records
+from actors.data.columns import Coded, Texts, many_rows
+from actors.data.prompt_cache import Columns, Damaged, SourceFile, Span, entry_of, is_plain
+from actors.data.prompt_files import files_of, read_records
 from actors.data.prompt_order import hash_of
-from actors.data.prompt_texts import Reader, text_field
-from actors.data.responses import Ends, Responses, joined, pieces_of, prompt_of, tokenised
+from actors.data.prompt_parts import PartMaker, Task, responses_in, texts_in
+from actors.data.prompt_texts import Reader
+from actors.data.prompt_workers import MOST_WORKERS, Parts, cores
+from actors.data.responses import Ends, Responses
+from actors.data.spool import MANY, OFFSETS, Spool
 from actors.errors import UserError
+from actors.heartbeat import beat, does
 from actors.trajectory import (
     FINISH_REASONS,
     Aside,
@@ -62,16 +67,16 @@ class PromptSet:
     """[P] int32."""
     offsets: np.ndarray
     """[M + 1] int64."""
-    references: list[str | None]
+    references: Texts
     """[M] reference answers for the verifier; None where the record has none."""
-    domains: list[str | None]
+    domains: Coded[str | None]
     """[M] domains, by which teachers are chosen; None where the record has none."""
-    texts: list[str]
+    texts: Texts
     """[M] the tokenised texts: prompts after the chat template."""
     numbers: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     """[M] int64: the number of the record in its file, from 1; [0]: not known."""
-    records: list[str] = field(default_factory=list)
-    """[M] all fields of each record as JSON, where a verifier asks for them; else []."""
+    records: Texts = field(default_factory=lambda: Texts.of([]))
+    """[M] all fields of each record as JSON, where a verifier asks for them; else of no rows."""
     judged_without_reference: frozenset[str | None] = frozenset()
     """Domains whose verifier reads the prompt or the record, and so judges also prompts without a reference."""
     origins: tuple[Origin, ...] = ()
@@ -80,6 +85,10 @@ class PromptSet:
     """The responses that are trained on, where the records have them (`response_field`)."""
     played: bool = False
     """Whether each begins an episode with an environment, which reads the record and gives the reward."""
+    cached: str = ""
+    """Where the columns are on the disk, in a sentence; "" where they are in memory."""
+    uncached: str = ""
+    """Why they are not on the disk as they should be, or were not; "" where nothing is to be told."""
 
     def __len__(self) -> int:
         return len(self.references)
@@ -92,13 +101,12 @@ class PromptSet:
             found[origin.key] = found.get(origin.key, 0) + origin.prompts
         return found if len(found) > 1 else {"": len(self)}
 
-    def judged(self) -> list[int]:
-        """The prompts whose responses get a reward: from a verifier, or from an environment."""
+    def judged(self) -> np.ndarray:
+        """[m] the prompts whose responses get a reward, ascending: from a verifier, or from an environment."""
         if self.played:
-            return list(range(len(self)))
+            return np.arange(len(self))
         without = self.judged_without_reference
-        pairs = zip(self.references, self.domains, strict=True)
-        return [row for row, (one, domain) in enumerate(pairs) if one is not None or (without and domain in without)]
+        return np.flatnonzero(~self.references.missing | self.domains.where(lambda domain: domain in without))
 
     def aside(self, row: int) -> Aside:
         """What a verifier may know of a prompt besides its reference."""
@@ -134,20 +142,20 @@ class PromptSet:
         left = np.diff(np.searchsorted(rows, ends)).tolist()
         return replace(
             self,
-            tokens=ragged_rows(self.tokens, self.offsets, rows),
+            tokens=many_rows(self.tokens, self.offsets, rows),
             offsets=offsets_of(self.lengths_of(rows)),
-            references=[self.references[row] for row in rows],
-            domains=[self.domains[row] for row in rows],
-            texts=[self.texts[row] for row in rows],
+            references=self.references.take(rows),
+            domains=self.domains.take(rows),
+            texts=self.texts.take(rows),
             numbers=self.numbers[rows],
-            records=[self.records[row] for row in rows] if self.records else [],
+            records=self.records.take(rows) if self.records else self.records,
             origins=tuple(one._replace(prompts=count) for one, count in zip(self.origins, left, strict=True)),
             responses=self.responses and self.responses.take(rows),
         )
 
     def domains_of(self, ids: np.ndarray) -> list[str | None] | None:
         """[B] domains of the prompts of the trajectories with these ids [B, 3]; None if no prompt has one."""
-        return [self.domains[prompt] for prompt in ids[:, 1]] if any(self.domains) else None
+        return [self.domains[prompt] for prompt in ids[:, 1]] if any(self.domains.values) else None
 
     def tokens_of(self, prompt: int) -> np.ndarray:
         """Token ids of one prompt, [length] int32."""
@@ -179,21 +187,23 @@ def load_prompts(
     """
     if config.chat and not tokenizer.chat_template:
         raise UserError(f"{key}.chat", "true, and a tokenizer without a chat template", "a chat template, or false")
-    loaded = _Loaded(Reader(config, tokenizer, template), records, ends)
-    seen: dict[str, str] = {}
-    for source_key, source in config.each_source(key).items():
-        before = len(loaded.texts)
-        for file in files_of(source, source_key):
-            _refuse_again(file, source_key, seen)
-            left = None if source.limit is None else source.limit - (len(loaded.texts) - before)
-            if left != 0:
-                loaded.add(replace(file, limit=left), source_key)
-        if len(loaded.texts) == before:
-            raise UserError(source.origin, "no records", "at least one prompt")
-    found = loaded.prompts()
+    files = _files(config, key)
+    maker = PartMaker(Reader(config, tokenizer, template), records, ends)
+    found = _prompts(maker, files)
     refuses = max_prompt_tokens is not None and config.too_long == "refuse"
     check_lengths(found, max_prompt_tokens if refuses else None, "which leaves room for the response")
     check_lengths(found, config.max_prompt_tokens if refuses else None, f"{key}.max_prompt_tokens")
+    return found
+
+
+def _files(config: PromptsConfig, key: str) -> list[SourceFile]:
+    """All files, data sets and functions, in their order. UserError: see `files_of`; or a file belongs to two sources."""
+    found: list[SourceFile] = []
+    seen: dict[str, str] = {}
+    for source_key, source in config.each_source(key).items():
+        for file in files_of(source, source_key):
+            _refuse_again(file, source_key, seen)
+            found.append(SourceFile(source_key, source, file))
     return found
 
 
@@ -205,87 +215,77 @@ def _refuse_again(file: SourceConfig, key: str, seen: dict[str, str]) -> None:
         raise UserError(key, f"{file.path}, which belongs to {seen[path]} too", "each file in one source")
 
 
-class _Loaded:
-    """Prompts as they are read. The lists grow by one entry for each prompt."""
+def _prompts(maker: PartMaker, files: Sequence[SourceFile]) -> PromptSet:
+    """The prompts of these files: mapped from the disk where an earlier start has left them there, else read."""
+    does("looking for prompts that were read before")
+    entry, found, wrong = entry_of(maker, files), None, ""
+    try:
+        found = entry.opened() if entry is not None else None
+    except Damaged as error:
+        wrong = f"{error}, so the prompts were read again"
+    there = f"mapped from {entry.directory}" if entry is not None and found is not None else ""
+    if found is None:
+        origins: list[Span] = []
+        spool = Spool() if entry is None else entry.spool()
+        try:
+            _read(maker, files, spool, origins)
+            if entry is not None and spool.rows >= MANY:
+                found = entry.keep(spool, origins)
+                there = f"kept for the next start in {entry.directory}" if found is not None else ""
+            if found is None:
+                found = Columns(spool.columns(), spool.domains, origins)
+        finally:
+            spool.discard()
+        wrong = f"{spool.cause}, so the next start reads the prompts again" if spool.cause else wrong
+    does("")
+    prompts = _prompt_set(found, files)
+    return replace(prompts, cached=f"{len(prompts):,} prompts are {there}" if there else "", uncached=wrong)
 
-    def __init__(self, reader: Reader, keep_records: bool, ends: Ends | None):
-        self._reader, self._keep_records, self._ends = reader, keep_records, ends
-        self._responses: list[Responses] = []
-        self._records: list[str] = []
-        self.texts: list[str] = []
-        self._references: list[str | None] = []
-        self._domains: list[str | None] = []
-        self._numbers: list[np.ndarray] = []
-        self._lengths: list[int] = []
-        self._tokens: list[np.ndarray] = []
-        self._origins: list[Origin] = []
 
-    def add(self, source: SourceConfig, key: str) -> None:
-        """Reads one file, data set or function."""
-        reader, before = self._reader, len(self.texts)
-        domain = getattr(source, "domain", None)
-        # Nobody judges a response that is there to be copied.
-        reference_field = (
-            None if source.response_field is not None and self._ends is not None else source.reference_field
-        )
-        fields = [
-            (f"{key}.prompt_field", source.prompt_field),
-            (f"{key}.response_field", source.response_field),
-            (f"{key}.reference_field", reference_field),
-            (f"{key}.domain_field", source.domain_field),
-            *(("prompt_template", name) for name in reader.template_fields),
-        ]
-        needed = [(field_key, name) for field_key, name in fields if name is not None]
-        unit, records = read_records(source, key, needed, None if self._keep_records else [source.tools_field])
-        if source.function is None:  # which keeps its limit itself, and compares two calls at the end
-            records = islice(records, source.limit)
-        while batch := list(islice(records, BATCH)):
-            pieces = []
-            for number, record in batch:
-                where = f"{source.origin}, {unit} {number}"
-                if self._keep_records:
-                    self._records.append(json.dumps(record, default=str))
-                prompt = field_of(record, source.prompt_field, where, f"{key}.prompt_field")
-                if source.response_field is not None:
-                    answer = field_of(record, source.response_field, where, f"{key}.response_field")
-                    same = source.response_field == source.prompt_field
-                    asked = prompt_of(prompt, answer, same, source, reader.section.chat, where)
-                    if self._ends is not None:
-                        pieces.append(pieces_of(reader, prompt, answer, same, record, source, where))
-                    prompt = asked
-                self.texts.append(reader.text(prompt, record, source, where))
-                self._references.append(text_field(record, reference_field, where, f"{key}.reference_field"))
-                own = text_field(record, source.domain_field, where, f"{key}.domain_field")
-                self._domains.append(own if domain is None else domain)
-            # A chat template writes the special tokens itself. The tokenizer adds them to a plain text only.
-            rows = reader.tokenizer(
-                self.texts[-len(batch) :],
-                add_special_tokens=not reader.section.chat,
-                return_attention_mask=False,
-                verbose=False,
-            )["input_ids"]
-            if pieces and self._ends is not None:
-                special = not reader.section.chat
-                self._responses.append(tokenised(reader.tokenizer, pieces, self._ends, special=special))
-            self._lengths += map(len, rows)
-            # Arrays, batch by batch: lists of Python integers take about ten times the memory.
-            self._tokens.append(np.fromiter(chain.from_iterable(rows), np.int32))
-            self._numbers.append(np.array([number for number, _ in batch], np.int64))
-        self._origins.append(Origin(key, source.origin, unit, len(self.texts) - before, source.tools_field))
+def _read(maker: PartMaker, files: Sequence[SourceFile], spool: Spool, origins: list[Span]) -> None:
+    """Reads all files into the spool, and their spans into `origins`."""
+    workers = min(cores(), MOST_WORKERS) if is_plain(maker.reader.tokenizer) else 1
+    with Parts(maker, workers if workers > 1 else 0) as parts:
+        for part in parts.of(_tasks(maker, files, origins)):
+            spool.add(part)
+            beat()
+            does(f"{spool.rows:,} prompts are read")
 
-    def prompts(self) -> PromptSet:
-        """All that was read."""
-        return PromptSet(
-            tokens=np.concatenate(self._tokens),
-            offsets=offsets_of(self._lengths),
-            references=self._references,
-            domains=self._domains,
-            texts=self.texts,
-            numbers=np.concatenate(self._numbers),
-            records=self._records,
-            origins=tuple(self._origins),
-            responses=joined(self._responses) if self._responses else None,
-        )
+
+def _tasks(maker: PartMaker, files: Sequence[SourceFile], origins: list[Span]) -> Iterator[Task]:
+    """The records of all files. UserError: a source has none."""
+    counts = {one.key: 0 for one in files}
+    for place, (key, source, file) in enumerate(files):
+        left = None if source.limit is None else source.limit - counts[key]
+        if left != 0:
+            file, before = replace(file, limit=left), counts[key]
+            optional = None if maker.keep_records else [file.tools_field]
+            unit, batches = read_records(file, key, maker.fields(file, key), optional)
+            for batch in batches:
+                counts[key] += len(batch)
+                yield Task(file, key, unit, batch)
+            origins.append(Span(place, unit, counts[key] - before))
+        is_last = place + 1 == len(files) or files[place + 1].key != key
+        if is_last and not counts[key]:
+            raise UserError(source.origin, "no records", "at least one prompt")
+
+
+def _prompt_set(found: Columns, files: Sequence[SourceFile]) -> PromptSet:
+    arrays, origins = found.arrays, []
+    for span in found.origins:
+        key, _, file = files[span.file]
+        origins.append(Origin(key, file.origin, span.unit, span.rows, file.tools_field))
+    return PromptSet(
+        tokens=arrays["tokens"],
+        offsets=arrays[f"tokens{OFFSETS}"],
+        references=texts_in(arrays, "references"),
+        domains=Coded(found.domains, arrays["domains"]),
+        texts=texts_in(arrays, "texts"),
+        numbers=arrays["numbers"],
+        records=texts_in(arrays, "records"),
+        origins=tuple(origins),
+        responses=responses_in(arrays),
+    )
 
 
 def check_lengths(prompts: PromptSet, most: int | None, why: str) -> None:

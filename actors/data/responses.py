@@ -11,7 +11,7 @@ as what an environment writes is. Shapes: M prompts, N response tokens of all.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from actors.config import SourceConfig
+from actors.data.columns import many_rows
 from actors.data.messages import conversation_of, in_json
 from actors.data.prompt_texts import Reader
 from actors.errors import UserError
-from actors.trajectory import offsets_of, ragged_rows
+from actors.trajectory import offsets_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -58,9 +59,9 @@ class Responses:
     def take(self, rows: np.ndarray) -> Responses:
         """The responses to the prompts with these numbers, ascending [m]."""
         return Responses(
-            tokens=ragged_rows(self.tokens, self.offsets, rows),
+            tokens=many_rows(self.tokens, self.offsets, rows),
             offsets=offsets_of(np.diff(self.offsets)[rows]),
-            trained=ragged_rows(self.trained, self.offsets, rows),
+            trained=many_rows(self.trained, self.offsets, rows),
         )
 
 
@@ -177,16 +178,6 @@ def _ended(tokens: list[int], is_turn: bool, ends: Ends, *, last: bool) -> tuple
         return tokens, len(tokens)
     written = stops[-1] + 1
     return tokens[:written] if last else tokens, written
-
-
-def joined(parts: Iterable[Responses]) -> Responses:
-    """The responses of several batches, one after the other."""
-    parts = list(parts)
-    return Responses(
-        tokens=np.concatenate([part.tokens for part in parts]),
-        offsets=offsets_of(np.concatenate([np.diff(part.offsets) for part in parts])),
-        trained=np.concatenate([part.trained for part in parts]),
-    )
 
 
 def odd_tokens(responses: Responses, tokenizer: PreTrainedTokenizerBase, stop: Sequence[int]) -> dict[str, np.ndarray]:

@@ -95,7 +95,7 @@ class OfFile:
         teaching = {name: teacher for name, teacher in config.teachers.items() if name != reference}
         self._routes = routes(self._prompts.domains, teaching, self._prompts.where)
         if reference is not None:
-            self._routes = [{**route, reference: 0.0} for route in self._routes]
+            self._routes = self._routes.each(lambda route: {**route, reference: 0.0})
 
     def part(self, update: int) -> tuple[Trajectories, list[Row]]:
         """See Source. No version of the student wrote them, and the log-probs of who did are not known: NO_VERSION and NaN."""
@@ -103,7 +103,7 @@ class OfFile:
         ids = np.stack([np.zeros_like(numbers), numbers, np.zeros_like(numbers)], axis=1)
         _, written = copied(self._prompts, ids, NO_VERSION, self._config.sampling.max_response_tokens)
         unknown = np.full(len(written.response_tokens), np.nan, np.float32)
-        rows = [Row(int(n), place, self._prompts.domains[n], {}) for place, n in enumerate(numbers)]
+        rows = [Row(int(n), place, self._prompts.domains[int(n)], {}) for place, n in enumerate(numbers)]
         return replace(written, behaviour_logprobs=unknown), rows
 
     def routes(self, rows: list[Row], written: Trajectories) -> PromptRoutes:

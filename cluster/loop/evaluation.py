@@ -91,7 +91,7 @@ class Evaluator:
         self._prompts, self._tokenizer, self._judge, self._teachers = prompts, tokenizer, judge, teachers
         self._seed, self._sampling, self._stop = seed, sampling, stop_token_ids
         self._keep, self._on_event = keep_trajectories, on_event
-        self._judged = prompts.judged()
+        self._judged: list[int] = prompts.judged().tolist()
         """The prompts that a verifier judges: those that have a reference answer, where it needs one."""
         self.trajectories = (2 if self._judged else 1) * len(prompts)
         """Responses that the student gives in one evaluation."""

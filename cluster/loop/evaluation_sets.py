@@ -122,7 +122,7 @@ class SetEvaluator:
         self._stop, self._keep, self._on_event = stop_token_ids, keep_trajectories, on_event
         self._prefixes: Prefixes | None = None
         self._frozen = all(teacher.ema_decay is None for teacher in config.teachers.values())
-        self._judged = prompts.judged() if judge or prompts.played else []
+        self._judged: list[int] = prompts.judged().tolist() if judge or prompts.played else []
 
     def identity(self) -> str:
         """What two evaluations must share to be compared prompt by prompt."""

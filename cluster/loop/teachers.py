@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from actors.config import SamplingConfig, TeacherConfig
+from actors.data.columns import Coded
 from actors.data.prompts import PromptSet, requests
 from actors.errors import CampaignError, UserError
 from actors.trajectory import Limits, Prompts, Requests, RolloutCounts, offsets_of, ragged_rows
@@ -39,14 +40,18 @@ def route(domain: str | None, teachers: Mapping[str, TeacherConfig], where: str)
 
 
 def routes(
-    domains: Sequence[str | None], teachers: Mapping[str, TeacherConfig], where: Callable[[int], str]
-) -> list[dict[str, float]]:
+    domains: Coded[str | None], teachers: Mapping[str, TeacherConfig], where: Callable[[int], str]
+) -> Coded[dict[str, float]]:
     """The `route` of every prompt. where: names a prompt by its number, for the message."""
-    seen: dict[str | None, dict[str, float]] = {}
-    for number, domain in enumerate(domains):
-        if domain not in seen:
-            seen[domain] = route(domain, teachers, where(number))
-    return [seen[domain] for domain in domains]
+
+    def own(domain: str | None) -> dict[str, float]:
+        try:
+            return route(domain, teachers, "")
+        except UserError as error:
+            first = int(np.argmax(domains.where(lambda one: one == domain)))
+            raise UserError(where(first), error.found, error.expected) from error
+
+    return domains.each(own)
 
 
 class PromptRoutes(NamedTuple):
@@ -56,7 +61,7 @@ class PromptRoutes(NamedTuple):
     PromptRoutes(routes=[{"maths": 0.0}, {"maths": -0.69, "code": -0.69}], privileged={})
     """
 
-    routes: list[dict[str, float]]
+    routes: Sequence[dict[str, float]]
     """[prompts] teacher -> log of its share in the mixture."""
     privileged: dict[str, PromptSet]
     """Teacher -> the same prompts as it reads them, for teachers with a `prompt_template` or a `tokenizer`."""

@@ -56,6 +56,8 @@ EVENTS: dict[str, Event] = {
     ),
     "prompts_dropped": Event("{key}: {cause}", "warn"),
     "held_out_overlap": Event("{cause}", "warn"),
+    "prompts_cached": Event("{key}: {cause}", news=False),
+    "prompts_uncached": Event("{key}: {cause}", "warn"),
     "replays": Event("replays {path}: {updates} updates, {epochs} times{cause}", news=False),
     "pinned": Event("{commits}", news=False),
     "setting_changed": Event("from update {step} on {key} is {after}; it was {before}", "warn", "changed", marked=True),

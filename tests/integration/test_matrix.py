@@ -19,6 +19,7 @@ import pyarrow as pa
 import pytest
 from safetensors.torch import load_file
 
+from actors.data.spool import MANY
 from cluster.config import CampaignConfig
 from cluster.config_file import load_config
 from cluster.records.writer import read_jsonl
@@ -75,6 +76,8 @@ def make_folder(folder: Path) -> None:
         (folder / f"{name}.jsonl.zst").write_bytes(
             pa.compress((folder / f"{name}.jsonl").read_bytes(), "zstd", asbytes=True)
         )
+    many = (json.dumps({**rows[number % 8], "number": number}) + "\n" for number in range(MANY))
+    (folder / "many.jsonl").write_text("".join(many))
     for name in ("rows", "more"):
         (folder / name).mkdir()
         (folder / name / "train.jsonl").write_text((folder / "train.jsonl").read_text())
@@ -177,6 +180,8 @@ def test_a_campaign_runs_to_its_end(name: str, runs: Runs) -> None:
         assert_weights_moved(runs.folder, run_dir, config)
     if config.record:
         assert recorded.opened(str(run_dir)).updates == config.pipeline.updates
+    cached = [row["cause"] for row in read_jsonl(run_dir / "events.jsonl") if row["kind"] == "prompts_cached"]
+    assert not cached or (" mapped from " if wanted.after else " kept for the next start in ") in cached[0]
     if wanted.after:
         assert_same_bits(run_dir, runs.folder / runs.result(wanted.after)[0].run_dir)
     if config.tracking.wandb_project is not None:

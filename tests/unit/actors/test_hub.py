@@ -195,7 +195,7 @@ def test_a_data_set_is_read_at_its_revision(hub: FakeHub, tmp_path: Path, monkey
         commits.append(hub.add("owner/questions", folder, "dataset"))
     for commit, expected in zip([*commits, None], ("version 1", "version 2", "version 2"), strict=True):
         config = PromptsConfig(path="owner/questions", revision=commit)
-        _, records = read_records(config, "prompts", [("prompts.prompt_field", "prompt")], [])
-        assert [record["prompt"] for _, record in records] == [expected]
+        _, batches = read_records(config, "prompts", [("prompts.prompt_field", "prompt")], [])
+        assert [record["prompt"] for batch in batches for _, record in batch.records()] == [expected]
     with pytest.raises(UserError, match=r"prompts\.revision: found v9, expected a branch, tag or commit"):
         list(read_records(PromptsConfig(path="owner/questions", revision="v9"), "prompts", [], [])[1])

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from actors.config import StudentConfig, TeacherConfig, TrainingPromptsConfig
+from actors.data.columns import Coded, Texts
 from actors.data.prompts import PromptSet
 from actors.errors import (
     AbortedError,
@@ -261,9 +262,9 @@ def campaign(
     prompts = PromptSet(
         tokens=np.zeros(sum(prompt_lengths), np.int32),
         offsets=offsets_of(prompt_lengths),
-        references=[None] * 11,
-        domains=[None] * 11,
-        texts=[""] * 11,
+        references=Texts.of([None] * 11),
+        domains=Coded.of([None] * 11),
+        texts=Texts.of([""] * 11),
     )
     fleets: Any = {"default": FakeTeacher(world, teachers)}
     return Campaign(

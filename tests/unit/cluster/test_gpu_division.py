@@ -13,6 +13,7 @@ import torch
 from actors import accelerator, vllm_startup
 from actors.accelerator import keep_to_share
 from actors.config import TeacherConfig
+from actors.data.columns import Coded, Texts
 from actors.data.prompts import PromptSet
 from actors.errors import UnavailableError, UserError
 from actors.gpu_share import PROCESS_BYTES, engine_fraction, torch_fraction
@@ -48,9 +49,9 @@ def inputs_of(lengths: list[int], held_out: list[int] | None = None, privileged:
         return PromptSet(
             tokens=np.zeros(sum(lengths), np.int32),
             offsets=offsets_of(lengths),
-            references=none,
-            domains=none,
-            texts=[""] * len(lengths),
+            references=Texts.of(none),
+            domains=Coded.of(none),
+            texts=Texts.of([""] * len(lengths)),
         )
 
     routes = PromptRoutes([], {"default": prompts(privileged)} if privileged else {})

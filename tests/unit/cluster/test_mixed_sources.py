@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from actors.config import MixedSourceConfig
+from actors.data.columns import Coded, Texts
 from actors.data.fingerprints import prompts_fingerprint
 from actors.data.prompts import PromptSet
 from actors.errors import UserError
@@ -83,7 +84,9 @@ def test_each_source_has_a_fingerprint_of_its_own() -> None:
         nothing: list[Any] = [None] * len(lengths)
         tokens = np.concatenate([np.arange(length, dtype=np.int32) for length in lengths])
         offsets = offsets_of(lengths)
-        return PromptSet(tokens=tokens, offsets=offsets, references=nothing, domains=nothing, texts=[])
+        return PromptSet(
+            tokens=tokens, offsets=offsets, references=Texts.of(nothing), domains=Coded.of(nothing), texts=Texts.of([])
+        )
 
     both = prompts(3, 2, 4)
     assert prompts_fingerprint(both, range(1, 3)) == prompts_fingerprint(prompts(2, 4))

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from actors.data.columns import Texts
 from actors.data.prompt_filters import repeated
 from actors.errors import UserError
 from cluster.config_file import load_config
@@ -47,10 +48,10 @@ def test_a_text_is_a_repeat_where_an_earlier_one_is_the_same(texts: list[str], d
     for text, looked_at in zip(texts, among, strict=True):
         expected.append(looked_at and text in seen)
         seen |= {text} if looked_at else set()
-    assert repeated(texts, np.array(among, bool)).tolist() == expected
+    assert repeated(Texts.of(texts), np.array(among, bool)).tolist() == expected
     with pytest.MonkeyPatch.context() as patch:  # of texts with the same digest, none is left out that differs
-        patch.setattr("actors.data.prompt_filters.xxhash.xxh3_64_intdigest", len)
-        assert not np.any(repeated(texts, np.array(among, bool)) & ~np.array(expected, bool))
+        patch.setattr("actors.data.columns.xxhash.xxh3_64_intdigest", len)
+        assert not np.any(repeated(Texts.of(texts), np.array(among, bool)) & ~np.array(expected, bool))
 
 
 def test_long_and_repeated_prompts_are_left_out_and_counted(folder: Path) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from actors.config import TeacherConfig
+from actors.data.columns import Coded, Texts
 from actors.data.prompts import PromptSet
 from actors.errors import CampaignError, UserError
 from actors.teacher.base import TeacherCounts
@@ -42,9 +43,15 @@ class MadeUpFleet:
 
 
 def prompt_set(tokens: list[list[int]]) -> PromptSet:
-    empty = [None] * len(tokens)
+    none = [None] * len(tokens)
     flat = np.concatenate(tokens).astype(np.int32)
-    return PromptSet(tokens=flat, offsets=offsets_of(map(len, tokens)), references=empty, domains=empty, texts=[])
+    return PromptSet(
+        tokens=flat,
+        offsets=offsets_of(map(len, tokens)),
+        references=Texts.of(none),
+        domains=Coded.of(none),
+        texts=Texts.of([]),
+    )
 
 
 def test_a_prompt_goes_to_the_teachers_of_its_domain_by_their_shares() -> None:
@@ -57,7 +64,7 @@ def test_a_prompt_goes_to_the_teachers_of_its_domain_by_their_shares() -> None:
 def test_a_domain_without_a_teacher_is_named_with_its_prompt() -> None:
     named = {name: teacher for name, teacher in TEACHERS.items() if teacher.domains}
     with pytest.raises(UserError, match=r"p\.jsonl, line 2: found domain math, expected .* \(maths, physics\)"):
-        routes(["maths", "math"], named, lambda row: f"p.jsonl, line {row + 1}")
+        routes(Coded.of(["maths", "math"]), named, lambda row: f"p.jsonl, line {row + 1}")
 
 
 def score(fleets: dict[str, MadeUpFleet], prompt_routes: PromptRoutes, ids: np.ndarray) -> Any:
@@ -70,7 +77,7 @@ def test_each_teacher_scores_its_own_in_parts_for_its_actors() -> None:
         "physics": MadeUpFleet("physics"),
         "other": MadeUpFleet("other"),
     }
-    prompt_routes = PromptRoutes(routes(["maths", "physics", "maths", "maths"], TEACHERS, str), {})
+    prompt_routes = PromptRoutes(routes(Coded.of(["maths", "physics", "maths", "maths"]), TEACHERS, str), {})
     ids = np.array([(0, prompt, 0) for prompt in (3, 1, 0, 2)])
     found = score(fleets, prompt_routes, ids)
     assert [call["ids"] for call in fleets["maths"].scored] == [ids[:2].tolist(), ids[2:].tolist()]
@@ -87,7 +94,7 @@ def test_each_teacher_scores_its_own_in_parts_for_its_actors() -> None:
 def test_a_privileged_teacher_is_given_its_own_prompts() -> None:
     fleets = {"other": MadeUpFleet("other")}
     prompt_routes = PromptRoutes(
-        routes([None] * 3, {"other": TEACHERS["other"]}, str), {"other": prompt_set([[1], [2, 3], [4]])}
+        routes(Coded.of([None] * 3), {"other": TEACHERS["other"]}, str), {"other": prompt_set([[1], [2, 3], [4]])}
     )
     score(fleets, prompt_routes, np.array([(0, 2, 0), (0, 1, 0), (0, 1, 1)]))
     tokens, offsets = fleets["other"].scored[0]["prompts"]
@@ -97,7 +104,7 @@ def test_a_privileged_teacher_is_given_its_own_prompts() -> None:
 
 def test_the_teacher_with_the_largest_share_answers_in_the_prompts_order() -> None:
     fleets = {"maths": MadeUpFleet("maths"), "physics": MadeUpFleet("physics"), "other": MadeUpFleet("other")}
-    prompt_routes = PromptRoutes(routes(["physics", None, "maths"], TEACHERS, str), {})
+    prompt_routes = PromptRoutes(routes(Coded.of(["physics", None, "maths"]), TEACHERS, str), {})
     teachers = Teachers(fleets, prompt_routes)  # type: ignore[arg-type]
     tokens, offsets = asyncio.run(teachers.generate(prompt_set([[1, 2], [3], [4]]), 5, [0]))
     assert tokens.tolist() == [10, 20, 30, 40] and offsets.tolist() == [0, 2, 3, 4]
