@@ -46,8 +46,11 @@ OUTSIDE = (
 )
 """Keys of prompts on which the columns do not depend, or by the contents of the files only."""
 LIBRARIES = ("transformers", "tokenizers", "jinja2", "pyarrow", "datasets")
-CODE = ("columns", "messages", "prompt_files", "prompt_parts", "prompt_texts", "record_batches", "responses", "spool")
-"""Modules beside this one that make the columns."""
+CODE = (
+    *("columns", "messages", "prompt_files", "prompt_parts", "prompt_texts", "record_batches", "responses", "spool"),
+    "../json_files",
+)
+"""Modules that make the columns, by their places from here."""
 
 
 class Damaged(Exception):

@@ -31,7 +31,7 @@ MAIN = (
 ENVIRONMENT = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
 """Of a worker: there is one for each core."""
 MOST_WORKERS = 16
-"""Each takes a quarter of a gigabyte."""
+"""Each has half a gigabyte in memory, most of it libraries that all share."""
 CONTROL_GROUP = Path("/sys/fs/cgroup/cpu.max")
 
 
