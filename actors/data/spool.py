@@ -95,7 +95,7 @@ class Spool:
     def _appended(self, path: Path) -> ColumnFile:
         own = [columns[path.name] for columns in self._held]
         before = self.files.get(path.name)
-        digest, length = (xxhash.xxh3_128(), 0) if before is None else (before.digest.copy(), before.length)
+        digest, length = (xxhash.xxh3_128(), 0) if before is None else (before.digest, before.length)
         with path.open("ab") as file:
             for column in own:
                 file.write(column.data)
