@@ -25,7 +25,7 @@ from tests.fake_run import make_fake_run
 COMMANDS = commands()
 NOT_HERE = {
     ("lm_eval",): "lm-evaluation-harness, which is not installed; docs/harness was run with it (docs/evaluation.md)",
-    ("lighteval",): "lighteval, which is not installed",
+    ("lighteval",): "lighteval, which is not installed, and does not run with transformers 5 yet (docs/evaluation.md)",
     ("export",): "sets a variable of the reader's shell",
     ("source",): "sets variables of the reader's shell",
     ("(umask",): "makes a token; every LocalCluster runs it",
