@@ -202,9 +202,11 @@ def table(results: Results) -> list[list[str]]:
     rows = [["set", "quantity", *names, *(f"{name} - {names[0]}" for name in names[1:])]]
     for of_set, by_model in results.items():
         values = {name: metrics_of("", tallies) for name, tallies in by_model.items()}
-        for quantity in by_model[names[0]]:
+        # An environment may have given one model rewards, and another none at all.
+        for quantity in dict.fromkeys(quantity for name in names for quantity in by_model[name]):
             form = _form(quantity)
-            row = [of_set, quantity, *(with_interval(values[name], quantity, form) for name in names)]
+            row = [of_set, quantity]
+            row += [with_interval(values[name], quantity, form) if quantity in by_model[name] else "" for name in names]
             rows.append(row + [_told(by_model, quantity, name, names[0]) for name in names[1:]])
     return rows
 
@@ -214,6 +216,8 @@ def _form(quantity: str) -> str:
 
 
 def _told(by_model: Mapping[str, Tallies], quantity: str, name: str, first: str) -> str:
+    if quantity not in by_model[name] or quantity not in by_model[first]:
+        return ""
     found = metrics_of("", {quantity: by_model[name][quantity]}, {quantity: by_model[first][quantity]})
     if f"{quantity}:from_start" not in found:
         return ""
@@ -241,6 +245,7 @@ def write_results(config: CampaignConfig, models: Sequence[Model], results: Resu
                 for i, a in enumerate(by_model)
                 for b in list(by_model)[i + 1 :]
                 for quantity in by_model[a]
+                if quantity in by_model[b]
                 for apart in [
                     difference(by_model[b][quantity], by_model[a][quantity], share=quantity not in OF_DISTANCE)
                 ]

@@ -8,8 +8,9 @@ import pytest
 
 from actors.errors import UserError
 from cluster import cli
-from cluster.commands.evaluate import Model, models_of, to_evaluate
+from cluster.commands.evaluate import Model, models_of, table, to_evaluate, write_results
 from cluster.config_file import load_config
+from cluster.loop.evaluation_statistics import tally
 from cluster.records.writer import read_jsonl
 from tests import clean_process, light_campaign
 from tests.light_campaign import configuration, finish, make_folder
@@ -116,6 +117,21 @@ def test_an_environment_plays_the_held_out_prompts_as_in_training(folder: Path) 
     for row, (greedy, sampled, twice) in zip(rows, by_model, strict=True):
         assert greedy["accuracy"] == row["eval/accuracy"] and 0 <= sampled["accuracy"] <= 1
         assert twice["accuracy"] == row["eval/twice/accuracy"] and 0 < twice["accuracy"] < 1
+
+
+def test_a_quantity_that_one_model_lacks_is_left_empty(tmp_path: Path) -> None:
+    lengths, right = tally([[3.0], [4.0]]), tally([[1.0], [0.0]])
+    results = {
+        "near": {"a": {"response_length_mean": lengths}, "b": {"response_length_mean": lengths, "accuracy": right}}
+    }
+    by_quantity = {row[1]: row for row in table(results)}
+    assert by_quantity["accuracy"][2] == by_quantity["accuracy"][4] == "" and "50.0%" in by_quantity["accuracy"][3]
+    config = load_config(
+        configuration(make_folder(tmp_path), "any", evaluation={"sets": {"near": {"prompts": {"path": "a"}}}})
+    )
+    write_results(config, [Model(name, name) for name in "ab"], results, tmp_path / "found.json")
+    found = json.loads((tmp_path / "found.json").read_text())["sets"]["near"]
+    assert [one["quantity"] for one in found["differences"]] == ["response_length_mean"]
 
 
 def test_the_old_keys_are_two_sets(folder: Path) -> None:
