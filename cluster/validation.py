@@ -228,9 +228,13 @@ def _environment(config: CampaignConfig) -> Iterator[Contradiction]:
         return
     both = own.name is not None and bool(own.command)
     yield both, "environment.command", "a program, and a class in environment.name", "one of the two"
-    wrong = not own.command and not (own.name and is_import_path(own.name))
-    expected = "the import path of a class of your own, package.module:Class; or a program in environment.command"
-    yield wrong, "environment.name", repr(own.name), expected
+    neither = not own.name and not own.command
+    expected = "a class of your own (environment.name: package.module:Class), or a program (environment.command)"
+    yield neither, "environment", "neither a class nor a program", expected
+    wrong = bool(own.name and not is_import_path(own.name))
+    yield wrong, "environment.name", repr(own.name), "the import path of a class of your own, package.module:Class"
+    nameless = bool(own.command and not own.command[0].strip())
+    yield nameless, "environment.command", own.command, "a program and its arguments, [python, agent.py]"
     expected = "nothing where a program plays: its arguments are part of environment.command"
     yield bool(own.command and own.arguments), "environment.arguments", own.arguments, expected
     held_out = config.evaluation.prompts

@@ -113,11 +113,12 @@ class Evaluator:
         drawn = await asyncio.gather(
             *(self._sample(rollout, how) for how in (SAMPLED, GREEDY)[: 2 if self._judged else 1])
         )
+        tell_failed([counts for _, own in drawn for counts in own], self._on_event)
         sampled = drawn[0][0]
         ids = self._ids(SAMPLED)
         written = select_trajectories(ids, await fetched(sampled))
         scores: TeacherScores | None = None
-        busy = {"rollout": sum(seconds for _, seconds in drawn), "teacher": 0.0}
+        busy = {"rollout": sum(counts.busy_seconds for _, own in drawn for counts in own), "teacher": 0.0}
         if self._teachers.fleets:
             scored = await self._teachers.score(ids, sampled)
             scores = select_scores(ids, await fetched(each_once(itertools.chain(*scored.references))))
@@ -157,8 +158,8 @@ class Evaluator:
     def _ids(self, sample: int) -> np.ndarray:
         return np.array([(EVALUATION_EPOCH, prompt, sample) for prompt in range(len(self._prompts))], np.int64)
 
-    async def _sample(self, rollout: Fleet, sample: int) -> tuple[list[Any], float]:
-        """References of the trajectories, one for each rollout actor's part, and the seconds of the engines."""
+    async def _sample(self, rollout: Fleet, sample: int) -> tuple[list[Any], list[RolloutCounts]]:
+        """References of the trajectories, one for each rollout actor's part, and their counts."""
         ids = self._ids(sample)
         answers = await asyncio.gather(
             *(
@@ -173,8 +174,7 @@ class Evaluator:
                 for part in split_evenly(len(ids), len(rollout.replicas))
             )
         )
-        tell_failed([counts for counts, _ in answers], self._on_event)
-        return [reference for _, reference in answers], sum(counts.busy_seconds for counts, _ in answers)
+        return [reference for _, reference in answers], [counts for counts, _ in answers]
 
     async def _rewards_of(self, written: Trajectories) -> dict[int, float]:
         """Prompt -> reward of the response to it, from the environment or the verifier."""

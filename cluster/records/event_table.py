@@ -99,7 +99,7 @@ EVENTS: dict[str, Event] = {
         "{trajectories} trajectories were lost with the node that held them; they are sampled again ({cause})", "warn"
     ),
     "trajectory_refused": Event("trajectory {trajectory} is dropped: {cause}", "warn"),
-    "episodes_failed": Event("{count} episodes of an evaluation failed and count as wrong ({cause})", "warn"),
+    "episodes_failed": Event("failed episodes of an evaluation, which count as wrong: {count} ({cause})", "warn"),
     # Rewards.
     "unjudged": Event("{count} responses have no verdict and count as wrong ({cause})", "warn"),
     "version_shared": Event(
