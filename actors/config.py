@@ -300,6 +300,11 @@ class EnvironmentConfig:
     max_turns: int = number(16, minimum=1)
     """Turns of the student. An episode that is not over then is truncated; so is one whose response, with all that the
     environment wrote between the turns, has `sampling.max_response_tokens`."""
+    listen: Literal["loopback", "network"] = setting("loopback", "free")
+    """Where programs reach the endpoint. `loopback`: on the environment actor's own machine. `network`: at the address by which
+    the cluster knows that machine, for programs in containers or on other machines (docs/security.md)."""
+    episodes_per_replica: int | None = number(None, minimum=1, change="free")
+    """Episodes that one environment actor hosts at a time; others wait, which counts in no time limit. Null: all that there are."""
     step_timeout_seconds: float = number(60.0, above=0, change="free")
     """Time limit of `reset` and of each `step`."""
     episode_timeout_seconds: float = number(600.0, above=0, change="free")

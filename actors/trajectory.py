@@ -133,6 +133,8 @@ class EpisodeCounts(NamedTuple):
     """How often it was begun again."""
     failed: str = ""
     """Why it failed in all attempts, in one line; empty: it did not."""
+    conversations: int = 1
+    """A program may hold several (actors/rollout/transcript.py)."""
 
 
 class RolloutCounts(NamedTuple):
@@ -226,6 +228,9 @@ class Trajectories:
     """[N] bool: whether the student wrote the token, so that it is trained on. The others are context: what an environment
     has put into the response, a tool's result, another's turn in a chat. Their log-probs and versions mean nothing, and
     are read nowhere. Default: all true."""
+    begins: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
+    """[N] bool, where a response holds several conversations: at the first token of each but the first. Nothing before it in the
+    trajectory is read by it or after it, and the student did not write it. [0] where every response has one."""
 
     def __post_init__(self) -> None:
         if self.trained is None:
@@ -234,6 +239,8 @@ class Trajectories:
         if self.trained.dtype != bool or len(self.trained) != len(self.response_tokens):
             found = f"{self.trained.dtype} {list(self.trained.shape)}"
             raise ValueError(f"Trajectories.trained is {found}, expected bool [{len(self.response_tokens)}]")
+        if self.begins.size and (self.begins.shape != self.trained.shape or (self.begins & self.trained).any()):
+            raise ValueError("Trajectories.begins is not [N], or true where the student wrote the token")
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -248,6 +255,11 @@ class Trajectories:
         """[N] float32: `policy_logprobs`; where it is not known, the log-prob after the filter. For measuring only."""
         policy = self.policy_logprobs
         return np.where(np.isnan(policy), self.behaviour_logprobs, policy)
+
+    @property
+    def all_begins(self) -> np.ndarray:
+        """[N] bool: `begins`, all false where every response has one conversation."""
+        return self.begins if self.begins.size else np.zeros(len(self.response_tokens), bool)
 
     @property
     def truncated(self) -> np.ndarray:
@@ -303,6 +315,12 @@ class Trajectories:
     def lengths(self) -> np.ndarray:
         """[B] tokens of each response, trained or not."""
         return np.diff(self.response_offsets)
+
+
+PER_TOKEN = (
+    "response_tokens", "behaviour_logprobs", "policy_versions", "trained", "support_ids", "unfiltered_logprobs",
+)  # fmt: skip
+"""Fields of Trajectories with a row for each response token, without `begins`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -399,6 +417,7 @@ def select_trajectories(ids: np.ndarray, batches: Sequence[Trajectories]) -> Tra
         unfiltered_logprobs=tokens("policy_logprobs", response_offsets) if filtered else np.zeros(0, np.float32),
         policy_versions=tokens("policy_versions", response_offsets),
         trained=tokens("trained", response_offsets),
+        begins=tokens("all_begins", response_offsets) if any(b.begins.size for b in batches) else np.zeros(0, bool),
         finish_reasons=np.concatenate([b.finish_reasons for b in batches])[rows],
         support_ids=tokens("support_ids", response_offsets) if named else np.zeros((0, 0), np.int32),
         rewards=np.concatenate([b.rewards for b in batches])[rows] if judged else np.zeros(0, np.float32),

@@ -15,7 +15,6 @@ import numpy as np
 from actors.config import StudentConfig, TeacherConfig, publishes_adapter
 from actors.data.contexts import engine_context
 from actors.data.models import load_config
-from actors.environment.actor import EnvironmentActor
 from actors.gpu_share import is_share
 from actors.rollout.actor import RolloutActor
 from actors.rollout.engine import PromptLengths
@@ -26,7 +25,7 @@ from actors.teacher.cross_tokenizer import CrossTokenizerTeacher
 from actors.teacher.turn_ends import TurnEndTeacher
 from cluster.config import CampaignConfig
 from cluster.fleet.ray_actor import Resources
-from cluster.fleet.ray_environments import RESTARTS, EnvironmentFleet
+from cluster.fleet.ray_environments import RESTARTS, EnvironmentFleet, RayEnvironmentActor
 from cluster.fleet.ray_fleet import Fleet
 from cluster.fleet.ray_learner import LearnerGroup
 from cluster.inputs import Inputs
@@ -115,7 +114,7 @@ def _environments(
     """The environment actors, which rollout actors call."""
     found = EnvironmentFleet(
         "environment",
-        EnvironmentActor,
+        RayEnvironmentActor,
         (config.environment, config.sampling, os.getcwd()),
         {},
         replicas=replicas,

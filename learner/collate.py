@@ -280,7 +280,8 @@ def steps_of(
     """
     t = written
     arrays = t.prompt_tokens, t.prompt_offsets, t.response_tokens, t.response_offsets
-    passes = [microbatches(*arrays, token_budget, rows=rows[this_rank_B[rows]]) for rows in of_step]
+    begins = t.begins if t.begins.size else None
+    passes = [microbatches(*arrays, token_budget, rows=rows[this_rank_B[rows]], begins=begins) for rows in of_step]
     if slices is not None:
         passes = [[one.within(slices.own(len(one.input_ids))) for one in of] for of in passes]
     most = ranks.max(torch.tensor([len(of) for of in passes], device=device)).tolist()

@@ -20,7 +20,8 @@ from actors.accelerator import settle_algorithms, torch_device
 from actors.config import StudentConfig, TeacherConfig, publishes_adapter
 from actors.data.models import find_model, load_head
 from actors.data.trajectory_shards import Row, Shard, opened, write_shard
-from actors.errors import CampaignError, CheckpointError, GivenUpError, NonFiniteLossError
+from actors.errors import CampaignError, CheckpointError, GivenUpError, NonFiniteLossError, UserError
+from actors.forward.packing import is_packed
 from actors.memory import give_back
 from actors.processor_time import ProcessorTime
 from actors.trajectory import TeacherScores, Trajectories, TrajectoryId, select_trajectories
@@ -365,6 +366,13 @@ class Learner:
 
     def _steps(self, written: Trajectories) -> tuple[list[Step], np.ndarray]:
         """(the steps of one epoch; [B] bool, the trajectories that this rank, or its group, trains on)."""
+        if written.begins.size and not is_packed(self._model):
+            found = (
+                "an episode of several conversations, and a student in which more than attention passes between tokens"
+            )
+            raise UserError(
+                "environment.command", found, "one conversation, or a student whose attention can be replaced"
+            )
         rows = minibatch_rows(len(written), self._config.minibatches_per_update)
         costs = np.diff(written.prompt_offsets) + written.lengths
         this_rank_B = self._ranks.own_trajectories(costs, rows, self._config.sequence_parallel)

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 
@@ -44,8 +45,6 @@ def disturb(what: str, log: str) -> None:
         sleep_for_ever()
     if what == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
-    if what == "branches":
-        ask([{"role": "user", "content": "another conversation"}])
     if what == "nonsense":
         Path(os.environ["UNDERSTUDY_REWARD"]).write_text("much")
     if what == "pipe":
@@ -56,6 +55,14 @@ def disturb(what: str, log: str) -> None:
         sys.exit(0)
 
 
+def branch(messages: list[dict], turn: int) -> None:
+    """A conversation of its own, and then the same question twice at once, after the last turn."""
+    ask([{"role": "user", "content": f"sub{turn}"}])
+    further = [*messages, {"role": "user", "content": f"again{turn}"}]
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(ask, [further, further]))
+
+
 def main() -> None:
     """Plays."""
     parser = argparse.ArgumentParser()
@@ -64,6 +71,7 @@ def main() -> None:
     parser.add_argument("--times", type=int, default=1)
     parser.add_argument("--each", type=int, default=1)
     parser.add_argument("--log", default="")
+    parser.add_argument("--branches", action="store_true", help="it asks more than one conversation would")
     options = parser.parse_args()
     record, episode = json.loads(os.environ["UNDERSTUDY_RECORD"]), os.environ["UNDERSTUDY_EPISODE"]
     disturbed = int(os.environ["UNDERSTUDY_ATTEMPT"]) < options.times and not int(episode.split("/")[1]) % options.each
@@ -75,6 +83,8 @@ def main() -> None:
         messages.append(ask(messages))
         if turn == 1 and disturbed:
             disturb(options.what, options.log)
+        if options.branches:
+            branch(messages, turn)
         messages.append({"role": "user", "content": f"more{turn}"})
     Path(os.environ["UNDERSTUDY_REWARD"]).write_text(str(len(messages[-2]["content"]) % 2 / 2))
 

@@ -157,8 +157,13 @@ CAMPAIGNS: dict[str, Campaign] = {
         {
             "teachers": one(),
             "learner.objective.estimator": "reward",
-            "sampling": TURNS,
-            "environment": {"command": ["python", str(AGENT)], "cpus_per_replica": 0.1},
+            "sampling": {**TURNS, "max_response_tokens": 50},  # of several conversations
+            "environment": {
+                "command": ["python", str(AGENT), "--turns", "1", "--branches"],
+                "listen": "network",
+                "episodes_per_replica": 4,
+                "cpus_per_replica": 0.1,
+            },
             "evaluation.prompts": {**HELD_OUT, "limit": 2},
         },
     ),

@@ -207,6 +207,8 @@ def _to_table(update: int, written: Trajectories, batches: Sequence[TeacherScore
         "behaviour_logprobs": per_token(written.behaviour_logprobs),
         "policy_versions": per_token(written.policy_versions),
     }
+    if written.begins.size:
+        columns["begins"] = per_token(written.begins)
     if written.unfiltered_logprobs.size:
         columns["unfiltered_logprobs"] = per_token(written.unfiltered_logprobs)
     if written.support_ids.size:
@@ -296,6 +298,8 @@ def _from_table(table: Any) -> tuple[Trajectories, list[TeacherScores]]:
     response, offsets = _ragged(whole("response_tokens"))
     prompt, prompt_offsets = _ragged(whole("prompt_tokens"))
     more: dict[str, np.ndarray] = {}
+    if "begins" in names:
+        more["begins"] = _ragged(whole("begins"))[0]
     if "unfiltered_logprobs" in names:
         more["unfiltered_logprobs"] = _ragged(whole("unfiltered_logprobs"))[0]
     if "student_support_ids" in names:

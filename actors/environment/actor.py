@@ -19,7 +19,8 @@ from typing import Any
 
 from actors.config import EnvironmentConfig, SamplingConfig
 from actors.data.messages import check_unicode, tools_of
-from actors.environment.base import Answer, Begun, Episode, ProgramError, Turn, environment_class
+from actors.environment.base import Answer, Begun, Episode, Follows, ProgramError, Turn, environment_class
+from actors.environment.endpoint import LOOPBACK
 from actors.environment.program import Programs
 from actors.environment.shared_calls import SharedCalls
 
@@ -36,16 +37,30 @@ BLOCKED = 14
 class EnvironmentActor(SharedCalls):
     """Methods are coroutines, so that episodes overlap. key: names one attempt at one episode."""
 
-    def __init__(self, config: EnvironmentConfig, sampling: SamplingConfig | None = None, folder: str = ""):
-        """sampling, folder: the campaign's, for programs. UserError: see `environment_maker`."""
+    def __init__(
+        self, config: EnvironmentConfig, sampling: SamplingConfig | None = None, folder: str = "", host: str = LOOPBACK
+    ):
+        """sampling, folder: the campaign's, for programs, which reach the endpoint at `host`. UserError: see
+        `environment_maker`."""
         super().__init__()
-        self._config, self._make = config, environment_maker(config, sampling, folder)
+        self._config, self._make = config, environment_maker(config, sampling, folder, host)
         self._open: dict[str, tuple[Any, float]] = {}
         """Key -> the environment, and when it is forgotten, in seconds of time.monotonic()."""
+        self._ending = 0
+        """Episodes that are over, and whose environment is being closed."""
         self._closing: set[asyncio.Task[None]] = set()
         self._heard = time.monotonic()
         self._watch: threading.Thread | None = None
         self.exit: Callable[[int], Any] = os._exit
+
+    async def enter(self, key: str) -> bool:
+        """Takes a place for an episode; False: there is none now (`episodes_per_replica`)."""
+        self._forget_late()
+        most = self._config.episodes_per_replica
+        if most is not None and len(self._open) + self._ending >= most:
+            return False
+        self._open[key] = (None, time.monotonic() + self._config.episode_timeout_seconds)
+        return True
 
     async def reset(self, key: str, episode: Episode, record: dict[str, Any]) -> Begun:
         """Makes an environment and begins the episode with it."""
@@ -72,7 +87,9 @@ class EnvironmentActor(SharedCalls):
             if key not in self._open:
                 late = f"step: the episode took longer than {self._config.episode_timeout_seconds:g} s"
                 return Answer(error=f"{late} (environment.episode_timeout_seconds), or the process was replaced")
-            return _answer(await self._open[key][0].step(message, *turn))
+            own, _ = self._open[key]
+            found = _answer(await own.step(message, *turn))
+            return found._replace(follows=Follows(own.after, own.tools)) if turn and not found.done else found
 
         return await self._tried(answer(), lambda error: Answer(error=f"step {error}"))
 
@@ -83,10 +100,12 @@ class EnvironmentActor(SharedCalls):
 
     async def _end(self, own: Any) -> None:
         if close := getattr(own, "close", None):
+            self._ending += 1
             # Of the user's code: the episode has its result already.
             with suppress(Exception, SystemExit, asyncio.CancelledError):
                 async with asyncio.timeout(self._config.step_timeout_seconds):
                     await close()
+            self._ending -= 1
 
     async def status(self) -> dict[str, int]:
         """The episodes that are open."""
@@ -141,11 +160,11 @@ class EnvironmentActor(SharedCalls):
 
 
 def environment_maker(
-    config: EnvironmentConfig, sampling: SamplingConfig | None = None, folder: str = ""
+    config: EnvironmentConfig, sampling: SamplingConfig | None = None, folder: str = "", host: str = LOOPBACK
 ) -> Callable[[], Any]:
     """What makes the environment of an episode. UserError: see `environment_class` and `check_command`."""
     if config.command:
-        return Programs(config, sampling or SamplingConfig(), folder)
+        return Programs(config, sampling or SamplingConfig(), folder, host)
     return functools.partial(environment_class(config), **config.arguments)
 
 

@@ -83,6 +83,15 @@ class EnvironmentLostError(CampaignError):
     """The process of an environment has died, or does not answer."""
 
 
+class Follows(NamedTuple):
+    """Which of an episode's conversations a program goes on with."""
+
+    turn: int | None
+    """The number of the student's turn that its messages follow, from 0 in the episode; None: they begin a conversation."""
+    tools: list[dict[str, Any]]
+    """Those of the conversation."""
+
+
 class Begun(NamedTuple):
     """What `reset` has returned."""
 
@@ -100,6 +109,8 @@ class Answer(NamedTuple):
     reward: float | None = None
     error: str = ""
     """What it raised, or what is wrong with what it returned, in one line; empty: nothing."""
+    follows: "Follows | None" = None
+    """What the messages follow, where it is a program; None: the last turn."""
 
 
 class Environments(Protocol):

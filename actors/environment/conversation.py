@@ -1,8 +1,9 @@
-"""The conversation of a program with the student: its requests, one after another, and the student's turns that answer them.
+"""The conversations of a program with the student in one episode: its requests, and the student's turns that answer them.
 
 The program and the environment meet here: requests come from an HTTP server (endpoint.py), answers from the episode (program.py).
-A program sends its whole conversation with every request, as text. Only what is new in it is taken: the student's turns are told
-by comparing messages, and stay the token ids that they were.
+A program sends a whole conversation with every request, as text. Only what is new in it is taken: the student's turns are told
+by comparing messages, and stay the token ids that they were. A request goes on from any of the episode's turns, or begins a
+conversation of its own; requests that wait at the same time are answered in the order in which they came.
 """
 
 import asyncio
@@ -14,7 +15,6 @@ from actors.data.messages import check_unicode, messages_of, name_of, tools_of
 from actors.environment.base import Message, Turn
 from actors.environment.continuation import ROLES
 
-ONE_CONVERSATION = "an episode is one conversation (docs/environments.md)"
 IGNORED = {
     *("max_completion_tokens", "max_tokens", "seed", "parallel_tool_calls", "reasoning_effort", "verbosity"),
     *("metadata", "prompt_cache_key", "prompt_cache_retention", "safety_identifier", "service_tier", "store", "user"),
@@ -33,61 +33,89 @@ class RefusedError(Exception):
         self.status = status
 
 
-class BranchError(Exception):
-    """The program has asked for something else than the next turn of its conversation."""
-
-
 @dataclass(eq=False)
 class Asked:
     """A request for the student's turn."""
 
     messages: list[Message]
     tools: list[dict[str, Any]]
+    after: int | None
+    """The number of the turn that it goes on from, of the episode's in the order in which they were written; None: it begins a
+    conversation."""
+    new: list[Message]
+    """Its messages after that turn; all, where it begins a conversation."""
+    compared: list[tuple[Any, ...]]
+    """What makes each of its messages the same."""
     answer: asyncio.Future[tuple[Message, Turn]] = field(default_factory=asyncio.Future)
     readers: int = 0
     """Connections that wait for the answer: 0 after the program has given one up, which it may make again."""
     delivered: bool = False
+    number: int = -1
+    """Of the turn that answers it."""
 
 
-class Conversation:
-    """For one event loop, without locks."""
+class Conversations:
+    """Of one episode. For one event loop, without locks."""
 
     def __init__(self, name: str):
+        """name: begins the ids of the answers."""
         self.name = name
-        self._last: Asked | None = None
-        self._new: asyncio.Queue[list[Message] | BranchError] = asyncio.Queue()
+        self._open: list[Asked] = []
+        """Those whose answer has not reached the program."""
+        self._turns: list[tuple[Asked, list[tuple[Any, ...]]]] = []
+        """Each request that was answered, and what makes its messages with the student's turn the same."""
+        self._waiting: asyncio.Queue[Asked] = asyncio.Queue()
+        self._current: Asked | None = None
 
     def ask(self, messages: list[Message], tools: list[dict[str, Any]]) -> Asked:
-        """The request with these messages, as `read` returns them. RefusedError: it does not continue the conversation."""
-        last = self._last
-        if last is not None and _same(messages, last.messages) and not last.readers and not last.delivered:
-            return last  # its connection was lost, and the program asks again
-        try:
-            new = messages if last is None else _continued(last, messages, tools)
-        except BranchError as error:
-            self._new.put_nowait(error)
-            raise RefusedError(409, str(error)) from error
-        self._last = Asked(messages, tools)
-        self._new.put_nowait(new)
-        return self._last
+        """The request with these messages, as `read` returns them."""
+        compared = [_compared(message) for message in messages]
+        self._open = [one for one in self._open if not one.delivered]
+        for one in self._open:
+            if not one.readers and one.compared == compared and one.tools == tools:
+                return one  # its connection was lost, and the program asks again
+        asked = Asked(messages, tools, *self._place(messages, tools, compared), compared)
+        self._open.append(asked)
+        self._waiting.put_nowait(asked)
+        return asked
 
-    async def asked(self) -> tuple[list[Message], list[dict[str, Any]]]:
-        """Waits for the next request: (its new messages, its tools). BranchError: it does not continue the conversation."""
-        new = await self._new.get()
-        if isinstance(new, BranchError):
-            raise new
-        assert self._last is not None
-        return new, self._last.tools
+    async def asked(self) -> Asked:
+        """Waits for the next request, which `answer` then answers."""
+        while True:
+            one = await self._waiting.get()
+            if one.readers:
+                self._current = one
+                return one
+            self._open.remove(one)  # the program has given it up before its turn came
 
     def answer(self, message: Message, turn: Turn) -> None:
-        """Answers the request that waits with the student's turn."""
-        assert self._last is not None
-        self._last.answer.set_result((message, turn))
+        """Answers the request that `asked` has returned with the student's turn."""
+        assert self._current is not None
+        self._current.number = len(self._turns)
+        self._turns.append((self._current, [*self._current.compared, _compared(message)]))
+        self._current.answer.set_result((message, turn))
 
     def close(self) -> None:
         """Nobody will answer."""
-        if self._last is not None:
-            self._last.answer.cancel()
+        for one in self._open:
+            one.answer.cancel()
+
+    def _place(
+        self, messages: list[Message], tools: list[dict[str, Any]], compared: list[tuple[Any, ...]]
+    ) -> tuple[int | None, list[Message]]:
+        """(the turn that the messages go on from, those that are new): the turn with the most before it, of these the last."""
+        found: tuple[int, int] | None = None
+        for number, (asked, before) in enumerate(self._turns):
+            if asked.tools != tools:
+                continue
+            # Some clients leave out a turn of no text.
+            for told in [before] if _says_anything(before[-1]) else [before, before[:-1]]:
+                length = len(told)
+                new = messages[length:]
+                if compared[:length] == told and new and all(message["role"] in ROLES for message in new):
+                    found = max(found or (0, 0), (length, number))
+                    break
+        return (None, messages) if found is None else (found[1], messages[found[0] :])
 
 
 def read(body: Any, sampling: SamplingConfig, tool_parser: str | None) -> tuple[list[Message], list[dict[str, Any]]]:
@@ -155,33 +183,10 @@ def _read(message: Any) -> Any:
     return message
 
 
-def _continued(last: Asked, messages: list[Message], tools: list[dict[str, Any]]) -> list[Message]:
-    """The messages that are new since the last request. BranchError: they do not follow the student's answer to it."""
-    if not last.answer.done():
-        raise BranchError(f"a second request, before the first is answered; {ONE_CONVERSATION}")
-    turn, _ = last.answer.result()
-    before = [*last.messages, turn]
-    nothing = not turn["content"].strip() and not turn.get("tool_calls")
-    if nothing and not _same(messages[len(last.messages) : len(before)], [turn]):
-        before = last.messages  # some clients leave out a turn of no text
-    for number, (one, other) in enumerate(zip(before, messages, strict=False), 1):
-        if not _same([one], [other]):
-            which = "the one that was sent" if number == len(before) else "that of the request before"
-            raise BranchError(f"message {number}, of the role {other['role']}, is not {which}; {ONE_CONVERSATION}")
-    new = messages[len(before) :]
-    if not new:
-        raise BranchError(f"a request without a message after the student's last turn; {ONE_CONVERSATION}")
-    if others := [message["role"] for message in new if message["role"] not in ROLES]:
-        raise BranchError(
-            f"a new message of the role {others[0]}, which the student has not written; {ONE_CONVERSATION}"
-        )
-    if tools != last.tools:
-        raise BranchError(f"other tools than in the request before; {ONE_CONVERSATION}")
-    return new
-
-
-def _same(some: list[Message], others: list[Message]) -> bool:
-    return [_compared(message) for message in some] == [_compared(message) for message in others]
+def _says_anything(compared: tuple[Any, ...]) -> bool:
+    """Whether a message, as `_compared` has it, has a text or calls."""
+    _, content, calls, _ = compared
+    return bool(content or calls)
 
 
 def _compared(message: Message) -> tuple[Any, ...]:

@@ -1,10 +1,11 @@
 """An HTTP server that answers as OpenAI's chat completions do, for the programs of one environment actor.
 
-It listens on loopback, at a port of its own. The key of a request tells whose conversation it continues; a key is valid from the
+It listens at a port of its own, on loopback or where it is told to. The key of a request tells which episode it belongs to; a key is valid from the
 program's start to its end, and is written nowhere.
 """
 
 import asyncio
+import itertools
 import json
 import secrets
 from collections.abc import Iterator
@@ -14,9 +15,9 @@ from aiohttp import web
 
 from actors.config import SamplingConfig
 from actors.environment.base import Message, Turn
-from actors.environment.conversation import Conversation, RefusedError, read
+from actors.environment.conversation import Conversations, RefusedError, read
 
-HOST = "127.0.0.1"
+LOOPBACK = "127.0.0.1"
 MODEL = "student"
 LARGEST_BODY = 64 * 2**20
 """Bytes of a request."""
@@ -25,10 +26,13 @@ LARGEST_BODY = 64 * 2**20
 class Endpoint:
     """For one event loop, in which it serves until the loop ends."""
 
-    def __init__(self, sampling: SamplingConfig, tool_parser: str | None):
-        """sampling: what a request may not change. tool_parser: the campaign's; None: requests may have no tools."""
+    def __init__(self, sampling: SamplingConfig, tool_parser: str | None, host: str = LOOPBACK):
+        """sampling: what a request may not change. tool_parser: the campaign's; None: requests may have no tools. host: the
+        address of this machine that it listens at."""
         self._sampling, self._tool_parser = sampling, tool_parser
-        self._conversations: dict[str, Conversation] = {}
+        self.host, self._names = host, itertools.count()
+        self._episodes: dict[str, tuple[str, Conversations]] = {}
+        """The part of a key that is no secret -> the key, and the conversations of its episode."""
         self._url: asyncio.Task[str] | None = None
 
     async def url(self) -> str:
@@ -37,16 +41,16 @@ class Endpoint:
             self._url = asyncio.ensure_future(self._serve())
         return await asyncio.shield(self._url)
 
-    def open(self, name: str) -> tuple[str, Conversation]:
-        """A new conversation, and the key of its requests. name: begins the ids of its answers."""
-        key = f"sk-{secrets.token_hex(24)}"
-        self._conversations[key] = Conversation(name)
-        return key, self._conversations[key]
+    def open(self, name: str) -> tuple[str, Conversations]:
+        """The conversations of a new episode, and the key of their requests. name: begins the ids of the answers."""
+        public = f"sk-{next(self._names)}"
+        self._episodes[public] = f"{public}-{secrets.token_hex(24)}", Conversations(name)
+        return self._episodes[public]
 
     def close(self, key: str) -> None:
         """Requests with this key are refused from now on."""
-        if conversation := self._conversations.pop(key, None):
-            conversation.close()
+        if of_episode := self._episodes.pop(key.rpartition("-")[0], None):
+            of_episode[1].close()
 
     async def _serve(self) -> str:
         app = web.Application(client_max_size=LARGEST_BODY, middlewares=[_errors_as_json])
@@ -55,32 +59,36 @@ class Endpoint:
         # A program that gives up a request closes its connection.
         runner = web.AppRunner(app, access_log=None, handler_cancellation=True)
         await runner.setup()
-        site = web.TCPSite(runner, HOST, 0)
+        site = web.TCPSite(runner, self.host, 0)
         await site.start()
-        return f"http://{HOST}:{runner.addresses[0][1]}/v1"
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"http://{host}:{runner.addresses[0][1]}/v1"
 
-    def _conversation(self, request: web.Request) -> Conversation:
+    def _of_episode(self, request: web.Request) -> Conversations:
         key = request.headers.get("Authorization", "").removeprefix("Bearer ")
-        if key not in self._conversations:
+        expected, found = self._episodes.get(key.rpartition("-")[0], ("", None))
+        # In constant time: how long it takes does not tell how much of a key is right.
+        same = secrets.compare_digest(key.encode("utf-8", "backslashreplace"), expected.encode())
+        if found is None or not same:
             raise RefusedError(401, "no key of an episode that is running; use that of OPENAI_API_KEY")
-        return self._conversations[key]
+        return found
 
     async def _models(self, request: web.Request) -> web.StreamResponse:
-        self._conversation(request)
+        self._of_episode(request)
         model = {"id": MODEL, "object": "model", "created": 0, "owned_by": "understudy"}
         return web.json_response({"object": "list", "data": [model]})
 
     async def _complete(self, request: web.Request) -> web.StreamResponse:
-        conversation = self._conversation(request)
+        episode = self._of_episode(request)
         try:
             body = await request.json()
         except (ValueError, LookupError, RecursionError) as error:  # LookupError: an unknown charset
             raise RefusedError(400, f"the body is no JSON: {error}") from error
-        asked = conversation.ask(*read(body, self._sampling, self._tool_parser))
+        asked = episode.ask(*read(body, self._sampling, self._tool_parser))
         asked.readers += 1
         try:
             message, turn = await asyncio.shield(asked.answer)
-            name = f"{conversation.name}-{len(asked.messages)}"
+            name = f"{episode.name}-{asked.number}"
             response = await _written(request, body, completion(name, message, turn, bool(body.get("logprobs"))))
             asked.delivered = True
             return response

@@ -2,6 +2,8 @@
 
     start -> its first request: the prompt -> [the student's turn] -> its next request: the new messages -> ... -> it ends: the reward
 
+A request may go on from any of the episode's turns, or begin another conversation (conversation.py).
+
 Each episode starts the program anew, as a process group of its own, which ends with the episode. Should this process die, a small
 one beside it ends the programs that are left.
 """
@@ -20,11 +22,11 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from actors.config import EnvironmentConfig, SamplingConfig
 from actors.environment.base import Episode, Message, ProgramError, Turn
-from actors.environment.conversation import BranchError
-from actors.environment.endpoint import HOST, Endpoint
+from actors.environment.endpoint import LOOPBACK, Endpoint
 from actors.errors import UserError
 
 TAIL = 2000
@@ -75,12 +77,12 @@ def check_command(config: EnvironmentConfig, folder: str) -> None:
 class Programs:
     """The programs of one process: makes an environment for each episode."""
 
-    def __init__(self, config: EnvironmentConfig, sampling: SamplingConfig, folder: str):
-        """folder: the programs' working directory. UserError: see `check_command`."""
+    def __init__(self, config: EnvironmentConfig, sampling: SamplingConfig, folder: str, host: str = LOOPBACK):
+        """folder: the programs' working directory. host: where they reach the endpoint. UserError: see `check_command`."""
         # A job's folder may lie elsewhere on other nodes, where it is this process's own.
         self.working_folder = folder if os.path.isdir(folder) else os.getcwd()
         check_command(config, self.working_folder)
-        self.command, self.endpoint = config.command, Endpoint(sampling, config.tool_parser)
+        self.command, self.endpoint = config.command, Endpoint(sampling, config.tool_parser, host)
         self.numbers = itertools.count()
         self._leash: subprocess.Popen[bytes] | None = None
         self._rewards = ""
@@ -124,12 +126,19 @@ class Program:
         self._process: asyncio.subprocess.Process | None = None
         self._key = ""
         self.tools: list[dict[str, Any]] = []
+        """Of the last request."""
+        self.after: int | None = None
+        """The turn that the last request goes on from; None: it begins a conversation."""
 
     async def reset(self, record: dict[str, Any], episode: Episode) -> list[Message]:
         """Starts the program. Returns the messages of its first request. ProgramError: it has failed, or sends none."""
-        url = await self._endpoint.url()
+        try:
+            url = await self._endpoint.url()
+        except OSError as error:
+            where = f"{self._endpoint.host} (environment.listen)"
+            raise ProgramError(f"the endpoint cannot listen at {where}: {error.strerror}") from error
         self._reward = self._programs.reward_file()
-        self._key, self._conversation = self._endpoint.open(str(episode.id).replace("/", "-"))
+        self._key, self._conversations = self._endpoint.open(str(episode.id).replace("/", "-"))
         variables = _variables(record, episode, url, self._key, self._reward)
         self._errors, theirs = await _tail()
         try:
@@ -159,7 +168,7 @@ class Program:
 
         ProgramError: it has failed.
         """
-        self._conversation.answer(message, turn)
+        self._conversations.answer(message, turn)
         new = await self._next()
         return ([], True, self._written_reward()) if new is None else (new, False, None)
 
@@ -183,16 +192,13 @@ class Program:
     async def _next(self) -> list[Message] | None:
         """The new messages of the program's next request; None: it has ended well. ProgramError: it has failed."""
         assert self._process is not None
-        asked, ended = asyncio.ensure_future(self._conversation.asked()), asyncio.ensure_future(self._process.wait())
+        asked, ended = asyncio.ensure_future(self._conversations.asked()), asyncio.ensure_future(self._process.wait())
         try:
             await asyncio.wait({asked, ended}, return_when=asyncio.FIRST_COMPLETED)
             if not ended.done():
-                new, self.tools = asked.result()
-                return new
-            if asked.done() and asked.exception():
-                asked.result()
-        except BranchError as error:
-            raise ProgramError(str(error)) from error
+                found = asked.result()
+                self.tools, self.after = found.tools, found.after
+                return found.new
         finally:
             asked.cancel()
             ended.cancel()
@@ -273,7 +279,8 @@ def _variables(record: dict[str, Any], episode: Episode, url: str, key: str, rew
         )
     # Without the cluster's token: a program may run what a model writes.
     others = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    direct = {name: ",".join(filter(None, (others.get(name), HOST))) for name in ("NO_PROXY", "no_proxy")}
+    host = urlsplit(url).hostname
+    direct = {name: ",".join(filter(None, (others.get(name), host))) for name in ("NO_PROXY", "no_proxy")}
     return {**others, **direct, "PATH": _path(), **own}
 
 

@@ -44,7 +44,7 @@ class Microbatch:
     rows: np.ndarray
     """[b] int64: numbers of the trajectories."""
     lengths: np.ndarray
-    """[b] int64: tokens of each, prompt and response."""
+    """[s] int64: tokens of each sequence: prompt and response of a trajectory; of one that holds several conversations, of each."""
     input_ids: np.ndarray
     """[T] int64: prompt and response of the first trajectory, then of the second, and so on."""
     positions: np.ndarray
@@ -84,10 +84,12 @@ def microbatches(
     token_budget: int,
     *,
     rows: np.ndarray | None = None,
+    begins: np.ndarray | None = None,
 ) -> list[Microbatch]:
     """Cuts B trajectories (tokens flat, offsets [B + 1]) into forward passes of at most `token_budget` tokens.
 
-    rows: numbers of the trajectories to cut; None: all.
+    rows: numbers of the trajectories to cut; None: all. begins: [N] bool, where a response holds several conversations, see
+    Trajectories: each is a sequence of its own. What is predicted for its first token means nothing; the student did not write it.
     """
     prompts, responses = np.diff(prompt_offsets), np.diff(response_offsets)
     chosen = np.arange(len(prompts)) if rows is None else rows
@@ -95,6 +97,7 @@ def microbatches(
     for group in group_by_budget((prompts + responses)[chosen], token_budget):
         rows = chosen[group]
         before, after = prompts[rows], responses[rows]
+        tokens = ragged_rows(np.arange(len(response_tokens)), response_offsets, rows)
         is_response = np.repeat(np.tile([False, True], len(rows)), np.stack([before, after], 1).reshape(-1))
         input_ids = np.empty(len(is_response), np.int64)
         input_ids[~is_response] = ragged_rows(prompt_tokens, prompt_offsets, rows)
@@ -102,14 +105,23 @@ def microbatches(
         out.append(
             Microbatch(
                 rows=rows,
-                lengths=before + after,
+                lengths=before + after if begins is None else _sequences(before + after, is_response, begins[tokens]),
                 input_ids=input_ids,
                 # A token is predicted at the position before it; a prompt has at least one token, so there is one.
                 positions=np.flatnonzero(is_response) - 1,
-                tokens=ragged_rows(np.arange(len(response_tokens)), response_offsets, rows),
+                tokens=tokens,
             )
         )
     return out
+
+
+def _sequences(lengths: np.ndarray, is_response: np.ndarray, begins: np.ndarray) -> np.ndarray:
+    """[s] lengths of the sequences of a row. lengths: [b] tokens of its trajectories. is_response: [T]. begins: of its n
+    response tokens."""
+    starts = np.zeros(len(is_response), bool)
+    starts[np.cumsum(lengths) - lengths] = True
+    starts[is_response] |= begins
+    return np.diff(np.append(np.flatnonzero(starts), len(starts)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +179,11 @@ def use_packed_attention(model: PreTrainedModel) -> bool:
             return True
     model.set_attn_implementation(before)
     return False
+
+
+def is_packed(model: PreTrainedModel) -> bool:
+    """Whether `use_packed_attention` has returned True for it."""
+    return model.config._attn_implementation == NAME
 
 
 def attend_uncompiled() -> None:

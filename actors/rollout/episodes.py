@@ -1,4 +1,4 @@
-"""Episodes: the student and an environment take turns, and what they write together is one trajectory.
+"""Episodes: the student and an environment take turns, and what they write together is one trajectory (transcript.py).
 
     reset -> prompt -> [engine: one turn] -> step -> ids of the new messages -> [engine: the next turn] -> ... -> done
 
@@ -14,7 +14,7 @@ import json
 import time
 from collections import defaultdict
 from collections.abc import Coroutine, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,14 +22,14 @@ import numpy as np
 from actors.config import EnvironmentConfig, SamplingConfig
 from actors.data.messages import tools_of
 from actors.data.token_texts import token_texts
-from actors.environment.base import EnvironmentLostError, Environments, Episode, Turn
+from actors.environment.base import Answer, EnvironmentLostError, Environments, Episode, Follows, Turn
 from actors.environment.continuation import Continuation, Message, checked
 from actors.errors import AbortedError, CampaignError, UserError
 from actors.heartbeat import beat
 from actors.rollout.engine import Engine, Response, check_answer, trajectories_of
 from actors.rollout.thinking import Thinking
+from actors.rollout.transcript import Conversation, Transcript, WrittenTurn
 from actors.trajectory import (
-    EVALUATION_EPOCH,
     FINISH_REASONS,
     EpisodeCounts,
     Requests,
@@ -67,24 +67,6 @@ class _FailedError(Exception):
     """One attempt has failed; the message says why."""
 
 
-@dataclass
-class _Transcript:
-    """A response while it is written: arrays of the student's turns, and the environment's tokens between them."""
-
-    turns: list[Trajectories] = field(default_factory=list)
-    """One trajectory of each turn: its prompt is the whole text before it."""
-    between: list[list[int]] = field(default_factory=list)
-    """The environment's tokens after each turn but the last."""
-    reward: float | None = None
-    waited: float = 0.0
-    """Seconds for which the environment was waited for."""
-    began: float = field(default_factory=time.monotonic)
-
-    @property
-    def length(self) -> int:
-        return sum(len(turn.response_tokens) for turn in self.turns) + sum(map(len, self.between))
-
-
 class Episodes:
     """All episodes of one rollout actor. For one event loop, without locks."""
 
@@ -103,6 +85,8 @@ class Episodes:
         self._names = itertools.count()
         self._running: defaultdict[tuple[int, ...], set[asyncio.Task]] = defaultdict(set)
         self._aborted: set[asyncio.Task] = set()
+        self._doors: defaultdict[int, asyncio.Lock] = defaultdict(asyncio.Lock)
+        """Of each process that hosts environments: who may ask it for room."""
         self._known: dict[tuple[str, ...], str | None] = {}
         """Roles of an environment's messages -> what the template does to earlier turns then."""
         self._parse: Any = None
@@ -158,7 +142,8 @@ class Episodes:
         id_, seed = TrajectoryId(*own.ids[0].tolist()), int(own.seeds[0])
         cause = ""
         for attempt in range(self._config.attempts):
-            key, place = f"{id_}/{attempt}/{next(self._names)}", await self._place(id_, attempt)
+            key = f"{id_}/{attempt}/{next(self._names)}"
+            place = await self._entered(id_, attempt, key)
             limit = self._config.episode_timeout_seconds
             try:
                 async with asyncio.timeout(limit) as clock:
@@ -179,11 +164,11 @@ class Episodes:
 
     async def _attempt(
         self, own: Requests, episode: Episode, key: str, place: Any, sampling: SamplingConfig, greedy: bool
-    ) -> tuple[Requests, _Transcript, str]:
+    ) -> tuple[Requests, Transcript, str]:
         """One attempt: (the request with the prompt as it was read, what was written, the finish reason)."""
         aside = own.asides[0]
         record = json.loads(aside.record or "{}")
-        text = _Transcript()
+        text = Transcript()
         begun = await self._ask(text, place, "reset", key, episode, record)
         tools = begun.tools if begun.tools is not None else tools_of(record.get(aside.tools_field))
         first = [
@@ -196,15 +181,18 @@ class Episodes:
             first = _messages(begun.messages, "reset", first=True)
             own = self._with_prompt(own, first, tools, sampling)
         context = own.prompt_tokens
+        talk = text.begin(first, tools, context)
         while True:
             room = sampling.max_response_tokens - text.length
             turn = _turn(own, context, episode.seed, len(text.turns))
-            text.turns.append(await self._written(turn, replace(sampling, max_response_tokens=room), greedy))
-            tokens = text.turns[-1].response_tokens
-            if FINISH_REASONS[text.turns[-1].finish_reasons[0]] != "stop":
+            written = await self._written(turn, replace(sampling, max_response_tokens=room), greedy)
+            talk.turns.append(written)
+            cut = FINISH_REASONS[written.finish_reasons[0]] != "stop"
+            message = {} if cut else self._message(written.response_tokens, talk.tools, len(text.turns))
+            text.turns.append(WrittenTurn(talk, written, message.get("tool_calls", ())))
+            if cut:
                 return own, text, "length"
-            message = self._message(tokens, tools, len(text.turns) - 1)
-            more = (self._turn(text.turns[-1]),) if self._config.command else ()
+            more = (self._told(written),) if self._config.command else ()
             answer = await self._ask(text, place, "step", key, message, *more)
             if answer.reward is not None:
                 text.reward = (text.reward or 0.0) + answer.reward
@@ -212,14 +200,29 @@ class Episodes:
                     raise _FailedError(f"step: rewards of {text.reward:g} together, more than a 32-bit number holds")
             if answer.done:
                 return own, text, "stop"
-            if len(text.turns) == self._config.max_turns:
+            goes_on = None
+            if len(text.turns) < self._config.max_turns:
+                goes_on = self._goes_on(text, answer, sampling.max_response_tokens)
+            if goes_on is None:
                 return own, text, "length"
-            new = _messages(answer.messages, "step", message.get("tool_calls", ()))
-            follows = self._follows(first, new, int(tokens[-1]), tools)
-            if text.length + len(follows) >= sampling.max_response_tokens:
-                return own, text, "length"
-            text.between.append(follows)
-            context = np.concatenate([context, tokens, np.array(follows, np.int32)])
+            talk, context = goes_on
+
+    def _goes_on(self, text: Transcript, answer: Answer, most: int) -> tuple[Conversation, np.ndarray] | None:
+        """(the conversation in which the student writes its next turn, all tokens before that turn); None: there is no room."""
+        follows = answer.follows or Follows(len(text.turns) - 1, [])
+        if follows.turn is not None:
+            turn = text.turns[follows.turn]
+            new = _messages(answer.messages, "step", turn.calls)
+            talk, last = turn.conversation, int(turn.written.response_tokens[-1])
+            return text.follow(turn, self._follows(talk.first, new, last, talk.tools), most)
+        first = _messages(answer.messages, "step", first=True)
+        try:
+            read = np.array(self._write.prompt(first, follows.tools), np.int32)
+        except ValueError as error:  # which this conversation's words have led to: others may be fine
+            raise _FailedError(f"a further conversation: {error}") from error
+        if text.length + len(read) >= most:
+            return None
+        return text.begin(first, follows.tools, read), read
 
     async def _written(self, turn: Requests, sampling: SamplingConfig, greedy: bool) -> Trajectories:
         with self.thinking.writing():
@@ -227,7 +230,7 @@ class Episodes:
         check_answer(turn, written)
         return written
 
-    async def _ask(self, text: _Transcript, place: Any, method: str, key: str, *arguments: Any) -> Any:
+    async def _ask(self, text: Transcript, place: Any, method: str, key: str, *arguments: Any) -> Any:
         """What the environment answers; counts the seconds. _FailedError: it raised, or does not answer."""
         assert self._environments is not None
         began, limit = time.monotonic(), self._config.step_timeout_seconds + GRACE_SECONDS
@@ -269,6 +272,26 @@ class Episodes:
                 await asyncio.sleep(BEAT_SECONDS / 10)
             beat()
 
+    async def _entered(self, id_: TrajectoryId, attempt: int, key: str) -> Any:
+        """`_place`, once it has room for the episode; others of this actor's wait in a row."""
+        while True:
+            place = await self._place(id_, attempt)
+            if self._config.episodes_per_replica is None:
+                return place
+            async with self._doors[id(place)]:
+                try:
+                    while id(place) not in self._lost:
+                        if await self._environments.call(place, "enter", key):  # type: ignore[union-attr]
+                            return place
+                        with self.thinking.asking():
+                            await asyncio.sleep(BEAT_SECONDS / 10)
+                        beat()
+                except EnvironmentLostError:
+                    self._lost.add(id(place))
+                except asyncio.CancelledError:
+                    self._in_background(place, key)
+                    raise
+
     def _in_background(self, place: Any, key: str) -> None:
         """Tells the environment that the attempt is over; nobody waits for it."""
         if self._environments is not None and id(place) not in self._lost:
@@ -291,7 +314,7 @@ class Episodes:
         tokens = np.array(ids, np.int32)
         return replace(own, prompt_tokens=tokens, prompt_offsets=offsets_of([len(tokens)]))
 
-    def _turn(self, written: Trajectories) -> Turn:
+    def _told(self, written: Trajectories) -> Turn:
         """What a program may ask of the student's turn besides its message."""
         tokens = written.response_tokens
         own = tokens[:-1] if int(tokens[-1]) in self._write.stop_token_ids else tokens
@@ -330,7 +353,7 @@ class Episodes:
             ) from error
 
     def _finished(
-        self, own: Requests, found: tuple[Requests, _Transcript, str], attempt: int
+        self, own: Requests, found: tuple[Requests, Transcript, str], attempt: int
     ) -> tuple[Trajectories, EpisodeCounts]:
         asked, text, finish = found
         if self._limits.needs_reward and text.reward is None and finish == "stop":
@@ -339,7 +362,7 @@ class Episodes:
                 f"{self._config.title}, which gave no reward in the whole episode",
                 "a reward from one of its steps, since learner.objective uses rewards",
             )
-        written = _joined(asked, text, finish)
+        written = text.trajectory(asked, finish)
         seconds = time.monotonic() - text.began
         self.thinking.ended(text.waited, seconds)
         counts = EpisodeCounts(
@@ -348,6 +371,7 @@ class Episodes:
             waited_seconds=text.waited,
             seconds=seconds,
             retries=attempt,
+            conversations=len(text.conversations),
         )
         return written, counts
 
@@ -395,36 +419,6 @@ def _turn(own: Requests, context: np.ndarray, seed: int, turn: int) -> Requests:
     """The request for a turn: its prompt is all that was written before."""
     seeds = np.array([turn_seed(seed, turn)], np.int64)
     return replace(own, seeds=seeds, prompt_tokens=context, prompt_offsets=offsets_of([len(context)]))
-
-
-def _joined(own: Requests, text: _Transcript, finish: str) -> Trajectories:
-    """The turns and what the environment wrote between them as one trajectory.
-
-    An environment's tokens have the log-prob 0 and the version of the token before them: neither is read.
-    """
-    none = np.nan if own.ids[0, 0] == EVALUATION_EPOCH else 0.0  # an evaluation tells no reward from one of 0
-    parts: defaultdict[str, list[np.ndarray]] = defaultdict(list)
-    for turn, follows in zip(text.turns, [*text.between, []], strict=True):
-        count = len(follows)
-        for name, empty in (
-            ("response_tokens", np.array(follows, np.int32)),
-            ("behaviour_logprobs", np.zeros(count, np.float32)),
-            ("policy_versions", np.full(count, turn.policy_versions[-1], np.int32)),
-            ("trained", np.zeros(count, bool)),
-            ("support_ids", np.zeros((count, turn.support_ids.shape[1]), np.int32)),
-            ("unfiltered_logprobs", np.zeros(count if turn.unfiltered_logprobs.size else 0, np.float32)),
-        ):
-            parts[name] += [getattr(turn, name), empty]
-    whole = {name: np.concatenate(own_parts) for name, own_parts in parts.items()}
-    return Trajectories(
-        ids=own.ids,
-        prompt_tokens=own.prompt_tokens,
-        prompt_offsets=own.prompt_offsets,
-        response_offsets=offsets_of([len(whole["response_tokens"])]),
-        finish_reasons=np.array([FINISH_REASONS.index(finish)], np.uint8),
-        rewards=np.array([none if text.reward is None else text.reward], np.float32),
-        **whole,
-    )
 
 
 def _with_support(one: Trajectories, width: int) -> Trajectories:

@@ -18,6 +18,7 @@ from actors.errors import CampaignError
 from actors.processor_time import ProcessorTime
 from actors.teacher.backends import Backend
 from actors.trajectory import (
+    PER_TOKEN,
     Limits,
     Prompts,
     TeacherScores,
@@ -156,19 +157,25 @@ class Teacher:
             for row in np.flatnonzero(lengths > self.context)
         }
         if not refused:
-            fields |= self.score_tokens(known_context(trajectories, self.vocabulary))
+            fields |= self._scored(trajectories)
             return fields, fields.pop("refused", {})
         rows = np.setdiff1d(np.arange(len(lengths)), list(refused))
         if len(rows):
             read = select_trajectories(trajectories.ids[rows], [trajectories])
-            found: dict[str, Any] = self.score_tokens(known_context(read, self.vocabulary))
+            found = self._scored(read)
             refused |= {int(rows[row]): reason for row, reason in found.pop("refused", {}).items()}
-            places = np.repeat(np.isin(np.arange(len(lengths)), rows), trajectories.lengths)
-            for name, values in found.items():
-                fields[name] = np.zeros((len(nothing), *values.shape[1:]), values.dtype)
-                fields[name][places] = values
-            fields["logprobs"][~places] = np.nan
+            fields |= spread(found, np.repeat(np.isin(np.arange(len(lengths)), rows), trajectories.lengths))
         return fields, refused
+
+    def _scored(self, trajectories: Trajectories) -> dict[str, Any]:
+        """See `score_tokens`, which gets each conversation of a trajectory as a trajectory."""
+        read = known_context(trajectories, self.vocabulary)
+        if not read.begins.size:
+            return self.score_tokens(read)
+        apart, places, rows = conversations_apart(read)
+        found: dict[str, Any] = self.score_tokens(apart)
+        refused = {int(rows[row]): reason for row, reason in found.pop("refused", {}).items()}
+        return {**spread(found, places), "refused": refused}
 
     def score_each(self, *arguments: Any, **keywords: Any) -> tuple[Any, ...]:
         """The same as `score`, in 1 + B values: the counts, and a TeacherScores for each of the B trajectories.
@@ -223,6 +230,49 @@ def known_context(trajectories: Trajectories, vocabulary: int) -> Trajectories:
     if max(prompt.max(initial=0), response.max(initial=0)) <= last:
         return trajectories
     return replace(trajectories, prompt_tokens=np.minimum(prompt, last), response_tokens=np.minimum(response, last))
+
+
+def conversations_apart(trajectories: Trajectories) -> tuple[Trajectories, np.ndarray, np.ndarray]:
+    """(each conversation as a trajectory, without its reward; [N] bool, the response tokens that are still ones; [C] the number
+    of each conversation's trajectory). What the student read before the first turn of a conversation is its prompt.
+    """
+    t, total = trajectories, len(trajectories.response_tokens)
+    further = np.flatnonzero(t.begins)
+    rows = np.concatenate([np.arange(len(t)), np.searchsorted(t.response_offsets, further, side="right") - 1])
+    starts = np.concatenate([t.response_offsets[:-1], further])
+    order = np.lexsort((starts, rows))
+    rows, starts = rows[order], starts[order]
+    stops = np.append(starts[1:], total)
+    turns = np.append(np.flatnonzero(t.trained), total)
+    there = np.zeros(total, bool)
+    of_trajectories, prompts = Prompts(t.prompt_tokens, t.prompt_offsets).rows(), []
+    for start, stop, row, is_further in zip(starts, stops, rows, np.isin(starts, further), strict=True):
+        turn = min(int(turns[np.searchsorted(turns, start)]), stop) if is_further else start
+        prompts.append(t.response_tokens[start:turn] if is_further else of_trajectories[row])
+        there[turn:stop] = True
+    lengths = np.diff(np.concatenate([[0], np.cumsum(there)])[np.append(starts, total)])
+    apart = replace(
+        t,
+        ids=t.ids[rows],
+        prompt_tokens=np.concatenate(prompts),
+        prompt_offsets=offsets_of(map(len, prompts)),
+        response_offsets=offsets_of(lengths),
+        finish_reasons=t.finish_reasons[rows],
+        rewards=np.zeros(0, np.float32),
+        begins=np.zeros(0, bool),
+        **{name: getattr(t, name)[there] for name in PER_TOKEN if getattr(t, name).size},
+    )
+    return apart, there, rows
+
+
+def spread(fields: dict[str, np.ndarray], places: np.ndarray) -> dict[str, np.ndarray]:
+    """The fields of tokens at these places [N] bool as those of all N; the others have no score."""
+    found = {}
+    for name, values in fields.items():
+        found[name] = np.zeros((len(places), *values.shape[1:]), values.dtype)
+        found[name][places] = values
+    found["logprobs"][~places] = np.nan
+    return found
 
 
 def known_prompts(prompts: Prompts, limits: Limits, vocabulary: int) -> tuple[Prompts, Limits]:

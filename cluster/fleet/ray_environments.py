@@ -12,7 +12,12 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
+import ray
+
+from actors.config import EnvironmentConfig, SamplingConfig
+from actors.environment.actor import EnvironmentActor
 from actors.environment.base import EnvironmentLostError
+from actors.environment.endpoint import LOOPBACK
 from actors.errors import CampaignError
 from cluster.fleet.ray_actor import ActorLostError, Replica, invoke
 from cluster.fleet.ray_fleet import Fleet
@@ -22,6 +27,15 @@ RESTARTS = 20
 """Environments run code of the user's: their actors may be replaced so many times as often as others."""
 LOOK_SECONDS = 0.5
 """Between two looks at the episodes of an actor that is to end."""
+
+
+class RayEnvironmentActor(EnvironmentActor):
+    """EnvironmentActor in an actor of Ray's, which knows the address of its machine."""
+
+    def __init__(self, config: EnvironmentConfig, sampling: SamplingConfig, folder: str):
+        """See EnvironmentActor."""
+        host = ray.util.get_node_ip_address() if config.listen == "network" else LOOPBACK
+        super().__init__(config, sampling, folder, host)
 
 
 class RayEnvironments:

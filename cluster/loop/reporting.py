@@ -232,15 +232,17 @@ def record_of_update(
 
 
 def episode_metrics(sampled: Sequence[Sampled]) -> dict[str, float]:
-    """Of the episodes of an update: the seconds that they and their environments took, and how often one was begun again; {} where no
-    environment answers."""
+    """Of the episodes of an update: the seconds that they and their environments took, how often one was begun again, and their
+    conversations, where one had several; {} where no environment answers."""
     episodes = [one.episode for one in sampled if one.episode is not None]
     if not episodes:
         return {}
+    conversations = [one.conversations for one in episodes]
     return {
         "episode_seconds_mean": float(np.mean([one.seconds for one in episodes])),
         "environment_seconds_mean": float(np.mean([one.waited_seconds for one in episodes])),
         "episode_retries": sum(one.retries for one in episodes),
+        **({"conversations_mean": float(np.mean(conversations))} if max(conversations) > 1 else {}),
     }
 
 

@@ -39,7 +39,8 @@ def readable_rows(
 ) -> list[dict[str, Any]]:
     """One row (TRAJECTORY_KEYS without the step) for each trajectory. teacher_logprobs: [N], NaN without a score.
 
-    A response with tokens that the student did not write also has `trained`; there it has no log-probs, and the version -1.
+    A response with tokens that the student did not write also has `trained`; there it has no log-probs, and the version -1. One
+    of several conversations has `begins`, the numbers of the tokens with which each but the first begins.
     """
     rows, own = [], written.trained
     student, teacher = (np.where(own, values, np.nan) for values in (written.student_logprobs, teacher_logprobs))
@@ -62,6 +63,7 @@ def readable_rows(
                 "teacher_logprobs": teacher[span].tolist(),
                 "policy_versions": versions[span].tolist(),
                 **({} if own[begin:end].all() else {"trained": own[span].tolist()}),
+                **({"begins": begins} if (begins := np.flatnonzero(written.begins[span]).tolist()) else {}),
                 "finish_reason": FINISH_REASONS[written.finish_reasons[row]],
                 "reference": prompts.references[prompt],
                 "reward": None if rewards[row] is None else float(rewards[row]),  # type: ignore[arg-type]

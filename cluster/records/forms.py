@@ -68,6 +68,7 @@ TRAJECTORY: dict[str, Check] = {
     **dict.fromkeys(("student_logprobs", "teacher_logprobs"), lambda value: value is not None and _numbers(value)),
     "reward": _number,
     "trained": lambda value: value is None or (isinstance(value, list) and all(isinstance(one, bool) for one in value)),
+    "begins": lambda value: value is None or (isinstance(value, list) and all(isinstance(one, int) for one in value)),
 }
 FORMS: dict[str, dict[str, Check]] = {
     "metrics.jsonl": {

@@ -378,6 +378,9 @@ METRICS: dict[str, Metric] = {
         RESPONSES, "turns", "turns of the student in a response, mean of the update", always=False,
         chart="Turns of an episode", limits=(0, None),
     ),
+    "conversations_mean": Metric(
+        RESPONSES, "conversations", "of an episode (docs/environments.md), mean of the update, where one had several", always=False,
+    ),
     "episode_seconds_mean": Metric(
         PIPELINE, "seconds", "an episode takes, mean of the update", always=False,
         chart="Seconds of an episode", line="an episode takes", form="seconds", limits=(0, None),

@@ -69,7 +69,8 @@ TRAJECTORY_KEYS = (
     "reward",
 )
 """Keys of each line of trajectories/step_*.jsonl. Lists have one entry for each token of the response. A response that the
-student did not write alone also has `trained`: for each token, whether it did."""
+student did not write alone also has `trained`: for each token, whether it did; one of several conversations `begins`: the numbers of
+the tokens with which each but the first begins."""
 
 
 TRAJECTORY_NAME = re.compile(r"step_([0-9]{1,18})\.jsonl")

@@ -63,6 +63,9 @@ def _article(run: int, step: int, row: dict[str, Any], hidden: bool) -> str:
     facts = [f"{len(own):,} tokens", escape(str(row["finish_reason"]))]
     if len(own) < len(trained):
         facts.insert(1, f"{len(trained) - len(own):,} of others")
+    begins = row.get("begins") or []
+    if begins:
+        facts.insert(2, f"{len(begins) + 1} conversations")
     if pairs:
         mean = sum(s - t for s, t in pairs) / len(pairs)
         facts.append(f"{mean:.3f} nats per token".replace("-", "−"))
@@ -71,9 +74,10 @@ def _article(run: int, step: int, row: dict[str, Any], hidden: bool) -> str:
     if row.get("reference") is not None:
         facts.append(f"expected <code>{escape(str(row['reference']))}</code>")
     shown = [
-        (by, _token(token, shade(s, t, by))) for token, s, t, by in zip(tokens, student, teacher, trained, strict=False)
+        (by, bisect(begins, place), _token(token, shade(s, t, by)))
+        for place, (token, s, t, by) in enumerate(zip(tokens, student, teacher, trained, strict=False))
     ]
-    marks = _turns(shown) if len(own) < len(trained) else "".join(mark for _, mark in shown)
+    marks = _turns(shown) if len(own) < len(trained) else "".join(mark for *_, mark in shown)
     more = len(row["tokens"]) - len(tokens)
     text = "".join((marks, f"<span class=more>… {more:,} more tokens</span>" if more else ""))
     data = f'data-run="{run}" data-step="{step}" data-verdict="{verdict}"'
@@ -83,13 +87,16 @@ def _article(run: int, step: int, row: dict[str, Any], hidden: bool) -> str:
     return f"<article {data}{' hidden' * hidden}>{head}{prompt}<p class=tokens {values}>{text}</p></article>"
 
 
-def _turns(marks: Sequence[tuple[bool, str]]) -> str:
-    """Tokens, each with whether the student wrote it, as blocks: its turns by number, and what others wrote between them."""
-    turns = count(1)
+def _turns(marks: Sequence[tuple[bool, int, str]]) -> str:
+    """Tokens, each with whether the student wrote it and the number of its conversation, as blocks: its turns by number, and what
+    others wrote between them."""
+    turns, before = count(1), 0
     blocks = []
-    for by_student, run in groupby(marks, lambda mark: mark[0]):
-        what = f'class=turn data-by="turn {next(turns)}"' if by_student else 'class=others data-by="others"'
-        blocks.append(f"<span {what}>{''.join(mark for _, mark in run)}</span>")
+    for (by_student, conversation), run in groupby(marks, lambda mark: mark[:2]):
+        others = "others" if conversation == before else f"conversation {conversation + 1}"
+        what = f'class=turn data-by="turn {next(turns)}"' if by_student else f'class=others data-by="{others}"'
+        blocks.append(f"<span {what}>{''.join(mark for *_, mark in run)}</span>")
+        before = conversation
     return "".join(blocks)
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from cluster.records.writer import read_jsonl
 from tests.light_campaign import assert_ledger_adds_up, make_folder
+from tests.tiny_models import make_tiny_model
 from tests.unit.cluster.test_environments import ROOT, UPDATES, campaign
 from tests.waiting import PATIENCE_SECONDS
 
@@ -56,3 +57,26 @@ def test_environment_actors_that_die_are_replaced_and_their_episodes_begin_again
     found = json.loads((tmp_path / "found.json").read_text())["sets"]
     [values] = found["greedy"]["values"].values()
     assert found.keys() == {"greedy", "sampled"} and 0 <= values["accuracy"] <= 1
+
+
+def test_a_program_plays_an_evaluation_of_several_models(tmp_path: Path) -> None:
+    light = {"cpus_per_replica": 0.2, "replicas": 1}
+    folder = make_folder(tmp_path)
+    for seed, name in enumerate(("student", "teacher")):
+        make_tiny_model(folder / name, hidden=32, layers=1, context=256, seed=seed)
+    agent = ["python", str(ROOT / "tests/agent.py"), "--turns", "1", "--branches", "--what", "raises", "--each", "2"]
+    file = campaign(
+        folder,
+        "programs",
+        {"name": None, "command": agent, "listen": "network", "episodes_per_replica": 2, "cpus_per_replica": 0.2},
+        sampling={"max_response_tokens": 200},
+        rollout=light,
+        learner={"cpus_per_replica": 0.2},
+        ray={"object_store_mebibytes": 100},
+    )
+    told("evaluate", tmp_path / "student", tmp_path / "teacher", file, "--output", tmp_path / "found.json")
+    sets = json.loads((tmp_path / "found.json").read_text())["sets"].values()
+    assert all(of_set["prompts"] == 4 and len(of_set["values"]) == 2 for of_set in sets)
+    # Not where all episodes of a model were cut before their end.
+    found = [values["accuracy"] for of_set in sets for values in of_set["values"].values() if "accuracy" in values]
+    assert len(found) > 1 and all(0 <= accuracy <= 1 for accuracy in found)

@@ -12,7 +12,7 @@ import pytest
 
 from actors.config import SamplingConfig
 from actors.environment.base import Turn
-from actors.environment.conversation import BranchError, Conversation
+from actors.environment.conversation import Asked, Conversations
 from actors.environment.endpoint import Endpoint
 
 USER = {"role": "user", "content": "1+1="}
@@ -24,7 +24,7 @@ TURN = Turn(texts=[" t", "wo"], logprobs=[-0.5, -0.25], tokens=3, context_tokens
 
 
 def talk(
-    play: Callable[[openai.AsyncOpenAI, Conversation], Coroutine[Any, Any, Any]],
+    play: Callable[[openai.AsyncOpenAI, Conversations], Coroutine[Any, Any, Any]],
     tool_parser: str | None = "hermes",
     **sampling: Any,
 ) -> Any:
@@ -37,22 +37,28 @@ def talk(
     return asyncio.run(main())
 
 
-async def answered(
-    client: openai.AsyncOpenAI, conversation: Conversation, messages: list, answer: dict = SAID, **more: Any
-) -> tuple[Any, list, list]:
-    """(what the client gets, the request's new messages, its tools)."""
+async def both(
+    client: openai.AsyncOpenAI, conversation: Conversations, messages: list, answer: dict = SAID, **more: Any
+) -> tuple[Any, Asked]:
+    """(what the client gets, the request)."""
     asked = asyncio.ensure_future(client.chat.completions.create(model="any", messages=messages, **more))
     read = asyncio.ensure_future(conversation.asked())
     await asyncio.wait({asked, read}, return_when=asyncio.FIRST_COMPLETED)
     if asked.done():  # refused
         await asked
-    new, tools = await read
+    found = await read
     conversation.answer(answer, TURN)
-    return await asked, new, tools
+    return await asked, found
+
+
+async def answered(*arguments: Any, **more: Any) -> tuple[Any, list, list]:
+    """(what the client gets, the request's new messages, its tools)."""
+    told, found = await both(*arguments, **more)
+    return told, found.new, found.tools
 
 
 def test_a_client_gets_the_students_turns_and_only_new_messages_are_taken() -> None:
-    async def play(client: Any, conversation: Conversation) -> None:
+    async def play(client: Any, conversation: Conversations) -> None:
         first, new, tools = await answered(client, conversation, [{"role": "developer", "content": "Add."}, USER])
         assert new == [{"role": "system", "content": "Add."}, USER] and tools == []
         [choice] = first.choices
@@ -90,7 +96,7 @@ def test_a_client_gets_the_students_turns_and_only_new_messages_are_taken() -> N
 
 
 def test_a_stream_has_the_whole_turn() -> None:
-    async def play(client: Any, conversation: Conversation) -> None:
+    async def play(client: Any, conversation: Conversations) -> None:
         more = {"stream": True, "stream_options": {"include_usage": True}, "logprobs": True}
         stream, _, _ = await answered(client, conversation, [USER], **more)
         chunks = [chunk async for chunk in stream]
@@ -111,7 +117,7 @@ def test_a_stream_has_the_whole_turn() -> None:
 
 
 def test_calls_of_tools_and_their_results_are_told() -> None:
-    async def play(client: Any, conversation: Conversation) -> None:
+    async def play(client: Any, conversation: Conversations) -> None:
         calls = {"role": "assistant", "content": "", "tool_calls": [CALL]}
         first, _, tools = await answered(client, conversation, [USER], calls, tools=[TOOL])
         assert tools == [TOOL]
@@ -125,14 +131,13 @@ def test_calls_of_tools_and_their_results_are_told() -> None:
         result = {"role": "tool", "tool_call_id": call.id, "content": "2"}
         _, new, _ = await answered(client, conversation, [USER, choice.message, result], tools=[TOOL])
         assert new == [result]
-        for number, changed in (
-            (2, [USER, {**calls, "tool_calls": [{**CALL, "id": "other"}]}, result, SAID, MORE]),
-            (3, [USER, choice.message, {**result, "tool_call_id": "other"}, SAID, MORE]),
+        for changed, more in (
+            ([USER, {**calls, "tool_calls": [{**CALL, "id": "other"}]}, result, SAID, MORE], {"tools": [TOOL]}),
+            ([USER, choice.message, {**result, "tool_call_id": "other"}, SAID, MORE], {"tools": [TOOL]}),
+            ([USER, choice.message, result, SAID, MORE], {}),
         ):
-            with pytest.raises(openai.ConflictError, match=f"message {number}, of the role"):
-                await client.chat.completions.create(model="any", messages=changed, tools=[TOOL])
-        with pytest.raises(openai.ConflictError, match="other tools than in the request before"):
-            await client.chat.completions.create(model="any", messages=[USER, choice.message, result, SAID, MORE])
+            _, found = await both(client, conversation, changed, **more)
+            assert found.after is None and len(found.new) == 5, "it begins another conversation"
 
     talk(play)
 
@@ -154,7 +159,7 @@ def test_calls_of_tools_and_their_results_are_told() -> None:
     ],
 )  # fmt: skip
 def test_what_is_not_offered_is_refused_with_one_sentence_and_the_conversation_goes_on(asked: dict, told: str) -> None:
-    async def play(client: Any, conversation: Conversation) -> None:
+    async def play(client: Any, conversation: Conversations) -> None:
         with pytest.raises(openai.BadRequestError) as refused:
             await client.chat.completions.create(**{"model": "any", "messages": [USER], **asked})
         assert told in refused.value.body["message"]  # type: ignore[index]
@@ -167,13 +172,14 @@ def test_what_is_not_offered_is_refused_with_one_sentence_and_the_conversation_g
 
 
 def test_tools_without_a_parser_another_key_and_another_path_are_refused() -> None:
-    async def play(client: Any, conversation: Conversation) -> None:
+    async def play(client: Any, conversation: Conversations) -> None:
         with pytest.raises(openai.BadRequestError, match=r"set environment\.tool_parser"):
             await client.chat.completions.create(model="any", messages=[USER], tools=[TOOL])
         with pytest.raises(openai.NotFoundError, match="this endpoint answers POST /v1/chat/completions"):
             await client.responses.create(model="any", input="1+1=")
-        for key in ("sk-other", "-"):
-            other = client.with_options(api_key=key)
+        key = client.api_key
+        for wrong in ("sk-other", "-", key[:-1], key + "0", key.rpartition("-")[0], "sk-1" + key[4:]):
+            other = client.with_options(api_key=wrong)
             with pytest.raises(openai.AuthenticationError, match="OPENAI_API_KEY"):
                 await other.chat.completions.create(model="any", messages=[USER])
             with pytest.raises(openai.AuthenticationError, match="OPENAI_API_KEY"):
@@ -182,61 +188,100 @@ def test_tools_without_a_parser_another_key_and_another_path_are_refused() -> No
     talk(play, tool_parser=None)
 
 
+OTHER = {"role": "assistant", "content": "three"}
+
+
 @pytest.mark.parametrize(
-    ("messages", "more", "told"),
+    ("messages", "more", "after", "new"),
     [
-        ([USER], {}, "a request without a message after the student's last turn"),
-        ([MORE], {}, "message 1, of the role user, is not that of the request before"),
-        ([{**USER, "content": "1+1= "}, SAID, MORE], {}, "message 1, of the role user"),
-        ([USER, {**SAID, "content": "three"}, MORE], {}, "message 2, of the role assistant, is not the one that was sent"),
-        ([USER, {**SAID, "tool_calls": [{**CALL, "function": {"name": "add", "arguments": "{}"}}]}, MORE], {}, "message 2"),
-        ([USER, SAID, SAID, MORE], {}, "a new message of the role assistant"),
-        ([USER, SAID, MORE], {"tools": [TOOL]}, "other tools than in the request before"),
+        ([USER, SAID, MORE, OTHER, USER], {}, 1, 1),
+        ([USER, SAID, MORE, MORE], {}, 0, 2),  # another way on from the first turn
+        ([USER, SAID, MORE], {}, 0, 1),  # the same once more
+        ([USER], {}, None, 1),
+        ([MORE], {}, None, 1),
+        ([{**USER, "content": "1+1= "}, SAID, MORE], {}, None, 3),
+        ([USER, OTHER, MORE], {}, None, 3),  # which the student has not said there
+        ([USER, SAID, MORE, SAID, USER], {}, None, 5),
+        ([USER, {**SAID, "tool_calls": [{**CALL, "function": {"name": "add", "arguments": "{}"}}]}, MORE], {}, None, 3),
+        ([USER, SAID, MORE], {"tools": [TOOL]}, None, 3),
     ],
 )  # fmt: skip
-def test_what_does_not_continue_the_conversation_is_told_to_both_sides(messages: list, more: dict, told: str) -> None:
-    async def play(client: Any, conversation: Conversation) -> None:
-        await answered(client, conversation, [USER])
-        with pytest.raises(openai.ConflictError) as refused:  # the client does not ask again
-            await client.chat.completions.create(model="any", messages=messages, **more)
-        assert told in refused.value.body["message"]  # type: ignore[index]
-        with pytest.raises(BranchError, match=told):
-            await conversation.asked()
-        assert conversation._new.empty()
+def test_a_request_goes_on_from_the_turn_that_it_repeats_or_begins_another_conversation(
+    messages: list, more: dict, after: int | None, new: int
+) -> None:
+    async def play(client: Any, conversation: Conversations) -> None:
+        first, _ = await both(client, conversation, [USER])
+        second, _ = await both(client, conversation, [USER, SAID, MORE], OTHER)
+        third, found = await both(client, conversation, messages, **more)
+        assert (found.after, len(found.new), found.new[-1]) == (after, new, messages[-1])
+        assert len({first.id, second.id, third.id}) == 3
 
     talk(play)
 
 
-def test_a_second_request_while_the_first_waits_is_a_branch_and_a_lost_one_is_made_again() -> None:
-    async def play(client: Any, conversation: Conversation) -> None:
+def test_requests_that_wait_together_are_answered_in_their_order_and_of_two_that_are_alike_the_later_is_gone_on_from() -> (
+    None
+):
+    async def play(client: Any, conversation: Conversations) -> None:
+        one, two, given_up = (
+            asyncio.ensure_future(client.chat.completions.create(model="any", messages=[asked]))
+            for asked in (USER, USER, MORE)
+        )
+        while len(conversation._open) < 3:
+            await asyncio.sleep(0.001)
+        given_up.cancel()
+        while conversation._open[-1].readers:
+            await asyncio.sleep(0.001)
+        for said in (SAID, OTHER):
+            assert (await conversation.asked()).new == [USER]
+            conversation.answer(said, TURN)
+        assert {(await one).choices[0].message.content, (await two).choices[0].message.content} == {" two", "three"}
+        _, found = await both(client, conversation, [USER, OTHER, MORE])
+        assert (found.after, found.new) == (1, [MORE])
+        for _ in range(2):
+            _, found = await both(client, conversation, [MORE], SAID)
+            assert found.after is None
+        _, found = await both(client, conversation, [MORE, SAID, USER])
+        assert found.after == 4
+        for messages in ([USER], [USER, MORE], [USER]):
+            await both(client, conversation, messages, {**SAID, "content": ""})
+        _, found = await both(client, conversation, [USER, MORE, USER])  # without the turns of no text
+        assert found.after == 7, "not the later turn, after which less is repeated"
+
+    talk(play)
+
+
+def test_a_request_whose_connection_was_lost_is_made_again() -> None:
+    async def play(client: Any, conversation: Conversations) -> None:
         lost = asyncio.ensure_future(client.chat.completions.create(model="any", messages=[USER]))
-        await conversation.asked()
-        for messages in ([USER], [MORE]):
-            with pytest.raises(openai.ConflictError):
-                await client.chat.completions.create(model="any", messages=messages)
-            with pytest.raises(BranchError):
-                await conversation.asked()
+        asked = await conversation.asked()
         lost.cancel()
-        assert conversation._last is not None
-        while conversation._last.readers:
+        while asked.readers:
             await asyncio.sleep(0.001)
         conversation.answer(SAID, TURN)  # nobody reads it
         again = await client.chat.completions.create(model="any", messages=[USER])
-        assert again.choices[0].message.content == " two" and conversation._new.empty()
-        _, new, _ = await answered(client, conversation, [USER, SAID, MORE])
-        assert new == [MORE]
+        assert again.choices[0].message.content == " two" and conversation._waiting.empty()
+        _, found = await both(client, conversation, [USER, SAID, MORE])
+        assert (found.after, found.new) == (0, [MORE])
 
     talk(play)
 
 
-def test_an_endpoint_listens_once_and_on_this_machine_only() -> None:
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2", "::1"])
+def test_an_endpoint_listens_once_and_only_where_it_is_told_to(host: str) -> None:
     async def main() -> None:
-        endpoint = Endpoint(SamplingConfig(), None)
+        endpoint = Endpoint(SamplingConfig(), None, host)
         first, second = await asyncio.gather(endpoint.url(), endpoint.url())
         assert first == second == await endpoint.url()
         port = int(first.removesuffix("/v1").rpartition(":")[2])
         listens = [one.laddr for one in psutil.Process().net_connections("inet") if one.status == psutil.CONN_LISTEN]
-        assert [place.ip for place in listens if place.port == port] == ["127.0.0.1"]
+        assert [place.ip for place in listens if place.port == port] == [host]
+        key, _ = endpoint.open("0-1-2")
+        async with openai.AsyncOpenAI(base_url=first, api_key=key) as client:
+            assert [model.id async for model in client.models.list()] == ["student"]
+        headers = {"Authorization": f"Bearer {key}ü"}
+        async with aiohttp.ClientSession(first + "/", headers=headers) as other, other.get("models") as refused:
+            assert refused.status == 401
 
     asyncio.run(main())
 

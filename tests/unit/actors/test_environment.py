@@ -11,7 +11,7 @@ import pytest
 
 from actors.config import EnvironmentConfig, PromptsConfig
 from actors.environment.actor import BLOCKED, EnvironmentActor
-from actors.environment.base import Episode, environment_class
+from actors.environment.base import Answer, Episode, environment_class
 from actors.environment.trial import try_environment
 from actors.environment.vllm_tool_parser import check_parser
 from actors.errors import UserError
@@ -119,8 +119,8 @@ def answer_of(**arguments: Any) -> Any:
 
 
 def test_what_a_step_returns_or_raises_is_a_value() -> None:
-    assert answer_of(answer=([], np.True_, np.float32(0.5)))[1:] == (True, 0.5, "")
-    assert answer_of(answer=("go on", False, None)) == ("go on", False, None, "")
+    assert answer_of(answer=([], np.True_, np.float32(0.5)))[1:] == (True, 0.5, "", None)
+    assert answer_of(answer=("go on", False, None)) == Answer("go on", False, None)
     for wrong, told in (
         (KeyError("number"), "step raised KeyError: 'number' (test_environment.py, line"),
         (None, "step returned None, expected (messages, done, reward)"),

@@ -13,7 +13,7 @@ import pytest
 from actors.config import EnvironmentConfig, PromptsConfig, SamplingConfig
 from actors.data.prompts import load_prompts
 from actors.environment.actor import EnvironmentActor
-from actors.environment.base import Answer, Begun, Episode, Turn
+from actors.environment.base import Answer, Begun, Episode, Follows, Turn
 from actors.environment.continuation import Continuation
 from actors.errors import AbortedError, UserError
 from actors.rollout.engine import Response, trajectories_of
@@ -177,6 +177,111 @@ def test_an_episode_is_what_student_and_environment_wrote_in_their_order() -> No
         ]
         said = ("step", {"role": "assistant", "content": "the"})
         assert calls == [("reset", {"prompt": ("a", "bc")[row]}), said, said, said, ("close", None)]
+
+
+class Asks:
+    """A program's environment actor: request i goes on from turn `script[i][0]`, with this message; None begins a conversation.
+
+    There is room for `room` episodes.
+    """
+
+    def __init__(self, script: list[tuple[int | None, str]], room: int = 9):
+        self.script, self.room, self.refused = script, room, 0
+        self.open: dict[str, int] = {}
+
+    async def enter(self, key: str) -> bool:
+        if len(self.open) >= self.room:
+            self.refused += 1
+            return False
+        self.open[key] = 0
+        return True
+
+    async def reset(self, key: str, episode: Episode, record: dict) -> Begun:
+        self.open.setdefault(key, 0)
+        assert len(self.open) <= self.room
+        return Begun([{"role": "user", "content": "a"}], [])
+
+    async def step(self, key: str, message: dict, turn: Turn) -> Answer:
+        self.open[key] += 1
+        if self.open[key] > len(self.script):
+            return Answer([], True, 0.5)
+        after, text = self.script[self.open[key] - 1]
+        return Answer([{"role": "user", "content": text}], follows=Follows(after, []))
+
+    async def close(self, key: str) -> None:
+        del self.open[key]
+
+
+def asked(
+    script: list[tuple[int | None, str]], most: int = 999, room: int = 9, **settings: Any
+) -> tuple[Trajectories, tuple[EpisodeCounts, ...], Spells, Asks]:
+    engine, place = Spells(), Asks(script, room)
+    config = EnvironmentConfig(command=["true"], **settings)
+
+    async def play() -> Any:
+        there = LocalEnvironments([place])
+        episodes = Episodes(engine, config, Continuation(TOKENIZER, frozenset({END})), NO_LIMITS, there)
+        return await episodes.play(requests(), SamplingConfig(max_response_tokens=most), False)
+
+    return *asyncio.run(play()), engine, place
+
+
+SCRIPT = [(0, "b"), (None, "sub"), (1, "c"), (0, "d"), (2, "e"), (3, "f"), (0, "g")]
+"""The conversation a-b-c-f, one of a sub-agent with the turns sub-e, and two more that go on from the first turn: d, g."""
+
+
+def test_each_turn_of_several_conversations_is_trained_once_and_read_as_it_was_written() -> None:
+    written, counts, engine, _ = asked(SCRIPT)
+    opening = "<|user|>{}<|end|>\n<|assistant|>".format
+    said = "the<|end|>"
+    first = f"{said}\n{opening('b')}{said}\n{opening('c')}{said}\n{opening('f')}{said}"
+    others = [
+        f"{opening('sub')}{said}\n{opening('e')}{said}",
+        *(f"{opening('a')}{said}\n{opening(text)}{said}" for text in "dg"),
+    ]
+    for row, id_ in enumerate(IDS):
+        own = slice(*written.response_offsets[row : row + 2])
+        tokens, trained, begins = (
+            written.response_tokens[own],
+            written.trained[own],
+            np.flatnonzero(written.begins[own]),
+        )
+        texts = [TOKENIZER.decode(part) for part in np.split(tokens, begins)]
+        assert texts == [first, *others] and TOKENIZER.decode(
+            written.prompt_tokens[: written.prompt_offsets[1]]
+        ) == opening("a")
+        assert not trained[begins].any() and trained.sum() == (len(SCRIPT) + 1) * len(TURN)
+        # Every turn is trained behind the very tokens that the engine had read when it wrote it.
+        prompt = written.prompt_tokens[slice(*written.prompt_offsets[row : row + 2])].tolist()
+        read = []
+        for number, part in enumerate(np.split(np.arange(len(tokens)), begins)):
+            starts = [place for place in part if trained[place] and (place == part[0] or not trained[place - 1])]
+            read += [[*([] if number else prompt), *tokens[part[0] : place].tolist()] for place in starts]
+        assert sorted(read) == sorted(one[2] for one in engine.asked if one[0] == id_)
+        own_turns = (TURN, np.tile([-1, -2, -3, -4], len(read)) - np.repeat([len(one) for one in read], 4) / 64)
+        assert tokens[trained].tolist() == len(read) * own_turns[0]
+        assert np.array_equal(written.behaviour_logprobs[own][trained], own_turns[1])
+        assert (counts[row].turns, counts[row].conversations) == (8, 4)
+    seeds = [seed for id_, seed, *_ in engine.asked if id_ == IDS[0]]
+    assert seeds == [turn_seed(SEEDS[0], turn) for turn in range(8)]
+    assert written.rewards.tolist() == [0.5, 0.5]
+
+
+def test_an_episode_has_room_for_what_all_its_conversations_read_and_write() -> None:
+    whole = int(asked(SCRIPT)[0].lengths[0])
+    for most in (whole, whole - 1, whole - 4, whole - len(TURN) + 1, whole // 2, 5):
+        written, _, engine, _ = asked(SCRIPT, most)
+        assert written.lengths[0] <= most and written.truncated.tolist() == 2 * [most < whole]
+        assert len(engine.asked) == 2 * written.turn_counts[0]
+    written, counts, *_ = asked(SCRIPT, max_turns=3)
+    assert written.truncated.all() and (counts[0].turns, counts[0].conversations) == (3, 2)
+
+
+def test_an_episode_begins_when_its_process_has_room() -> None:
+    for room in (1, 2):
+        written, counts, _, place = asked(SCRIPT, room=room, episodes_per_replica=room, attempts=1)
+        assert not any(one.failed for one in counts) and written.turn_counts.tolist() == [8, 8]
+        assert (place.refused > 0) == (room == 1)
 
 
 def test_an_engine_that_has_nothing_to_write_while_an_environment_thinks_is_told(

@@ -15,8 +15,7 @@ import pytest
 from actors.config import EnvironmentConfig, PromptsConfig, SamplingConfig
 from actors.environment import program
 from actors.environment.actor import EnvironmentActor
-from actors.environment.base import Answer, Begun, Episode, ProgramError, Turn
-from actors.environment.conversation import BranchError, Conversation
+from actors.environment.base import Answer, Begun, Episode, Follows, Turn
 from actors.environment.trial import try_environment
 from actors.errors import UserError
 from actors.trajectory import TrajectoryId
@@ -59,10 +58,26 @@ def is_gone(pid: int) -> bool:
 
 def test_a_program_plays_an_episode() -> None:
     def more(turn: int) -> Answer:
-        return Answer([{"role": "user", "content": f"more{turn}"}])
+        return Answer([{"role": "user", "content": f"more{turn}"}], follows=Follows(turn - 1, []))
 
     begun = Begun([{"role": "user", "content": "1+1="}], [])
     assert agent() == [begun, more(1), more(2), Answer([], True, 0.5)]
+
+
+def test_a_program_holds_several_conversations() -> None:
+    """Each turn of the first is followed by a question of its own, and by two that go on from the same turn."""
+    found = agent("", "--branches", "--turns", "2")
+    told = [(one.follows.turn, one.messages[0]["content"]) for one in found[1:-1]]
+    assert told == [
+        (None, "sub1"),
+        (0, "again1"),
+        (0, "again1"),
+        (0, "more1"),
+        (None, "sub2"),
+        (4, "again2"),
+        (4, "again2"),
+    ]
+    assert found[-1].done and not found[-1].error
 
 
 def test_a_program_is_given_its_episode_and_not_the_token_of_the_cluster(
@@ -98,7 +113,6 @@ def test_a_program_is_given_its_episode_and_not_the_token_of_the_cluster(
         ("raises", "ValueError: the program is broken, …"),  # instead of its key
         ("silent", "the program has ended without a request: nothing to ask"),
         ("killed", "the program has ended with signal 9"),
-        ("branches", "message 1, of the role user, is not that of the request before"),
         ("nonsense", "the program has written 'much' to UNDERSTUDY_REWARD, expected a number"),
         ("pipe", "something else than a file of UNDERSTUDY_REWARD"),
         ("key", "the program has written '…' to UNDERSTUDY_REWARD"),
@@ -206,7 +220,7 @@ def test_nothing_of_an_episode_is_left_after_it(tmp_path: Path, monkeypatch: pyt
             os.kill(int(pid), signal.SIGKILL)
     begun, ended = told[::2], told[1::2]
     assert len(begun) == 3 and [f"-{line[1:]}" for line in begun] == ended and all(line[0] == "+" for line in begun)
-    assert not programs.endpoint._conversations and not list(Path(programs._rewards).iterdir())
+    assert not programs.endpoint._episodes and not list(Path(programs._rewards).iterdir())
     [leash] = [one.pid for one in psutil.process_iter(["cmdline"]) if programs._rewards in (one.info["cmdline"] or [])]
     assert os.getsid(leash) != os.getsid(0), "it does not get the signals of this process's terminal"
 
@@ -215,20 +229,6 @@ def test_the_end_of_a_long_standard_error_is_told() -> None:
     script = "import sys; sys.stderr.write(9999 * 'x '); sys.stderr.flush(); sys.exit('the cause')"
     [begun] = play("python", "-c", script)
     assert begun.error.endswith("x x x the cause") and len(begun.error) < 400
-
-
-def test_a_program_that_ends_over_a_refused_request_is_told_by_the_request() -> None:
-    async def both() -> None:
-        programs: Any = actor_of("true")._make
-        own = programs()
-        own._conversation = Conversation("a")
-        own._conversation._new.put_nowait(BranchError("another conversation"))
-        own._process = await asyncio.create_subprocess_exec("false", start_new_session=True)
-        await own._process.wait()
-        with pytest.raises(ProgramError, match="another conversation"):
-            await own._next()
-
-    asyncio.run(both())
 
 
 def test_a_request_may_say_what_the_campaign_samples_with() -> None:
@@ -251,6 +251,33 @@ def test_an_episode_that_is_never_closed_ends_after_its_time() -> None:
     asyncio.run(forget())
 
 
+def test_an_actor_hosts_so_many_episodes_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def host() -> None:
+        actor = actor_of("python", "tests/agent.py", "--what", "hangs", episodes_per_replica=2)
+        ended, waits = asyncio.Event(), asyncio.Event()
+
+        async def close(self: program.Program) -> None:
+            waits.set()
+            await ended.wait()
+            await end(self)
+
+        end = program.Program.close
+        monkeypatch.setattr(program.Program, "close", close)
+        assert [await actor.enter(key) for key in "abc"] == [True, True, False]
+        assert not (await actor.reset("a", EPISODE, {"prompt": "1+1="})).error
+        assert not await actor.enter("c")
+        closing = asyncio.ensure_future(actor.close("a"))
+        await waits.wait()
+        assert not await actor.enter("c"), "the program of the first has not ended"
+        ended.set()
+        await closing
+        assert await actor.enter("c") and not await actor.enter("d")
+        await actor.close("b")  # it has never begun
+        assert await actor.enter("d")
+
+    asyncio.run(host())
+
+
 @pytest.mark.parametrize(
     ("command", "told"),
     [
@@ -264,6 +291,14 @@ def test_an_episode_that_is_never_closed_ends_after_its_time() -> None:
 def test_a_program_that_is_not_there_is_refused(command: str, told: str) -> None:
     with pytest.raises(UserError, match=f"environment.command: found {command}, {told}"):
         actor_of(command)
+
+
+def test_an_address_that_is_not_this_machines_is_told() -> None:
+    async def begin() -> Any:
+        actor = EnvironmentActor(EnvironmentConfig(command=["true"], listen="network"), None, str(ROOT), "192.0.2.1")
+        return await actor.reset("a", EPISODE, {"prompt": "1"})
+
+    assert "the endpoint cannot listen at 192.0.2.1 (environment.listen): " in asyncio.run(begin()).error
 
 
 def test_a_script_without_its_interpreter_is_told(tmp_path: Path) -> None:

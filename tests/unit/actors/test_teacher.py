@@ -64,6 +64,58 @@ def test_scores_are_those_of_a_plain_forward_pass(path: Path, budget: int) -> No
     assert scores.support_logprobs.shape == (len(sampled), 0)
 
 
+@pytest.mark.parametrize("signal", ["sampled", "topk", "full"])
+def test_each_conversation_of_a_response_is_scored_by_itself(path: Path, signal: str) -> None:
+    """Also where it is the only one of a trajectory whose other tokens are refused."""
+    apart = written(6)
+    firsts = apart.response_offsets[:-1]
+    lead = 2 * (apart.lengths > 3)
+    trained = np.arange(len(apart.response_tokens)) - np.repeat(firsts, apart.lengths) >= np.repeat(lead, apart.lengths)
+    apart = replace(apart, trained=trained)
+    # Trajectories of one, three and two conversations: the prompts of further ones are part of the response.
+    texts = [
+        (prompt, response)
+        for prompt, response in zip(
+            Prompts(apart.prompt_tokens, apart.prompt_offsets).rows(),
+            np.split(apart.response_tokens, apart.response_offsets[1:-1]),
+            strict=True,
+        )
+    ]
+    tokens, own, begins, where = [], [], [], []
+    for row, (prompt, response) in enumerate(texts):
+        further = row not in (0, 1, 4)
+        read = [*prompt] if further else []
+        where.append(sum(map(len, tokens)) + len(read) + np.arange(len(response)))
+        tokens.append([*read, *response])
+        own.append(np.concatenate([np.zeros(len(read), bool), trained[firsts[row] : firsts[row] + len(response)]]))
+        begins.append(np.arange(len(tokens[-1])) == (0 if further else -1))
+    lengths = list(map(len, tokens))
+    together = replace(
+        apart,
+        ids=apart.ids[[0, 1, 4]],
+        prompt_tokens=np.concatenate([texts[row][0] for row in (0, 1, 4)]),
+        prompt_offsets=offsets_of(len(texts[row][0]) for row in (0, 1, 4)),
+        response_tokens=np.concatenate(tokens).astype(np.int32),
+        response_offsets=offsets_of([lengths[0], sum(lengths[1:4]), sum(lengths[4:])]),
+        behaviour_logprobs=np.zeros(sum(lengths), np.float32),
+        policy_versions=np.zeros(sum(lengths), np.int32),
+        finish_reasons=np.zeros(3, np.uint8),
+        trained=np.concatenate(own),
+        begins=np.concatenate(begins),
+    )
+    teacher = make(path, signal=signal)
+    _, expected = teacher.score(apart.ids, apart)
+    counts, found = teacher.score(together.ids, together)
+    places = np.concatenate(where)[trained]
+    assert counts.missing == 0 and together.trained[places].all() and together.trained.sum() == len(places)
+    np.testing.assert_allclose(found.logprobs[places], expected.logprobs[trained], atol=1e-5)
+    np.testing.assert_allclose(found.support_logprobs[places], expected.support_logprobs[trained], atol=1e-5)
+    np.testing.assert_array_equal(found.support_ids[places], expected.support_ids[trained])
+    teacher.context = int(np.diff(together.prompt_offsets)[1] + together.lengths[1] - 1)
+    refused, found = teacher.score(together.ids, together)
+    assert 1 in refused.refused and np.isnan(found.logprobs[slice(*together.response_offsets[1:3])]).all()
+
+
 def test_scores_do_not_depend_on_how_trajectories_travelled(path: Path) -> None:
     teacher, one, two = make(path, signal="full"), written(5), written(4, first=50)
     ids = np.concatenate([two.ids, one.ids])[::-1]

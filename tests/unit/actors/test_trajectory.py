@@ -162,6 +162,24 @@ def test_which_tokens_are_trained_goes_with_them_and_is_all_where_nothing_is_sai
             replace(one, trained=wrong)
 
 
+def test_where_conversations_begin_goes_with_them() -> None:
+    one, two = trajectories([(0, 1, 0), (0, 2, 0)], [2, 3]), trajectories([(0, 4, 0)], [2])
+    ids = np.array([(0, 4, 0), (0, 2, 0)])
+    assert not select_trajectories(ids, [one, two]).begins.size
+    begins = np.array([False, False, False, True, False])
+    one = replace(one, trained=~begins)
+    for wrong in (begins[1:], ~begins):
+        with pytest.raises(ValueError, match=r"Trajectories\.begins is not \[N\]"):
+            replace(one, begins=wrong)
+    assert select_trajectories(ids, [replace(one, begins=begins), two]).begins.tolist() == [
+        False,
+        False,
+        False,
+        True,
+        False,
+    ]
+
+
 def test_requests_and_counts_arrive_as_they_were_sent() -> None:
     sent = Requests(
         ids=np.array([(0, 4, 1), (1, 5, 0)]),

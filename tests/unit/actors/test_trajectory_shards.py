@@ -34,6 +34,7 @@ def trajectories() -> Trajectories:
         rewards=np.array([1.0, 0.0, 0.5], np.float32),
         unfiltered_logprobs=logprobs(n),
         trained=np.array([1, 1, 1, 1, 1, 0, 0, 1], bool),
+        begins=np.array([0, 0, 0, 0, 0, 0, 1, 0], bool),
     )
 
 

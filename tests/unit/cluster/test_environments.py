@@ -7,7 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from actors.data.trajectory_shards import opened, shards_in
 from actors.errors import UserError
+from actors.trajectory import Trajectories
 from cluster.config_file import load_config
 from cluster.fleet.ray_actor import Resources
 from cluster.records.writer import read_jsonl
@@ -15,6 +17,7 @@ from cluster.state.campaign_state import CampaignState, read_state
 from cluster.state.summary import summarise
 from tests.documented import ROOT, python_examples
 from tests.light_campaign import assert_ledger_adds_up, configuration, fingerprint, finish, make_folder, start
+from tests.tiny_models import make_tiny_model
 
 __all__ = ["ROOT", "UPDATES", "campaign"]
 GUESS = "tests.guessing:Guess"
@@ -103,9 +106,10 @@ def test_an_episode_that_fails_in_all_attempts_is_dropped_with_its_reason_and_re
         assert_ledger_adds_up(run, SHORT, 8, staleness)
         dropped = [row for row in read_jsonl(run / "ledger.jsonl") if row.get("reason") == "environment"]
         assert dropped and all("ValueError: the game is broken (guessing.py, line" in row["cause"] for row in dropped)
-        events = {row["kind"] for row in read_jsonl(run / "events.jsonl")}
-        assert {"trajectory_refused", "episodes_failed"} <= events
-        rows = read_jsonl(run / "metrics.jsonl")
+        events, rows = read_jsonl(run / "events.jsonl"), read_jsonl(run / "metrics.jsonl")
+        assert "trajectory_refused" in {row["kind"] for row in events}
+        failed = [row["count"] for row in events if row["kind"] == "episodes_failed"]
+        assert all(failed) and len(failed) == sum("eval/accuracy" in row for row in rows), "once for each evaluation"
         kept = [row for path in (run / "trajectories").iterdir() for row in read_jsonl(path)]
         shown = [row["prompt"] for row in kept if row["finish_reason"] != "abort"]
         assert shown and all(prompt.startswith("<user>Now ") for prompt in shown), (
@@ -138,11 +142,47 @@ def test_programs_that_fail_and_a_kill_change_nothing_and_their_keys_are_written
     assert all(row["episode_retries"] and 1 < row["turns_mean"] <= 3 for row in rows)
 
 
+def test_a_program_with_several_conversations_trains_each_of_its_turns_once_and_repeats_to_the_bit(
+    tmp_path: Path,
+) -> None:
+    folder = make_folder(tmp_path)
+    for seed, name in enumerate(("student", "teacher")):
+        make_tiny_model(folder / name, hidden=32, layers=1, context=256, seed=seed)
+    agent = ["python", str(ROOT / "tests/agent.py"), "--turns", "2", "--branches"]
+    own = {"name": None, "command": agent, "episodes_per_replica": 3}
+    more: dict[str, Any] = {
+        "learner": {"objective": {"estimator": "reward"}},
+        "sampling": {"max_response_tokens": 240},
+        "pipeline": {"updates": SHORT},
+    }
+    files = {name: campaign(folder, name, own, **more) for name in ("branches", "branches_again")}
+    for file in files.values():
+        file.write_text(f"{file.read_text()}record: true\n")
+    running = {name: start(file) for name, file in files.items()}
+    for name, process in running.items():
+        finish(process, files[name])
+        assert_ledger_adds_up(folder / "runs" / name, SHORT, 8, 0)
+    run = folder / "runs" / "branches"
+    assert fingerprint(run) == fingerprint(folder / "runs" / "branches_again")
+    rows = read_jsonl(run / "metrics.jsonl")[1:]
+    assert all(row["conversations_mean"] > 4 and row["turns_mean"] > 5 and not row["episode_retries"] for row in rows)
+    written = [
+        one for shards in shards_in(run / "record").values() for one in opened(shards) if isinstance(one, Trajectories)
+    ]
+    over = [(one, row) for one in written for row in np.flatnonzero(~one.truncated)]
+    # After each of two turns one of a sub-agent, and three that go on from it, of which the last is the next or the end.
+    assert over and all(one.turn_counts[row] == 8 for one, row in over)
+    assert all(one.begins[slice(*one.response_offsets[row : row + 2])].sum() == 5 for one, row in over)
+
+
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
         ({"environment": {"command": ["true"]}}, "environment.command: found a program, and a class in environment.name"),
-        ({"environment": {"name": None}}, "environment.name: found None, expected the import path of a class"),
+        ({"environment": {"name": None}}, "environment: found neither a class nor a program, expected"),
+        ({"environment": {"name": None, "command": []}}, "environment: found neither a class nor a program, expected"),
+        ({"environment": {"name": None, "command": [""]}}, "environment.command: found [''], expected a program and"),
+        ({"environment": {"name": "guess"}}, "environment.name: found 'guess', expected the import path of a class"),
         ({"environment": {"name": None, "command": ["true"], "arguments": {"a": 1}}}, "environment.arguments: found"),
         ({"environment": {"name": None, "command": ["true"]},
           "teachers": {"default": {"model": "m", "prompt_template": "{prompt}"}}}, "teachers.default.prompt_template"),
@@ -160,7 +200,7 @@ def test_an_environment_that_never_works_ends_the_campaign_before_the_first_upda
     process.join()
     assert process.exitcode == 1
     log = file.with_suffix(".log").read_text()
-    assert "environment: all 4 episodes of an evaluation have failed" in log and "the game is broken" in log
+    assert "environment: all 8 episodes of an evaluation have failed" in log and "the game is broken" in log
 
 
 def test_the_page_shows_the_game_and_the_agent_of_the_example() -> None:

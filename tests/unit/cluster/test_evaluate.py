@@ -125,7 +125,7 @@ def test_a_quantity_that_one_model_lacks_is_left_empty(tmp_path: Path) -> None:
         "near": {"a": {"response_length_mean": lengths}, "b": {"response_length_mean": lengths, "accuracy": right}}
     }
     by_quantity = {row[1]: row for row in table(results)}
-    assert by_quantity["accuracy"][2] == by_quantity["accuracy"][4] == "" and "50.0%" in by_quantity["accuracy"][3]
+    assert by_quantity["accuracy"][2] == by_quantity["accuracy"][4] == "" and "50.0 ±" in by_quantity["accuracy"][3]
     config = load_config(
         configuration(make_folder(tmp_path), "any", evaluation={"sets": {"near": {"prompts": {"path": "a"}}}})
     )

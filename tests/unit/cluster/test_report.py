@@ -172,7 +172,14 @@ def test_tokens_are_coloured_by_who_was_surer(run):
                    '<span class=turn data-by="turn 2"><i class=x>∅</i></span>')  # fmt: skip
     others = '<span class=others data-by="others"><i class=c>⏎\n</i><i class=c>&lt;b&gt;</i></span>'
     assert first + others + last in page.source, "turns by number, and what others wrote without a colour"
-    assert "2 tokens <i></i> 2 of others" in page.source
+    assert "2 tokens <i></i> 2 of others <i></i>" in page.source and "conversations" not in page.source
+    row |= {"begins": [2]}
+    (run / "trajectories" / "step_00000000.jsonl").write_text(json.dumps(row) + "\n")
+    page = page_of(run)
+    others = '<span class=others data-by="others"><i class=c>⏎\n</i></span>'
+    another = '<span class=others data-by="conversation 2"><i class=c>&lt;b&gt;</i></span>'
+    assert first + others + another + last in page.source
+    assert "2 tokens <i></i> 2 of others <i></i> 2 conversations <i></i>" in page.source
 
 
 def test_the_trajectories_of_the_last_step_are_shown_first(run):

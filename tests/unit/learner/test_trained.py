@@ -3,6 +3,7 @@
 The expected values are computed one trajectory and one token at a time, with Python's sums over the trained tokens alone.
 """
 
+import itertools
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -58,6 +59,15 @@ def with_context(written: Trajectories) -> Trajectories:
     )
 
 
+def with_conversations(written: Trajectories) -> Trajectories:
+    """Some responses hold several conversations, each of which begins with an environment's token."""
+    begins = np.zeros(len(written.trained), bool)
+    begins[np.flatnonzero(~written.trained)[::3]] = True
+    begins[written.response_offsets[:-1]] = False
+    assert begins.sum() >= 3
+    return replace(written, begins=begins)
+
+
 def rows_of(path: Path, written: Trajectories) -> list[torch.Tensor]:
     """Of each trajectory [n, V] log-probs at the trained tokens, with gradient."""
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
@@ -65,7 +75,10 @@ def rows_of(path: Path, written: Trajectories) -> list[torch.Tensor]:
     for row in range(len(written)):
         one = select_trajectories(written.ids[row : row + 1], [written])
         tokens = torch.from_numpy(np.concatenate([one.prompt_tokens, one.response_tokens]).astype(np.int64))
-        logits = model(tokens[None]).logits[0, len(one.prompt_tokens) - 1 : -1]
+        edges = [0, *(len(one.prompt_tokens) + np.flatnonzero(one.begins)), len(tokens)]
+        logits = torch.cat([model(tokens[None, a:b]).logits[0] for a, b in itertools.pairwise(edges)])
+        # What is predicted after the end of a conversation is of a token that the student did not write.
+        logits = logits[len(one.prompt_tokens) - 1 : -1]
         found.append(torch.log_softmax(logits, -1)[torch.from_numpy(one.trained)])
     return found, model
 
@@ -132,12 +145,14 @@ def enumerated(models: dict[str, Path], written: Trajectories, o: ObjectiveConfi
 
 
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("conversations", [False, True])
 @pytest.mark.parametrize("microbatch_tokens", [1, 4096])
 def test_loss_and_gradient_are_those_of_sums_over_trained_tokens(
-    case: str, microbatch_tokens: int, models: dict[str, Path]
+    case: str, microbatch_tokens: int, conversations: bool, models: dict[str, Path]
 ) -> None:
     objective = CASES[case]
     written = with_context(sampled(models, "other", "full")[0])
+    written = with_conversations(written) if conversations else written
     teacher = LocalTeacher(teacher_config(models, "other", "full"), "teachers.teacher")
     counts, scores = teacher.score(written.ids, written)
     spoiled = scores.logprobs.copy()
