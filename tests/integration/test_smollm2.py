@@ -225,7 +225,9 @@ def test_episodes_with_tools_take_two_updates(student: Path, tmp_path: Path) -> 
     updates = [row for row in rows if row["step"] > 0]
     assert [row["trajectories"] for row in updates] == [4, 8] and all(row["turns_mean"] >= 1 for row in updates)
     assert_engine_and_learner_agree(updates[0], ROUNDING)
-    assert all(0 <= row["eval/accuracy"] <= 1 and 0 < row["eval/reverse_kl"] < 10 for row in (rows[0], rows[-1]))
+    assert all(0 < row["eval/reverse_kl"] < 10 for row in (rows[0], rows[-1]))
+    # An episode that is cut at the limit has no reward; of four short ones all may be cut.
+    assert all(0 <= row.get("eval/accuracy", 0.0) <= 1 for row in (rows[0], rows[-1]))
     assert_loads(tmp_path / "tools" / "checkpoints" / "step_00000002", student)
 
 
