@@ -39,7 +39,7 @@ class SharedCaller:
     async def call(self, method: str, arguments: tuple[Any, ...]) -> Any:
         """What the method returns. Errors: see `errors_of`; ActorFaultError too where its value cannot be read."""
         one, episode = Asked(next(self._numbers), method, arguments), arguments[0]
-        if (since := self._answered.pop(episode, None)) is not None and method != "close":
+        if (since := self._answered.pop(episode, None)) is not None and method == "step":  # after a turn
             self._pause.answered(self._clock() - since)
         answer = self._waiting[one.number] = asyncio.get_running_loop().create_future()
         self._unsent.append(one)

@@ -135,18 +135,22 @@ def test_calls_that_come_within_a_pause_go_together(monkeypatch: pytest.MonkeyPa
     async def scenario(actor: Steps, handle: Handle, caller: SharedCaller) -> None:
         nonlocal now
         caller = SharedCaller(handle, "one", lambda: now)
+        for gate in actor.gates:
+            gate.set()
         await caller.call("at_once", (0,))
         now = 8.0
-        await caller.call("at_once", (0,))
+        await caller.call("step", (0,))
+        now = 16.5
+        await caller.call("at_once", (0,))  # which is no turn
         assert not pauses
         calls = []
         for number in range(1, 10):
             calls.append(asyncio.create_task(caller.call("at_once", (number,))))
             await turn(0)
-        assert len(handle.asked) == 2 and pauses == [8.0 / 16]
+        assert len(handle.asked) == 3 and pauses == [8.0 / 16]
         goes_on.set()
         assert await asyncio.gather(*calls) == [*range(1, 10)]
-        assert [len(asked) for asked in handle.asked] == [1, 1, 9]
+        assert [len(asked) for asked in handle.asked] == [1, 1, 1, 9]
 
     monkeypatch.setattr(asyncio, "sleep", sleep)
     run(scenario)
