@@ -141,7 +141,8 @@ def at_equal(entry: Mapping[str, Any], methods: Sequence[str]) -> list[str]:
                 most = min(other["course"][-1][budget] for other in rivals)
                 reached.append([row for row in one["course"] if row[budget] <= most][-1])
             of_method[method] = [row[key] for row in reached]
-            found = over_seeds([Estimate(*(row[f"{key}{end}"] for end in ("", ":low", ":high"))) for row in reached])
+            each = [Estimate(*(row[f"{key}{end}"] for end in ("", ":low", ":high"))) for row in reached]
+            found = over_seeds(each, share=key == "accuracy")
             spent = written(math.fsum(row[budget] for row in reached) / len(reached), form)
             at = f"{written(found.low, FORMS[key])} to {written(found.high, FORMS[key])}"
             cells.append(f"{written(found.value, FORMS[key])} ({at}), after {spent}")

@@ -244,6 +244,12 @@ def test_methods_are_compared_where_each_has_spent_what_the_most_frugal_has() ->
     # Trained tokens: 0.7 - 0.25 and 0.9 - 0.35.
     reach = quantile(1) * 0.05
     assert f"+0.5000 ({0.5 - reach:+.4f} to {0.5 + reach:+.4f})" in found[2]
+    # An accuracy has bounds within 0 and 1.
+    judged = [campaign(method, seed, [(10, 10, 0.0)]) for method in "ab" for seed in (0, 1)]
+    for one, accuracy in zip(judged, (0.9, 1.0, 0.0, 0.1), strict=True):
+        one["end"]["accuracy"] = accuracy
+        one["course"][0] |= {"accuracy": accuracy, "accuracy:low": accuracy, "accuracy:high": accuracy}
+    assert "to 100.0%), after 10 | 5.0% (0.0% to " in at_equal({"campaigns": judged}, ["a", "b"])[2]
 
 
 @pytest.mark.parametrize("name", ROWS)
