@@ -99,9 +99,7 @@ class Interrupts:
             return
         name = signal.Signals(number).name
         if self._phase == "starting":
-            self.end_now(
-                f"interrupted ({name}) before the first update of this process; the same command starts it again"
-            )
+            self.end_now(f"interrupted ({name}) before there was anything to save; the same command begins again")
         now, first = time.monotonic(), self._first
         if first is None:
             self._first, self._insisted = now, number in REQUESTS

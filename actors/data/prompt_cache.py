@@ -14,7 +14,6 @@ import errno
 import json
 import os
 import socket
-import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -113,8 +112,11 @@ class Entry:
     def spool(self) -> Spool:
         """For the rows, in files beside the entry's place. Those of processes that were killed are deleted after a day."""
         with suppress(OSError):
+            # By the clock of the file system, which other machines may share.
+            os.utime(self.directory.parent)
+            now = self.directory.parent.stat().st_mtime
             for left in self.directory.parent.glob(f"*{PARTIAL}"):
-                if time.time() - left.stat().st_mtime > LEFT_SECONDS:
+                if now - left.stat().st_mtime > LEFT_SECONDS:
                     rmtree(left, ignore_errors=True)
         return Spool(self.directory.with_name(f"{self.directory.name}.{socket.gethostname()}.{os.getpid()}{PARTIAL}"))
 

@@ -110,15 +110,17 @@ class Records:
 
 
 def _parsed(line: bytes, number: int, where: str) -> dict[str, Any]:
-    expected = "a JSON object on each line"
+    expected, shown = "a JSON object on each line", repr(line.strip()[:60].decode("utf-8", "replace"))
     try:
         # A byte-order mark can only be at the start of the file; some editors write one.
         text = line.decode("utf-8-sig" if number == 1 else "utf-8")
         record = DECODER.decode(text)
     except (ValueError, RecursionError) as error:
-        raise UserError(where, f"{line.strip()[:60]!r} ({error})", expected) from error
+        # The decoder's own message counts lines within this one.
+        why = f"{error.msg} at its character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else error
+        raise UserError(where, f"{shown} ({why})", expected) from error
     if not isinstance(record, dict):
-        raise UserError(where, f"{line.strip()[:60]!r}, a JSON {type(record).__name__}", expected)
+        raise UserError(where, f"{shown}, a JSON {type(record).__name__}", expected)
     return record
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -132,10 +131,11 @@ class Continuation:
     def _closed(self, first: Sequence[Message], turn: Message, mark: str, tools: Sequence[Any] | None) -> str:
         """What the template writes after a turn that is the last one: the same after most of an episode's turns."""
         key = _digest([first, turn, tools])
-        if key not in self._ends_of_last:
-            closed = self.render([*first, turn], tools, opened=False).rpartition(mark)[2]
-            _keep(self._ends_of_last, key, closed)
-        return self._ends_of_last[key]
+        if key in self._ends_of_last:
+            return self._ends_of_last[key]
+        closed = self.render([*first, turn], tools, opened=False).rpartition(mark)[2]
+        _keep(self._ends_of_last, key, closed)
+        return closed
 
     @cached_property
     def _stop_texts(self) -> dict[int, str]:
@@ -200,12 +200,18 @@ def checked(messages: Any, tool_calls: Sequence[Mapping[str, Any]] = (), *, firs
     return found
 
 
-def _digest(value: Any) -> bytes:
-    """A key for these messages. Equal ones may have two, but no two others have the same."""
-    return hashlib.blake2b(pickle.dumps(value), digest_size=16).digest()
+def _digest(value: Any) -> bytes | None:
+    """A key for these messages, which no others have; None where they are not JSON, and nothing is kept."""
+    try:
+        text = json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError):
+        return None
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
-def _keep(kept: dict[bytes, Any], key: bytes, value: Any) -> None:
+def _keep(kept: dict[bytes, Any], key: bytes | None, value: Any) -> None:
+    if key is None:
+        return
     if len(kept) >= KEPT:
         kept.clear()
     kept[key] = value

@@ -52,7 +52,9 @@ def runs_foreign_code(tree: ast.AST) -> list[str]:
 
 def test_no_file_that_is_read_can_run_code() -> None:
     assert len(SOURCES) > 40
-    assert {path.name: found for path in SOURCES if (found := runs_foreign_code(ast.parse(path.read_text())))} == {}
+    found = {path.name: found for path in SOURCES if (found := runs_foreign_code(ast.parse(path.read_text())))}
+    # Answers between actors of one campaign, which Ray would pickle too: each by itself, so that one alone can fail.
+    assert found == {"shared_calls.py": ["pickle"], "ray_shared_calls.py": ["pickle"]}
 
 
 @pytest.mark.parametrize(

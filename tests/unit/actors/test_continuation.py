@@ -133,7 +133,9 @@ def test_what_follows_is_rendered_once_and_depends_on_all_that_it_is_made_of(mon
     assert [one.after(*call) for call in asked] == expected and len(rendered) == count
     long = [{"role": "user", "content": LONGEST_KEPT * "No: higher. "}]
     assert one.after(USER, long, end) == continuation("qwen2_5").after(USER, long, end)
-    assert len(one._following) == len(asked), "what is long is not kept"
+    no_json = [{"role": "user", "content": "No: higher.", "tried": {1, 2}}]
+    assert one.after(USER, no_json, end) == continuation("qwen2_5").after(USER, MORE, end)
+    assert len(one._following) == len(asked), "what is long, or no JSON, is not kept"
 
 
 @pytest.mark.parametrize("how", ["as it is", "pads", "truncates", "splits special tokens", "of another class"])

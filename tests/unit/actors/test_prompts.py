@@ -186,7 +186,7 @@ def test_a_file_that_is_not_parquet_is_refused(tmp_path, tokenizer):
 )
 def test_a_line_that_is_not_json_is_named(file, tokenizer, line):
     file.write_bytes(b'{"prompt": "1", "answer": "2"}\n\n' + line + b"\n")
-    refused(file, tokenizer, r"prompts\.jsonl, line 3: found .* expected a JSON object on each line")
+    refused(file, tokenizer, r"prompts\.jsonl, line 3: found '(?!.* line \d).* expected a JSON object on each line")
 
 
 @pytest.mark.parametrize("line", ["[1, 2]", '"text"', "3", "null"])

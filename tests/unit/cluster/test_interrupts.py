@@ -127,7 +127,7 @@ def test_a_signal_while_the_actors_start_is_one_line(folder: Path, number: Any) 
     campaign.signal(number)
     assert campaign.end() == 130
     [line] = [line for line in campaign.text().splitlines() if "interrupted" in line]
-    assert line.startswith(f"understudy: interrupted ({number.name}) before the first update")
+    assert line.startswith(f"understudy: interrupted ({number.name}) before there was anything")
     assert "Traceback" not in campaign.text()
 
 
