@@ -116,7 +116,7 @@ def test_calls_that_overlap_get_their_own_answers(engine: VllmEngine) -> None:
 
 def test_a_prompt_that_does_not_fit_fails_its_own_call_only(engine: VllmEngine) -> None:
     other = engine.generate(ask(prompts(5)), SAMPLING)
-    with pytest.raises(Exception, match="length 300. is longer"):
+    with pytest.raises(Exception, match=r"length 300\) is longer"):
         engine.generate(ask([*prompts(2), [20] * 300, *prompts(2)]), SAMPLING).result(timeout=600)
     again = engine.generate(ask(prompts(5)), SAMPLING).result(timeout=600)
     assert responses(again) == responses(other.result(timeout=600))
