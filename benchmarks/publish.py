@@ -180,7 +180,7 @@ def load_seconds(mebibytes: int, ranks: int, rounds: int) -> dict[str, tuple[flo
     def after() -> tuple[float, float, float]:
         start = time.perf_counter()
         verify(manifest, buckets)
-        staged = staging.stage(buckets)
+        staged = staging.stage(manifest, buckets)
         prepared = time.perf_counter()
         for name, rows in rows_of(manifest, staged):
             copy_rows(rows, parameters[name])
