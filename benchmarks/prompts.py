@@ -29,7 +29,7 @@ COLUMNS = (
     "| memory above an idle process, MiB | of a helping process | first request, ms |"
 )
 SAMPLE = 20_000
-"""Records of which the libraries alone are timed."""
+"""Records that the libraries alone read, for the floor."""
 
 
 def write(path: Path, prompts: int) -> None:

@@ -1,4 +1,4 @@
-"""Columns of many rows without a Python object for each: texts as UTF-8 bytes, and values of which few differ.
+"""Columns of many rows in arrays, without a Python object for each row: texts as UTF-8 bytes, and values that repeat.
 
 Their arrays may be mapped from files (prompt_cache.py). Shapes: M rows, N bytes of all texts.
 """
@@ -72,7 +72,7 @@ class Texts(Column[Any]):
 
     @classmethod
     def of(cls, texts: Iterable[str | None]) -> Self:
-        """From Python strings, of which no more than ROWS exist at a time where they are made on the way."""
+        """From Python strings. It takes ROWS of them at a time, so a generator's strings are never all in memory."""
         rest = iter(texts)
         parts = [cls._of(some) for some in iter(lambda: list(islice(rest, ROWS)), [])]
         return cls(
@@ -149,7 +149,7 @@ def marked(text: str | None) -> bytes:
 
 
 class Coded(Column[T], Generic[T]):
-    """M values, of which few differ. Example: Coded(["maths", None], [0, 0, 1]) is "maths", "maths", None."""
+    """M values, with few different ones. Example: Coded(["maths", None], [0, 0, 1]) is "maths", "maths", None."""
 
     __slots__ = ("codes", "values")
 
@@ -186,7 +186,7 @@ class Coded(Column[T], Generic[T]):
         return Coded([function(value) for value in self.values], self.codes)
 
     def where(self, condition: Callable[[T], Any]) -> np.ndarray:
-        """[M] bool: rows with a value of which the condition is true."""
+        """[M] bool: rows whose value meets the condition."""
         return np.array([bool(condition(value)) for value in self.values], bool)[self.codes]
 
 

@@ -336,7 +336,7 @@ class Evaluations:
         return metrics | of_teacher, rows, busy
 
     async def _teacher(self, names: Sequence[str], baselines: dict[str, Any]) -> dict[str, float]:
-        """Asks the teachers for their answers to these sets, writes the tallies into `baselines`, and returns their metrics."""
+        """The metrics of the teachers' answers to these sets; their tallies go into `baselines`."""
         if not names or not self._config.evaluation.teacher:
             return {}
         found: dict[str, Any] = {}
