@@ -107,7 +107,8 @@ def allocated(optimizer: torch.optim.Optimizer) -> int:
 
 
 def test_the_step_is_fused_unless_told_otherwise() -> None:
-    assert make()[1].defaults["fused"] is True
+    model, _ = make()
+    assert build_optimizer(model, OptimizerConfig(0.1)).defaults["fused"] is True
     assert not make(fused=False)[1].defaults["fused"]
 
 
