@@ -46,9 +46,8 @@ class EnvironmentActor(SharedCalls):
         self._config, self._make = config, environment_maker(config, sampling, folder, host)
         self._open: dict[str, tuple[Any, float]] = {}
         """Key -> the environment, and when it is forgotten, in seconds of time.monotonic()."""
-        self._ending = 0
-        """Episodes that are over, and whose environment is being closed."""
         self._closing: set[asyncio.Task[None]] = set()
+        """Of the episodes that are over, and whose environment is being closed."""
         self._heard = time.monotonic()
         self._watch: threading.Thread | None = None
         self.exit: Callable[[int], Any] = os._exit
@@ -57,7 +56,7 @@ class EnvironmentActor(SharedCalls):
         """Takes a place for an episode; False: there is none now (`episodes_per_replica`)."""
         self._forget_late()
         most = self._config.episodes_per_replica
-        if most is not None and len(self._open) + self._ending >= most:
+        if most is not None and len(self._open) + len(self._closing) >= most:
             return False
         self._open[key] = (None, time.monotonic() + self._config.episode_timeout_seconds)
         return True
@@ -81,7 +80,7 @@ class EnvironmentActor(SharedCalls):
         return await self._tried(begin(), lambda error: Begun(error=f"{doing} {error}"))
 
     async def step(self, key: str, message: dict[str, Any], *turn: Turn) -> Answer:
-        """Gives the student's turn to the environment. turn: where it is a program."""
+        """Gives the student's turn to the environment, and closes it where it is done. turn: where it is a program."""
 
         async def answer() -> Answer:
             if key not in self._open:
@@ -91,21 +90,30 @@ class EnvironmentActor(SharedCalls):
             found = _answer(await own.step(message, *turn))
             return found._replace(follows=Follows(own.after, own.tools)) if turn and not found.done else found
 
-        return await self._tried(answer(), lambda error: Answer(error=f"step {error}"))
+        answered = await self._tried(answer(), lambda error: Answer(error=f"step {error}"))
+        if answered.done and key in self._open:  # else forgotten meanwhile
+            self._end(key)
+        return answered
 
     async def close(self, key: str) -> None:
-        """The episode is over, or given up."""
-        own, _ = self._open.pop(key, (None, 0.0))
-        await self._end(own)
+        """The episode is given up, or ends before the environment says that it is done."""
+        if key in self._open:
+            await self._end(key)
 
-    async def _end(self, own: Any) -> None:
+    def _end(self, key: str) -> asyncio.Task[None]:
+        """Forgets an episode, and closes its environment in the background, which may take long."""
+        own, _ = self._open.pop(key)
+        closing = asyncio.create_task(self._close(own))
+        self._closing.add(closing)
+        closing.add_done_callback(self._closing.discard)
+        return closing
+
+    async def _close(self, own: Any) -> None:
         if close := getattr(own, "close", None):
-            self._ending += 1
             # Of the user's code: the episode has its result already.
             with suppress(Exception, SystemExit, asyncio.CancelledError):
                 async with asyncio.timeout(self._config.step_timeout_seconds):
                     await close()
-            self._ending -= 1
 
     async def status(self) -> dict[str, int]:
         """The episodes that are open."""
@@ -127,13 +135,10 @@ class EnvironmentActor(SharedCalls):
             return failed(f"raised {told(error)}")
 
     def _forget_late(self) -> None:
-        """Closes them in the background: the end of one may take long."""
+        """Ends the episodes that nobody has closed in their time."""
         now = time.monotonic()
         for key in [key for key, (_, until) in self._open.items() if until < now]:
-            own, _ = self._open.pop(key)
-            closing = asyncio.create_task(self._end(own))
-            self._closing.add(closing)
-            closing.add_done_callback(self._closing.discard)
+            self._end(key)
 
     def _start_watch(self) -> None:
         if self._watch is None:

@@ -143,11 +143,12 @@ class Episodes:
         cause = ""
         for attempt in range(self._config.attempts):
             key = f"{id_}/{attempt}/{next(self._names)}"
-            place = await self._entered(id_, attempt, key)
+            place, closed = await self._entered(id_, attempt, key), False
             limit = self._config.episode_timeout_seconds
             try:
                 async with asyncio.timeout(limit) as clock:
                     found = await self._attempt(own, Episode(id_, seed, attempt), key, place, sampling, greedy)
+                closed = found[2] == "stop"  # an environment that is done is closed where it is
                 return self._finished(own, found, attempt)
             except TimeoutError:
                 if not clock.expired():
@@ -159,7 +160,8 @@ class Episodes:
                 self._lost.add(id(place))
                 cause = str(error)
             finally:
-                self._in_background(place, key)
+                if not closed:
+                    self._in_background(place, key)
         return self._failed(own, cause)
 
     async def _attempt(

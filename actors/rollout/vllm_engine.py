@@ -310,6 +310,7 @@ class VllmEngine:
             flat_logprobs=True,  # lists of numbers; by default vLLM makes a dictionary of objects for each token
             detokenize=False,  # the engine has no tokenizer
             output_kind=RequestOutputKind.FINAL_ONLY,
+            skip_clone=True,  # they are this request's own
         )
 
     def _submit(self, do: Callable[[], T], turn: Literal["next", "idle", "any"] = "next") -> Future:

@@ -9,7 +9,8 @@ OLD_SHARE = 0.95
 class Pause:
     """A share of the mean time of a request; 0 before the first answer."""
 
-    def __init__(self) -> None:
+    def __init__(self, share: float = SHARE, longest: float = LONGEST_SECONDS) -> None:
+        self._share, self._longest = share, longest
         self._mean: float | None = None
 
     def answered(self, seconds: float) -> None:
@@ -20,4 +21,4 @@ class Pause:
     @property
     def seconds(self) -> float:
         """How long to wait."""
-        return min(SHARE * (self._mean or 0.0), LONGEST_SECONDS)
+        return min(self._share * (self._mean or 0.0), self._longest)

@@ -19,6 +19,9 @@ from actors.errors import ActorFaultError
 from cluster.fleet.pauses import Pause
 from cluster.fleet.ray_actor import invoke
 
+SHARE, LONGEST_SECONDS = 1 / 8, 0.02
+"""Of a turn. An exchange takes a millisecond or two of each process: rare enough at the longest pause, whatever a turn takes."""
+
 
 class SharedCaller:
     """Makes the calls to one environment actor. For one event loop, without locks."""
@@ -31,7 +34,7 @@ class SharedCaller:
         """Number -> future of a call without an answer."""
         self._numbers = itertools.count()
         self._gathering, self._under_way = False, 0
-        self._began, self._pause = clock(), Pause()
+        self._began, self._pause = clock(), Pause(SHARE, LONGEST_SECONDS)
         self._answered: dict[Any, float] = {}
         """First argument of a call, which names an episode -> when its last call was answered."""
         self._tasks: set[asyncio.Task[None]] = set()
@@ -52,7 +55,7 @@ class SharedCaller:
             value = await answer
         finally:
             self._waiting.pop(one.number, None)
-        if method != "close":
+        if method != "close" and not getattr(value, "done", False):  # a further call of this episode comes
             self._answered[episode] = self._clock()
         return value
 

@@ -90,6 +90,8 @@ class Ends:
         return "Go."
 
     async def step(self, message: dict) -> Any:
+        if message.get("content") == "the last":
+            return "", True, 1.0
         raise SystemExit(3)
 
     async def close(self) -> None:
@@ -190,6 +192,26 @@ def test_the_end_of_an_episode_closes_it_and_an_end_that_goes_wrong_is_of_no_con
     Ends.closed.clear()
     asyncio.run(play())
     assert Ends.closed == [close]
+
+
+@pytest.mark.parametrize("close", ["raises", "hangs", "exits"])
+def test_an_environment_that_is_done_is_closed_at_once_and_its_answer_does_not_wait_for_that(close: str) -> None:
+    async def play() -> None:
+        own = config("Ends", arguments={"close": close}, episodes_per_replica=1, step_timeout_seconds=0.2)
+        actor = EnvironmentActor(own)
+        assert await actor.enter("a") and not await actor.enter("b")
+        await actor.reset("a", EPISODE, {})
+        assert await actor.step("a", {"content": "the last"}) == Answer("", True, 1.0)
+        assert await actor.status() == {"episodes": 0}
+        assert not await actor.enter("b"), "one that is being closed still has its place"
+        while not await actor.enter("b"):
+            await asyncio.sleep(0.01)
+        assert Ends.closed == [close]
+        await actor.close("a")
+        assert Ends.closed == [close]
+
+    Ends.closed.clear()
+    asyncio.run(asyncio.wait_for(play(), 60))
 
 
 @pytest.mark.parametrize(

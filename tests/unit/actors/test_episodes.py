@@ -204,6 +204,7 @@ class Asks:
     async def step(self, key: str, message: dict, turn: Turn) -> Answer:
         self.open[key] += 1
         if self.open[key] > len(self.script):
+            del self.open[key]
             return Answer([], True, 0.5)
         after, text = self.script[self.open[key] - 1]
         return Answer([{"role": "user", "content": text}], follows=Follows(after, []))

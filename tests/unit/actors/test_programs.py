@@ -38,6 +38,7 @@ async def played(actor: EnvironmentActor, episode: Episode = EPISODE, turns: int
         answers.append(await actor.step("a", {"role": "assistant", "content": len(answers) * "x"}, TURN))
     if close:
         await actor.close("a")
+        await asyncio.gather(*actor._closing)
     return answers
 
 

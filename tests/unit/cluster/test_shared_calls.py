@@ -120,8 +120,11 @@ def test_no_answer_waits_for_a_slower_one_and_no_call_for_an_answer() -> None:
     run(scenario)
 
 
-def test_calls_that_come_within_a_pause_go_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A sixteenth of the time from an answer to the episode's next call."""
+@pytest.mark.parametrize(("turn_seconds", "pause"), [(0.08, 0.01), (8.0, 0.02)])
+def test_calls_that_come_within_a_pause_go_together(
+    turn_seconds: float, pause: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An eighth of the time from an answer to the episode's next call, and 20 ms at most."""
     pauses: list[float] = []
     now = 0.0
     turn, goes_on = asyncio.sleep, asyncio.Event()
@@ -138,16 +141,16 @@ def test_calls_that_come_within_a_pause_go_together(monkeypatch: pytest.MonkeyPa
         for gate in actor.gates:
             gate.set()
         await caller.call("at_once", (0,))
-        now = 8.0
+        now = turn_seconds
         await caller.call("step", (0,))
-        now = 16.5
+        now *= 3
         await caller.call("at_once", (0,))  # which is no turn
         assert not pauses
         calls = []
         for number in range(1, 10):
             calls.append(asyncio.create_task(caller.call("at_once", (number,))))
             await turn(0)
-        assert len(handle.asked) == 3 and pauses == [8.0 / 16]
+        assert len(handle.asked) == 3 and pauses == [pytest.approx(pause)]
         goes_on.set()
         assert await asyncio.gather(*calls) == [*range(1, 10)]
         assert [len(asked) for asked in handle.asked] == [1, 1, 1, 9]
@@ -215,7 +218,7 @@ def test_answers_of_a_client_that_is_gone_are_forgotten_when_another_comes(monke
 
 
 def test_the_turns_of_episodes_that_are_played_together_share_calls_to_their_environments() -> None:
-    """Eight episodes of three turns are 8 (1 + 3 + 1) calls. Each kind comes from all of them at a time."""
+    """Eight episodes of three turns are 8 (1 + 3) calls, each kind from all of them at a time. None is remembered after it."""
 
     class Hosts(EnvironmentActor):
         async def reset(self, key: str, episode: Episode, record: dict) -> Begun:
@@ -235,6 +238,7 @@ def test_the_turns_of_episodes_that_are_played_together_share_calls_to_their_env
         sampling = SamplingConfig(max_response_tokens=100)
         found = await asyncio.gather(*(episodes.play(requests(), sampling, False) for _ in range(4)))
         assert all(written.turn_counts.tolist() == [3, 3] for written, _ in found)
-        assert [len(asked) for asked in handle.asked[:4]] == [8, 8, 8, 8]
+        assert [len(asked) for asked in handle.asked] == [8, 8, 8, 8], "an environment that is done needs no word of it"
+        assert not there._callers[handle]._answered
 
     asyncio.run(asyncio.wait_for(play(), 60))
