@@ -1,8 +1,8 @@
 """What episodes cost beside single answers, and how busy an engine is while environments think.
 
 python -m benchmarks.environments cost [--runs 2] [--updates 4] [--hidden 128] [--layers 2]
-    Campaigns by turns, in which the student writes as much: single answers, and episodes of short and of long turns with an
-    environment that answers at once. Processor seconds of all processes for each 1,000 tokens, of responses and of the
+    Campaigns by turns, with responses of the same length: single answers, and episodes of short and of long turns with an
+    environment that answers at once. --hidden, --layers: of the student and of the teacher. Processor seconds of all processes for each 1,000 tokens, of responses and of the
     student's, and their ratios.
 python -m benchmarks.environments thinking [--seats 16]
     Environments that answer at once, after as long as a turn takes, and after four times as long: tokens a second, the
@@ -23,7 +23,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import psutil
 import yaml
@@ -34,40 +34,28 @@ from tests.tiny_models import CHARACTERS, make_tiny_model, make_tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 LOOK_SECONDS = 0.02
-LETTERS = [*CHARACTERS, *map(chr, range(0x100, 0x100 + 308))]
-"""So many that an untrained student ends an answer after some 400 tokens."""
-TOKENS = 640
-"""Most tokens of a response."""
+LETTERS = [*CHARACTERS, *map(chr, range(0x4E00, 0x4E00 + 3000))]
+"""So many that an untrained student ends hardly any answer before its limit."""
+TOKENS = 320
+"""Of a response: single answers and episodes are cut there, so all are of one length."""
 PROMPTS, SAMPLES = 8, 4
 WARM = 1
 """Updates before those that are measured."""
 
 
-class Turns(NamedTuple):
-    """Turns of one length: an untrained student ends them `count` times as often as an answer."""
-
-    stops: list[int]
-    """Tokens that end a turn, beside the one that ends an answer."""
-
-    @property
-    def count(self) -> int:
-        """Of an episode, so that the student writes as much as in a single answer."""
-        return 1 + len(self.stops)
-
-
-TURNS: dict[str, Turns | None] = {
+TURNS: dict[str, list[int] | None] = {
     "single": None,
-    "short turns": Turns(list(range(20, 300, 20))),
-    "long turns": Turns([42, 142, 242]),
+    "short turns": list(range(20, 3000, 26)),
+    "long turns": list(range(20, 3000, 100)),
 }
-"""Of some 28 tokens, as in a game, and of some 100, as an agent writes."""
+"""Tokens that end a turn. An untrained student draws one after some 26 tokens, as in a game, or 100, as an agent writes."""
 
 
 class Answers:
-    """Answers every turn with a word of two letters, after so many seconds. One turn in `turns` is the last."""
+    """Answers every turn with a word of two letters, after so many seconds, without an end."""
 
-    def __init__(self, turns: int, seconds: float = 0.0):
-        self.turns, self.seconds = turns, seconds
+    def __init__(self, seconds: float = 0.0):
+        self.seconds = seconds
 
     async def reset(self, record: dict[str, Any], episode: Episode) -> None:
         """The student reads the record's prompt."""
@@ -77,7 +65,7 @@ class Answers:
         """Another to every turn, as nobody could have prepared."""
         if self.seconds:
             await asyncio.sleep(self.seconds)
-        return "".join(self.draw.choices(LETTERS, k=2)), self.draw.random() < 1 / self.turns, 0.0
+        return "".join(self.draw.choices(LETTERS, k=2)), False, 0.0
 
 
 def make_folder(folder: Path, hidden: int, layers: int) -> Path:
@@ -92,17 +80,14 @@ def make_folder(folder: Path, hidden: int, layers: int) -> Path:
 
 def sampling_of(turns: str) -> dict[str, Any]:
     """The section `sampling`."""
-    chosen = TURNS[turns]
-    return {"max_response_tokens": TOKENS, "stop_token_ids": chosen.stops if chosen else []}
+    return {"max_response_tokens": TOKENS, "stop_token_ids": TURNS[turns] or []}
 
 
 def environment_of(turns: str, seconds: float) -> dict[str, Any] | None:
     """The section `environment`; None for single answers. seconds: that an answer takes."""
-    chosen = TURNS[turns]
-    if chosen is None:
+    if TURNS[turns] is None:
         return None
-    arguments = {"turns": chosen.count, "seconds": seconds}
-    return {"name": "benchmarks.environments:Answers", "arguments": arguments, "max_turns": 1000}
+    return {"name": "benchmarks.environments:Answers", "arguments": {"seconds": seconds}, "max_turns": 1000}
 
 
 def engine_of(seats: int) -> dict[str, Any]:
