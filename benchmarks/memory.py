@@ -78,7 +78,7 @@ def measure_rollout(updates: int, every: int, overrides: list[str], *, any_size:
     """Prints a line for every `every`-th update of a rollout actor."""
     import actors.rollout.actor as module
     from actors.data.models import load_model
-    from actors.data.prompts import requests
+    from actors.prompts.prompt_set import requests
     from actors.weights.buckets import pack_all
     from cluster.config_file import load_config
     from cluster.inputs import read_inputs

@@ -19,7 +19,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from actors.data.prompt_cache import VARIABLE
+from actors.prompts.cache import VARIABLE
 
 ROOT = Path(__file__).resolve().parents[1]
 LINES = 100_000
@@ -54,7 +54,7 @@ def write(path: Path, prompts: int) -> None:
 def start(path: Path, answer: Any) -> None:
     """Reads and asks; sends {what: seconds or MiB}."""
     from actors.data.prompt_order import PromptOrder
-    from actors.data.prompts import requests
+    from actors.prompts.prompt_set import requests
     from cluster.config_file import load_config
     from cluster.inputs import read_inputs
     from cluster.state.same_inputs import fingerprints
@@ -85,8 +85,8 @@ def floor(path: Path, answer: Any) -> None:
     """Sends {what: seconds for each record}: what the libraries take by themselves, for SAMPLE records."""
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
-    from actors.data.record_batches import DECODER
     from actors.data.tokenizer import load_tokenizer
+    from actors.prompts.record_batches import DECODER
 
     tokenizer: Any = load_tokenizer(str(ROOT / "examples" / "addition" / "student"), False, "student.model")
     with path.open(encoding="utf-8") as file:

@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 
 from actors.config import StudentConfig, TeacherConfig, TrainingPromptsConfig
-from actors.data.columns import Coded, Texts
-from actors.data.prompts import PromptSet
+from actors.prompts.columns import Coded, Texts
+from actors.prompts.prompt_set import PromptSet
 from actors.rollout.batched_calls import BatchedCalls
 from actors.teacher.base import TeacherCounts
 from actors.trajectory import LoadSeconds, Requests, RolloutCounts, TeacherScores, Trajectories, offsets_of

@@ -102,8 +102,8 @@ def write_trajectories(setting: Setting, file: Path) -> None:
     import torch
 
     from actors.config import PromptsConfig, TeacherConfig
-    from actors.data.prompts import load_prompts
     from actors.data.tokenizer import load_tokenizer
+    from actors.prompts.prompt_set import load_prompts
     from actors.teacher.local import LocalTeacher
     from actors.trajectory import Limits, Prompts, offsets_of
 

@@ -11,16 +11,16 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from actors.config import PromptsConfig
-from actors.data.columns import Coded, Picked
 from actors.data.contexts import context_length, engine_context
 from actors.data.judge import Judge
 from actors.data.models import find_model, load_config
-from actors.data.prompt_filters import Dropped, dropped, overlap, repeated, whole_texts
-from actors.data.prompts import PromptSet, check_lengths, load_prompts
-from actors.data.responses import Ends, odd_tokens
 from actors.data.tokenizer import load_tokenizer, stop_token_ids, template_token_ids, turn_end
 from actors.errors import UserError
 from actors.import_path import is_import_path
+from actors.prompts.columns import Coded, Picked
+from actors.prompts.filters import Dropped, dropped, overlap, repeated, whole_texts
+from actors.prompts.prompt_set import PromptSet, check_lengths, load_prompts
+from actors.prompts.responses import Ends, odd_tokens
 from actors.teacher.backends import backend_of
 from actors.teacher.base import UNBOUNDED, context_of
 from actors.teacher.turn_ends import TurnEnds

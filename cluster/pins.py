@@ -11,8 +11,8 @@ from typing import NamedTuple
 from actors.config import SourceConfig, StudentConfig, TeacherConfig
 from actors.data.hub import COMMIT, Kind, commit_of, offline
 from actors.data.models import looks_local
-from actors.data.prompt_files import is_hub_dataset
 from actors.errors import UserError
+from actors.prompts.files import is_hub_dataset
 from actors.teacher.backends import backend_of
 from cluster.config import CampaignConfig, prompt_sources
 from cluster.config_file import load_config

@@ -12,7 +12,6 @@ from actors.accelerator import Card, card_here
 from actors.config import RolloutConfig, StudentConfig, TeacherConfig
 from actors.data.judge import Judge
 from actors.data.models import check_fit, find_model, load_config, looks_local, tensor_parallel_plan
-from actors.data.prompt_files import is_pattern
 from actors.data.tokenizer import check_tokenizers_agree, load_tokenizer, template_difference
 from actors.data.weight_files import opened
 from actors.environment.actor import environment_maker
@@ -20,6 +19,7 @@ from actors.environment.trial import try_environment
 from actors.errors import UserError
 from actors.gpu_share import LARGEST_CARD_BYTES
 from actors.import_path import is_import_path
+from actors.prompts.files import is_pattern
 from actors.rollout.engine import engine_class
 from actors.teacher.alignment import make_reader
 from actors.teacher.backends import backend_of, needs_plan, refuse_full, refuse_without_gpu

@@ -1,1 +1,1 @@
-"""Prompts, verifiers, models and tokenizers: what the roles read from files."""
+"""Verifiers, models, tokenizers and recorded trajectories: what the roles read from files."""

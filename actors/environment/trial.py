@@ -8,11 +8,11 @@ from typing import Any
 
 from actors.config import EnvironmentConfig, PromptsConfig, SamplingConfig
 from actors.data.messages import name_of
-from actors.data.prompts import load_prompts, sample_seed
 from actors.environment.actor import EnvironmentActor
 from actors.environment.base import Begun, Episode
 from actors.environment.continuation import CALL_ID, Continuation, Message, checked
 from actors.errors import UserError
+from actors.prompts.prompt_set import load_prompts, sample_seed
 from actors.trajectory import EVALUATION_EPOCH, TrajectoryId
 
 ANSWERS: dict[str, list[Message]] = {

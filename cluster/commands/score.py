@@ -15,10 +15,10 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import xxhash
 
-from actors.data.fingerprints import prompts_fingerprint
-from actors.data.prompts import PromptSet, copied
 from actors.data.trajectory_shards import Row, counts_of, fault_in, rows_of, shards_in, write_shard
 from actors.errors import UserError
+from actors.prompts.fingerprint import prompts_fingerprint
+from actors.prompts.prompt_set import PromptSet, copied
 from actors.trajectory import NO_VERSION, TeacherScores, Trajectories, TrajectoryId, select_trajectories
 from cluster.config import CampaignConfig, EvaluationConfig
 from cluster.fleet.ray_actor import fetched

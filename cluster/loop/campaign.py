@@ -32,9 +32,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from actors.data.prompts import PromptSet, copied, requests
 from actors.data.trajectory_shards import Row
 from actors.errors import AbortedError, GivenUpError, LostObjectError
+from actors.prompts.prompt_set import PromptSet, copied, requests
 from actors.trajectory import TrajectoryId
 from cluster.config import CampaignConfig
 from cluster.console.screen import Progress

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 
 from actors.config import SamplingConfig
-from actors.data.fingerprints import prompts_fingerprint
 from actors.data.judge import Judge, Verdicts, texts_to_judge
-from actors.data.prompts import PromptSet, requests
 from actors.errors import CampaignError
+from actors.prompts.fingerprint import prompts_fingerprint
+from actors.prompts.prompt_set import PromptSet, requests
 from actors.trajectory import (
     EVALUATION_EPOCH,
     RolloutCounts,

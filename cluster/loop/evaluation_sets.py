@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from actors.data.judge import Judge, texts_to_judge
-from actors.data.prompts import PromptSet, requests
+from actors.prompts.prompt_set import PromptSet, requests
 from actors.trajectory import (
     EVALUATION_EPOCH,
     FINISH_REASONS,

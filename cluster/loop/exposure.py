@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from actors.config import SamplingConfig
-from actors.data.prompts import PromptSet, requests, sample_seed
 from actors.errors import CampaignError
+from actors.prompts.prompt_set import PromptSet, requests, sample_seed
 from actors.trajectory import (
     EVALUATION_EPOCH,
     Requests,

@@ -24,8 +24,8 @@ from typing import Any
 import numpy as np
 
 from actors.data.prompt_order import PromptOrder
-from actors.data.prompts import PromptSet
 from actors.errors import CampaignError
+from actors.prompts.prompt_set import PromptSet
 from actors.trajectory import RolloutCounts, TrajectoryId
 from cluster.config import CampaignConfig
 from cluster.fleet.changes import Changes

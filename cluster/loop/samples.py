@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from actors.data.prompts import PromptSet
 from actors.data.token_texts import token_texts
 from actors.errors import LostObjectError
+from actors.prompts.prompt_set import PromptSet
 from actors.trajectory import (
     FINISH_REASONS,
     NO_VERSION,

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from actors.config import SamplingConfig, TeacherConfig
-from actors.data.columns import Coded
-from actors.data.prompts import PromptSet, requests
 from actors.errors import CampaignError, UserError
+from actors.prompts.columns import Coded
+from actors.prompts.prompt_set import PromptSet, requests
 from actors.trajectory import Limits, Prompts, Requests, RolloutCounts, offsets_of, ragged_rows
 from cluster.fleet.ray_fleet import Fleet
 from cluster.loop.work import split_evenly

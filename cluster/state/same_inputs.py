@@ -8,12 +8,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from actors.data.fingerprints import model_fingerprint, prompts_fingerprint
 from actors.data.hub import COMMIT, split
+from actors.data.model_fingerprint import model_fingerprint
 from actors.data.models import find_model, looks_local
-from actors.data.prompts import PromptSet
 from actors.errors import UserError
 from actors.json_files import read_json
+from actors.prompts.fingerprint import prompts_fingerprint
+from actors.prompts.prompt_set import PromptSet
 from actors.teacher.backends import backend_of
 from cluster.config import CampaignConfig, prompt_sources
 from cluster.state.changes import Changed, begin_anew, is_below, is_key, names_like

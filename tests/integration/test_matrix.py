@@ -19,7 +19,7 @@ import pyarrow as pa
 import pytest
 from safetensors.torch import load_file
 
-from actors.data.spool import MANY
+from actors.prompts.spool import MANY
 from cluster.config import CampaignConfig
 from cluster.config_file import load_config
 from cluster.records.writer import read_jsonl

@@ -104,5 +104,5 @@ def test_an_update_runs_through_the_modules_of_the_path_and_those_named_beside_i
     beside = set(re.findall(r"^\| `([\w/]+\.py)`", section("### Beside this path"), re.M))
     assert not path & beside and beside <= MODULES
     assert ran <= path | beside, ran - path - beside
-    sampling = {"actors/data/prompts.py", "actors/rollout/actor.py", "actors/rollout/vllm_engine.py"}
+    sampling = {"actors/prompts/prompt_set.py", "actors/rollout/actor.py", "actors/rollout/vllm_engine.py"}
     assert ran >= path - sampling, path - sampling - ran

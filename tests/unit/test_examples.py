@@ -15,10 +15,10 @@ import torch
 
 from actors.config import PromptsConfig, VerifierConfig
 from actors.data.models import load_model
-from actors.data.prompts import load_prompts
 from actors.data.tokenizer import load_tokenizer
 from actors.data.verifiers import make_verifier
 from actors.errors import UserError
+from actors.prompts.prompt_set import load_prompts
 from cluster.config_file import load_config
 from cluster.preflight import checks
 from examples.calculator.calculator import Calculator

@@ -24,9 +24,9 @@ from pyarrow import parquet
 
 import cluster.cli
 from actors.config import PromptsConfig
-from actors.data.prompts import load_prompts
 from actors.data.tokenizer import load_tokenizer
 from actors.errors import UserError
+from actors.prompts.prompt_set import load_prompts
 from cluster.config_file import as_dictionary, load_config
 from tests.light_campaign import configuration, finish, make_folder, start
 from tests.mutations import TEXTS, broken_bytes, broken_text, changed, damage, paths, value

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from actors.config import PromptsConfig, RolloutConfig, SamplingConfig, StudentConfig, TeacherConfig
-from actors.data.prompts import PromptSet, load_prompts, requests
 from actors.data.tokenizer import load_tokenizer, stop_token_ids
+from actors.prompts.prompt_set import PromptSet, load_prompts, requests
 from actors.rollout.actor import RolloutActor
 from actors.teacher.local import LocalTeacher
 from actors.trajectory import Trajectories

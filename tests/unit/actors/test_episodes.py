@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from actors.config import EnvironmentConfig, PromptsConfig, SamplingConfig
-from actors.data.prompts import load_prompts
 from actors.environment.actor import EnvironmentActor
 from actors.environment.base import Answer, Begun, Episode, Follows, Turn
 from actors.environment.continuation import Continuation
 from actors.errors import AbortedError, UserError
+from actors.prompts.prompt_set import load_prompts
 from actors.rollout.engine import Response, trajectories_of
 from actors.rollout.episodes import NO_LIMITS, Episodes, _row, turn_seed
 from actors.rollout.thinking import Thinking

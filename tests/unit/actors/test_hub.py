@@ -12,10 +12,10 @@ from actors import heartbeat
 from actors.config import PromptsConfig
 from actors.data import hub as hubs
 from actors.data.models import check_fit, find_model, load_config, load_model, with_headers
-from actors.data.prompt_files import read_records
 from actors.data.tokenizer import load_tokenizer
 from actors.data.weight_files import stored_tensors
 from actors.errors import UserError
+from actors.prompts.files import read_records
 from tests import fake_hub
 from tests.fake_hub import FakeHub
 from tests.tiny_models import make_tiny_model

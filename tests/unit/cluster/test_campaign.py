@@ -14,8 +14,6 @@ import numpy as np
 import pytest
 
 from actors.config import StudentConfig, TeacherConfig, TrainingPromptsConfig
-from actors.data.columns import Coded, Texts
-from actors.data.prompts import PromptSet
 from actors.errors import (
     AbortedError,
     CampaignError,
@@ -25,6 +23,8 @@ from actors.errors import (
     LostObjectError,
     UserError,
 )
+from actors.prompts.columns import Coded, Texts
+from actors.prompts.prompt_set import PromptSet
 from actors.teacher.base import TeacherCounts
 from actors.trajectory import EpisodeCounts, LoadSeconds, RolloutCounts, TrajectoryId, offsets_of
 from cluster.config import CampaignConfig, PipelineConfig

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from actors.data.prompt_files import is_pattern
+from actors.prompts.files import is_pattern
 from actors.teacher.backends import backend_of
 from cluster.cli import command_parser, main
 from cluster.config import CampaignConfig

@@ -13,10 +13,10 @@ import torch
 from actors import accelerator, vllm_startup
 from actors.accelerator import keep_to_share
 from actors.config import TeacherConfig
-from actors.data.columns import Coded, Texts
-from actors.data.prompts import PromptSet
 from actors.errors import UnavailableError, UserError
 from actors.gpu_share import PROCESS_BYTES, engine_fraction, torch_fraction
+from actors.prompts.columns import Coded, Texts
+from actors.prompts.prompt_set import PromptSet
 from actors.rollout.engine import PromptLengths
 from actors.trajectory import offsets_of
 from actors.vllm_options import share_options

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from actors.config import MixedSourceConfig
-from actors.data.columns import Coded, Texts
-from actors.data.fingerprints import prompts_fingerprint
-from actors.data.prompts import PromptSet
 from actors.errors import UserError
+from actors.prompts.columns import Coded, Texts
+from actors.prompts.fingerprint import prompts_fingerprint
+from actors.prompts.prompt_set import PromptSet
 from actors.trajectory import offsets_of
 from cluster.config import CampaignConfig
 from cluster.config_file import load_config

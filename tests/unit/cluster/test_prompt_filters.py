@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from actors.data.columns import Texts
-from actors.data.prompt_filters import repeated
 from actors.errors import UserError
+from actors.prompts.columns import Texts
+from actors.prompts.filters import repeated
 from cluster.config_file import load_config
 from cluster.inputs import Inputs, read_inputs
 from tests.light_campaign import configuration, make_folder
@@ -50,7 +50,7 @@ def test_a_text_is_a_repeat_where_an_earlier_one_is_the_same(texts: list[str], d
         seen |= {text} if looked_at else set()
     assert repeated(Texts.of(texts), np.array(among, bool)).tolist() == expected
     with pytest.MonkeyPatch.context() as patch:  # of texts with the same digest, none is left out that differs
-        patch.setattr("actors.data.columns.xxhash.xxh3_64_intdigest", len)
+        patch.setattr("actors.prompts.columns.xxhash.xxh3_64_intdigest", len)
         assert not np.any(repeated(Texts.of(texts), np.array(among, bool)) & ~np.array(expected, bool))
 
 

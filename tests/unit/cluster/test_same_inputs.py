@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from actors.data.fingerprints import WHOLE_BYTES, model_fingerprint
+from actors.data.model_fingerprint import WHOLE_BYTES, model_fingerprint
 from actors.errors import UserError
 from cluster.records.writer import read_jsonl
 from cluster.state.same_inputs import demand_same

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from actors.config import TeacherConfig
-from actors.data.columns import Coded, Texts
-from actors.data.prompts import PromptSet
 from actors.errors import CampaignError, UserError
+from actors.prompts.columns import Coded, Texts
+from actors.prompts.prompt_set import PromptSet
 from actors.teacher.base import TeacherCounts
 from actors.trajectory import offsets_of
 from cluster.loop.teachers import PromptRoutes, Teachers, route, routes

@@ -20,9 +20,9 @@ from typing import Any
 from actors.config import SourceConfig
 from actors.data.hub import hub_errors
 from actors.data.models import as_user_error, looks_local
-from actors.data.own_records import own_records
-from actors.data.record_batches import READABLE, Batch, Lines, Records, Rows, plain_row
 from actors.errors import UserError
+from actors.prompts.own_records import own_records
+from actors.prompts.record_batches import READABLE, Batch, Lines, Records, Rows, plain_row
 
 BATCH = 1024
 """Records that are read, and tokenised, at a time."""

@@ -19,14 +19,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from actors.data.prompt_parts import PartMaker, Task
-from actors.data.record_batches import Records
-from actors.data.spool import MANY, Part
 from actors.errors import CampaignError, UserError
+from actors.prompts.parts import PartMaker, Task
+from actors.prompts.record_batches import Records
+from actors.prompts.spool import MANY, Part
 
 MAIN = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
-    "from actors.data.prompt_workers import serve; serve(int(sys.argv[2]))"
+    "from actors.prompts.workers import serve; serve(int(sys.argv[2]))"
 )
 ENVIRONMENT = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
 """Of a worker: there is one for each core."""

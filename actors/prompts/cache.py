@@ -27,10 +27,10 @@ import xxhash
 
 from actors.config import SourceConfig
 from actors.data.hub import COMMIT
-from actors.data.prompt_files import is_hub_dataset
-from actors.data.prompt_parts import PartMaker
-from actors.data.spool import MANY, Spool
 from actors.heartbeat import beat
+from actors.prompts.files import is_hub_dataset
+from actors.prompts.parts import PartMaker
+from actors.prompts.spool import MANY, Spool
 
 VARIABLE = "UNDERSTUDY_CACHE"
 """Names the cache's directory, in place of `understudy` in XDG_CACHE_HOME or ~/.cache."""
@@ -46,8 +46,8 @@ OUTSIDE = (
 """Keys of prompts on which the columns do not depend, or by the contents of the files only."""
 LIBRARIES = ("transformers", "tokenizers", "jinja2", "pyarrow", "datasets")
 CODE = (
-    *("columns", "messages", "prompt_files", "prompt_parts", "prompt_texts", "record_batches", "responses", "spool"),
-    "../json_files",
+    *("columns", "files", "parts", "record_batches", "responses", "spool", "texts"),
+    *("../data/messages", "../json_files"),
 )
 """Modules that make the columns, by their places from here."""
 

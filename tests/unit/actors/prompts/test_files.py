@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from actors.config import PromptsConfig
-from actors.data.prompts import PromptSet, load_prompts
 from actors.errors import UserError
+from actors.prompts.prompt_set import PromptSet, load_prompts
 from tests.tiny_models import CHAT_TEMPLATE, make_tiny_tokenizer
 
 # Prints what it is given, and refuses nothing by itself, as lenient templates do.

@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from actors.data.columns import Texts
-from actors.data.prompts import PromptSet
 from actors.errors import UserError
+from actors.prompts.columns import Texts
+from actors.prompts.prompt_set import PromptSet
 
 SHOWN = 3
 """Examples of an overlap that are told."""

@@ -9,9 +9,9 @@ import pyarrow as pa
 import pytest
 
 from actors.config import MixedSourceConfig, PromptsConfig
-from actors.data import own_records
-from actors.data.prompts import PromptSet, load_prompts
 from actors.errors import UserError
+from actors.prompts import own_records
+from actors.prompts.prompt_set import PromptSet, load_prompts
 from tests import fake_hub
 from tests.tiny_models import make_tiny_tokenizer
 
@@ -132,7 +132,7 @@ def ends(how: str) -> Any:
     raise {"interrupt": KeyboardInterrupt, "base": BaseException}[how]("no more")
 
 
-HERE = "tests.unit.actors.test_sources"
+HERE = "tests.unit.actors.prompts.test_sources"
 
 
 def own(name: str, limit: int | None = None, **arguments: Any) -> PromptSet:

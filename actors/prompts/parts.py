@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 
 from actors.config import SourceConfig
-from actors.data.columns import Coded, Texts
-from actors.data.prompt_files import field_of
-from actors.data.prompt_texts import Reader, text_field
-from actors.data.record_batches import Batch
-from actors.data.responses import Ends, Piece, Responses, pieces_of, prompt_of, tokenised
-from actors.data.spool import OFFSETS, Part, Spool
 from actors.errors import UserError
+from actors.prompts.columns import Coded, Texts
+from actors.prompts.files import field_of
+from actors.prompts.record_batches import Batch
+from actors.prompts.responses import Ends, Piece, Responses, pieces_of, prompt_of, tokenised
+from actors.prompts.spool import OFFSETS, Part, Spool
+from actors.prompts.texts import Reader, text_field
 from actors.trajectory import offsets_of
 
 

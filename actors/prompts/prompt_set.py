@@ -1,6 +1,6 @@
 """Reads, renders and tokenises the prompts once, and makes requests of them.
 
-The k-th prompt that a campaign issues is a pure function of k and the seed (prompt_order.py), so a checkpoint stores only the
+The k-th prompt that a campaign issues is a pure function of k and the seed (actors/data/prompt_order.py), so a checkpoint stores only the
 cursor k. A sample's seed comes from a hash of its id.
 
 Shapes: M prompts, P prompt tokens in all, B requests.
@@ -16,17 +16,17 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from actors.config import PromptsConfig, SourceConfig
-from actors.data.columns import Coded, Texts, many_rows
-from actors.data.prompt_cache import Columns, Damaged, SourceFile, Span, entry_of, is_plain
-from actors.data.prompt_files import files_of, read_records
 from actors.data.prompt_order import hash_of
-from actors.data.prompt_parts import PartMaker, Task, responses_in, texts_in
-from actors.data.prompt_texts import Reader
-from actors.data.prompt_workers import MOST_WORKERS, Parts, cores
-from actors.data.responses import Ends, Responses
-from actors.data.spool import MANY, OFFSETS, Spool
 from actors.errors import UserError
 from actors.heartbeat import beat, does
+from actors.prompts.cache import Columns, Damaged, SourceFile, Span, entry_of, is_plain
+from actors.prompts.columns import Coded, Texts, many_rows
+from actors.prompts.files import files_of, read_records
+from actors.prompts.parts import PartMaker, Task, responses_in, texts_in
+from actors.prompts.responses import Ends, Responses
+from actors.prompts.spool import MANY, OFFSETS, Spool
+from actors.prompts.texts import Reader
+from actors.prompts.workers import MOST_WORKERS, Parts, cores
 from actors.trajectory import (
     FINISH_REASONS,
     Aside,
@@ -179,7 +179,7 @@ def load_prompts(
     """Reads, renders and tokenises every prompt of the sources that `config` names, in their order.
 
     max_prompt_tokens: the context length minus the room for a response; None: any length (a longer prompt stays, too, where
-    `too_long` is not `refuse`: prompt_filters.py leaves it out). key: the section's configuration
+    `too_long` is not `refuse`: filters.py leaves it out). key: the section's configuration
     key, for example "prompts" or "evaluation.prompts". template: the text that a teacher with privileged information reads in
     place of the prompt, with `{field}` for fields of the record. records: keep all fields of each. ends: read the responses too,
     where sources have a `response_field`, and end them so; None: they are left out. UserError: a source is missing, empty or broken; or a

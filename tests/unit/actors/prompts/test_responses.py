@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from actors.config import PromptsConfig
-from actors.data.fingerprints import prompts_fingerprint
-from actors.data.prompts import PromptSet, copied, load_prompts
-from actors.data.responses import Ends, odd_tokens
 from actors.errors import UserError
+from actors.prompts.fingerprint import prompts_fingerprint
+from actors.prompts.prompt_set import PromptSet, copied, load_prompts
+from actors.prompts.responses import Ends, odd_tokens
 from tests.tiny_models import make_tiny_tokenizer
 from tests.tiny_tokenizers import byte_level, sentencepiece
 

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from actors.config import PromptsConfig, SourceConfig
 from actors.data.messages import called_tools, in_json, messages_of, name_of, tools_of
 from actors.data.models import as_user_error
-from actors.data.prompt_files import field_of
 from actors.errors import UserError
+from actors.prompts.files import field_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

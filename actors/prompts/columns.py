@@ -1,6 +1,6 @@
 """Columns of many rows in arrays, without a Python object for each row: texts as UTF-8 bytes, and values that repeat.
 
-Their arrays may be mapped from files (prompt_cache.py). Shapes: M rows, N bytes of all texts.
+Their arrays may be mapped from files (cache.py). Shapes: M rows, N bytes of all texts.
 """
 
 from __future__ import annotations

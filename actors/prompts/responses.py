@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from actors.config import SourceConfig
-from actors.data.columns import many_rows
 from actors.data.messages import conversation_of, in_json
-from actors.data.prompt_texts import Reader
 from actors.errors import UserError
+from actors.prompts.columns import many_rows
+from actors.prompts.texts import Reader
 from actors.trajectory import offsets_of
 
 if TYPE_CHECKING:

@@ -15,12 +15,12 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 
 from actors.config import MixedSourceConfig, PromptsConfig
-from actors.data import prompt_cache, prompt_files, prompt_workers, prompts, spool
-from actors.data.columns import Texts
-from actors.data.fingerprints import prompts_fingerprint
-from actors.data.prompts import PromptSet, load_prompts
-from actors.data.responses import Ends
 from actors.errors import CampaignError, UserError
+from actors.prompts import cache, files, prompt_set, spool, workers
+from actors.prompts.columns import Texts
+from actors.prompts.fingerprint import prompts_fingerprint
+from actors.prompts.prompt_set import PromptSet, load_prompts
+from actors.prompts.responses import Ends
 from tests.tiny_models import make_tiny_tokenizer
 
 COUNT = 90
@@ -39,13 +39,13 @@ RECORDS: list[dict[str, Any]] = [
 @pytest.fixture(autouse=True)
 def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fifty prompts are many, a batch has eight, and nobody helps."""
-    monkeypatch.setenv(prompt_cache.VARIABLE, str(tmp_path / "cache"))
-    for module in (spool, prompt_cache, prompts, prompt_workers):
+    monkeypatch.setenv(cache.VARIABLE, str(tmp_path / "cache"))
+    for module in (spool, cache, prompt_set, workers):
         monkeypatch.setattr(module, "MANY", 50)
-    monkeypatch.setattr(prompt_cache, "LEAST_BYTES", 1)
-    monkeypatch.setattr(prompt_files, "BATCH", 8)
+    monkeypatch.setattr(cache, "LEAST_BYTES", 1)
+    monkeypatch.setattr(files, "BATCH", 8)
     monkeypatch.setattr(spool, "HELD_BYTES", 2000)
-    monkeypatch.setattr(prompts, "cores", lambda: 1)
+    monkeypatch.setattr(prompt_set, "cores", lambda: 1)
 
 
 @pytest.fixture
@@ -94,7 +94,7 @@ def no_reading(*_arguments: Any, **_options: Any) -> Any:
 
 @pytest.fixture
 def unread(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    return lambda: monkeypatch.setattr(prompts, "read_records", no_reading)
+    return lambda: monkeypatch.setattr(prompt_set, "read_records", no_reading)
 
 
 READINGS: dict[str, dict[str, Any]] = {
@@ -124,7 +124,7 @@ def test_columns_of_the_disk_are_those_of_the_records(
         path = path.rename(tmp_path / "rows" / "train.jsonl").parent
     reading = READINGS[name]
     with monkeypatch.context() as patch:
-        patch.setattr(prompts, "entry_of", lambda *_: None)
+        patch.setattr(prompt_set, "entry_of", lambda *_: None)
         plain = load(path, **reading)
     assert not plain.cached and not entries(tmp_path)
     first = load(path, **reading)
@@ -203,9 +203,9 @@ def test_whatever_the_columns_depend_on_is_seen(tmp_path: Path, file: Path, monk
     assert len(entries(tmp_path)) == len(found) and all("kept" in one.cached for one in found)
     assert found[0].texts[12] == "<user>12+é=<eos><assistant>" and "21+" in found[1].texts[12]
     assert found[2].texts[1].endswith("<assistant>:") and len(found[4].tokens) < len(found[1].tokens)
-    monkeypatch.setattr(prompt_cache, "version", lambda name: "another")
+    monkeypatch.setattr(cache, "version", lambda name: "another")
     assert "kept" in load(file).cached
-    monkeypatch.setattr(prompt_cache, "CODE", (*prompt_cache.CODE, "hub"))
+    monkeypatch.setattr(cache, "CODE", (*cache.CODE, "../data/hub"))
     assert "kept" in load(file).cached
 
 
@@ -231,7 +231,7 @@ def test_a_damaged_entry_is_told_and_made_again(damage: str, tmp_path: Path, fil
     before = load(file)
     (name,) = entries(tmp_path)
     entry = tmp_path / "cache" / "prompts" / name
-    tokens, header = entry / "tokens", entry / prompt_cache.HEADER
+    tokens, header = entry / "tokens", entry / cache.HEADER
     content = bytearray(tokens.read_bytes())
     if damage in ("byte", "short"):
         content[40] ^= damage == "byte"
@@ -253,18 +253,18 @@ def test_a_damaged_entry_is_told_and_made_again(damage: str, tmp_path: Path, fil
 def test_of_two_that_begin_together_the_first_entry_stays(
     tmp_path: Path, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    reads, others = prompts.read_records, []
+    reads, others = prompt_set.read_records, []
 
     def interrupted(*arguments: Any) -> Any:
-        monkeypatch.setattr(prompts, "read_records", reads)
+        monkeypatch.setattr(prompt_set, "read_records", reads)
         with monkeypatch.context() as patch:
-            patch.setattr(prompt_cache.os, "getpid", lambda: 1)
+            patch.setattr(cache.os, "getpid", lambda: 1)
             others.append(load(file))
-        (kept,) = [name for name in entries(tmp_path) if not name.endswith(prompt_cache.PARTIAL)]
+        (kept,) = [name for name in entries(tmp_path) if not name.endswith(cache.PARTIAL)]
         (tmp_path / "cache" / "prompts" / kept / "mark").touch()
         return reads(*arguments)
 
-    monkeypatch.setattr(prompts, "read_records", interrupted)
+    monkeypatch.setattr(prompt_set, "read_records", interrupted)
     mine = load(file)
     assert same(mine, others[0]) and len(entries(tmp_path)) == 1
     assert (tmp_path / "cache" / "prompts" / entries(tmp_path)[0] / "mark").exists()
@@ -275,7 +275,7 @@ def test_a_full_disk_is_told_and_costs_nothing_else(
     writes: int, tmp_path: Path, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = load(file)
-    prompt_cache.rmtree(tmp_path / "cache")
+    cache.rmtree(tmp_path / "cache")
     left, append = [writes], spool.Spool._appended
 
     def full(self: Any, path: Path) -> Any:
@@ -302,14 +302,14 @@ def test_a_cache_that_cannot_be_written_is_told(tmp_path: Path, file: Path) -> N
 def test_a_file_that_changes_while_it_is_read_is_not_kept(
     tmp_path: Path, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    reads = prompts.read_records
+    reads = prompt_set.read_records
 
     def touched(*arguments: Any) -> Any:
         with file.open("a") as stream:
             stream.write(json.dumps(RECORDS[0]) + "\n")
         return reads(*arguments)
 
-    monkeypatch.setattr(prompts, "read_records", touched)
+    monkeypatch.setattr(prompt_set, "read_records", touched)
     found = load(file)
     assert len(found) == COUNT + 1 and "has changed while it was read" in found.uncached and entries(tmp_path) == []
 
@@ -346,7 +346,7 @@ def test_the_first_record_at_fault_is_named_and_by_helpers_too(
     with pytest.raises(UserError, match="line 79") as alone:
         load(file, tokenizer)
     if first in ("lacks its field", "no JSON"):  # two processes take their time to start
-        monkeypatch.setattr(prompts, "cores", lambda: 2)
+        monkeypatch.setattr(prompt_set, "cores", lambda: 2)
         with pytest.raises(UserError) as together:
             load(file, tokenizer)
         assert str(together.value) == str(alone.value)
@@ -359,25 +359,25 @@ def test_helpers_make_the_same_columns_and_one_that_dies_is_one_error(
     records = [{**one, "prompt": str(one["prompt"]), "answer": "2"} for one in RECORDS]
     pq.write_table(pa.Table.from_pylist(records), path, row_group_size=30)
     alone = load(path, records=True)
-    prompt_cache.rmtree(tmp_path / "cache")
-    monkeypatch.setattr(prompts, "cores", lambda: 2)
-    started = prompt_workers.Parts._started
-    workers: list[Any] = []
+    cache.rmtree(tmp_path / "cache")
+    monkeypatch.setattr(prompt_set, "cores", lambda: 2)
+    started = workers.Parts._started
+    begun: list[Any] = []
 
     def counted(self: Any) -> Any:
-        workers.append(started(self))
-        return workers[-1]
+        begun.append(started(self))
+        return begun[-1]
 
-    monkeypatch.setattr(prompt_workers.Parts, "_started", counted)
-    assert same(alone, load(path, records=True)) and len(workers) == 2
-    assert all(worker._process.returncode is not None for worker in workers), "they have ended"
+    monkeypatch.setattr(workers.Parts, "_started", counted)
+    assert same(alone, load(path, records=True)) and len(begun) == 2
+    assert all(worker._process.returncode is not None for worker in begun), "they have ended"
 
     def killed(self: Any) -> Any:
         counted(self)._process.kill()
-        return workers[-1]
+        return begun[-1]
 
-    prompt_cache.rmtree(tmp_path / "cache")
-    monkeypatch.setattr(prompt_workers.Parts, "_started", killed)
+    cache.rmtree(tmp_path / "cache")
+    monkeypatch.setattr(workers.Parts, "_started", killed)
     with pytest.raises(CampaignError, match=r"a process that reads prompts has ended \(signal 9"):
         load(path, records=True)
     assert entries(tmp_path) == []

@@ -8,10 +8,10 @@ import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actors.data import columns
-from actors.data.columns import Coded, Texts, many_rows
-from actors.data.fingerprints import prompts_fingerprint
-from actors.data.prompts import PromptSet
+from actors.prompts import columns
+from actors.prompts.columns import Coded, Texts, many_rows
+from actors.prompts.fingerprint import prompts_fingerprint
+from actors.prompts.prompt_set import PromptSet
 from actors.trajectory import offsets_of, ragged_rows
 
 # With half a surrogate pair, which JSON may hold, and what looks like one in UTF-8.
