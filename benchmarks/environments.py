@@ -19,21 +19,17 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import psutil
 import yaml
 
 from actors.environment.base import Episode
-from benchmarks.start import rows
+from benchmarks.watch import marks, rows
 from tests.tiny_models import CHARACTERS, make_tiny_model, make_tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
-LOOK_SECONDS = 0.02
 LETTERS = [*CHARACTERS, *map(chr, range(0x4E00, 0x4E00 + 3000))]
 """So many that an untrained student ends hardly any answer before its limit."""
 TOKENS = 320
@@ -123,33 +119,17 @@ def configuration(
     return folder / f"{name}.yaml"
 
 
-def used(campaign: psutil.Process) -> dict[int, tuple[str, float]]:
-    """Process -> (what it is, processor seconds), of the campaign and all below it."""
-    found = {}
-    for one in [campaign, *campaign.children(recursive=True)]:
-        with suppress(psutil.Error):
-            title = " ".join(one.cmdline()).strip() or one.name()  # titles are padded
-            kind = title.split("::")[-1].split(".")[0] if title.startswith("ray::") else Path(title.split()[0]).name
-            found[one.pid] = "campaign" if one.pid == campaign.pid else kind, sum(one.cpu_times()[:2])
-    return found
-
-
 def run(config: Path, folder: Path, updates: int) -> dict[str, Any]:
     """Of the measured updates: wall and processor seconds, the latter by process too, tokens, and what metrics say."""
     run_dir = folder / "runs" / config.stem
-    seen: list[tuple[float, dict[int, tuple[str, float]]]] = []
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "cluster", "run", str(config)], cwd=ROOT, stdout=log, stderr=log
         )
-        for step in (WARM, WARM + updates):
-            while process.poll() is None and len(rows(run_dir / "metrics.jsonl")) <= step - 1:
-                time.sleep(LOOK_SECONDS)
-            with suppress(psutil.Error):
-                seen.append((time.monotonic(), used(psutil.Process(process.pid))))
+        seen = marks(process, run_dir / "metrics.jsonl", (WARM, WARM + updates))
         if process.wait() or len(seen) < 2:
             sys.exit((folder / "log").read_text()[-3000:])
-    (began, before), (ended, after) = seen
+    (_, began, before), (_, ended, after) = seen
     by_kind: dict[str, float] = {}
     for pid, (kind, seconds) in after.items():
         by_kind[kind] = by_kind.get(kind, 0.0) + seconds - before.get(pid, (kind, 0.0))[1]

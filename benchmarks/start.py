@@ -22,16 +22,10 @@ from typing import Any
 
 import psutil
 
+from benchmarks.watch import newest, rows, updates, used
+
 ROOT = Path(__file__).resolve().parents[1]
 LOOK_SECONDS = 0.1
-
-
-def rows(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a file of JSON lines."""
-    if not path.exists():
-        return []
-    text = path.read_text("utf-8")
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
 def phases(run_dir: Path) -> dict[str, float]:
@@ -52,28 +46,27 @@ def start_once(checkout: Path, config: Path, folder: Path) -> dict[str, Any]:
     """One campaign of one update from this checkout: seconds until its line of metrics.jsonl, and its phases."""
     overrides = ["name=start", f"output_dir={folder}", "pipeline.updates=1"]
     command = [sys.executable, "-m", "cluster", "run", str(config), *overrides]
-    began, used = time.monotonic(), {}
+    began = time.monotonic()
+    seen: dict[int, tuple[str, float]] = {}
     environment = {**os.environ, "PYTHONPATH": str(checkout)}
     with subprocess.Popen(command, cwd=checkout, env=environment, stdout=subprocess.PIPE, text=True) as process:
         first, metrics = 0.0, folder / "start" / "metrics.jsonl"
         assert process.stdout is not None
         first_line = process.stdout.readline()
         first = time.monotonic() - began
-        while not (ended := any(row["step"] == 1 for row in rows(metrics))) and process.poll() is None:
+        for update in updates(process, metrics, LOOK_SECONDS):
+            if update:
+                break
             with suppress(psutil.Error):
-                campaign = psutil.Process(process.pid)
-                for one in [campaign, *campaign.children(recursive=True)]:
-                    with suppress(psutil.Error):
-                        used[one.pid] = sum(one.cpu_times()[:2])
-            time.sleep(LOOK_SECONDS)
-        wall = time.monotonic() - began
+                seen |= used(process.pid)  # those that have ended keep what they used
+        wall, ended = time.monotonic() - began, newest(metrics) > 0
         rest = process.stdout.read()
     if not ended or process.returncode:
         sys.exit(f"the campaign failed:\n{first_line}{rest}")
     return {
         "first_output_seconds": round(first, 3),
         "wall_seconds": round(wall, 2),
-        "processor_seconds": round(sum(used.values()), 2),
+        "processor_seconds": round(sum(seconds for _, seconds in seen.values()), 2),
         "phases": phases(folder / "start"),
     }
 

@@ -26,18 +26,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
-import psutil
 
-from benchmarks import countdown
-from benchmarks.environments import LOOK_SECONDS, used
-from benchmarks.start import rows as rows_of
+from benchmarks import countdown, watch
 
 ROOT = Path(__file__).resolve().parent.parent
 ENOUGH = 0.95
@@ -232,25 +228,17 @@ def campaign(setting: Setting, overrides: list[str]) -> dict[str, Any]:
         settings |= {"evaluation.prompts": "null", "evaluation.sets": "{}", "prompts.reference_field": "null"}
     pairs = [f"{key}={value}" for key, value in settings.items()]
     command = [sys.executable, "-m", "cluster", "run", setting.config, *pairs, *overrides]
-    marks = [1, setting.updates - bool(setting.held_out)]  # after the last update comes an evaluation
-    spent: list[tuple[int, float]] = []
+    at = [1, setting.updates - bool(setting.held_out)]  # after the last update comes an evaluation
     with (run.parent / f"{run.name}.log").open("w+") as log:
         process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
-        while process.poll() is None:
-            ended = max((row["step"] for row in rows_of(run / "metrics.jsonl")), default=0)
-            if marks and ended >= marks[0]:
-                with suppress(psutil.Error):
-                    seconds = sum(seconds for _, seconds in used(psutil.Process(process.pid)).values())
-                    spent.append((ended, seconds))
-                    marks = [mark for mark in marks if mark > ended]
-            time.sleep(LOOK_SECONDS)
-        if process.returncode:
+        seen = watch.marks(process, run / "metrics.jsonl", at)
+        if process.wait():
             raise RuntimeError(f"the campaign ended with {process.returncode}:\n{Path(log.name).read_text()[-4000:]}")
-    rows = rows_of(run / "metrics.jsonl")
+    rows = watch.rows(run / "metrics.jsonl")
     ends = [row["wall_seconds"] for row in rows if row["step"] > 0]
-    (first, before), (last, after) = spent
+    (first, before), (last, after) = ((mark.update, sum(seconds for _, seconds in mark.used.values())) for mark in seen)
     return {
-        "start": next(row["seconds"] for row in rows_of(run / "events.jsonl") if row["kind"] == "first_update"),
+        "start": next(row["seconds"] for row in watch.rows(run / "events.jsonl") if row["kind"] == "first_update"),
         "wall": np.diff([ends[0], *ends]).tolist(),
         "cpu": [(after - before) / (last - first)]
         * setting.updates,  # of all processes, the campaign's and Ray's own among them
