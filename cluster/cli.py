@@ -1,4 +1,4 @@
-"""The command line: parses the arguments, calls the command's function, and turns errors into a line and an exit status.
+"""The command line: calls the function of the command, and turns errors into a line and an exit status.
 
 Exit status 0: done. 2: the user's input is wrong, and one line says what and where. 130: interrupted, with a checkpoint.
 1: anything else. Commands import their modules late, so that `--help` and mistakes in the configuration are answered
@@ -13,7 +13,7 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,8 @@ from actors.errors import CampaignError, UserError
 from actors.plain_text import concealed, printable
 from actors.quick_imports import quick_imports
 from cluster.config import CampaignConfig
-from cluster.console.arguments import HelpfulParser
-from cluster.console.runs import RUN_HELP, find_run, listing, named_run
+from cluster.console.arguments import command_parser
+from cluster.console.runs import find_run, listing, named_run
 from cluster.console.terminal import lasting_output
 from cluster.interrupts import INTERRUPTED_STATUS, INTERRUPTS
 from cluster.phases import START
@@ -67,7 +67,7 @@ def _repeated(overrides: list[str]) -> str | None:
 def _status_of(options: argparse.Namespace) -> int:
     """Runs the command; its exit status, once what went wrong is printed."""
     try:
-        return options.command(options)
+        return COMMANDS[options.command](options)
     except (UserError, CampaignError) as error:
         print(f"understudy: {concealed(printable(str(error)))}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
@@ -87,176 +87,6 @@ def _end_soon(status: int) -> None:
         os._exit(status)
 
     threading.Thread(target=end, daemon=True).start()
-
-
-def command_parser() -> argparse.ArgumentParser:
-    """The parser of all commands and their arguments."""
-    parser = HelpfulParser(prog="understudy", description="On-policy distillation of language models on Ray.")
-    parser.add_argument("--version", action=_Version, help="print the versions of everything that a campaign runs with")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
-
-    def command(name: str, function: object, text: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=text, description=text)
-        sub.set_defaults(command=function, parser=sub)
-        return sub
-
-    _add_commands_of_a_configuration(command)
-    _add_evaluate(command)
-    _add_score(command)
-    _add_commands_of_a_run(command)
-    return parser
-
-
-class _Version(argparse.Action):
-    """Prints the versions and ends; reads them only when it is asked."""
-
-    def __init__(self, option_strings: Sequence[str], dest: str, help: str | None = None):
-        super().__init__(option_strings, dest, nargs=0, help=help)
-
-    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
-        from cluster.records.software import software
-
-        for name, found in software().items():
-            print(f"{name.replace('_', ' ')}: {found}")
-        parser.exit()
-
-
-Command = Callable[[str, object, str], argparse.ArgumentParser]
-"""(name, function, help) -> the parser of one command."""
-
-
-def _add_commands_of_a_configuration(command: Command) -> None:
-    def configured(name: str, function: object, text: str, example: str, **how: Any) -> argparse.ArgumentParser:
-        sub = command(name, function, text)
-        sub.add_argument("config", help="YAML file", **how)
-        sub.add_argument("overrides", nargs="*", metavar="key=value", help=example)
-        return sub
-
-    example = "e.g. rollout.replicas=2"
-    run = configured("run", _run, "run a campaign, or resume it where it stopped", example, nargs="?")
-    run.add_argument(
-        "--resume", nargs="?", const="", metavar="RUN", help=f"resume a run; no CONFIG, only key=value. RUN: {RUN_HELP}"
-    )
-    run.add_argument(
-        "--resume-from", metavar="STEP", help="resume from this checkpoint (default: the newest whole one)"
-    )
-    run.add_argument(
-        "--allow-change",
-        action="append",
-        default=[],
-        metavar="KEY",
-        help="go on with another value of this key or section, or other contents (docs/changes.md); repeats",
-    )
-    check = configured(
-        "check", _check, "check configuration, models, prompts and cluster before a campaign starts", example
-    )
-    check.add_argument(
-        "--offline", action="store_true", help="ask no cluster, and skip files that are not on this machine"
-    )
-    submit = configured("submit", _submit, "run a campaign as a job on a Ray cluster", example)
-    submit.add_argument("--address", help="job server of the cluster (default: $RAY_API_SERVER_ADDRESS, else local)")
-    submit.add_argument("--env", action="append", default=[], metavar="NAME[=value]", help="set in the job; repeats")
-    submit.add_argument("--follow", action="store_true", help="show the job's output until it ends")
-    plan = configured("plan", _plan, "predict throughput and recommend how many actors of each role to start", example)
-    plan.add_argument("--gpus", type=float, metavar="N", help="recommend numbers of actors for this many GPUs")
-    source = plan.add_mutually_exclusive_group()
-    source.add_argument(
-        "--run", metavar="RUN", help="predict from this run, finished or running (default: the campaign's own)"
-    )
-    source.add_argument("--calibrate", action="store_true", help="run and measure a few updates first")
-    source.add_argument("--gpu", metavar="NAME", help="predict from data sheets, e.g. H100; nothing is run")
-    plan.add_argument(
-        "--prompt-tokens", type=float, metavar="N", default=256.0, help="with --gpu: mean length of a prompt"
-    )
-    plan.add_argument(
-        "--response-tokens",
-        type=float,
-        metavar="N",
-        help="with --gpu: mean length (default: half of max_response_tokens)",
-    )
-    text = "run one task under several methods and seeds, and compare them"
-    versus = configured("compare", _compare, text, "rl:key=value applies to that method only")
-    versus.add_argument(
-        "--methods", default="opd,rl,sft", help="some of opd, sft, sft_then_opd, opd_reward, rl (default opd,rl,sft)"
-    )
-    versus.add_argument("--seeds", default="0,1,2", help="default 0,1,2")
-    versus.add_argument("--target", type=float, default=0.95, help="share of the teacher's accuracy (default 0.95)")
-    versus.add_argument("--output", type=Path, help="page to write (default: <output_dir>/<name>-comparison.html)")
-
-
-def _add_evaluate(command: Command) -> None:
-    evaluate = command(
-        "evaluate", _evaluate, "evaluate models on the held-out prompts of a configuration, without training"
-    )
-    evaluate.add_argument(
-        "sources",
-        nargs="+",
-        metavar="MODEL_OR_RUN ... CONFIG [key=value ...]",
-        help="model directories, hub names or run directories; the YAML file; e.g. rollout.replicas=2",
-    )
-    evaluate.add_argument(
-        "--set", action="append", default=[], metavar="NAME", dest="sets", help="this set (default: all); repeats"
-    )
-    which = evaluate.add_mutually_exclusive_group()
-    which.add_argument("--step", metavar="N", help="of runs: this checkpoint (default: the newest whole one)")
-    which.add_argument("--best", action="store_true", help="of runs: the best evaluated checkpoint")
-    evaluate.add_argument("--reverse-kl", action="store_true", help="start the teachers, and measure the reverse KL")
-    evaluate.add_argument("--output", type=Path, help="JSON file (default: <output_dir>/<name>-evaluation.json)")
-
-
-def _add_score(command: Command) -> None:
-    score = command("score", _score, "fill teacher scores into responses, for campaigns with replay")
-    score.add_argument("config", metavar="CONFIG", help="YAML file, with the teachers")
-    score.add_argument(
-        "file", type=Path, metavar="FILE", help="prompts with responses, or a record or its run directory"
-    )
-    score.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. teachers.default.replicas=2")
-    score.add_argument("--prompt-field", metavar="NAME", help="of FILE (default: prompts.prompt_field)")
-    score.add_argument("--response-field", metavar="NAME", help="of FILE; that of the prompt for whole conversations")
-    score.add_argument("--output", type=Path, help="directory of the record (default: <output_dir>/<name>-scored)")
-
-
-def _add_commands_of_a_run(command: Command) -> None:
-    def of_a_run(name: str, function: object, text: str) -> argparse.ArgumentParser:
-        sub = command(name, function, text)
-        sub.add_argument("run", nargs="?", metavar="RUN", help=RUN_HELP)
-        return sub
-
-    status = of_a_run("status", _status, "show what a campaign is doing; without RUN, list the runs that there are")
-    status.add_argument("--watch", action="store_true", help="update the screen every two seconds")
-    status.add_argument(
-        "--json", action="store_true", help="print one JSON object; without RUN, a list with one for each run"
-    )
-    for name, text in (
-        ("pause", "start nothing new until the campaign is resumed; work in flight is finished"),
-        ("resume", "end a pause"),
-        ("stop", "end a campaign with a checkpoint, like Ctrl-C; running it again resumes it"),
-        ("scale", "change how many actors a running campaign has"),
-    ):
-        sub = of_a_run(name, _steer, text)
-        sub.set_defaults(order=name)
-        if name == "scale":
-            sub.add_argument("sizes", nargs="+", metavar="role=N", help="e.g. rollout=8 teacher.default=2")
-    tail = of_a_run("tail", _tail, "print trajectories, coloured by how far student and teacher disagree")
-    tail.add_argument("--rows", type=_count, default=8, metavar="N", help="trajectories of each evaluation (default 8)")
-    tail.add_argument("--follow", action="store_true", help="print more as they are written, until the campaign ends")
-    export = of_a_run("export", _export, "write a checkpoint as a model that transformers and vLLM load")
-    export.add_argument("out", metavar="OUT", type=Path, help="directory to write; it must not exist, or be empty")
-    which = export.add_mutually_exclusive_group()
-    which.add_argument("--step", metavar="N", help="this checkpoint (default: the newest whole one)")
-    which.add_argument("--best", action="store_true", help="the evaluated one with the highest accuracy or lowest KL")
-    dtypes = ("float32", "bfloat16", "float16")
-    export.add_argument("--dtype", choices=dtypes, help="of the weights (default: rollout.dtype, the engines')")
-    export.add_argument("--adapter-only", action="store_true", help="with student.lora: the adapter, not merged")
-    report = command("report", _report, "write a self-contained HTML page about one or more runs")
-    report.add_argument("runs", nargs="*", metavar="RUN", help=RUN_HELP)
-    report.add_argument("--output", type=Path, help="file to write (default: report.html in the first run's directory)")
-
-
-def _count(text: str) -> int:
-    if not re.fullmatch("[0-9]{1,9}", text) or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of 1 or more")
-    return int(text)
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -409,7 +239,7 @@ def _steer(options: argparse.Namespace) -> int:
             time.sleep(0.5)
     if state not in ("running", "paused"):
         raise UserError("RUN", f"{run_dir}, which is {state}", "a campaign that is running")
-    print(send(run_dir, options.order, sizes))
+    print(send(run_dir, options.command, sizes))
     return 0
 
 
@@ -533,5 +363,12 @@ def _report(options: argparse.Namespace) -> int:
     return 0
 
 
-LONG_COMMANDS = (_run, _check, _submit, _compare, _plan, _evaluate, _score)
+COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+    **{"run": _run, "check": _check, "submit": _submit, "plan": _plan, "compare": _compare},
+    **{"evaluate": _evaluate, "score": _score},
+    **{"status": _status, "pause": _steer, "resume": _steer, "stop": _steer, "scale": _steer},
+    **{"tail": _tail, "export": _export, "report": _report},
+}
+"""Name -> its function, which returns the exit status. Their arguments are in console/arguments.py."""
+LONG_COMMANDS = ("run", "check", "submit", "compare", "plan", "evaluate", "score")
 """Commands that end with one line on any signal that asks for it."""

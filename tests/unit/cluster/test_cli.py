@@ -13,6 +13,7 @@ import pytest
 from actors.errors import CampaignError, UserError
 from cluster import cli
 from cluster.config_file import load_config
+from cluster.console.arguments import command_parser
 from cluster.inputs import read_inputs
 from tests.tiny_models import CHARACTERS, make_tiny_model, make_tiny_tokenizer
 
@@ -107,6 +108,11 @@ def test_help_is_fast_and_loads_neither_torch_nor_ray() -> None:
             [sys.executable, "-c", program, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=600
         )
         assert done.stdout.splitlines()[-1] == "[]", arguments
+
+
+def test_every_command_that_can_be_typed_has_a_function() -> None:
+    usage = command_parser().format_help()
+    assert set(re.findall(r"^    (\w+) ", usage, re.MULTILINE)) == set(cli.COMMANDS) > set(cli.LONG_COMMANDS)
 
 
 def test_no_command_and_an_unknown_one_are_the_users_fault() -> None:
@@ -396,7 +402,7 @@ def test_errors_become_statuses_and_lines(
     def fail(_: object) -> int:
         raise raised
 
-    monkeypatch.setattr(cli, "_check", fail)
+    monkeypatch.setitem(cli.COMMANDS, "check", fail)
     with pytest.raises(SystemExit) as ended:
         cli.main(["check", "any.yaml"])
     assert ended.value.code == status
@@ -407,6 +413,6 @@ def test_a_defect_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -
     def fail(_: object) -> int:
         raise ZeroDivisionError("a defect")
 
-    monkeypatch.setattr(cli, "_check", fail)
+    monkeypatch.setitem(cli.COMMANDS, "check", fail)
     with pytest.raises(ZeroDivisionError):
         cli.main(["check", "any.yaml"])

@@ -15,9 +15,10 @@ import pytest
 
 from actors.prompts.files import is_pattern
 from actors.teacher.backends import backend_of
-from cluster.cli import command_parser, main
+from cluster.cli import main
 from cluster.config import CampaignConfig
 from cluster.config_file import load_config
+from cluster.console.arguments import command_parser
 from cluster.pins import places
 from tests.documented import ROOT, Command, commands, commands_of, examples_in
 from tests.fake_run import make_fake_run

@@ -56,7 +56,7 @@ def test_events_errors_and_states_reach_the_terminal_without_escapes(
     def fail(_options: Any) -> int:
         raise CampaignError(f"actor said {EVIL}")
 
-    monkeypatch.setattr(cli, "_check", fail)
+    monkeypatch.setitem(cli.COMMANDS, "check", fail)
     with pytest.raises(SystemExit):
         cli.main(["check", "x.yaml"])
     assert harmless(told := capsys.readouterr().err) and r"actor said \x1b]0;title" in told
@@ -162,9 +162,10 @@ def test_a_status_is_printed_without_escapes(folder: Path) -> None:
 
 def test_a_reader_that_ends_first_is_no_error_of_a_command_that_prints_with_rich() -> None:
     code = (
-        "import sys; from argparse import Namespace; from cluster.cli import _status_of; "
+        "import sys; from argparse import Namespace; from cluster import cli; "
         "from cluster.console.screen import print_table; "
-        "sys.exit(_status_of(Namespace(command=lambda _: print_table([['a']]))))"
+        "cli.COMMANDS['status'] = lambda _: print_table([['a']]); "
+        "sys.exit(cli._status_of(Namespace(command='status')))"
     )
     reading, writing = os.pipe()
     os.close(reading)

@@ -14,8 +14,8 @@ import pytest
 import ray
 import yaml
 
-from cluster.cli import command_parser
 from cluster.config_file import load_config
+from cluster.console.arguments import command_parser
 from cluster.records.metric_table import EVALUATION_KEYS, METRIC_KEYS
 from tests.waiting import until
 
