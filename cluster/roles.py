@@ -124,7 +124,7 @@ def _environments(
         hang_timeout_seconds=config.ray.hang_timeout_seconds,
         on_event=on_event,
     )
-    found.clients = [rollout]
+    found.serve(rollout)
     return found
 
 

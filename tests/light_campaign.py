@@ -151,6 +151,9 @@ class LocalEnvironmentFleet(LocalFleet):
 
     clients: list[Any] = []  # noqa: RUF012 (set for each fleet)
 
+    def serve(self, clients: Any) -> None:
+        self.clients = [clients]
+
     async def start(self, *, patient: bool = False) -> None:
         await super().start(patient=patient)
         for replica in self.replicas:

@@ -46,6 +46,8 @@ class EnvironmentActor(SharedCalls):
         self._config, self._make = config, environment_maker(config, sampling, folder, host)
         self._open: dict[str, tuple[Any, float]] = {}
         """Key -> the environment, and when it is forgotten, in seconds of time.monotonic()."""
+        self._under_way: dict[str, asyncio.Task[Any]] = {}
+        """Key -> the call of `reset` or `step` that has not returned."""
         self._closing: set[asyncio.Task[None]] = set()
         """Of the episodes that are over, and whose environment is being closed."""
         self._heard = time.monotonic()
@@ -77,7 +79,7 @@ class EnvironmentActor(SharedCalls):
             doing = "tools"
             return _begun(messages, getattr(own, "tools", None), parsed=self._config.tool_parser is not None)
 
-        return await self._tried(begin(), lambda error: Begun(error=f"{doing} {error}"))
+        return await self._tried(key, begin(), lambda error: Begun(error=f"{doing} {error}"))
 
     async def step(self, key: str, message: dict[str, Any], *turn: Turn) -> Answer:
         """Gives the student's turn to the environment, and closes it where it is done. turn: where it is a program."""
@@ -90,7 +92,7 @@ class EnvironmentActor(SharedCalls):
             found = _answer(await own.step(message, *turn))
             return found._replace(follows=Follows(own.after, own.tools)) if turn and not found.done else found
 
-        answered = await self._tried(answer(), lambda error: Answer(error=f"step {error}"))
+        answered = await self._tried(key, answer(), lambda error: Answer(error=f"step {error}"))
         if answered.done and key in self._open:  # else forgotten meanwhile
             self._end(key)
         return answered
@@ -100,15 +102,24 @@ class EnvironmentActor(SharedCalls):
         if key in self._open:
             await self._end(key)
 
+    async def forget(self, client: str) -> None:
+        """Ends all episodes whose keys begin with `client/`: the process that played them has ended."""
+        for key in [key for key in self._open if key.startswith(f"{client}/")]:
+            self._end(key)
+
     def _end(self, key: str) -> asyncio.Task[None]:
         """Forgets an episode, and closes its environment in the background, which may take long."""
         own, _ = self._open.pop(key)
-        closing = asyncio.create_task(self._close(own))
+        closing = asyncio.create_task(self._close(own, self._under_way.get(key)))
         self._closing.add(closing)
         closing.add_done_callback(self._closing.discard)
         return closing
 
-    async def _close(self, own: Any) -> None:
+    async def _close(self, own: Any, call: asyncio.Task[Any] | None) -> None:
+        # First the call that is under way, which might make what nobody closes later.
+        if call is not None:
+            call.cancel()
+            await asyncio.wait([call], timeout=self._config.step_timeout_seconds)
         if close := getattr(own, "close", None):
             # Of the user's code: the episode has its result already.
             with suppress(Exception, SystemExit, asyncio.CancelledError):
@@ -119,9 +130,12 @@ class EnvironmentActor(SharedCalls):
         """The episodes that are open."""
         return {"episodes": len(self._open)}
 
-    async def _tried(self, work: Awaitable[Any], failed: Callable[[str], Any]) -> Any:
+    async def _tried(self, key: str, work: Awaitable[Any], failed: Callable[[str], Any]) -> Any:
         """What the work returns, or what `failed` makes of its error: `raised ...`, or `gave no answer ...`."""
         limit = self._config.step_timeout_seconds
+        this = asyncio.current_task()
+        assert this is not None
+        self._under_way[key] = this
         try:
             async with asyncio.timeout(limit) as clock:
                 return await work
@@ -131,8 +145,15 @@ class EnvironmentActor(SharedCalls):
             return failed(f"raised {told(error)}")
         except ProgramError as error:
             return failed(f"failed: {error}")
+        except asyncio.CancelledError:
+            if key in self._open:  # of the environment's own
+                raise
+            this.uncancel()
+            return failed("was given up")
         except (Exception, SystemExit) as error:
             return failed(f"raised {told(error)}")
+        finally:
+            self._under_way.pop(key, None)
 
     def _forget_late(self) -> None:
         """Ends the episodes that nobody has closed in their time."""

@@ -57,7 +57,7 @@ class Environment(Protocol):
         """
 
     async def close(self) -> None:
-        """Optional: the episode is over, or given up."""
+        """Optional: the episode is over, or given up. A `reset` or `step` that is under way then is cancelled first."""
 
 
 class Turn(NamedTuple):

@@ -65,7 +65,9 @@ class Endpoint:
         return f"http://{host}:{runner.addresses[0][1]}/v1"
 
     def _of_episode(self, request: web.Request) -> Conversations:
-        key = request.headers.get("Authorization", "").removeprefix("Bearer ")
+        scheme, _, key = request.headers.get("Authorization", "").partition(" ")
+        if scheme.lower() != "bearer":
+            key = ""
         expected, found = self._episodes.get(key.rpartition("-")[0], ("", None))
         # In constant time: how long it takes does not tell how much of a key is right.
         same = secrets.compare_digest(key.encode("utf-8", "backslashreplace"), expected.encode())
@@ -82,7 +84,8 @@ class Endpoint:
         episode = self._of_episode(request)
         try:
             body = await request.json()
-        except (ValueError, LookupError, RecursionError) as error:  # LookupError: an unknown charset
+        # LookupError: an unknown charset. RequestPayloadError: it is not compressed as it says.
+        except (ValueError, LookupError, RecursionError, web.RequestPayloadError) as error:
             raise RefusedError(400, f"the body is no JSON: {error}") from error
         asked = episode.ask(*read(body, self._sampling, self._tool_parser))
         asked.readers += 1

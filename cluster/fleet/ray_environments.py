@@ -45,6 +45,7 @@ class RayEnvironments:
         """places: actor handles."""
         self.places = list(places)
         self._callers: dict[Any, SharedCaller] = {}
+        self._client = client_of(None)
 
     def __reduce__(self) -> tuple[Callable[..., "RayEnvironments"], tuple[Any, ...]]:
         return RayEnvironments, (self.places,)  # each process has callers of its own
@@ -53,8 +54,10 @@ class RayEnvironments:
         """Calls a method of one of them. EnvironmentLostError: it has died."""
         if place not in self._callers:
             self._callers[place] = SharedCaller(place, uuid.uuid4().hex)
+        key, *others = arguments
         try:
-            return await self._callers[place].call(method, arguments)
+            # The actor that replaces this one counts its episodes from 0 again.
+            return await self._callers[place].call(method, (f"{self._client}/{key}", *others))
         except ActorLostError as error:
             raise EnvironmentLostError(
                 f"{method}: its process was lost, as it is where an environment ends or blocks it ({error})"
@@ -62,10 +65,20 @@ class RayEnvironments:
 
 
 class EnvironmentFleet(Fleet):
-    """Fleet whose actors are called by those of other fleets."""
+    """Fleet whose actors are called by those of another fleet."""
 
     clients: Sequence[Fleet] = ()
     """Those that call them."""
+
+    def serve(self, clients: Fleet) -> None:
+        """The actors of this fleet call them."""
+        self.clients, clients.on_end = [clients], self._forget
+
+    def _forget(self, handle: Any) -> None:
+        """Ends the episodes of a client that has ended: they would keep their places until they are late."""
+        for replica in self.replicas:
+            if replica.handle is not None:
+                self._in_background(_told(replica.handle, "forget", client_of(handle)))
 
     def tell_clients(self) -> None:
         """Tells all actors of the clients, also those to come, which environment actors there are."""
@@ -74,7 +87,7 @@ class EnvironmentFleet(Fleet):
             fleet.build_with(environments=there)
             for replica in fleet.replicas:
                 if replica.handle is not None:
-                    self._in_background(_told(replica.handle, there))
+                    self._in_background(_told(replica.handle, "use_environments", there))
 
     def resize(self, replicas: int) -> None:
         """See Supervisor.resize. Actors that are to end get no new episodes."""
@@ -96,6 +109,13 @@ class EnvironmentFleet(Fleet):
         await super()._leave(replica)
 
 
-async def _told(handle: Any, there: RayEnvironments) -> None:
-    with suppress(CampaignError):  # it has died; the one in its place is built with it
-        await invoke(handle, "use_environments", (there,), 1)
+def client_of(handle: Any) -> str:
+    """The name of an actor as a client of environments; None: of this process."""
+    if handle is not None:
+        return handle._actor_id.hex()
+    return (ray.get_runtime_context().get_actor_id() or "") if ray.is_initialized() else ""
+
+
+async def _told(handle: Any, method: str, argument: Any) -> None:
+    with suppress(CampaignError):  # it has died; the one in its place knows it
+        await invoke(handle, method, (argument,), 1)

@@ -107,6 +107,8 @@ class Supervisor:
         self._budgets: defaultdict[Replica, Restarts] = defaultdict(lambda: Restarts(max_restarts or 0))
         self.prepare: Callable[[Any], Awaitable[None]] | None = None
         """Called with each new actor's handle before it gets work: gives it the current weights."""
+        self.on_end: Callable[[Any], None] | None = None
+        """Called with the handle of an actor that has ended while the campaign goes on."""
         self.utilisation: Utilisation | None = None
         """Records when calls begin and end."""
 
@@ -307,7 +309,7 @@ class Supervisor:
         if starting := self._starting.get(replica):
             starting.cancel()
         await self._changed.wait_for(lambda: not replica.calls)
-        replica.kill()
+        self._end(replica)
         replica.give_up_place()
         self._leaving.remove(replica)
         self._record("began", replica, "away")
@@ -431,7 +433,7 @@ class Supervisor:
         """
         if replica.handle is not handle or not replica.alive:
             return  # several calls notice the same loss: the first has handled it
-        replica.kill()
+        self._end(replica)
         self._record("began", replica, "away")
         self._on_event(kind, actor=replica.name, cause=str(cause))
         if self._max_restarts is None:
@@ -469,6 +471,12 @@ class Supervisor:
             self._on_event("actor_restarted", actor=replica.name, restarts=replica.restarts)
         except Exception as error:  # of any kind: otherwise the callers would wait for this actor for ever
             self._fail(error)
+
+    def _end(self, replica: Replica) -> None:
+        handle = replica.handle
+        replica.kill()
+        if handle is not None and self.on_end is not None:
+            self.on_end(handle)
 
     def _fail(self, error: Exception) -> None:
         self._failure = error

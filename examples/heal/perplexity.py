@@ -13,17 +13,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from actors.data.models import load_model
+from actors.data.models import as_user_error, load_model
 from actors.data.tokenizer import load_tokenizer
 from actors.errors import UserError
+from actors.json_files import bytes_of
 
 TEXT = Path(__file__).with_name("text.txt")
 DRAWS = 10_000
 
 
 def passages(file: Path) -> list[str]:
-    """The passages of a text, which are parted by empty lines."""
-    found = [part.strip() for part in file.read_text("utf-8").split("\n\n") if part.strip()]
+    """The passages of a text, which are parted by empty lines. UserError: there is no such text, or it has one passage."""
+    with as_user_error("--text", file, "a text in UTF-8"):
+        found = [part.strip() for part in bytes_of(file).decode().split("\n\n") if part.strip()]
     if len(found) < 2:
         raise UserError("--text", file, "at least two passages, parted by empty lines")
     return found
@@ -59,6 +61,27 @@ def measured(model: Any, tokenizer: Any, texts: list[str]) -> Measured:
     return Measured(np.array(nats), np.array(tokens))
 
 
+def check_text(name: str, tokenizer: Any, texts: list[str]) -> None:
+    """UserError: the tokenizer does not say which characters its tokens are of, or does not know all of them."""
+    if not tokenizer.is_fast:
+        raise UserError("MODEL", f"{name}, whose tokenizer is a slow one", "a fast tokenizer (tokenizer.json)")
+    unknown = sum(tokenizer(text)["input_ids"].count(tokenizer.unk_token_id) for text in texts)
+    if tokenizer.unk_token_id is not None and unknown:
+        found = f"{name}, whose tokenizer has no token for {unknown} pieces of the text ({tokenizer.unk_token!r})"
+        raise UserError("MODEL", found, "a tokenizer that writes the whole text, or another --text")
+
+
+def model_with_room(name: str, tokenizer: Any, texts: list[str]) -> Any:
+    """The model. UserError: it cannot be loaded, or its context is shorter than a passage."""
+    model = load_model(name, "float32", "cpu", False, "MODEL")
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = max(len(tokenizer(text)["input_ids"]) for text in texts)
+    if context is not None and longest > context:
+        found = f"{name} with a context of {context} tokens"
+        raise UserError("MODEL", found, f"one of {longest} tokens, as a passage has, or another --text")
+    return model
+
+
 def interval(sums: np.ndarray, counts: np.ndarray, seed: int) -> tuple[float, float]:
     """The 95% interval of sum(sums) / sum(counts) when passages [M] are drawn again with replacement."""
     rows = np.random.default_rng(seed).integers(0, len(sums), (DRAWS, len(sums)))
@@ -73,6 +96,8 @@ def main() -> None:
     parser.add_argument("--text", type=Path, default=TEXT)
     parser.add_argument("--seed", type=int, default=0, help="of the draws of the intervals")
     options = parser.parse_args()
+    if options.seed < 0:
+        parser.error(f"--seed: found {options.seed}, expected a number >= 0")
     try:
         compare(options.models, options.text, options.seed)
     except UserError as error:
@@ -86,7 +111,8 @@ def compare(models: list[str], file: Path, seed: int) -> None:
     first: np.ndarray | None = None
     for name in models:
         tokenizer = load_tokenizer(name, False, "MODEL")
-        nats, tokens = measured(load_model(name, "float32", "cpu", False, "MODEL"), tokenizer, texts)
+        check_text(name, tokenizer, texts)
+        nats, tokens = measured(model_with_room(name, tokenizer, texts), tokenizer, texts)
         mean, (low, high) = nats.sum() / tokens.sum(), interval(nats, tokens, seed)
         bits = nats / np.log(2)
         line = (

@@ -1,6 +1,9 @@
 """Environment actors on a real Ray: they die in the middle of episodes, and every trajectory is trained once all the same."""
 
+import asyncio
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +11,10 @@ from typing import Any
 
 import pytest
 
+from actors.config import EnvironmentConfig
+from cluster.fleet.ray_actor import Resources
+from cluster.fleet.ray_environments import EnvironmentFleet, RayEnvironmentActor, RayEnvironments
+from cluster.fleet.ray_fleet import Fleet
 from cluster.records.writer import read_jsonl
 from tests.light_campaign import assert_ledger_adds_up, make_folder
 from tests.tiny_models import make_tiny_model
@@ -57,6 +64,45 @@ def test_environment_actors_that_die_are_replaced_and_their_episodes_begin_again
     found = json.loads((tmp_path / "found.json").read_text())["sets"]
     [values] = found["greedy"]["values"].values()
     assert found.keys() == {"greedy", "sampled"} and 0 <= values["accuracy"] <= 1
+
+
+class Player:
+    """Takes a place for an episode, as a rollout actor does."""
+
+    async def status(self) -> int:
+        return os.getpid()
+
+    async def begin(self, environments: RayEnvironments) -> bool:
+        return await environments.call(environments.places[0], "enter", "0/0/0/0/0")
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_the_episodes_of_a_rollout_actor_end_with_it() -> None:
+    async def play() -> None:
+        common = {"resources": Resources(0.1, 0.0), "max_restarts": 2, "start_timeout_seconds": 600.0}
+        common["on_event"] = lambda kind, **fields: None
+        players = Fleet("player", Player, (), {}, replicas=2, **common)
+        one_place = EnvironmentConfig(name="tests.guessing:Guess", episodes_per_replica=2)
+        hosts = EnvironmentFleet("environment", RayEnvironmentActor, (one_place, None, ""), {}, replicas=1, **common)
+        hosts.serve(players)
+        try:
+            async with asyncio.timeout(600):
+                await asyncio.gather(players.start(), hosts.start())
+                there = RayEnvironments([hosts.replicas[0].handle])
+                for replica in players.replicas:  # both call their episode by the same name
+                    assert await players.call("begin", there, at=replica)
+                assert await hosts.call("status") == {"episodes": 2}
+                os.kill(await players.call("status", at=players.replicas[0]), signal.SIGKILL)
+                while (await hosts.call("status"))["episodes"] != 1:
+                    await asyncio.sleep(0.05)
+                players.resize(0)
+                while (await hosts.call("status"))["episodes"]:
+                    await asyncio.sleep(0.05)
+        finally:
+            players.close()
+            hosts.close()
+
+    asyncio.run(play())
 
 
 def test_a_program_plays_an_evaluation_of_several_models(tmp_path: Path) -> None:

@@ -372,6 +372,24 @@ def test_perplexity_is_that_of_the_models_own_loss_and_a_model_does_not_differ_f
     assert second.endswith("; +0.0000 [+0.0000, +0.0000] bits a byte to the first")
 
 
+def test_perplexity_refuses_what_it_cannot_measure(tmp_path: Path) -> None:
+    texts = {"two.txt": "12+34=46\n\n5+5=10", "one.txt": "12+34=46", "words.txt": "12\n\nüber 12",
+             "long.txt": "1+1=2\n\n" + 99 * "12+34=46;", "none.txt": None, "folder": None, "bytes.txt": None}  # fmt: skip
+    for name, text in texts.items():
+        if text is not None:
+            (tmp_path / name).write_text(text)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "bytes.txt").write_bytes(b"\xff\n\n\xfe")
+    wrong = {"one.txt": "at least two passages", "words.txt": "no token for 1 pieces of the text", "long.txt": "context",
+             "none.txt": "No such file", "folder": "a directory", "bytes.txt": "a text in UTF-8"}  # fmt: skip
+    for name, told in wrong.items():
+        with pytest.raises(UserError, match=told):
+            compare([str(TINY)], tmp_path / name, 0)
+    for model in ("none", "folder", "two.txt"):
+        with pytest.raises(UserError, match="MODEL"):
+            compare([str(tmp_path / model)], tmp_path / "two.txt", 0)
+
+
 def test_the_first_word_of_a_passage_is_context_for_every_tokenizer(tmp_path: Path) -> None:
     text = "Lehrerinnen größer, 12 for\nüber"
     counted = {}

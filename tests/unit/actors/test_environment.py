@@ -103,6 +103,33 @@ class Ends:
         raise ValueError("no end")
 
 
+class Builds:
+    """Never done with `reset`, or with `step`; what happens is listed."""
+
+    seen: ClassVar[list[str]] = []
+
+    def __init__(self, method: str):
+        self.method = method
+
+    async def _begun(self, method: str) -> None:
+        self.seen.append(method)
+        if method == self.method:
+            try:
+                await asyncio.Event().wait()
+            finally:
+                self.seen.append("stopped")
+
+    async def reset(self, record: dict, episode: Episode) -> Any:
+        await self._begun("reset")
+        return "Go."
+
+    async def step(self, message: dict) -> Any:
+        await self._begun("step")
+
+    async def close(self) -> None:
+        self.seen.append("close")
+
+
 def config(name: str = "Returns", **settings: Any) -> EnvironmentConfig:
     return EnvironmentConfig(name=f"{HERE}:{name}", **settings)
 
@@ -170,6 +197,34 @@ def test_an_episode_that_is_never_closed_is_forgotten_and_a_blocked_process_ends
     asyncio.run(forget())
     asyncio.run(block())
     until(lambda: ended == [BLOCKED], "the end of the blocked process")
+
+
+@pytest.mark.parametrize("method", ["reset", "step"])
+@pytest.mark.parametrize("forgotten", [False, True])
+def test_the_end_of_an_episode_stops_what_its_environment_does_before_it_is_closed(
+    forgotten: bool, method: str
+) -> None:
+    async def play() -> None:
+        actor = EnvironmentActor(config("Builds", arguments={"method": method}))
+
+        async def begin(key: str) -> Any:
+            begun = await actor.reset(key, EPISODE, {})
+            return begun if begun.error else await actor.step(key, {})
+
+        calls = {key: asyncio.create_task(begin(key)) for key in ("one/a", "two/a")}
+        while Builds.seen.count(method) < 2:
+            await asyncio.sleep(0)
+        Builds.seen.clear()
+        await (actor.forget("one") if forgotten else actor.close("one/a"))
+        assert (await calls["one/a"]).error == f"{method} was given up"
+        while actor._closing:
+            await asyncio.sleep(0)
+        assert Builds.seen == ["stopped", "close"]
+        assert not calls["two/a"].done() and await actor.status() == {"episodes": 1}
+        await actor.close("two/a")
+
+    Builds.seen.clear()
+    asyncio.run(asyncio.wait_for(play(), 60))
 
 
 @pytest.mark.parametrize("reset", ["", "raises"])

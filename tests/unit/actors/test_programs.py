@@ -160,7 +160,7 @@ def test_one_that_ignores_the_request_to_end_is_killed(tmp_path: Path, monkeypat
         while not log.exists() or len(log.read_text().split()) < 2:
             await asyncio.sleep(0.01)
         await actor.close("a")
-        assert "the program has ended with signal 9" in (await step).error
+        assert (await step).error == "step was given up"
 
     asyncio.run(hang())
     until(lambda: all(map(is_gone, map(int, log.read_text().split()))), "the end of what it has started")
@@ -224,6 +224,26 @@ def test_nothing_of_an_episode_is_left_after_it(tmp_path: Path, monkeypatch: pyt
     assert not programs.endpoint._episodes and not list(Path(programs._rewards).iterdir())
     [leash] = [one.pid for one in psutil.process_iter(["cmdline"]) if programs._rewards in (one.info["cmdline"] or [])]
     assert os.getsid(leash) != os.getsid(0), "it does not get the signals of this process's terminal"
+
+
+def test_an_episode_that_is_given_up_while_it_begins_leaves_no_program() -> None:
+    async def begin(steps: int) -> None:
+        reset = asyncio.create_task(actor.reset("a", EPISODE, {"prompt": "1"}))
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        await actor.close("a")
+        assert (await reset).error
+
+    async def all_moments() -> None:
+        for steps in range(1, 12):  # the last ones after the program's start
+            await begin(steps)
+
+    actor = actor_of("python", "tests/agent.py", "--what", "hangs", "--log", str(os.getpid()))
+    programs: Any = actor._make
+    asyncio.run(all_moments())
+    assert not programs.endpoint._episodes and not list(Path(programs._rewards).iterdir())
+    words = (one.info["cmdline"] or [] for one in psutil.process_iter(["cmdline"]))
+    assert not [found for found in words if found[-2:] == ["--log", str(os.getpid())]]
 
 
 def test_the_end_of_a_long_standard_error_is_told() -> None:

@@ -40,7 +40,8 @@ class Steps(SharedCalls):
         self.gates = [asyncio.Event() for _ in range(9)]
         self.began: list[int] = []
 
-    async def step(self, number: int) -> Any:
+    async def step(self, key: int | str) -> Any:
+        number = int(str(key).rpartition("/")[2])
         self.began.append(number)
         await self.gates[number].wait()
         return number
@@ -184,7 +185,7 @@ def test_the_end_of_the_actor_fails_the_calls_that_it_has_got_and_no_later_ones(
             with pytest.raises(EnvironmentLostError, match="step: its process was lost"):
                 await call
         handle.dies.clear()
-        assert await places.call(handle, "at_once", 5) == 5
+        assert await places.call(handle, "at_once", 5) == "/5"
 
     run(scenario)
 
