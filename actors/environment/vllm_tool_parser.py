@@ -18,7 +18,7 @@ def check_parser(name: str) -> None:
     known = ToolParserManager.list_registered()
     if name not in known:
         raise UserError(
-            "environment.tool_parser", name, f"null, or a parser of vLLM: {', '.join(sorted(known))}", known
+            "environment.tool_parser", name or "''", f"null, or a parser of vLLM: {', '.join(sorted(known))}", known
         )
 
 

@@ -300,19 +300,21 @@ class Episodes:
             _quietly(self._environments.call(place, "close", key))
 
     def _with_prompt(self, own: Requests, first: Sequence[Message], tools: Any, sampling: SamplingConfig) -> Requests:
-        """The request with the prompt that the environment has written. UserError: it may not, or it is too long."""
-        found = f"{self._config.title}, which begins with messages"
+        """The request with the prompt that the environment has written. UserError: it may not write one.
+
+        _FailedError: the template refuses it, or it is too long. What it is made of differs between the records.
+        """
         if not self._limits.own_prompts:
             expected = "None: a teacher with prompt_template reads a prompt that is made of the record"
-            raise UserError(self._config.key, found, expected)
+            raise UserError(self._config.key, f"{self._config.title}, which begins with messages", expected)
         try:
             ids = self._write.prompt(first, tools)
         except ValueError as error:
-            raise UserError(self._config.key, f"{found}: {error}", "messages that the chat template accepts") from error
+            raise _FailedError(f"the first messages: {error}") from error
         room = self._limits.tokens - sampling.max_response_tokens
         if self._limits.tokens and len(ids) > room:
             expected = f"at most {room}; prompts.max_prompt_tokens makes room for more"
-            raise UserError(self._config.key, f"{found} of {len(ids)} tokens", expected)
+            raise _FailedError(f"the first messages: found {len(ids)} tokens, expected {expected}")
         tokens = np.array(ids, np.int32)
         return replace(own, prompt_tokens=tokens, prompt_offsets=offsets_of([len(tokens)]))
 
@@ -338,6 +340,10 @@ class Episodes:
 
     def _follows(self, first: Sequence[Message], new: Sequence[Message], last: int, tools: Any) -> list[int]:
         """The ids that follow the student's turn. UserError: the template writes earlier turns otherwise from now on."""
+        try:  # first: what the template refuses is no other text
+            found = self._write.after(first, new, last, tools)
+        except ValueError as error:  # as for a further conversation
+            raise _FailedError(f"step: {error}") from error
         roles = tuple(message["role"] for message in new)
         if self._config.earlier_turns == "template" and roles not in self._known:
             self._known[roles] = self._write.difference(first, new, tools)
@@ -347,12 +353,7 @@ class Episodes:
                 f"template, and a chat template that does not only append: {wrong}",
                 WAY_OUT,
             )
-        try:
-            return self._write.after(first, new, last, tools)
-        except ValueError as error:
-            raise UserError(
-                self._config.key, f"{self._config.title}: {error}", "messages that the template accepts"
-            ) from error
+        return found
 
     def _finished(
         self, own: Requests, found: tuple[Requests, Transcript, str], attempt: int

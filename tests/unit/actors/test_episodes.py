@@ -401,8 +401,28 @@ def test_messages_of_reset_are_the_prompt_and_a_missing_reward_is_told() -> None
     with pytest.raises(UserError, match="gave no reward in the whole episode"):
         played(limits=limits, answers=[["", True, None]])
     assert played(limits=limits, answers=[["", True, 0.0]])[0].rewards.tolist() == [0, 0]
-    with pytest.raises(UserError, match="at most 4"):
-        played(max_response_tokens=4, limits=NO_LIMITS._replace(tokens=8), first="a long first message")
+
+
+def test_messages_that_cannot_be_read_fail_their_episode_alone() -> None:
+    limits = NO_LIMITS._replace(tokens=8)
+    _, counts, engine = played(max_response_tokens=4, limits=limits, first="a long first message", attempts=1)
+    assert not engine.asked and all("expected at most 4; prompts.max_prompt_tokens" in one.failed for one in counts)
+
+    refusing = (
+        "{% for m in messages %}{% if m.content == 'no' %}{{ raise_exception('no word') }}{% endif %}{% endfor %}"
+    )
+
+    async def play(**arguments: Any) -> list[str]:
+        episodes = episodes_of(Spells(), arguments, attempts=1)
+        template = {"chat_template": refusing + str(TOKENIZER.chat_template)}
+        episodes._write = Continuation(TOKENIZER, frozenset({END}), template)
+        _, counts = await episodes.play(requests(), SamplingConfig(max_response_tokens=100), False)
+        return [one.failed for one in counts]
+
+    for arguments, where in (({"first": "no"}, "the first messages"), ({}, "step")):
+        told = f"{where}: the chat template refuses messages of user"
+        assert all(one.startswith(told) for one in asyncio.run(play(**arguments)))
+    assert asyncio.run(play(answers=[["yes", False, None], ["", True, 1.0]])) == ["", ""]
 
 
 def test_an_aborted_episode_ends_at_once_and_the_others_go_on() -> None:
