@@ -27,10 +27,12 @@ from actors.vllm_options import check_options
 from cluster.config import CampaignConfig, prompt_sources
 from cluster.fleet.gpu_division import division, refuse_overdrawn
 from cluster.fleet.ray_cluster import check_gpus, connected, refuse_relative_output, room_to_begin, transfer_rate
-from cluster.inputs import max_prompt_tokens, read_inputs, student_stop_tokens, turn_ends
+from cluster.inputs import read_inputs
 from cluster.pins import pin, places, refuse_revisions
 from cluster.planning.memory import LARGE_VERSION, Role, roles, student_numbers, version_bytes, versions_sentence
 from cluster.planning.record_size import record_bytes, record_sentence
+from cluster.prompt_reading import max_prompt_tokens
+from cluster.special_tokens import student_stop_tokens, turn_ends
 from cluster.state.mirror import mirror_of
 from cluster.state.recorded import replayed
 from cluster.state.resume import refuse_output

@@ -14,7 +14,8 @@ from actors.teacher.backends import Backend
 from actors.teacher.local import LocalTeacher
 from actors.trajectory import Trajectories, offsets_of
 from cluster.config_file import load_config
-from cluster.inputs import max_prompt_tokens, read_inputs
+from cluster.inputs import read_inputs
+from cluster.prompt_reading import max_prompt_tokens
 from cluster.records.writer import read_jsonl
 from tests import clean_process
 from tests.light_campaign import assert_ledger_adds_up, configuration, make_folder, run_here
