@@ -8,8 +8,6 @@ each a process with this class (student/sharding.py). With one rank, "this rank"
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -20,22 +18,22 @@ from actors.accelerator import settle_algorithms, torch_device
 from actors.config import StudentConfig, TeacherConfig, publishes_adapter
 from actors.data.models import find_model, load_head
 from actors.data.trajectory_shards import Row, Shard, opened, write_shard
-from actors.errors import CampaignError, CheckpointError, GivenUpError, NonFiniteLossError, UserError
+from actors.errors import CheckpointError, GivenUpError, NonFiniteLossError, UserError
 from actors.forward.packing import is_packed
 from actors.memory import give_back
 from actors.processor_time import ProcessorTime
 from actors.trajectory import TeacherScores, Trajectories, TrajectoryId, select_trajectories
 from actors.weights.buckets import WeightVersion
 from actors.weights.delta import DeltaVersion
-from learner.collate import Step, UpdateBatch, collate, from_here, minibatch_rows, steps_of, tokens_of
+from learner.collate import Step, UpdateBatch, collate, minibatch_rows, steps_of, tokens_of
 from learner.config import LearnerConfig
-from learner.costs import check_own_functions, coefficients, importance_of, needs_whole_update
-from learner.forward import Forward, exact_forward_kl, exact_reverse_kl, no_columns
+from learner.costs import check_own_functions
+from learner.forward import Forward
 from learner.hidden_states import Head, same_rows
 from learner.metrics import NOT_OF_DATA, UpdateMetrics, groups_of, response_metrics
-from learner.objective.estimator_table import reads_distribution
 from learner.objective.policy_gradient import effective_sample_size
-from learner.objective.trust_region import adapted_beta, backed_off, k3
+from learner.objective.trust_region import adapted_beta, backed_off
+from learner.old_policy import OldPolicy
 from learner.schedule import Plan, learning_rate
 from learner.scores import certain
 from learner.student.build import build_student
@@ -62,11 +60,6 @@ from learner.student.tensor_files import (
     write_tensors,
 )
 from learner.validation import starts_at_learner
-
-UNRECORDED = (
-    "learner.objective.mismatch.correction: the engine of rollout.backend records no log-probs before top-k and top-p, so "
-    "its numerics cannot be told from the filter; expected unfiltered_logprobs (docs/extending.md), or correction: none"
-)
 
 
 class Learner:
@@ -135,9 +128,10 @@ class Learner:
         self._optimizer = build_optimizer(self._model, config.optimizer, offload=config.offload_optimizer)
         sampling: dict[str, Any] = {"temperature": temperature, "vocabulary": self._vocabulary}
         named = any(teacher.signal == "student_topk" for teacher in self._teachers.values())
-        self._own_pi_old = starts_at_learner(config.objective, publish_dtype, config.compute_dtype)
-        sampling |= {"named_by_student": named, "own_pi_old": self._own_pi_old, "slices": self._slices}
+        own_pi_old = starts_at_learner(config.objective, publish_dtype, config.compute_dtype)
+        sampling |= {"named_by_student": named, "own_pi_old": own_pi_old, "slices": self._slices}
         self._forward = Forward(body, head.weight, head.bias, config, self._device, **sampling)
+        self._old_policy = OldPolicy(self._forward, config, self._ranks, self._device, own_pi_old=own_pi_old)
         self._heads = same_rows(self._load_heads(), self._vocabulary, turn_ends or {})
         self._averages = MovingAverages(self._model, following)
         self.policy_version, self._beta = 0, config.objective.trust_region.beta
@@ -203,7 +197,7 @@ class Learner:
             ranks=self._ranks,
             sliced=self._slices is not None,
         )
-        begun = self._look_ahead(batch, steps)
+        begun = self._old_policy.look_ahead(batch, steps, self._go_on)
         rate = rate_scale * learning_rate(
             self.policy_version + 1, self._total_updates, self._config.optimizer, self._plans
         )
@@ -228,7 +222,7 @@ class Learner:
         if target is not None:
             # After the last step: before it, a single on-policy step has not moved yet.
             assert begun is not None
-            self._beta = adapted_beta(self._beta, self._forward_kl(begun, steps), target)
+            self._beta = adapted_beta(self._beta, self._old_policy.forward_kl(begun, steps), target)
         if self._records:
             self._last = written, scores, this_rank_B
         metrics["busy_seconds"] = (time.perf_counter() - start) * self._ranks.size  # summed over the role's processes
@@ -408,7 +402,7 @@ class Learner:
                 moved = found["steps_taken"] > 0
                 collected.begin_step(size, again=epoch > 0, moved=moved)
                 if moved and self._config.objective.trust_region.max_kl is not None:
-                    begun, _ = self._now(batch, [step])
+                    begun, _ = self._old_policy.now(batch, [step], self._go_on)
                 found["grad_norm"] = self._accumulate(batch, step, collected, starts_here=begun is None)
                 found["step_scale"] = self._step(begun, step)
                 found["steps_taken"] += found["step_scale"] > 0
@@ -463,90 +457,10 @@ class Learner:
                 for parameter, a, b in zip(parameters, before, after, strict=True):
                     # The ends exactly: rounding, or an infinite step, must not change the weights that are gone back to.
                     parameter.copy_({0.0: a, 1.0: b}.get(scale, a + scale * (b - a)))
-            return self._forward_kl(begun, [step])
+            return self._old_policy.forward_kl(begun, [step])
 
         scale, _ = backed_off(measure, limit)
         return scale
-
-    @torch.no_grad()
-    def _forward_kl(self, begun: UpdateBatch, steps: Sequence[Step]) -> float:
-        """KL(pi_old || pi_theta) of the current weights, mean in nats a token: exact if the trust region is, else k3.
-
-        begun: the batch with pi_old as `_now` has found it.
-        """
-        sums = torch.zeros(2, dtype=torch.float64, device=self._device)
-        for microbatch in (one for step in steps for one in step.passes):
-            part = begun.part(microbatch)
-            found = self._forward.columns(part, microbatch, partial(exact_forward_kl, part))
-            # k3 and not k1: each of its terms is at least 0, so a small sample does not hide a KL behind a negative one.
-            forward_kl = found.get("forward_kl", k3(found["logprobs"], part.old_logprobs))
-            sums += torch.stack([forward_kl[part.mask].sum(), part.mask.sum()])
-        # One division at the end, by the tokens of all ranks: each token counts the same.
-        total, tokens = self._ranks.sum(sums).tolist()
-        return total / max(tokens, 1.0)
-
-    @torch.no_grad()
-    def _now(
-        self, batch: UpdateBatch, steps: Sequence[Step], *, with_kl: bool = False
-    ) -> tuple[UpdateBatch, torch.Tensor]:
-        """(the batch with the learner's weights as they are now as pi_old; with_kl: [N] KL(pi || q) at each context).
-
-        A pass over these steps without gradients. Other rows have zeros. An exact trust region also gets pi_old over the
-        whole vocabulary, as hidden states.
-        """
-        found = {name: torch.zeros(len(batch.tensors["mask"]), device=self._device) for name in ("logprobs", "kl")}
-        keep_states = self._config.objective.trust_region.estimator == "exact"
-        states: list[torch.Tensor] = []
-        places = torch.zeros_like(batch.tensors["tokens"])
-        for microbatch in (one for step in steps for one in step.passes):
-            self._go_on()
-            part = batch.part(microbatch)
-            index = torch.from_numpy(microbatch.tokens).to(self._device)
-            keep = states.append if keep_states else None
-            reduce = partial(exact_reverse_kl, part, self._config.objective) if with_kl else no_columns
-            places[index] = sum(map(len, states)) + torch.arange(len(index), device=self._device)
-            for name, column in self._forward.columns(part, microbatch, reduce, keep=keep).items():
-                found[name][index] = column
-        # Each token is 0 on all ranks but its own, so the sum fills in the others' tokens exactly.
-        logprobs, kl = (self._ranks.sum(found[name]) for name in ("logprobs", "kl"))
-        old = [self._forward.as_hidden_states(torch.cat(states), places)] if keep_states else []
-        return replace(batch, tensors={**batch.tensors, "old_logprobs": logprobs}, old_hidden=old), kl
-
-    def _look_ahead(self, batch: UpdateBatch, steps: Sequence[Step]) -> UpdateBatch | None:
-        """A pass over the update without gradients, before the first step, if the objective needs one.
-
-        It computes what a micro-batch cannot: the learner's own pi_old (to correct the engine's numerics, in place of what
-        the engine has not recorded, for an exact KL, or for the limits of the trust region), and coefficients that depend
-        on other trajectories. Returns the batch with the learner's weights as pi_old; None without such a pass.
-        """
-        objective = self._config.objective
-        region, whole_update = objective.trust_region, needs_whole_update(objective)
-        correct, exact_region = objective.mismatch.correction != "none", region.estimator == "exact"
-        if correct and batch.policy_unknown:
-            raise CampaignError(UNRECORDED)
-        limited = region.max_kl is not None or region.target_kl is not None
-        # The pass of an update's only step has the weights of the update's start itself.
-        moves = self._own_pi_old and self._config.epochs_per_update * self._config.minibatches_per_update > 1
-        if not (whole_update or correct or batch.policy_unknown or exact_region or limited or moves):
-            return None  # pi_old is then pi_behaviour, as it was recorded, and the update needs no extra pass
-        with_kl = whole_update and reads_distribution(objective)
-        begun, kl = self._now(batch, steps, with_kl=with_kl)
-        batch.old_hidden.extend(begun.old_hidden)
-        own = begun.tensors["old_logprobs"]
-        if batch.policy_unknown:
-            batch.take_policy(own)
-        all_tokens = batch.all_tokens()
-        if correct:
-            # From here on the ratio is to the learner's own pi_old; the weight carries what lies before it.
-            batch.tensors["importance"] = importance_of(own, all_tokens, objective)
-            batch.tensors["old_logprobs"] = batch.tensors["start_logprobs"] = own
-        elif self._own_pi_old:
-            batch.tensors.update(from_here(batch.tensors, own))
-        if whole_update:
-            student = own if objective.recompute_log_ratio else all_tokens.behaviour_logprobs
-            found = coefficients(student, kl if with_kl else None, all_tokens, batch.groups(), objective)
-            batch.tensors["coefficient"] = found
-        return begun
 
     def _other_files(self) -> dict[str, bytes]:
         """The files of the student beside its weights, which each checkpoint holds as they are."""

@@ -91,12 +91,12 @@ def test_the_kl_that_is_measured_after_the_last_step_is_no_place_to_give_up(mode
     objective = ObjectiveConfig(trust_region=TrustRegionConfig(beta=0.1, target_kl=1e-6))
     written, scores = sampled(models, "other")
     learner = make_learner(models, microbatch_tokens=1, objective=objective)
-    measure = learner._forward_kl
+    measure = learner._old_policy.forward_kl
 
     def measured(*arguments: Any) -> float:
         learner.give_up()
         return measure(*arguments)
 
-    learner._forward_kl = measured  # type: ignore[method-assign]
+    learner._old_policy.forward_kl = measured  # type: ignore[method-assign]
     learner.update(written.ids, written, scores)
     assert learner._gives_up and learner.policy_version == 1 and learner._beta != 0.1

@@ -180,7 +180,7 @@ def batch_of(
 
 
 def look_ahead(forward: Forward, batch: UpdateBatch, cut: list[Any], objective: ObjectiveConfig) -> None:
-    """What the learner computes for a whole update before its first step (learner.py:Learner._look_ahead)."""
+    """What the learner computes for a whole update before its first step (old_policy.py:OldPolicy.look_ahead)."""
     correct = objective.mismatch.correction != "none"
     if not (correct or needs_whole_update(objective)):
         return
