@@ -12,7 +12,7 @@ import numpy as np
 from actors.data.trajectory_shards import counts_of
 from actors.trajectory import TrajectoryId
 from cluster.config import CampaignConfig
-from cluster.loop.queues import Slots
+from cluster.loop.staleness import Slots
 from cluster.loop.work import Sampled, Scored
 from cluster.state.campaign_state import CampaignState
 from cluster.state.recorded import Record

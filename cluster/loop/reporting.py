@@ -13,7 +13,7 @@ from cluster.console.screen import Progress
 from cluster.fleet.ray_fleet import Fleet
 from cluster.loop.evaluation_sets import Evaluations
 from cluster.loop.prompt_choice import passed_over
-from cluster.loop.queues import staleness_histogram
+from cluster.loop.staleness import staleness_histogram
 from cluster.loop.weight_sync import Published, WeightTransport
 from cluster.loop.work import Sampled, Scored
 from cluster.phases import START

@@ -1,4 +1,4 @@
-"""The pure parts of the queues: slots, trajectories in flight, and the order of updates."""
+"""What bounds the staleness: slots, trajectories in flight, and the order of updates."""
 
 import asyncio
 import random
@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from actors.trajectory import TrajectoryId
-from cluster.loop.queues import InFlight, ReadyToTrain, Slots, too_stale
+from cluster.loop.staleness import InFlight, ReadyToTrain, Slots, too_stale
 from cluster.loop.work import Issued, Sampled, Scored, split_evenly, trajectories_of
 
 
