@@ -374,7 +374,7 @@ def collate(
         "weights": zeros,  # set for each step, by `weigh`
         "coefficient": zeros,  # set by the learner's look-ahead, where it depends on the whole update
         "reward_cost": zeros,  # set below, where there are rewards
-        **dict.fromkeys(("old_logprobs", "start_logprobs"), behaviour),  # or the learner's own, see `_look_ahead`
+        **dict.fromkeys(("old_logprobs", "start_logprobs"), behaviour),  # or the learner's own, see old_policy.py
         "importance": torch.ones_like(zeros),
         "on_policy": tensor(written.trained & (written.policy_versions == policy_version)),
         "support_ids": tensor(scores.support_ids.astype(np.int64)),

@@ -7,7 +7,7 @@ each a process with this class (student/sharding.py). With one rank, "this rank"
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -37,28 +37,14 @@ from learner.old_policy import OldPolicy
 from learner.schedule import Plan, learning_rate
 from learner.scores import certain
 from learner.student.build import build_student
-from learner.student.checkpoint import flush, read_json, write_json
-from learner.student.checksums import write_part
-from learner.student.lora import ADAPTER_FILE, adapter_tensors, merged_tensors
-from learner.student.model_files import read_model_files, write_model_files
-from learner.student.optimizer import (
-    OffloadedAdamW,
-    build_optimizer,
-    load_optimizer_tensors,
-    optimizer_tensors,
-)
+from learner.student.checkpoint import read_json
+from learner.student.lora import adapter_tensors, merged_tensors
+from learner.student.model_files import read_model_files
+from learner.student.optimizer import build_optimizer
 from learner.student.publishing import MovingAverages, Publisher
 from learner.student.sharding import Ranks, full_tensor
-from learner.student.tensor_files import (
-    BackgroundWrite,
-    StoredTensors,
-    checkpoint_error,
-    copies,
-    dtype_of,
-    model_tensors,
-    sample,
-    write_tensors,
-)
+from learner.student.state import State
+from learner.student.tensor_files import BackgroundWrite, checkpoint_error
 from learner.validation import starts_at_learner
 
 
@@ -124,7 +110,7 @@ class Learner:
         self._slices = self._ranks.slices(config.sequence_parallel)
         head: Any = self._model.get_output_embeddings()
         self._vocabulary = min(len(head.weight), vocabulary or len(head.weight))
-        self._files = self._other_files() if self._ranks.rank == 0 else {}
+        files = self._other_files() if self._ranks.rank == 0 else {}
         self._optimizer = build_optimizer(self._model, config.optimizer, offload=config.offload_optimizer)
         sampling: dict[str, Any] = {"temperature": temperature, "vocabulary": self._vocabulary}
         named = any(teacher.signal == "student_topk" for teacher in self._teachers.values())
@@ -134,11 +120,13 @@ class Learner:
         self._old_policy = OldPolicy(self._forward, config, self._ranks, self._device, own_pi_old=own_pi_old)
         self._heads = same_rows(self._load_heads(), self._vocabulary, turn_ends or {})
         self._averages = MovingAverages(self._model, following)
+        self._state = State(self._model, self._optimizer, self._averages, self._adapter, files, self._ranks)
         self.policy_version, self._beta = 0, config.objective.trust_region.beta
         if checkpoint:
             self._restore(Path(checkpoint, "training"))
         elif student.optimizer == "keep":
-            self._take_moments(find_model(student.source, "student.model", code=student.trust_remote_code) / "training")
+            source = find_model(student.source, "student.model", code=student.trust_remote_code)
+            self._state.load_moments(source / "training")
 
     def _restore(self, training: Path) -> None:
         """Loads what a checkpoint has besides the weights: version, beta, moments, averages."""
@@ -148,14 +136,7 @@ class Learner:
         # One that was adapted goes on, unless the campaign goes on with another `trust_region.beta`.
         if region.target_kl is not None and state.get("configured_beta", region.beta) == region.beta:
             self._beta = state["beta"]
-        self._take_moments(training)
-        if self._averages.tensors():
-            self._averages.load(StoredTensors(training / "averages.safetensors").like)
-
-    def _take_moments(self, training: Path) -> None:
-        moments = StoredTensors(training / "optimizer.safetensors")
-        if len(moments):
-            load_optimizer_tensors(self._model, self._optimizer, moments.like)
+        self._state.load(training)
 
     def update(
         self,
@@ -290,54 +271,15 @@ class Learner:
         if self._stepped_from == self.policy_version:
             raise CheckpointError("the last update was broken off between its steps: the weights belong to no update")
         try:
-            self._write.start(self._writing(directory, sample_bytes))
+            configured = self._config.objective.trust_region.beta
+            progress = {"policy_version": self.policy_version, "beta": self._beta, "configured_beta": configured}
+            self._write.start(self._state.copied(directory, progress, sample_bytes))
         except Exception as error:
             raise checkpoint_error(error) from error
 
-    def _writing(self, directory: str, sample_bytes: int | None) -> Callable[[], None]:
-        """Copies the state, and returns the function that writes the copy."""
-        # Copies, since the next update changes the weights while the thread writes.
-        first = self._ranks.rank == 0
-        merged = merged_tensors(self._model) if self._adapter else None
-        weights = copies(sample(model_tensors(self._model, self._ranks, merged), sample_bytes), self._ranks)
-        offloaded = {"host_values": self._optimizer.host_values} if isinstance(self._optimizer, OffloadedAdamW) else {}
-        moments = optimizer_tensors(self._model, self._optimizer)
-        files = {
-            "model.safetensors": weights,
-            f"adapter/{ADAPTER_FILE}": copies(adapter_tensors(self._model), self._ranks) if self._adapter else {},
-            "training/optimizer.safetensors": copies(sample(moments, sample_bytes), self._ranks, **offloaded),
-            "training/averages.safetensors": copies(sample(self._averages.tensors(), sample_bytes), self._ranks),
-        }
-        configured = self._config.objective.trust_region.beta
-        progress = {"policy_version": self.policy_version, "beta": self._beta, "configured_beta": configured}
-        dtype = dtype_of(weights)
-
-        def write() -> None:
-            training = Path(directory, "training")
-            training.mkdir(parents=True, exist_ok=True)
-            if first:
-                write_model_files(self._files, Path(directory), dtype)
-                write_json(training / "learner.json", progress)
-            if self._adapter:
-                self._adapter.save_pretrained(Path(directory, "adapter"))
-            written = {
-                name: write_tensors(Path(directory, name), tensors, begin=first)
-                for name, tensors in files.items()
-                # No moments before the first update: the file is there all the same.
-                if tensors or name == "training/optimizer.safetensors"
-            }
-            write_part(Path(directory), self._ranks.rank, written)
-            files.clear()  # the copies, before the flush: updates go on, and need memory themselves
-            give_back()
-            flush(Path(directory))
-
-        return write
-
     def checkpoint_bytes(self) -> int:
         """Bytes of the tensors of a checkpoint: weights, two moments of those that are trained, averages."""
-        trained = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
-        tensors = [*self._model.parameters(), *trained, *trained, *self._averages.tensors().values()]
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return self._state.nbytes()
 
     def saved(self) -> bool:
         """Whether what `save` copied is on disk. CheckpointError: it cannot be written."""

@@ -117,12 +117,12 @@ def flip(path: Path, *arguments: Any, **keywords: Any) -> Any:
     ("place", "broken", "match"),
     [
         (
-            "learner.learner.write_model_files",
+            "learner.student.state.write_model_files",
             fail,
             r"a checkpoint, tried before the first update, .*: ValueError: no way",
         ),
-        ("learner.learner.write_tensors", flip, r"it was not read back as it was written: .* is damaged"),
-        ("learner.learner.write_part", lambda *_: None, None),
+        ("learner.student.state.write_tensors", flip, r"it was not read back as it was written: .* is damaged"),
+        ("learner.student.state.write_part", lambda *_: None, None),
         (
             "cluster.trial.check_fit",
             lambda *_: (_ for _ in ()).throw(UserError("a", "b", "c")),

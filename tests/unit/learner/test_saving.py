@@ -150,7 +150,7 @@ def test_what_an_error_says_of_the_last_checkpoint_waits_for_the_one_that_is_bei
     learner, gate = make_learner(models), threading.Event()
     written, scores = sampled(models, "other")
     learner.update(written.ids, written, scores)
-    monkeypatch.setattr("learner.learner.flush", lambda _: gate.wait())
+    monkeypatch.setattr("learner.student.state.flush", lambda _: gate.wait())
     good = learner._write.good
     monkeypatch.setattr(learner._write, "good", lambda: gate.set() or good())
     learner.save(str(tmp_path / "saved"))
@@ -225,7 +225,7 @@ def test_a_save_that_fails_for_any_reason_leaves_the_learner_alive_and_says_all(
 
     learner = make_learner(models)
     with monkeypatch.context() as patch:
-        patch.setattr(f"learner.learner.{'copies' if when == 'copying' else 'write_model_files'}", fail)
+        patch.setattr(f"learner.student.state.{'copies' if when == 'copying' else 'write_model_files'}", fail)
         with pytest.raises(
             CheckpointError, match=r"^ValueError: GenerationConfig is invalid: - `temperature`: `do_sample`"
         ):
