@@ -36,36 +36,30 @@ def test_a_line_that_is_being_written_is_none_yet(tmp_path: Path) -> None:
     assert watch.newest(metrics) == 2
 
 
-def test_each_mark_has_what_the_campaign_and_those_below_it_have_used(
-    tmp_path: Path, campaign: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
+def test_each_mark_is_the_first_look_after_an_update_with_what_all_processes_have_used(
+    campaign: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    metrics, used = tmp_path / "metrics.jsonl", watch.used
-    write(metrics, 0, 1)
-
-    def then(pid: int) -> dict[int, tuple[str, float]]:
-        found = used(pid)
-        write(metrics, 2, 3, 4)  # the next look passes over an update
-        return found
-
-    monkeypatch.setattr(watch, "used", then)
-    first, second = watch.marks(campaign, metrics, (1, 3))
+    looks = iter([0, 1, 1, 2, 4])  # one of them passes over an update
+    monkeypatch.setattr(watch, "newest", lambda _: next(looks))
+    first, second = watch.marks(campaign, Path("metrics.jsonl"), (1, 3))
     assert (first.update, second.update) == (1, 4) and first.time < second.time
     for mark in (first, second):
         assert {kind for kind, _ in mark.used.values()} == {"campaign", "cat"}
         assert mark.used[campaign.pid][0] == "campaign" and mark.used[campaign.pid][1] > 0
 
 
+@pytest.mark.parametrize("at_the_look", [True, False])
 def test_a_campaign_that_ends_too_early_has_fewer_marks(
-    tmp_path: Path, campaign: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
+    at_the_look: bool, tmp_path: Path, campaign: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    metrics, used = tmp_path / "metrics.jsonl", watch.used
-    write(metrics, 1)
+    used = watch.used
+    write(tmp_path / "metrics.jsonl", 1)
 
     def last(pid: int) -> dict[int, tuple[str, float]]:
-        found = used(pid)
+        found = {} if at_the_look else used(pid)
         campaign.communicate()
-        return found
+        return used(pid) if at_the_look else found
 
     monkeypatch.setattr(watch, "used", last)
-    assert [mark.update for mark in watch.marks(campaign, metrics, (1, 2))] == [1]
-    assert watch.marks(campaign, metrics, (1,)) == []
+    found = watch.marks(campaign, tmp_path / "metrics.jsonl", (1, 2))
+    assert [mark.update for mark in found] == ([] if at_the_look else [1])
