@@ -227,7 +227,7 @@ def _answer(returned: Any) -> Answer:
         if isinstance(done, str | bytes) or isinstance(reward, str | bytes):
             raise TypeError("text")  # which bool and float would take
         done, reward = bool(done), None if reward is None else float(reward)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return Answer(error=f"step returned done = {_short(done)} and reward = {_short(reward)}, expected numbers")
     if reward is not None and not math.isfinite(reward):
         return Answer(error=f"step returned the reward {reward}, expected a finite number or None")

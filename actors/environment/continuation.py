@@ -46,6 +46,10 @@ class Continuation:
         """Token ids of an episode's first messages, and of the opening of the student's turn. ValueError: see `render`."""
         return self._ids(self.render(messages, tools))
 
+    def least(self, messages: Sequence[Message]) -> int:
+        """Tokens that these messages have at least. To count those of a text of many megabytes takes minutes and gigabytes."""
+        return sum(len(message["content"]) for message in messages) // self._longest_token
+
     def after(
         self, first: Sequence[Message], new: Sequence[Message], last: int, tools: Sequence[Any] | None = None
     ) -> list[int]:
@@ -161,6 +165,11 @@ class Continuation:
         ]
         found = [place + len(text) for text in allowed if (place := closing.find(text)) >= 0]
         return min(found, default=0)
+
+    @cached_property
+    def _longest_token(self) -> int:
+        """Its characters, or its bytes where the vocabulary has those."""
+        return max(map(len, self.tokenizer.get_vocab()))
 
     @cached_property
     def _plain(self) -> bool:

@@ -215,9 +215,13 @@ class Episodes:
         if follows.turn is not None:
             turn = text.turns[follows.turn]
             new = _messages(answer.messages, "step", turn.calls)
+            if text.length + self._write.least(new) >= most:
+                return None
             talk, last = turn.conversation, int(turn.written.response_tokens[-1])
             return text.follow(turn, self._follows(talk.first, new, last, talk.tools), most)
         first = _messages(answer.messages, "step", first=True)
+        if text.length + self._write.least(first) >= most:
+            return None
         try:
             read = np.array(self._write.prompt(first, follows.tools), np.int32)
         except ValueError as error:  # which this conversation's words have led to: others may be fine
@@ -307,14 +311,16 @@ class Episodes:
         if not self._limits.own_prompts:
             expected = "None: a teacher with prompt_template reads a prompt that is made of the record"
             raise UserError(self._config.key, f"{self._config.title}, which begins with messages", expected)
+        room = self._limits.tokens - sampling.max_response_tokens if self._limits.tokens else None
+        expected = f"expected at most {room}; prompts.max_prompt_tokens makes room for more"
+        if room is not None and (least := self._write.least(first)) > room:
+            raise _FailedError(f"the first messages: found {least} tokens or more, {expected}")
         try:
             ids = self._write.prompt(first, tools)
         except ValueError as error:
             raise _FailedError(f"the first messages: {error}") from error
-        room = self._limits.tokens - sampling.max_response_tokens
-        if self._limits.tokens and len(ids) > room:
-            expected = f"at most {room}; prompts.max_prompt_tokens makes room for more"
-            raise _FailedError(f"the first messages: found {len(ids)} tokens, expected {expected}")
+        if room is not None and len(ids) > room:
+            raise _FailedError(f"the first messages: found {len(ids)} tokens, {expected}")
         tokens = np.array(ids, np.int32)
         return replace(own, prompt_tokens=tokens, prompt_offsets=offsets_of([len(tokens)]))
 

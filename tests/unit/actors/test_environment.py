@@ -156,6 +156,7 @@ def test_what_a_step_returns_or_raises_is_a_value() -> None:
         (("text", True), "step returned ('text', True)"),
         (("text", True, "much"), "reward = 'much'"),
         (("text", True, "1.0"), "reward = '1.0'"),
+        (("text", True, 10**400), "step returned done = True and reward = 1000"),
         (("text", True, float("nan")), "the reward nan"),
         (TimeoutError("of its own"), "step raised TimeoutError: of its own"),
     ):

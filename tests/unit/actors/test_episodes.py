@@ -425,6 +425,30 @@ def test_messages_that_cannot_be_read_fail_their_episode_alone() -> None:
     assert asyncio.run(play(answers=[["yes", False, None], ["", True, 1.0]])) == ["", ""]
 
 
+def test_a_text_that_is_far_too_long_is_not_tokenised(monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = Continuation._ids
+
+    def short(self: Continuation, text: str) -> list[int]:
+        assert len(text) < 10_000
+        return ids(self, text)
+
+    monkeypatch.setattr(Continuation, "_ids", short)
+    far, limits = 100_000 * "x", NO_LIMITS._replace(tokens=200)
+    for limit in (NO_LIMITS, limits):
+        written, counts, _ = played(answers=[[far, False, 0.5]], limits=limit)
+        assert (
+            written.truncated.all()
+            and written.rewards.tolist() == [0.5, 0.5]
+            and [one.turns for one in counts] == [1, 1]
+        )
+    _, counts, engine = played(limits=limits, first=far, attempts=1)
+    assert not engine.asked and all("tokens or more, expected at most 100;" in one.failed for one in counts)
+    assert asked([(None, far)], most=100)[0].truncated.all()
+    for text in ("no", "7 again, and a longer text", 50 * " ", 40 * "é"):
+        write, messages = Continuation(TOKENIZER, frozenset({END})), [{"role": "user", "content": text}]
+        assert write.least(messages) <= len(TOKENIZER(text)["input_ids"])
+
+
 def test_an_aborted_episode_ends_at_once_and_the_others_go_on() -> None:
     one = requests()
     alone = [
