@@ -122,7 +122,7 @@ class EnvironmentActor(SharedCalls):
             await asyncio.wait([call], timeout=self._config.step_timeout_seconds)
         if close := getattr(own, "close", None):
             # Of the user's code: the episode has its result already.
-            with suppress(Exception, SystemExit, asyncio.CancelledError):
+            with suppress(BaseException):
                 async with asyncio.timeout(self._config.step_timeout_seconds):
                     await close()
 
@@ -150,7 +150,7 @@ class EnvironmentActor(SharedCalls):
                 raise
             this.uncancel()
             return failed("was given up")
-        except (Exception, SystemExit) as error:
+        except BaseException as error:  # KeyboardInterrupt would end the event loop, and with it all episodes
             return failed(f"raised {told(error)}")
         finally:
             self._under_way.pop(key, None)
@@ -175,7 +175,7 @@ class EnvironmentActor(SharedCalls):
                 loop.call_soon_threadsafe(self._hear)
             time.sleep(min(LOOK_SECONDS, self._config.step_timeout_seconds / 4))
             silent = time.monotonic() - self._heard
-            if silent > self._config.step_timeout_seconds and loop.is_running():
+            if silent > self._config.step_timeout_seconds:
                 found = f"{self._config.title}, which has blocked its process for {silent:.0f} s"
                 print(f"understudy: {self._config.key}: found {found}, expected {COROUTINES}", file=sys.stderr)
                 self.exit(BLOCKED)

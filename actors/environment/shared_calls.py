@@ -90,7 +90,7 @@ class SharedCalls:
     async def _call(self, client: _Client, number: int, method: str, arguments: tuple[Any, ...]) -> None:
         try:
             answer = Answered(number, pickle.dumps(await getattr(self, method)(*arguments)))
-        except (Exception, SystemExit, asyncio.CancelledError) as error:  # becomes the caller's; nobody here cancels
+        except BaseException as error:  # becomes the caller's; nobody here cancels, and others would end the event loop
             traceback.print_exc()
             answer = Answered(number, error=f"{method} failed: {type(error).__name__}: {error}")
         client.under_way -= 1

@@ -86,13 +86,13 @@ class Ends:
 
     async def reset(self, record: dict, episode: Episode) -> Any:
         if self.begins:
-            raise ValueError("no beginning")
+            raise (KeyboardInterrupt if self.begins == "interrupts" else ValueError)("no beginning")
         return "Go."
 
     async def step(self, message: dict) -> Any:
         if message.get("content") == "the last":
             return "", True, 1.0
-        raise SystemExit(3)
+        raise GeneratorExit if self.fails == "leaves" else SystemExit(3)
 
     async def close(self) -> None:
         self.closed.append(self.fails)
@@ -100,6 +100,8 @@ class Ends:
             await asyncio.Event().wait()
         if self.fails == "exits":
             raise SystemExit(3)
+        if self.fails == "interrupts":
+            raise KeyboardInterrupt
         raise ValueError("no end")
 
 
@@ -228,8 +230,8 @@ def test_the_end_of_an_episode_stops_what_its_environment_does_before_it_is_clos
     asyncio.run(asyncio.wait_for(play(), 60))
 
 
-@pytest.mark.parametrize("reset", ["", "raises"])
-@pytest.mark.parametrize("close", ["raises", "hangs", "exits"])
+@pytest.mark.parametrize("reset", ["", "raises", "interrupts"])
+@pytest.mark.parametrize("close", ["raises", "hangs", "exits", "interrupts", "leaves"])
 def test_the_end_of_an_episode_closes_it_and_an_end_that_goes_wrong_is_of_no_consequence(
     close: str, reset: str
 ) -> None:
@@ -240,7 +242,8 @@ def test_the_end_of_an_episode_closes_it_and_an_end_that_goes_wrong_is_of_no_con
         actor = EnvironmentActor(own)
         begun = await actor.reset("a", EPISODE, {})
         assert ("no beginning" in begun.error) == bool(reset) and (reset or begun.tools == [])
-        assert (await actor.step("a", {})).error.startswith("step raised SystemExit: 3")
+        raised = "GeneratorExit" if close == "leaves" else "SystemExit: 3"
+        assert (await actor.step("a", {})).error.startswith(f"step raised {raised}")
         closed, _ = await asyncio.wait({asyncio.ensure_future(actor.close("a"))}, timeout=20)
         assert closed and not any(one.exception() for one in closed)
         assert await actor.status() == {"episodes": 0}

@@ -54,6 +54,8 @@ class Steps(SharedCalls):
             raise ValueError("broken")
         if how == "exits":
             raise SystemExit(3)
+        if how == "interrupts":
+            raise KeyboardInterrupt
         if how == "is cancelled":
             raise asyncio.CancelledError
         return (lambda: None) if how == "no pickle" else Elsewhere()
@@ -163,6 +165,7 @@ def test_calls_that_come_within_a_pause_go_together(
 def test_what_is_wrong_with_one_call_is_told_to_it_alone() -> None:
     async def scenario(actor: Steps, handle: Handle, caller: SharedCaller) -> None:
         told = {"raises": "wrong failed: ValueError: broken", "exits": "wrong failed: SystemExit: 3",
+                "interrupts": "wrong failed: KeyboardInterrupt",
                 "is cancelled": "wrong failed: CancelledError", "no pickle": "wrong failed: ",
                 "no class": "its answer cannot be read: ImportError: not here"}  # fmt: skip
         calls = [gathered(caller, "wrong", told), gathered(caller, "at_once", range(9))]
