@@ -53,7 +53,7 @@ def write(path: Path, prompts: int) -> None:
 
 def start(path: Path, answer: Any) -> None:
     """Reads and asks; sends {what: seconds or MiB}."""
-    from actors.data.prompt_order import PromptOrder
+    from actors.prompts.order import PromptOrder
     from actors.prompts.prompt_set import requests
     from cluster.config_file import load_config
     from cluster.inputs import read_inputs

@@ -196,7 +196,7 @@ def mixture(config: CampaignConfig, prompts: PromptSet) -> list[str]:
     sources, counts = config.prompts.sources, prompts.counts
     if len(counts) < 2:
         return []
-    # Exact, as the order is (prompt_order.py): the sum of two large weights is no float.
+    # Exact, as the order is (actors/prompts/order.py): the sum of two large weights is no float.
     weights = [Fraction(str(source.weight or counts[f"prompts.sources.{name}"])) for name, source in sources.items()]
     issued = config.pipeline.updates * config.pipeline.prompts_per_update
     shares = {key: float(weight / sum(weights)) for key, weight in zip(counts, weights, strict=True)}

@@ -1,6 +1,6 @@
 """Reads, renders and tokenises the prompts once, and makes requests of them.
 
-The k-th prompt that a campaign issues is a pure function of k and the seed (actors/data/prompt_order.py), so a checkpoint stores only the
+The k-th prompt that a campaign issues is a pure function of k and the seed (actors/prompts/order.py), so a checkpoint stores only the
 cursor k. A sample's seed comes from a hash of its id.
 
 Shapes: M prompts, P prompt tokens in all, B requests.
@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from actors.config import PromptsConfig, SourceConfig
-from actors.data.prompt_order import hash_of
 from actors.errors import UserError
 from actors.heartbeat import beat, does
 from actors.prompts.cache import Columns, Damaged, SourceFile, Span, entry_of, is_plain
 from actors.prompts.columns import Coded, Texts, many_rows
 from actors.prompts.files import files_of, read_records
+from actors.prompts.order import hash_of
 from actors.prompts.parts import PartMaker, Task, responses_in, texts_in
 from actors.prompts.responses import Ends, Responses
 from actors.prompts.spool import MANY, OFFSETS, Spool

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from actors.data.prompt_order import PromptOrder
 from actors.errors import CampaignError
+from actors.prompts.order import PromptOrder
 from actors.prompts.prompt_set import PromptSet
 from actors.trajectory import RolloutCounts, TrajectoryId
 from cluster.config import CampaignConfig

@@ -12,8 +12,8 @@ import pandas as pd
 import pytest
 
 from actors.config import TrainingPromptsConfig
-from actors.data.prompt_order import PromptOrder
 from actors.errors import UserError
+from actors.prompts.order import PromptOrder
 from benchmarks.audit import (
     JSON,
     PAGE,

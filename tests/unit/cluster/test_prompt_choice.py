@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from actors.config import TrainingPromptsConfig
-from actors.data.prompt_order import PromptOrder
 from actors.errors import UserError
+from actors.prompts.order import PromptOrder
 from cluster.loop.prompt_choice import AGAIN_EPOCHS, FIRST_SHARE, NEWEST, choice_of, passed_over
 from cluster.prompt_validation import refuse_sources
 from cluster.state.campaign_state import CampaignState

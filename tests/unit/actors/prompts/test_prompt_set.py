@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 
 from actors.config import PromptsConfig
-from actors.data.prompt_order import PromptOrder, prompt_order
 from actors.errors import UserError
+from actors.prompts.order import PromptOrder, prompt_order
 from actors.prompts.prompt_set import load_prompts, requests, sample_seed
 from tests.tiny_models import make_tiny_tokenizer
 
@@ -336,7 +336,7 @@ def test_order_and_seeds_are_the_same_in_every_process_and_for_ever():
     # Golden values: a campaign that is resumed after an upgrade must go on with the same prompts and seeds.
     assert prompt_order(7, 2, 8, True).tolist() == GOLDEN_ORDER
     assert sample_seed(7, 2, 5, 1) == GOLDEN_SEED
-    code = "from actors.prompts.prompt_set import *; from actors.data.prompt_order import *; print(prompt_order(7, 2, 8, True).tolist(), sample_seed(7, 2, 5, 1))"
+    code = "from actors.prompts.prompt_set import *; from actors.prompts.order import *; print(prompt_order(7, 2, 8, True).tolist(), sample_seed(7, 2, 5, 1))"
     environment = {"PYTHONHASHSEED": "123"}
     out = subprocess.run(
         [sys.executable, "-c", code], cwd=Path(__file__).parents[4], env=environment, capture_output=True

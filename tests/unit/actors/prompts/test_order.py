@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actors.data.prompt_order import PromptOrder, prompt_order, shares_of, turn_at
+from actors.prompts.order import PromptOrder, prompt_order, shares_of, turn_at
 
 COUNTS = {"prompts.sources.sums": 5, "prompts.sources.words": 2, "prompts.sources.code": 9}
 WEIGHTS = st.lists(st.decimals("0.01", "100", places=2).map(float), min_size=1, max_size=5)
