@@ -290,9 +290,10 @@ def _lengths(config: CampaignConfig, inputs: Inputs) -> PromptLengths:
     held_out = [(one.prompts, own[name]) for name, one in inputs.sets.items()]
     if inputs.held_out is not None:
         held_out.append((inputs.held_out, config.evaluated.sampling.max_response_tokens))
-    whole = [int(np.diff(prompts.offsets).max()) + response for prompts, response in held_out]
-    longest = max(longest, _longest_written(config))
-    return PromptLengths(int(inputs.prompts.offsets[-1]) // len(inputs.prompts), longest, max(whole, default=0))
+    written = _longest_written(config)
+    whole = [max(int(np.diff(prompts.offsets).max()), written) + response for prompts, response in held_out]
+    usual = int(inputs.prompts.offsets[-1]) // len(inputs.prompts)
+    return PromptLengths(usual, max(longest, written), max(whole, default=0))
 
 
 def _longest_written(config: CampaignConfig) -> int:

@@ -358,6 +358,12 @@ def test_engines_have_room_for_the_longest_text_of_the_campaign_and_not_for_the_
     assert engine_of_teacher(privileged) == {"max_model_len": 700 + 100 + SPARE_TOKENS}
     assert engine_of_teacher(inputs_of([4000])) == {"max_model_len": 4096}
     assert engine_of_teacher(inputs, "teachers.default.engine={max_model_len: 512}") == {"max_model_len": 512}
+    # A prompt of an environment may be longer than its record, in an evaluation that has a length limit of its own, too.
+    own = ("environment.name=examples.guess.game:Guess", "prompts.max_prompt_tokens=40")
+    told = config(tmp_path, vllm, "sampling.max_response_tokens=100", "evaluation.max_response_tokens=200", *own)
+    needed = role_resources(told, 8.0, private=False)
+    build_fleets(told, inputs, needed, dict.fromkeys(needed, 1), print, asyncio.Lock())
+    assert made["rollout"][0][2]["prompts"] == PromptLengths(usual=8, longest=40, whole=40 + 200)
     assert engine_of_teacher(inputs, "teachers.default.tokenizer=other") == {}
 
 
