@@ -3,7 +3,11 @@
 import json
 import re
 
-PRICES = {"lamp": 24, "chair": 45, "desk": 130, "shelf": 60, "rug": 75, "mirror": 38, "clock": 17, "sofa": 420}
+PRICES = {
+    "lamp": 24, "chair": 45, "desk": 130, "shelf": 60, "rug": 75, "mirror": 38, "clock": 17, "sofa": 420, "table": 210, "bench": 85,
+    "stool": 32, "basket": 14, "blanket": 28, "carpet": 160, "cushion": 12, "fan": 54, "heater": 95, "kettle": 26, "ladder": 67,
+    "pillow": 19, "toaster": 41, "vase": 29, "bed": 310, "wardrobe": 380,
+}  # fmt: skip
 
 
 def schema(name, description, **parameters):
@@ -18,7 +22,8 @@ TOOLS = {
     "multiply": (lambda a, b: a * b, schema("multiply", "Multiplies two numbers.", a="number", b="number")),
     "price": (lambda item: PRICES[item], schema("price", "The price of an item in the shop.", item="string")),
 }
-SYSTEM = "You answer questions with tools:\n" + "\n".join(json.dumps(its["function"]) for _, its in TOOLS.values())
+USES = [f"{name}({', '.join(its['function']['parameters']['required'])})" for name, (_, its) in TOOLS.items()]
+SYSTEM = f"You answer questions with tools: {', '.join(USES)}."
 
 
 def called(name, **arguments):
@@ -26,18 +31,20 @@ def called(name, **arguments):
     return f"<tool_call>{json.dumps({'name': name, 'arguments': arguments})}</tool_call>"
 
 
-def shown(question, call, result, answer):
+def shown(question, call, result):
     """An example: a question, a call, its result and the answer."""
     texts = {"user": question, "assistant": call, "tool": result}
     return [{"role": role, "content": text} for role, text in texts.items()] + [
-        {"role": "assistant", "content": answer}
+        {"role": "assistant", "content": f"The answer is {result}."}
     ]
 
 
 EXAMPLES = [
-    *shown("How much does a lamp cost?", called("price", item="lamp"), "24", "A lamp costs 24."),
-    *shown("What is 12 times 31?", called("multiply", a=12, b=31), "372", "12 times 31 is 372."),
-    *shown("How much is 45 + 18?", called("add", a=45, b=18), "63", "45 + 18 is 63."),
+    *shown("How much does a lamp cost?", called("price", item="lamp"), "24"),
+    *shown("What is 12 times 31?", called("multiply", a=12, b=31), "372"),
+    *shown("What is the price of a vase?", called("price", item="vase"), "29"),
+    *shown("How much is 45 + 18?", called("add", a=45, b=18), "63"),
+    *shown("I want to buy a bed. What do I have to pay?", called("price", item="bed"), "310"),
 ]
 """A model of this size calls no tool that it has only read a description of."""
 

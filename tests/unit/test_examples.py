@@ -30,7 +30,7 @@ from examples.ciphers.make_models import lesson as cipher_lesson
 from examples.heal.damage import damage
 from examples.heal.perplexity import compare, interval, measured, passages
 from examples.heal.trim import trim
-from examples.tools.shop import PRICES, Shop
+from examples.tools.shop import EXAMPLES, PRICES, Shop
 from examples.two_domains.make_models import running
 from tests.tiny_models import make_tiny_model
 from tests.tiny_tokenizers import CORPUS, byte_level
@@ -64,7 +64,11 @@ def test_what_makes_the_models_runs(module: str, arguments: list[str], tmp_path:
 
 def test_the_committed_prompts_are_those_that_the_scripts_make(tmp_path: Path) -> None:
     made = ("two_domains", "calculator", "ciphers")
-    makers = (("carries.make_prompts", []), *((f"{name}.make_models", ["--steps", "0.001"]) for name in made))
+    makers = (
+        ("carries.make_prompts", []),
+        ("tools.make_prompts", []),
+        *((f"{name}.make_models", ["--steps", "0.001"]) for name in made),
+    )
     for module, extra in makers:
         out = tmp_path / module
         command = [sys.executable, "-m", f"examples.{module}", *extra, "--output", str(out)]
@@ -200,6 +204,13 @@ def test_the_shop_answers_calls_and_wants_a_tool_to_be_used() -> None:
     assert all(messages[0]["content"].startswith("error: ") for messages, _, _ in given[2:])
     assert told(Shop(), record, {"content": "24"}) == [([], True, 0.0)], "a guess"
     assert told(Shop(), record, turns[0], {"content": "124"})[-1] == ([], True, 0.0)
+
+
+def test_no_question_of_the_shop_is_asked_twice_or_shown_as_an_example() -> None:
+    files = [(ROOT / "examples" / "tools" / f"{name}.jsonl").read_text("utf-8") for name in ("train", "heldout")]
+    asked = [json.loads(line)["prompt"] for text in files for line in text.splitlines()]
+    shown = [message["content"] for message in EXAMPLES if message["role"] == "user"]
+    assert len({*asked, *shown}) == len(asked) + len(shown) == 225
 
 
 def test_carries_by_hand() -> None:
