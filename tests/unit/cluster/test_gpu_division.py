@@ -339,7 +339,12 @@ def test_engines_have_room_for_the_longest_text_of_the_campaign_and_not_for_the_
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: dict[str, Any] = {}
-    monkeypatch.setattr(roles, "Fleet", lambda role, *arguments, **keywords: made.update({role: (arguments, keywords)}))
+
+    def fleet(role: str, *arguments: Any, **keywords: Any) -> SimpleNamespace:
+        made[role] = (arguments, keywords)
+        return SimpleNamespace()
+
+    monkeypatch.setattr(roles, "Fleet", fleet)
     model = make_tiny_model(tmp_path / "model", context=4096)
     vllm = f"teachers.default={{backend: vllm, model: {model}}}"
     wanted = config(tmp_path, vllm, "sampling.max_response_tokens=100", f"student.model={model}")
