@@ -366,11 +366,7 @@ class Episodes:
     ) -> tuple[Trajectories, EpisodeCounts]:
         asked, text, finish = found
         if self._limits.needs_reward and text.reward is None and finish == "stop":
-            raise UserError(
-                self._config.key,
-                f"{self._config.title}, which gave no reward in the whole episode",
-                "a reward from one of its steps, since learner.objective uses rewards",
-            )
+            raise _FailedError("it is over without a reward, and learner.objective uses rewards")
         written = text.trajectory(asked, finish)
         seconds = time.monotonic() - text.began
         self.thinking.ended(text.waited, seconds)
