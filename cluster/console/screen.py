@@ -321,7 +321,7 @@ def runs_table(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 
 
 def summary_table(summary: Mapping[str, Any]) -> str:
-    """The end of a campaign in five lines: student before, student after, teacher; updates, tokens, seconds."""
+    """The end of a campaign: student before, student after, teacher, where they were measured; updates, tokens, seconds."""
     rows = [
         ("student, before", "accuracy_start", "accuracy_sampled_start", "reverse_kl_start"),
         ("student, after", "accuracy_end", "accuracy_sampled_end", "reverse_kl_end"),
@@ -329,6 +329,8 @@ def summary_table(summary: Mapping[str, Any]) -> str:
     ]
     measured = any(summary.get(kl) is not None for *_, kl in rows)
     lines = [f"{'held-out prompts':<18}{'accuracy':>14}{'sampled':>14}{'reverse KL':>18}"]
+    if all(summary.get(key) is None for _, *keys in rows for key in keys):  # only sets, or nothing, were evaluated
+        rows, lines = [], []
     for name, accuracy, sampled, kl in rows:
         figures = (_of_summary(summary, accuracy, ".1%"), _of_summary(summary, sampled, ".1%"))
         distance = _of_summary(summary, kl, ".4f") if kl or not measured else "0"  # the teacher's distance to itself

@@ -57,7 +57,7 @@ def meta(run: Run) -> str:
 
 
 def before_after(run: Run) -> str:
-    """Table of the student before, the student after and the teacher; and the cost."""
+    """Table of the student before, the student after and the teacher, where they were measured; and the cost."""
     result = run.result
     rows = [
         ("Student, before", "before", "accuracy_start", "accuracy_sampled_start", "reverse_kl_start"),
@@ -81,6 +81,8 @@ def before_after(run: Run) -> str:
         lines.append(f'<tr class="{look}"><th>{name}</th><td class="bar">{bar}</td>{"".join(cells)}</tr>')
     head = "<tr><th>Held-out prompts</th><td></td><th>Accuracy</th><th>Sampled</th><th>Reverse KL</th></tr>"
     table = f'<table class="result"><thead>{head}</thead><tbody>{"".join(lines)}</tbody></table>'
+    if all(result.get(key) is None for *_, accuracy, sampled, kl in rows for key in (accuracy, sampled, kl)):
+        table = ""  # only sets, or nothing, were evaluated
     return f'{table}<dl class="tiles">{_tiles(result)}</dl>'
 
 

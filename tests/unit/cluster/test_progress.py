@@ -143,5 +143,10 @@ def test_the_summary_has_before_after_teacher_and_what_it_took():
         ["teacher", "100.0%", "-", "0"],
         ["60", "updates,", "175,772", "tokens,", "46.6", "seconds"],
     ]
-    # A campaign that was interrupted before anything was measured; the teacher has no distance to nothing.
-    assert [line.split()[-3:] for line in summary_table({}).splitlines()[1:4]] == [["-"] * 3] * 3
+    # The teacher has no distance to what was not measured.
+    teacher = summary_table({"accuracy_teacher": 1.0}).splitlines()[3]
+    assert teacher.split() == ["teacher", "100.0%", "-", "-"]
+    # A campaign with sets alone, or one that was interrupted before anything was measured.
+    sets = {"near": {"start": {"accuracy": 0.25}, "end": {"accuracy": 0.5}}}
+    lines = summary_table({"sets": sets, "updates": 6}).splitlines()
+    assert [line.split()[0] for line in lines] == ["set", "6"] and len(summary_table({}).splitlines()) == 1
