@@ -140,16 +140,18 @@ class Episodes:
     ) -> tuple[Trajectories, EpisodeCounts]:
         own = _row(requests, row)
         id_, seed = TrajectoryId(*own.ids[0].tolist()), int(own.seeds[0])
-        cause = ""
+        cause, text = "", Transcript()
         for attempt in range(self._config.attempts):
+            text = Transcript(waited=text.waited, began=text.began)  # attempts that have failed took their time
             key = f"{id_}/{attempt}/{next(self._names)}"
             place, closed = await self._entered(id_, attempt, key), False
             limit = self._config.episode_timeout_seconds
             try:
                 async with asyncio.timeout(limit) as clock:
-                    found = await self._attempt(own, Episode(id_, seed, attempt), key, place, sampling, greedy)
-                closed = found[2] == "stop"  # an environment that is done is closed where it is
-                return self._finished(own, found, attempt)
+                    episode = Episode(id_, seed, attempt)
+                    asked, finish = await self._attempt(text, own, episode, key, place, sampling, greedy)
+                closed = finish == "stop"  # an environment that is done is closed where it is
+                return self._finished(asked, text, finish, attempt)
             except TimeoutError:
                 if not clock.expired():
                     raise
@@ -162,15 +164,21 @@ class Episodes:
             finally:
                 if not closed:
                     self._in_background(place, key)
-        return self._failed(own, cause)
+        return self._failed(own, text, cause)
 
     async def _attempt(
-        self, own: Requests, episode: Episode, key: str, place: Any, sampling: SamplingConfig, greedy: bool
-    ) -> tuple[Requests, Transcript, str]:
-        """One attempt: (the request with the prompt as it was read, what was written, the finish reason)."""
+        self,
+        text: Transcript,
+        own: Requests,
+        episode: Episode,
+        key: str,
+        place: Any,
+        sampling: SamplingConfig,
+        greedy: bool,
+    ) -> tuple[Requests, str]:
+        """One attempt, written into `text`: (the request with the prompt as it was read, the finish reason)."""
         aside = own.asides[0]
         record = json.loads(aside.record or "{}")
-        text = Transcript()
         begun = await self._ask(text, place, "reset", key, episode, record)
         tools = begun.tools if begun.tools is not None else tools_of(record.get(aside.tools_field))
         first = [
@@ -193,7 +201,7 @@ class Episodes:
             message = {} if cut else self._message(written.response_tokens, talk.tools, len(text.turns))
             text.turns.append(WrittenTurn(talk, written, message.get("tool_calls", ())))
             if cut:
-                return own, text, "length"
+                return own, "length"
             more = (self._told(written),) if self._config.command else ()
             answer = await self._ask(text, place, "step", key, message, *more)
             if answer.reward is not None:
@@ -201,12 +209,12 @@ class Episodes:
                 if abs(text.reward) > LARGEST_REWARD:
                     raise _FailedError(f"step: rewards of {text.reward:g} together, more than a 32-bit number holds")
             if answer.done:
-                return own, text, "stop"
+                return own, "stop"
             goes_on = None
             if len(text.turns) < self._config.max_turns:
                 goes_on = self._goes_on(text, answer, sampling.max_response_tokens)
             if goes_on is None:
-                return own, text, "length"
+                return own, "length"
             talk, context = goes_on
 
     def _goes_on(self, text: Transcript, answer: Answer, most: int) -> tuple[Conversation, np.ndarray] | None:
@@ -362,9 +370,8 @@ class Episodes:
         return found
 
     def _finished(
-        self, own: Requests, found: tuple[Requests, Transcript, str], attempt: int
+        self, asked: Requests, text: Transcript, finish: str, attempt: int
     ) -> tuple[Trajectories, EpisodeCounts]:
-        asked, text, finish = found
         if self._limits.needs_reward and text.reward is None and finish == "stop":
             raise _FailedError("it is over without a reward, and learner.objective uses rewards")
         written = text.trajectory(asked, finish)
@@ -380,13 +387,14 @@ class Episodes:
         )
         return written, counts
 
-    def _failed(self, own: Requests, cause: str) -> tuple[Trajectories, EpisodeCounts]:
+    def _failed(self, own: Requests, text: Transcript, cause: str) -> tuple[Trajectories, EpisodeCounts]:
         """What stands for an episode that has failed: one token, which is not trained on."""
         token, version = min(self._write.stop_token_ids), self._engine.version or 0
         stub = trajectories_of(own, [Response([token], [0.0], [version], "abort")])
         stub = replace(stub, trained=np.zeros(1, bool), rewards=np.zeros(1, np.float32))
         short = cause if len(cause) <= LONGEST_CAUSE else f"{cause[:LONGEST_CAUSE]}…"
-        counts = EpisodeCounts(0, len(own.prompt_tokens), 0.0, 0.0, self._config.attempts - 1, short)
+        seconds = time.monotonic() - text.began
+        counts = EpisodeCounts(0, len(own.prompt_tokens), text.waited, seconds, self._config.attempts - 1, short)
         return stub, counts
 
 

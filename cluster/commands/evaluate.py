@@ -22,7 +22,7 @@ from cluster.config_file import load_config
 from cluster.console.runs import all_runs, named_run
 from cluster.fleet.ray_cluster import connected, room_to_begin
 from cluster.inputs import read_set_inputs
-from cluster.loop.evaluation_sets import Tallies, metrics_of, to_json
+from cluster.loop.evaluation_sets import Tallies, is_share, metrics_of, to_json
 from cluster.loop.evaluation_statistics import difference
 from cluster.loop.weight_sync import ObjectStoreTransport
 from cluster.records.metric_table import with_interval, written
@@ -247,7 +247,11 @@ def write_results(config: CampaignConfig, models: Sequence[Model], results: Resu
                 for quantity in by_model[a]
                 if quantity in by_model[b]
                 for apart in [
-                    difference(by_model[b][quantity], by_model[a][quantity], share=quantity not in OF_DISTANCE)
+                    difference(
+                        by_model[b][quantity],
+                        by_model[a][quantity],
+                        share=is_share(quantity, by_model[a][quantity]) and is_share(quantity, by_model[b][quantity]),
+                    )
                 ]
             ],
             "scores_by_prompt": {own: to_json(tallies) for own, tallies in by_model.items()},

@@ -23,6 +23,7 @@ from rich.text import Text
 from actors.plain_text import concealed, printable
 from cluster.console.status import StatusReader
 from cluster.records.event_table import describe, row_of
+from cluster.records.forms import verdict
 from cluster.records.metric_table import METRICS, is_evaluation, listed, with_interval, written
 
 COLOURS = {"good": "green", "warn": "yellow", "bad": "red", "": "cyan"}
@@ -257,11 +258,11 @@ def _figures(status: Mapping[str, Any]) -> RenderableType:
 
 def trajectory_text(row: Mapping[str, Any]) -> RenderableType:
     """One trajectory: prompt, and its response with each token coloured by log pi - log q."""
-    row, reward = _printable(row), row.get("reward")
-    verdict, colour = ("unjudged", "dim") if reward is None else ("right", "green") if reward else ("wrong", "red")
+    row, reward, judged = _printable(row), row.get("reward"), verdict(row)
     head = Text.assemble(
         (f"update {row['step']}  {row['id']}  ", "dim"),
-        (verdict, colour),
+        (judged, {"right": "green", "wrong": "red"}.get(judged, "dim")),
+        (f"  reward {reward:g}" if reward not in (None, 0, 1) else "", "dim"),
         (f"  {row['finish_reason']}  expected {row['reference']}" if row.get("reference") is not None else "", "dim"),
     )
     response = Text()

@@ -66,20 +66,21 @@ def metrics_of(
         found[key] = mean_of(own)
         if name in COUNTS:
             continue
-        value = estimate(own, share=_is_share(name, own))
+        value = estimate(own, share=is_share(name, own))
         found |= {f"{key}:low": value.low, f"{key}:high": value.high}
         references = {"from_start": (start or {}).get(name)}
         if name in SHARES:
             references["from_teacher"] = (teacher or {}).get("accuracy")
         for versus, other in references.items():
             if compared and other is not None:
-                share = _is_share(name, own) and _is_share(name, other)
+                share = is_share(name, own) and is_share(name, other)
                 apart = difference(own, other, share=share)
                 found |= dict(zip((f"{key}:{versus}{end}" for end in ("", ":low", ":high")), apart, strict=True))
     return found
 
 
-def _is_share(name: str, scores: Tally) -> bool:
+def is_share(name: str, scores: Tally) -> bool:
+    """Whether the scores are shares of something, so that their mean lies between 0 and 1. Rewards need not be."""
     within = bool(np.all((scores.sums >= 0) & (scores.sums <= scores.counts)))
     return within and (name in SHARES or name.startswith("pass@"))
 
@@ -346,7 +347,7 @@ class Evaluations:
             if tallies:
                 found[name] = {"of": self._identity(name), "tallies": to_json(tallies)}
                 key = f"eval/{name}/accuracy_teacher" if name else "eval/accuracy_teacher"
-                own = estimate(tallies["accuracy"], share=_is_share("accuracy", tallies["accuracy"]))
+                own = estimate(tallies["accuracy"], share=is_share("accuracy", tallies["accuracy"]))
                 metrics |= {key: mean_of(tallies["accuracy"]), f"{key}:low": own.low, f"{key}:high": own.high}
         baselines["teacher"] = found
         return metrics

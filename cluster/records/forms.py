@@ -121,3 +121,9 @@ def parsed_row(name: str, line: str | bytes) -> dict[str, Any]:
     if wrong := wrong_in(name, row):
         raise DamagedError(wrong)
     return row
+
+
+def verdict(row: Mapping[str, Any]) -> str:
+    """Of a sample trajectory: right from a reward of 1 on, wrong below it, unjudged without one."""
+    reward = row.get("reward")
+    return "unjudged" if reward is None else "right" if reward >= 1 else "wrong"

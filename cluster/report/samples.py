@@ -7,6 +7,7 @@ from itertools import count, groupby
 from pathlib import Path
 from typing import Any
 
+from cluster.records.forms import verdict
 from cluster.records.writer import read_jsonl
 
 LEVELS = (0.1, 0.25, 0.5, 1.0, 2.0, 4.0)
@@ -55,8 +56,7 @@ def shade(student: float | None, teacher: float | None, trained: bool = True) ->
 
 def _article(run: int, step: int, row: dict[str, Any], hidden: bool) -> str:
     student, teacher, tokens = row["student_logprobs"], row["teacher_logprobs"], row["tokens"][:MAX_ROW_TOKENS]
-    reward = row.get("reward")
-    verdict = "unjudged" if reward is None else "right" if reward >= 1 else "wrong"
+    reward, judged = row.get("reward"), verdict(row)
     trained = row.get("trained") or [True] * len(row["tokens"])
     own = [(s, t) for s, t, by in zip(student, teacher, trained, strict=True) if by]
     pairs = [(s, t) for s, t in own if s is not None and t is not None]
@@ -80,9 +80,9 @@ def _article(run: int, step: int, row: dict[str, Any], hidden: bool) -> str:
     marks = _turns(shown) if len(own) < len(trained) else "".join(mark for *_, mark in shown)
     more = len(row["tokens"]) - len(tokens)
     text = "".join((marks, f"<span class=more>… {more:,} more tokens</span>" if more else ""))
-    data = f'data-run="{run}" data-step="{step}" data-verdict="{verdict}"'
+    data = f'data-run="{run}" data-step="{step}" data-verdict="{judged}"'
     values = f'data-s="{_thousandths(student[: len(tokens)])}" data-t="{_thousandths(teacher[: len(tokens)])}"'
-    head = f'<header><span class="verdict">{verdict}</span> {" <i></i> ".join(facts)}</header>'
+    head = f'<header><span class="verdict">{judged}</span> {" <i></i> ".join(facts)}</header>'
     prompt = f"<p class=prompt>{escape(str(row['prompt']))}</p>"
     return f"<article {data}{' hidden' * hidden}>{head}{prompt}<p class=tokens {values}>{text}</p></article>"
 

@@ -5,6 +5,7 @@ import json
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -338,6 +339,29 @@ def test_an_episode_ends_with_the_students_last_token(
         assert FINISH_REASONS[written.finish_reasons[row]] == finish and written.rewards[row] == reward
         assert counts[row].failed == "" and written.trained[written.response_offsets[row + 1] - 1]
     assert [method for _, method, _ in Tells.seen].count("step") == 2 * steps
+
+
+@pytest.mark.parametrize("attempts", [2, 3])
+def test_what_failed_attempts_have_waited_is_counted(attempts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that only the environment moves: two attempts fail in their second step, the third takes three steps."""
+    now = [0.0]
+
+    async def thinks(self: Tells, message: dict) -> Any:
+        now[0] += 5
+        return await answers(self, message)
+
+    answers = Tells.step
+    monkeypatch.setattr(Tells, "step", thinks)
+    monkeypatch.setattr("actors.rollout.episodes.time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    async def play() -> Any:
+        episodes = episodes_of(Spells(), {"fails": 2}, attempts=attempts)
+        return await episodes.play(_row(requests(), 0), SamplingConfig(max_response_tokens=100), False)
+
+    _, [counts] = asyncio.run(play())
+    steps = 2 + 2 + (3 if attempts == 3 else 0)
+    assert bool(counts.failed) == (attempts == 2)
+    assert counts.waited_seconds == 5 * steps
 
 
 def test_an_attempt_that_fails_is_repeated_with_the_same_draws() -> None:

@@ -143,3 +143,14 @@ def test_the_old_keys_are_two_sets(folder: Path) -> None:
         to_evaluate(config, [], False)
     best: Any = models_of([str(folder / "runs" / "run")], None, True)
     assert isinstance(best[0], Model) and "step_0000000" in best[0].path
+
+
+def test_rewards_that_are_no_shares_have_the_same_interval_in_the_file_as_in_the_table(tmp_path: Path) -> None:
+    scores = {"a": tally([[1.5], [2.0], [0.0]]), "b": tally([[1.5], [2.5], [0.5]])}
+    results = {"near": {name: {"accuracy": one} for name, one in scores.items()}}
+    config = load_config(
+        configuration(make_folder(tmp_path), "any", evaluation={"sets": {"near": {"prompts": {"path": "a"}}}})
+    )
+    write_results(config, [Model(name, name) for name in "ab"], results, tmp_path / "found.json")
+    [apart] = json.loads((tmp_path / "found.json").read_text())["sets"]["near"]["differences"]
+    assert f"{apart['low']:+.1%} to {apart['high']:+.1%}" in table(results)[1][-1]

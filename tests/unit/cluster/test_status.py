@@ -272,6 +272,19 @@ def test_tokens_are_coloured_by_how_far_student_and_teacher_disagree() -> None:
     assert "italic" in others["b"] and {**others, "b": ""} == {**styles, "b": ""}
 
 
+@pytest.mark.parametrize(
+    ("reward", "told"),
+    [(None, "unjudged"), (1.0, "right"), (0.0, "wrong"), (0.125, "wrong  reward 0.125"),
+     (-1.0, "wrong  reward -1"), (2.5, "right  reward 2.5")],
+)  # fmt: skip
+def test_a_reward_below_1_is_not_right(reward: float | None, told: str) -> None:
+    row = {"step": 3, "id": "0/0/0", "prompt": "p", "finish_reason": "stop", "reward": reward, "tokens": ["a"],
+           "student_logprobs": [-0.1], "teacher_logprobs": [-0.1]}  # fmt: skip
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(trajectory_text(row))
+    assert f"update 3  0/0/0  {told}\n" in console.export_text()
+
+
 def test_tail_shows_the_newest_trajectories(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = make_fake_run(tmp_path / "run")
     newest = max(trajectory_files(run))
