@@ -2,8 +2,8 @@
 
 python -m benchmarks.environments cost [--runs 2] [--updates 4] [--hidden 128] [--layers 2]
     Campaigns by turns, with responses of the same length: single answers, and episodes of short and of long turns with an
-    environment that answers at once. --hidden, --layers: of the student and of the teacher. Processor seconds of all processes for each 1,000 tokens, of responses and of the
-    student's, and their ratios.
+    environment that answers at once. Processor seconds of all processes for each 1,000 tokens, of responses and of the
+    student's, and their ratios. --hidden, --layers: of the student and of the teacher.
 python -m benchmarks.environments thinking [--seats 16]
     Environments that answer at once, after as long as a turn takes, and after four times as long: tokens a second, the
     share of the loop in which the engine works, and the episodes that it has.
