@@ -2,8 +2,8 @@
 
     python -m benchmarks.ranks [--hidden 512] [--layers 8] [--vocabulary 16384]
 
-Random weights, gloo, float32. The unit is bytes of resident memory above an idle process, for each parameter of the model, without pages of files that it
-reads meanwhile; docs/scaling.md has the formula to compare with. Prints JSON.
+Random weights, gloo, float32. The unit is bytes of resident memory above an idle process, for each parameter of the model;
+pages of files, such as the code of libraries, are not counted. docs/scaling.md has the formula to compare with. Prints JSON.
 """
 
 import argparse
