@@ -25,8 +25,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 import cluster.roles
 import cluster.run
 from actors.heartbeat import beat
@@ -39,6 +37,7 @@ from cluster.records.writer import read_jsonl
 from learner.learner import Learner
 from tests.guessing import Guess
 from tests.light_engine import LightEngine
+from tests.processes import below, command_of
 
 ROLES = ("rollout", "teacher.default", "learner")
 ENVIRONMENT = "environment"
@@ -284,7 +283,7 @@ def main() -> None:
     summary, _ = cluster.run.run_campaign(config)
     seconds = time.monotonic() - began
     # `default_worker`: what stands for an actor's process in a Python of tests/warm_python.py.
-    commands = [child.cmdline() for child in psutil.Process().children(recursive=True)]
+    commands = map(command_of, below())
     left = [command for command in commands if "ray::" in str(command) or "default_worker" in str(command)]
     found = {"faults": chaos.rows, "seconds": seconds, "orphans": left, "summary": summary, "starts": chaos.starts}
     options.result.write_text(json.dumps(found, indent=1))

@@ -1,6 +1,5 @@
 """A Ray cluster of several nodes on this machine, started with the commands of a page, by a user whose home is empty."""
 
-import contextlib
 import json
 import os
 import shlex
@@ -15,6 +14,7 @@ from pathlib import Path
 import psutil
 
 from tests.documented import examples_in
+from tests.processes import below, command_of, kill
 from tests.waiting import PATIENCE_SECONDS, until
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -103,17 +103,12 @@ class LocalCluster:
     def hosts(self, actor: str) -> list[psutil.Process]:
         """The nodes that have an actor of this class, by its name."""
         return [
-            node
-            for node in self.nodes
-            if any(f"ray::{actor}" in " ".join(_command(one)) for one in node.children(recursive=True))
+            node for node in self.nodes if any(f"ray::{actor}" in " ".join(command_of(one)) for one in below(node.pid))
         ]
 
     def kill(self, node: psutil.Process) -> None:
         """Takes a node away as a power cut does: all its processes at once, without a word."""
-        processes = [node, *node.children(recursive=True)]
-        for process in processes:
-            _kill(process)
-        psutil.wait_procs(processes, timeout=PATIENCE_SECONDS)
+        kill([node, *below(node.pid)])
         self.nodes.remove(node)
 
     def close(self) -> None:
@@ -136,15 +131,3 @@ class LocalCluster:
         until(
             lambda: "Ray runtime started" in output.read_text(), f"a node; see {output}", lambda: process.poll() is None
         )
-
-
-def _command(process: psutil.Process) -> list[str]:
-    try:
-        return process.cmdline()
-    except psutil.Error:
-        return []
-
-
-def _kill(process: psutil.Process) -> None:
-    with contextlib.suppress(psutil.NoSuchProcess):
-        process.kill()

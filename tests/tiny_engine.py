@@ -1,7 +1,9 @@
 """What is asked of a small vLLM engine in tests, and what a plain forward pass says of its answers."""
 
+import itertools
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import llvmlite.binding  # noqa: F401  as in a process that has applied a delta: vLLM starts there, too
@@ -22,13 +24,15 @@ class Brake:
     """Lets an engine take so many steps, and then none until it is released; calls are answered meanwhile. For what has to come
     in the middle of a response, however late this thread is."""
 
-    def __init__(self, engine: Any, steps: int):
-        self._steps, self._original = steps, engine._engine.step
+    def __init__(self, engine: Any, steps: int | None = None, until: Callable[[], object] = lambda: False):
+        """until: no step is taken once this is so. With neither that nor a number it never stops the engine."""
+        self._left = itertools.repeat(0) if steps is None else iter(range(steps))
+        self._until, self._original = until, engine._engine.step
         self._taken, self._released = threading.Event(), threading.Event()
         engine._engine.step = self._step
 
     def wait(self) -> None:
-        """Until the steps are taken."""
+        """Until it holds the engine."""
         assert self._taken.wait(600)
 
     def release(self) -> None:
@@ -36,10 +40,7 @@ class Brake:
         self._released.set()
 
     def _step(self) -> list[Any]:
-        if self._released.is_set():
-            return self._original()
-        if self._steps:
-            self._steps -= 1
+        if self._released.is_set() or (not self._until() and next(self._left, None) is not None):
             return self._original()
         self._taken.set()
         time.sleep(0.001)  # which leaves the processor to others
@@ -52,7 +53,7 @@ def publish(model: Any, version: int) -> tuple[WeightVersion, list[np.ndarray]]:
 
 def deliver(engine: Engine, manifest: WeightVersion, buckets: list[np.ndarray]) -> float:
     """Loads a version as a rollout actor does: verified first, then loaded."""
-    return engine.load_weights(*join(Receiver(False).receive(*buckets, manifest))).result(timeout=60)
+    return engine.load_weights(*join(Receiver(False).receive(*buckets, manifest))).result(timeout=600)
 
 
 def change(model: Any, seed: int) -> None:

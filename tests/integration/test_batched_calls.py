@@ -93,6 +93,12 @@ def with_fleet(folder: Path, replicas: int, body: Callable[[Fleet, list[str]], A
     asyncio.run(run())
 
 
+async def until_generated(fleet: Fleet, count: int) -> None:
+    """Until the only actor works on so many requests, or has done so."""
+    while (await fleet.call_each("status"))[0]["generated"] < count:
+        await asyncio.sleep(0.01)
+
+
 async def written(answer: tuple[RolloutCounts, Any], sample: int) -> Trajectories:
     """The trajectories behind the reference of an answer. Checks those of this sample."""
     counts, reference = answer
@@ -107,8 +113,7 @@ async def written(answer: tuple[RolloutCounts, Any], sample: int) -> Trajectorie
 def test_requests_of_one_turn_share_a_call_and_so_do_answers_that_are_ready_together(tmp_path: Path) -> None:
     async def body(fleet: Fleet, _: Any) -> None:
         asked = [asyncio.create_task(fleet.ask(request(i, LAST if i == 0 else FIRST))) for i in range(9)]
-        while (await fleet.call_each("status"))[0]["generated"] < 9:
-            await asyncio.sleep(0.01)
+        await until_generated(fleet, 9)
         await fleet.call_each("open", FIRST)
         await asyncio.gather(*asked[1:])
         assert not asked[0].done(), "none waits for a slower one"
@@ -127,13 +132,15 @@ def test_requests_of_one_turn_share_a_call_and_so_do_answers_that_are_ready_toge
 
 def test_an_error_belongs_to_its_request_and_an_answer_without_a_caller_is_dropped(tmp_path: Path) -> None:
     async def body(fleet: Fleet, events: list[str]) -> None:
-        given_up = asyncio.create_task(fleet.ask(request(1, 100)))
-        aborted = asyncio.create_task(fleet.ask(request(ABORTED, 150)))
-        fine = asyncio.create_task(fleet.ask(request(2, 300)))
-        await asyncio.sleep(0.05)
+        given_up = asyncio.create_task(fleet.ask(request(1, FIRST)))
+        aborted = asyncio.create_task(fleet.ask(request(ABORTED, FIRST)))
+        fine = asyncio.create_task(fleet.ask(request(2, LAST)))
+        await until_generated(fleet, 3)
         given_up.cancel()
+        await fleet.call_each("open", FIRST)
         with pytest.raises(AbortedError):
             await aborted
+        await fleet.call_each("open", LAST)
         await written(await fine, 2)
         assert [event for event in events if event not in ("waiting_for_resources", "actor_starting")] == [
             "actor_started"
@@ -149,9 +156,13 @@ def test_an_error_belongs_to_its_request_and_an_answer_without_a_caller_is_dropp
 def test_requests_to_an_actor_that_dies_are_answered_by_another(tmp_path: Path) -> None:
     async def body(fleet: Fleet, events: list[str]) -> None:
         first = fleet.replicas[0]
-        asked = [asyncio.create_task(fleet.ask(request(i, 0 if i < 2 else 800), at=first)) for i in range(6)]
+        asked = [asyncio.create_task(fleet.ask(request(i, 0 if i < 2 else LAST), at=first)) for i in range(6)]
         await asyncio.gather(*asked[:2])
         os.kill(first.process, signal.SIGKILL)
+        while not all(call.done() for call in asked):
+            if "actor_died" in events:
+                await fleet.call_each("open", LAST)
+            await asyncio.sleep(0.01)
         for sample, answer in enumerate(await asyncio.gather(*asked)):
             await written(answer, sample)
         assert events.count("actor_died") == 1

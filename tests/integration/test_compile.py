@@ -13,6 +13,7 @@ from tests import clean_process
 from tests.tiny_architectures import ARCHITECTURES, make_architecture
 from tests.tiny_models import make_tiny_model
 from tests.tiny_updates import make_learner, sampled
+from tests.waiting import PATIENCE_SECONDS
 
 pytestmark = pytest.mark.integration
 
@@ -41,7 +42,7 @@ def test_compiled_layers_take_the_same_steps_and_are_compiled_once(tmp_path: Pat
     models = {name: make_architecture(tmp_path / name, *ARCHITECTURES["gpt2"], seed=seed)
               for seed, name in enumerate(("student", "other"))}  # fmt: skip
     process = clean_process.start(compare, models, log=tmp_path / "log")
-    process.join(100)
+    process.join(PATIENCE_SECONDS)
     assert process.exitcode == 0, (tmp_path / "log").read_text()[-3000:]
 
 

@@ -18,6 +18,7 @@ from tests import clean_process
 from tests.tiny_engine import OPTIONS, SAMPLING, Brake, ask, change, deliver, difference, publish
 from tests.tiny_models import make_tiny_model
 from tests.tiny_updates import make_learner, received, sampled
+from tests.waiting import PATIENCE_SECONDS
 
 pytestmark = pytest.mark.integration
 
@@ -136,9 +137,12 @@ def test_weights_may_change_while_requests_run(parts: tuple[VllmEngine, Any]) ->
     engine, model = parts
     engine.load_weights(*publish(model, 20)).result(timeout=600)
     long = SamplingConfig(max_response_tokens=80)
+    brake = Brake(engine, steps=3)
     running = engine.generate(ask([[6 + i, 7, 8] for i in range(16)]), long)
+    brake.wait()
     change(model, 21)
     engine.load_weights(*publish(model, 21)).result(timeout=600)
+    brake.release()
     written = running.result(timeout=600)
     assert len(written) == 16
     versions = [written.policy_versions[slice(*written.response_offsets[i : i + 2])] for i in range(16)]
@@ -274,5 +278,5 @@ def test_a_student_of_experts_learns_from_a_teacher_of_experts_and_samples_from_
     }
     # vLLM makes the groups that experts need with the first engine of a process.
     process = clean_process.start(learn_with_experts, models, log=tmp_path / "log")
-    process.join(90)
+    process.join(PATIENCE_SECONDS)
     assert process.exitcode == 0, (tmp_path / "log").read_text()[-4000:]

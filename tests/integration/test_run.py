@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from cluster.records.metric_table import EVALUATION_KEYS, METRIC_KEYS
 from cluster.records.writer import SUMMARY_KEYS, TRAJECTORY_KEYS, read_jsonl
 from tests import clean_process, light_campaign
 from tests.light_engine import BACKEND
+from tests.processes import below, command_of
 from tests.tiny_models import make_tiny_model
 from tests.tiny_tokenizers import byte_level
 from tests.waiting import PATIENCE_SECONDS, until
@@ -108,8 +110,13 @@ def wait_for_step(folder: Path, name: str, step: int, process: subprocess.Popen[
 
 
 def processes_of(campaign: subprocess.Popen[str]) -> list[psutil.Process]:
-    process = psutil.Process(campaign.pid)
-    return [process, *process.children(recursive=True)]
+    return [psutil.Process(campaign.pid), *below(campaign.pid)]
+
+
+def sockets_of(process: psutil.Process) -> list[Any]:
+    with suppress(psutil.NoSuchProcess):  # some end soon
+        return process.net_connections("inet")
+    return []
 
 
 def refusal(folder: Path, *overrides: str) -> str:
@@ -188,9 +195,9 @@ def test_killed_and_interrupted_equals_undisturbed_bit_for_bit(calm: Path, folde
     process = start(folder, "name=stormy", "pipeline.updates=10000")
     wait_for_step(folder, "stormy", 2, process)
     family = processes_of(process)
-    sockets = [socket for one in family for socket in one.net_connections("inet") if socket.status == "LISTEN"]
+    sockets = [socket for one in family for socket in sockets_of(one) if socket.status == "LISTEN"]
     assert len(sockets) > 5 and {socket.laddr.ip for socket in sockets} <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}
-    [rollout] = [one for one in family if one.cmdline()[0].startswith("ray::Rollout")]
+    [rollout] = [one for one in family if " ".join(command_of(one)).startswith("ray::Rollout")]
     assert rollout.environ()["RAY_AUTH_MODE"] == "token" and len(rollout.environ()["RAY_AUTH_TOKEN"]) == 64
     assert not (folder / "home" / ".ray").exists()
     process.kill()
@@ -228,9 +235,9 @@ def test_killed_and_interrupted_equals_undisturbed_bit_for_bit(calm: Path, folde
 
 def kill_a_rank(process: subprocess.Popen[str]) -> None:
     """SIGKILL for the second rank of this campaign's learner."""
-    below = {child.pid: child for child in psutil.Process(process.pid).children(recursive=True)}
-    ranks = sorted(pid for pid, child in below.items() if child.cmdline()[:1] == ["ray::LearnerRank"])
-    assert len(ranks) == 2, [child.cmdline() for child in below.values()]
+    commands = {child.pid: command_of(child) for child in below(process.pid)}
+    ranks = sorted(pid for pid, command in commands.items() if command[:1] == ["ray::LearnerRank"])
+    assert len(ranks) == 2, list(commands.values())
     os.kill(ranks[1], signal.SIGKILL)
 
 

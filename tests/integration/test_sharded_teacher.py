@@ -21,6 +21,7 @@ from actors.teacher.tensor_parallel import ShardedTeacher
 from actors.trajectory import Limits, Prompts, Requests
 from cluster.fleet.ray_actor import Resources
 from cluster.fleet.ray_fleet import Fleet
+from tests.processes import below, command_of
 from tests.tiny_models import make_tiny_model
 from tests.unit.actors.test_teacher import written
 
@@ -44,7 +45,7 @@ def compare(path: str) -> None:
     assert np.array_equal(ours.response_tokens, theirs.response_tokens)
 
     print("they agree", flush=True)
-    [rank] = [child for child in psutil.Process().children() if "spawn_main" in " ".join(child.cmdline())]
+    [rank] = [child for child in below() if "spawn_main" in " ".join(command_of(child))]
     rank.send_signal(signal.SIGKILL)
     ranks.score(t.ids, t)
 
@@ -73,8 +74,8 @@ def test_an_actor_that_has_lost_a_rank_is_replaced_and_leaves_nothing_behind(tmp
         try:
             await fleet.start()
             _, before = await fleet.call("score", t.ids, t, returns=2)
-            family = psutil.Process(fleet.replicas[0].process).children(recursive=True)
-            [rank] = [child for child in family if "spawn_main" in " ".join(child.cmdline())]
+            family = below(fleet.replicas[0].process)
+            [rank] = [child for child in family if "spawn_main" in " ".join(command_of(child))]
             rank.kill()
             _, after = await fleet.call("score", t.ids, t, returns=2)
             assert np.array_equal((await before).logprobs, (await after).logprobs)

@@ -7,23 +7,20 @@ with real Ray and real vLLM: one to two minutes on two cores.
 import json
 import math
 import os
-import socket
 import subprocess
 import sys
-import urllib.request
 from collections.abc import Iterator
-from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 
 from cluster.records.writer import read_jsonl
 from examples.heal.damage import damage
 from examples.heal.trim import trim
-from tests.waiting import PATIENCE_SECONDS, until
+from tests.vllm_server import serving
+from tests.waiting import PATIENCE_SECONDS
 
 ROOT = Path(__file__).resolve().parents[2]
 VARIABLE = "UNDERSTUDY_SMOLLM2"
@@ -98,30 +95,8 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
     """The intact model behind vLLM's own server."""
-    with closing(socket.socket()) as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [
-        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", INTACT, "--served-model-name"),
-        *("intact", "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--max-logprobs", "20"),
-        *("--enforce-eager", "--kv-cache-memory-bytes", str(64 << 20), "--max-model-len", "512"),
-    ]
-    environment = {**os.environ, "TORCH_COMPILE_DISABLE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-    def answers() -> bool:
-        with suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2):
-            return True
-        return False
-
-    try:
-        until(answers, "vLLM's server", lambda: process.poll() is None)
-        yield f"http://127.0.0.1:{port}/v1"
-    finally:
-        family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-        for one in family:
-            one.kill()
-        psutil.wait_procs(family, timeout=PATIENCE_SECONDS)
+    with serving(INTACT, "intact", "--max-model-len", "512") as found:
+        yield found
 
 
 def overrides(name: str, folder: Path, student: Path, url: str) -> list[str]:

@@ -46,7 +46,7 @@ class Campaign:
         )
         self.run = folder / "runs" / "steered"
         command = [python, "-m", "cluster", "run", str(config)]
-        self.process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        self.process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
     def until(self, what: str, condition: Callable[[], object]) -> None:
         until(condition, what, lambda: self.process.poll() is None)

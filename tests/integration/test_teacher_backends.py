@@ -1,19 +1,13 @@
 """vLLM teachers, in this process and behind a real server, against the same model in transformers."""
 
 import os
-import socket
-import subprocess
-import sys
-import time
 import types
-import urllib.request
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 
 from actors.config import TeacherConfig
@@ -24,6 +18,7 @@ from actors.teacher.local import LocalTeacher
 from actors.teacher.vllm_teacher import OF_A_TEXT, VllmTeacher, named_requests, named_scores
 from actors.trajectory import Limits, Prompts, Trajectories, offsets_of
 from tests.tiny_updates import random_trajectories
+from tests.vllm_server import serving
 
 pytestmark = pytest.mark.integration
 os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")  # read when torch is first used; actors have it from the start
@@ -80,31 +75,8 @@ def test_a_token_beyond_its_rows_and_a_trajectory_beyond_its_context(tmp_path: P
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[str]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [
-        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", MODEL, "--served-model-name", "wise"),
-        *("--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--max-logprobs", "20"),
-        *("--enforce-eager", "--kv-cache-memory-bytes", str(64 << 20), "--api-key", "secret-of-the-test"),
-    ]
-    environment = {**os.environ, "TORCH_COMPILE_DISABLE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        deadline = time.monotonic() + 600
-        while True:
-            assert process.poll() is None and time.monotonic() < deadline, "the server did not start"
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2)
-                break
-            except OSError:
-                time.sleep(0.5)
-        yield f"http://127.0.0.1:{port}/v1"
-    finally:
-        family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-        for one in family:
-            one.kill()
-        psutil.wait_procs(family, timeout=600)
+    with serving(MODEL, "wise", "--api-key", "secret-of-the-test") as url:
+        yield url
 
 
 @pytest.mark.parametrize("signal", ["sampled", "topk"])

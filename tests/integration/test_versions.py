@@ -105,7 +105,7 @@ def test_the_object_store_does_not_fill_over_many_versions(encoding: str, count:
                 bound = used_mebibytes() + 2
             elif number % 33 == 10:
                 # Objects go a moment after their last reference. 80 versions that stayed would be 64 MiB.
-                async with asyncio.timeout(120):
+                async with asyncio.timeout(600):
                     while used_mebibytes() > bound:
                         await asyncio.sleep(0.05)
         answers = await made.rollout.call_each("seen")

@@ -16,7 +16,7 @@ from actors.rollout.vllm_engine import VllmEngine
 from actors.teacher.local import LocalTeacher
 from actors.trajectory import FINISH_REASONS, Requests, Trajectories, offsets_of
 from benchmarks.memory import allocated_bytes
-from tests.tiny_engine import OPTIONS, ask, difference, publish
+from tests.tiny_engine import OPTIONS, Brake, ask, difference, publish
 from tests.tiny_models import make_tiny_model
 from tests.tiny_updates import make_learner, received, teacher_config
 
@@ -124,8 +124,11 @@ def test_a_prompt_that_does_not_fit_fails_its_own_call_only(engine: VllmEngine) 
 
 def test_what_is_aborted_ends_in_an_error_and_the_engine_works_on(engine: VllmEngine, model: Any) -> None:
     before = engine.tokens_sampled
+    brake = Brake(engine, steps=3)
     call = engine.generate(ask(prompts(40)), SAMPLING)
+    brake.wait()
     engine.abort().result(timeout=600)
+    brake.release()
     with pytest.raises(CampaignError, match="aborted"):
         call.result(timeout=600)
     written = engine.generate(ask(prompts(3)), SAMPLING).result(timeout=600)
@@ -288,10 +291,13 @@ def test_a_small_cache_gives_fewer_seats_and_its_preemptions_are_counted(model: 
     large = make(model, long, block_size=32)
     large.load_weights(*publish(model, 0)).result(timeout=600)
     assert large.seats == 16 and small.seats == int(12 * 32 / (40 * 9 / 8))
+    brake = Brake(small, until=lambda: small.preempted)
     running = small.generate(ask(texts), long)
-    while not small.preempted:
-        assert not running.done(), "vLLM has not taken any response's blocks"
+    brake.wait()
+    before = small.preempted
     small.load_weights(*publish(model, 1)).result(timeout=600)  # which makes all running ones start again, and is none
+    assert small.preempted == before and not running.done()
+    brake.release()
     running.result(timeout=600)
     before = small.preempted
     assert small.seats < 8 and large.preempted == 0

@@ -436,10 +436,9 @@ def test_a_malformed_answer_is_one_line_at_the_start_and_a_failure_or_a_missing_
 async def drip(request: web.Request) -> web.StreamResponse:
     response = web.StreamResponse(headers={"Content-Type": "application/json"})
     await response.prepare(request)
-    for _ in range(100):
+    while True:  # until the connection is closed
         await response.write(b" ")
         await asyncio.sleep(0.05)
-    return response
 
 
 def test_an_answer_that_drips_for_ever_is_cut_at_the_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -447,10 +446,8 @@ def test_an_answer_that_drips_for_ever_is_cut_at_the_time_limit(monkeypatch: pyt
     with serving(server) as urls:
         wise = teacher(urls, timeout_seconds=0.3, away_timeout_seconds=0.2)
         monkeypatch.setattr(server, "drips", True)
-        begun = time.monotonic()
         with pytest.raises(CampaignError, match="TimeoutError, no answer within"):
             wise.score(written().ids, written())
-        assert time.monotonic() - begun < 20
 
 
 def test_a_server_that_comes_back_with_another_model_gets_no_work() -> None:

@@ -3,7 +3,6 @@
 import asyncio
 import math
 import os
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -114,7 +113,7 @@ def test_what_is_no_reward_is_told(what: str, message: str) -> None:
 @pytest.fixture
 def judge() -> Iterator[Judge]:
     own = {
-        name: VerifierConfig(f"{HERE}:{name}", timeout_seconds=0.5)
+        name: VerifierConfig(f"{HERE}:{name}", timeout_seconds=0.5 if name == "never" else 60)
         for name in ("by_record", "parts", "never", "counted")
     }
     judge = Judge(VerifierConfig("exact"), by_domain=own)
@@ -125,12 +124,10 @@ def judge() -> Iterator[Judge]:
 def test_each_domain_is_judged_by_its_own_verifier_in_a_process_of_its_own(judge: Judge) -> None:
     record = '{"answer": "2", "level": 3}'
     asides = [Aside("by_record", "1+1=", record), Aside("parts"), Aside("unknown"), Aside(), Aside("never")]
-    begun = time.monotonic()
     found = judge.rewards(["2"] * 5, [None, None, "2", "3", None], asides)
     assert found.rewards.tolist() == [3.0, 1.0, 1.0, 0.0, 0.0]
     assert found.parts == ({}, {"format": 0.5, "length": 1.0}, {}, {}, {})
     assert found.failed == ["no verdict within 0.5 s (evaluation.verifiers.never.timeout_seconds)"]
-    assert time.monotonic() - begun < 300
     assert judge.of("by_record").asks == ["record"] and judge.asks == []
 
 
@@ -150,9 +147,11 @@ def test_a_coroutine_judges_several_responses_at_once_and_no_more_than_the_bound
 
 
 @pytest.mark.parametrize(
-    ("what", "why"), [("raise", "ValueError"), ("never", "no verdict within 0.5 s"), ("exit", "exit status 3")]
+    ("what", "why"), [("raise", "ValueError"), ("never", "no verdict within 1 s"), ("exit", "exit status 3")]
 )
-def test_one_that_fails_among_several_costs_the_others_nothing(judge: Judge, what: str, why: str) -> None:
-    found = judge.rewards(["a", what, "b"], ["a", "a", "b"], [Aside("counted")] * 3)
+def test_one_that_fails_among_several_costs_the_others_nothing(what: str, why: str) -> None:
+    judge = Judge(VerifierConfig(f"{HERE}:counted", timeout_seconds=1 if what == "never" else 60))
+    found = judge.rewards(["a", what, "b"], ["a", "a", "b"])
+    judge.close()
     assert found.rewards.tolist() == [1.0, 0.0, 1.0]
     assert len(found.failed) == 1 and why in found.failed[0]

@@ -20,6 +20,7 @@ from actors.environment.trial import try_environment
 from actors.errors import UserError
 from actors.trajectory import TrajectoryId
 from tests.documented import ROOT
+from tests.processes import command_of
 from tests.tiny_models import make_tiny_tokenizer
 from tests.waiting import until
 
@@ -242,8 +243,11 @@ def test_an_episode_that_is_given_up_while_it_begins_leaves_no_program() -> None
     programs: Any = actor._make
     asyncio.run(all_moments())
     assert not programs.endpoint._episodes and not list(Path(programs._rewards).iterdir())
-    words = (one.info["cmdline"] or [] for one in psutil.process_iter(["cmdline"]))
-    assert not [found for found in words if found[-2:] == ["--log", str(os.getpid())]]
+
+    def left() -> list[psutil.Process]:
+        return [one for one in psutil.process_iter() if command_of(one)[-2:] == ["--log", str(os.getpid())]]
+
+    until(lambda: not left(), "the end of every program")
 
 
 def test_the_end_of_a_long_standard_error_is_told() -> None:

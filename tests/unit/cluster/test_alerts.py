@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from actors.errors import UserError
@@ -19,6 +18,7 @@ from cluster.records.writer import read_jsonl
 from cluster.tracking import outbox
 from cluster.tracking.alerts import Alerts, alert_of, calls, check_alerts
 from tests.light_campaign import configuration, finish, make_folder, start
+from tests.processes import below, command_of
 from tests.unit.cluster.test_config import written
 from tests.waiting import until
 
@@ -142,8 +142,7 @@ def test_a_program_gets_the_alert_and_one_that_hangs_is_killed_with_all_that_it_
     alerts.close()
     assert events[0][0] == "alerts_failed" and "sh has not ended after 0.3 s" in events[0][1]["cause"]
     assert events[-1][0] == "alerts_behind"
-    sleeping = [one.cmdline() for one in psutil.Process().children(recursive=True)]
-    assert not [words for words in sleeping if "600" in words]
+    until(lambda: not [one for one in below() if "600" in command_of(one)], "the end of what hangs")
 
 
 def test_what_calls_is_guards_faults_ends_and_what_is_bad() -> None:

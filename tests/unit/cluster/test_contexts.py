@@ -20,6 +20,7 @@ from cluster.records.writer import read_jsonl
 from tests import clean_process
 from tests.light_campaign import assert_ledger_adds_up, configuration, make_folder, run_here
 from tests.tiny_models import make_tiny_model
+from tests.waiting import PATIENCE_SECONDS
 
 ROPE = {"rope_theta": 1e4, "factor": 4.0}
 
@@ -170,7 +171,7 @@ def test_a_refused_trajectory_is_dropped_with_its_reason_and_replaced(tmp_path: 
         pipeline={"max_staleness": staleness, "updates": 6},
     )
     process = clean_process.start(run, file, log=tmp_path / "log")
-    process.join(120)
+    process.join(PATIENCE_SECONDS)
     assert process.exitcode == 0, (tmp_path / "log").read_text()[-3000:]
     run_dir = tmp_path / "runs" / "run"
     refused = [row for row in read_jsonl(run_dir / "ledger.jsonl") if row.get("reason") == "refused"]
@@ -186,7 +187,7 @@ def test_teachers_that_refuse_everything_end_the_campaign(tmp_path: Path) -> Non
     teachers = {"default": {"model": str(tmp_path / "teacher"), **backend}}
     file = configuration(tmp_path, "run", teachers=teachers, evaluation={"prompts": None})
     process = clean_process.start(run, file, log=tmp_path / "log")
-    process.join(120)
+    process.join(PATIENCE_SECONDS)
     assert process.exitcode == 1
     assert (
         "CampaignError: teachers have refused 16 trajectories in a row; the last, 0/" in (tmp_path / "log").read_text()

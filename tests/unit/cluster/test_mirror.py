@@ -1,7 +1,6 @@
 """Mirrored checkpoints: what is copied, which copies count, and a campaign that has lost its disk."""
 
 import shutil
-import time
 from pathlib import Path
 
 import fsspec
@@ -10,7 +9,9 @@ import pytest
 from actors.errors import UserError
 from cluster.records.writer import read_jsonl
 from cluster.state.mirror import COMPLETE, Mirror
+from tests import clean_process, interrupted_campaign
 from tests.light_campaign import configuration, fingerprint, finish, make_folder, start
+from tests.waiting import until
 
 
 @pytest.fixture(params=["memory", "file"])
@@ -86,10 +87,13 @@ def test_a_campaign_that_has_lost_its_disk_ends_as_if_it_had_not(tmp_path: Path)
     calm = configuration(folder, "calm")
     finish(start(calm), calm)
     config = configuration(folder, "other", checkpoint={"mirror": f"file://{tmp_path}/elsewhere"})
-    run, process = folder / "runs" / "other", start(config)
-    while not [row for row in read_jsonl(run / "events.jsonl") if row["kind"] == "mirrored" and row["step"] >= 4]:
-        assert process.exitcode is None, "it has ended before it could be killed"
-        time.sleep(0.001)
+    run = folder / "runs" / "other"
+    process = clean_process.start(interrupted_campaign.run_to_update, tmp_path, 8, str(config), log=tmp_path / "log")
+    until(
+        lambda: any(row["kind"] == "mirrored" and row["step"] >= 4 for row in read_jsonl(run / "events.jsonl")),
+        "a copy",
+        process.is_alive,
+    )
     process.kill()
     process.join()
     shutil.rmtree(run)

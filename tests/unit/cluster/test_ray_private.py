@@ -1,13 +1,11 @@
 """A private cluster: what it needs is asked for before it starts, a slow start is tried again, nothing of it is left."""
 
-import asyncio
 import os
 import shutil
 import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,10 +16,11 @@ import psutil
 import pytest
 
 from actors.errors import CampaignError, UserError
-from cluster.fleet import ray_control_store, ray_private
+from cluster.fleet import ray_private
 from cluster.fleet.ray_cluster import probe
 from cluster.fleet.ray_private import Watchdog, check_shared_memory, session_folder, start
-from tests.waiting import until
+from tests.processes import ended
+from tests.waiting import PATIENCE_SECONDS, until
 
 CHILD = "import subprocess, sys, time; subprocess.Popen(['sleep', '600'], process_group=0); time.sleep(600)"
 
@@ -187,35 +186,16 @@ time.sleep(600)
     left = family(leader)
     campaign.kill()
     campaign.wait()
-    until(lambda: not any(one.is_running() and one.status() != "zombie" for one in left), f"the end of {left}")
+    until(lambda: all(map(ended, left)), f"the end of {left}")
     until(lambda: not folder.exists(), "the end of the folder")
 
 
 def test_a_closed_watchdog_leaves_nothing_either() -> None:
     dog, child = Watchdog(), subprocess.Popen(["sleep", "600"], start_new_session=True)
     dog.watch("session", child.pid)
-    begun = time.monotonic()
     dog.close()
-    assert child.wait() == -9 and time.monotonic() - begun < 10
+    assert child.wait(PATIENCE_SECONDS) == -9
     assert os.getsid(0) != child.pid
-
-
-def test_a_control_store_that_is_lost_is_one_error_after_its_patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    answers = [None, ConnectionError("refused"), None, ConnectionError("refused"), ConnectionError("refused")]
-
-    def answer(address: str, seconds: float) -> None:
-        error = answers.pop(0) if len(answers) > 1 else answers[0]
-        if error is not None:
-            raise error
-
-    monkeypatch.setattr(ray_control_store, "probe", answer)
-    monkeypatch.setattr(ray_control_store, "PAUSE_SECONDS", 0.01)
-    monkeypatch.setattr(ray_control_store, "PATIENCE_SECONDS", 0.05)
-    context = SimpleNamespace(gcs_address="127.0.0.1:1")
-    monkeypatch.setattr(ray_control_store.ray, "get_runtime_context", lambda: context)
-    with pytest.raises(CampaignError, match=r"control store at 127.0.0.1:1 has not answered for 0\.05 s \(refused\)"):
-        asyncio.run(ray_control_store.control_store_lost())
-    assert len(answers) == 1, "it was heard again after the first failure"
 
 
 def test_a_private_cluster_starts_no_service_that_it_does_not_need(monkeypatch: pytest.MonkeyPatch) -> None:

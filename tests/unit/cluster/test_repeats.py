@@ -12,6 +12,7 @@ from cluster.records.writer import read_jsonl
 from learner.learner import Learner
 from tests import clean_process
 from tests.light_campaign import configuration, make_folder, run_here
+from tests.waiting import PATIENCE_SECONDS
 
 
 def lost(message: str, cause: Exception | None = None) -> LearnerLostError:
@@ -63,7 +64,7 @@ def fails_at(config_file: Path, step: int, method: str, restarts_take_hours: boo
 def test_a_learner_that_fails_in_the_same_way_ends_the_campaign(tmp_path: Path, step: int, origin: str) -> None:
     config = configuration(make_folder(tmp_path), "run")
     process = clean_process.start(fails_at, config, step, "update", True, log=tmp_path / "log")
-    process.join(120)
+    process.join(PATIENCE_SECONDS)
     assert process.exitcode == 1
     told = (tmp_path / "log").read_text()
     assert (
