@@ -87,6 +87,8 @@ def test_the_answers_are_right() -> None:
             elif path.parent.name == "guess":
                 first, last = map(int, row["prompt"].split("-"))
                 assert first <= int(row["answer"]) <= last
+            elif path.parent.name == "arena":
+                assert row["prompt"] == f"game {row['seed']}"
             elif path.parent.name == "tools":
                 named = [str(price) for item, price in PRICES.items() if item in row["prompt"]]
                 a, sign, b = re.findall(r"\d+|plus|times|[+*]", row["prompt"]) or (0, "", 0)
