@@ -310,7 +310,7 @@ def _evaluate(options: argparse.Namespace) -> int:
         print(f"understudy: {concealed(printable(describe(kind, fields)))}", file=sys.stderr, flush=True)
 
     results = evaluate(wanted, models, on_event, lambda line: print(line, flush=True))
-    print_table(table(results))
+    print_table(table(results), named_by=2)
     output = options.output or Path(config.output_dir) / f"{config.name}-evaluation.json"
     write_results(wanted, models, results, output)
     print(f"results: {output.resolve()}")

@@ -41,8 +41,8 @@ class Start:
         self._live = threading.Event()
 
     def of_a_campaign(self) -> None:
-        """A campaign starts. What came before belongs to it, unless it was the start of another one."""
-        if self._taken:
+        """A campaign starts. The phases before belong to it, unless they were of another one; without any, the clock begins."""
+        if self._taken or not self._phases:
             self.begin()
         self._taken = True
 

@@ -80,7 +80,9 @@ def run_campaign(
         commits = pin(config)
         check_models(config)
     with claimed(config, allow_change) as taken:
-        records = RunRecords(config.run_dir)  # within the lock: it repairs files that another process might be writing
+        records = RunRecords(
+            config.run_dir, began=START.began
+        )  # within the lock: it repairs files that another process might be writing
 
         def told(kind: str, **fields: Any) -> None:
             records.event(kind, **fields)
@@ -145,7 +147,7 @@ def _run_connected(
     config: CampaignConfig, records: RunRecords, inputs: Inputs, found: Found
 ) -> tuple[dict[str, Any], bool]:
     state, checkpoint = found.state, found.checkpoint
-    progress = Progress(config.run_dir, began=START.began)
+    progress = Progress(config.run_dir, wall_seconds=lambda: records.wall_seconds)
     START.tell(progress.note)
     INTERRUPTS.last_acts.append(progress.leave)
 
@@ -218,7 +220,7 @@ class Running:
     def on_event(self, kind: str, **fields: Any) -> None:
         """Writes an event to events.jsonl and to the screen, and counts it if it is a fault."""
         self.records.event(kind, **fields)
-        self.progress.note(describe(kind, fields))
+        self.progress.note(describe(kind, fields), self.records.last_event_seconds)
         self.state.faults = self.records.faults
 
     def told(self, kind: str, **fields: Any) -> None:
@@ -381,6 +383,7 @@ class Running:
                 replica for fleet in (*self.fleets.values(), self.learner) for replica in fleet.replicas
             ),
             "ledger": self.state.ledger.counts(),
+            "dropped_because": dict(self.state.ledger.dropped),
             "state": "running" if self.gate.is_set() else "paused",
             "last_update_seconds_ago": self.records.last_update_seconds_ago,
             "waits_for": self.records.full.told() if self.records.full else "",

@@ -16,17 +16,15 @@ from typing import Any, NamedTuple
 from cluster.loop.evaluation_statistics import quantile
 from cluster.records.metric_table import of_status
 from cluster.records.reader import Run, load_run
+from cluster.records.rewards import told_as
 from cluster.records.writer import write_atomically
 from cluster.report.page import write_page
 
 CURVES = tuple(of_status("evaluation"))
 COSTS = {"tokens_trained_before": "trained tokens", "processor_seconds": "processor seconds"}
 """Key of a course's rows -> what it counts. Methods are compared at equal amounts of each."""
-RESULTS = {
-    "eval/accuracy": ("accuracy", "{:.1%}"),
-    "eval/accuracy_sampled": ("sampled", "{:.1%}"),
-    "eval/reverse_kl": ("reverse KL", "{:.3f}"),
-}
+RESULTS = ("eval/accuracy", "eval/accuracy_sampled", "eval/reverse_kl")
+"""What methods are compared by."""
 ADDED_UP = ("step", "tokens_generated", "processor_seconds", "tokens_trained_before")
 """Counters that go on from where the campaign before has ended."""
 
@@ -115,7 +113,9 @@ def reached(run: Run, accuracy: float) -> Reached | None:
 
 def table(results: Mapping[str, Sequence[Run]], share: float) -> str:
     """A Markdown table with one row for each method. share: the target, as a share of the teacher's accuracy."""
-    head = f"| method | seeds | accuracy before | after | sampled after | reverse KL after | updates to {share:.0%} of the teacher | student tokens | seconds |"
+    told = told_as(_graded(results))
+    form = f"{{:{told.form}}}"
+    head = f"| method | seeds | {told.name} before | after | sampled after | reverse KL after | updates to {share:.0%} of the teacher | student tokens | seconds |"
     lines = [head, "|---" * 9 + "|"]
     for method, courses in results.items():
         runs = [run.result for run in courses]
@@ -123,13 +123,11 @@ def table(results: Mapping[str, Sequence[Run]], share: float) -> str:
         cells = [
             method,
             str(len(runs)),
-            _spread([run["accuracy_start"] for run in runs], "{:.1%}"),
-            _spread([run["accuracy_end"] for run in runs], "{:.1%}"),
-            _spread([run["accuracy_sampled_end"] for run in runs], "{:.1%}"),
+            *(_spread([run[f"accuracy_{when}"] for run in runs], form) for when in ("start", "end", "sampled_end")),
             _spread([run["reverse_kl_end"] for run in runs], "{:.3f}"),
             *(
-                _of_hits([hit and hit[i] for hit in hits], form)
-                for i, form in enumerate(("{:.0f}", "{:,.0f}", "{:.0f}"))
+                _of_hits([hit and hit[i] for hit in hits], count)
+                for i, count in enumerate(("{:.0f}", "{:,.0f}", "{:.0f}"))
             ),
         ]
         lines.append(f"| {' | '.join(cells)} |")
@@ -169,6 +167,18 @@ def interval(values: Sequence[float]) -> Interval:
     return Interval(statistics.fmean(values), quantile(len(values) - 1) * error)
 
 
+def _graded(results: Mapping[str, Sequence[Run]]) -> bool:
+    return any(run.result["graded"] for runs in results.values() for run in runs)
+
+
+def _figures(graded: bool) -> dict[str, tuple[str, str]]:
+    """Each of RESULTS -> its name in the table of equal cost, and its form."""
+    told = told_as(graded)
+    of_rewards = f"{{:{told.form}}}"
+    names = ((told.name, of_rewards), ("sampled", of_rewards), ("reverse KL", "{:.3f}"))
+    return dict(zip(RESULTS, names, strict=True))
+
+
 def equal_cost_table(results: Mapping[str, Sequence[Run]], cost: str) -> str | None:
     """A Markdown table of all methods at the same cost, with the differences from the first method, seed by seed.
 
@@ -177,13 +187,13 @@ def equal_cost_table(results: Mapping[str, Sequence[Run]], cost: str) -> str | N
     budget = common_budget(results, cost)
     if budget is None:
         return None
-    first, lines = next(iter(results)), []
+    first, lines, figures = next(iter(results)), [], _figures(_graded(results))
     head = f"at {budget:,.0f} {COSTS[cost]}"
-    lines.append(f"| {head} | " + " | ".join(f"{name} | against {first}" for name, _ in RESULTS.values()) + " |")
-    lines.append("|---" * (1 + 2 * len(RESULTS)) + "|")
+    lines.append(f"| {head} | " + " | ".join(f"{name} | against {first}" for name, _ in figures.values()) + " |")
+    lines.append("|---" * (1 + 2 * len(figures)) + "|")
     for method, runs in results.items():
         cells = [method]
-        for key, (_, form) in RESULTS.items():
+        for key, (_, form) in figures.items():
             pairs = [(at_cost(run, cost, key, budget), at_cost(base, cost, key, budget))
                      for run, base in zip(runs, results[first], strict=True)]  # fmt: skip
             there = [(ours, base) for ours, base in pairs if ours is not None and base is not None]

@@ -22,10 +22,10 @@ from cluster.config_file import load_config
 from cluster.console.runs import all_runs, named_run
 from cluster.fleet.ray_cluster import connected, room_to_begin
 from cluster.inputs import read_set_inputs
-from cluster.loop.evaluation_sets import Tallies, is_share, metrics_of, to_json
-from cluster.loop.evaluation_statistics import difference
+from cluster.loop.evaluation_sets import Tallies, difference_of, metrics_of, to_json
 from cluster.loop.weight_sync import ObjectStoreTransport
-from cluster.records.metric_table import with_interval, written
+from cluster.records.metric_table import with_change, with_interval
+from cluster.records.rewards import MEANS, Told, is_graded, told_as
 from cluster.records.writer import CONFIG_FILE, write_atomically
 from cluster.roles import build_fleets, build_saved_model, build_sets
 
@@ -202,27 +202,27 @@ def table(results: Results) -> list[list[str]]:
     rows = [["set", "quantity", *names, *(f"{name} - {names[0]}" for name in names[1:])]]
     for of_set, by_model in results.items():
         values = {name: metrics_of("", tallies) for name, tallies in by_model.items()}
+        told = told_as(any(is_graded(own, of="") for own in values.values()))
         # An environment may have given one model rewards, and another none at all.
         for quantity in dict.fromkeys(quantity for name in names for quantity in by_model[name]):
-            form = _form(quantity)
-            row = [of_set, quantity]
+            form = _form(quantity, told)
+            row = [of_set, told.name if quantity == "accuracy" else quantity]
             row += [with_interval(values[name], quantity, form) if quantity in by_model[name] else "" for name in names]
-            rows.append(row + [_told(by_model, quantity, name, names[0]) for name in names[1:]])
+            rows.append(row + [_change(by_model, quantity, name, names[0], form) for name in names[1:]])
     return rows
 
 
-def _form(quantity: str) -> str:
+def _form(quantity: str, told: Told) -> str:
+    if quantity in MEANS:
+        return told.form
     return (".1f" if quantity.endswith("length_mean") else ".4f") if quantity in OF_DISTANCE else ".1%"
 
 
-def _told(by_model: Mapping[str, Tallies], quantity: str, name: str, first: str) -> str:
+def _change(by_model: Mapping[str, Tallies], quantity: str, name: str, first: str, form: str) -> str:
     if quantity not in by_model[name] or quantity not in by_model[first]:
         return ""
     found = metrics_of("", {quantity: by_model[name][quantity]}, {quantity: by_model[first][quantity]})
-    if f"{quantity}:from_start" not in found:
-        return ""
-    low, high = (written(found[f"{quantity}:from_start:{bound}"], f"+{_form(quantity)}") for bound in ("low", "high"))
-    return f"{written(found[f'{quantity}:from_start'], f'+{_form(quantity)}')} ({low} to {high})"
+    return with_change(found, quantity, form)
 
 
 def write_results(config: CampaignConfig, models: Sequence[Model], results: Results, path: Path) -> None:
@@ -246,13 +246,7 @@ def write_results(config: CampaignConfig, models: Sequence[Model], results: Resu
                 for b in list(by_model)[i + 1 :]
                 for quantity in by_model[a]
                 if quantity in by_model[b]
-                for apart in [
-                    difference(
-                        by_model[b][quantity],
-                        by_model[a][quantity],
-                        share=is_share(quantity, by_model[a][quantity]) and is_share(quantity, by_model[b][quantity]),
-                    )
-                ]
+                for apart in [difference_of(quantity, by_model[b][quantity], by_model[a][quantity])]
             ],
             "scores_by_prompt": {own: to_json(tallies) for own, tallies in by_model.items()},
         }

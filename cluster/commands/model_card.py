@@ -10,16 +10,10 @@ import yaml
 from actors.config import MixedSourceConfig, SamplingConfig
 from cluster.config import CampaignConfig, prompt_sources
 from cluster.config_file import as_dictionary
+from cluster.records.rewards import is_graded, told_as
 from cluster.records.software import in_one_line
 from cluster.state.campaign_state import CampaignState
 from learner.config import ObjectiveConfig, OptimizerConfig
-
-FIGURES = {
-    "eval/accuracy": ("accuracy, greedy", "{:.1%}"),
-    "eval/accuracy_sampled": ("accuracy, sampled", "{:.1%}"),
-    "eval/reverse_kl": ("reverse KL to the teacher, nats a token", "{:.4f}"),
-}
-"""Metric -> its name in the card, and its form."""
 
 
 def model_card(
@@ -63,7 +57,14 @@ def _figures(state: CampaignState, evaluations: Mapping[int, Mapping[str, Any]])
     here = evaluations.get(state.step) or state.evaluations.get(state.step, {})
     before = evaluations.get(0) or state.start
     rows = []
-    for key, (name, form) in FIGURES.items():
+    told = told_as(any(map(is_graded, (before, here))))
+    figures = {
+        "eval/accuracy": (f"{told.name}, greedy", told.form),
+        "eval/accuracy_sampled": (f"{told.name}, sampled", told.form),
+        "eval/right": ("right (a reward of at least 1), greedy", ".1%"),
+        "eval/reverse_kl": ("reverse KL to the teacher, nats a token", ".4f"),
+    }
+    for key, (name, form) in figures.items():
         teacher = before.get(f"{key}_teacher")
         found = [_text(one, form) for one in (before.get(key), here.get(key), teacher)]
         if found != ["–"] * 3:
@@ -120,7 +121,7 @@ def _unusual(content: Mapping[str, Any], section: type, always: Iterable[str]) -
 
 
 def _text(value: Any, form: str) -> str:
-    return "–" if value is None else form.format(value)
+    return "–" if value is None else format(value, form)
 
 
 def _is_path(name: str) -> bool:

@@ -6,7 +6,7 @@ import errno
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,10 @@ from actors.plain_text import concealed, printable
 from cluster.console.status import StatusReader
 from cluster.records.event_table import describe, row_of
 from cluster.records.forms import verdict
-from cluster.records.metric_table import METRICS, is_evaluation, listed, with_interval, written
+from cluster.records.metric_table import METRICS, is_evaluation, listed, of_status, with_change, with_interval, written
+from cluster.records.outcome import losses, outcome
+from cluster.records.rewards import is_graded, told_as
+from cluster.records.turns import turns_of
 
 COLOURS = {"good": "green", "warn": "yellow", "bad": "red", "": "cyan"}
 LIVE_TONES = {"running": "good", "lost": "bad", "starting": "", "not begun": ""}
@@ -42,19 +45,15 @@ class Progress:
         console: Console | None = None,
         *,
         plain_every_seconds: float = 5.0,
-        clock: Callable[[], float] = time.monotonic,
-        began: float | None = None,
+        wall_seconds: Callable[[], float] = time.monotonic,
     ):
         """Without a terminal a line is printed every `plain_every_seconds`, and on each evaluation and the last update.
 
-        began: time of the command by `clock`, from which the lines of events count; None: now.
+        wall_seconds: the campaign's clock (`RunRecords.wall_seconds`), by which events are told.
         """
-        self._every, self._clock, self._printed = plain_every_seconds, clock, float("-inf")
+        self._every, self._clock, self._printed = plain_every_seconds, wall_seconds, float("-inf")
         self._console = console or Console(highlight=False)
-        self._reader, self._lock, self._started = StatusReader(run_dir), threading.Lock(), clock()
-        self._began = self._started if began is None else began
-        self._seconds_before = self._reader.read({})["wall_seconds"] or 0.0
-        """Wall-clock seconds of earlier processes of the campaign."""
+        self._reader, self._lock = StatusReader(run_dir), threading.Lock()
         self.read_live: Callable[[], dict[str, Any]] = dict
         """Returns the content of status.json; the campaign sets it."""
         self._live: dict[str, Any] = {}
@@ -86,9 +85,9 @@ class Progress:
         """What each role is doing now."""
         self.roles = dict(roles)
 
-    def note(self, text: str) -> None:
-        """Prints one line for an event, above the screen."""
-        self._print(f"{duration(self._clock() - self._began):>8}  {text}")
+    def note(self, text: str, wall_seconds: float | None = None) -> None:
+        """Prints one line for an event, above the screen. wall_seconds: those of its line of events.jsonl; None: now."""
+        self._print(f"{duration(self._clock() if wall_seconds is None else wall_seconds):>8}  {text}")
 
     def close(self) -> None:
         """Leaves the last screen on the terminal. After this only notes are printed."""
@@ -104,7 +103,7 @@ class Progress:
     def _status(self) -> dict[str, Any]:
         with self._lock:  # rich refreshes in a thread of its own
             status = self._reader.read({**self._live, "roles": self.roles})
-        status["wall_seconds"] = self._seconds_before + self._clock() - self._started  # it also ticks between updates
+        status["wall_seconds"] = self._clock()  # it also ticks between updates
         # Until the campaign has reported, the newest event is the end of the process before this one.
         return status if self._live else {**status, "state": "starting"}
 
@@ -128,10 +127,18 @@ def status_line(status: Mapping[str, Any]) -> str:
         parts.append(f"loss {written(metrics['loss'], METRICS['loss'].digits)}")
     else:
         parts.append(f"reverse KL {written(kl, METRICS['reverse_kl'].digits)}")
+    graded = status.get("graded", [])
     if "eval/accuracy" in evaluation:
-        of_teacher = f" (teacher {teacher:.1%})" if teacher is not None else ""
-        parts.append(f"accuracy {with_interval(evaluation, 'eval/accuracy', '.1%')}{of_teacher}")
-    parts += [f"{name} {told}" for name, own in status.get("sets", {}).items() if (told := set_line(own))]
+        how = told_as("" in graded)
+        of_teacher = f" (teacher {teacher:{how.form}})" if teacher is not None else ""
+        parts.append(f"{how.name} {with_interval(evaluation, 'eval/accuracy', how.form)}{of_teacher}")
+    sets = status.get("sets", {}).items()
+    parts += [f"{name} {told}" for name, own in sets if (told := set_line(own, graded=name in graded))]
+    parts += [
+        f"{metric.label} {written(metrics[key], metric.digits)}"
+        for key, metric in of_status("responses").items()
+        if key in metrics
+    ]
     if "staleness_mean" in metrics:
         parts.append(f"staleness {metrics['staleness_mean']:.1f}")
     if metrics.get("dropped"):
@@ -141,10 +148,14 @@ def status_line(status: Mapping[str, Any]) -> str:
     return "  ".join(parts)
 
 
-def set_line(values: Mapping[str, Any]) -> str:
-    """An evaluation set in a few words. values: its metrics without their prefix."""
-    shown = (("accuracy", "", ".1%"), ("majority", "majority ", ".1%"), ("reverse_kl", "reverse KL ", ".4f"))
-    return ", ".join(f"{label}{with_interval(values, key, form)}" for key, label, form in shown if key in values)
+def set_line(values: Mapping[str, Any], *, graded: bool) -> str:
+    """An evaluation set in a few words. values: its metrics without their prefix. graded: its rewards are."""
+    form = told_as(graded).form
+    shown = {"accuracy": (f"{told_as(graded).name} " if graded else "", form), "right": ("right ", ".1%")}
+    shown |= {"majority": ("majority ", form), "reverse_kl": ("reverse KL ", ".4f")}
+    return ", ".join(
+        f"{label}{with_interval(values, key, form)}" for key, (label, form) in shown.items() if key in values
+    )
 
 
 def status_screen(status: Mapping[str, Any], *, news: bool = True) -> RenderableType:
@@ -235,20 +246,26 @@ def _roles(status: Mapping[str, Any]) -> RenderableType:
 
 
 def _figures(status: Mapping[str, Any]) -> RenderableType:
-    metrics, evaluation = status["metrics"], status["evaluation"]
+    metrics, evaluation, graded = status["metrics"], status["evaluation"], status.get("graded", [])
     rows = {
         "training": listed("training", metrics),
-        "evaluation": f"update {evaluation['step']:,}   {listed('evaluation', evaluation)}" if evaluation else "",
-        **{f"set {name}": f"update {own['step']:,}   {set_line(own)}" for name, own in status.get("sets", {}).items()},
+        "responses": listed("responses", metrics),
+        "evaluation": f"update {evaluation['step']:,}   {listed('evaluation', evaluation, graded='' in graded)}"
+        if evaluation
+        else "",
+        **{
+            f"set {name}": f"update {own['step']:,}   {set_line(own, graded=name in graded)}"
+            for name, own in status.get("sets", {}).items()
+        },
         "staleness": listed("staleness", metrics),
         "weights": f"version {status['policy_version']:,}   {listed('weights', metrics)}",
         "ledger": "   ".join(f"{state} {count:,}" for state, count in status["ledger"].items()),
         "queues": "   ".join(f"{name} {depth:,}" for name, depth in status["queues"].items()),
         "checkpoint": str(status["checkpoints"].get("path", "none yet")),
-        "faults": str(status["faults"]),
+        "faults": losses(status["faults"], status["dropped_because"], status["ledger"].get("dropped", 0)),
     }
     if status["accuracy_teacher"] is not None:
-        rows["evaluation"] += f"   teacher {status['accuracy_teacher']:.1%}"
+        rows["evaluation"] += f"   teacher {status['accuracy_teacher']:{told_as('' in graded).form}}"
     table = Table.grid(Column(no_wrap=True), Column(overflow="fold"), padding=(0, 3))
     for name, text in rows.items():
         if text:
@@ -257,7 +274,7 @@ def _figures(status: Mapping[str, Any]) -> RenderableType:
 
 
 def trajectory_text(row: Mapping[str, Any]) -> RenderableType:
-    """One trajectory: prompt, and its response with each token coloured by log pi - log q."""
+    """One trajectory: prompt, and its response with each token coloured by log pi - log q; of several turns, each with who wrote it."""
     row, reward, judged = _printable(row), row.get("reward"), verdict(row)
     head = Text.assemble(
         (f"update {row['step']}  {row['id']}  ", "dim"),
@@ -265,12 +282,17 @@ def trajectory_text(row: Mapping[str, Any]) -> RenderableType:
         (f"  reward {reward:g}" if reward not in (None, 0, 1) else "", "dim"),
         (f"  {row['finish_reason']}  expected {row['reference']}" if row.get("reference") is not None else "", "dim"),
     )
-    response = Text()
-    trained = row.get("trained") or [True] * len(row["tokens"])
     pairs = zip(row["student_logprobs"], row["teacher_logprobs"], strict=True)
-    for token, (student, teacher), own in zip(row["tokens"], pairs, trained, strict=True):
-        response.append(str(token), _colour(student, teacher) if own else "italic dim")  # another wrote it
-    return Group(head, Text(str(row["prompt"]), "dim"), response, Text(""))
+    tokens = [(str(token), _colour(*pair)) for token, pair in zip(row["tokens"], pairs, strict=True)]
+    trained = row.get("trained") or []
+    if all(trained):
+        return Group(head, Text(str(row["prompt"]), "dim"), Text.assemble(*tokens), Text(""))
+    table = Table.grid(Column(no_wrap=True), Column(overflow="fold"), padding=(0, 2))
+    for turn in turns_of(trained, row.get("begins") or []):
+        part = tokens[turn.begin : turn.end]
+        others = [(text, "italic dim") for text, _ in part]
+        table.add_row(Text(turn.by, "dim"), Text.assemble(*(part if turn.student else others)))
+    return Group(head, Text(str(row["prompt"]), "dim"), table, Text(""))
 
 
 def _printable(value: Any) -> Any:
@@ -299,17 +321,36 @@ class PlainConsole(Console):
         raise BrokenPipeError(errno.EPIPE, "the reader of the output is gone")
 
 
-def print_table(rows: Sequence[Sequence[str]]) -> None:
-    """[rows][columns] of text, the first row a heading."""
+def print_table(rows: Sequence[Sequence[str]], named_by: int = 1) -> None:
+    """[rows][columns] of text, the first row a heading. At most the widest column is folded; where that is not enough, each row is a
+    block of lines under its first `named_by` cells."""
     console = PlainConsole()
+    rows = [list(map(printable, row)) for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     widest = widths.index(max(widths))
-    whole = sum(widths) - widths[widest] + 3 * len(widths) + 12 <= console.width  # only the widest is folded
-    columns = [Column(name, overflow="fold", no_wrap=whole and i != widest) for i, name in enumerate(rows[0])]
+    room = console.width - (sum(widths) - widths[widest] + 3 * len(widths))
+    if room < max([12, *map(len, rows[0][widest].split())]):
+        for line in _blocks(rows, named_by, console.width):
+            console.print(line, markup=False, emoji=False)
+        return
+    columns = [Column(name, overflow="fold", no_wrap=i != widest) for i, name in enumerate(rows[0])]
     table = Table(*columns, box=SIMPLE)
     for row in rows[1:]:
-        table.add_row(*map(printable, row))
+        table.add_row(*row)
     console.print(table)
+
+
+def _blocks(rows: Sequence[Sequence[str]], named_by: int, width: int) -> Iterator[str]:
+    """The rows of a table, each as lines: what names it, and then a line for each other cell."""
+    names = rows[0][named_by:]
+    column = max(map(len, names))
+    for row in rows[1:]:
+        yield "  ".join(row[:named_by])
+        for name, cell in zip(names, row[named_by:], strict=True):
+            if not cell:
+                continue
+            line = f"  {name:<{column}}  {cell}"
+            yield from [line] if len(line) <= width else [f"  {name}", f"    {cell}"]
 
 
 def runs_table(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
@@ -323,41 +364,30 @@ def runs_table(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 
 def summary_table(summary: Mapping[str, Any]) -> str:
     """The end of a campaign: student before, student after, teacher, where they were measured; updates, tokens, seconds."""
-    rows = [
-        ("student, before", "accuracy_start", "accuracy_sampled_start", "reverse_kl_start"),
-        ("student, after", "accuracy_end", "accuracy_sampled_end", "reverse_kl_end"),
-        ("teacher", "accuracy_teacher", "accuracy_sampled_teacher", ""),
-    ]
-    measured = any(summary.get(kl) is not None for *_, kl in rows)
-    lines = [f"{'held-out prompts':<18}{'accuracy':>14}{'sampled':>14}{'reverse KL':>18}"]
-    if all(summary.get(key) is None for _, *keys in rows for key in keys):  # only sets, or nothing, were evaluated
-        rows, lines = [], []
-    for name, accuracy, sampled, kl in rows:
-        figures = (_of_summary(summary, accuracy, ".1%"), _of_summary(summary, sampled, ".1%"))
-        distance = _of_summary(summary, kl, ".4f") if kl or not measured else "0"  # the teacher's distance to itself
-        lines.append(f"{name:<18}{figures[0]:>14}{figures[1]:>14}{distance:>18}")
+    columns, rows = outcome(summary)
+    table = [["held-out prompts", *columns], *([row.name, *row.cells] for row in rows)] if rows else []
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = ["  ".join([name.ljust(widths[0]), *map(str.rjust, cells, widths[1:])]) for name, *cells in table]
     for name, when in summary.get("sets", {}).items():
-        lines.append(f"set {name}: {set_line(when['start'])} -> {set_line(when['end'])}{_change(when['end'])}")
+        graded = any(is_graded(values, of="") for values in when.values())
+        before, after = (set_line(when[end], graded=graded) for end in ("start", "end"))
+        lines.append(f"set {name}: {before} -> {after}{_change(when['end'], told_as(graded).form)}")
     counts = (
         f"{written(summary.get('updates'), ',')} updates",
         f"{written(summary.get('tokens_generated'), ',')} tokens",
         f"{written(summary.get('wall_seconds'), ',.1f')} seconds",
     )
-    return "\n".join([*lines, ", ".join(counts)])
+    lines.append(", ".join(counts))
+    because, dropped = summary.get("dropped_because") or {}, (summary.get("ledger") or {}).get("dropped", 0)
+    if summary.get("faults") or dropped:
+        lines.append(losses(summary.get("faults") or 0, because, dropped))
+    return "\n".join(lines)
 
 
-def _of_summary(summary: Mapping[str, Any], key: str, form: str) -> str:
-    low, high = (summary.get("intervals") or {}).get(key) or (None, None)
-    return with_interval({key: summary.get(key), f"{key}:low": low, f"{key}:high": high}, key, form)
-
-
-def _change(end: Mapping[str, Any]) -> str:
-    """The paired difference to the untrained student, of the first quantity that has one."""
-    for key, form in (("accuracy", "+.1%"), ("reverse_kl", "+.4f")):
-        if end.get(f"{key}:from_start") is not None:
-            low, high = (written(end[f"{key}:from_start:{bound}"], form) for bound in ("low", "high"))
-            return f" ({written(end[f'{key}:from_start'], form)}, 95% {low} to {high})"
-    return ""
+def _change(end: Mapping[str, Any], form: str) -> str:
+    """The paired difference to the untrained student, of the first quantity that has one. form: of rewards."""
+    changes = (with_change(end, key, how) for key, how in (("accuracy", form), ("reverse_kl", ".4f")))
+    return next((f"; change {change}" for change in changes if change), "")
 
 
 def duration(seconds: float) -> str:

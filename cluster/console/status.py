@@ -24,6 +24,7 @@ from cluster.records.event_table import BEGINNINGS, ENDS, row_of
 from cluster.records.forms import wrong_in
 from cluster.records.metric_table import METRICS, is_evaluation, of_status, sets_of
 from cluster.records.reader import BUSY, JsonlTail
+from cluster.records.rewards import is_graded
 from cluster.records.run_lock import is_locked
 from cluster.records.utilisation import role_of
 from cluster.records.writer import CONFIG_FILE, EVENTS_FILE, METRICS_FILE, summary_if_whole, write_atomically
@@ -124,6 +125,8 @@ class _Updates:
     evaluation: dict[str, Any] = field(default_factory=dict)
     sets: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Evaluation set -> the metrics of its last evaluation, without their prefix, and its step."""
+    graded: set[str] = field(default_factory=set)
+    """Those of the evaluation sets, and "" for `evaluation.prompts`, whose rewards are no shares of right answers."""
     accuracy_teacher: float | None = None
 
     def add(self, row: dict[str, Any]) -> None:
@@ -131,6 +134,8 @@ class _Updates:
             self.recent.append(row)
         if is_evaluation(row):
             own = {key: value for key, value in row.items() if key.startswith("eval/")}
+            self.graded |= {name for name in sets_of(row) if is_graded(row, f"eval/{name}/")}
+            self.graded |= {""} if is_graded(row) else set()
             for name in sets_of(row):
                 self.sets[name] = {key.split("/")[2]: own[key] for key in own if key.startswith(f"eval/{name}/")}
                 self.sets[name]["step"] = row["step"]
@@ -219,7 +224,7 @@ class StatusReader:
             "start": live.get("start", []) if state in RUNNING_STATES else [],
             "queues": {key.removeprefix("queue_"): depth for key, depth in last.items() if key.startswith("queue_")},
             "policy_version": last.get("policy_version", 0),
-            "ledger": live.get("ledger") or summary.get("ledger", {}),
+            "ledger": summary.get("ledger") or live.get("ledger", {}),  # status.json is older than the summary
             "metrics": {
                 key: last[key]
                 for key, metric in METRICS.items()
@@ -232,7 +237,9 @@ class StatusReader:
                 if updates.evaluation.get(k) is not None
             },
             "sets": updates.sets,
+            "graded": sorted(updates.graded),
             "accuracy_teacher": updates.accuracy_teacher,
+            "dropped_because": summary.get("dropped_because") or live.get("dropped_because", {}),
             "checkpoints": events.checkpoint,
             "faults": events.faults,
             "news": list(events.news),

@@ -10,7 +10,7 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,6 +34,7 @@ from cluster.loop.evaluation_statistics import Tally, tally
 from cluster.loop.samples import readable_rows
 from cluster.loop.teachers import Teachers
 from cluster.loop.work import each_once, split_evenly
+from cluster.records.rewards import are_graded, is_right
 
 GREEDY, SAMPLED = 0, 1
 """The sample number in an evaluation's ids: how the response was drawn."""
@@ -58,6 +59,11 @@ def rewards_by_row(written: Trajectories) -> dict[int, float]:
     if np.isnan(written.rewards).all():
         return {}
     return dict(enumerate(np.nan_to_num(written.rewards, nan=0.0).tolist()))
+
+
+def right_ones(rewards: Mapping[int, float]) -> dict[int, float]:
+    """Row -> 1 where its reward is that of a right answer, 0 where it is not."""
+    return {row: float(is_right(reward)) for row, reward in rewards.items()}
 
 
 def tell_failed(counts: Sequence[RolloutCounts], on_event: Callable[..., None], **fields: Any) -> None:
@@ -135,6 +141,8 @@ class Evaluator:
             metrics["eval/accuracy"] = float(np.mean(list(of_greedy.values())))
             metrics["eval/accuracy_sampled"] = float(np.mean(list(rewards.values())))
             self.tallies |= {"accuracy": self._by_prompt(of_greedy), "accuracy_sampled": self._by_prompt(rewards)}
+            if are_graded([*of_greedy.values(), *rewards.values()]):
+                self.tallies["right"] = self._by_prompt(right_ones(of_greedy))
         if scores is not None:
             # Missing scores are NaN, and nanmean leaves them out.
             log_ratios = (written.student_logprobs - scores.logprobs)[written.trained]
@@ -150,7 +158,9 @@ class Evaluator:
         if not self._judged or not self._teachers.fleets or self._prompts.played:
             return {}
         tokens, offsets = await self._teachers.generate(self._prompts, self._sampling.max_response_tokens, self._stop)
-        return {"accuracy": self._by_prompt(await self._rewards(tokens, offsets))}
+        rewards = await self._rewards(tokens, offsets)
+        right = {"right": self._by_prompt(right_ones(rewards))} if are_graded(rewards.values()) else {}
+        return {"accuracy": self._by_prompt(rewards), **right}
 
     def _by_prompt(self, rewards: dict[int, float]) -> Tally:
         return tally([[rewards[row]] if row in rewards else [] for row in range(len(self._prompts))])

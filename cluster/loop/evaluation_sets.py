@@ -7,6 +7,7 @@ alone. Every value has an interval, and is compared with the untrained student a
 
 import asyncio
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, NamedTuple
@@ -26,18 +27,19 @@ from actors.trajectory import (
 from cluster.config import CampaignConfig
 from cluster.fleet.ray_actor import fetched
 from cluster.fleet.ray_fleet import Fleet
-from cluster.loop.evaluation import Evaluator, Tallies, identity, rewards_by_row, tell_failed
-from cluster.loop.evaluation_statistics import Tally, difference, estimate, majority, mean_of, pass_at, tally
+from cluster.loop.evaluation import Evaluator, Tallies, identity, rewards_by_row, right_ones, tell_failed
+from cluster.loop.evaluation_statistics import Estimate, Tally, difference, estimate, majority, mean_of, pass_at, tally
 from cluster.loop.exposure import Prefixes, by_position, on_teacher_text, teacher_prefixes
 from cluster.loop.samples import readable_rows
 from cluster.loop.teachers import Teachers
 from cluster.loop.work import each_once, split_evenly
+from cluster.records.rewards import are_graded, is_right
 
-COMPARED = ("accuracy", "accuracy_sampled", "majority", "reverse_kl", "reverse_kl_on_teacher_text")
-"""Quantities, beside pass@k, that are compared with the untrained student; those of right and wrong also with the teacher."""
+COMPARED = ("accuracy", "accuracy_sampled", "right", "majority", "reverse_kl", "reverse_kl_on_teacher_text")
+"""Quantities, beside pass@k, that are compared with the untrained student; those of REWARDS also with the teacher."""
 COUNTS = ("response_length_mean", "truncated_fraction")
 """Quantities without an interval."""
-SHARES = ("accuracy", "accuracy_sampled", "majority")
+REWARDS = ("accuracy", "accuracy_sampled", "right", "majority")
 """Quantities whose scores are rewards. Their interval is that of a share where all rewards lie between 0 and 1."""
 
 
@@ -66,23 +68,41 @@ def metrics_of(
         found[key] = mean_of(own)
         if name in COUNTS:
             continue
-        value = estimate(own, share=is_share(name, own))
+        value = estimate_of(name, own)
         found |= {f"{key}:low": value.low, f"{key}:high": value.high}
         references = {"from_start": (start or {}).get(name)}
-        if name in SHARES:
-            references["from_teacher"] = (teacher or {}).get("accuracy")
+        if name in REWARDS:
+            references["from_teacher"] = (teacher or {}).get("right" if name == "right" else "accuracy")
         for versus, other in references.items():
             if compared and other is not None:
-                share = is_share(name, own) and is_share(name, other)
-                apart = difference(own, other, share=share)
+                apart = difference_of(name, own, other)
                 found |= dict(zip((f"{key}:{versus}{end}" for end in ("", ":low", ":high")), apart, strict=True))
     return found
+
+
+def estimate_of(name: str, scores: Tally) -> Estimate:
+    """A quantity's mean with its interval."""
+    share = is_share(name, scores)
+    return _told_by(name, estimate(scores, share=share), share)
+
+
+def difference_of(name: str, ours: Tally, theirs: Tally) -> Estimate:
+    """A quantity's paired difference, ours - theirs, with its interval."""
+    share = is_share(name, ours) and is_share(name, theirs)
+    return _told_by(name, difference(ours, theirs, share=share), share)
+
+
+def _told_by(name: str, found: Estimate, share: bool) -> Estimate:
+    """The estimate; without its interval where rewards that may have any value do not vary, and so do not tell one."""
+    if share or name not in REWARDS or found.low < found.high:
+        return found
+    return Estimate(found.value, math.nan, math.nan)
 
 
 def is_share(name: str, scores: Tally) -> bool:
     """Whether the scores are shares of something, so that their mean lies between 0 and 1. Rewards need not be."""
     within = bool(np.all((scores.sums >= 0) & (scores.sums <= scores.counts)))
-    return within and (name in SHARES or name.startswith("pass@"))
+    return within and (name in REWARDS or name.startswith("pass@"))
 
 
 def of_json(content: Mapping[str, Any]) -> Tallies:
@@ -176,7 +196,7 @@ class SetEvaluator:
         limit = self._sampling.max_response_tokens
         tokens, offsets = await self._teachers.generate(self.prompts, limit, self._stop)
         judged, _ = await self._rewards(tokens, offsets, np.arange(len(self.prompts)))
-        return {"accuracy": self._by_prompt(judged, np.arange(len(self.prompts)))}
+        return self._of_rewards(judged, np.arange(len(self.prompts)))
 
     async def _exposed(
         self, rollout: Fleet, written: Trajectories, scores: TeacherScores
@@ -257,10 +277,15 @@ class SetEvaluator:
             rows[prompts[row]].append(reward)
         return tally(rows)
 
+    def _of_rewards(self, judged: Mapping[int, float], prompts: np.ndarray) -> Tallies:
+        """The accuracy of answers to these prompts, and beside graded rewards the share of right ones."""
+        right = {"right": self._by_prompt(right_ones(judged), prompts)} if are_graded(judged.values()) else {}
+        return {"accuracy": self._by_prompt(judged, prompts), **right}
+
     def _right(self, judged: Mapping[int, float], answers: Mapping[int, str | None]) -> Tallies:
         """Accuracy (avg@k); with several samples also pass@k for k = 2, 4, 8, … and `samples`, and the majority vote."""
         samples = self.config.samples
-        found = {"accuracy": self._by_prompt(judged, np.arange(self.trajectories) // samples)}
+        found = self._of_rewards(judged, np.arange(self.trajectories) // samples)
         if samples == 1:
             return found
         rewards = {prompt: [judged[prompt * samples + sample] for sample in range(samples)] for prompt in self._judged}
@@ -269,7 +294,7 @@ class SetEvaluator:
         for k in passes(samples):
             values = np.zeros(len(self.prompts))
             for prompt, of_it in rewards.items():
-                values[prompt] = pass_at(k, sum(reward >= 1 for reward in of_it), samples)
+                values[prompt] = pass_at(k, sum(map(is_right, of_it)), samples)
             found[f"pass@{k}"] = Tally(values, there)
         if answers:
             values = np.zeros(len(self.prompts))
@@ -346,9 +371,10 @@ class Evaluations:
             tallies = await (self._sets[name] if name else self._of_prompts).teacher()  # type: ignore[union-attr]
             if tallies:
                 found[name] = {"of": self._identity(name), "tallies": to_json(tallies)}
-                key = f"eval/{name}/accuracy_teacher" if name else "eval/accuracy_teacher"
-                own = estimate(tallies["accuracy"], share=is_share("accuracy", tallies["accuracy"]))
-                metrics |= {key: mean_of(tallies["accuracy"]), f"{key}:low": own.low, f"{key}:high": own.high}
+                for quantity, scores in tallies.items():
+                    key, own = f"eval/{name}/{quantity}" if name else f"eval/{quantity}", estimate_of(quantity, scores)
+                    values = zip(("", ":low", ":high"), own, strict=True)
+                    metrics |= {f"{key}_teacher{bound}": value for bound, value in values}
         baselines["teacher"] = found
         return metrics
 

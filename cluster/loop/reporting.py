@@ -131,7 +131,7 @@ class Reporter:
     def event(self, kind: str, **fields: Any) -> None:
         """Writes an event to events.jsonl and describes it on the terminal."""
         self._records.event(kind, **fields)
-        self._progress.note(describe(kind, fields))
+        self._progress.note(describe(kind, fields), self._records.last_event_seconds)
 
     def lost(self, trajectories: int, error: LostObjectError, **fields: Any) -> None:
         """Records that trajectories were lost with the node that held them. The caller samples them again."""

@@ -22,6 +22,7 @@ from actors.trajectory import (
 from cluster.config import CampaignConfig
 from cluster.fleet.ray_actor import fetched
 from cluster.loop.work import Scored, each_once, ids_of, trajectories_of
+from cluster.records.turns import turns_of
 from cluster.records.writer import RunRecords
 
 MOST_TOKENS = 2048
@@ -39,8 +40,9 @@ def readable_rows(
 ) -> list[dict[str, Any]]:
     """One row (TRAJECTORY_KEYS without the step) for each trajectory. teacher_logprobs: [N], NaN without a score.
 
-    A response with tokens that the student did not write also has `trained`; there it has no log-probs, and the version -1. One
-    of several conversations has `begins`, the numbers of the tokens with which each but the first begins.
+    A response with tokens that the student did not write also has `trained`; there it has no log-probs, and the version -1; and
+    `turns`, the texts by who wrote them. One of several conversations has `begins`, the numbers of the tokens with which each but the
+    first begins.
     """
     rows, own = [], written.trained
     student, teacher = (np.where(own, values, np.nan) for values in (written.student_logprobs, teacher_logprobs))
@@ -48,7 +50,7 @@ def readable_rows(
     for row in range(len(written)):
         begin, end = written.response_offsets[row : row + 2].tolist()
         tokens, span = written.response_tokens[begin:end].tolist(), slice(begin, min(end, begin + MOST_TOKENS))
-        prompt = int(written.ids[row, 1])
+        begins, prompt = np.flatnonzero(written.begins[span]).tolist(), int(written.ids[row, 1])
         asked = written.prompt_tokens[slice(*written.prompt_offsets[row : row + 2])]
         # An environment may have written a prompt of its own.
         own_text = np.array_equal(asked, prompts.tokens_of(prompt))
@@ -62,14 +64,23 @@ def readable_rows(
                 "student_logprobs": student[span].tolist(),
                 "teacher_logprobs": teacher[span].tolist(),
                 "policy_versions": versions[span].tolist(),
-                **({} if own[begin:end].all() else {"trained": own[span].tolist()}),
-                **({"begins": begins} if (begins := np.flatnonzero(written.begins[span]).tolist()) else {}),
+                **({} if own[begin:end].all() else _by_turn(tokenizer, tokens, own[span].tolist(), begins)),
+                **({"begins": begins} if begins else {}),
                 "finish_reason": FINISH_REASONS[written.finish_reasons[row]],
                 "reference": prompts.references[prompt],
                 "reward": None if rewards[row] is None else float(rewards[row]),  # type: ignore[arg-type]
             }
         )
     return rows
+
+
+def _by_turn(tokenizer: Any, tokens: Sequence[int], trained: list[bool], begins: Sequence[int]) -> dict[str, Any]:
+    """`trained`, and `turns`: for each turn, and for what others wrote between them, who wrote it and the text."""
+    turns = [
+        {"by": turn.by, "text": tokenizer.decode(tokens[turn.begin : turn.end], skip_special_tokens=True)}
+        for turn in turns_of(trained, begins)
+    ]
+    return {"trained": trained, "turns": turns}
 
 
 class TrainingSamples:

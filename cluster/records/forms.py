@@ -8,6 +8,7 @@ from typing import Any
 
 from actors.json_files import DamagedError, parsed
 from cluster.records.metric_table import METRICS
+from cluster.records.rewards import is_right
 
 Check = Callable[[Any], bool]
 
@@ -58,6 +59,13 @@ def _phases(value: Any) -> bool:
     )
 
 
+def _turns(value: Any) -> bool:
+    return value is None or (
+        isinstance(value, list)
+        and all(isinstance(one, dict) and _text(one.get("by")) and _text(one.get("text")) for one in value)
+    )
+
+
 def _texts_by_role(value: Any) -> bool:
     return isinstance(value, dict) and all(map(_text, value.values()))
 
@@ -68,6 +76,7 @@ TRAJECTORY: dict[str, Check] = {
     **dict.fromkeys(("student_logprobs", "teacher_logprobs"), lambda value: value is not None and _numbers(value)),
     "reward": _number,
     "trained": lambda value: value is None or (isinstance(value, list) and all(isinstance(one, bool) for one in value)),
+    "turns": _turns,
     "begins": lambda value: value is None or (isinstance(value, list) and all(isinstance(one, int) for one in value)),
 }
 FORMS: dict[str, dict[str, Check]] = {
@@ -83,8 +92,9 @@ FORMS: dict[str, dict[str, Check]] = {
     "summary.json": {
         **dict.fromkeys(("updates", "tokens_generated", "wall_seconds", "loop_seconds", "faults"), _number),
         **dict.fromkeys(("accuracy_start", "accuracy_end", "accuracy_sampled_start", "accuracy_sampled_end"), _number),
+        **dict.fromkeys(("right_start", "right_end", "right_teacher"), _number),
         **dict.fromkeys(("accuracy_teacher", "reverse_kl_start", "reverse_kl_end", "wall_over_slowest_stage"), _number),
-        **dict.fromkeys(("busy", "ledger"), _counts),
+        **dict.fromkeys(("busy", "ledger", "dropped_because"), _counts),
         "actors": _actors,
     },
     "status.json": {
@@ -93,7 +103,7 @@ FORMS: dict[str, dict[str, Check]] = {
         "roles": _texts_by_role,
         "actors": _live_actors,
         "start": _phases,
-        "ledger": _counts,
+        **dict.fromkeys(("ledger", "dropped_because"), _counts),
     },
 }
 """File -> key -> what a value of it must be."""
@@ -126,4 +136,4 @@ def parsed_row(name: str, line: str | bytes) -> dict[str, Any]:
 def verdict(row: Mapping[str, Any]) -> str:
     """Of a sample trajectory: right from a reward of 1 on, wrong below it, unjudged without one."""
     reward = row.get("reward")
-    return "unjudged" if reward is None else "right" if reward >= 1 else "wrong"
+    return "unjudged" if reward is None else "right" if is_right(reward) else "wrong"

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from cluster.records.rewards import MEANS, told_as
+
 Form = Literal["number", "percent", "seconds", "bytes", "histogram"]
 
 DISTANCE, RESPONSES, STEP, PIPELINE = "Distance to the teacher", "Responses", "The step", "The pipeline"
@@ -119,25 +121,41 @@ METRICS: dict[str, Metric] = {
     ),
     # ------------------------------------------------------------------------------------------------------ responses
     "eval/accuracy": Metric(
-        RESPONSES, "share",
-        "share of held-out prompts that the student answers right with its most likely tokens, of those with a reference "
-        "answer; absent where none has one",
+        RESPONSES, "share, or reward",
+        "mean reward of the student's answers, with its most likely tokens, to the held-out prompts with a reference answer: the "
+        "share that it answers right, where all rewards are 0 or 1. Absent where no prompt has one",
         chart="Accuracy on held-out prompts", line="greedy", form="percent", limits=(0, 1),
         status="evaluation", label="accuracy", digits=".1%",
     ),
     "eval/accuracy_sampled": Metric(
-        RESPONSES, "share", "the same with sampled responses",
+        RESPONSES, "share, or reward", "the same with sampled responses",
         chart="Accuracy on held-out prompts", line="sampled", form="percent",
         status="evaluation", label="sampled", digits=".1%",
     ),
+    "eval/right": Metric(
+        RESPONSES, "share",
+        "share of the answers of `eval/accuracy` that are right (reward of at least 1); where some rewards are neither 0 nor 1, so "
+        "that `eval/accuracy` is no share", always=False,
+        chart="Right answers to held-out prompts", form="percent", limits=(0, 1),
+        status="evaluation", label="right", digits=".1%",
+    ),
+    "eval/right_teacher": Metric(
+        RESPONSES, "share", "the same for the teacher; on the line of step 0", always=False
+    ),
     "eval/accuracy_teacher": Metric(
-        RESPONSES, "share", "the same for the teacher; on the line of step 0, with `evaluation.teacher`", always=False
+        RESPONSES, "share, or reward", "`eval/accuracy` for the teacher; on the line of step 0, with `evaluation.teacher`", always=False
     ),
     "eval/<name>/accuracy": Metric(
-        RESPONSES, "share",
+        RESPONSES, "share, or reward",
         "of the evaluation set `<name>`: mean reward of the `samples` answers to each prompt (avg@k), over prompts with a "
         "reference answer",
         always=False, form="percent",
+    ),
+    "eval/<name>/right": Metric(
+        RESPONSES, "share", "share of them that are right, where some rewards are neither 0 nor 1", always=False, form="percent",
+    ),
+    "eval/<name>/right_teacher": Metric(
+        RESPONSES, "share", "the same of the teacher's answers", always=False
     ),
     "eval/<name>/pass@<k>": Metric(
         RESPONSES, "share", "probability that one of k answers is right (reward of at least 1), without bias: 1 - C(n - c, k) / C(n, k) "
@@ -145,11 +163,11 @@ METRICS: dict[str, Metric] = {
         always=False, form="percent",
     ),
     "eval/<name>/majority": Metric(
-        RESPONSES, "share", "reward of the answer that most samples gave; of several such answers, the mean over them",
+        RESPONSES, "share, or reward", "reward of the answer that most samples gave; of several such answers, the mean over them",
         always=False, form="percent",
     ),
     "eval/<name>/accuracy_teacher": Metric(
-        RESPONSES, "share", "of the teacher's greedy answers to the set's prompts; on the line of step 0", always=False
+        RESPONSES, "share, or reward", "of the teacher's greedy answers to the set's prompts; on the line of step 0", always=False
     ),
     "eval/<name>/reverse_kl": Metric(
         DISTANCE, "nats per token",
@@ -180,7 +198,7 @@ METRICS: dict[str, Metric] = {
     ),
     "<metric>:low": Metric(
         RESPONSES, "as the metric",
-        "lower bound of the 95% interval of an accuracy, pass@k, majority, reverse KL or entropy of an evaluation, clustered by "
+        "lower bound of the 95% interval of an accuracy, a share of right answers, pass@k, majority, reverse KL or entropy of an evaluation, clustered by "
         "prompt ([how](evaluation.md#intervals))", always=False,
     ),
     "<metric>:high": Metric(RESPONSES, "as the metric", "its upper bound", always=False),
@@ -197,6 +215,7 @@ METRICS: dict[str, Metric] = {
     "reward_mean": Metric(
         RESPONSES, "of the verifier", "mean reward of the update's responses, where rewards are given",
         "falls, or is 0 from the start: nothing to learn from", always=False, chart="Reward",
+        status="responses", label="reward", digits=".4g",
     ),
     "reward/<name>_mean": Metric(
         RESPONSES, "of the verifier",
@@ -376,7 +395,7 @@ METRICS: dict[str, Metric] = {
     ),
     "turns_mean": Metric(
         RESPONSES, "turns", "turns of the student in a response, mean of the update", always=False,
-        chart="Turns of an episode", limits=(0, None),
+        chart="Turns of an episode", limits=(0, None), status="responses", label="turns", digits=".2f",
     ),
     "conversations_mean": Metric(
         RESPONSES, "conversations", "of an episode (docs/environments.md), mean of the update, where one had several", always=False,
@@ -482,11 +501,15 @@ def of_status(row: str) -> dict[str, Metric]:
     return {key: metric for key, metric in METRICS.items() if metric.status == row}
 
 
-def listed(row: str, values: Mapping[str, float | None]) -> str:
-    """The metrics of a status row that were measured, as `label value` side by side."""
-    return "   ".join(
-        f"{m.label} {with_interval(values, key, m.digits)}" for key, m in of_status(row).items() if key in values
-    )
+def listed(row: str, values: Mapping[str, float | None], *, graded: bool = False) -> str:
+    """The metrics of a status row that were measured, as `label value` side by side. graded: rewards are no shares."""
+    told, parts = told_as(graded), []
+    for key, metric in of_status(row).items():
+        if key in values:
+            of_rewards = key.removeprefix("eval/") in MEANS
+            label = told.name if key == "eval/accuracy" else metric.label
+            parts.append(f"{label} {with_interval(values, key, told.form if of_rewards else metric.digits)}")
+    return "   ".join(parts)
 
 
 def with_interval(values: Mapping[str, Any], key: str, form: str) -> str:
@@ -499,6 +522,15 @@ def with_interval(values: Mapping[str, Any], key: str, form: str) -> str:
         return written(value, form)
     half = written(max(value - low, high - value), form)
     return f"{written(value, form).removesuffix('%')} ± {half}"
+
+
+def with_change(values: Mapping[str, Any], key: str, form: str, versus: str = "from_start") -> str:
+    """A metric's paired difference, with its 95% interval where it has one: `+63.2% (+59.0% to +67.1%)`; "" without one."""
+    value, low, high = (values.get(f"{key}:{versus}{end}") for end in ("", ":low", ":high"))
+    if value is None:
+        return ""
+    bounds = [written(bound, f"+{form}") for bound in (low, high)]
+    return written(value, f"+{form}") + (f" ({' to '.join(bounds)})" if "-" not in bounds else "")
 
 
 def written(value: float | None, form: str) -> str:

@@ -11,6 +11,7 @@ import yaml
 from actors.errors import UserError
 from cluster.records.event_table import FAULTS
 from cluster.records.forms import parsed_row
+from cluster.records.rewards import is_graded
 from cluster.records.writer import (
     CONFIG_FILE,
     EVENTS_FILE,
@@ -53,21 +54,29 @@ class Run:
     @property
     def result(self) -> dict[str, Any]:
         """summary.json; without one, the same values as far as the metrics give them."""
+        judged = [row for row in self.metrics if row.get("eval/accuracy") is not None] or [{}]
         from_metrics = {
             "accuracy_start": self.first("eval/accuracy"),
             "accuracy_end": self.last("eval/accuracy"),
             "accuracy_sampled_start": self.first("eval/accuracy_sampled"),
             "accuracy_sampled_end": self.last("eval/accuracy_sampled"),
             "accuracy_teacher": self.first("eval/accuracy_teacher"),
+            "right_start": judged[0].get("eval/right"),
+            "right_end": judged[-1].get("eval/right"),
+            "right_teacher": self.first("eval/right_teacher"),
+            "graded": any(map(is_graded, self.metrics)),
             "reverse_kl_start": self.first("eval/reverse_kl"),
             "reverse_kl_end": self.last("eval/reverse_kl"),
             "updates": self.last("step"),
             "tokens_generated": self.last("tokens_generated"),
             "wall_seconds": self.last("wall_seconds"),
+            "dropped": self.last("dropped"),
             "faults": sum(event["kind"] in FAULTS for event in self.events),
             "busy": {role: sum(row.get(key) or 0 for row in self.metrics) for role, key in BUSY.items()},
         }
-        return {**from_metrics, **{key: value for key, value in self.summary.items() if value is not None}}
+        graded = bool(from_metrics["graded"] or self.summary.get("graded"))
+        from_summary = {key: value for key, value in self.summary.items() if value is not None}
+        return {**from_metrics, **from_summary, "graded": graded}
 
     def setting(self, key: str, default: Any = None) -> Any:
         """A value of the configuration. Example: `run.setting("rollout.replicas", 1)`."""

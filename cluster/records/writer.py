@@ -69,8 +69,9 @@ TRAJECTORY_KEYS = (
     "reward",
 )
 """Keys of each line of trajectories/step_*.jsonl. Lists have one entry for each token of the response. A response that the
-student did not write alone also has `trained`: for each token, whether it did; one of several conversations `begins`: the numbers of
-the tokens with which each but the first begins."""
+student did not write alone also has `trained`: for each token, whether it did; and `turns`: for each part that one wrote, `by` (`turn 1`,
+`others`, …: cluster/records/turns.py) and `text`. One of several conversations has `begins`: the numbers of the tokens with which each
+but the first begins."""
 
 
 TRAJECTORY_NAME = re.compile(r"step_([0-9]{1,18})\.jsonl")
@@ -91,8 +92,11 @@ class Full(NamedTuple):
 class RunRecords:
     """Writes one run directory. After a crash, create a new one and call `truncate_after`."""
 
-    def __init__(self, run_dir: Path, *, max_files: int = 24, max_rows: int = 64):
-        """max_files: how many files of sample trajectories are kept. max_rows: how many trajectories each of them holds."""
+    def __init__(self, run_dir: Path, *, max_files: int = 24, max_rows: int = 64, began: float | None = None):
+        """max_files: how many files of sample trajectories are kept. max_rows: how many trajectories each of them holds.
+
+        began: when the command began, by time.monotonic(); None: now.
+        """
         self.run_dir, self.max_files, self.max_rows = Path(run_dir), max_files, max_rows
         self.run_dir.mkdir(parents=True, exist_ok=True)
         self._demand_kinds()
@@ -121,7 +125,10 @@ class RunRecords:
         """Called with each line of metrics.jsonl, after it is written."""
         self.on_event: Callable[[Mapping[str, Any]], None] | None = None
         """Called with each line of events.jsonl, likewise."""
-        self._started = self._last_update = time.monotonic()
+        self.last_event_seconds = 0.0
+        """`wall_seconds` of the newest line of events.jsonl that this process has written."""
+        self._last_update = time.monotonic()
+        self._started = self._last_update if began is None else began
 
     def _demand_kinds(self) -> None:
         """UserError: a file that is written later is another thing, such as a pipe, whose writer would wait for ever."""
@@ -134,7 +141,8 @@ class RunRecords:
 
     @property
     def wall_seconds(self) -> float:
-        """Seconds that the campaign has run, without downtime: a restart continues from the last line."""
+        """Seconds that the campaign has run since its command, without downtime: a restart continues from the last line. The clock of
+        events, of the terminal and of `status`."""
         return round(self._wall_before + time.monotonic() - self._started, 3)
 
     @property
@@ -164,7 +172,8 @@ class RunRecords:
         """
         if kind not in EVENTS:
             raise ValueError(f"{EVENTS_FILE}: the event {kind} has no row in cluster/records/event_table.py")
-        row = {"time": round(time.time(), 3), "wall_seconds": self.wall_seconds, "kind": kind, "cause": cause}
+        self.last_event_seconds = self.wall_seconds
+        row = {"time": round(time.time(), 3), "wall_seconds": self.last_event_seconds, "kind": kind, "cause": cause}
         self.faults += kind in FAULTS
         self.guard_actions += bool(EVENTS[kind].guard_action)
         self._append(EVENTS_FILE, {**fields, **row})

@@ -1,28 +1,31 @@
 """The report's section on evaluation sets: curves with the bands of their intervals, changes, and exposure bias."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from html import escape
-from typing import Any
 
-from cluster.records.metric_table import sets_of, with_interval, written
+from cluster.records.metric_table import sets_of, with_change, with_interval
+from cluster.records.rewards import is_graded, told_as
 from cluster.report.charts import Series, compact, line_chart, percent
 from cluster.report.figures import Figure, Past, Rows, frame, read_series
 
-CHARTS = (
-    ("accuracy", ("accuracy", "majority"), percent, (0, 1)),
+OF_REWARDS = ("accuracy", "majority")
+"""Means of rewards: shares, or whatever graded rewards are."""
+OTHER_CHARTS = (
+    ("right answers", ("right",), percent, (0, 1)),
     ("reverse KL", ("reverse_kl", "reverse_kl_on_teacher_text"), compact, (0, None)),
     ("entropy", ("entropy",), compact, (0, None)),
 )
 NAMES = {
-    "accuracy": "accuracy",
+    "right": "right",
     "majority": "majority vote",
     "reverse_kl": "own text",
     "reverse_kl_on_teacher_text": "teacher's text",
     "entropy": "entropy",
 }
 SHOWN = (
-    ("accuracy", ".1%"),
-    ("majority", ".1%"),
+    ("accuracy", ""),
+    ("right", ".1%"),
+    ("majority", ""),
     ("reverse_kl", ".4f"),
     ("entropy", ".3f"),
     ("response_length_mean", ".1f"),
@@ -34,8 +37,11 @@ def evaluation_sets(curves: Sequence[tuple[str, Rows]], past: Past) -> str:
     names = list(dict.fromkeys(name for _, rows in curves for row in rows for name in sets_of(row)))
     drawn = []
     for name in names:
-        for title, keys, form, limits in CHARTS:
-            pairs = tuple((f"eval/{name}/{key}", NAMES[key]) for key in keys)
+        graded = any(is_graded(row, f"eval/{name}/") for _, rows in curves for row in rows)
+        means = (told_as(graded).name, OF_REWARDS, compact if graded else percent, (0, None if graded else 1))
+        labels = {**NAMES, "accuracy": told_as(graded).name}
+        for title, keys, form, limits in (means, *OTHER_CHARTS):
+            pairs = tuple((f"eval/{name}/{key}", labels[key]) for key in keys)
             figure = Figure(
                 f"{escape(name)}: {title}", "with its 95% interval, clustered by prompt", pairs, form, limits
             )
@@ -76,27 +82,19 @@ def changes(names: Sequence[str], rows: Rows) -> str:
     lines = []
     for name in names:
         own = [row for row in rows if name in sets_of(row)]
-        for key, form in SHOWN:
-            full = f"eval/{name}/{key}"
+        told = told_as(any(is_graded(row, f"eval/{name}/") for row in own))
+        for key, its in SHOWN:
+            full, form = f"eval/{name}/{key}", its or told.form
             if not own or full not in own[-1]:
                 continue
             cells = [
-                with_interval(own[0], full, form),
+                with_interval(own[0], full, form) if full in own[0] else "–",
                 with_interval(own[-1], full, form),
-                change(own[-1], full, form),
+                with_change(own[-1], full, form) or "–",
             ]
+            label = told.name if key == "accuracy" else key.replace("_", " ")
             lines.append(
-                f"<tr><th>{escape(name)}</th><td>{key.replace('_', ' ')}</td>"
-                + "".join(f"<td>{cell}</td>" for cell in cells)
-                + "</tr>"
+                f"<tr><th>{escape(name)}</th><td>{label}</td>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
             )
     head = "".join(f"<th>{name}</th>" for name in ("Set", "", "Before", "After", "Change (95%, paired)"))
     return f'<div class="wide"><table class="result many"><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
-
-
-def change(row: Mapping[str, Any], key: str, form: str) -> str:
-    """A metric's paired difference to the start, with its interval: `+63.2% (+59.0% to +67.1%)`."""
-    value, low, high = (row.get(f"{key}:from_start{end}") for end in ("", ":low", ":high"))
-    if value is None:
-        return "–"
-    return f"{written(value, f'+{form}')} ({written(low, f'+{form}')} to {written(high, f'+{form}')})"

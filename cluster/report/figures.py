@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from cluster.records.event_table import Event, describe, row_of
 from cluster.records.metric_table import METRICS, SECTIONS, Metric
 from cluster.records.reader import BUSY, tokens_so_far
+from cluster.records.rewards import is_graded
 from cluster.report.charts import (
     PALETTE_SIZE,
     Mark,
@@ -138,11 +139,12 @@ class Past:
 
 def hero_figures(runs: Sequence[tuple[str, Rows]], teachers: Iterable[float], past: Past) -> str:
     """Accuracy and reverse KL, each against updates, tokens and time. The page shows one of the three at a time."""
+    graded = any(is_graded(row) for _, rows in runs for row in rows)
     parts = []
-    for figure in HERO:
+    for figure in (_of_rewards(HERO[0]) if graded else HERO[0], *HERO[1:]):
         if not read_series(figure, runs):
             continue
-        references = [("teacher", accuracy) for accuracy in teachers] if figure is HERO[0] else []
+        references = [("teacher", mean) for mean in teachers] if figure.keys == HERO[0].keys else []
         charts = []
         for name, key in ACROSS.items():
             chart = line_chart(
@@ -162,6 +164,12 @@ def hero_figures(runs: Sequence[tuple[str, Rows]], teachers: Iterable[float], pa
             charts.append(f'<div data-across="{name}"{hidden}>{chart}</div>')
         parts.append(frame(_explained(figure, runs), "".join(charts), ""))
     return "".join(parts)
+
+
+def _of_rewards(figure: Figure) -> Figure:
+    """The chart of accuracies, where they are means of graded rewards."""
+    note = "mean reward of the student's answers, with its most likely tokens, to the held-out prompts with a reference answer"
+    return replace(figure, title="Mean reward on held-out prompts", note=note, form=compact, limits=(0, None))
 
 
 def small_figures(figures: Sequence[Figure], runs: Sequence[tuple[str, Rows]], past: Past) -> tuple[str, str]:

@@ -3,11 +3,11 @@
 from bisect import bisect
 from collections.abc import Sequence
 from html import escape
-from itertools import count, groupby
 from pathlib import Path
 from typing import Any
 
 from cluster.records.forms import verdict
+from cluster.records.turns import turns_of
 from cluster.records.writer import read_jsonl
 
 LEVELS = (0.1, 0.25, 0.5, 1.0, 2.0, 4.0)
@@ -73,11 +73,8 @@ def _article(run: int, step: int, row: dict[str, Any], hidden: bool) -> str:
         facts.append(f"reward {reward:g}")
     if row.get("reference") is not None:
         facts.append(f"expected <code>{escape(str(row['reference']))}</code>")
-    shown = [
-        (by, bisect(begins, place), _token(token, shade(s, t, by)))
-        for place, (token, s, t, by) in enumerate(zip(tokens, student, teacher, trained, strict=False))
-    ]
-    marks = _turns(shown) if len(own) < len(trained) else "".join(mark for *_, mark in shown)
+    shown = [_token(token, shade(s, t, by)) for token, s, t, by in zip(tokens, student, teacher, trained, strict=False)]
+    marks = _turns(shown, trained[: len(tokens)], begins) if len(own) < len(trained) else "".join(shown)
     more = len(row["tokens"]) - len(tokens)
     text = "".join((marks, f"<span class=more>… {more:,} more tokens</span>" if more else ""))
     data = f'data-run="{run}" data-step="{step}" data-verdict="{judged}"'
@@ -87,17 +84,13 @@ def _article(run: int, step: int, row: dict[str, Any], hidden: bool) -> str:
     return f"<article {data}{' hidden' * hidden}>{head}{prompt}<p class=tokens {values}>{text}</p></article>"
 
 
-def _turns(marks: Sequence[tuple[bool, int, str]]) -> str:
-    """Tokens, each with whether the student wrote it and the number of its conversation, as blocks: its turns by number, and what
-    others wrote between them."""
-    turns, before = count(1), 0
-    blocks = []
-    for (by_student, conversation), run in groupby(marks, lambda mark: mark[:2]):
-        others = "others" if conversation == before else f"conversation {conversation + 1}"
-        what = f'class=turn data-by="turn {next(turns)}"' if by_student else f'class=others data-by="{others}"'
-        blocks.append(f"<span {what}>{''.join(mark for *_, mark in run)}</span>")
-        before = conversation
-    return "".join(blocks)
+def _turns(marks: Sequence[str], trained: Sequence[bool], begins: Sequence[int]) -> str:
+    """Tokens as blocks: the student's turns by number, and what others wrote between them."""
+    return "".join(
+        f'<span class={"turn" if turn.student else "others"} data-by="{turn.by}">'
+        f"{''.join(marks[turn.begin : turn.end])}</span>"
+        for turn in turns_of(trained, begins)
+    )
 
 
 def _token(token: str, look: str) -> str:

@@ -1,13 +1,15 @@
 """The report's text and tables: how a run ended, what was learnt, what it cost, what limited it. All text is escaped."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
 from cluster.planning.throughput import Plan, Stage, environments, mean_of
 from cluster.records.event_table import BEGINNINGS, ENDS, EVENTS
+from cluster.records.outcome import outcome
 from cluster.records.reader import Run, pace
+from cluster.records.rewards import REWARD, told_as
 from cluster.report.charts import PALETTE_SIZE, compact, percent, seconds
 
 DASH = "–"
@@ -17,17 +19,32 @@ def headline(runs: Sequence[Run]) -> str:
     """The result in one sentence."""
     if len(runs) > 1:
         ends = [run.result["accuracy_end"] for run in runs if run.result["accuracy_end"] is not None]
-        span = f"{percent(min(ends))} to {percent(max(ends))}" if ends else "not measured"
-        return f"Held-out accuracy after training, over {len(runs)} campaigns: <b>{span}</b>."
+        graded = any(run.result["graded"] for run in runs)
+        low, high = (compact(end) if graded else percent(end) for end in ((min(ends), max(ends)) if ends else (0, 0)))
+        span = f"{low} to {high}" if ends else "not measured"
+        return f"Held-out {told_as(graded).name} after training, over {len(runs)} campaigns: <b>{span}</b>."
     result = runs[0].result
     before, after, teacher = (result[f"accuracy_{when}"] for when in ("start", "end", "teacher"))
     if before is None or after is None:
         kl = result["reverse_kl_end"]
         return f"The reverse KL to the teacher is <b>{compact(kl)}</b>." if kl is not None else "A campaign has begun."
-    sentence = f"The student answers <b>{after:.1%}</b> of held-out prompts right"
+    since = ""
     if result["updates"]:
-        sentence += f", {'up' if after >= before else 'down'} from {before:.1%}"
+        how = f"{'up' if after > before else 'down'} from {before:{told_as(result['graded']).form}}"
+        since = f", {'as before' if after == before else how}"
+    if result["graded"]:
+        return _headline_of_rewards(result, since)
+    sentence = f"The student answers <b>{after:.1%}</b> of held-out prompts right{since}"
     return sentence + (f"; its teacher answers {teacher:.1%}." if teacher is not None else ".")
+
+
+def _headline_of_rewards(result: Mapping[str, Any], since: str) -> str:
+    after = next(row for row in outcome(result).rows if row.look == "after")
+    sentence = f"The student’s mean reward on held-out prompts is <b>{escape(after.cells[0])}</b>{since}"
+    if after.right is not None:
+        sentence += f"; {after.right:.1%} of its answers are right (a reward of at least 1)"
+    teacher = result["accuracy_teacher"]
+    return sentence + (f"; its teacher’s mean reward is {teacher:{REWARD.form}}." if teacher is not None else ".")
 
 
 def state(run: Run) -> str:
@@ -58,32 +75,21 @@ def meta(run: Run) -> str:
 
 def before_after(run: Run) -> str:
     """Table of the student before, the student after and the teacher, where they were measured; and the cost."""
-    result = run.result
-    rows = [
-        ("Student, before", "before", "accuracy_start", "accuracy_sampled_start", "reverse_kl_start"),
-        ("Student, after", "after", "accuracy_end", "accuracy_sampled_end", "reverse_kl_end"),
-        ("Teacher", "teacher", "accuracy_teacher", "accuracy_sampled_teacher", ""),
-    ]
+    columns, rows = outcome(run.result)
     lines = []
-    measured = any(result.get(kl) is not None for *_, kl in rows)
-    for name, look, accuracy, sampled, kl in rows:
-        share = result.get(accuracy)
-        bar = (
-            f'<span class="gauge {look}"><span style="width:{100 * share:.1f}%"></span></span>'
-            if share is not None
-            else ""
-        )
-        cells = [
-            _cell(share, "{:.1%}".format),
-            _cell(result.get(sampled), "{:.1%}".format),
-            _cell(result.get(kl) if kl or not measured else 0, compact),
-        ]
-        lines.append(f'<tr class="{look}"><th>{name}</th><td class="bar">{bar}</td>{"".join(cells)}</tr>')
-    head = "<tr><th>Held-out prompts</th><td></td><th>Accuracy</th><th>Sampled</th><th>Reverse KL</th></tr>"
-    table = f'<table class="result"><thead>{head}</thead><tbody>{"".join(lines)}</tbody></table>'
-    if all(result.get(key) is None for *_, accuracy, sampled, kl in rows for key in (accuracy, sampled, kl)):
-        table = ""  # only sets, or nothing, were evaluated
-    return f'{table}<dl class="tiles">{_tiles(result)}</dl>'
+    for row in rows:
+        width = "" if row.right is None else f'<span style="width:{100 * row.right:.1f}%"></span>'
+        bar = f'<span class="gauge {row.look}">{width}</span>' if width else ""
+        cells = "".join(f"<td>{DASH if cell == '-' else escape(cell)}</td>" for cell in row.cells)
+        lines.append(f'<tr class="{row.look}"><th>{_titled(row.name)}</th><td class="bar">{bar}</td>{cells}</tr>')
+    head = "".join(f"<th>{_titled(name)}</th>" for name in columns)
+    head = f"<tr><th>Held-out prompts</th><td></td>{head}</tr>"
+    table = f'<table class="result"><thead>{head}</thead><tbody>{"".join(lines)}</tbody></table>' if rows else ""
+    return f'{table}<dl class="tiles">{_tiles(run.result)}</dl>'
+
+
+def _titled(text: str) -> str:
+    return escape(text[:1].upper() + text[1:])
 
 
 def _tiles(result: dict[str, Any]) -> str:
@@ -92,14 +98,17 @@ def _tiles(result: dict[str, Any]) -> str:
         ("updates", _text(result["updates"], "{:,}".format)),
         ("tokens sampled", _text(result["tokens_generated"], "{:,}".format)),
         ("wall clock", _text(result["wall_seconds"], seconds)),
-        ("faults", _text(result["faults"], "{:,}".format)),
+        ("actors lost", _text(result["faults"], "{:,}".format)),
     ]
+    because, ledger = result.get("dropped_because") or {}, result.get("ledger") or {}
+    took += [(f"dropped: {escape(reason.replace('_', ' '))}", f"{count:,}") for reason, count in because.items()]
+    if (
+        dropped := ledger.get("dropped", result.get("dropped"))
+    ) and not because:  # under way: the reasons are in status.json
+        took.append(("trajectories dropped", f"{dropped:,}"))
     took += _cost(result.get("cost") or {})
-    ledger = result.get("ledger") or {}
     if ledger:
         took.append(("trajectories trained", f"{ledger['trained']:,}"))
-    for reason, count in (result.get("dropped_because") or {}).items():
-        took.append((f"dropped: {escape(reason)}", f"{count:,}"))
     if still_open := ledger.get("issued", 0) - ledger.get("trained", 0) - ledger.get("dropped", 0):
         took.append(("under way", f"{still_open:,}"))
     return "".join(f"<div><dd>{value}</dd><dt>{name}</dt></div>" for name, value in took)
@@ -118,10 +127,12 @@ def _cost(cost: dict[str, Any]) -> list[tuple[str, str]]:
 
 def comparison(names: Sequence[str], runs: Sequence[Run]) -> str:
     """The same for several runs, one row each."""
+    told = told_as(any(run.result["graded"] for run in runs))
+    form = f"{{:{told.form}}}".format
     columns = (
-        ("before", "accuracy_start", "{:.1%}".format),
-        ("after", "accuracy_end", "{:.1%}".format),
-        ("teacher", "accuracy_teacher", "{:.1%}".format),
+        (f"{told.name} before", "accuracy_start", form),
+        ("after", "accuracy_end", form),
+        ("teacher", "accuracy_teacher", form),
         ("KL before", "reverse_kl_start", compact),
         ("KL after", "reverse_kl_end", compact),
         ("updates", "updates", "{:,}".format),

@@ -6,6 +6,7 @@ from typing import Any
 from cluster.config import CampaignConfig
 from cluster.fleet.ray_actor import Resources
 from cluster.records.metric_table import sets_of
+from cluster.records.rewards import is_graded
 from cluster.records.utilisation import by_role, cost_of, mean_actors, role_of
 from cluster.state.campaign_state import CampaignState
 
@@ -35,6 +36,15 @@ def summarise(
         "accuracy_teacher": state.start.get("eval/accuracy_teacher"),
         "accuracy_sampled_start": state.start.get("eval/accuracy_sampled"),
         "accuracy_sampled_end": end.get("eval/accuracy_sampled"),
+        **{
+            f"right_{when}": metrics.get(f"eval/{key}")
+            for when, metrics, key in (
+                ("start", state.start, "right"),
+                ("end", end, "right"),
+                ("teacher", state.start, "right_teacher"),
+            )
+        },
+        "graded": any(map(is_graded, (state.start, *state.evaluations.values()))),
         "reverse_kl_start": state.start.get("eval/reverse_kl"),
         "reverse_kl_end": end.get("eval/reverse_kl"),
         "intervals": _intervals(state.start, end),
@@ -85,13 +95,14 @@ def _of_set(metrics: Mapping[str, Any], name: str) -> dict[str, Any]:
 def _intervals(start: Mapping[str, Any], end: Mapping[str, Any]) -> dict[str, list[float | None]]:
     """Key of the summary -> [low, high]; `accuracy_change` and so on hold [difference, low, high] of end and start, paired."""
     found: dict[str, list[float | None]] = {}
-    for name in ("accuracy", "accuracy_sampled", "reverse_kl"):
+    for name in ("accuracy", "accuracy_sampled", "right", "reverse_kl"):
         key = f"eval/{name}"
         for when, metrics in (("start", start), ("end", end)):
             if f"{key}:low" in metrics:
                 found[f"{name}_{when}"] = [metrics[f"{key}:low"], metrics[f"{key}:high"]]
         if f"{key}:from_start" in end:
             found[f"{name}_change"] = [end[f"{key}:from_start{bound}"] for bound in ("", ":low", ":high")]
-    if "eval/accuracy_teacher:low" in start:
-        found["accuracy_teacher"] = [start["eval/accuracy_teacher:low"], start["eval/accuracy_teacher:high"]]
+    for key in ("accuracy_teacher", "right_teacher"):
+        if f"eval/{key}:low" in start:
+            found[key] = [start[f"eval/{key}:low"], start[f"eval/{key}:high"]]
     return found

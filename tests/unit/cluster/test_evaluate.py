@@ -153,4 +153,4 @@ def test_rewards_that_are_no_shares_have_the_same_interval_in_the_file_as_in_the
     )
     write_results(config, [Model(name, name) for name in "ab"], results, tmp_path / "found.json")
     [apart] = json.loads((tmp_path / "found.json").read_text())["sets"]["near"]["differences"]
-    assert f"{apart['low']:+.1%} to {apart['high']:+.1%}" in table(results)[1][-1]
+    assert f"{apart['low']:+.4g} to {apart['high']:+.4g}" in table(results)[1][-1]

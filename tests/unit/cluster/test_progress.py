@@ -1,12 +1,13 @@
 import io
+import time
 from pathlib import Path
 
 from rich.console import Console
 
-from cluster.console.screen import Progress, status_screen, summary_table
+from cluster.console.screen import Progress, duration, status_screen, summary_table
 from cluster.console.status import read_status, write_status
 from cluster.records.metric_table import METRIC_KEYS, METRICS
-from cluster.records.writer import RunRecords
+from cluster.records.writer import RunRecords, read_jsonl
 from tests.fake_run import CONFIG
 
 LIVE = {"state": "running", "ledger": {"issued": 9}, "actors": []}
@@ -32,7 +33,7 @@ class Run:
         self.records = RunRecords(path)
         self.records.event("loop_started", step=0)
         self.progress = Progress(
-            path, Console(file=self.output, width=160, **console), plain_every_seconds=5, clock=self.clock
+            path, Console(file=self.output, width=160, **console), plain_every_seconds=5, wall_seconds=self.clock
         )
         self.progress.read_live = lambda: LIVE
 
@@ -79,6 +80,29 @@ def test_a_note_is_printed_as_it_is(tmp_path):
         run.output.getvalue()
         == f"   1m05s  actor died actor=rollout-0 cause=KeyError: [bold]weights[/bold] {'x' * 200}\n"
     )
+
+
+def test_an_event_has_the_same_seconds_in_the_terminal_in_its_file_and_in_the_news(tmp_path):
+    """Also in a campaign that was resumed: its clock goes on."""
+    run = Run(tmp_path / "run", total=1)
+    run.records.metrics({"step": 0, "policy_version": 0, "wall_seconds": 4000.0})
+    records = RunRecords(
+        run.path, began=time.monotonic() - 100.0
+    )  # the next process, whose command is older than its records
+    records.event("paused")
+    run.clock.now = 9000.0  # the line is printed later
+    run.progress.note("paused", records.last_event_seconds)
+    [event] = [row for row in read_jsonl(run.path / "events.jsonl") if row["kind"] == "paused"]
+    assert event["wall_seconds"] == records.last_event_seconds and event["wall_seconds"] >= 4100.0
+    [line] = run.output.getvalue().splitlines()
+    [news] = [line for line in _screen(run.path).splitlines() if "paused" in line and "│" in line]
+    assert line.split()[0] == news.strip("│ ").split()[0] == duration(event["wall_seconds"])
+
+
+def _screen(run_dir: Path) -> str:
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(status_screen(read_status(run_dir)))
+    return console.export_text()
 
 
 def test_figures_that_are_missing_or_not_finite_are_dashes_or_left_out(tmp_path):

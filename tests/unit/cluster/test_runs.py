@@ -225,6 +225,13 @@ def test_narrow_terminals_show_everything(
     screen.print_table([["item", "what"], ["x" * 50, "y" * 70]])
     out = capsys.readouterr().out
     assert (out.count("x"), out.count("y")) == (50, 70)
+    models = ["examples/calculator/student", "calculator@8"]
+    heads = ["set", "quantity", *models, f"{models[1]} - {models[0]}"]
+    row = ["greedy", "response_length_mean", "41.7 ± 20.5%", "91.7 ± 18.8%", "+50.0% (+21.5% to +69.3%)"]
+    screen.print_table([heads, row], named_by=2)
+    out = capsys.readouterr().out
+    assert all(len(line) <= width for line in out.splitlines())
+    assert all(text in out for text in (*heads[2:], *row)), "no word and no interval is broken"
 
 
 def test_every_check_says_what_it_does(runs: Runs) -> None:

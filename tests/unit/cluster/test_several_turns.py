@@ -68,6 +68,8 @@ def test_killed_and_resumed_equals_undisturbed_and_its_records_tell_the_students
         for key in ("student_logprobs", "teacher_logprobs"):
             assert [value is not None for value in row[key]] == trained
         assert [version >= 0 for version in row["policy_versions"]] == trained
+        assert [turn["by"] for turn in row["turns"]] == ["turn 1", "others", "turn 2"]
+        assert "".join(turn["text"] for turn in row["turns"]) == row["response"]
     page = folder / "report.html"
     write_page([load_run(runs[0])], page)
     source = page.read_text()

@@ -15,7 +15,7 @@ from actors.errors import UserError
 from cluster.cli import main
 from cluster.console import status as status_module
 from cluster.console.runs import find_run
-from cluster.console.screen import status_screen, trajectory_text
+from cluster.console.screen import status_line, status_screen, summary_table, trajectory_text
 from cluster.console.status import LOST_AFTER_SECONDS, StatusReader, keep_status, read_status, write_status
 from cluster.records.event_table import describe
 from cluster.records.reader import JsonlTail
@@ -41,8 +41,8 @@ def running(tmp_path: Path) -> Path:
     return run
 
 
-def shown(status: dict[str, Any]) -> str:
-    console = Console(width=140, record=True, file=io.StringIO())
+def shown(status: dict[str, Any], width: int = 140) -> str:
+    console = Console(width=width, record=True, file=io.StringIO())
     console.print(status_screen(status))
     return console.export_text()
 
@@ -170,6 +170,27 @@ def test_engines_that_wait_for_environments_are_told_from_idle_ones(running: Pat
     assert "30% waiting for environments" in shown(status)
 
 
+def test_rewards_and_turns_of_training_are_told_where_a_campaign_has_them(running: Path) -> None:
+    assert "responses" not in shown(read_status(running)) and "turns" not in status_line(read_status(running))
+    rows = [json.loads(line) for line in (running / "metrics.jsonl").read_text().splitlines()]
+    more = {"reward_mean": 12.625, "turns_mean": 2.03125}
+    (running / "metrics.jsonl").write_text("".join(json.dumps(row | more) + "\n" for row in rows))
+    status = read_status(running)
+    lines = shown(status, width=80).splitlines()
+    assert "responses    reward 12.62   turns 2.03" in [line.strip() for line in lines]
+    assert all(len(line) <= 80 for line in lines) and "  reward 12.62  turns 2.03" in status_line(status)
+
+
+def test_what_was_lost_is_named_and_dropped_trajectories_stand_beside_it_with_their_reasons(running: Path) -> None:
+    assert "1 actor lost; 2 trajectories dropped" in shown(read_status(running)), "an earlier release gave no reasons"
+    write_status(running, {**LIVE, "dropped_because": {"environment": 1, "rolled_back": 1, "stale": 0}})
+    told = "1 actor lost; 2 trajectories dropped (environment 1, rolled back 1)"
+    assert told in shown(read_status(running))
+    summary = {"faults": 1, "ledger": {"dropped": 2}, "dropped_because": {"environment": 1, "rolled_back": 1}}
+    assert summary_table(summary).splitlines()[-1] == told
+    assert "lost" not in summary_table({**summary, "faults": 0, "ledger": {"dropped": 0}, "dropped_because": {}})
+
+
 def test_news_are_shown_and_ordinary_events_are_not(running: Path) -> None:
     with (running / "events.jsonl").open("a") as file:
         for kind, cause in (("actor_died", "killed by the kernel"), ("checkpoint", "")):
@@ -268,8 +289,21 @@ def test_tokens_are_coloured_by_how_far_student_and_teacher_disagree() -> None:
     assert "red3" in styles["b"] and "yellow" in styles["[red]"]
     assert styles["a"] != styles["b"] and "dim" in styles["d"]
     told = trajectory_text({**row, "trained": [True, False, True, True]})
-    others = {segment.text: str(segment.style) for segment in console.render(told) if segment.text.strip()}
-    assert "italic" in others["b"] and {**others, "b": ""} == {**styles, "b": ""}
+    others = {segment.text.strip(): str(segment.style) for segment in console.render(told)}
+    assert "italic" in others["b"] and all(others[token] == styles[token] for token in ("[red]", "d"))
+
+
+def test_tail_says_who_wrote_which_part_of_several_turns() -> None:
+    tokens, trained = ["ask", "ing", "4", "2", "again", "so", "done"], [True, True, False, False, False, False, True]
+    row = {"step": 3, "id": "0/0/0", "prompt": "p", "finish_reason": "stop", "tokens": tokens, "trained": trained,
+           "student_logprobs": [-0.1] * 7, "teacher_logprobs": [-0.1] * 7}  # fmt: skip
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(trajectory_text(row))
+    console.print(trajectory_text({**row, "begins": [4]}))
+    lines = [line.split() for line in console.export_text().splitlines()]
+    turns = [["turn", "1", "asking"], ["others", "42againso"], ["turn", "2", "done"]]
+    assert lines[2:5] == turns
+    assert lines[8:12] == [turns[0], ["others", "42"], ["conversation", "2", "againso"], turns[2]]
 
 
 @pytest.mark.parametrize(
