@@ -45,11 +45,12 @@ def make_tiny_model(
     dtype: torch.dtype = torch.float32,
     tokenizer: PreTrainedTokenizerFast | None = None,
     heads_of_keys: int = 1,
+    head_dim: int = 32,
 ) -> Path:
     """Writes config, safetensors, tokenizer and generation config to `path`, from a seed, and returns the path.
 
-    hidden: a multiple of 32, which is the size of one attention head. vocab_extra: rows of the embedding beyond the
-    tokenizer's, as real models have them. qwen3_moe: four experts a layer, of which a token meets two.
+    hidden: a multiple of 32; there is one attention head for each 32, of size head_dim. vocab_extra: rows of the embedding
+    beyond the tokenizer's, as real models have them. qwen3_moe: four experts a layer, of which a token meets two.
     """
     tokenizer = tokenizer or make_tiny_tokenizer()
     options = {
@@ -59,7 +60,7 @@ def make_tiny_model(
         "num_hidden_layers": layers,
         "num_attention_heads": hidden // 32,
         "num_key_value_heads": heads_of_keys,
-        "head_dim": 32,
+        "head_dim": head_dim,
         "max_position_embeddings": context,
         "tie_word_embeddings": tie,
         "bos_token_id": None,

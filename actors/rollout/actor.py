@@ -1,11 +1,8 @@
 """The rollout actor: samples trajectories with the newest weights that it has. A plain class, values in, values out."""
 
 import asyncio
-import os
 import time
-import traceback
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +13,7 @@ from actors.data.judge import Judge, Verdicts, texts_to_judge
 from actors.data.tokenizer import load_tokenizer
 from actors.environment.base import Environments
 from actors.environment.continuation import Continuation
-from actors.errors import CampaignError, EngineError
+from actors.errors import CampaignError
 from actors.memory import give_back
 from actors.processor_time import ProcessorTime
 from actors.rollout.batched_calls import BatchedCalls
@@ -25,19 +22,6 @@ from actors.rollout.episodes import NO_LIMITS, EpisodeLimits, Episodes
 from actors.trajectory import FINISH_REASONS, EpisodeCounts, LoadSeconds, Requests, RolloutCounts, Trajectories
 from actors.weights.buckets import WeightVersion, join
 from actors.weights.delta import DeltaVersion, Receiver
-
-
-@contextmanager
-def _ends_with_the_engine() -> Iterator[None]:
-    """Ends the process when its engine has failed. The fleet sees a dead actor and replaces it.
-
-    The exit is immediate: an engine's threads and CUDA state cannot be trusted to shut down any more.
-    """
-    try:
-        yield
-    except EngineError:
-        traceback.print_exc()
-        os._exit(13)
 
 
 class RolloutActor(BatchedCalls):
@@ -122,12 +106,11 @@ class RolloutActor(BatchedCalls):
         if requests.max_response_tokens is not None:
             sampling = replace(sampling, max_response_tokens=requests.max_response_tokens)
         episodes: tuple[EpisodeCounts, ...] = ()
-        with _ends_with_the_engine():
-            if self._episodes is not None:
-                trajectories, episodes = await self._episodes.play(requests, sampling, greedy)
-            else:
-                trajectories = await asyncio.wrap_future(self._engine.generate(requests, sampling, greedy=greedy))
-                check_answer(requests, trajectories)
+        if self._episodes is not None:
+            trajectories, episodes = await self._episodes.play(requests, sampling, greedy)
+        else:
+            trajectories = await asyncio.wrap_future(self._engine.generate(requests, sampling, greedy=greedy))
+            check_answer(requests, trajectories)
         trajectories = told_apart(trajectories, sampling, greedy)
         unjudged: list[str] = []
         parts: tuple[dict[str, float], ...] = ()
@@ -185,8 +168,7 @@ class RolloutActor(BatchedCalls):
             manifest, buckets = join(ranks)
             loaded = await asyncio.to_thread(self._engine.load_weights, manifest, buckets)
             prepared = time.perf_counter() - start
-            with _ends_with_the_engine():
-                stood_still = await asyncio.wrap_future(loaded)
+            stood_still = await asyncio.wrap_future(loaded)
             if self._engine.version != manifest.version:
                 found = f"after a load the engine's version is {self._engine.version}"
                 raise CampaignError(f"rollout.backend: {found}, expected {manifest.version} (docs/extending.md)")

@@ -47,8 +47,8 @@ class Engine(Protocol):
     Progress: an engine calls `actors.heartbeat.beat()` at least every few seconds of its work, for example at every
     decoding step. An actor that works for `ray.hang_timeout_seconds` without a beat is taken for hung and replaced.
 
-    Errors: an exception in a future fails that call. EngineError means that the engine cannot go on: the actor's process
-    ends, and a new actor with a new engine replaces it.
+    Errors: an exception in a future fails that call. EngineError means that the engine cannot go on: the campaign
+    tells its message, ends the actor's process, and replaces it by a new actor with a new engine.
     """
 
     version: int | None

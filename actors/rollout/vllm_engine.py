@@ -13,6 +13,7 @@ import os
 import queue
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -25,6 +26,7 @@ from actors.config import LoraConfig, RolloutConfig, SamplingConfig
 from actors.data.contexts import engine_context
 from actors.data.models import expected_tensors, find_model, load_config
 from actors.errors import AbortedError, EngineError, WeightError
+from actors.last_words import last_error, own_log
 from actors.rollout.engine import PromptLengths, Response, filters, trajectories_of
 from actors.rollout.seats import Seats
 from actors.rollout.vllm_lora import adapter_options, adapter_request, check_adapter, load_adapter
@@ -83,7 +85,7 @@ class _Call:
 class VllmEngine:
     """Samples trajectories with vLLM's continuous batching. Its weights come from published versions only."""
 
-    _filters = False
+    _filters = _tensor_parallel = False
     _staging: Staging | NodeStaging | None = None
     """Where versions lie while they are loaded; None: where they have come."""
 
@@ -116,6 +118,8 @@ class VllmEngine:
         # Before vLLM starts, which takes seconds: a fault in the model's files is then found at once.
         self._tensors = expected_tensors(model, trust_remote_code, "student.model")
         self._failure: BaseException | None = None
+        self._cause = ""
+        """Of the failure, in one line."""
         self._waiting: dict[str, tuple[_Call, int]] = {}
         self._commands: queue.Queue[_Command | None] = queue.Queue()
         # vLLM's request ids. Not the trajectory ids: a retry has the same one while the first request may still run.
@@ -330,7 +334,7 @@ class VllmEngine:
             if command is None:
                 self._step()
             elif self._failure is not None:
-                command.future.set_exception(EngineError(f"the vLLM engine has failed: {self._failure!r}"))
+                command.future.set_exception(EngineError(self._cause))
             else:
                 try:
                     command.future.set_result(command.do())
@@ -366,9 +370,14 @@ class VllmEngine:
 
     def _fail(self, error: Exception) -> None:
         """Fails every waiting call; later ones are refused. The state of vLLM, or its weights, are unknown."""
+        traceback.print_exception(error)  # into the log of this process: the message has one line
         self._failure = error
+        self._cause = f"the vLLM engine has failed: {type(error).__name__}: {' '.join(str(error).split())}"
+        # Of a worker in another process vLLM says little more than that it is gone.
+        if self._tensor_parallel and (last := last_error(own_log())) and last not in self._cause:
+            self._cause += f"; the last error in its log: {last}"
         for call, _ in self._waiting.values():
-            call.fail(EngineError(f"the vLLM engine has failed: {error!r}"))
+            call.fail(EngineError(self._cause))
         self._waiting.clear()
 
 

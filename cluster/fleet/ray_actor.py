@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import psutil
@@ -30,6 +31,7 @@ from actors.accelerator import keep_to_share, require_gpu
 from actors.errors import ActorFaultError, CampaignError, LostObjectError, StoreFullError, UserError
 from actors.gpu_share import is_share
 from actors.heartbeat import BUILDS, count, phase, phases, waiting
+from actors.last_words import last_error
 from cluster.fleet.ray_room import shortage_now
 from cluster.fleet.ray_start import Teller, forget, told
 
@@ -369,7 +371,17 @@ def cause_of(error: RayActorError) -> str:
         return f"it cannot be reached any more, as when its node is gone ({reason[1] if reason else error})"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     telling = [line for line in lines if line.startswith("The actor is dead because")] or lines
-    return telling[-1].partition(" Some common causes")[0]
+    last = last_error(log) if (log := _log_of(lines)) else ""
+    return telling[-1].partition(" Some common causes")[0] + f" The last error in its log: {last}" * bool(last)
+
+
+def _log_of(lines: list[str]) -> Path | None:
+    """The log of the dead actor that these lines of Ray's are about, where it ran on this machine; None: elsewhere."""
+    place = dict(line.split(": ", 1) for line in lines if line.startswith(("pid: ", "ip: ")))
+    node: Any = ray._private.worker._global_node  # which says where logs are; Ray has no public way to ask
+    if node is None or place.get("ip") != node.node_ip_address:
+        return None
+    return next(Path(node.get_logs_dir_path()).glob(f"worker-*-{place.get('pid')}.err"), None)
 
 
 def _keeping_its_error(actor_class: type, gpus: float = 0.0) -> type:

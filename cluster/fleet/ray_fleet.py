@@ -13,11 +13,13 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
-from actors.errors import ActorFaultError, CampaignError, StoreFullError
+from actors.errors import ActorFaultError, CampaignError, EngineError, StoreFullError
 from actors.trajectory import Requests, RolloutCounts
 from cluster.fleet.ray_actor import ActorLostError, Replica, beside, held, invoke, streamed
 from cluster.fleet.ray_batched_calls import BatchedCaller
-from cluster.fleet.supervision import LATE_SECONDS, Supervisor
+from cluster.fleet.restarts import same_cause
+from cluster.fleet.supervision import LATE_SECONDS, STARTS, Supervisor
+from cluster.records.utilisation import IGNORED
 
 ATTEMPTS = 2
 """Number of actors on which a call may fail; after that the call itself is considered the cause."""
@@ -27,7 +29,7 @@ class Fleet(Supervisor):
     """All actors of one role, and the calls to them.
 
     Errors of every call: a UserError or CampaignError that the method raised arrives as it is. ActorFaultError: the
-    method raised anything else, on `ATTEMPTS` actors. LostObjectError: an object among the arguments is gone.
+    method raised anything else, on `ATTEMPTS` actors. EngineError: engines failed twice for the same cause. LostObjectError: an object among the arguments is gone.
     StoreFullError: the object store stayed full for `hang_timeout_seconds`. The fleet's fatal error, once it has one.
     """
 
@@ -176,7 +178,7 @@ class Fleet(Supervisor):
         actor silent ends on the second one, or with it. leave: the method, and its arguments, that the silent actor is
         then called with; it answers when it is done with the work, or has given it up.
         """
-        failures, losses, moved = 0, 0, False
+        tries, moved = _Tries(method, self.role, self._max_restarts), False
         while True:
             replica = at if at is not None and at.takes_work else await self._least_busy()
             handle, answer = replica.handle, None  # `_lost` compares it: a late error must not end the next actor here
@@ -189,23 +191,15 @@ class Fleet(Supervisor):
             try:
                 async with patience:
                     answer = await do(replica)
+                    self._worked |= method not in IGNORED
                     return answer
             except TimeoutError:
                 if not patience.expired():
                     raise
                 moved = True
                 self._in_background(self._left(replica, handle, *leave))
-            except ActorLostError as error:
-                losses += 1
-                self._lost(replica, handle, _kind(error), error)
-                if self._max_restarts is not None and losses > self._max_restarts + ATTEMPTS:
-                    raise CampaignError(
-                        f"{method}: {losses} actors of {self.role} died of the same call: {error}"
-                    ) from error
-            except ActorFaultError as error:
-                failures += 1
-                if failures == ATTEMPTS:  # this call would make one actor after the other fail
-                    raise
+            except (ActorLostError, ActorFaultError) as error:
+                tries.failed(replica.name, error, self._worked)
                 self._lost(replica, handle, _kind(error), error)
             finally:
                 replica.patience.discard(patience)
@@ -247,6 +241,40 @@ class Fleet(Supervisor):
         if self._failure:
             raise self._failure
         return min((r for r in self.replicas if r.takes_work), key=_load)
+
+
+class _Tries:
+    """What one call has met, and whether it may go to another actor."""
+
+    def __init__(self, method: str, role: str, max_restarts: int | None):
+        self._method, self._role, self._max_restarts = method, role, max_restarts
+        self._failures, self._losses, self._causes = 0, 0, set[str]()
+
+    def failed(self, actor: str, error: ActorLostError | ActorFaultError, worked: bool) -> None:
+        """The call has ended with this error. Raises what the caller is told, if it may not be tried again.
+
+        worked: whether an actor of the fleet has ever done any work. What fails before that is most likely the
+        configuration, so fewer processes are tried.
+        """
+        if isinstance(error, EngineError):
+            # Engines fail for reasons of their machines, too: only the same cause again is one of the call.
+            before, cause = len(self._causes), same_cause(error)
+            self._causes.add(cause)
+            if len(self._causes) == before:
+                again = "another engine has failed so at the same call, so it is not tried a third time"
+                raise EngineError(f"{actor}: {error}; {again}") from error
+        elif isinstance(error, ActorFaultError):
+            self._failures += 1
+            if self._failures == ATTEMPTS:  # this call would make one actor after the other fail
+                raise error
+            return
+        self._losses += 1
+        most = STARTS - 1 if not worked else (self._max_restarts or 0) + ATTEMPTS
+        if self._max_restarts is not None and self._losses > most:
+            first = "" if worked else "first "
+            raise CampaignError(
+                f"{self._method}: {self._losses} actors of {self._role} died of the same {first}call: {error}"
+            ) from error
 
 
 def _kind(error: ActorLostError | ActorFaultError) -> str:

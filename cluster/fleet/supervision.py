@@ -18,7 +18,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import nullcontext, suppress
 from typing import Any
 
-from actors.errors import CampaignError, LearnerLostError, UnavailableError, UserError
+from actors.errors import ActorFaultError, CampaignError, LearnerLostError, UnavailableError, UserError
 from cluster.fleet.changes import Changes
 from cluster.fleet.ray_actor import (
     ActorLostError,
@@ -37,7 +37,7 @@ from cluster.fleet.ray_actor import (
     within,
 )
 from cluster.fleet.ray_room import holders, needs
-from cluster.fleet.restarts import Restarts
+from cluster.fleet.restarts import Restarts, same_cause
 from cluster.records.event_table import EVENTS
 from cluster.records.utilisation import Utilisation
 
@@ -46,7 +46,7 @@ MUTE, STUCK = "has not answered", "has made no progress"
 OnEvent = Callable[..., None]
 """Called with the kind of event and its fields."""
 STARTS = 3
-"""Processes that are tried for an actor at the start of a campaign."""
+"""Processes that are tried for an actor at the start of a campaign, and for the first call before any has done work."""
 
 WATCH_SECONDS = 5.0
 """Between two questions of the watch."""
@@ -99,6 +99,8 @@ class Supervisor:
         self._on_event, self._turn = on_event, turn
         self._changed = Changes()
         """Told when a replica may have become free, alive or lost."""
+        self._worked = False
+        """Whether an actor has ever done any work."""
         self._failure: Exception | None = None
         """Why the fleet cannot go on; raised for every caller."""
         self._tasks: set[asyncio.Task] = set()
@@ -465,6 +467,14 @@ class Supervisor:
                     await self._start(replica, patient=True)
                 except (CampaignError, UnavailableError) as error:
                     replica.kill()
+                    if (
+                        isinstance(error, ActorFaultError)
+                        and same_cause(error) == same_cause(cause)
+                        and not self._worked
+                    ):
+                        raise CampaignError(
+                            f"{replica.name} could not start, twice in the same way: {error}"
+                        ) from error
                     failed_starts += 1
                     cause = str(error)
                     self._on_event("actor_died", actor=replica.name, cause=cause)

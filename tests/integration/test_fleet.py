@@ -4,6 +4,7 @@ import asyncio
 import itertools
 import os
 import signal
+import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
@@ -100,6 +101,10 @@ class Worker:
             if die and i == 1:
                 os._exit(3)
             yield np.full(200_000, i)
+
+    def dies_of(self, error: str) -> None:
+        print(error, file=sys.stderr, flush=True)
+        os._exit(3)
 
     def stuck(self) -> None:
         time.sleep(1000)
@@ -326,6 +331,19 @@ def test_a_defect_in_a_method_costs_two_actors_and_is_an_error_with_its_cause() 
         assert await fleet.call("process")
 
     with_fleet(body)
+
+
+def test_a_call_that_ends_each_process_is_told_with_the_last_error_in_its_log() -> None:
+    async def body(fleet: Fleet, events: list[tuple[str, dict[str, Any]]]) -> None:
+        told = "The last error in its log: RuntimeError: Unsupported head_dim: 40"
+        with pytest.raises(
+            CampaignError, match=rf"^dies_of: 3 actors of worker died of the same first call: .*{told}$"
+        ):
+            await fleet.call("dies_of", "RuntimeError: Unsupported head_dim: 40")
+        causes = [fields["cause"] for kind, fields in events if kind == "actor_died"]
+        assert len(causes) == 2 and all(cause.endswith(told) for cause in causes)
+
+    with_fleet(body, max_restarts=9)
 
 
 def test_what_fails_on_one_actor_is_done_by_another(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from actors.data.models import load_model
 from cluster.config_file import load_config, write_config
+from cluster.records.event_table import FAULTS
 from cluster.records.metric_table import EVALUATION_KEYS, METRIC_KEYS
 from cluster.records.writer import SUMMARY_KEYS, TRAJECTORY_KEYS, read_jsonl
 from tests import clean_process, light_campaign
@@ -290,6 +291,20 @@ def test_a_teacher_with_another_tokenizer_teaches_a_student_whose_adapter_alone_
     weights = load_model(str(folder / "student"), "float32", "cpu", False, "student.model").num_parameters()
     assert rows[-1]["publish_bytes"] < weights  # which would be four bytes each
     assert before["eval/reverse_kl"] > 0 and "eval/accuracy_teacher" in before
+
+
+def test_what_the_engine_cannot_compute_ends_before_the_first_update_with_the_engines_own_words(folder: Path) -> None:
+    make_tiny_model(folder / "odd", hidden=32, layers=1, context=64, head_dim=40)  # which vLLM builds, and cannot run
+    models = [f"{key}.model=odd" for key in ("student", "teachers.default")]
+    out, err = finish(start(folder, "name=odd", *models), 1)
+    assert "Traceback" not in out + err
+    events = read_jsonl(folder / "runs" / "odd" / "events.jsonl")
+    [failed] = [row for row in events if row["kind"] in FAULTS]
+    assert failed["kind"] == "actor_failed" and "the vLLM engine has failed: RuntimeError: " in failed["cause"]
+    assert err.splitlines()[-1].startswith("understudy: rollout-0: the vLLM engine has failed: RuntimeError: ")
+    assert "head" in failed["cause"] and "not tried a third time" in err.splitlines()[-1]
+    assert [row["kind"] for row in events].count("actor_restarted") == 1
+    assert not [row for row in events if row["kind"] == "loop_started"]
 
 
 def test_more_actors_than_the_cluster_holds_are_refused_before_any_starts(folder: Path) -> None:

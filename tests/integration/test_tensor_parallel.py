@@ -132,4 +132,4 @@ def test_an_actor_whose_engine_process_dies_is_replaced_and_leaves_nothing_behin
 
     asyncio.run(run())
     told = [event for event in events if event not in ("waiting_for_resources", "actor_starting")]  # on a busy machine
-    assert told == ["actor_started", "actor_died", "actor_started", "actor_restarted"]
+    assert told == ["actor_started", "actor_failed", "actor_started", "actor_restarted"]
