@@ -16,6 +16,7 @@ from actors.prompts.files import is_hub_dataset
 from actors.teacher.backends import backend_of
 from cluster.config import CampaignConfig, prompt_sources
 from cluster.config_file import load_config
+from cluster.records.reader import has_begun
 from cluster.records.writer import CONFIG_FILE
 
 ASKED = "_asked_revisions"
@@ -103,9 +104,9 @@ def pin(config: CampaignConfig) -> str:
 
 
 def hold(config: CampaignConfig) -> None:
-    """Takes the commits from the run directory's config.yaml, if there is one, where the user names none."""
+    """Takes the commits from the run directory's config.yaml, where the user names none and the campaign has begun."""
     written = config.run_dir / CONFIG_FILE
-    if not written.exists():
+    if not written.exists() or not has_begun(config.run_dir):
         return
     asked = getattr(config, ASKED, {})
     before = {place.revision_key: place for place in places(load_config(written, environment=False))}

@@ -22,9 +22,18 @@ from cluster.records.writer import (
     summary_if_whole,
     trajectory_files,
 )
+from learner.student.checkpoint import checkpoint_steps
 
 BUSY = {"rollout": "busy_rollout", "teacher": "busy_teacher", "learner": "busy_learner"}
 """Role -> the metric with the seconds that its actors worked."""
+
+
+def has_begun(run_dir: Path) -> bool:
+    """Whether the campaign of a run directory has begun: its loop has started. Until then its config.yaml binds nobody."""
+    if checkpoint_steps(run_dir / "checkpoints"):
+        return True
+    began = any(row["kind"] == "loop_started" for row in read_jsonl(run_dir / EVENTS_FILE))
+    return began or any(row["step"] > 0 for row in read_jsonl(run_dir / METRICS_FILE))
 
 
 @dataclass(frozen=True)
@@ -47,9 +56,10 @@ class Run:
         """The earliest value of a metric; None without one."""
         return next((row[key] for row in self.metrics if row.get(key) is not None), None)
 
-    def last(self, key: str) -> Any:
-        """The newest value of a metric; None without one."""
-        return next((row[key] for row in reversed(self.metrics) if row.get(key) is not None), None)
+    def last(self, key: str, after: int = -1) -> Any:
+        """The newest value of a metric; None without one. after: of later steps than this."""
+        rows = (row for row in reversed(self.metrics) if row["step"] > after)
+        return next((row[key] for row in rows if row.get(key) is not None), None)
 
     @property
     def result(self) -> dict[str, Any]:
@@ -57,16 +67,16 @@ class Run:
         judged = [row for row in self.metrics if row.get("eval/accuracy") is not None] or [{}]
         from_metrics = {
             "accuracy_start": self.first("eval/accuracy"),
-            "accuracy_end": self.last("eval/accuracy"),
+            "accuracy_end": self.last("eval/accuracy", after=0),
             "accuracy_sampled_start": self.first("eval/accuracy_sampled"),
-            "accuracy_sampled_end": self.last("eval/accuracy_sampled"),
+            "accuracy_sampled_end": self.last("eval/accuracy_sampled", after=0),
             "accuracy_teacher": self.first("eval/accuracy_teacher"),
             "right_start": judged[0].get("eval/right"),
             "right_end": judged[-1].get("eval/right"),
             "right_teacher": self.first("eval/right_teacher"),
             "graded": any(map(is_graded, self.metrics)),
             "reverse_kl_start": self.first("eval/reverse_kl"),
-            "reverse_kl_end": self.last("eval/reverse_kl"),
+            "reverse_kl_end": self.last("eval/reverse_kl", after=0),
             "updates": self.last("step"),
             "tokens_generated": self.last("tokens_generated"),
             "wall_seconds": self.last("wall_seconds"),

@@ -85,10 +85,7 @@ def claimed(config: CampaignConfig, allow_change: Sequence[str] = ()) -> Iterato
         if mirror := mirror_of(config):
             _bring_back(mirror, run_dir)
             hold(config)  # the copy's commits, where the run directory had none
-        taken = TakenOver.of(config, allow_change)
-        if not (run_dir / CONFIG_FILE).exists():
-            taken.write()
-        yield taken
+        yield TakenOver.of(config, allow_change)
 
 
 def _bring_back(mirror: Mirror, run_dir: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from actors.errors import UserError
 from cluster.config import CampaignConfig
 from cluster.config_file import CARRIED, load_config, of_this_run, write_config
+from cluster.records.reader import has_begun
 from cluster.records.software import differences, software
 from cluster.records.writer import CONFIG_FILE
 from cluster.renamed_keys import SCHEMA
@@ -42,10 +43,16 @@ class TakenOver:
 
     @classmethod
     def of(cls, config: CampaignConfig, allowed: Sequence[str]) -> "TakenOver":
-        """Of a run directory that may be new."""
+        """Of a run directory. Where no campaign has begun, only starts that were refused, it is written anew.
+
+        UserError: see `changes` and `write`.
+        """
         file = config.run_dir / CONFIG_FILE
-        before = load_config(file, environment=False) if file.exists() else config
-        return cls(config, before, of_this_run(config.run_dir), allowed)
+        if file.exists() and has_begun(config.run_dir):
+            return cls(config, load_config(file, environment=False), of_this_run(config.run_dir), allowed)
+        taken = cls(config, config, {}, allowed)
+        taken.write()
+        return taken
 
     def accept(self, state: CampaignState, contents: Sequence[Changed], on_event: OnEvent) -> None:
         """Records the changes, before the campaign goes on from `state`; plans the learning rate anew where it needs that.
