@@ -103,7 +103,9 @@ def _run(options: argparse.Namespace) -> int:
     print(summary_table(summary))
     print(f"report: {(config.run_dir / REPORT_FILE).resolve()}")
     if not complete:
-        print("interrupted: a checkpoint is written; the same command resumes from it", file=sys.stderr)
+        saved = "a checkpoint is written; the same command resumes from it"
+        nothing = "there was nothing to save before the first update; the same command begins again"
+        print(f"interrupted: {saved if summary['updates'] else nothing}", file=sys.stderr)
     return 0 if complete else INTERRUPTED_STATUS
 
 
@@ -276,7 +278,7 @@ def _compare(options: argparse.Namespace) -> int:
 
     results = compare(found, run_campaign, lambda line: print(line, flush=True))
     if results is None:
-        print("interrupted: a checkpoint is written; the same command resumes from it", file=sys.stderr)
+        print("interrupted: what was trained is saved; the same command goes on with it", file=sys.stderr)
         return INTERRUPTED_STATUS
     first = found[0].config
     output = (

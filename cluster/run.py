@@ -23,7 +23,7 @@ from actors.json_files import DamagedError
 from cluster.config import CampaignConfig
 from cluster.console.control import handlers, obey
 from cluster.console.screen import Progress
-from cluster.console.status import keep_status, live_actors, persistently, write_beginning
+from cluster.console.status import keep_status, live_actors, persistently, write_beginning, write_status
 from cluster.fleet.ray_actor import Resources
 from cluster.fleet.ray_cluster import connected, refuse_relative_output, room_to_begin
 from cluster.fleet.ray_control_store import control_store_lost
@@ -263,6 +263,9 @@ class Running:
         finally:
             for task in watching:
                 task.cancel()
+            self.progress.doing(dict.fromkeys(self.progress.roles, "ended"))
+            with contextlib.suppress(OSError):  # status.json then shows the last seconds before the end
+                write_status(self.config.run_dir, self.progress.refresh())
             self.inputs.close()
             self.trackers.close()
             self.alerts.close()
@@ -358,9 +361,12 @@ class Running:
         doing, first = self.progress.roles.get("learner", "idle"), ""
         if doing.startswith("update"):
             several = self.config.learner.epochs_per_update * self.config.learner.minibatches_per_update > 1
-            or_not = " (or finished, if it has taken an optimiser step)" if several else ""
-            first = f"{doing} is given up{or_not}, then "
-        return f"{first}a checkpoint is written (the last one is of update {self._saved_step()})"
+            or_not = " (or finished and saved, if it has taken an optimiser step)" if several else ""
+            first = f"{doing} is given up{or_not}, "
+        if not self.state.step:
+            return f"{first}{'and ' * bool(first)}before the first update there is nothing to save"
+        last = f"the last one is of update {saved}" if (saved := self._saved_step()) else "the first one"
+        return f"{first}{'then ' * bool(first)}a checkpoint is written ({last})"
 
     def _ended_now(self) -> None:
         """This process ends at once: says so in the records."""
@@ -387,6 +393,7 @@ class Running:
             "state": "running" if self.gate.is_set() else "paused",
             "last_update_seconds_ago": self.records.last_update_seconds_ago,
             "waits_for": self.records.full.told() if self.records.full else "",
+            "gpus": {role: resources.gpus for role, (_, resources) in self.needed.items()},
         }
 
 

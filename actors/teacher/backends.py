@@ -191,3 +191,8 @@ def teacher_class(teacher: TeacherConfig, key: str = "teacher") -> type:
 def needs_plan(teacher: TeacherConfig) -> bool:
     """Whether this teacher's layers are divided among several processes by transformers' tensor-parallel plan."""
     return teacher.tensor_parallel_size > 1 and bool(backend_of(teacher).sharded_class_path)
+
+
+def teacher_gpus(teacher: TeacherConfig) -> float:
+    """GPUs of one actor where `gpus_per_replica` is null and actors do not share GPUs."""
+    return float(teacher.tensor_parallel_size) if backend_of(teacher).uses_gpu else 0.0

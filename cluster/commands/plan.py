@@ -1,8 +1,6 @@
 """`understudy plan`: the stages of a campaign, from a measured run, a short calibration run, or data sheets."""
 
 import dataclasses
-import os
-import socket
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -16,7 +14,6 @@ from actors.vllm_options import check_options
 from cluster.config import CampaignConfig
 from cluster.config_file import load_config
 from cluster.console.status import STATUS_FILE, read_status
-from cluster.fleet.ray_cluster import teacher_gpus
 from cluster.planning.datasheet import (
     GPUS,
     Gpu,
@@ -27,26 +24,14 @@ from cluster.planning.datasheet import (
     rollout_seconds,
     teacher_seconds,
 )
+from cluster.planning.measured_run import environments_of, gpus_of, plan_of_run
 from cluster.planning.memory import network_without_memory, roles
-from cluster.planning.throughput import Plan, Stage, environments, mean_of, measured
+from cluster.planning.throughput import Plan, Stage, mean_of
 from cluster.records.utilisation import role_of
 from cluster.records.writer import CONFIG_FILE, EVENTS_FILE, METRICS_FILE, read_jsonl, summary_if_whole
 from learner.memory_items import peak
 
 CALIBRATION_UPDATES = 4
-
-
-def gpus_of(config: CampaignConfig) -> dict[str, float]:
-    """Role -> GPUs of one actor, where each actor has its own. With several teachers, the largest number."""
-
-    def of(explicit: float | None, default: float) -> float:
-        return default if explicit is None else explicit
-
-    return {
-        "rollout": of(config.rollout.gpus_per_replica, config.rollout.tensor_parallel_size),
-        "teacher": max(of(teacher.gpus_per_replica, teacher_gpus(teacher)) for teacher in config.teachers.values()),
-        "learner": of(config.learner.gpus_per_replica, 1.0),
-    }
 
 
 def from_run(config: CampaignConfig, run_dir: Path) -> Plan:
@@ -61,19 +46,9 @@ def from_run(config: CampaignConfig, run_dir: Path) -> Plan:
     metrics = [row for row in read_jsonl(run_dir / METRICS_FILE, checked=True) if row["step"] > 0]
     if not summary:
         metrics, summary = _so_far(run_dir, metrics, ran.replicas)
-    thinking = mean_of(metrics, "environment_seconds_mean")
-    played = [] if not thinking else [_environments(ran, thinking)]
     counted = summary["actors"]["mean"] if "actors" in summary else ran.replicas
     try:
-        plan = measured(
-            summary,
-            {role: count for role, count in counted.items() if role in summary["busy"]},
-            gpus_of(ran),
-            overlapped=ran.pipeline.max_staleness > 0,
-            publish_seconds=mean_of(metrics, "publish_seconds"),
-            more=played,
-            cores=shared_cores(run_dir, summary),
-        )
+        plan = plan_of_run(ran, summary, counted, metrics, _last_status(run_dir))
     except ValueError as error:
         raise UserError("--run", f"{run_dir} ({error})", "a run that has taken updates") from error
     # Work is proportional to trajectories; the fixed part of an update is ignored (docs/benchmarks.md measures the error).
@@ -84,27 +59,18 @@ def from_run(config: CampaignConfig, run_dir: Path) -> Plan:
         for s in plan.stages
         if not s.at_once
     )
-    if played and config.environment is not None:
-        stages += (_environments(config, thinking),)
+    thinking = mean_of(metrics, "environment_seconds_mean")
+    if thinking and config.environment is not None:
+        stages += (environments_of(config, thinking),)
     return replace(plan, stages=stages, overlapped=config.pipeline.max_staleness > 0)
 
 
-def _environments(config: CampaignConfig, seconds_of_each: float) -> Stage:
-    replicas = config.environment.replicas if config.environment is not None else 1
-    return environments(seconds_of_each, config.trajectories_per_update, config.pipeline.max_staleness, replicas)
-
-
-def shared_cores(run_dir: Path, summary: Mapping[str, Any]) -> int | None:
-    """Cores for the actors of a run that computed on this machine without a GPU: all but one, which the campaign process and Ray
-    take. None: it had GPUs, was elsewhere, or has not ended."""
-    hours = (summary.get("cost") or {}).get("gpu_hours")
-    if not hours or any(hours.values()):
-        return None
+def _last_status(run_dir: Path) -> dict[str, Any]:
+    """What status.json says; {} without the file, as in a copy of the directory."""
     try:
-        here = read_json(run_dir / STATUS_FILE).get("host") == socket.gethostname()
-    except (OSError, ValueError):  # a copy without the file
-        return None
-    return max((os.cpu_count() or 1) - 1, 1) if here else None
+        return dict(read_json(run_dir / STATUS_FILE))
+    except (OSError, ValueError):
+        return {}
 
 
 def _so_far(

@@ -115,7 +115,7 @@ def handlers(
     async def stop(_: Mapping[str, Any]) -> str:
         gate.set()
         asyncio.get_running_loop().call_later(0.5, interrupted.set)  # later, so that the answer is written
-        return "stopping: the update under way is given up, and a checkpoint is written; the same command continues from it"
+        return "stopping: the update under way is given up, and what was trained is saved; the same command goes on with it"
 
     async def scale(wanted: Mapping[str, Any]) -> str:
         # All sizes are checked before the first fleet changes: a command is carried out completely or not at all.

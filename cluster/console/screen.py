@@ -371,7 +371,8 @@ def summary_table(summary: Mapping[str, Any]) -> str:
     for name, when in summary.get("sets", {}).items():
         graded = any(is_graded(values, of="") for values in when.values())
         before, after = (set_line(when[end], graded=graded) for end in ("start", "end"))
-        lines.append(f"set {name}: {before} -> {after}{_change(when['end'], told_as(graded).form)}")
+        change = f" -> {after}{_change(when['end'], told_as(graded).form)}" if after else ""
+        lines.append(f"set {name}: {before}{change}")
     counts = (
         f"{written(summary.get('updates'), ',')} updates",
         f"{written(summary.get('tokens_generated'), ',')} tokens",

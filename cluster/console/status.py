@@ -19,7 +19,8 @@ from actors.errors import is_full_disk
 from actors.json_files import read_json
 from cluster.config import CampaignConfig
 from cluster.config_file import load_config
-from cluster.planning.throughput import Plan, Stage, environments, mean_of
+from cluster.planning.measured_run import plan_of_run
+from cluster.planning.throughput import mean_of
 from cluster.records.event_table import BEGINNINGS, ENDS, row_of
 from cluster.records.forms import wrong_in
 from cluster.records.metric_table import METRICS, is_evaluation, of_status, sets_of
@@ -196,7 +197,7 @@ class StatusReader:
         state = _state(self._run_dir, events.kind, live, now)
         if state == "lost" and not (events.kind or last):
             state = "not begun"
-        rates = _rates(config, list(updates.recent), config.replicas | _sizes(live))
+        rates = _rates(config, list(updates.recent), config.replicas | _sizes(live), live)
         left = config.pipeline.updates - last.get("step", 0)
         seconds = rates.pop("seconds_per_update", None)
         since = _since_the_last_update(live, now) if state in ("running", "paused") else None
@@ -222,7 +223,7 @@ class StatusReader:
             "roles": live.get("roles", {}),
             "actors": live.get("actors", []),
             "start": live.get("start", []) if state in RUNNING_STATES else [],
-            "queues": {key.removeprefix("queue_"): depth for key, depth in last.items() if key.startswith("queue_")},
+            "queues": {} if state in ENDS else _queues(last),
             "policy_version": last.get("policy_version", 0),
             "ledger": summary.get("ledger") or live.get("ledger", {}),  # status.json is older than the summary
             "metrics": {
@@ -282,7 +283,14 @@ def _sizes(live: Mapping[str, Any]) -> dict[str, int]:
     return dict(Counter(role_of(actor["name"]) for actor in live.get("actors", [])))
 
 
-def _rates(config: CampaignConfig, recent: list[dict[str, Any]], replicas: dict[str, int]) -> dict[str, Any]:
+def _queues(last: Mapping[str, Any]) -> dict[str, int]:
+    """Stage -> trajectories that waited for it when the last update was taken."""
+    return {key.removeprefix("queue_"): depth for key, depth in last.items() if key.startswith("queue_")}
+
+
+def _rates(
+    config: CampaignConfig, recent: list[dict[str, Any]], replicas: dict[str, int], live: Mapping[str, Any]
+) -> dict[str, Any]:
     """Rates, shares of time and the bottleneck over these updates; {} for fewer than two."""
     if len(recent) < 2:
         return {}
@@ -292,13 +300,13 @@ def _rates(config: CampaignConfig, recent: list[dict[str, Any]], replicas: dict[
         return {}
     tokens = (recent[-1]["tokens_generated"] - recent[0]["tokens_generated"]) / (len(recent) - 1)
     work = {role: mean_of(recent[1:], f"busy_{role}") for role in replicas if role in BUSY}
-    stages = [Stage(role, work[role], replicas[role]) for role in work]
-    thinking, size = mean_of(recent[1:], "environment_seconds_mean"), config.trajectories_per_update
     played: dict[str, Any] = {}
-    if thinking:
-        stages.append(environments(thinking, size, config.pipeline.max_staleness))
+    if mean_of(recent[1:], "environment_seconds_mean"):
         waited = mean_of(recent[1:], "environment_idle_seconds") / replicas.get("rollout", 1) / seconds
         played["waits_for_environments"] = round(waited, 3)
+    count = len(recent) - 1
+    busy = {role: work[role] * count for role in work if work[role]}  # of a replay, rollout actors do nothing
+    measured = {"updates": count, "busy": busy, "loop_seconds": seconds * count}
     return {
         "seconds_per_update": seconds,
         "updates_per_hour": round(3600 / seconds, 1),
@@ -306,5 +314,7 @@ def _rates(config: CampaignConfig, recent: list[dict[str, Any]], replicas: dict[
         "tokens_per_second": round(tokens / seconds, 1),
         "utilisation": {role: round(work[role] / replicas[role] / seconds, 3) for role in work},
         **played,
-        "bottleneck": Plan(tuple(stages), config.pipeline.max_staleness > 0).sentence() if any(work.values()) else "",
+        "bottleneck": plan_of_run(config, measured, replicas, recent[1:], live).sentence()
+        if any(work.values())
+        else "",
     }

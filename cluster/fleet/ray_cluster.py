@@ -16,9 +16,8 @@ from ray._private import services
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.accelerator import DETERMINISTIC, DETERMINISTIC_ON_GPU, describe_gpu
-from actors.config import TeacherConfig
 from actors.errors import UserError
-from actors.teacher.backends import backend_of, refuse_without_gpu
+from actors.teacher.backends import refuse_without_gpu, teacher_gpus
 from cluster.config import CampaignConfig
 from cluster.fleet.gpu_division import least_gpus, refuse_overdrawn, section
 from cluster.fleet.ray_actor import Resources, errors_of
@@ -105,11 +104,6 @@ def probe(address: str, seconds: float = PROBE_SECONDS) -> None:
         raise ConnectionError(error.strerror or str(error)) from error
     if len(answer) < 4 or answer[3] != 4:
         raise ConnectionError("what answers there is not Ray")
-
-
-def teacher_gpus(teacher: TeacherConfig) -> float:
-    """GPUs of one actor where `gpus_per_replica` is null and actors do not share GPUs."""
-    return float(teacher.tensor_parallel_size) if backend_of(teacher).uses_gpu else 0.0
 
 
 def role_resources(config: CampaignConfig, cluster_gpus: float, *, private: bool) -> dict[str, tuple[int, Resources]]:

@@ -42,7 +42,7 @@ EVENTS: dict[str, Event] = {
     "resumed": Event("the campaign continues after update {step}", "warn", begins=True),
     "loop_started": Event("the loop has started after update {step}", news=False),
     "first_update": Event("update {step} ended {seconds:.1f} s after the command", news=False),
-    "interrupted": Event("interrupted after update {step}; a checkpoint is being written", "warn"),
+    "interrupted": Event("interrupted after update {step}", "warn"),
     "stopped": Event("stopped after update {step}; the same command continues it", "warn", "interrupted", ends=True),
     "failed": Event("failed after update {step}: {cause}", "bad", "failed", ends=True),
     "finished": Event("finished after update {step}", "good", "finished", ends=True, news=False),

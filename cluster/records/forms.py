@@ -103,7 +103,7 @@ FORMS: dict[str, dict[str, Check]] = {
         "roles": _texts_by_role,
         "actors": _live_actors,
         "start": _phases,
-        **dict.fromkeys(("ledger", "dropped_because"), _counts),
+        **dict.fromkeys(("ledger", "dropped_because", "gpus"), _counts),
     },
 }
 """File -> key -> what a value of it must be."""

@@ -42,6 +42,8 @@ def outcome(summary: Mapping[str, Any]) -> Outcome:
     values = {when: [summary.get(f"{key}_{when}") for key in columns] for when in WHO}
     rows = []
     for when, (name, look) in WHO.items() if any(one is not None for of in values.values() for one in of) else ():
+        if when == "end" and all(one is None for one in values[when]):
+            continue  # it ended before an evaluation
         cells = [_told(summary, f"{key}_{when}", form) for key, (_, form) in columns.items()]
         if when == "teacher" and any(values[other][-1] is not None for other in WHO):
             cells[-1] = "0"  # its distance to itself

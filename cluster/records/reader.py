@@ -72,7 +72,7 @@ class Run:
             "accuracy_sampled_end": self.last("eval/accuracy_sampled", after=0),
             "accuracy_teacher": self.first("eval/accuracy_teacher"),
             "right_start": judged[0].get("eval/right"),
-            "right_end": judged[-1].get("eval/right"),
+            "right_end": judged[-1].get("eval/right") if judged[-1].get("step") else None,
             "right_teacher": self.first("eval/right_teacher"),
             "graded": any(map(is_graded, self.metrics)),
             "reverse_kl_start": self.first("eval/reverse_kl"),

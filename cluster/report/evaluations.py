@@ -87,10 +87,11 @@ def changes(names: Sequence[str], rows: Rows) -> str:
             full, form = f"eval/{name}/{key}", its or told.form
             if not own or full not in own[-1]:
                 continue
+            after = own[-1] if own[-1]["step"] else {}
             cells = [
                 with_interval(own[0], full, form) if full in own[0] else "–",
-                with_interval(own[-1], full, form),
-                with_change(own[-1], full, form) or "–",
+                with_interval(after, full, form),
+                with_change(after, full, form) or "–",
             ]
             label = told.name if key == "accuracy" else key.replace("_", " ")
             lines.append(

@@ -68,8 +68,8 @@ def summarise(
 
 
 def last_of(state: CampaignState, name: str) -> dict[str, Any]:
-    """The metrics of the last evaluation of a set, with their keys; "": of `evaluation.prompts`."""
-    for step in sorted(state.evaluations, reverse=True):
+    """The metrics of the last evaluation of a set after an update, with their keys; "": of `evaluation.prompts`."""
+    for step in sorted(filter(None, state.evaluations), reverse=True):
         if own := _of_set(state.evaluations[step], name):
             return own
     return {}

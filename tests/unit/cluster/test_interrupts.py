@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from cluster.console import terminal
+from cluster.console.status import read_status
 from cluster.console.terminal import LastingStream, lasting_output
 from cluster.interrupts import WARNINGS, Interrupts
 from cluster.records.writer import read_jsonl
@@ -29,19 +30,23 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Campaign:
-    """A light campaign that waits in update 4, after the checkpoint of update 2."""
+    """A light campaign that waits in update 4, after the checkpoint of update 2, or in the update of this number."""
 
-    def __init__(self, folder: Path, name: str, body: Any = interrupted_campaign.run_to_update, **changes: Any):
+    def __init__(
+        self, folder: Path, name: str, body: Any = interrupted_campaign.run_to_update, number: int = 4, **changes: Any
+    ):
         self.place = folder / f"place-{name}"
         self.place.mkdir()
         self.run_dir, self.log = folder / "runs" / name, self.place / "log"
         config = light_campaign.configuration(folder, name, **{"checkpoint": {"every_updates": 2}, **changes})
         where = (
-            (self.place, 4, str(config)) if body is not interrupted_campaign.run_to_start else (self.place, str(config))
+            (self.place, number, str(config))
+            if body is not interrupted_campaign.run_to_start
+            else (self.place, str(config))
         )
         self.process = clean_process.start(body, *where, log=self.log)
         until((self.place / "reached").exists, f"{name}: {self.text()}", self.process.is_alive)
-        if body is not interrupted_campaign.run_to_start:
+        if body is not interrupted_campaign.run_to_start and number > 2:
             until(lambda: self.steps() == [2], "the checkpoint of update 2", self.process.is_alive)
 
     def text(self) -> str:
@@ -79,6 +84,26 @@ def test_each_signal_says_at_once_what_it_waits_for_and_ends_with_a_checkpoint(f
     assert campaign.end() == 130, campaign.text()
     assert campaign.steps()[-1] == 3 and campaign.kinds()[-1] == "stopped"
     assert "Traceback" not in campaign.text()
+
+
+def test_an_interrupt_of_the_first_update_has_nothing_to_save_and_shows_nothing_as_after_that_was_measured_before(
+    folder: Path,
+) -> None:
+    campaign = Campaign(folder, "first", number=1)
+    campaign.signal(signal.SIGINT)
+    said = "understudy: SIGINT: update 1 is given up, and before the first update there is nothing to save; a second"
+    until(lambda: said in campaign.text(), campaign.text(), campaign.process.is_alive)
+    campaign.go()
+    assert campaign.end() == 130, campaign.text()
+    assert campaign.steps() == [] and "interrupted: there was nothing to save" in campaign.text()
+    assert "student, before" in campaign.text() and "student, after" not in campaign.text()
+    summary = json.loads((campaign.run_dir / "summary.json").read_text())
+    assert summary["accuracy_start"] is not None and summary["accuracy_end"] is None
+    page = (campaign.run_dir / "report.html").read_text()
+    assert "Student, before" in page and "Student, after" not in page
+    status = read_status(campaign.run_dir)
+    assert status["state"] == "stopped" and status["ledger"] == summary["ledger"] and status["queues"] == {}
+    assert set(status["roles"].values()) == {"ended"}
 
 
 @pytest.mark.parametrize("bound", [0, 2])

@@ -15,6 +15,7 @@ from actors.errors import UserError
 from cluster.cli import main
 from cluster.commands.plan import from_data_sheet, from_run, model_size
 from cluster.config_file import load_config
+from cluster.console.status import RECENT_UPDATES, read_status, write_status
 from cluster.planning.datasheet import (
     GPUS,
     Gpu,
@@ -140,6 +141,22 @@ def test_a_run_without_a_gpu_on_this_machine_is_planned_on_its_cores(tmp_path: P
     (run_dir / "status.json").write_text(json.dumps({"host": socket.gethostname()}))
     (run_dir / "summary.json").write_text(json.dumps(summary | {"cost": {"gpu_hours": {"rollout": 1, "learner": 0}}}))
     assert from_run(config, run_dir).cores is None
+
+
+@pytest.mark.parametrize("gpus", [0.0, 0.25, 1.0])
+def test_status_says_of_more_actors_what_plan_says(tmp_path: Path, gpus: float) -> None:
+    """On cores of one machine, on a card that roles share, and on cards of their own."""
+    run_dir = make_fake_run(tmp_path / "running", updates=RECENT_UPDATES, of=80, evaluate_every=1000)
+    text = (run_dir / "config.yaml").read_text()
+    for section in ("rollout", "learner"):
+        text = text.replace(f"\n{section}:\n", f"\n{section}:\n  gpus_per_replica: {gpus}\n")
+    (run_dir / "config.yaml").write_text(
+        text.replace("    replicas: 1\n", f"    replicas: 1\n    gpus_per_replica: {gpus}\n")
+    )
+    write_status(run_dir, {"gpus": dict.fromkeys(("rollout", "teacher.default", "learner"), gpus), "state": "running"})
+    plan = from_run(load_config(run_dir / "config.yaml"), run_dir)
+    assert read_status(run_dir)["bottleneck"] == plan.sentence()
+    assert bool(plan.sharing()) == (gpus < 1)
 
 
 @given(

@@ -167,8 +167,14 @@ def test_the_summary_has_before_after_teacher_and_what_it_took():
         ["teacher", "100.0%", "-", "0"],
         ["60", "updates,", "175,772", "tokens,", "46.6", "seconds"],
     ]
+    # It was interrupted before an evaluation after an update.
+    for key in ("accuracy_end", "reverse_kl_end"):
+        summary[key] = None
+    assert not [line for line in summary_table(summary).splitlines() if line.startswith("student, after")]
+    begun = {"near": {"start": {"accuracy": 0.25}, "end": {}}}
+    assert summary_table({"sets": begun}).splitlines()[0] == "set near: 25.0%"
     # The teacher has no distance to what was not measured.
-    teacher = summary_table({"accuracy_teacher": 1.0}).splitlines()[3]
+    teacher = summary_table({"accuracy_teacher": 1.0}).splitlines()[2]
     assert teacher.split() == ["teacher", "100.0%", "-", "-"]
     # A campaign with sets alone, or one that was interrupted before anything was measured.
     sets = {"near": {"start": {"accuracy": 0.25}, "end": {"accuracy": 0.5}}}

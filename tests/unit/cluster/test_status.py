@@ -149,6 +149,9 @@ def test_what_waits_for_each_stage_is_that_of_the_newest_update(running: Path) -
     status = read_status(running)
     assert status["queues"] == {"sample": 3, "sampling": 1234, "score": 0, "train": 7}
     assert "sampling 1,234" in shown(status)
+    RunRecords(running).event("finished", step=25)
+    ended = read_status(running)
+    assert ended["queues"] == {} and "queues" not in shown(ended), "nothing waits for a process that has ended"
 
 
 def test_what_limits_a_campaign_that_was_scaled_is_judged_by_the_actors_that_it_has(running: Path) -> None:
