@@ -272,8 +272,13 @@ class SamplingConfig:
 
     def response_tokens_at(self, update: int) -> int:
         """The length limit of responses that are sampled for this update, from 1."""
-        begun = [tokens for first, tokens in self.response_tokens_schedule if first <= update]
-        return begun[-1] if begun else self.max_response_tokens
+        return scheduled(update, self.response_tokens_schedule, self.max_response_tokens)
+
+
+def scheduled(update: int, schedule: list[list[int]], before: int) -> int:
+    """The value of a schedule at an update; before its first entry: `before`."""
+    begun = [value for first, value in schedule if first <= update]
+    return begun[-1] if begun else before
 
 
 @changing("on request")
@@ -300,6 +305,12 @@ class EnvironmentConfig:
     max_turns: int = number(16, minimum=1)
     """Turns of the student. An episode that is not over then is truncated; so is one whose response, with all that the
     environment wrote between the turns, has `sampling.max_response_tokens`."""
+    turns_schedule: list[list[int]] = field(default_factory=list)
+    """Other limits in training, from an update on: `[[1, 2], [100, 8]]` ends episodes after 2 turns from update 1 on, and after
+    8 from update 100 on. Before the first it is `max_turns`, above which none may be; evaluations keep that."""
+    max_turn_tokens: int | None = number(None, minimum=1)
+    """Tokens of one turn. A longer one is cut there, and the environment answers it as it is. Null: a turn may take all the room
+    that the response has left, and one that does ends the episode as truncated."""
     listen: Literal["loopback", "network"] = setting("loopback", "free")
     """Where programs reach the endpoint. `loopback`: on the environment actor's own machine. `network`: at the address by which
     the cluster knows that machine, for programs in containers or on other machines (docs/security.md)."""
@@ -323,6 +334,10 @@ class EnvironmentConfig:
     def gpus_per_replica(self) -> float:
         """GPUs of one actor: none."""
         return 0.0
+
+    def turns_at(self, update: int) -> int:
+        """The limit of turns of episodes that are played for this update, from 1."""
+        return scheduled(update, self.turns_schedule, self.max_turns)
 
     @property
     def key(self) -> str:

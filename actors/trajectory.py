@@ -63,6 +63,8 @@ class Requests:
     """[B] what else the verifier may know, where responses get a reward; else empty."""
     max_response_tokens: int | None = None
     """A length limit of their own; None: that of the sampling."""
+    max_turns: int | None = None
+    """A limit of turns of their own; None: that of the environment."""
 
     @property
     def prompts(self) -> list[np.ndarray]:
@@ -78,12 +80,12 @@ class Requests:
             np.asarray(self.prompt_offsets, np.int64).tobytes(),
             self.references,
             self.asides,
-            self.max_response_tokens,
+            (self.max_response_tokens, self.max_turns),
         )
 
 
 def _requests(
-    ids: bytes, seeds: bytes, tokens: bytes, offsets: bytes, references: tuple, asides: tuple, most: int | None
+    ids: bytes, seeds: bytes, tokens: bytes, offsets: bytes, references: tuple, asides: tuple, limits: tuple
 ) -> Requests:
     """What `Requests.__reduce__` took apart."""
     return Requests(
@@ -93,7 +95,8 @@ def _requests(
         prompt_offsets=np.frombuffer(offsets, np.int64),
         references=references,
         asides=asides,
-        max_response_tokens=most,
+        max_response_tokens=limits[0],
+        max_turns=limits[1],
     )
 
 

@@ -305,6 +305,14 @@ class CampaignConfig:
         own = replace(self.sampling_of(one), max_response_tokens=self.sampling.max_response_tokens)
         return one.temperature != 0 and own == self.sampling
 
+    def limits_at(self, update: int | None) -> tuple[int, int | None]:
+        """(tokens of a response, turns of an episode) at most in this update; update None: no limit follows a schedule. Turns
+        None: `environment.max_turns`."""
+        if update is None:
+            return self.sampling.max_response_tokens, None
+        turns = None if self.environment is None else self.environment.turns_at(update)
+        return self.sampling.response_tokens_at(update), turns
+
     @property
     def longest_response(self) -> int:
         """Tokens of the longest response that the student may write, in training or in an evaluation."""

@@ -217,13 +217,21 @@ def _odd(prompts: PromptSet, tokenizer: Any, stop: list[int]) -> list[str]:
 
 
 def _horizon(config: CampaignConfig) -> list[str]:
-    """A schedule of the length limit that says nothing of the first updates."""
-    sampling = config.sampling
-    begins = min((pair[0] for pair in sampling.response_tokens_schedule), default=1)
-    if begins == 1:
-        return []
-    until = f"before update {begins}, with which sampling.response_tokens_schedule begins"
-    return [f"note: {until}, responses have up to {sampling.max_response_tokens:,} tokens (max_response_tokens)"]
+    """Schedules of limits that say nothing of the first updates."""
+    sampling, environment, notes = config.sampling, config.environment, []
+    if (begins := _begins(sampling.response_tokens_schedule)) > 1:
+        until = f"before update {begins}, with which sampling.response_tokens_schedule begins"
+        notes.append(
+            f"note: {until}, responses have up to {sampling.max_response_tokens:,} tokens (max_response_tokens)"
+        )
+    if environment is not None and (begins := _begins(environment.turns_schedule)) > 1:
+        until = f"before update {begins}, with which environment.turns_schedule begins"
+        notes.append(f"note: {until}, episodes have up to {environment.max_turns} turns (max_turns)")
+    return notes
+
+
+def _begins(schedule: list[list[int]]) -> int:
+    return min((pair[0] for pair in schedule), default=1)
 
 
 def read_set_inputs(config: CampaignConfig) -> Inputs:

@@ -136,17 +136,22 @@ def _record(config: CampaignConfig) -> Iterator[Contradiction]:
 
 
 def _horizon(config: CampaignConfig) -> Iterator[Contradiction]:
-    """The schedule of the length limit."""
-    most, last = config.sampling.max_response_tokens, config.pipeline.updates
-    before = 0
-    for place, pair in enumerate(config.sampling.response_tokens_schedule):
-        key = f"sampling.response_tokens_schedule[{place}]"
-        yield len(pair) != 2, key, pair, "two numbers: the update that it begins with, and a number of tokens"
-        update, tokens = (*pair, 0, 0)[:2]
-        yield update <= before, key, f"update {update}", f"an update above {before}, in ascending order"
-        yield not 1 <= tokens <= most, key, f"{tokens} tokens", f"1 to {most} (sampling.max_response_tokens)"
-        yield update > last, key, f"update {update}", f"at most {last}, the last one (pipeline.updates)"
-        before = update
+    """The schedules of the length limit and of the limit of turns."""
+    sampling, environment, last = config.sampling, config.environment, config.pipeline.updates
+    schedules = [
+        ("sampling", "response_tokens_schedule", "tokens", "max_response_tokens", sampling),
+        *([("environment", "turns_schedule", "turns", "max_turns", environment)] if environment else []),
+    ]
+    for section, name, unit, limit, own in schedules:
+        most, before = getattr(own, limit), 0
+        for place, pair in enumerate(getattr(own, name)):
+            key = f"{section}.{name}[{place}]"
+            yield len(pair) != 2, key, pair, f"two numbers: the update that it begins with, and a number of {unit}"
+            update, count = (*pair, 0, 0)[:2]
+            yield update <= before, key, f"update {update}", f"an update above {before}, in ascending order"
+            yield not 1 <= count <= most, key, f"{count} {unit}", f"1 to {most} ({section}.{limit})"
+            yield update > last, key, f"update {update}", f"at most {last}, the last one (pipeline.updates)"
+            before = update
 
 
 def _rewards(config: CampaignConfig) -> Iterator[Contradiction]:

@@ -143,6 +143,8 @@ CAMPAIGNS: dict[str, Campaign] = {
                 "tool_parser": "hermes",
                 "earlier_turns": "written",
                 "max_turns": 3,
+                "turns_schedule": [[1, 2], [2, 3]],
+                "max_turn_tokens": 9,
                 "step_timeout_seconds": 100,
                 "episode_timeout_seconds": 200,
                 "attempts": 2,

@@ -73,6 +73,8 @@ class Turn(NamedTuple):
     """Those that the student read before."""
     version: int
     """Of the weights that sampled its last token."""
+    cut: bool = False
+    """Whether it was cut at `environment.max_turn_tokens`."""
 
 
 class ProgramError(Exception):

@@ -122,7 +122,7 @@ def completion(name: str, message: Message, turn: Turn, logprobs: bool) -> dict[
     told: dict[str, Any] = {"role": "assistant", "content": message["content"]}
     if calls:
         told = {"role": "assistant", "content": message["content"] or None, "tool_calls": calls}
-    finish = "tool_calls" if calls else "stop"
+    finish = "tool_calls" if calls else "length" if turn.cut else "stop"
     tokens = [
         {"token": text, "logprob": logprob, "bytes": list(text.encode()), "top_logprobs": []}
         for text, logprob in zip(turn.texts, turn.logprobs, strict=True)

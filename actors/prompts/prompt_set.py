@@ -306,10 +306,16 @@ def sample_seed(seed: int, epoch: int, prompt: int, sample: int) -> int:
 
 
 def requests(
-    prompt_set: PromptSet, ids: np.ndarray, campaign_seed: int, *, judged: bool = False, most: int | None = None
+    prompt_set: PromptSet,
+    ids: np.ndarray,
+    campaign_seed: int,
+    *,
+    judged: bool = False,
+    most: int | None = None,
+    max_turns: int | None = None,
 ) -> Requests:
-    """Requests for the samples with these ids, [B, 3]: epoch, prompt, sample. judged: with references, for rewards. most: a
-    length limit of their own, in tokens."""
+    """Requests for the samples with these ids, [B, 3]: epoch, prompt, sample. judged: with references, for rewards. most,
+    max_turns: limits of their own, of a response's tokens and of an episode's turns."""
     ids = np.asarray(ids, np.int64).reshape(-1, 3)
     rows = ids[:, 1]
     return Requests(
@@ -320,6 +326,7 @@ def requests(
         references=tuple(prompt_set.references[row] for row in rows) if judged else (),
         asides=tuple(prompt_set.aside(row) for row in rows.tolist()) if judged or prompt_set.played else (),
         max_response_tokens=most,
+        max_turns=max_turns,
     )
 
 

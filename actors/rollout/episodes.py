@@ -195,9 +195,11 @@ class Episodes:
         while True:
             room = sampling.max_response_tokens - text.length
             turn = _turn(own, context, episode.seed, len(text.turns))
-            written = await self._written(turn, replace(sampling, max_response_tokens=room), greedy)
+            longest = min(room, self._config.max_turn_tokens or room)
+            written = await self._written(turn, replace(sampling, max_response_tokens=longest), greedy)
             talk.turns.append(written)
-            cut = FINISH_REASONS[written.finish_reasons[0]] != "stop"
+            # A turn that is cut with room left is the environment's to answer.
+            cut = FINISH_REASONS[written.finish_reasons[0]] != "stop" and len(written.response_tokens) >= room
             message = {} if cut else self._message(written.response_tokens, talk.tools, len(text.turns))
             text.turns.append(WrittenTurn(talk, written, message.get("tool_calls", ())))
             if cut:
@@ -211,7 +213,7 @@ class Episodes:
             if answer.done:
                 return own, "stop"
             goes_on = None
-            if len(text.turns) < self._config.max_turns:
+            if len(text.turns) < (own.max_turns or self._config.max_turns):
                 goes_on = self._goes_on(text, answer, sampling.max_response_tokens)
             if goes_on is None:
                 return own, "length"
@@ -342,6 +344,7 @@ class Episodes:
             tokens=len(tokens),
             context_tokens=len(written.prompt_tokens),
             version=int(written.policy_versions[-1]),
+            cut=FINISH_REASONS[written.finish_reasons[0]] != "stop",
         )
 
     def _message(self, tokens: np.ndarray, tools: Any, turn: int) -> Message:
@@ -419,6 +422,7 @@ def _row(requests: Requests, row: int) -> Requests:
         prompt_tokens=requests.prompts[row],
         prompt_offsets=offsets_of([len(requests.prompts[row])]),
         asides=requests.asides[row : row + 1],
+        max_turns=requests.max_turns,
     )
 
 

@@ -189,8 +189,8 @@ class Campaign:
 
         async def sample(issued: Issued) -> None:
             judged = self.config.judges_training
-            asked = requests(self._prompts, issued.ids, self.config.seed, judged=judged, most=issued.most)
-            most = issued.most or self.config.sampling.max_response_tokens
+            most, turns = self.config.limits_at(issued.update)
+            asked = requests(self._prompts, issued.ids, self.config.seed, judged=judged, most=most, max_turns=turns)
             # Before the call: the actor may load newer weights during it, and the oldest token decides the staleness.
             in_flight.begin(issued, self._versions.version)
             units = in_flight.expected_tokens(len(asked.prompt_tokens), len(issued))

@@ -222,18 +222,18 @@ class Queues:
         for part in split_evenly(len(groups), self._writers() if self.in_parts else len(groups)):
             mine = [number for group in groups[part.start : part.stop] for number in group]
             ids = np.array([self._id(number) for number in mine], np.int64)
-            self._to_sample.put_nowait(Issued(mine, ids, most=self._most(mine)))
+            self._to_sample.put_nowait(Issued(mine, ids, update=self._update_of(mine)))
 
-    def _most(self, numbers: Sequence[int]) -> int | None:
-        """The length limit of these, by the update that they are for: that which their place among the open ones says.
+    def _update_of(self, numbers: Sequence[int]) -> int | None:
+        """The update that these are for, as their place among the open ones says; None where no limit follows a schedule.
 
         A function of the ledger: a campaign that is resumed, and one that samples again what it lost, cuts where it did.
         """
-        sampling = self._config.sampling
-        if not sampling.response_tokens_schedule:
+        environment = self._config.environment
+        if not (self._config.sampling.response_tokens_schedule or (environment and environment.turns_schedule)):
             return None
         before = bisect.bisect_left(self._state.ledger.open_numbers(), numbers[0])
-        return sampling.response_tokens_at(self._state.step + 1 + before // self._update_size)
+        return self._state.step + 1 + before // self._update_size
 
     def _writers(self) -> int:
         """Actors that write the responses, among which an update is divided; data needs none."""
@@ -264,7 +264,7 @@ class Queues:
             replica = await self._rollout.room(self.seats + few_more)
             # One call for each trajectory: it goes on to the teachers without waiting for the rest of its group.
             for row, number in enumerate(issued.numbers):
-                self._group.append(Issued([number], issued.ids[row : row + 1], replica, issued.most))
+                self._group.append(Issued([number], issued.ids[row : row + 1], replica, issued.update))
         return self._group.popleft()
 
     async def next_to_score(self) -> list[Sampled]:

@@ -32,8 +32,8 @@ class Issued:
     """[B, 3] int64: epoch, prompt, sample."""
     replica: Any = None
     """The Replica that a whole group goes to, which has the prompt in its prefix cache; None: any."""
-    most: int | None = None
-    """The length limit of their responses where it follows a schedule; None: `sampling.max_response_tokens`."""
+    update: int | None = None
+    """The update that they are for, where a limit follows a schedule; None: none does."""
 
     def __len__(self) -> int:
         return len(self.numbers)

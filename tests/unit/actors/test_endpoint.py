@@ -13,7 +13,7 @@ import pytest
 from actors.config import SamplingConfig
 from actors.environment.base import Turn
 from actors.environment.conversation import Asked, Conversations
-from actors.environment.endpoint import Endpoint
+from actors.environment.endpoint import Endpoint, completion
 
 USER = {"role": "user", "content": "1+1="}
 SAID = {"role": "assistant", "content": " two"}
@@ -114,6 +114,11 @@ def test_a_stream_has_the_whole_turn() -> None:
         assert last.choices[0].finish_reason == "tool_calls" and last.usage is None
 
     talk(play)
+
+
+def test_a_turn_that_was_cut_ends_by_its_length() -> None:
+    found = [completion("n", SAID, TURN._replace(cut=cut), False)["choices"][0] for cut in (False, True)]
+    assert [choice["finish_reason"] for choice in found] == ["stop", "length"]
 
 
 def test_calls_of_tools_and_their_results_are_told() -> None:

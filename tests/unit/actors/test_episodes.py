@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import pickle
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -328,6 +329,9 @@ LONG = len(TURN) + len(TOKENIZER(FIRST)["input_ids"])
         ({"max_turns": 2}, f"the<|end|>{FIRST}the<|end|>", "length", 0.25, 2),
         ({"max_turns": 3}, f"the<|end|>{FIRST}the<|end|>{SECOND}the<|end|>", "stop", 0.75, 3),
         ({"answers": [["", True, None]]}, "the<|end|>", "stop", 0.0, 1),
+        ({"max_turn_tokens": 2}, f"th<|end|>{FIRST}th<|end|>{SECOND}th", "stop", 0.75, 3),
+        ({"max_turn_tokens": 4}, f"the<|end|>{FIRST}the<|end|>{SECOND}the<|end|>", "stop", 0.75, 3),
+        ({"max_turn_tokens": 2, "max_response_tokens": 2}, "th", "length", 0.0, 0),
     ],
 )  # fmt: skip
 def test_an_episode_ends_with_the_students_last_token(
@@ -339,6 +343,26 @@ def test_an_episode_ends_with_the_students_last_token(
         assert FINISH_REASONS[written.finish_reasons[row]] == finish and written.rewards[row] == reward
         assert counts[row].failed == "" and written.trained[written.response_offsets[row + 1] - 1]
     assert [method for _, method, _ in Tells.seen].count("step") == 2 * steps
+
+
+def test_a_turn_that_is_cut_is_told_as_it_is_and_its_end_is_context() -> None:
+    written, _, engine = played(max_turn_tokens=2)
+    assert {one[3] for one in engine.asked} == {2}
+    said = [message["content"] for _, method, message in Tells.seen if method == "step"]
+    assert said == 6 * ["th"]
+    own = written.response_tokens[: written.response_offsets[1]]
+    assert TOKENIZER.decode(own[written.trained[: written.response_offsets[1]]]) == "ththth"
+
+
+def test_requests_may_have_fewer_turns_than_the_environment() -> None:
+    async def play(**limits: Any) -> tuple[Trajectories, tuple[EpisodeCounts, ...]]:
+        asked = pickle.loads(pickle.dumps(replace(requests(), **limits)))
+        return await episodes_of(Spells(), {}).play(asked, SamplingConfig(max_response_tokens=100), False)
+
+    for limits, turns, finish in (({"max_turns": 2}, 2, "length"), ({"max_turns": 3}, 3, "stop"), ({}, 3, "stop")):
+        written, counts = asyncio.run(play(**limits))
+        assert [one.turns for one in counts] == [turns, turns]
+        assert {FINISH_REASONS[reason] for reason in written.finish_reasons} == {finish}
 
 
 @pytest.mark.parametrize("attempts", [2, 3])

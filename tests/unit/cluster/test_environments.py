@@ -83,6 +83,20 @@ def test_a_campaign_with_episodes_that_fail_repeats_to_the_bit(folder: Path) -> 
     assert all(len({seed for _, seed in of}) == 1 for of in attempts.values())
 
 
+def test_a_schedule_limits_the_turns_of_training_alone(folder: Path) -> None:
+    own = {"arguments": {"turns": 9}, "max_turns": 4, "turns_schedule": [[1, 1], [3, 2]]}
+    file = campaign(folder, "turns", own, pipeline={"max_staleness": 1}, evaluation={"every_updates": UPDATES})
+    first = start(file, 25)
+    first.join()
+    assert first.exitcode == -9
+    finish(start(file), file)
+    rows = read_jsonl(folder / "runs/turns/metrics.jsonl")[1:]
+    assert [row["turns_mean"] for row in rows[:2]] == [1, 1] and 1 < rows[2]["turns_mean"] <= 2
+    samples = [row for path in (folder / "runs/turns/trajectories").glob("*") for row in read_jsonl(path)]
+    held_out = [row["response"] for row in samples if row["id"].startswith("-1/")]
+    assert any("more2" in text for text in held_out)  # the answer to a second turn, which a third follows
+
+
 @pytest.mark.parametrize(("staleness", "expected"), [(0, 60 / 30), (2, 60 / (30 / 3)), (3, 60 / 8)])
 def test_environments_are_a_stage_that_the_loop_is_compared_with(folder: Path, staleness: int, expected: float) -> None:
     config = load_config(campaign(folder, f"compared-{staleness}", {}, pipeline={"max_staleness": staleness}))

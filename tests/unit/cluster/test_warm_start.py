@@ -12,6 +12,7 @@ from cluster.records.writer import read_jsonl
 from tests.light_campaign import assert_ledger_adds_up, configuration, fingerprint, finish, make_folder, start
 from tests.unit.cluster.test_config import GOOD, refusal
 
+GAME = ("environment.name=tests.guessing:Guess",)
 DATA = "learner.objective.estimator=sft", "prompts.response_field=answer", "teachers={}"
 
 
@@ -171,6 +172,14 @@ def test_what_training_on_responses_needs_is_started_and_no_more(tmp_path: Path)
             "schedule[1]: found update 5, expected an update above 5",
         ),
         (("sampling.response_tokens_schedule=[[101, 20]]",), "found update 101, expected at most 100"),
+        (
+            (*GAME, "environment.turns_schedule=[[1, 17]]"),
+            "environment.turns_schedule[0]: found 17 turns, expected 1 to 16 (environment.max_turns)",
+        ),
+        (
+            (*GAME, "environment.turns_schedule=[[2]]"),
+            "found [2], expected two numbers: the update that it begins with",
+        ),
     ],
 )
 def test_contradictions_are_refused(tmp_path: Path, overrides: tuple[str, ...], told: str) -> None:
@@ -188,3 +197,5 @@ def test_the_limit_of_an_update_is_the_last_that_has_begun(tmp_path: Path) -> No
     asked = ["sampling.max_response_tokens=100", "sampling.response_tokens_schedule=[[3, 10], [20, 40]]"]
     sampling = load_config(tmp_path / "c.yaml", asked).sampling
     assert [sampling.response_tokens_at(update) for update in (1, 2, 3, 19, 20, 99)] == [100, 100, 10, 10, 40, 40]
+    config = load_config(tmp_path / "c.yaml", [*GAME, "environment.turns_schedule=[[3, 2]]"])
+    assert [config.limits_at(update) for update in (None, 2, 3)] == [(1024, None), (1024, 16), (1024, 2)]
