@@ -125,5 +125,7 @@ def test_odd_tokens_in_responses_and_a_schedule_without_the_first_updates_are_to
 
 def test_a_schedule_of_turns_without_the_first_updates_is_told(folder: Path) -> None:
     file = configuration(folder, "turns", environment={"name": "tests.guessing:Guess", "turns_schedule": [[2, 3]]})
-    told = "note: before update 2, with which environment.turns_schedule begins, episodes have up to 16 turns (max_turns)"
+    told = (
+        "note: before update 2, with which environment.turns_schedule begins, episodes have up to 16 turns (max_turns)"
+    )
     assert told in read_inputs(load_config(file, ["pipeline.updates=2"])).remarks
