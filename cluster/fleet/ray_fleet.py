@@ -198,7 +198,10 @@ class Fleet(Supervisor):
                     raise
                 moved = True
                 self._in_background(self._left(replica, handle, *leave))
-            except (ActorLostError, ActorFaultError) as error:
+            except ActorLostError as error:
+                self._lost(replica, handle, _kind(error), error)
+                tries.failed(replica.name, error, self._worked)
+            except ActorFaultError as error:
                 tries.failed(replica.name, error, self._worked)
                 self._lost(replica, handle, _kind(error), error)
             finally:

@@ -341,7 +341,7 @@ def test_a_call_that_ends_each_process_is_told_with_the_last_error_in_its_log() 
         ):
             await fleet.call("dies_of", "RuntimeError: Unsupported head_dim: 40")
         causes = [fields["cause"] for kind, fields in events if kind == "actor_died"]
-        assert len(causes) == 2 and all(cause.endswith(told) for cause in causes)
+        assert len(causes) == 3 and all(cause.endswith(told) for cause in causes)
 
     with_fleet(body, max_restarts=9)
 

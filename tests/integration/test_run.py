@@ -299,11 +299,13 @@ def test_what_the_engine_cannot_compute_ends_before_the_first_update_with_the_en
     out, err = finish(start(folder, "name=odd", *models), 1)
     assert "Traceback" not in out + err
     events = read_jsonl(folder / "runs" / "odd" / "events.jsonl")
-    [failed] = [row for row in events if row["kind"] in FAULTS]
-    assert failed["kind"] == "actor_failed" and "the vLLM engine has failed: RuntimeError: " in failed["cause"]
+    failed = [row for row in events if row["kind"] in FAULTS]
+    assert len(failed) <= 2, "the second engine's failure may be told, or the campaign has ended before"
+    for row in failed:
+        assert row["kind"] == "actor_failed" and "the vLLM engine has failed: RuntimeError: " in row["cause"]
+        assert "head" in row["cause"]
     assert err.splitlines()[-1].startswith("understudy: rollout-0: the vLLM engine has failed: RuntimeError: ")
-    assert "head" in failed["cause"] and "not tried a third time" in err.splitlines()[-1]
-    assert [row["kind"] for row in events].count("actor_restarted") == 1
+    assert failed and "head" in err.splitlines()[-1] and "not tried a third time" in err.splitlines()[-1]
     assert not [row for row in events if row["kind"] == "loop_started"]
 
 

@@ -77,7 +77,7 @@ def test_a_call_that_ends_three_processes_before_any_work_was_done_is_not_tried_
         told = r"^generate: 3 actors of worker died of the same first call: SIGSEGV$"
         with pytest.raises(CampaignError, match=told):
             await fleet.call("generate")
-        assert causes(events) == ["SIGSEGV"] * 2
+        assert causes(events) == ["SIGSEGV"] * 3
 
     with_fleet(monkeypatch, engine(*(ActorLostError("SIGSEGV") for _ in range(9))), body, replicas=1, max_restarts=9)
 
