@@ -32,8 +32,9 @@ def has_begun(run_dir: Path) -> bool:
     """Whether the campaign of a run directory has begun: its loop has started. Until then its config.yaml binds nobody."""
     if checkpoint_steps(run_dir / "checkpoints"):
         return True
-    began = any(row["kind"] == "loop_started" for row in read_jsonl(run_dir / EVENTS_FILE))
-    return began or any(row["step"] > 0 for row in read_jsonl(run_dir / METRICS_FILE))
+    # Whatever is in the files: RunRecords says what is wrong with a line.
+    began = any(row.get("kind") == "loop_started" for row in read_jsonl(run_dir / EVENTS_FILE))
+    return began or any(row.get("step") != 0 for row in read_jsonl(run_dir / METRICS_FILE))
 
 
 @dataclass(frozen=True)
