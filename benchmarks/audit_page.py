@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cluster.loop.evaluation_statistics import Estimate, over_seeds
-from cluster.records.metric_table import with_interval, written
-from cluster.report.evaluations import SHOWN, change
+from cluster.records.metric_table import with_change, with_interval, written
+from cluster.report.evaluations import SHOWN
 
 FORMS = dict(SHOWN)
 """Quantity -> how the report writes it."""
@@ -80,7 +80,7 @@ def of_campaign(one: Mapping[str, Any], judged: bool) -> str:
     cells = [one["method"], str(one["seed"])]
     for key in ("accuracy", "reverse_kl") if judged else ("reverse_kl",):
         cells += [with_interval(one[when], key, FORMS[key]) for when in ("start", "end")]
-        cells.append(change(one["end"], key, FORMS[key]))
+        cells.append(with_change(one["end"], key, FORMS[key]) or "–")
         if key == "accuracy":
             cells.append(with_interval(one["start"], "accuracy_teacher", FORMS[key]))
     return f"| {' | '.join([*cells, *costs([one])])} |"

@@ -352,7 +352,7 @@ METRICS: dict[str, Metric] = {
     # ------------------------------------------------------------------------------------------------------- pipeline
     "step": Metric(PIPELINE, "updates", "number of the update"),
     "policy_version": Metric(PIPELINE, "updates", "version of the weights that the update made"),
-    "wall_seconds": Metric(PIPELINE, "seconds, total", "time that the campaign has run, without downtime"),
+    "wall_seconds": Metric(PIPELINE, "seconds, total", "time that the campaign has run since its command, without downtime"),
     "trajectories": Metric(PIPELINE, "trajectories, total", "trajectories trained on"),
     "tokens_generated": Metric(PIPELINE, "tokens, total", "tokens sampled for training; in a replay, those of the record"),
     "tokens_per_second": Metric(

@@ -23,9 +23,9 @@ NAMES = {
     "entropy": "entropy",
 }
 SHOWN = (
-    ("accuracy", ""),
+    ("accuracy", ".1%"),
     ("right", ".1%"),
-    ("majority", ""),
+    ("majority", ".1%"),
     ("reverse_kl", ".4f"),
     ("entropy", ".3f"),
     ("response_length_mean", ".1f"),
@@ -84,7 +84,7 @@ def changes(names: Sequence[str], rows: Rows) -> str:
         own = [row for row in rows if name in sets_of(row)]
         told = told_as(any(is_graded(row, f"eval/{name}/") for row in own))
         for key, its in SHOWN:
-            full, form = f"eval/{name}/{key}", its or told.form
+            full, form = f"eval/{name}/{key}", told.form if key in OF_REWARDS else its
             if not own or full not in own[-1]:
                 continue
             after = own[-1] if own[-1]["step"] else {}

@@ -80,12 +80,21 @@ def before_after(run: Run) -> str:
     for row in rows:
         width = "" if row.right is None else f'<span style="width:{100 * row.right:.1f}%"></span>'
         bar = f'<span class="gauge {row.look}">{width}</span>' if width else ""
-        cells = "".join(f"<td>{DASH if cell == '-' else escape(cell)}</td>" for cell in row.cells)
+        cells = "".join(f"<td>{_with_interval_below(cell)}</td>" for cell in row.cells)
         lines.append(f'<tr class="{row.look}"><th>{_titled(row.name)}</th><td class="bar">{bar}</td>{cells}</tr>')
     head = "".join(f"<th>{_titled(name)}</th>" for name in columns)
     head = f"<tr><th>Held-out prompts</th><td></td>{head}</tr>"
-    table = f'<table class="result"><thead>{head}</thead><tbody>{"".join(lines)}</tbody></table>' if rows else ""
+    table = f'<table class="result"><thead>{head}</thead><tbody>{"".join(lines)}</tbody></table>'
+    table = f'<div class="scrolled">{table}</div>' if rows else ""
     return f'{table}<dl class="tiles">{_tiles(run.result)}</dl>'
+
+
+def _with_interval_below(cell: str) -> str:
+    """`97.7 ± 0.9%` in two lines, which a narrow column has room for."""
+    value, sign, half = cell.partition(" ± ")
+    if not sign:
+        return DASH if cell == "-" else escape(cell)
+    return f"{escape(value)}{'%' * half.endswith('%')}<small>± {escape(half)}</small>"
 
 
 def _titled(text: str) -> str:
