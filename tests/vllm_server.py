@@ -18,8 +18,8 @@ from tests.waiting import until
 def serving(model: str, name: str, *options: str) -> Iterator[str]:
     """Its URL. name: the model's, to those who ask."""
     with socket.socket() as kept:
-        # Kept for as long as the server runs, which shares it: another process cannot be given this port meanwhile.
-        kept.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        # Kept for as long as the server runs, which may share it: no other process is given this port meanwhile.
+        kept.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         kept.bind(("127.0.0.1", 0))
         port = kept.getsockname()[1]
         command = [
@@ -39,4 +39,5 @@ def serving(model: str, name: str, *options: str) -> Iterator[str]:
             until(answers, "vLLM's server", lambda: process.poll() is None)
             yield f"http://127.0.0.1:{port}/v1"
         finally:
-            kill([*below(process.pid), psutil.Process(process.pid)])
+            if process.poll() is None:
+                kill([*below(process.pid), psutil.Process(process.pid)])

@@ -17,6 +17,7 @@ from actors.data.models import check_fit
 from actors.data.weight_files import opened
 from actors.errors import UserError
 from cluster.commands.model_card import model_card
+from cluster.commands.older_transformers import readable_by_both
 from cluster.config import CampaignConfig
 from cluster.config_file import load_config
 from cluster.records.metric_table import is_evaluation
@@ -123,7 +124,7 @@ def _evaluations(run_dir: Path) -> dict[int, dict[str, Any]]:
 
 
 def _write_model(config: CampaignConfig, checkpoint: Path, out: Path, dtype: str) -> None:
-    write_model_files(read_model_files(checkpoint, "RUN"), out, dtype)
+    write_model_files(readable_by_both(read_model_files(checkpoint, "RUN")), out, dtype)
     for file in sorted(checkpoint.glob("*.safetensors")):
         cast_file(file, out / file.name, getattr(torch, dtype))
     for index in checkpoint.glob("*.safetensors.index.json"):
@@ -134,7 +135,7 @@ def _write_model(config: CampaignConfig, checkpoint: Path, out: Path, dtype: str
 
 def _write_adapter(config: CampaignConfig, checkpoint: Path, out: Path, dtype: str) -> None:
     """The adapter, and the tokenizer's files, which vLLM looks for beside it."""
-    for name, content in read_model_files(checkpoint, "RUN").items():
+    for name, content in readable_by_both(read_model_files(checkpoint, "RUN")).items():
         if re.match(r"(tokenizer|chat_template|special_tokens|vocab|merges|added_tokens)", Path(name).name):
             (out / name).parent.mkdir(parents=True, exist_ok=True)
             (out / name).write_bytes(content)

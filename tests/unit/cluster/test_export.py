@@ -9,11 +9,12 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from actors.errors import UserError
 from cluster.commands import export as module
 from cluster.commands.export import export
+from cluster.commands.older_transformers import readable_by_both
 from cluster.records.reader import load_run
 from cluster.records.writer import read_jsonl
 from tests.light_campaign import configuration, finish, make_folder, start
@@ -146,3 +147,42 @@ def test_nothing_half_has_the_final_name_and_nothing_is_overwritten(
     monkeypatch.undo()
     export(run_dir(folder), tmp_path / "again")
     assert files() == before, "of the run all but the record of exports is only read"
+
+
+def test_keys_of_transformers_5_get_those_of_4_beside_them_and_files_without_need_stay_as_they_are() -> None:
+    """What release 4 reads there was tried with 4.57: without these keys it refuses the tokenizer, and its logits differ."""
+    rope = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 64}
+    plain = {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}
+    kinds = {"full_attention": {"rope_theta": 1e6}, "sliding_attention": {"rope_theta": 1e4}}
+
+    def after(name: str, content: dict[str, Any]) -> dict[str, Any]:
+        before = json.dumps(content, indent=3).encode()
+        found = readable_by_both({name: before, "tokenizer.json": b"{}"})
+        assert found["tokenizer.json"] == b"{}" and (json.loads(found[name]) != content or found[name] == before)
+        return json.loads(found[name])
+
+    scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+    assert after("config.json", {"rope_parameters": rope}) == {
+        "rope_parameters": rope, "rope_theta": 1e6, "rope_scaling": scaling,
+    }  # fmt: skip
+    assert after("config.json", {"text_config": plain})["text_config"] == {
+        **plain, "rope_theta": 5e5, "rope_scaling": None,
+    }  # fmt: skip
+    for same in ({"rope_theta": 1e6, "rope_parameters": rope}, {"rope_parameters": kinds}, {"n_layer": 2}):
+        assert after("config.json", same) == same
+    assert after("tokenizer_config.json", {"tokenizer_class": "TokenizersBackend", "extra_special_tokens": ["<a>"]}) == {
+        "tokenizer_class": "PreTrainedTokenizerFast", "additional_special_tokens": ["<a>"],
+    }  # fmt: skip
+    named = {"tokenizer_class": "Qwen2Tokenizer", "extra_special_tokens": {"image": "<i>"}}
+    assert after("tokenizer_config.json", named) == named
+
+
+def test_an_exported_model_that_transformers_5_wrote_is_the_same_to_it(folder: Path, tmp_path: Path) -> None:
+    export(run_dir(folder), tmp_path / "out", dtype="float32")
+    ours, theirs = (AutoConfig.from_pretrained(where) for where in (tmp_path / "out", folder / "student"))
+    assert ours.rope_parameters == theirs.rope_parameters
+    assert {"rope_theta", "rope_scaling"} <= json.loads((tmp_path / "out" / "config.json").read_text()).keys()
+    ours, theirs = (AutoTokenizer.from_pretrained(where) for where in (tmp_path / "out", folder / "student"))
+    assert ours.all_special_tokens == theirs.all_special_tokens and ours("1+1=") == theirs("1+1=")
+    told = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert told["tokenizer_class"] == "PreTrainedTokenizerFast"
