@@ -25,7 +25,8 @@ from transformers import AutoModelForCausalLM
 
 from actors.config import StudentConfig, TeacherConfig
 from actors.teacher.local import LocalTeacher
-from actors.trajectory import TeacherScores, Trajectories
+from actors.teacher_scores import TeacherScores
+from actors.trajectory import Trajectories
 from benchmarks.trl_comparison import trajectories
 from learner.config import LearnerConfig, ObjectiveConfig, OptimizerConfig
 from learner.learner import Learner

@@ -35,7 +35,8 @@ def measure(model: Path, tokens: int, answers: Any, rank: int = 0, size: int = 1
     import torch
     import torch.distributed as dist
 
-    from actors.trajectory import TeacherScores, Trajectories, offsets_of
+    from actors.teacher_scores import TeacherScores
+    from actors.trajectory import Trajectories, offsets_of
     from learner.student.sharding import Ranks
     from tests.tiny_updates import make_learner
 

@@ -153,7 +153,7 @@ def main() -> None:
 
 def measure_learner(arguments: argparse.Namespace) -> None:
     """Prints a line for each phase of a learner's updates."""
-    from actors.trajectory import TeacherScores
+    from actors.teacher_scores import TeacherScores
     from tests.tiny_architectures import make_architecture
     from tests.tiny_updates import make_learner, random_trajectories
 

@@ -25,7 +25,8 @@ from actors.prompts.columns import Coded, Texts
 from actors.prompts.prompt_set import PromptSet
 from actors.rollout.batched_calls import BatchedCalls
 from actors.teacher.base import TeacherCounts
-from actors.trajectory import LoadSeconds, Requests, RolloutCounts, TeacherScores, Trajectories, offsets_of
+from actors.teacher_scores import TeacherScores
+from actors.trajectory import LoadSeconds, Requests, RolloutCounts, Trajectories, offsets_of
 from actors.weights.buckets import WeightVersion
 from cluster.config import CampaignConfig, CheckpointConfig, EvaluationConfig, PipelineConfig
 from cluster.fleet.ray_actor import Resources

@@ -12,7 +12,7 @@ import numpy as np
 
 from actors.config import PromptsConfig
 from actors.data.judge import Judge
-from actors.data.models import load_config
+from actors.data.models import vocabulary_rows
 from actors.data.tokenizer import load_tokenizer
 from actors.errors import UserError
 from actors.import_path import is_import_path
@@ -131,8 +131,7 @@ def _read_inputs(config: CampaignConfig, judge: Judge) -> Inputs:
         config = replace(config, teachers={})
     tokenizer = load_tokenizer(student.source, student.trust_remote_code, "student.model")
     stop = student_stop_tokens(config)
-    model_config = load_config(student.source, student.trust_remote_code, "student.model")
-    rows = model_config.get_text_config().vocab_size
+    rows = vocabulary_rows(student.source, student.trust_remote_code, "student.model")
     refuse_unknown(config.learner.objective.masked_token_ids, rows, "learner.objective.masked_token_ids")
     ends = {name: ends for name in reading if (ends := turn_ends(replace(config, teachers=reading), name)) is not None}
     if ends and config.environment is not None:
@@ -240,7 +239,7 @@ def read_set_inputs(config: CampaignConfig) -> Inputs:
     student = config.student
     tokenizer = load_tokenizer(student.source, student.trust_remote_code, "student.model")
     stop = student_stop_tokens(config)
-    rows = load_config(student.source, student.trust_remote_code, "student.model").get_text_config().vocab_size
+    rows = vocabulary_rows(student.source, student.trust_remote_code, "student.model")
     judge = Judge(config.evaluation.verifier, by_domain=config.evaluation.verifiers)
     try:
         sets = {name: read_set(config, tokenizer, name, stop, judge) for name in config.evaluation.sets}

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from actors.data.models import find_model, load_config
+from actors.data.models import find_model, vocabulary_rows
 from actors.data.tokenizer import load_tokenizer, stop_token_ids, template_token_ids, turn_end
 from actors.errors import UserError
 from actors.prompts.responses import Ends
@@ -14,7 +14,7 @@ from cluster.config import CampaignConfig
 def student_stop_tokens(config: CampaignConfig) -> list[int]:
     """The tokens at which a response ends: the student's, and the configured ones. UserError: none, or one without a row."""
     student, key, configured = config.student, "student.model", config.sampling.stop_token_ids
-    rows = load_config(student.source, student.trust_remote_code, key).get_text_config().vocab_size
+    rows = vocabulary_rows(student.source, student.trust_remote_code, key)
     directory = find_model(student.source, key, weights=False, code=student.trust_remote_code)
     its = stop_token_ids(directory, load_tokenizer(student.source, student.trust_remote_code, key), rows, key)
     refuse_unknown(configured, rows, "sampling.stop_token_ids")
@@ -45,7 +45,7 @@ def turn_ends(config: CampaignConfig, name: str) -> TurnEnds | None:
             load_tokenizer(model.source, model.trust_remote_code, where),
             config.prompts.chat,
             config.prompts.chat_template_arguments,
-            rows=load_config(model.source, model.trust_remote_code, where).get_text_config().vocab_size,
+            rows=vocabulary_rows(model.source, model.trust_remote_code, where),
             key=where,
         )
         for model, where in ((student, "student.model"), (teacher, key))
@@ -53,7 +53,7 @@ def turn_ends(config: CampaignConfig, name: str) -> TurnEnds | None:
     if None in found or found[0] == found[1]:
         return None
     ends = TurnEnds(*(token for token in found if token is not None))
-    rows = load_config(teacher.source, teacher.trust_remote_code, key).get_text_config().vocab_size
+    rows = vocabulary_rows(teacher.source, teacher.trust_remote_code, key)
     if ends.student >= rows and teacher.signal in ("full", "hidden"):
         expected = (
             "sampled, topk or student_topk where the teacher has no row for the token that ends the student's turn"
@@ -66,7 +66,7 @@ def response_ends(config: CampaignConfig, tokenizer: Any, stop: list[int]) -> En
     """How the responses of a data set end: with the token that ends the student's turns."""
     student, prompts = config.student, config.prompts
     directory = find_model(student.source, "student.model", weights=False, code=student.trust_remote_code)
-    rows = load_config(student.source, student.trust_remote_code, "student.model").get_text_config().vocab_size
+    rows = vocabulary_rows(student.source, student.trust_remote_code, "student.model")
     arguments = prompts.chat_template_arguments
     return Ends(stop, turn_end(directory, tokenizer, prompts.chat, arguments, rows=rows) or stop[0])
 

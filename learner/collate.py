@@ -15,7 +15,8 @@ from torch import Tensor
 
 from actors.forward.packing import Microbatch, microbatches
 from actors.forward.slices import Slices
-from actors.trajectory import NO_VERSION, TeacherScores, Trajectories, ragged_rows
+from actors.teacher_scores import TeacherScores
+from actors.trajectory import NO_VERSION, Trajectories, ragged_rows
 from learner.config import ObjectiveConfig
 from learner.hidden_states import Head, HiddenStates
 from learner.objective.divergences import extrapolated_teacher

@@ -22,7 +22,8 @@ from actors.errors import CheckpointError, GivenUpError, NonFiniteLossError, Use
 from actors.forward.packing import is_packed
 from actors.memory import give_back
 from actors.processor_time import ProcessorTime
-from actors.trajectory import TeacherScores, Trajectories, TrajectoryId, select_trajectories
+from actors.teacher_scores import TeacherScores
+from actors.trajectory import Trajectories, TrajectoryId, select_trajectories
 from actors.weights.buckets import WeightVersion
 from actors.weights.delta import DeltaVersion
 from learner.collate import Step, UpdateBatch, collate, minibatch_rows, steps_of, tokens_of

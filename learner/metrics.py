@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from actors.trajectory import FINISH_REASONS, TeacherScores, Trajectories
+from actors.teacher_scores import TeacherScores
+from actors.trajectory import FINISH_REASONS, Trajectories
 from learner.collate import Part
 from learner.hidden_states import mixture_logprobs
 from learner.objective.policy_gradient import capped, effective_sample_size

@@ -16,7 +16,8 @@ import torch
 
 from actors.errors import CampaignError
 from actors.forward.logprobs import from_array
-from actors.trajectory import TeacherScores, Trajectories, TrajectoryId, offsets_of, scores_by_teacher, select_scores
+from actors.teacher_scores import TeacherScores, scores_by_teacher, select_scores
+from actors.trajectory import Trajectories, TrajectoryId, offsets_of
 from learner.hidden_states import Head, HiddenStates
 from learner.student.sharding import Ranks
 

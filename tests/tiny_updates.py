@@ -11,7 +11,8 @@ import torch
 from actors.config import LoraConfig, StudentConfig, TeacherConfig
 from actors.teacher.local import LocalTeacher
 from actors.teacher.turn_ends import TurnEnds
-from actors.trajectory import TeacherScores, Trajectories, offsets_of
+from actors.teacher_scores import TeacherScores
+from actors.trajectory import Trajectories, offsets_of
 from learner.config import LearnerConfig, OptimizerConfig
 from learner.learner import Learner
 from learner.student.sharding import Ranks

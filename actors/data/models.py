@@ -119,6 +119,11 @@ def load_config(model: str, trust_remote_code: bool, key: str) -> PreTrainedConf
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
 
 
+def vocabulary_rows(model: str, trust_remote_code: bool, key: str) -> int:
+    """Rows of the model's output layer, of which some may be beyond its tokenizer. UserError: see `load_config`."""
+    return load_config(model, trust_remote_code, key).get_text_config().vocab_size
+
+
 def tensor_parallel_plan(model: str, trust_remote_code: bool, key: str) -> dict[str, str]:
     """The model's tensor-parallel plan in transformers: layer name pattern -> style. UserError: it has none."""
     text = load_config(model, trust_remote_code, key).get_text_config()

@@ -18,13 +18,8 @@ import xxhash
 
 from actors.errors import CampaignError
 from actors.json_files import replace_content
-from actors.trajectory import (
-    FINISH_REASONS,
-    TeacherScores,
-    Trajectories,
-    offsets_of,
-    ragged_rows,
-)
+from actors.teacher_scores import TeacherScores
+from actors.trajectory import FINISH_REASONS, Trajectories, offsets_of, ragged_rows
 
 SHARD_NAME = re.compile(r"update_([0-9]{8,18})\.([0-9]{1,6})of([0-9]{1,6})\.([0-9a-f]{16})\.parquet")
 COUNTS = (

@@ -17,16 +17,8 @@ from actors.data.models import load_config
 from actors.errors import CampaignError
 from actors.processor_time import ProcessorTime
 from actors.teacher.backends import Backend
-from actors.trajectory import (
-    PER_TOKEN,
-    Limits,
-    Prompts,
-    TeacherScores,
-    Trajectories,
-    offsets_of,
-    select_trajectories,
-    split_scores,
-)
+from actors.teacher_scores import TeacherScores, split_scores
+from actors.trajectory import PER_TOKEN, Limits, Prompts, Trajectories, offsets_of, select_trajectories
 
 PLAUSIBLE = (-1000.0, 1e-3)
 """Nats. Some servers answer a sentinel such as -9999 in place of a log-prob; values outside are treated as missing."""

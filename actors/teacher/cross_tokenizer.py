@@ -16,11 +16,11 @@ from actors.data.tokenizer import load_tokenizer, stop_token_ids
 from actors.teacher.alignment import make_reader, shares
 from actors.teacher.backends import backend_of
 from actors.teacher.base import UNBOUNDED, Teacher, TeacherCounts, context_of
+from actors.teacher_scores import TeacherScores
 from actors.trajectory import (
     FINISH_REASONS,
     Limits,
     Prompts,
-    TeacherScores,
     Trajectories,
     offsets_of,
     ragged_rows,

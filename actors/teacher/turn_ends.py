@@ -12,7 +12,8 @@ import numpy as np
 
 from actors.config import SamplingConfig, TeacherConfig
 from actors.teacher.base import Teacher, TeacherCounts
-from actors.trajectory import Limits, Prompts, Requests, RolloutCounts, TeacherScores, Trajectories, normalised
+from actors.teacher_scores import TeacherScores, normalised
+from actors.trajectory import Limits, Prompts, Requests, RolloutCounts, Trajectories
 
 
 class TurnEnds(NamedTuple):

@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 
 from actors.config import SamplingConfig, TeacherConfig
-from actors.data.models import find_model, load_config
+from actors.data.models import find_model, vocabulary_rows
 from actors.errors import UserError
 from actors.teacher.backends import NAMED_TOKENS, full_tokens
 from actors.teacher.base import REPEATS, UNBOUNDED, known_prompts, texts_of
 from actors.teacher.writing import WritingTeacher
-from actors.trajectory import Limits, Prompts, Trajectories, normalised, offsets_of
+from actors.teacher_scores import normalised
+from actors.trajectory import Limits, Prompts, Trajectories, offsets_of
 from actors.vllm_logits import EXTENSION
 from actors.vllm_startup import build_llm, importing_vllm
 
@@ -34,7 +35,7 @@ class VllmTeacher(WritingTeacher):
     def __init__(self, config: TeacherConfig, key: str = "teacher", vocabulary: int | None = None):
         """Loads the model. UserError: an option of `engine` that vLLM does not know. CampaignError: see `self_test`."""
         super().__init__(config, key, vocabulary)
-        rows = load_config(config.model, config.trust_remote_code, f"{key}.model").get_text_config().vocab_size
+        rows = vocabulary_rows(config.model, config.trust_remote_code, f"{key}.model")
         self._rows, self.vocabulary = rows, min(rows, self.vocabulary)
         asked = {"sampled": 0, "topk": min(config.top_k, self.vocabulary), "full": rows}
         self._asked = asked.get(config.signal, 0)

@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from actors.trajectory import TeacherScores, Trajectories, offsets_of
+from actors.teacher_scores import TeacherScores
+from actors.trajectory import Trajectories, offsets_of
 
 QWEN3 = {"vocab_size": 151936, "head_dim": 128, "num_key_value_heads": 8, "max_position_embeddings": 40960}
 SHAPES: dict[str, dict[str, Any]] = {

@@ -19,7 +19,8 @@ from actors.data.trajectory_shards import Row, counts_of, fault_in, rows_of, sha
 from actors.errors import UserError
 from actors.prompts.fingerprint import prompts_fingerprint
 from actors.prompts.prompt_set import PromptSet, copied
-from actors.trajectory import NO_VERSION, TeacherScores, Trajectories, TrajectoryId, select_trajectories
+from actors.teacher_scores import TeacherScores
+from actors.trajectory import NO_VERSION, Trajectories, TrajectoryId, select_trajectories
 from cluster.config import CampaignConfig, EvaluationConfig
 from cluster.fleet.ray_actor import fetched
 from cluster.fleet.ray_cluster import connected, room_to_begin

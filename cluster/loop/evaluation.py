@@ -20,14 +20,8 @@ from actors.data.judge import Judge, Verdicts, texts_to_judge
 from actors.errors import CampaignError
 from actors.prompts.fingerprint import prompts_fingerprint
 from actors.prompts.prompt_set import PromptSet, requests
-from actors.trajectory import (
-    EVALUATION_EPOCH,
-    RolloutCounts,
-    TeacherScores,
-    Trajectories,
-    select_scores,
-    select_trajectories,
-)
+from actors.teacher_scores import TeacherScores, select_scores
+from actors.trajectory import EVALUATION_EPOCH, RolloutCounts, Trajectories, select_trajectories
 from cluster.fleet.ray_actor import fetched
 from cluster.fleet.ray_fleet import Fleet
 from cluster.loop.evaluation_statistics import Tally, tally

@@ -16,14 +16,8 @@ import numpy as np
 
 from actors.data.judge import Judge, texts_to_judge
 from actors.prompts.prompt_set import PromptSet, requests
-from actors.trajectory import (
-    EVALUATION_EPOCH,
-    FINISH_REASONS,
-    TeacherScores,
-    Trajectories,
-    select_scores,
-    select_trajectories,
-)
+from actors.teacher_scores import TeacherScores, select_scores
+from actors.trajectory import EVALUATION_EPOCH, FINISH_REASONS, Trajectories, select_trajectories
 from cluster.config import CampaignConfig
 from cluster.fleet.ray_actor import fetched
 from cluster.fleet.ray_fleet import Fleet

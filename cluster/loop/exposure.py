@@ -13,15 +13,8 @@ import numpy as np
 from actors.config import SamplingConfig
 from actors.errors import CampaignError
 from actors.prompts.prompt_set import PromptSet, requests, sample_seed
-from actors.trajectory import (
-    EVALUATION_EPOCH,
-    Requests,
-    TeacherScores,
-    Trajectories,
-    offsets_of,
-    select_scores,
-    select_trajectories,
-)
+from actors.teacher_scores import TeacherScores, select_scores
+from actors.trajectory import EVALUATION_EPOCH, Requests, Trajectories, offsets_of, select_trajectories
 from cluster.fleet.ray_actor import fetched
 from cluster.fleet.ray_fleet import Fleet
 from cluster.loop.evaluation_statistics import Tally, estimate, tally

@@ -10,15 +10,8 @@ import numpy as np
 from actors.data.token_texts import token_texts
 from actors.errors import LostObjectError
 from actors.prompts.prompt_set import PromptSet
-from actors.trajectory import (
-    FINISH_REASONS,
-    NO_VERSION,
-    TeacherScores,
-    Trajectories,
-    TrajectoryId,
-    select_scores,
-    select_trajectories,
-)
+from actors.teacher_scores import TeacherScores, select_scores
+from actors.trajectory import FINISH_REASONS, NO_VERSION, Trajectories, TrajectoryId, select_trajectories
 from cluster.config import CampaignConfig
 from cluster.fleet.ray_actor import fetched
 from cluster.loop.work import Scored, each_once, ids_of, trajectories_of

@@ -158,14 +158,22 @@ def save(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, path: Path
     print(f"{path}: {sum(p.numel() for p in model.parameters()):,} parameters")
 
 
-def main() -> None:
-    """Makes everything; the same seed on the same machine gives the same bytes."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parsed(description: str | None, script: str, steps: float | None = None) -> argparse.Namespace:
+    """The command line of a script that makes an example's files: --seed, --output, and --steps where there is a default."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent)
+    parser.add_argument("--output", type=Path, default=Path(script).parent)
+    if steps is not None:
+        parser.add_argument("--steps", type=type(steps), default=steps)
     options = parser.parse_args()
     logging.disable_progress_bar()
     torch.set_num_threads(1)
+    return options
+
+
+def main() -> None:
+    """Makes everything; the same seed on the same machine gives the same bytes."""
+    options = parsed(__doc__, __file__)
     rng = random.Random(options.seed)
     tokenizer = make_tokenizer()
     pairs = list(dict.fromkeys(draw_pair(rng) for _ in range(4500)))

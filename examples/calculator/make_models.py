@@ -9,19 +9,15 @@ result.
     python -m examples.calculator.make_models [--seed 0] [--output examples/calculator]
 """
 
-import argparse
 import json
 import random
 from collections.abc import Collection
 from functools import partial
-from pathlib import Path
 
-import torch
 from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
-from transformers.utils import logging
 
 from examples.addition import make_models as addition
-from examples.addition.make_models import save, teach
+from examples.addition.make_models import parsed, save, teach
 
 SPECIAL = ["<pad>", "<bos>", "<eos>", "<unk>", "<tools>", "<user>", "<assistant>", "<tool>"]
 WORDS = ["<tool_call>", "</tool_call>", "name", "add", "arguments", "a", "b", "x", "error"]
@@ -108,13 +104,7 @@ def lesson(rng: random.Random, habits: float, held_out: Collection[tuple[int, in
 
 def main() -> None:
     """Makes everything; `--steps 0.1` takes a tenth of the lessons, for a quick try."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent)
-    parser.add_argument("--steps", type=float, default=1.0)
-    options = parser.parse_args()
-    logging.disable_progress_bar()
-    torch.set_num_threads(1)
+    options = parsed(__doc__, __file__, steps=1.0)
     rng = random.Random(options.seed)
     pairs = list(dict.fromkeys(draw_pair(rng) for _ in range(1300)))
     splits = {"heldout.jsonl": pairs[:128], "train.jsonl": pairs[128:1152]}

@@ -6,18 +6,14 @@ them all; it begins with a short lesson in each.
     python -m examples.ciphers.make_models [--seed 0] [--output examples/ciphers]
 """
 
-import argparse
 import json
 import random
 from functools import partial
-from pathlib import Path
 
-import torch
 from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
-from transformers.utils import logging
 
 from examples.addition import make_models as addition
-from examples.addition.make_models import save, teach
+from examples.addition.make_models import parsed, save, teach
 from examples.ciphers.ciphers import CIPHERS, LENGTH, LETTERS, written
 
 SHAPES = {
@@ -52,13 +48,7 @@ def lesson(rng: random.Random) -> tuple[str, str]:
 
 def main() -> None:
     """Makes everything; `--steps 0.1` takes a tenth of the lessons, for a quick try."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent)
-    parser.add_argument("--steps", type=float, default=1.0)
-    options = parser.parse_args()
-    logging.disable_progress_bar()
-    torch.set_num_threads(1)
+    options = parsed(__doc__, __file__, steps=1.0)
     options.output.mkdir(parents=True, exist_ok=True)
     rng = random.Random(f"{options.seed}/words")
     words = list(dict.fromkeys(word(rng) for _ in range(2304)))

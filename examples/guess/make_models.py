@@ -5,16 +5,11 @@ The teacher halves what is left. The student mostly tries the lowest number that
     python -m examples.guess.make_models [--seed 0] [--output examples/guess]
 """
 
-import argparse
 import json
 import random
 from functools import partial
-from pathlib import Path
 
-import torch
-from transformers.utils import logging
-
-from examples.addition.make_models import make_model, make_tokenizer, save, teach
+from examples.addition.make_models import make_model, make_tokenizer, parsed, save, teach
 
 NUMBERS, TURNS, BAD_HABIT = 10, 4, 0.7
 PROMPT = "0-9"
@@ -38,13 +33,7 @@ def lesson(rng: random.Random, bad_habit: float) -> tuple[str, str]:
 
 def main() -> None:
     """Makes everything; `--steps 0.1` takes a tenth of the lessons, for a quick try."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent)
-    parser.add_argument("--steps", type=float, default=1.0)
-    options = parser.parse_args()
-    logging.disable_progress_bar()
-    torch.set_num_threads(1)
+    options = parsed(__doc__, __file__, steps=1.0)
     options.output.mkdir(parents=True, exist_ok=True)
     for split, rounds in (("train.jsonl", 20), ("heldout.jsonl", 10)):
         lines = [json.dumps({"prompt": PROMPT, "answer": str(i % NUMBERS)}) for i in range(NUMBERS * rounds)]

@@ -6,28 +6,18 @@ of the cases; on one that ends with the result, `4821+397;5218`, it has been tau
     python -m examples.privileged.make_models [--seed 0] [--output examples/privileged] [--steps 2500]
 """
 
-import argparse
 import json
 import random
 from pathlib import Path
 
-import torch
-from transformers.utils import logging
-
-from examples.addition.make_models import BAD_HABIT, make_model, make_tokenizer, save, sums, teach, worked_sum
+from examples.addition.make_models import BAD_HABIT, make_model, make_tokenizer, parsed, save, sums, teach, worked_sum
 
 ADDITION = Path(__file__).parent.parent / "addition"
 
 
 def main() -> None:
     """Makes the student; prompts are those of examples/addition."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent)
-    parser.add_argument("--steps", type=int, default=2500)
-    options = parser.parse_args()
-    logging.disable_progress_bar()
-    torch.set_num_threads(1)
+    options = parsed(__doc__, __file__, steps=2500)
     rng = random.Random(f"{options.seed}/privileged")
     lines = (ADDITION / "heldout.jsonl").read_text("utf-8").splitlines()
     held_out = {tuple(map(int, json.loads(line)["prompt"].split("+"))) for line in lines}

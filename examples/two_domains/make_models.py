@@ -9,16 +9,12 @@ other's domain.
     python -m examples.two_domains.make_models [--seed 0] [--output examples/two_domains] [--steps 1]
 """
 
-import argparse
 import json
 import random
 from functools import partial
 from pathlib import Path
 
-import torch
-from transformers.utils import logging
-
-from examples.addition.make_models import BAD_HABIT, make_model, make_tokenizer, save, sums, teach
+from examples.addition.make_models import BAD_HABIT, make_model, make_tokenizer, parsed, save, sums, teach
 
 ADDITION = Path(__file__).parent.parent / "addition"
 DIGITS, PASSED_OVER = 5, 0.25
@@ -49,13 +45,7 @@ def records(rng: random.Random, split: str, count: int) -> list[dict[str, str]]:
 
 def main() -> None:
     """Makes everything; `--steps 0.1` takes a tenth of the lessons, for a quick try."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent)
-    parser.add_argument("--steps", type=float, default=1.0)
-    options = parser.parse_args()
-    logging.disable_progress_bar()
-    torch.set_num_threads(1)
+    options = parsed(__doc__, __file__, steps=1.0)
     tokenizer, rng = make_tokenizer(), random.Random(f"{options.seed}/domains")
     options.output.mkdir(parents=True, exist_ok=True)
     for split, count in (("heldout.jsonl", 128), ("train.jsonl", 1024)):

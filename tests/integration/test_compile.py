@@ -33,7 +33,7 @@ def compare(models: dict[str, Path]) -> None:
         for name in ("loss", "grad_norm", "entropy", "reverse_kl"):
             assert abs(ours[name] - its[name]) < 1e-4 * max(1.0, abs(ours[name])), name
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
-    assert 0 < graphs[0] == graphs[-1], "compiled once, and not for each composition"
+    assert 0 < graphs[0] == graphs[-1], f"compiled once, and not for each composition: {graphs}"
     for a, b in zip(plain._model.parameters(), compiled._model.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=2e-4)  # of steps of 1e-3
 

@@ -11,7 +11,8 @@ import ray
 from actors.config import StudentConfig
 from actors.errors import CampaignError
 from actors.teacher.local import LocalTeacher
-from actors.trajectory import TeacherScores, TrajectoryId
+from actors.teacher_scores import TeacherScores
+from actors.trajectory import TrajectoryId
 from cluster.fleet.ray_actor import PerRank, Resources, fetched
 from cluster.fleet.ray_fleet import Fleet
 from cluster.fleet.ray_learner import LearnerGroup

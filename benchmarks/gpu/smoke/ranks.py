@@ -17,7 +17,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from actors.trajectory import TeacherScores, Trajectories
+from actors.teacher_scores import TeacherScores
+from actors.trajectory import Trajectories
 from actors.weights.buckets import WeightVersion, unpack, verify
 from benchmarks.gpu.smoke.report import Report
 from benchmarks.gpu.smoke.work import learner_of, model_of, scored

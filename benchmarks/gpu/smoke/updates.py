@@ -14,7 +14,8 @@ from typing import Any
 import torch
 import torch._dynamo
 
-from actors.trajectory import TeacherScores, Trajectories
+from actors.teacher_scores import TeacherScores
+from actors.trajectory import Trajectories
 from benchmarks.gpu.shapes import forward_flops
 from benchmarks.gpu.smoke.memory import reckoned
 from benchmarks.gpu.smoke.report import Report

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from actors.config import StudentConfig, TeacherConfig
-from actors.trajectory import TeacherScores, Trajectories
+from actors.teacher_scores import TeacherScores
+from actors.trajectory import Trajectories
 from benchmarks.gpu.shapes import SHAPES, make_model, make_work
 from learner.config import LearnerConfig, ObjectiveConfig, OptimizerConfig
 from learner.learner import Learner

@@ -12,7 +12,8 @@ import numpy as np
 
 from actors.config import TeacherConfig
 from actors.teacher.local import LocalTeacher
-from actors.trajectory import TeacherScores, Trajectories, offsets_of
+from actors.teacher_scores import TeacherScores
+from actors.trajectory import Trajectories, offsets_of
 from tests.tiny_models import make_tiny_model
 
 FORMULAS = {

@@ -7,19 +7,8 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 
-from actors.trajectory import (
-    WIDE_FIELDS,
-    Aside,
-    Requests,
-    RolloutCounts,
-    TeacherScores,
-    Trajectories,
-    offsets_of,
-    ragged_rows,
-    select_scores,
-    select_trajectories,
-    split_scores,
-)
+from actors.teacher_scores import WIDE_FIELDS, TeacherScores, select_scores, split_scores
+from actors.trajectory import Aside, Requests, RolloutCounts, Trajectories, offsets_of, ragged_rows, select_trajectories
 
 
 def trajectories(ids: list[tuple[int, int, int]], lengths: list[int], start: int = 0) -> Trajectories:

@@ -8,7 +8,8 @@ import pytest
 
 from actors.data.trajectory_shards import Row, counts_of, fault_in, opened, shards_in, write_shard
 from actors.errors import CampaignError
-from actors.trajectory import TeacherScores, Trajectories, offsets_of, select_trajectories
+from actors.teacher_scores import TeacherScores
+from actors.trajectory import Trajectories, offsets_of, select_trajectories
 
 LENGTHS = (3, 1, 4)
 DRAW = np.random.default_rng(0)

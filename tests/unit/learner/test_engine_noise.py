@@ -10,7 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from actors.errors import UserError
-from actors.trajectory import TeacherScores, Trajectories
+from actors.teacher_scores import TeacherScores
+from actors.trajectory import Trajectories
 from learner.config import MismatchConfig, ObjectiveConfig, OptimizerConfig, TrustRegionConfig
 from learner.validation import refuse_contradictions, starts_at_learner
 from tests.tiny_updates import make_learner, sampled, teacher_config, weights_of

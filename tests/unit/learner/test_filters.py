@@ -13,7 +13,8 @@ from actors.config import SamplingConfig
 from actors.errors import CampaignError
 from actors.rollout.engine import told_apart
 from actors.teacher.local import LocalTeacher
-from actors.trajectory import TeacherScores, Trajectories, select_trajectories
+from actors.teacher_scores import TeacherScores
+from actors.trajectory import Trajectories, select_trajectories
 from learner.config import MismatchConfig, ObjectiveConfig, TrustRegionConfig
 from learner.objective.estimator_table import ESTIMATORS
 from learner.objective.policy_gradient import filter_weights

@@ -15,7 +15,8 @@ import torch
 
 from actors.config import Signal
 from actors.teacher.local import LocalTeacher
-from actors.trajectory import Limits, Prompts, TeacherScores, Trajectories
+from actors.teacher_scores import TeacherScores
+from actors.trajectory import Limits, Prompts, Trajectories
 from learner.config import ObjectiveConfig
 from learner.objective.estimator_table import DIVERGENCES, ESTIMATORS
 from tests.tiny_models import make_tiny_model

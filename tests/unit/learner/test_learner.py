@@ -11,7 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from actors.errors import NonFiniteLossError
-from actors.trajectory import offsets_of, select_scores, select_trajectories
+from actors.teacher_scores import select_scores
+from actors.trajectory import offsets_of, select_trajectories
 from actors.weights.buckets import WeightVersion, unpack
 from learner.config import ObjectiveConfig, OptimizerConfig
 from tests.tiny_models import make_tiny_model

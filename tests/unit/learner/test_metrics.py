@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from actors.trajectory import Trajectories, select_scores
+from actors.teacher_scores import select_scores
+from actors.trajectory import Trajectories
 from cluster.records.metric_table import METRIC_KEYS, METRICS, guardable
 from cluster.report.figures import HISTOGRAMS
 from learner.config import ObjectiveConfig

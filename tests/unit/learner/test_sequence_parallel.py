@@ -17,7 +17,8 @@ from actors.config import LoraConfig, TeacherConfig
 from actors.errors import NonFiniteLossError, UserError
 from actors.forward.slices import KEY, Slices, check_slices
 from actors.teacher.local import LocalTeacher
-from actors.trajectory import TeacherScores, Trajectories
+from actors.teacher_scores import TeacherScores
+from actors.trajectory import Trajectories
 from learner.collate import minibatch_rows, steps_of, tokens_of
 from learner.config import MismatchConfig, ObjectiveConfig, OptimizerConfig, TrustRegionConfig
 from learner.learner import Learner

@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM
 
 from actors.config import LoraConfig
 from actors.errors import GivenUpError, NonFiniteLossError
-from actors.trajectory import TeacherScores, Trajectories
+from actors.teacher_scores import TeacherScores
+from actors.trajectory import Trajectories
 from actors.weights.buckets import join, unpack, verify
 from actors.weights.delta import DeltaVersion, Receiver
 from learner.config import MismatchConfig, ObjectiveConfig, OptimizerConfig, TrustRegionConfig

@@ -13,7 +13,8 @@ import torch.distributed as dist
 from actors.config import TeacherConfig
 from actors.errors import CampaignError
 from actors.teacher.local import LocalTeacher
-from actors.trajectory import TeacherScores, Trajectories, TrajectoryId, split_scores
+from actors.teacher_scores import TeacherScores, split_scores
+from actors.trajectory import Trajectories, TrajectoryId
 from learner.collate import minibatch_rows
 from learner.config import ObjectiveConfig
 from learner.learner import Learner

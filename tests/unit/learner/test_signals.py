@@ -11,7 +11,8 @@ import torch
 from actors.config import StudentConfig
 from actors.data.models import load_head, load_model
 from actors.teacher.local import LocalTeacher
-from actors.trajectory import TeacherScores, Trajectories
+from actors.teacher_scores import TeacherScores
+from actors.trajectory import Trajectories
 from learner.config import LearnerConfig, MismatchConfig, ObjectiveConfig, OptimizerConfig, TrustRegionConfig
 from learner.learner import Learner
 from learner.objective.divergences import extrapolated_teacher, renormalised, reverse_kl, with_tail

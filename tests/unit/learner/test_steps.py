@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from actors.errors import CheckpointError, NonFiniteLossError
-from actors.trajectory import TeacherScores, Trajectories
+from actors.teacher_scores import TeacherScores
+from actors.trajectory import Trajectories
 from cluster.records.metric_table import METRICS
 from learner.config import MismatchConfig, ObjectiveConfig, OptimizerConfig, TrustRegionConfig
 from learner.learner import Learner

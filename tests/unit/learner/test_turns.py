@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from actors.forward.packing import microbatches
-from actors.trajectory import TeacherScores, Trajectories, offsets_of
+from actors.teacher_scores import TeacherScores
+from actors.trajectory import Trajectories, offsets_of
 from learner.collate import UpdateBatch, collate
 from learner.config import LearnerConfig, MismatchConfig, ObjectiveConfig, TrustRegionConfig
 from learner.costs import coefficients, importance_of, needs_whole_update

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from actors.config import TeacherConfig
 from actors.teacher.local import LocalTeacher
-from actors.trajectory import Limits, Prompts, TeacherScores, Trajectories, offsets_of, select_scores
+from actors.teacher_scores import TeacherScores, select_scores
+from actors.trajectory import Limits, Prompts, Trajectories, offsets_of
 from learner.config import ObjectiveConfig
 from learner.objective import divergences as d
 from tests.tiny_models import make_tiny_model, make_tiny_tokenizer
