@@ -5,7 +5,7 @@ Standard library only. cluster/config_file.py loads it from YAML and checks type
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from actors.config import (
     EnvironmentConfig,
@@ -71,6 +71,8 @@ class EvaluationSetConfig:
     exposure: bool = False
     """Measure exposure bias: the reverse KL by position, on the student's own prefixes and on prefixes that the teacher has
     written."""
+    first_sample: ClassVar[int] = 0
+    """The sample number, in the ids, of the first response to a prompt."""
 
 
 @changing("free")

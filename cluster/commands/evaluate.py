@@ -8,10 +8,10 @@ import asyncio
 import json
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from actors.data.judge import Judge
 from actors.data.models import check_fit
@@ -22,6 +22,7 @@ from cluster.config_file import load_config
 from cluster.console.runs import all_runs, named_run
 from cluster.fleet.ray_cluster import connected, room_to_begin
 from cluster.inputs import read_set_inputs
+from cluster.loop.evaluation import SAMPLED
 from cluster.loop.evaluation_sets import Tallies, difference_of, metrics_of, to_json
 from cluster.loop.weight_sync import ObjectStoreTransport
 from cluster.records.metric_table import with_change, with_interval
@@ -31,6 +32,13 @@ from cluster.roles import build_fleets, build_saved_model, build_sets
 
 OF_DISTANCE = ("reverse_kl", "entropy", "reverse_kl_on_teacher_text", "response_length_mean")
 """Quantities that are no shares."""
+
+
+@dataclass
+class SampledSetConfig(EvaluationSetConfig):
+    """`evaluation.prompts`, answered as in training: with the ids and so the seeds of a campaign's own evaluation."""
+
+    first_sample: ClassVar[int] = SAMPLED
 
 
 class Model(NamedTuple):
@@ -78,10 +86,11 @@ def to_evaluate(config: CampaignConfig, wanted: Sequence[str], reverse_kl: bool)
         played = config.environment is not None  # it gives the rewards
         judged = played or evaluation.prompts.has_references or judges_without_references(evaluation)
         verifier = evaluation.verifier if judged and not played else None
-        sampled = EvaluationSetConfig(
-            prompts=evaluation.prompts, verifier=verifier, max_response_tokens=evaluation.max_response_tokens
-        )
-        own = ({"greedy": replace(sampled, temperature=0.0)} if judged else {}) | {"sampled": sampled} | own
+        common = evaluation.prompts, verifier
+        greedy, sampled = EvaluationSetConfig(*common, temperature=0.0), SampledSetConfig(*common)
+        for one in (greedy, sampled):
+            one.max_response_tokens = evaluation.max_response_tokens
+        own = ({"greedy": greedy} if judged else {}) | {"sampled": sampled} | own
     if not own:
         raise UserError("evaluation", "no prompts and no sets", "held-out prompts: evaluation.sets.<name>.prompts.path")
     for name in wanted:

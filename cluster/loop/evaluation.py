@@ -9,7 +9,6 @@ import asyncio
 import hashlib
 import itertools
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -24,7 +23,7 @@ from actors.teacher_scores import TeacherScores, select_scores
 from actors.trajectory import EVALUATION_EPOCH, RolloutCounts, Trajectories, select_trajectories
 from cluster.fleet.ray_actor import fetched
 from cluster.fleet.ray_fleet import Fleet
-from cluster.loop.evaluation_statistics import Tally, tally
+from cluster.loop.evaluation_statistics import Tally, mean_of, tally
 from cluster.loop.samples import readable_rows
 from cluster.loop.teachers import Teachers
 from cluster.loop.work import each_once, split_evenly
@@ -41,11 +40,6 @@ def identity(prompts: PromptSet, *settings: Any) -> str:
     """What two evaluations must share to be compared prompt by prompt: a digest of the prompts and these settings."""
     text = json.dumps([prompts_fingerprint(prompts), *settings], sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-
-
-def mean_of_scored(log_ratios: np.ndarray) -> float:
-    """The mean without missing values, which are NaN; NaN where all are missing."""
-    return math.nan if np.isnan(log_ratios).all() else float(np.nanmean(log_ratios))  # numpy warns of a mean of nothing
 
 
 def rewards_by_row(written: Trajectories) -> dict[int, float]:
@@ -125,24 +119,19 @@ class Evaluator:
             busy["teacher"] = scored.busy_seconds
         rewards: dict[int, float] = {}
         of_greedy: dict[int, float] = {}
-        metrics: dict[str, float] = {}
         self.tallies = {}
         if self._judged:
             best = select_trajectories(self._ids(GREEDY), await fetched(drawn[1][0]))
             of_greedy = await self._rewards_of(best)
             rewards = await self._rewards_of(written)
         if rewards and of_greedy:  # an environment need not give any
-            metrics["eval/accuracy"] = float(np.mean(list(of_greedy.values())))
-            metrics["eval/accuracy_sampled"] = float(np.mean(list(rewards.values())))
             self.tallies |= {"accuracy": self._by_prompt(of_greedy), "accuracy_sampled": self._by_prompt(rewards)}
             if are_graded([*of_greedy.values(), *rewards.values()]):
                 self.tallies["right"] = self._by_prompt(right_ones(of_greedy))
         if scores is not None:
-            # Missing scores are NaN, and nanmean leaves them out.
-            log_ratios = (written.student_logprobs - scores.logprobs)[written.trained]
             apart = np.where(written.trained, written.student_logprobs - scores.logprobs, np.nan)
             self.tallies |= {"reverse_kl": tally(np.split(apart, written.response_offsets[1:-1]))}  # type: ignore[arg-type]
-            metrics["eval/reverse_kl"] = mean_of_scored(log_ratios)
+        metrics = {f"eval/{name}": mean_of(own) for name, own in self.tallies.items()}
         metrics["eval/response_length_mean"] = float(written.trained_lengths.mean())
         return metrics, await asyncio.to_thread(self._rows, written, scores, rewards), busy
 

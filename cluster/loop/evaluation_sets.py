@@ -152,7 +152,7 @@ class SetEvaluator:
             [
                 (EVALUATION_EPOCH, prompt, sample)
                 for prompt in range(len(self.prompts))
-                for sample in range(self.config.samples)
+                for sample in range(self.config.first_sample, self.config.first_sample + self.config.samples)
             ],
             np.int64,
         )

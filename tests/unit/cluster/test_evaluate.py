@@ -56,6 +56,10 @@ def test_a_run_and_its_start_side_by_side_have_the_numbers_that_training_had(fol
                 value = found["sets"][of_set]["values"][name][f"{key}{bound}"]
                 assert value == pytest.approx(row[f"eval/{of_set}/{key}{bound}"], abs=1e-4)
         assert found["sets"]["greedy"]["values"][name]["accuracy"] == row["eval/accuracy"]
+        sampled = found["sets"]["sampled"]["values"][name]
+        assert sampled["accuracy"] == row["eval/accuracy_sampled"]
+        assert sampled["response_length_mean"] == row["eval/response_length_mean"]
+        assert sampled["reverse_kl"] == row["eval/reverse_kl"], "of the same draws"
     [apart] = [one for one in found["sets"]["near"]["differences"] if one["quantity"] == "reverse_kl"]
     assert (apart["model"], apart["against"]) == (end, start)
     for bound, key in (("difference", ""), ("low", ":low"), ("high", ":high")):

@@ -13,7 +13,7 @@ from cluster import cli
 from cluster.config import CheckpointConfig
 from cluster.console.screen import summary_table
 from cluster.console.status import read_status
-from cluster.loop.evaluation import mean_of_scored
+from cluster.loop.evaluation_statistics import mean_of, tally
 from cluster.records.metric_table import listed
 from cluster.records.writer import TRAJECTORY_KEYS, read_jsonl, trajectory_files
 from cluster.report.page import write_report
@@ -186,8 +186,8 @@ def test_math_gives_rewards_in_training(folder: Path) -> None:
 
 @pytest.mark.filterwarnings("error")
 def test_a_mean_of_no_scores_is_one_sign_and_no_warning() -> None:
-    kl = mean_of_scored(np.array([np.nan, np.nan]))
+    kl = mean_of(tally([[np.nan], [np.nan]]))
     assert np.isnan(kl) and "nan" not in summary_table({"reverse_kl_end": kl})
     assert listed("evaluation", {"eval/reverse_kl": kl}) == listed("evaluation", {"eval/reverse_kl": None})
     assert listed("evaluation", {"eval/reverse_kl": kl}) == "reverse KL -"
-    assert mean_of_scored(np.array([np.nan, 1.0, 2.0])) == 1.5
+    assert mean_of(tally([[np.nan, 1.0, 2.0]])) == 1.5
