@@ -323,6 +323,9 @@ class EnvironmentConfig:
     attempts: int = number(3, minimum=1, change="free")
     """How often an episode is begun (its environment raised, took too long, or its process died) before it is dropped, with
     the reason, and replaced."""
+    away_timeout_seconds: float = number(1800.0, above=0, change="free")
+    """How long something that an environment asks, such as a server, is waited for while each attempt finds it away; such an
+    attempt then counts in `attempts` (docs/environments.md)."""
     replicas: int = number(1, minimum=1, change="free")
     """Number of environment actors. Each hosts many episodes at once."""
     cpus_per_replica: float = number(1.0, minimum=0, change="free")

@@ -10,6 +10,10 @@ import time
 BUILDS, LOADS = "imports and sets up", "loads its model"
 """Phases of the start of most actors."""
 
+FIRST_WAIT_SECONDS = 0.5
+"""Shortest pause before something that is away is asked again. It grows to half the time for which it has been away."""
+LONGEST_WAIT_SECONDS = 30.0
+
 _count = 0
 _does = ""
 _phases: list[tuple[str, float]] = []

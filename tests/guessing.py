@@ -43,3 +43,20 @@ class Guess:
             raise ValueError("the game is broken")
         done = len(self.written) == self.turns
         return f"more{len(self.written)}", done, (len(self.written[-1]) % 2) / 2 if done else None
+
+
+class Asks(Guess):
+    """The same, which asks a server at `socket`, the path of a Unix socket, in its second step."""
+
+    def __init__(self, socket: str):
+        super().__init__()
+        self.socket = socket
+
+    async def step(self, message: dict[str, Any]) -> Any:
+        if len(self.written) == 1:
+            reader, writer = await asyncio.open_unix_connection(self.socket)
+            answer = await reader.read()
+            writer.close()
+            if answer != b"here":
+                raise ConnectionResetError("no answer")
+        return await super().step(message)

@@ -19,9 +19,9 @@ from typing import Any
 
 from actors.config import EnvironmentConfig, SamplingConfig
 from actors.data.messages import check_unicode, tools_of
-from actors.environment.base import Answer, Begun, Episode, Follows, ProgramError, Turn, environment_class
+from actors.environment.base import Answer, Begun, Episode, Follows, ProgramError, Turn, environment_class, is_away
 from actors.environment.endpoint import LOOPBACK
-from actors.environment.program import Programs
+from actors.environment.program import Program, Programs
 from actors.environment.shared_calls import SharedCalls
 
 LOOK_SECONDS = 1.0
@@ -141,17 +141,19 @@ class EnvironmentActor(SharedCalls):
                 return await work
         except TimeoutError as error:
             if clock.expired():
-                return failed(f"gave no answer within {limit:g} s (environment.step_timeout_seconds)")
+                own, _ = self._open.get(key, (None, 0.0))
+                more = f"; {own.so_far()}" if isinstance(own, Program) else ""
+                return failed(f"gave no answer within {limit:g} s (environment.step_timeout_seconds){more}")
             return failed(f"raised {told(error)}")
         except ProgramError as error:
-            return failed(f"failed: {error}")
+            return failed(f"failed: {error}")._replace(away=is_away(error))
         except asyncio.CancelledError:
             if key in self._open:  # of the environment's own
                 raise
             this.uncancel()
             return failed("was given up")
         except BaseException as error:  # KeyboardInterrupt would end the event loop, and with it all episodes
-            return failed(f"raised {told(error)}")
+            return failed(f"raised {told(error)}")._replace(away=is_away(error))
         finally:
             self._under_way.pop(key, None)
 

@@ -77,8 +77,27 @@ class Turn(NamedTuple):
     """Whether it was cut at `environment.max_turn_tokens`."""
 
 
+class AwayError(Exception):
+    """To be raised by an environment: what it needs, such as a server, is away. The attempt is made again, for up to
+    `environment.away_timeout_seconds`. So it is after a ConnectionError of Python's own."""
+
+
 class ProgramError(Exception):
     """A program that plays an episode has failed; the message says how."""
+
+    def __init__(self, problem: str, *, away: bool = False):
+        """away: the program says that what it needs is away."""
+        super().__init__(problem)
+        self.away = away
+
+
+def is_away(error: BaseException) -> bool:
+    """Whether an environment has raised this because what it needs is away.
+
+    Not a broken pipe: it is mostly that of a process that the student's own code has ended, in each attempt.
+    """
+    connection = isinstance(error, ConnectionError) and not isinstance(error, BrokenPipeError)
+    return connection or isinstance(error, AwayError) or (isinstance(error, ProgramError) and error.away)
 
 
 class EnvironmentLostError(CampaignError):
@@ -101,6 +120,8 @@ class Begun(NamedTuple):
     tools: Any = None
     error: str = ""
     """What `__init__`, `reset` or `tools` is at fault of, in one line; empty: nothing."""
+    away: bool = False
+    """See `is_away`."""
 
 
 class Answer(NamedTuple):
@@ -113,6 +134,8 @@ class Answer(NamedTuple):
     """What it raised, or what is wrong with what it returned, in one line; empty: nothing."""
     follows: "Follows | None" = None
     """What the messages follow, where it is a program; None: the last turn."""
+    away: bool = False
+    """See `is_away`."""
 
 
 class Environments(Protocol):

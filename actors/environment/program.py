@@ -205,7 +205,8 @@ class Program:
         self._signal(signal.SIGKILL)  # to those that it has left behind
         if status := self._process.returncode:
             how = f"signal {-status}" if status < 0 else f"exit status {status}"
-            raise ProgramError(f"the program has ended with {how}" + await self._last_words())
+            away = status == os.EX_TEMPFAIL
+            raise ProgramError(f"the program has ended with {how}" + await self._last_words(), away=away)
         return None
 
     def _signal(self, number: int) -> None:
@@ -231,9 +232,19 @@ class Program:
             shown = text.replace(self._key, "…")[:80]
             raise ProgramError(f"the program has written {shown!r} to UNDERSTUDY_REWARD, expected a number") from error
 
+    def so_far(self) -> str:
+        """What is known of a program that takes too long."""
+        if self._process is None:
+            return "the program has not started"
+        return f"the program still runs, and standard error ends with{self._words() or ' nothing'}"
+
     async def _last_words(self) -> str:
-        """The end of what it has written to standard error, without its key."""
+        """`_words` of a program that has ended."""
         await asyncio.wait({self._errors.closed}, timeout=1.0)  # open in a process that has left the group
+        return self._words()
+
+    def _words(self) -> str:
+        """The end of what it has written to standard error, without its key, after a colon; empty: nothing."""
         text = " ".join(self._errors.text.decode("utf-8", "replace").replace(self._key, "…").split())
         return f": {'…' if len(text) > SHOWN else ''}{text[-SHOWN:]}" if text else ""
 

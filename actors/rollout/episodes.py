@@ -13,7 +13,7 @@ import itertools
 import json
 import time
 from collections import defaultdict
-from collections.abc import Coroutine, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -26,7 +26,9 @@ from actors.environment.base import Answer, EnvironmentLostError, Environments, 
 from actors.environment.continuation import Continuation, Message, checked
 from actors.errors import AbortedError, CampaignError, UserError
 from actors.heartbeat import beat
+from actors.rollout.away import Away
 from actors.rollout.engine import Engine, Response, check_answer, trajectories_of
+from actors.rollout.places import BEAT_SECONDS, Places
 from actors.rollout.thinking import Thinking
 from actors.rollout.transcript import Conversation, Transcript, WrittenTurn
 from actors.trajectory import (
@@ -41,13 +43,9 @@ from actors.trajectory import (
 
 GRACE_SECONDS = 10.0
 """A process that has not answered for so much longer than a step may take is given up."""
-LOST_SECONDS = 60.0
-"""After this long without a process that hosts environments, those that were lost are tried again."""
 LARGEST_REWARD = float(np.finfo(np.float32).max)
 LONGEST_CAUSE = 500
 """Characters of a failure's cause that are kept."""
-BEAT_SECONDS = 2.0
-"""Between two signs of life while an environment is waited for."""
 
 
 class EpisodeLimits(NamedTuple):
@@ -67,6 +65,10 @@ class _FailedError(Exception):
     """One attempt has failed; the message says why."""
 
 
+class _AwayError(_FailedError):
+    """What the environment needs is away."""
+
+
 class Episodes:
     """All episodes of one rollout actor. For one event loop, without locks."""
 
@@ -80,13 +82,11 @@ class Episodes:
     ):
         """environments: None until `reach` is called. UserError: there is no tool parser of this name."""
         self._engine, self._config, self._write, self._limits = engine, config, continuation, limits
-        self._environments, self._lost = environments, set[int]()
-        self.thinking = Thinking()
+        self.thinking, self._away = Thinking(), Away(config.away_timeout_seconds)
+        self._places = Places(environments, self.thinking, limited=config.episodes_per_replica is not None)
         self._names = itertools.count()
         self._running: defaultdict[tuple[int, ...], set[asyncio.Task]] = defaultdict(set)
         self._aborted: set[asyncio.Task] = set()
-        self._doors: defaultdict[int, asyncio.Lock] = defaultdict(asyncio.Lock)
-        """Of each process that hosts environments: who may ask it for room."""
         self._known: dict[tuple[str, ...], str | None] = {}
         """Roles of an environment's messages -> what the template does to earlier turns then."""
         self._parse: Any = None
@@ -97,7 +97,7 @@ class Episodes:
 
     def reach(self, environments: Environments) -> None:
         """The processes that host environments from now on."""
-        self._environments, self._lost = environments, set()
+        self._places.reach(environments)
 
     async def play(
         self, requests: Requests, sampling: SamplingConfig, greedy: bool
@@ -140,31 +140,59 @@ class Episodes:
     ) -> tuple[Trajectories, EpisodeCounts]:
         own = _row(requests, row)
         id_, seed = TrajectoryId(*own.ids[0].tolist()), int(own.seeds[0])
-        cause, text = "", Transcript()
-        for attempt in range(self._config.attempts):
-            text = Transcript(waited=text.waited, began=text.began)  # attempts that have failed took their time
-            key = f"{id_}/{attempt}/{next(self._names)}"
-            place, closed = await self._entered(id_, attempt, key), False
-            limit = self._config.episode_timeout_seconds
-            try:
-                async with asyncio.timeout(limit) as clock:
-                    episode = Episode(id_, seed, attempt)
-                    asked, finish = await self._attempt(text, own, episode, key, place, sampling, greedy)
-                closed = finish == "stop"  # an environment that is done is closed where it is
-                return self._finished(asked, text, finish, attempt)
-            except TimeoutError:
-                if not clock.expired():
-                    raise
-                cause = f"not over after {limit:g} s (environment.episode_timeout_seconds)"
-            except _FailedError as error:
-                cause = str(error)
-            except EnvironmentLostError as error:
-                self._lost.add(id(place))
-                cause = str(error)
-            finally:
-                if not closed:
-                    self._in_background(place, key)
-        return self._failed(own, text, cause)
+        text, failures, name = Transcript(), 0, next(self._names)
+        try:
+            for attempt in itertools.count():
+                text = Transcript(waited=text.waited, began=text.began)  # attempts that have failed took their time
+                try:
+                    played = await self._played(text, own, Episode(id_, seed, attempt), sampling, greedy)
+                    self._away.ended(name)
+                    return played
+                except _AwayError as error:
+                    cause, pause = str(error), self._away.found(name, str(error))
+                except _FailedError as error:
+                    cause, pause = str(error), None
+                    self._away.ended(name)
+                failures += pause is None
+                if failures == self._config.attempts:
+                    break
+                if pause is not None:
+                    await self._wait(text, pause)
+            return self._failed(own, text, cause, attempt)
+        finally:
+            self._away.left(name)
+
+    async def _played(
+        self, text: Transcript, own: Requests, episode: Episode, sampling: SamplingConfig, greedy: bool
+    ) -> tuple[Trajectories, EpisodeCounts]:
+        """One attempt, from a place for it to its result. _FailedError."""
+        key = f"{episode.id}/{episode.attempt}/{next(self._names)}"
+        place, closed = await self._places.enter(episode.id, episode.attempt, key), False
+        limit = self._config.episode_timeout_seconds
+        try:
+            async with asyncio.timeout(limit) as clock:
+                asked, finish = await self._attempt(text, own, episode, key, place, sampling, greedy)
+            closed = finish == "stop"  # an environment that is done is closed where it is
+            return self._finished(asked, text, finish, episode.attempt)
+        except TimeoutError as error:
+            if not clock.expired():
+                raise
+            raise _FailedError(f"not over after {limit:g} s (environment.episode_timeout_seconds)") from error
+        except EnvironmentLostError as error:
+            self._places.lose(place)
+            raise _FailedError(str(error)) from error
+        finally:
+            if not closed:
+                self._places.in_background(place, key)
+
+    async def _wait(self, text: Transcript, seconds: float) -> None:
+        """The pause after an attempt, in which the episode has no place and no time limit runs."""
+        text.waited += seconds
+        with self.thinking.asking():
+            while seconds > 0:
+                await asyncio.sleep(min(seconds, BEAT_SECONDS))
+                seconds -= BEAT_SECONDS
+                beat()
 
     async def _attempt(
         self,
@@ -248,9 +276,8 @@ class Episodes:
 
     async def _ask(self, text: Transcript, place: Any, method: str, key: str, *arguments: Any) -> Any:
         """What the environment answers; counts the seconds. _FailedError: it raised, or does not answer."""
-        assert self._environments is not None
         began, limit = time.monotonic(), self._config.step_timeout_seconds + GRACE_SECONDS
-        asked = asyncio.ensure_future(self._environments.call(place, method, key, *arguments))
+        asked = asyncio.ensure_future(self._places.call(place, method, key, *arguments))
         try:
             with self.thinking.asking():
                 while not asked.done() and time.monotonic() - began < limit:
@@ -268,50 +295,8 @@ class Episodes:
         except CampaignError as error:
             raise _FailedError(f"{method}: {error}") from error
         if answer.error:
-            raise _FailedError(answer.error)
+            raise (_AwayError if answer.away else _FailedError)(answer.error)
         return answer
-
-    async def _place(self, id_: TrajectoryId, attempt: int) -> Any:
-        """Where an episode is played: it follows from its id; a retry goes to another process where there is one.
-
-        Waits while there is none: a lost one is being replaced, or the campaign ends.
-        """
-        since = time.monotonic()
-        while True:
-            if time.monotonic() - since > LOST_SECONDS:  # those that were lost may be back, and nobody said so
-                self._lost.clear()
-            places = [one for one in getattr(self._environments, "places", ()) if id(one) not in self._lost]
-            if places:
-                number = int.from_bytes(hashlib.blake2b(str(id_).encode(), digest_size=6).digest()) + attempt
-                return places[number % len(places)]
-            with self.thinking.asking():
-                await asyncio.sleep(BEAT_SECONDS / 10)
-            beat()
-
-    async def _entered(self, id_: TrajectoryId, attempt: int, key: str) -> Any:
-        """`_place`, once it has room for the episode; others of this actor's wait in a row."""
-        while True:
-            place = await self._place(id_, attempt)
-            if self._config.episodes_per_replica is None:
-                return place
-            async with self._doors[id(place)]:
-                try:
-                    while id(place) not in self._lost:
-                        if await self._environments.call(place, "enter", key):  # type: ignore[union-attr]
-                            return place
-                        with self.thinking.asking():
-                            await asyncio.sleep(BEAT_SECONDS / 10)
-                        beat()
-                except EnvironmentLostError:
-                    self._lost.add(id(place))
-                except asyncio.CancelledError:
-                    self._in_background(place, key)
-                    raise
-
-    def _in_background(self, place: Any, key: str) -> None:
-        """Tells the environment that the attempt is over; nobody waits for it."""
-        if self._environments is not None and id(place) not in self._lost:
-            _quietly(self._environments.call(place, "close", key))
 
     def _with_prompt(self, own: Requests, first: Sequence[Message], tools: Any, sampling: SamplingConfig) -> Requests:
         """The request with the prompt that the environment has written. UserError: it may not write one.
@@ -390,14 +375,14 @@ class Episodes:
         )
         return written, counts
 
-    def _failed(self, own: Requests, text: Transcript, cause: str) -> tuple[Trajectories, EpisodeCounts]:
+    def _failed(self, own: Requests, text: Transcript, cause: str, attempt: int) -> tuple[Trajectories, EpisodeCounts]:
         """What stands for an episode that has failed: one token, which is not trained on."""
         token, version = min(self._write.stop_token_ids), self._engine.version or 0
         stub = trajectories_of(own, [Response([token], [0.0], [version], "abort")])
         stub = replace(stub, trained=np.zeros(1, bool), rewards=np.zeros(1, np.float32))
         short = cause if len(cause) <= LONGEST_CAUSE else f"{cause[:LONGEST_CAUSE]}…"
         seconds = time.monotonic() - text.began
-        counts = EpisodeCounts(0, len(own.prompt_tokens), text.waited, seconds, self._config.attempts - 1, short)
+        counts = EpisodeCounts(0, len(own.prompt_tokens), text.waited, seconds, attempt, short)
         return stub, counts
 
 
@@ -443,19 +428,3 @@ def _with_support(one: Trajectories, width: int) -> Trajectories:
     if one.support_ids.shape[1] == width:
         return one
     return replace(one, support_ids=np.zeros((len(one.response_tokens), width), np.int32))
-
-
-def _quietly(work: Coroutine[Any, Any, Any]) -> None:
-    """Runs it in the background, whatever comes of it."""
-    task = asyncio.ensure_future(work)
-    _UNWATCHED.add(task)  # asyncio itself holds only a weak reference
-    task.add_done_callback(_over)
-
-
-def _over(task: asyncio.Future) -> None:
-    _UNWATCHED.discard(task)
-    if not task.cancelled():
-        task.exception()  # looked at, so that asyncio does not report it
-
-
-_UNWATCHED: set[asyncio.Future] = set()

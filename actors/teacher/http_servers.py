@@ -17,16 +17,13 @@ import httpx
 import numpy as np
 
 from actors.errors import CampaignError
-from actors.heartbeat import beat, wait_for
+from actors.heartbeat import FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS, beat, wait_for
 from actors.teacher.http_answers import decoded
 
 Value = TypeVar("Value")
 
 ATTEMPTS = 6
 """Failures of one request after which it, or all servers, are at fault."""
-FIRST_WAIT_SECONDS = 0.5
-"""Shortest pause after a failure. It grows to half the time since the server last answered."""
-LONGEST_WAIT_SECONDS = 30.0
 FAILURES_TO_OPEN = 3
 """Failures in a row after which a server has to answer the probe before it gets work."""
 REFUSALS = {400, 413, 414, 422}

@@ -4,22 +4,28 @@ import asyncio
 import json
 import os
 import signal
+import socketserver
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
 
 from actors.config import EnvironmentConfig
+from cluster.console.status import read_status
 from cluster.fleet.ray_actor import Resources
 from cluster.fleet.ray_environments import EnvironmentFleet, RayEnvironmentActor, RayEnvironments
 from cluster.fleet.ray_fleet import Fleet
 from cluster.records.writer import read_jsonl
-from tests.light_campaign import assert_ledger_adds_up, make_folder
+from tests.light_campaign import assert_ledger_adds_up, fingerprint, finish, make_folder, start
 from tests.tiny_models import make_tiny_model
 from tests.unit.cluster.test_environments import ROOT, UPDATES, campaign
-from tests.waiting import PATIENCE_SECONDS
+from tests.waiting import PATIENCE_SECONDS, until
 
 pytestmark = pytest.mark.integration
 
@@ -64,6 +70,68 @@ def test_environment_actors_that_die_are_replaced_and_their_episodes_begin_again
     found = json.loads((tmp_path / "found.json").read_text())["sets"]
     [values] = found["greedy"]["values"].values()
     assert found.keys() == {"greedy", "sampled"} and 0 <= values["accuracy"] <= 1
+
+
+class Sandbox(socketserver.ThreadingUnixStreamServer):
+    """Answers with a word, and counts what it is asked."""
+
+    asked = 0
+
+    class RequestHandlerClass(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            self.request.sendall(b"here")
+            self.server.asked += 1
+
+    def __init__(self, path: Path):
+        path.unlink(missing_ok=True)
+        super().__init__(str(path), self.RequestHandlerClass)
+
+
+@contextmanager
+def serving(path: Path) -> Iterator[Sandbox]:
+    """A server that is there. Afterwards connections to the path are refused."""
+    with Sandbox(path) as server:
+        Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+def test_a_server_that_is_away_for_a_while_costs_no_episode_and_changes_no_bit(tmp_path: Path) -> None:
+    light = {"cpus_per_replica": 0.2, "replicas": 1}
+    common: dict[str, Any] = {
+        "rollout": light,
+        "learner": {"cpus_per_replica": 0.2},
+        "teachers": {"default": {"model": str(tmp_path / "teacher"), "dtype": "float32", **light}},
+        "ray": {"object_store_mebibytes": 100},
+    }
+    folder, path = make_folder(tmp_path), tmp_path / "sandbox"
+    own = {"attempts": 1, "cpus_per_replica": 0.2}
+    asks = {"name": "tests.guessing:Asks", "arguments": {"socket": str(path)}}
+    calm, file = campaign(folder, "calm", own, **common), campaign(folder, "away", own | asks, **common)
+    run = tmp_path / "runs" / "away"
+    with ThreadPoolExecutor() as threads:
+        with serving(path) as server:
+            running = threads.submit(told, "run", file)
+            # Some of an evaluation, and then of the first update.
+            until(lambda: server.asked > 12, "some episodes", lambda: not running.done())
+        waits: list[dict[str, Any]] = []
+
+        def waiting() -> bool:
+            waits[:] = [actor for actor in read_status(run)["actors"] if actor.get("waits_for")]
+            return bool(waits)
+
+        until(waiting, "what the status tells of the server", lambda: not running.done())
+        with serving(path):
+            said = running.result()
+    assert [actor["name"] for actor in waits] == ["rollout-0"] and waits[0]["waits_seconds"] > 0
+    assert waits[0]["waits_for"].startswith("environment: step raised ConnectionRefusedError")
+    assert "rollout-0 waits: environment: step raised ConnectionRefusedError" in said
+    assert_ledger_adds_up(run, UPDATES, 8, 0)
+    kinds = [row["kind"] for row in read_jsonl(run / "events.jsonl")]
+    assert "outside_away" in kinds and not {"trajectory_refused", "episodes_failed", "actor_hung"} & {*kinds}
+    assert any(row["episode_retries"] for row in read_jsonl(run / "metrics.jsonl")[1:])
+    finish(start(calm), calm)
+    assert fingerprint(run) == fingerprint(tmp_path / "runs" / "calm")
 
 
 class Player:

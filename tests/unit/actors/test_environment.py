@@ -11,7 +11,7 @@ import pytest
 
 from actors.config import EnvironmentConfig, PromptsConfig
 from actors.environment.actor import BLOCKED, EnvironmentActor
-from actors.environment.base import Answer, Episode, environment_class
+from actors.environment.base import Answer, AwayError, Episode, environment_class
 from actors.environment.trial import try_environment
 from actors.environment.vllm_tool_parser import check_parser
 from actors.errors import UserError
@@ -62,7 +62,9 @@ class FewArguments:
 class Needs:
     """An argument without a default; one that is wrong; and tools of another form."""
 
-    def __init__(self, size: int, tools: Any = None):
+    def __init__(self, size: int, tools: Any = None, fails: Exception | None = None):
+        if fails is not None:
+            raise fails
         if size < 0:
             raise ValueError("no such size")
         self.tools = tools
@@ -150,7 +152,7 @@ def answer_of(**arguments: Any) -> Any:
 
 
 def test_what_a_step_returns_or_raises_is_a_value() -> None:
-    assert answer_of(answer=([], np.True_, np.float32(0.5)))[1:] == (True, 0.5, "", None)
+    assert answer_of(answer=([], np.True_, np.float32(0.5)))[1:] == (True, 0.5, "", None, False)
     assert answer_of(answer=("go on", False, None)) == Answer("go on", False, None)
     for wrong, told in (
         (KeyError("number"), "step raised KeyError: 'number' (test_environment.py, line"),
@@ -167,6 +169,28 @@ def test_what_a_step_returns_or_raises_is_a_value() -> None:
         "step gave no answer within 0.05 s (environment.step_timeout_seconds)"
         in answer_of(seconds=60.0, limit=0.05).error
     )
+
+
+@pytest.mark.parametrize(
+    ("error", "away"),
+    [
+        (AwayError("the sandbox"), True),
+        (ConnectionRefusedError(111, "refused"), True),
+        (ConnectionResetError(), True),
+        (BrokenPipeError(), False),  # of a process that the student's code has ended
+        (OSError("no such host"), False),
+        (TimeoutError(), False),
+    ],
+)
+def test_an_environment_says_that_what_it_needs_is_away(error: Exception, away: bool) -> None:
+    answer = answer_of(answer=error)
+    assert answer.away == away and answer.error.startswith(f"step raised {type(error).__name__}: ")
+
+    async def begin() -> Any:
+        return await EnvironmentActor(config("Needs", arguments={"size": 1, "fails": error})).reset("a", EPISODE, {})
+
+    begun = asyncio.run(begin())
+    assert begun.away == away and begun.error.startswith(f"__init__ raised {type(error).__name__}: ")
 
 
 def test_an_episode_that_is_never_closed_is_forgotten_and_a_blocked_process_ends() -> None:

@@ -126,14 +126,27 @@ def test_a_program_that_fails_says_why_and_plays_the_next_attempt(what: str, tol
     assert agent(what, episode=EPISODE._replace(attempt=1))[-1] == Answer([], True, 0.5)
 
 
+@pytest.mark.parametrize("turns", [0, 1])
+def test_a_program_says_by_its_exit_status_that_what_it_needs_is_away(turns: int) -> None:
+    for status, away in ((os.EX_TEMPFAIL, True), (os.EX_UNAVAILABLE, False)):
+        ends = f"echo the sandbox is away >&2; exit {status}"
+        found = play("sh", "-c", f"python tests/agent.py --turns 1; {ends}" if turns else ends)
+        assert len(found) == 1 + turns and found[-1].away == away
+        assert f"failed: the program has ended with exit status {status}: the sandbox is away" in found[-1].error
+
+
 def test_one_that_hangs_is_told_by_the_limit_of_a_step() -> None:
-    actor = actor_of("python", "tests/agent.py", "--what", "hangs", step_timeout_seconds=60)
+    script = "echo it asks a server >&2; exec python tests/agent.py --what hangs"
+    actor = actor_of("sh", "-c", script, step_timeout_seconds=60)
 
     async def hang() -> None:
         await played(actor, turns=0, close=False)
         actor._config.step_timeout_seconds = 0.05
         answer = await actor.step("a", {"role": "assistant", "content": "x"}, TURN)
-        assert "gave no answer within 0.05 s" in answer.error
+        assert answer.error.startswith(
+            "step gave no answer within 0.05 s (environment.step_timeout_seconds); the program"
+        )
+        assert answer.error.endswith(" still runs, and standard error ends with: it asks a server")
         actor._config.step_timeout_seconds = 60
         process = actor._open["a"][0]._process
         await actor.close("a")
