@@ -250,9 +250,11 @@ def cost_of(
     """GPU and CPU hours of each role during the loop, and sampled tokens per GPU hour (None without GPUs).
 
     actor_seconds: actor -> state -> seconds, over all states, so that they sum to the time that the actor
-    was there. reserved: what an actor of each role holds.
+    was there. reserved: what an actor of each role holds. Roles whose seconds are not known are left out, as that of environment
+    actors, which rollout actors call.
     """
-    gpu_hours, cpu_hours = dict.fromkeys(reserved, 0.0), dict.fromkeys(reserved, 0.0)
+    known = {actor.rpartition("-")[0] for actor in actor_seconds}
+    gpu_hours, cpu_hours = ({role: 0.0 for role in reserved if role in known} for _ in range(2))
     for actor, states in actor_seconds.items():
         role, hours = actor.rpartition("-")[0], sum(states.values()) / 3600
         gpu_hours[role] += hours * reserved[role].gpus
