@@ -218,7 +218,7 @@ def test_an_environment_that_never_works_ends_the_campaign_before_the_first_upda
 
 
 def test_the_page_shows_the_game_and_the_agent_of_the_example() -> None:
-    game, agent = python_examples("docs/environments.md")
+    game, _, agent = python_examples("docs/environments.md")
     for shown, file in ((game, "game.py"), (agent, "agent.py")):
         assert (ROOT / "examples/guess" / file).read_text("utf-8").endswith(shown)
         assert len(shown.splitlines()) <= 25
