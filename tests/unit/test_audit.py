@@ -270,7 +270,10 @@ def test_what_is_committed_of_a_row_is_what_a_report_of_it_says(name: str) -> No
     found = entry["resumed"]
     assert not found["synchronous"] or found["interrupted"] == found["uninterrupted"]
     for one in entry["campaigns"]:
-        rows = [{f"eval/{entry['set']}/{key}": value for key, value in one[when].items()} for when in ("start", "end")]
+        rows = [
+            {"step": step, **{f"eval/{entry['set']}/{key}": value for key, value in one[when].items()}}
+            for step, when in enumerate(("start", "end"))
+        ]
         report = html.unescape(changes([entry["set"]], rows))
         line = next(line for line in page.splitlines() if line.startswith(f"| {one['method']} | {one['seed']} |"))
         cells = [cell.strip() for cell in line.split("|")]
