@@ -37,6 +37,9 @@ BLOCKED = 14
 class EnvironmentActor(SharedCalls):
     """Methods are coroutines, so that episodes overlap. key: names one attempt at one episode."""
 
+    exit: Callable[[int], Any] = staticmethod(os._exit)
+    """How the process ends; tests, which run in the same one, say otherwise."""
+
     def __init__(
         self, config: EnvironmentConfig, sampling: SamplingConfig | None = None, folder: str = "", host: str = LOOPBACK
     ):
@@ -52,7 +55,6 @@ class EnvironmentActor(SharedCalls):
         """Of the episodes that are over, and whose environment is being closed."""
         self._heard = time.monotonic()
         self._watch: threading.Thread | None = None
-        self.exit: Callable[[int], Any] = os._exit
 
     async def enter(self, key: str) -> bool:
         """Takes a place for an episode; False: there is none now (`episodes_per_replica`)."""
