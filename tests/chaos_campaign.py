@@ -190,10 +190,9 @@ class Chaos:
             return None
         if fault.role == ENVIRONMENT:  # other actors call it, so its fleet does not know whether it is at work
             return await self._with_episodes()
-        if fault.in_episode:
-            return next(r for r in self.fleets[fault.role].replicas if r.alive and bool(r.busy) == fault.busy)
-        # A role that is held is soon at work for good, and the roles that wait for its results are soon idle for good.
-        self._hold(fault.role if fault.busy else "learner" if fault.role == "rollout" else "rollout")
+        if not fault.in_episode:
+            # A role that is held is soon at work for good, and the roles that wait for its results are soon idle for good.
+            self._hold(fault.role if fault.busy else "learner" if fault.role == "rollout" else "rollout")
         while True:
             for replica in self.fleets[fault.role].replicas:
                 if replica.alive and bool(replica.busy) == fault.busy:
