@@ -148,6 +148,7 @@ CAMPAIGNS: dict[str, Campaign] = {
                 "step_timeout_seconds": 100,
                 "episode_timeout_seconds": 200,
                 "attempts": 2,
+                "away_timeout_seconds": 300,
                 "replicas": 2,
                 "cpus_per_replica": 0.1,
                 "resources": {"room": 1},

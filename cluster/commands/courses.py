@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from cluster.loop.evaluation_statistics import quantile
 from cluster.records.metric_table import of_status
 from cluster.records.reader import Run, load_run
-from cluster.records.rewards import told_as
+from cluster.records.rewards import is_graded, told_as
 from cluster.records.writer import write_atomically
 from cluster.report.page import write_page
 
@@ -168,7 +168,7 @@ def interval(values: Sequence[float]) -> Interval:
 
 
 def _graded(results: Mapping[str, Sequence[Run]]) -> bool:
-    return any(run.result["graded"] for runs in results.values() for run in runs)
+    return any(is_graded(row) for runs in results.values() for run in runs for row in run.metrics)
 
 
 def _figures(graded: bool) -> dict[str, tuple[str, str]]:

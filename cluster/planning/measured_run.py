@@ -11,14 +11,14 @@ from cluster.planning.throughput import Plan, Stage, environments, mean_of, meas
 
 
 def gpus_of(config: CampaignConfig) -> dict[str, float]:
-    """Role -> GPUs of one actor, where each actor has its own. With several teachers, the largest number."""
+    """Role -> GPUs of one actor, where each actor has its own. With several teachers, the largest number; without one 0."""
 
     def of(explicit: float | None, default: float) -> float:
         return default if explicit is None else explicit
 
     return {
         "rollout": of(config.rollout.gpus_per_replica, config.rollout.tensor_parallel_size),
-        "teacher": max(of(teacher.gpus_per_replica, teacher_gpus(teacher)) for teacher in config.teachers.values()),
+        "teacher": max((of(one.gpus_per_replica, teacher_gpus(one)) for one in config.teachers.values()), default=0.0),
         "learner": of(config.learner.gpus_per_replica, 1.0),
     }
 

@@ -208,7 +208,7 @@ def of_python(words: list[str]) -> None:
     assert any(named.startswith(known) for known in SCRIPTS), f"{named}: neither run nor in SCRIPTS"
     if "<name>" in str(source):
         assert list(ROOT.glob(str(source.relative_to(ROOT)).replace("<name>", "*")))
-    elif "argparse" not in source.read_text("utf-8"):  # those with arguments are looked into together
+    elif not reads_arguments(source):  # those with arguments are looked into together
         assert len(words) == 1 + (words[0] == "-m"), f"{source} reads no arguments"
         compile(source.read_text("utf-8"), str(source), "exec")
 
@@ -216,7 +216,12 @@ def of_python(words: list[str]) -> None:
 def with_arguments(found: list[Command]) -> list[list[str]]:
     """Of these commands, what stands behind `python`, where that is a script that reads arguments."""
     scripts = [command.words[1:] for command in found if command.words[0] == "python" and "<name>" not in command.text]
-    return [words for words in scripts if "argparse" in script(words).read_text("utf-8")]
+    return [words for words in scripts if reads_arguments(script(words))]
+
+
+def reads_arguments(source: Path) -> bool:
+    """Whether a script has a command line: `parsed` is that of the scripts which make examples."""
+    return bool(re.search(r"argparse|\bparsed\(__doc__", source.read_text("utf-8")))
 
 
 def test_scripts_take_the_arguments_that_pages_give_them() -> None:
