@@ -27,7 +27,7 @@ from actors.vllm_options import check_options
 from cluster.config import CampaignConfig, prompt_sources
 from cluster.fleet.gpu_division import division, refuse_overdrawn
 from cluster.fleet.ray_cluster import check_gpus, connected, refuse_relative_output, room_to_begin, transfer_rate
-from cluster.inputs import read_inputs
+from cluster.inputs import Inputs, read_inputs
 from cluster.pins import pin, places, refuse_revisions
 from cluster.planning.memory import LARGE_VERSION, Role, roles, student_numbers, version_bytes, versions_sentence
 from cluster.planning.record_size import record_bytes, record_sentence
@@ -84,11 +84,15 @@ def checks(config: CampaignConfig, *, offline: bool) -> Iterator[tuple[str, Call
     sources = [source.path for source in prompt_sources(config).values() if source.path is not None]
     files = [path for path in sources if not is_pattern(path)]
     read = (*models, *files)  # the models too: a prompt has to fit into the contexts of all
-    yield named("prompts", *read), (lambda: _prompts(config)) if here(*read) else None
+    inputs = cache(lambda: read_inputs(config))
+    yield named("prompts", *read), (lambda: _prompts(inputs())) if here(*read) else None
     own = any(is_import_path(one.name) for one in (config.evaluation.verifier, *config.evaluation.verifiers.values()))
     if config.environment is not None:
         tried = (student.model, *files)
-        yield named("environment", *tried), (lambda: _environment(config)) if here(*tried) else None
+        yield (
+            named("environment", *tried),
+            (lambda: _environment(config, inputs() if here(*read) else None)) if here(*tried) else None,
+        )
     elif (evaluation is not None and (evaluation.has_references or own)) or config.gives_rewards:
         yield "verifier", lambda: _verifier(config)
     if config.record:
@@ -140,11 +144,16 @@ def check_models(config: CampaignConfig) -> None:
         record_bytes(config)
 
 
-def _environment(config: CampaignConfig) -> str:
+def _environment(config: CampaignConfig, inputs: Inputs | None) -> str:
+    from cluster.roles import episode_limits  # which imports all roles
+
     assert config.environment is not None
     student = config.student
     tokenizer = load_tokenizer(student.source, student.trust_remote_code, "student.model")
-    return try_environment(config.environment, config.prompts, tokenizer, student_stop_tokens(config), config.sampling)
+    room = None if inputs is None else episode_limits(config, inputs).tokens - config.sampling.max_response_tokens
+    return try_environment(
+        config.environment, config.prompts, tokenizer, student_stop_tokens(config), config.sampling, room
+    )
 
 
 def _memory(name: str, all_roles: Callable[[], Mapping[str, Role]]) -> str:
@@ -300,8 +309,7 @@ def _teacher(config: CampaignConfig, name: str) -> str:
     return "the student's tokenizer" + "".join(f"; note: {remark}" for remark in remarks)
 
 
-def _prompts(config: CampaignConfig) -> str:
-    inputs = read_inputs(config)
+def _prompts(inputs: Inputs) -> str:
     held_out = f", {len(inputs.held_out)} held out" if inputs.held_out else ""
     held_out += "".join(f", {len(one.prompts)} in the set {name}" for name, one in inputs.sets.items())
     reference = inputs.prompts.references[0]

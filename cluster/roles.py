@@ -85,7 +85,7 @@ def build_fleets(
         vocabulary=inputs.vocabulary,
         prompts=_lengths(config, inputs),
         environment=config.environment,
-        limits=_episode_limits(config, inputs),
+        limits=episode_limits(config, inputs),
         template_arguments=config.prompts.chat_template_arguments,
         trust_remote_code=config.student.trust_remote_code,
     )
@@ -301,7 +301,8 @@ def _longest_written(config: CampaignConfig) -> int:
     return (config.prompts.max_prompt_tokens or 0) if config.environment is not None else 0
 
 
-def _episode_limits(config: CampaignConfig, inputs: Inputs) -> EpisodeLimits:
+def episode_limits(config: CampaignConfig, inputs: Inputs) -> EpisodeLimits:
+    """What the text of an episode has to fit into."""
     lengths = _lengths(config, inputs)
     return EpisodeLimits(
         max(lengths.longest + config.sampling.max_response_tokens, lengths.whole),

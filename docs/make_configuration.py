@@ -41,7 +41,7 @@ The same command resumes a campaign. Some keys may then have another value, in t
 repeated; where nothing changes it does nothing, so a job that is submitted again keeps it. What is on request is recorded
 with its step, before and after: as the event `setting_changed`, in the `history` at the end of `config.yaml`, in every
 checkpoint from the next one on, and as a mark in the report's charts. A refusal names all keys at once and writes nothing.
-A campaign whose loop has not started yet, because its command was refused for example, binds nobody: any key may change.
+A campaign that has taken no update yet, because its command was refused for example, binds nobody: any key may change.
 
 ## Longer than planned
 

@@ -20,6 +20,8 @@ ANSWERS: dict[str, list[Message]] = {
     "tool": [{"role": "tool", "content": "…", "tool_call_id": CALL_ID}],
 }
 """What an environment may answer, by the role of its messages."""
+MOST_TOKENS = 1 << 24
+"""Of a prompt, where it is not known what there is room for: no model reads so many."""
 
 
 def try_environment(
@@ -28,10 +30,12 @@ def try_environment(
     tokenizer: Any,
     stop_token_ids: list[int],
     sampling: SamplingConfig | None = None,
+    room: int | None = None,
 ) -> str:
     """Begins one episode with the first record: what was found. It has the id of an evaluation's, and no step is taken.
 
-    sampling: of the campaign, for a program. UserError: the class, the program or the parser is not there, `reset` fails, or the chat template cannot continue its messages.
+    sampling: of the campaign, for a program. room: tokens that a prompt may have; None: not known. UserError: the class, the
+    program or the parser is not there, `reset` fails, its messages are too long, or the chat template cannot continue them.
     """
     if config.tool_parser is not None:
         from actors.environment.vllm_tool_parser import tool_parser
@@ -52,6 +56,7 @@ def try_environment(
     if begun.messages is not None:
         try:
             first = checked(begun.messages, first=True)
+            _refuse_long(config, written.least(first), room, " or more")
             shown = written.render(first, begun.tools)
         except ValueError as error:
             raise UserError(config.key, f"{config.title}, which begins with {error}", "chat messages") from error
@@ -66,8 +71,19 @@ def try_environment(
         found = f"template, and a chat template that does not only append: {wrong['user']}"
         raise UserError("environment.earlier_turns", found, "`written`, or another template (docs/environments.md)")
     notes = [f"; note: with messages of the role {role}, {told}" for role, told in wrong.items()]
-    length = "the record's prompt" if begun.messages is None else f"{len(written.prompt(first, begun.tools))} tokens"
+    length = "the record's prompt"
+    if begun.messages is not None:
+        tokens = len(written.prompt(first, begun.tools))
+        _refuse_long(config, tokens, room)
+        length = f"{tokens} tokens"
     return f"{config.title}, first prompt: {length}{''.join(notes)}"
+
+
+def _refuse_long(config: EnvironmentConfig, tokens: int, room: int | None, more: str = "") -> None:
+    if tokens > (MOST_TOKENS if room is None else room):
+        found = f"{config.title}, whose first messages have {tokens:,} tokens{more} with the first record"
+        way_out = "; prompts.max_prompt_tokens makes room for more" if room is not None else ""
+        raise UserError(config.key, found, f"at most {MOST_TOKENS if room is None else room:,}{way_out}")
 
 
 async def _begin(config: EnvironmentConfig, sampling: SamplingConfig | None, record: str) -> Begun:

@@ -18,11 +18,14 @@ import psutil
 import ray
 from ray.exceptions import (
     ActorUnavailableError,
+    NodeDiedError,
     ObjectLostError,
     ObjectStoreFullError,
     OutOfDiskError,
+    OutOfMemoryError,
     RayActorError,
     RayTaskError,
+    WorkerCrashedError,
 )
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
@@ -35,6 +38,8 @@ from actors.last_words import last_error
 from cluster.fleet.ray_room import shortage_now
 from cluster.fleet.ray_start import Teller, forget, told
 
+DEATHS = (RayActorError, OutOfMemoryError, WorkerCrashedError, NodeDiedError)
+"""Ray's errors of a process that is gone. OutOfMemoryError: Ray has ended it, because its node had hardly any memory left."""
 WAIT_SECONDS = 5.0
 """After this long without a place it is asked why, and again each time it has passed."""
 SUPERVISION = "supervision"
@@ -347,7 +352,7 @@ def errors_of(what: str) -> Iterator[None]:
     """
     try:
         yield
-    except RayActorError as error:
+    except DEATHS as error:
         raise ActorLostError(cause_of(error)) from error
     except (RayTaskError, ObjectLostError, ObjectStoreFullError, OutOfDiskError) as error:
         cause = error.cause if isinstance(error, RayTaskError) else error
@@ -361,7 +366,7 @@ def errors_of(what: str) -> Iterator[None]:
         raise ActorFaultError(message) from error
 
 
-def cause_of(error: RayActorError) -> str:
+def cause_of(error: BaseException) -> str:
     """Why an actor has died, in one line.
 
     A lost node first shows as connection errors; Ray reports its death up to 15 seconds later.
@@ -370,6 +375,8 @@ def cause_of(error: RayActorError) -> str:
         reason = re.search(r"RPC error: (.*?) rpc_code", str(error))
         return f"it cannot be reached any more, as when its node is gone ({reason[1] if reason else error})"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    if isinstance(error, OutOfMemoryError):  # the first line says so; the others are advice and a list of processes
+        return lines[0]
     telling = [line for line in lines if line.startswith("The actor is dead because")] or lines
     last = last_error(log) if (log := _log_of(lines)) else ""
     return telling[-1].partition(" Some common causes")[0] + f" The last error in its log: {last}" * bool(last)

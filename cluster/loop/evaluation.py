@@ -20,7 +20,7 @@ from actors.errors import CampaignError
 from actors.prompts.fingerprint import prompts_fingerprint
 from actors.prompts.prompt_set import PromptSet, requests
 from actors.teacher_scores import TeacherScores, select_scores
-from actors.trajectory import EVALUATION_EPOCH, RolloutCounts, Trajectories, select_trajectories
+from actors.trajectory import EVALUATION_EPOCH, FINISH_REASONS, RolloutCounts, Trajectories, select_trajectories
 from cluster.fleet.ray_actor import fetched
 from cluster.fleet.ray_fleet import Fleet
 from cluster.loop.evaluation_statistics import Tally, mean_of, tally
@@ -43,8 +43,10 @@ def identity(prompts: PromptSet, *settings: Any) -> str:
 
 
 def rewards_by_row(written: Trajectories) -> dict[int, float]:
-    """Row -> the reward that the environment has given; 0 for an episode that failed, or has none. {}: no episode has any."""
-    if np.isnan(written.rewards).all():
+    """Row -> the reward that the environment has given; 0 for an episode that failed, was cut, or has none. {}: no episode has
+    any, and one has ended without it: this environment gives none."""
+    ended = written.finish_reasons == FINISH_REASONS.index("stop")
+    if np.isnan(written.rewards).all() and ended.any():
         return {}
     return dict(enumerate(np.nan_to_num(written.rewards, nan=0.0).tolist()))
 

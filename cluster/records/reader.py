@@ -29,12 +29,11 @@ BUSY = {"rollout": "busy_rollout", "teacher": "busy_teacher", "learner": "busy_l
 
 
 def has_begun(run_dir: Path) -> bool:
-    """Whether the campaign of a run directory has begun: its loop has started. Until then its config.yaml binds nobody."""
+    """Whether the campaign of a run directory has taken an update. Until then its config.yaml binds nobody."""
     if checkpoint_steps(run_dir / "checkpoints"):
         return True
-    # Whatever is in the files: RunRecords says what is wrong with a line.
-    began = any(row.get("kind") == "loop_started" for row in read_jsonl(run_dir / EVENTS_FILE))
-    return began or any(row.get("step") != 0 for row in read_jsonl(run_dir / METRICS_FILE))
+    # Whatever is in the file: RunRecords says what is wrong with a line.
+    return any(row.get("step") != 0 for row in read_jsonl(run_dir / METRICS_FILE))
 
 
 @dataclass(frozen=True)

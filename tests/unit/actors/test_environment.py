@@ -12,6 +12,7 @@ import pytest
 from actors.config import EnvironmentConfig, PromptsConfig
 from actors.environment.actor import BLOCKED, EnvironmentActor
 from actors.environment.base import Answer, AwayError, Episode, environment_class
+from actors.environment.continuation import Continuation
 from actors.environment.trial import try_environment
 from actors.environment.vllm_tool_parser import check_parser
 from actors.errors import UserError
@@ -49,6 +50,17 @@ class NotAsync:
     def reset(self, record: dict, episode: Episode) -> None: ...
 
     async def step(self, message: dict) -> None: ...
+
+
+class Begins:
+    """Begins with a text."""
+
+    said = "Go."
+
+    async def reset(self, record: dict, episode: Episode) -> Any:
+        return self.said
+
+    async def step(self, message: dict) -> Any: ...
 
 
 class FewArguments:
@@ -332,6 +344,12 @@ def test_an_environment_is_tried_with_the_first_record(tmp_path: Any) -> None:
         UserError, match=r"whose tool 'add' the chat template leaves out, expected a template with tools"
     ):
         try_environment(config("Needs", arguments={"size": 1, "tools": [{"name": "add"}]}), prompts, tokenizer, [1])
+    assert "7 tokens" in try_environment(config(), prompts, tokenizer, [1], room=7)
+    way_out = (
+        r"first messages have 7 tokens with the first record, expected at most 6; prompts\.max_prompt_tokens makes"
+    )
+    with pytest.raises(UserError, match=way_out):
+        try_environment(config(), prompts, tokenizer, [1], room=6)
     thinks = "{% for m in messages %}<{{ m.role }}>{{ m.content.split('</think>')[-1] }}<eos>{% endfor %}<assistant>"
     tokenizer.chat_template = thinks
     with pytest.raises(UserError, match=r"environment\.earlier_turns.*<think>"):
@@ -370,3 +388,14 @@ def test_an_unknown_parser_of_tool_calls_is_told_with_the_nearest_and_all_others
 def test_the_first_turn_has_the_seed_of_a_single_answer() -> None:
     seeds = [turn_seed(7, turn) for turn in range(50)]
     assert seeds[0] == 7 and len(set(seeds)) == 50 and all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_a_first_message_of_megabytes_is_refused_without_being_tokenised(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "train.jsonl").write_text('{"prompt": "1+1=", "answer": "2"}\n')
+    prompts, tokenizer = PromptsConfig(path=str(tmp_path / "train.jsonl")), make_tiny_tokenizer()
+    monkeypatch.setattr(Begins, "said", "x" * 4_000_000)
+    monkeypatch.setattr(Continuation, "prompt", lambda *_: pytest.fail("it was tokenised"))
+    with pytest.raises(UserError, match=r"have \d{3},\d{3} tokens or more with the first record, expected at most 100"):
+        try_environment(config("Begins"), prompts, tokenizer, [1], room=100)

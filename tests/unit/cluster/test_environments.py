@@ -95,6 +95,7 @@ def test_a_schedule_limits_the_turns_of_training_alone(folder: Path) -> None:
     samples = [row for path in (folder / "runs/turns/trajectories").glob("*") for row in read_jsonl(path)]
     held_out = [row["response"] for row in samples if row["id"].startswith("-1/")]
     assert any("more2" in text for text in held_out)  # the answer to a second turn, which a third follows
+    assert rows[-1]["eval/accuracy"] == 0  # all are cut before their reward
 
 
 @pytest.mark.parametrize(("staleness", "expected"), [(0, 60 / 30), (2, 60 / (30 / 3)), (3, 60 / 8)])

@@ -3,9 +3,10 @@
 from typing import Any
 
 import pytest
+from ray.exceptions import OutOfMemoryError, WorkerCrashedError
 
 from actors.errors import CampaignError, EngineError, WeightError
-from cluster.fleet.ray_actor import ActorLostError
+from cluster.fleet.ray_actor import ActorLostError, errors_of
 from cluster.fleet.ray_fleet import Fleet
 from cluster.fleet.restarts import Restarts
 from tests.actors_of_this_process import Events, with_fleet
@@ -107,3 +108,13 @@ def test_an_actor_whose_first_weights_cannot_be_loaded_starts_twice(monkeypatch:
         assert fleet.restarts == 2
 
     with_fleet(monkeypatch, engine(), body, replicas=1)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OutOfMemoryError("Task was killed due to the node running low on memory.\nUse advice"), WorkerCrashedError()],
+)
+def test_a_process_that_ray_has_ended_is_a_lost_actor(error: Exception) -> None:
+    with pytest.raises(ActorLostError) as lost, errors_of("generate"):
+        raise error
+    assert "\n" not in str(lost.value) and str(lost.value)
