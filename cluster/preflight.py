@@ -28,6 +28,7 @@ from cluster.config import CampaignConfig, prompt_sources
 from cluster.fleet.gpu_division import division, refuse_overdrawn
 from cluster.fleet.ray_cluster import check_gpus, connected, refuse_relative_output, room_to_begin, transfer_rate
 from cluster.inputs import Inputs, read_inputs
+from cluster.lengths import episode_limits
 from cluster.pins import pin, places, refuse_revisions
 from cluster.planning.memory import LARGE_VERSION, Role, roles, student_numbers, version_bytes, versions_sentence
 from cluster.planning.record_size import record_bytes, record_sentence
@@ -145,8 +146,6 @@ def check_models(config: CampaignConfig) -> None:
 
 
 def _environment(config: CampaignConfig, inputs: Inputs | None) -> str:
-    from cluster.roles import episode_limits  # which imports all roles
-
     assert config.environment is not None
     student = config.student
     tokenizer = load_tokenizer(student.source, student.trust_remote_code, "student.model")

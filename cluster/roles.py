@@ -17,8 +17,6 @@ from actors.data.contexts import engine_context
 from actors.data.models import load_config
 from actors.gpu_share import is_share
 from actors.rollout.actor import RolloutActor
-from actors.rollout.engine import PromptLengths
-from actors.rollout.episodes import EpisodeLimits
 from actors.rollout.saved_model import SavedModel
 from actors.teacher.backends import backend_of, teacher_class
 from actors.teacher.cross_tokenizer import CrossTokenizerTeacher
@@ -29,6 +27,7 @@ from cluster.fleet.ray_environments import RESTARTS, EnvironmentFleet, RayEnviro
 from cluster.fleet.ray_fleet import Fleet
 from cluster.fleet.ray_learner import LearnerGroup
 from cluster.inputs import Inputs
+from cluster.lengths import episode_limits, longest_written, prompt_lengths
 from cluster.loop.evaluation import Evaluator
 from cluster.loop.evaluation_sets import Evaluations, SetEvaluator
 from cluster.loop.teachers import Teachers
@@ -83,7 +82,7 @@ def build_fleets(
         verifiers=config.evaluation.verifiers,
         adapter=config.student.lora if publishes_adapter(config.student) else None,
         vocabulary=inputs.vocabulary,
-        prompts=_lengths(config, inputs),
+        prompts=prompt_lengths(config, inputs),
         environment=config.environment,
         limits=episode_limits(config, inputs),
         template_arguments=config.prompts.chat_template_arguments,
@@ -277,38 +276,10 @@ def _teacher_engine(config: CampaignConfig, inputs: Inputs, name: str, teacher: 
         for prompts, routes, length in sets
         if prompts is not None and routes is not None
     )
-    most = max(most, _longest_written(config) + response)
+    most = max(most, longest_written(config) + response)
     network = load_config(teacher.model, teacher.trust_remote_code, f"teachers.{name}.model")
     context = engine_context(network, {}, f"teachers.{name}.engine")
     return {"max_model_len": min(most + SPARE_TOKENS, context), **teacher.engine}
-
-
-def _lengths(config: CampaignConfig, inputs: Inputs) -> PromptLengths:
-    trained = None if config.text_by != "student" else inputs.prompts  # others write those responses
-    longest = int(np.diff(trained.offsets).max()) if trained is not None else 0
-    own = {name: config.sampling_of(one).max_response_tokens for name, one in config.evaluation.sets.items()}
-    held_out = [(one.prompts, own[name]) for name, one in inputs.sets.items()]
-    if inputs.held_out is not None:
-        held_out.append((inputs.held_out, config.evaluated.sampling.max_response_tokens))
-    written = _longest_written(config)
-    whole = [max(int(np.diff(prompts.offsets).max()), written) + response for prompts, response in held_out]
-    usual = int(inputs.prompts.offsets[-1]) // len(inputs.prompts)
-    return PromptLengths(usual, max(longest, written), max(whole, default=0))
-
-
-def _longest_written(config: CampaignConfig) -> int:
-    """Tokens of the longest prompt that an environment may write; 0: no longer ones than those of the records."""
-    return (config.prompts.max_prompt_tokens or 0) if config.environment is not None else 0
-
-
-def episode_limits(config: CampaignConfig, inputs: Inputs) -> EpisodeLimits:
-    """What the text of an episode has to fit into."""
-    lengths = _lengths(config, inputs)
-    return EpisodeLimits(
-        max(lengths.longest + config.sampling.max_response_tokens, lengths.whole),
-        own_prompts=all(teacher.prompt_template is None for teacher in config.teachers.values()),
-        needs_reward=config.gives_rewards,
-    )
 
 
 def _local_student(config: CampaignConfig) -> StudentConfig:

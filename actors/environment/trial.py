@@ -91,5 +91,7 @@ async def _begin(config: EnvironmentConfig, sampling: SamplingConfig | None, rec
     actor.exit = lambda _: os._exit(2)  # this process is the command's: what the user named is at fault
     try:
         return await actor.reset("check", Episode(id_, sample_seed(0, *id_)), json.loads(record))
+    except asyncio.CancelledError:
+        return Begun(error="reset raised CancelledError")
     finally:
         await actor.close("check")

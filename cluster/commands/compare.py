@@ -103,7 +103,10 @@ def _trial(config_file: Path, overrides: Sequence[str], method: str, seed: int) 
 
     def campaign(name: str, *more: str) -> CampaignConfig:
         named = [f"seed={seed}", f"name={base.name}-{name}-{seed}"]
-        return load_config(config_file, [*common, *changes, *own, *more, *named])
+        try:
+            return load_config(config_file, [*common, *changes, *own, *more, *named])
+        except UserError as error:
+            raise UserError("--methods", method, f"methods that this campaign can take ({error})") from error
 
     if method != "sft_then_opd":
         return Trial(method, seed, campaign(method))

@@ -399,3 +399,13 @@ def test_a_first_message_of_megabytes_is_refused_without_being_tokenised(
     monkeypatch.setattr(Continuation, "prompt", lambda *_: pytest.fail("it was tokenised"))
     with pytest.raises(UserError, match=r"have \d{3},\d{3} tokens or more with the first record, expected at most 100"):
         try_environment(config("Begins"), prompts, tokenizer, [1], room=100)
+
+
+def test_a_beginning_that_cancels_itself_is_refused(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def reset(*_: Any) -> None:
+        raise asyncio.CancelledError
+
+    (tmp_path / "train.jsonl").write_text('{"prompt": "1+1=", "answer": "2"}\n')
+    monkeypatch.setattr(Begins, "reset", reset)
+    with pytest.raises(UserError, match=r"whose reset raised CancelledError"):
+        try_environment(config("Begins"), PromptsConfig(path=str(tmp_path / "train.jsonl")), make_tiny_tokenizer(), [1])

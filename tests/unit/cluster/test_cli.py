@@ -15,7 +15,6 @@ from cluster import cli
 from cluster.config_file import load_config
 from cluster.console.arguments import command_parser
 from cluster.inputs import read_inputs
-from cluster.records.writer import RunRecords
 from tests.tiny_models import CHARACTERS, make_tiny_model, make_tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -344,7 +343,7 @@ def test_a_finished_campaign_is_not_run_again_and_another_is_refused(work: Here)
 
     config = load_config(work / "campaign.yaml", ["output_dir=runs"])
     with claimed(config):
-        RunRecords(config.run_dir).event("loop_started", step=0)
+        (config.run_dir / "metrics.jsonl").write_text('{"step": 1, "wall_seconds": 1.0}\n')
         assert "a campaign that another process is running" in refusal(work, "output_dir=runs", command=("run",))
     changes = ("learner.optimizer.learning_rate=0.5", "seed=7", "rollout.cpus_per_replica=0.3")
     line = refusal(work, "output_dir=runs", *changes, command=("run",))
@@ -363,7 +362,7 @@ def test_what_there_is_to_run_is_said_once(work: Here) -> None:
 
     config = load_config(work / "campaign.yaml", ["output_dir=runs"])
     with claimed(config):
-        RunRecords(config.run_dir).event("loop_started", step=0)
+        (config.run_dir / "metrics.jsonl").write_text('{"step": 1, "wall_seconds": 1.0}\n')
     for override in ("name=other", "output_dir=elsewhere"):
         assert "the run directory says them" in one_line(work.run("run", "--resume", "runs/here", override))
     assert "override: found 'campaign.yaml'" in one_line(work.run("run", "--resume", "runs/here", "campaign.yaml"))

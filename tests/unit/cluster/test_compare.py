@@ -175,6 +175,7 @@ def test_the_mean_over_seeds_has_the_range_and_leaves_starting_up_out(tmp_path: 
         ({"overrides": ["evaluation.teacher=false"]}, "evaluation.teacher: found false, expected true"),
         ({"overrides": ["evaluation.prompts=null"]}, "evaluation.prompts: found null, expected held-out prompts"),
         ({"overrides": ["sft:learner.objective.mismatch.correction=mask"]}, "correction: found mask, expected none"),
+        ({"overrides": ["environment.name=tests.guessing:Guess"]}, "--methods: found sft, expected methods that this campaign"),
     ],
     ids=str,
 )  # fmt: skip
