@@ -80,9 +80,8 @@ def run_campaign(
         commits = pin(config)
         check_models(config)
     with claimed(config, allow_change) as taken:
-        records = RunRecords(
-            config.run_dir, began=START.began
-        )  # within the lock: it repairs files that another process might be writing
+        # Within the lock: it repairs files that another process might be writing.
+        records = RunRecords(config.run_dir, began=START.began)
 
         def told(kind: str, **fields: Any) -> None:
             records.event(kind, **fields)

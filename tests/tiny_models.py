@@ -50,7 +50,7 @@ def make_tiny_model(
     """Writes config, safetensors, tokenizer and generation config to `path`, from a seed, and returns the path.
 
     hidden: a multiple of 32; there is one attention head for each 32, of size head_dim. vocab_extra: rows of the embedding
-    beyond the tokenizer's, as real models have them. qwen3_moe: four experts a layer, of which a token meets two.
+    beyond the tokenizer's, as real models have them. qwen3_moe: four experts a layer; each token uses two of them.
     """
     tokenizer = tokenizer or make_tiny_tokenizer()
     options = {

@@ -120,7 +120,7 @@ def load_config(model: str, trust_remote_code: bool, key: str) -> PreTrainedConf
 
 
 def vocabulary_rows(model: str, trust_remote_code: bool, key: str) -> int:
-    """Rows of the model's output layer, of which some may be beyond its tokenizer. UserError: see `load_config`."""
+    """Rows of the model's output layer. There may be more of them than tokens. UserError: see `load_config`."""
     return load_config(model, trust_remote_code, key).get_text_config().vocab_size
 
 

@@ -80,10 +80,11 @@ def try_environment(
 
 
 def _refuse_long(config: EnvironmentConfig, tokens: int, room: int | None, more: str = "") -> None:
-    if tokens > (MOST_TOKENS if room is None else room):
+    """UserError where the first messages have more tokens than there is room for. more: what is said behind their number."""
+    most, way_out = (MOST_TOKENS, "") if room is None else (room, "; prompts.max_prompt_tokens makes room for more")
+    if tokens > most:
         found = f"{config.title}, whose first messages have {tokens:,} tokens{more} with the first record"
-        way_out = "; prompts.max_prompt_tokens makes room for more" if room is not None else ""
-        raise UserError(config.key, found, f"at most {MOST_TOKENS if room is None else room:,}{way_out}")
+        raise UserError(config.key, found, f"at most {most:,}{way_out}")
 
 
 async def _begin(config: EnvironmentConfig, sampling: SamplingConfig | None, record: str) -> Begun:

@@ -86,11 +86,13 @@ def to_evaluate(config: CampaignConfig, wanted: Sequence[str], reverse_kl: bool)
         played = config.environment is not None  # it gives the rewards
         judged = played or evaluation.prompts.has_references or judges_without_references(evaluation)
         verifier = evaluation.verifier if judged and not played else None
-        common = evaluation.prompts, verifier
-        greedy, sampled = EvaluationSetConfig(*common, temperature=0.0), SampledSetConfig(*common)
-        for one in (greedy, sampled):
-            one.max_response_tokens = evaluation.max_response_tokens
-        own = ({"greedy": greedy} if judged else {}) | {"sampled": sampled} | own
+        common: dict[str, Any] = {
+            "prompts": evaluation.prompts,
+            "verifier": verifier,
+            "max_response_tokens": evaluation.max_response_tokens,
+        }
+        greedy = {"greedy": EvaluationSetConfig(**common, temperature=0.0)} if judged else {}
+        own = greedy | {"sampled": SampledSetConfig(**common)} | own
     if not own:
         raise UserError("evaluation", "no prompts and no sets", "held-out prompts: evaluation.sets.<name>.prompts.path")
     for name in wanted:

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from actors.errors import UserError
-from actors.json_files import read_json
 from actors.vllm_options import check_options
 from cluster.config import CampaignConfig
 from cluster.config_file import load_config
-from cluster.console.status import STATUS_FILE, read_status
+from cluster.console.status import live_status, read_status
 from cluster.planning.datasheet import (
     GPUS,
     Gpu,
@@ -48,7 +47,7 @@ def from_run(config: CampaignConfig, run_dir: Path) -> Plan:
         metrics, summary = _so_far(run_dir, metrics, ran.replicas)
     counted = summary["actors"]["mean"] if "actors" in summary else ran.replicas
     try:
-        plan = plan_of_run(ran, summary, counted, metrics, _last_status(run_dir))
+        plan = plan_of_run(ran, summary, counted, metrics, live_status(run_dir))
     except ValueError as error:
         raise UserError("--run", f"{run_dir} ({error})", "a run that has taken updates") from error
     # Work is proportional to trajectories; the fixed part of an update is ignored (docs/benchmarks.md measures the error).
@@ -63,14 +62,6 @@ def from_run(config: CampaignConfig, run_dir: Path) -> Plan:
     if thinking and config.environment is not None:
         stages += (environments_of(config, thinking),)
     return replace(plan, stages=stages, overlapped=config.pipeline.max_staleness > 0)
-
-
-def _last_status(run_dir: Path) -> dict[str, Any]:
-    """What status.json says; {} without the file, as in a copy of the directory."""
-    try:
-        return dict(read_json(run_dir / STATUS_FILE))
-    except (OSError, ValueError):
-        return {}
 
 
 def _so_far(

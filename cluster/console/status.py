@@ -191,7 +191,7 @@ class StatusReader:
         """
         config, updates, events = self.config, self._updates.read(), self._events.read()
         summary = summary_if_whole(self._run_dir)
-        live = _live(self._run_dir) if live is None else {**live, **_signature()}
+        live = live_status(self._run_dir) if live is None else {**live, **_signature()}
         now = time.time() if now is None else now
         last: dict[str, Any] = updates.recent[-1] if updates.recent else {}
         state = _state(self._run_dir, events.kind, live, now)
@@ -258,7 +258,8 @@ def _stands_after(seconds_per_update: float) -> float:
     return max(STANDS_SECONDS, 3 * seconds_per_update)
 
 
-def _live(run_dir: Path) -> dict[str, Any]:
+def live_status(run_dir: Path) -> dict[str, Any]:
+    """What status.json says; {} without the file, as in a copy of the directory, or where it is damaged."""
     try:
         content = read_json(run_dir / STATUS_FILE)
     except (OSError, ValueError):  # absent, or damaged: the other files say the most

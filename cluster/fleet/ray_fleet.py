@@ -29,8 +29,9 @@ class Fleet(Supervisor):
     """All actors of one role, and the calls to them.
 
     Errors of every call: a UserError or CampaignError that the method raised arrives as it is. ActorFaultError: the
-    method raised anything else, on `ATTEMPTS` actors. EngineError: engines failed twice for the same cause. LostObjectError: an object among the arguments is gone.
-    StoreFullError: the object store stayed full for `hang_timeout_seconds`. The fleet's fatal error, once it has one.
+    method raised anything else, on `ATTEMPTS` actors. EngineError: two engines failed at the call for the same cause.
+    LostObjectError: an object among the arguments is gone. StoreFullError: the object store stayed full for
+    `hang_timeout_seconds`. The fleet's fatal error, once it has one.
     """
 
     async def call(

@@ -1,8 +1,8 @@
 """How the rewards of an evaluation are told. Standard library only.
 
-An answer is right from a reward of 1 on. The metric `accuracy` is the mean of the rewards: the share of right answers, where all
-rewards are 0 or 1. Graded ones, of which some are neither, may have any mean, which is told as a mean reward; the share of right
-answers is then the metric `right`, which nothing else has.
+An answer is right if its reward is at least 1. The metric `accuracy` is the mean of the rewards. Where all rewards are 0 or 1, this
+is the share of right answers. Other rewards are called graded: their mean is told as a mean reward, and the share of right answers
+is another metric, `right`.
 """
 
 import math

@@ -134,11 +134,11 @@ def test_a_run_without_a_gpu_on_this_machine_is_planned_on_its_cores(tmp_path: P
     assert from_run(config, run_dir).cores is None
     (run_dir / "summary.json").write_text(json.dumps(summary | {"cost": {"gpu_hours": {"rollout": 0, "learner": 0}}}))
     assert from_run(config, run_dir).cores is None, "nothing says that it ran here"
-    (run_dir / "status.json").write_text(json.dumps({"host": socket.gethostname()}))
+    (run_dir / "status.json").write_text(json.dumps({"time": 0, "host": socket.gethostname()}))
     assert from_run(config, run_dir).cores == max(1, (os.cpu_count() or 1) - 1)
-    (run_dir / "status.json").write_text(json.dumps({"host": f"not-{socket.gethostname()}"}))
+    (run_dir / "status.json").write_text(json.dumps({"time": 0, "host": f"not-{socket.gethostname()}"}))
     assert from_run(config, run_dir).cores is None
-    (run_dir / "status.json").write_text(json.dumps({"host": socket.gethostname()}))
+    (run_dir / "status.json").write_text(json.dumps({"time": 0, "host": socket.gethostname()}))
     (run_dir / "summary.json").write_text(json.dumps(summary | {"cost": {"gpu_hours": {"rollout": 1, "learner": 0}}}))
     assert from_run(config, run_dir).cores is None
 
