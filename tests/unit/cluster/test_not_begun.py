@@ -64,13 +64,17 @@ def take(config: CampaignConfig) -> None:
         pass
 
 
-@pytest.mark.parametrize("trace", ["", "started", "loop_started", "metrics.jsonl", "checkpoints/step_00000002"])
+@pytest.mark.parametrize(
+    "trace", ["", "started", "loop_started", "evaluated", "metrics.jsonl", "checkpoints/step_00000002"]
+)
 def test_a_configuration_binds_from_the_first_update_on(tmp_path: Path, trace: str) -> None:
     where = f"output_dir={tmp_path}"
     first = small(tmp_path, where)
     take(first)
     if trace.endswith("started"):
         RunRecords(first.run_dir).event(trace, step=0)
+    elif trace == "evaluated":  # the untrained student
+        (first.run_dir / "metrics.jsonl").write_text('{"step": 0, "wall_seconds": 1.0}\n')
     elif trace == "metrics.jsonl":
         (first.run_dir / trace).write_text('{"step": 1, "wall_seconds": 1.0}\n')
     elif trace:
@@ -81,7 +85,7 @@ def test_a_configuration_binds_from_the_first_update_on(tmp_path: Path, trace: s
             take(other)
     else:
         take(other)
-    assert has_begun(first.run_dir) == (not trace.endswith("started") and trace != "")
+    assert has_begun(first.run_dir) == (trace not in ("", "started", "loop_started", "evaluated"))
     now = load_config(first.run_dir / "config.yaml").sampling.temperature
     assert now == (1.0 if has_begun(first.run_dir) else 0.5)
 
